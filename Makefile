@@ -1,0 +1,48 @@
+# make help lists what there is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two test processes share the cores: one thread each, or they wait for one another.
+TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lab lint nano-eval doctor clean
+
+help: ## show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install wanlab into it (again only when pyproject.toml changes)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "wanlab needs Python 3.11 or newer: make PYTHON=python3.11 install" >&2; exit 1; }
+	@echo "installing into $(VENV): a few minutes and about 6 GB, most of it torch with CUDA" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: $(STAMP) ## one photograph to one report; the last line is the path of the report
+	@$(BIN)/wanlab run notebooks/00_quickstart.ipynb --force
+
+test: $(STAMP) ## run every test, and with them every notebook
+	@$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope
+
+lab: $(STAMP) ## open JupyterLab on this machine only, with a token
+	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+
+lint: $(STAMP) ## check style of code and notebooks
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/nbstripout --verify notebooks/*.ipynb tests/fixtures/notebooks/*.ipynb
+
+nano-eval: $(STAMP) ## measure wan-nano on its held-out cases (CPU)
+	@$(BIN)/wanlab nano-eval
+
+doctor: $(STAMP) ## what this machine can do
+	@$(BIN)/wanlab doctor
+
+clean: ## remove .venv and caches; outputs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

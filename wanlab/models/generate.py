@@ -1,0 +1,216 @@
+"""A loaded model, and the video it makes from an image and a prompt."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WanlabError
+from .loading import synchronize
+from .report import LoadReport
+from .shapes import latent_shape
+from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+OUTPUTS = ("np", "latent")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated video.
+
+    Attributes:
+        video: float32 `[T, H, W, 3]` in [0, 1]; with `output="latent"` the latents, float32 `[C, T, H, W]`.
+        fps: frames per second at which it is meant to be shown.
+        seed: of the initial noise.
+        settings: everything that was chosen or taken from the defaults.
+        wall_ms: from prompt and image to video, the device waited for.
+    """
+
+    video: np.ndarray
+    fps: int
+    seed: int
+    settings: dict[str, Any]
+    wall_ms: float
+
+
+@dataclass
+class Model:
+    """A diffusers pipeline with its facts; `engines` names what runs each component ("eager" at first)."""
+
+    spec: ModelSpec
+    pipeline: DiffusionPipeline
+    device: torch.device
+    dtype: torch.dtype
+    load: LoadReport
+    notes: tuple[str, ...] = ()
+    engines: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.engines:
+            self.spec.part_of(name)
+        self.engines = dict.fromkeys(self.spec.components, "eager") | self.engines
+
+    def component(self, name: str) -> Any:
+        """What runs a component: `pipeline.transformer` for expert_high, the whole VAE for either half.
+
+        Raises:
+            WanlabError: the model has no such component, or it was not loaded.
+        """
+        found = getattr(self.pipeline, self.spec.part_of(name), None)
+        if found is None:
+            raise WanlabError(f"{self.spec.name}: {name} is not loaded; name it in load(..., components=...)")
+        return found
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Component name -> what runs it, for those that are loaded, in the order of their use."""
+        loaded = {
+            name: getattr(self.pipeline, self.spec.part_of(name), None) for name in self.spec.components
+        }
+        return {name: module for name, module in loaded.items() if module is not None}
+
+    def schedule(self, steps: int | None = None) -> pd.DataFrame:
+        """What each denoising step will be, known before the run: step, timestep, sigma, snr, component.
+
+        The scheduler is a copy, its state stays untouched. The expert is chosen as the pipeline does it:
+        expert_high while timestep >= boundary_ratio * training timesteps. snr is ((1 - sigma) / sigma)**2 for
+        flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds.
+        """
+        import pandas as pd
+
+        from .schedule import step_table
+
+        return pd.DataFrame(
+            step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps))
+        )
+
+    def generate(
+        self,
+        image: Image.Image | str | os.PathLike | np.ndarray | None,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        output: str = "np",
+        progress: bool = False,
+    ) -> Generation:
+        """Make a video from an image and a prompt; what is not given comes from `spec.defaults`.
+
+        The noise is drawn on the CPU, so that a seed means the same on every device.
+
+        Args:
+            image: first frame: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1]. Scaled to
+                cover the video (Lanczos) and cropped in the middle. None for text-to-video pipelines.
+            prompt: what happens.
+            negative_prompt: what guidance steers away from.
+            height, width: pixels. frames: of the video, with the first.
+            steps: of denoising.
+            guidance_scale: 1 or less runs without guidance, in half the time.
+            seed: of the initial noise.
+            output: "np" for the video, "latent" to skip the decoder.
+            progress: show a bar over the steps.
+
+        Raises:
+            WanlabError: a size that is not legal, an unreadable image, a network that is not loaded, or a
+                wrong option.
+        """
+        import torch
+
+        from .images import first_frame
+
+        defaults = self.spec.defaults
+        if output not in OUTPUTS:
+            raise WanlabError(f"output is {' or '.join(map(repr, OUTPUTS))}, not {output!r}")
+        if not isinstance(prompt, str):
+            raise WanlabError(f"prompt must be a string, not {type(prompt).__name__}")
+        settings = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": defaults.height if height is None else height,
+            "width": defaults.width if width is None else width,
+            "frames": defaults.frames if frames is None else frames,
+            "steps": _whole("steps", steps, defaults.steps),
+            "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            "output": output,
+        }
+        latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
+        self._check_loaded(output)
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise WanlabError(f"seed must be a whole number of at least 0, not {seed!r}")
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        arguments = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": settings["height"],
+            "width": settings["width"],
+            "num_frames": settings["frames"],
+            "num_inference_steps": settings["steps"],
+            "guidance_scale": settings["guidance_scale"],
+            "generator": torch.Generator("cpu").manual_seed(int(seed)),
+            "output_type": output,
+            "max_sequence_length": self._text_tokens(),
+        }
+        arguments = {key: value for key, value in arguments.items() if key in accepted}
+        if "image" in accepted:
+            if image is None:
+                raise WanlabError(
+                    f"{self.spec.name} makes a video from an image; give one (PIL, path or array)"
+                )
+            arguments["image"] = first_frame(image, settings["height"], settings["width"])
+        elif image is not None:
+            raise WanlabError(
+                f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
+            )
+
+        self.pipeline.set_progress_bar_config(disable=not progress, desc=self.spec.name, unit="step")
+        try:
+            synchronize(self.device)
+            start = time.perf_counter()
+            made = self.pipeline(**arguments).frames
+            synchronize(self.device)
+            wall_ms = (time.perf_counter() - start) * 1e3
+        finally:
+            self.pipeline.set_progress_bar_config(disable=True)
+        return Generation(_array(made), defaults.fps, int(seed), settings, wall_ms)
+
+    def _check_loaded(self, output: str) -> None:
+        for name in self.spec.components:
+            # Both halves of the VAE are one part; without a decoder there is no image latent either.
+            if not (output == "latent" and name == "vae_decoder"):
+                self.component(name)
+
+    def _text_tokens(self) -> int:
+        longest = getattr(getattr(self.pipeline, "tokenizer", None), "model_max_length", None)
+        return int(min(512, longest or 512))
+
+
+def _whole(name: str, value: int | None, otherwise: int) -> int:
+    value = otherwise if value is None else value
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+        raise WanlabError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _array(made: Any) -> np.ndarray:
+    """First video of the batch as float32."""
+    import numpy as np
+
+    first = made[0]
+    if hasattr(first, "detach"):
+        first = first.detach().float().cpu().numpy()
+    return np.ascontiguousarray(first, dtype=np.float32)

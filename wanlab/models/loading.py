@@ -1,0 +1,283 @@
+"""Weights onto the device: from sharded files, or from a seed at true size."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WanlabError, did_you_mean
+from . import checkpoint as ckpt
+from . import pagecache
+from .networks import fill_random, needed_bytes, network_class, skeleton
+from .registry import get
+from .report import LoadReport, PartLoad
+from .room import check_room
+from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from .generate import Model
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    name_or_spec: str | ModelSpec,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    weights: str = "pretrained",
+    seed: int = 0,
+    components: Sequence[str] | None = None,
+) -> Model:
+    """A model with its weights on a device, ready to generate.
+
+    Weights are read tensor by tensor from safetensors files, cast and put on the device, so that the host
+    never holds a network; the result equals diffusers' `from_pretrained(torch_dtype=dtype)`. Headers, names,
+    shapes and free memory are checked before the first byte is allocated.
+
+    Args:
+        name_or_spec: what `get` takes, or a spec.
+        device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
+        dtype: "auto" (bfloat16 on cuda, float32 on cpu), "float32", "bfloat16", "float16" or a torch dtype.
+        weights: "pretrained", or "random": the true architecture filled on the device from `seed`.
+        seed: of the random weights.
+        components: load only the networks of these components, e.g. `("expert_high",)`; all by default.
+
+    Raises:
+        WanlabError: unknown name or option, missing, truncated or mismatched files, too little memory,
+            or an unreachable hub.
+    """
+    spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
+    if weights not in ("pretrained", "random"):
+        raise WanlabError(f'weights is "pretrained" or "random", not {weights!r}')
+    place, kind = resolve(device, dtype)
+    wanted = _wanted_parts(spec, components)
+    folder = _folder(spec, wanted, weights)
+    pipeline_cls = _pipeline_class(spec)
+    for name in wanted:
+        network_class(spec.part(name))  # imports its module, so that the clock does not see it
+
+    start = time.perf_counter()
+    modules = {name: skeleton(spec.part(name), kind) for name in wanted}
+    notes: list[str] = []
+    checkpoints: dict[str, ckpt.Checkpoint] = {}
+    if weights == "pretrained":
+        for name, module in modules.items():
+            checkpoints[name] = ckpt.open_checkpoint(folder / name)
+            unused = ckpt.check(checkpoints[name], module)
+            if unused:
+                notes.append(f"{name}: {len(unused)} tensors of the files are not used, e.g. {unused[0]}")
+    sizes = {name: needed_bytes(module, kind) for name, module in modules.items()}
+    check_room(spec.name, sizes, place, str(kind).removeprefix("torch."))
+    files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+    cached = pagecache.cached_fraction(files) if files else None
+
+    loads = []
+    for name, module in modules.items():
+        paths = checkpoints[name].files if checkpoints else ()
+        part_cached = pagecache.cached_fraction(paths) if paths else None
+        part_start = time.perf_counter()
+        if checkpoints:
+            ckpt.fill(module, checkpoints[name], device=place, dtype=kind)
+        else:
+            fill_random(module, name=name, device=place, dtype=kind, seed=seed)
+        synchronize(place)
+        read = checkpoints[name].size_bytes if checkpoints else 0
+        loads.append(PartLoad(name, _ms(part_start), read, sizes[name], part_cached))
+
+    extras, more = _without_weights(spec, folder, wanted)
+    pipeline = _pipeline(pipeline_cls, spec, modules, extras)
+    notes += more
+    if weights == "random":
+        notes.append(f"random weights from seed {seed}: right in time and memory, meaningless in content")
+    report = LoadReport(weights, _ms(start), tuple(loads), cached, tuple(notes))
+
+    from .generate import Model
+
+    return Model(spec=spec, pipeline=pipeline, device=place, dtype=kind, load=report, notes=tuple(notes))
+
+
+def load_times(
+    name_or_spec: str | ModelSpec,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    components: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Load twice, cold and then warm; the model is let go after each.
+
+    Before the first load the kernel is asked to drop the files from its page cache. It may refuse, so `state`
+    says what the cache held in truth: "cold", "warm", "partly cached" or "unknown". Disks have caches of
+    their own. Rows: those of `LoadReport.frame`, for `load` "first" and "second".
+
+    Raises:
+        WanlabError: as `load`.
+    """
+    import gc
+
+    import pandas as pd
+
+    spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
+    wanted = _wanted_parts(spec, components)
+    folder = _folder(spec, wanted, "pretrained")
+    files = [file for name in wanted for file in ckpt.open_checkpoint(folder / name).files]
+    gc.collect()  # an earlier model may still map the files
+    pagecache.drop(files)
+    frames = []
+    for label in ("first", "second"):
+        report = load(spec, device=device, dtype=dtype, components=components).load
+        frames.append(report.frame().assign(load=label, state=report.state))
+        gc.collect()
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["load", "state", *[column for column in frame.columns if column not in ("load", "state")]]]
+
+
+def resolve(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that "auto" and names stand for.
+
+    Raises:
+        WanlabError: no such device here, or no such dtype.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise WanlabError(f'no device {device!r}; use "auto", "cpu", "cuda" or "cuda:N"') from error
+    if place.type not in ("cpu", "cuda"):
+        raise WanlabError(f'device {place} is not supported; use "auto", "cpu", "cuda" or "cuda:N"')
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if (place.index or 0) >= count:
+            raise WanlabError(f'device {place} is not here ({count} CUDA devices); use "auto" or "cpu"')
+        place = torch.device("cuda", place.index or 0)
+    if dtype == "auto":
+        return place, torch.bfloat16 if place.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise WanlabError(
+            f"weights cannot be loaded in {name!r}{did_you_mean(name, DTYPES)}; use {', '.join(DTYPES)}"
+        )
+    return place, getattr(torch, name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next is true."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def _wanted_parts(spec: ModelSpec, components: Sequence[str] | None) -> list[str]:
+    if components is None:
+        return [part.name for part in spec.parts]
+    if isinstance(components, str):
+        components = (components,)
+    if not components:
+        raise WanlabError(f"components is empty; name some of {', '.join(spec.components)}, or leave it out")
+    chosen = {spec.part_of(component) for component in components}
+    return [part.name for part in spec.parts if part.name in chosen]
+
+
+def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
+    """Where the files are; None when nothing is on this machine and nothing is needed."""
+    if spec.is_local:
+        return Path(spec.source)
+    if weights == "random":
+        return None
+    from .hub import fetch_folder
+
+    others = [key for key in spec.model_index if key.startswith(("tokenizer", "scheduler"))]
+    return fetch_folder(spec.source, [*wanted, *others])
+
+
+def _pipeline_class(spec: ModelSpec) -> type:
+    import diffusers
+
+    found = getattr(diffusers, spec.pipeline_class, None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise WanlabError(
+            f"{spec.source}: the installed diffusers {diffusers.__version__} has no pipeline"
+            f" {spec.pipeline_class}{did_you_mean(spec.pipeline_class, dir(diffusers))}"
+        )
+    return found
+
+
+def _without_weights(
+    spec: ModelSpec, folder: Path | None, wanted: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Tokenizers, scheduler and processors; stand-ins and notes where the files are not at hand."""
+    extras: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, entry in spec.model_index.items():
+        if not isinstance(entry, list) or None in entry or any(part.name == name for part in spec.parts):
+            continue
+        library, class_name = entry
+        text_encoder = name.replace("tokenizer", "text_encoder")
+        if name.startswith("tokenizer") and text_encoder not in wanted:
+            continue
+        cls = getattr(importlib.import_module(library), class_name, None)
+        if name == "scheduler":
+            if cls is None:
+                raise WanlabError(f"{spec.source}: the installed {library} has no scheduler {class_name}")
+            extras[name] = cls.from_config(dict(spec.scheduler_config))
+        elif folder is None and name.startswith("tokenizer"):
+            from .tokenizer import WordHashTokenizer
+
+            extras[name] = WordHashTokenizer(
+                spec.part(text_encoder).config["vocab_size"], spec.defaults.text_tokens
+            )
+            notes.append(f"{name}: the real one is not on this machine; words are hashed to ids instead")
+        elif folder is not None:
+            extras[name] = _from_files(folder / name, library, cls)
+    return extras, notes
+
+
+def _from_files(folder: Path, library: str, cls: type | None) -> Any:
+    if not folder.is_dir():
+        raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
+    if cls is None and library == "transformers":
+        from transformers import AutoTokenizer as cls
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizer libraries raise bare exceptions for a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WanlabError(f"{folder} cannot be read ({reason[:160]}); fetch it again") from error
+
+
+def _pipeline(cls: type, spec: ModelSpec, modules: dict[str, Any], extras: dict[str, Any]) -> Any:
+    import inspect
+
+    accepted = inspect.signature(cls.__init__).parameters
+    arguments: dict[str, Any] = dict.fromkeys(
+        name
+        for name, parameter in accepted.items()
+        if name != "self" and parameter.default is parameter.empty
+    )
+    arguments |= {
+        key: value
+        for key, value in spec.model_index.items()
+        if key in accepted and not isinstance(value, list) and not key.startswith("_")
+    }
+    arguments |= {key: value for key, value in (modules | extras).items() if key in accepted}
+    unknown = [key for key in modules if key not in accepted]
+    if unknown:
+        raise WanlabError(
+            f"{spec.source}: {cls.__name__} has no part {unknown[0]!r}; model_index.json names a wrong class"
+        )
+    pipeline = cls(**arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _ms(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,250 @@
+"""Which models there are, and their facts, read from configuration files without loading torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import WanlabError, did_you_mean
+from .spec import Defaults, ModelSpec, Part, component_parts
+
+NANO = "wan-nano"
+HUB_MODELS = ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+
+# Entries of model_index.json that carry no network.
+_NO_NETWORK = (
+    "tokenizer",
+    "scheduler",
+    "image_processor",
+    "feature_extractor",
+    "video_processor",
+    "processor",
+)
+# Diffusers has no mark for video pipelines; their classes carry it in a name.
+_VIDEO = re.compile(r"Video|Wan|3D|Mochi|Cosmos|Allegro|Motion|Temporal|Animate|SkyReels", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def names() -> tuple[str, ...]:
+    """Names that `get` knows without a path or a hub id."""
+    return (NANO, *HUB_MODELS)
+
+
+def get(name: str | os.PathLike) -> ModelSpec:
+    """Facts of a model.
+
+    Args:
+        name: a registry name (`names()`), a folder in diffusers layout, or a hub id such as
+            `"Wan-AI/Wan2.2-I2V-A14B-Diffusers"`. Only a hub id that is not in the registry needs a network.
+
+    Raises:
+        WanlabError: unknown name, missing folder or file, not a video pipeline, or unreachable hub.
+    """
+    name = os.fspath(name)
+    if name == NANO:
+        folder = nano_folder()
+        if not folder.is_dir():
+            raise WanlabError(
+                f"wan-nano: its folder {folder} is missing; work in a source checkout that has data/wan-nano,"
+                " or set WANLAB_NANO to the folder"
+            )
+        return _from_folder(folder, name=NANO)
+    if name in HUB_MODELS:
+        return _packaged(name)
+    if name and Path(name).is_dir():
+        return _from_folder(Path(name).resolve(), name=Path(name).resolve().name)
+    for known in HUB_MODELS:
+        if _packaged_data(known)["source"] == name:
+            return _packaged(known)
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        return _from_hub(name)
+    if os.sep in name:
+        raise WanlabError(f"no folder {name}; give the folder that holds model_index.json")
+    raise WanlabError(
+        f"unknown model {name!r}{did_you_mean(name, names())}; known: {', '.join(names())},"
+        " or a diffusers folder or hub id"
+    )
+
+
+def nano_folder() -> Path:
+    """Where wan-nano lies: `$WANLAB_NANO`, or `data/wan-nano` of the source tree."""
+    override = os.environ.get("WANLAB_NANO")
+    return Path(override) if override else Path(__file__).resolve().parents[2] / "data" / "wan-nano"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        WanlabError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WanlabError(f"{path} is missing; the folder is incomplete, fetch the model again") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WanlabError(f"{path} cannot be read as JSON ({reason}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise WanlabError(f"{path} holds no JSON object; fetch the file again")
+    return value
+
+
+@cache
+def _packaged_data(name: str) -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("configs", f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _packaged(name: str) -> ModelSpec:
+    data = _packaged_data(name)
+    configs = data["configs"]
+    return _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
+
+
+def _from_folder(folder: Path, *, name: str) -> ModelSpec:
+    if not (folder / "model_index.json").is_file():
+        raise WanlabError(f"{folder} has no model_index.json; give the top folder of a diffusers pipeline")
+    index = read_json(folder / "model_index.json")
+
+    def config(part: str) -> dict[str, Any]:
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return read_json(folder / part / file)
+
+    return _assemble(name, str(folder), index, config)
+
+
+def _from_hub(hub_id: str) -> ModelSpec:
+    from .hub import fetch_configs
+
+    return replace(_from_folder(fetch_configs(hub_id), name=hub_id), source=hub_id)
+
+
+def _assemble(
+    name: str, source: str, index: Mapping[str, Any], config_of: Callable[[str], dict[str, Any]]
+) -> ModelSpec:
+    """A spec from model_index.json and the configuration of each part."""
+    entries = {
+        key: value
+        for key, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+    }
+    networks = {key: value for key, value in entries.items() if not key.startswith(_NO_NETWORK)}
+    pipeline_class = _pipeline_class(source, index, networks)
+    parts = tuple(
+        _part(source, part, *networks[part], config_of(part)) for part in sorted(networks, key=_part_order)
+    )
+    configs = {part.name: part.config for part in parts}
+    if "vae" not in configs:
+        raise WanlabError(f"{source}: model_index.json names no vae; wanlab needs a latent video pipeline")
+    vae = configs["vae"]
+    denoiser = next(
+        (configs[key] for key in ("transformer", "transformer_2", "unet") if key in configs), None
+    )
+    if denoiser is None:
+        raise WanlabError(f"{source}: model_index.json names no transformer or unet; nothing could denoise")
+    scheduler = config_of("scheduler") if "scheduler" in entries else {}
+    shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    return ModelSpec(
+        name=name,
+        source=source,
+        pipeline_class=pipeline_class,
+        components=tuple(component_parts([part.name for part in parts])),
+        boundary_ratio=index.get("boundary_ratio"),
+        defaults=replace(_published_defaults(denoiser), flow_shift=shift),
+        spatial_factor=_first(
+            vae,
+            ("scale_factor_spatial", "spatial_compression_ratio"),
+            2 ** (len(vae.get("block_out_channels", range(4))) - 1),
+        ),
+        temporal_factor=_first(
+            vae, ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compression"), 4
+        ),
+        patch=_patch(denoiser),
+        latent_channels=_first(vae, ("z_dim", "latent_channels"), 16),
+        expand_timesteps=bool(index.get("expand_timesteps", False)),
+        max_positions=denoiser.get("rope_max_seq_len"),
+        parts=parts,
+        model_index=dict(index),
+        scheduler_config=scheduler,
+    )
+
+
+def _pipeline_class(source: str, index: Mapping[str, Any], networks: Mapping[str, list[str]]) -> str:
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise WanlabError(f"{source}: model_index.json names no pipeline class (_class_name); fetch it again")
+    if not any(_VIDEO.search(text) for text in (class_name, *(value[1] for value in networks.values()))):
+        raise WanlabError(
+            f"{source} is a {class_name}, not a video pipeline; give a diffusers video pipeline"
+        )
+    # TI2V-5B is published as text-to-video; the image-to-video class runs the same files and takes the image.
+    if class_name == "WanPipeline" and index.get("expand_timesteps"):
+        return "WanImageToVideoPipeline"
+    return class_name
+
+
+def _part(source: str, name: str, library: str, class_name: str, config: Mapping[str, Any]) -> Part:
+    stated = config.get("_class_name") or next(iter(config.get("architectures") or []), class_name)
+    if library == "diffusers" and stated != class_name:
+        raise WanlabError(
+            f"{source}: model_index.json says {name} is {class_name}, its config.json says {stated};"
+            " the folder mixes two models, fetch it again"
+        )
+    return Part(name, library, class_name, dict(config))
+
+
+def _part_order(part: str) -> tuple[int, str]:
+    order = ("text_encoder", "image_encoder", "transformer", "unet", "vae")
+    return next((i for i, prefix in enumerate(order) if part.startswith(prefix)), len(order)), part
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...], otherwise: int) -> int:
+    return int(next((config[key] for key in keys if config.get(key) is not None), otherwise))
+
+
+def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    patch = config.get("patch_size", 1)
+    if isinstance(patch, list | tuple):
+        return (int(patch[0]), int(patch[1]), int(patch[2]))
+    return (int(config.get("patch_size_t") or 1), int(patch or 1), int(patch or 1))
+
+
+def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
+    """The settings a model was made for, recognised by its denoiser, so that a local copy has them too."""
+    from ..nano import architecture as nano
+
+    keys = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "ffn_dim",
+        "in_channels",
+        "out_channels",
+    )
+
+    def same(config: Mapping[str, Any]) -> bool:
+        return all(denoiser.get(key) == config[key] for key in keys)
+
+    for name in HUB_MODELS:
+        data = _packaged_data(name)
+        if same(data["configs"]["transformer"]):
+            return Defaults(**data["defaults"])
+    if same(nano.EXPERT):
+        return Defaults(
+            height=nano.HEIGHT,
+            width=nano.WIDTH,
+            frames=nano.FRAMES,
+            fps=nano.FPS,
+            steps=nano.STEPS,
+            guidance_scale=nano.GUIDANCE_SCALE,
+            text_tokens=nano.TEXT_TOKENS,
+        )
+    return Defaults()

@@ -1,0 +1,111 @@
+"""From pixels and frames to latents and tokens, and back to the nearest size that is legal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import WanlabError
+from .spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Shape of the latent video `[channels, frames, height, width]` and the tokens an expert sees."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+    tokens: int
+
+
+def size_step(spec: ModelSpec) -> tuple[int, int]:
+    """Pixels by which height and width may change: VAE factor times patch, and 16 for the Wan pipelines."""
+    asked = 16 if spec.pipeline_class.startswith("Wan") else 1
+    _, patch_h, patch_w = spec.patch
+    return math.lcm(spec.spatial_factor * patch_h, asked), math.lcm(spec.spatial_factor * patch_w, asked)
+
+
+def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> LatentShape:
+    """Latent shape and token count of a video.
+
+    The causal VAE turns `temporal_factor * k + 1` frames into `k + 1` latent frames (the first stands alone)
+    and `spatial_factor` pixels into one position; the expert joins `patch` positions into a token.
+
+    Args:
+        spec: the model.
+        height, width: pixels.
+        frames: frames of the video, including the first.
+
+    Raises:
+        WanlabError: the size is not legal; names the nearest one that is.
+    """
+    wrong = [
+        name
+        for name, value in (("height", height), ("width", width), ("frames", frames))
+        if not _whole(value)
+    ]
+    if wrong:
+        raise WanlabError(f"{wrong[0]} must be a whole number of at least 1")
+    step_h, step_w = size_step(spec)
+    heights, widths = _nearest(height, step_h, 0), _nearest(width, step_w, 0)
+    counts = _nearest(frames, spec.temporal_factor * spec.patch[0], 1)
+    faults = []
+    if heights != [height] or widths != [width]:
+        legal = " or ".join(f"{h}x{w}" for h in heights for w in widths)
+        faults.append(
+            f"size {height}x{width} is not legal, height must be a multiple of {step_h} and width of"
+            f" {step_w}: the nearest is {legal}"
+        )
+    if counts != [frames]:
+        faults.append(
+            f"{frames} frames are not legal, they must be {spec.temporal_factor * spec.patch[0]}k+1:"
+            f" the nearest is {' or '.join(map(str, counts))}"
+        )
+    if faults:
+        raise WanlabError(f"{spec.name}: {'; '.join(faults)}")
+    latent = (
+        (frames - 1) // spec.temporal_factor + 1,
+        height // spec.spatial_factor,
+        width // spec.spatial_factor,
+    )
+    grid = tuple(size // patch for size, patch in zip(latent, spec.patch, strict=True))
+    if spec.max_positions is not None and max(grid) > spec.max_positions:
+        raise WanlabError(
+            f"{spec.name}: {height}x{width}x{frames} needs {max(grid)} positions along one axis, its position"
+            f" embedding has {spec.max_positions}; choose a smaller video"
+        )
+    return LatentShape(spec.latent_channels, *latent, tokens=grid[0] * grid[1] * grid[2])
+
+
+def nearest_size(spec: ModelSpec, height: int, width: int, frames: int) -> tuple[int, int, int]:
+    """The legal (height, width, frames) nearest to this one; the larger of two equally near.
+
+    Raises:
+        WanlabError: a value is not a whole number of at least 1.
+    """
+    for name, value in (("height", height), ("width", width), ("frames", frames)):
+        if not _whole(value):
+            raise WanlabError(f"{name} must be a whole number of at least 1")
+    step_h, step_w = size_step(spec)
+    return (
+        _nearest(height, step_h, 0)[-1],
+        _nearest(width, step_w, 0)[-1],
+        _nearest(frames, spec.temporal_factor * spec.patch[0], 1)[-1],
+    )
+
+
+def _whole(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and value >= 1
+
+
+def _nearest(value: int, step: int, offset: int) -> list[int]:
+    """Values `k * step + offset` nearest to `value`: one, or two when it lies in the middle."""
+    below = (value - offset) // step * step + offset
+    low, high = max(below, offset or step), below + step
+    if value <= low:
+        return [low]
+    if value - low == high - value:
+        return [low, high]
+    return [low if value - low < high - value else high]

@@ -1,0 +1,110 @@
+"""What is known of a model before a byte of its weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import WanlabError, did_you_mean
+
+# The two halves of a VAE are two components: they run at different times and are converted apart.
+_VAE_HALVES = ("vae_encoder", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of a generation that the user did not choose; sizes in pixels, `fps` in frames per second."""
+
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    fps: int = 16
+    steps: int = 50
+    guidance_scale: float = 5.0
+    text_tokens: int = 512
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a diffusers pipeline as it lies in its folder, e.g. `transformer_2`."""
+
+    name: str
+    library: str
+    class_name: str
+    config: Mapping[str, Any] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts of a model, from its configuration files alone.
+
+    Attributes:
+        name: registry name, folder name or hub id.
+        source: folder or hub id where the weights are.
+        pipeline_class: diffusers class that runs it.
+        components: wanlab's names, in the order in which a generation uses them.
+        boundary_ratio: share of the training timesteps from which on `expert_high` runs; None with one
+            expert.
+        spatial_factor, temporal_factor: pixels and frames per latent position.
+        patch: latent positions per token along `[T, H, W]`.
+        latent_channels: channels of what the VAE makes and the experts denoise.
+        expand_timesteps: the expert gets one timestep per token (TI2V-5B) instead of one per sample.
+        max_positions: longest axis, in tokens, that the rotary embedding reaches; None if unknown.
+    """
+
+    name: str
+    source: str
+    pipeline_class: str
+    components: tuple[str, ...]
+    boundary_ratio: float | None
+    defaults: Defaults
+    spatial_factor: int
+    temporal_factor: int
+    patch: tuple[int, int, int]
+    latent_channels: int
+    expand_timesteps: bool = False
+    max_positions: int | None = None
+    parts: tuple[Part, ...] = field(default=(), repr=False)
+    model_index: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    scheduler_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `source` is a folder on this machine."""
+        return Path(self.source).is_dir()
+
+    def part(self, name: str) -> Part:
+        """The part with this diffusers name, e.g. `"transformer"`."""
+        return next(part for part in self.parts if part.name == name)
+
+    def part_of(self, component: str) -> str:
+        """The diffusers name of a component: `expert_low` -> `transformer_2`.
+
+        Raises:
+            WanlabError: the model has no such component.
+        """
+        if component not in self.components:
+            raise WanlabError(
+                f"{self.name} has no component {component!r}{did_you_mean(component, self.components)};"
+                f" it has {', '.join(self.components)}"
+            )
+        return component_parts([part.name for part in self.parts])[component]
+
+
+def component_parts(parts: list[str]) -> dict[str, str]:
+    """Component name -> diffusers part name, in the order in which a generation uses them."""
+    denoisers = [part for part in parts if part.startswith(("transformer", "unet"))]
+    mapping = {part: part for part in parts if part not in denoisers and part != "vae"}
+    if "vae" in parts:
+        mapping["vae_encoder"] = "vae"
+    if len(denoisers) == 1:
+        mapping["expert"] = denoisers[0]
+    elif denoisers:
+        first, second, *rest = sorted(denoisers)
+        mapping |= {"expert_high": first, "expert_low": second} | {part: part for part in rest}
+    if "vae" in parts:
+        mapping["vae_decoder"] = "vae"
+    return mapping

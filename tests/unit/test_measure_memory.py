@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from wanlab import measure
+from wanlab.measure import memory
+
+QUARTER_GIB = 32 * 1024**2  # float64 values
+
+
+def test_resident_set_sees_a_block_that_is_gone_at_the_end():
+    with measure.peak_memory("cpu") as peak:
+        block = np.ones(QUARTER_GIB)
+        del block
+    assert peak.source == "resident set"
+    assert 0.2 < peak.increase_gib < 0.5
+    assert peak.peak_gib == pytest.approx(peak.start_gib + peak.increase_gib)
+    assert peak.allocated_gib is None
+    assert peak.row()["peak_gib"] == peak.peak_gib
+
+
+def test_nothing_allocated_is_nothing_measured():
+    with measure.peak_memory("cpu") as peak:
+        time.sleep(0.02)
+    assert 0 <= peak.increase_gib < 0.05
+    assert peak.start_gib > 0.02  # an interpreter with numpy is larger than this
+
+
+def test_peak_is_known_after_an_exception_and_the_thread_is_gone():
+    def fill():
+        with measure.peak_memory("cpu") as peak:
+            peaks.append(peak)
+            block = np.ones(QUARTER_GIB)
+            raise RuntimeError(block.size)
+
+    peaks = []
+    with pytest.raises(RuntimeError):
+        fill()
+    assert peaks[0].increase_gib > 0.2
+    assert "wanlab-memory" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_sampler_keeps_a_spike_between_its_ends():
+    level = [1.0]
+    with memory._Sampler(lambda: level[0], interval_s=0.001) as sampler:
+        level[0] = 7.0
+        deadline = time.monotonic() + 5
+        while sampler.maximum < 7 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        level[0] = 2.0
+    assert sampler.start == 1.0
+    assert sampler.peak() == 7.0

@@ -1,0 +1,147 @@
+"""The baseline of a model: everything that a later change is compared with, taken in one go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanlab.measure.memory import PeakMemory, peak_memory
+from wanlab.measure.samples import AAControl, Samples
+from wanlab.measure.stages import stages
+from wanlab.measure.timing import aa_control
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wanlab.models.generate import Generation, Model
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What one generation costs.
+
+    Attributes:
+        label: name of the row, e.g. "eager".
+        control: whole generations measured twice over, interleaved; their spread is the noise floor.
+        memory: peak during those generations.
+        breakdown: time per component of one more, recorded generation; adds up to its wall clock.
+        calls: every component call of that generation, with step, timestep and branch.
+        generation: the recorded generation, with its video.
+        load_ms: how long loading took, None when it is not known.
+    """
+
+    label: str
+    control: AAControl
+    memory: PeakMemory
+    breakdown: pd.DataFrame
+    calls: pd.DataFrame
+    generation: Generation
+    load_ms: float | None
+
+    @property
+    def samples(self) -> Samples:
+        """Both sides of the control together: every whole generation that was timed."""
+        both = self.control.first.values_ms + self.control.second.values_ms
+        return Samples(self.label, both, self.control.first.device, self.control.first.clock)
+
+    @property
+    def row(self) -> dict[str, float | str | None]:
+        """The row of a before/after table; medians, units in the names."""
+        samples, frames = self.samples, self.generation.settings["frames"]
+        return {
+            "variant": self.label,
+            "time_per_video_ms": samples.median,
+            "time_per_frame_ms": samples.median / frames,
+            "throughput_frames_per_s": 1e3 * frames / samples.median,
+            "peak_memory_gib": self.memory.peak_gib,
+            "load_ms": self.load_ms,
+        }
+
+    def forward_ms(self) -> pd.DataFrame:
+        """Median time of one expert forward: component, calls, median_ms, min_ms, max_ms."""
+        experts = self.calls[self.calls["component"].str.startswith("expert")]
+        grouped = experts.groupby("component", sort=False)["time_ms"]
+        frame = grouped.agg(calls="size", median_ms="median", min_ms="min", max_ms="max")
+        return frame.reset_index()
+
+
+def baseline(
+    model: Model,
+    image,
+    prompt: str,
+    *,
+    label: str = "eager",
+    iterations: int = 2,
+    warmup: int = 1,
+    load_ms: float | None = None,
+    progress: bool = True,
+    **settings,
+) -> Baseline:
+    """Measure whole generations, then record the stages of one more.
+
+    Timing comes first and undisturbed: warm-up, then 2 x `iterations` generations as an A/A control with peak
+    memory beside them, then one generation with every component call recorded (which synchronises the device).
+
+    Args:
+        model: from `wanlab.models.load` or `wanlab.convert.use`.
+        image, prompt, settings: as `Model.generate` takes them.
+        label: name of the row.
+        iterations: generations on each side of the A/A control.
+        warmup: generations before the clock starts.
+        load_ms: time of loading, to be shown in the row; the model's own load report by default.
+    """
+
+    def generate():
+        return model.generate(image, prompt, **settings)
+
+    with peak_memory(model.device) as memory:
+        control = aa_control(
+            generate,
+            warmup=warmup,
+            iterations=iterations,
+            device=model.device,
+            progress=progress,
+            label=label,
+        )
+    with stages(model) as recorder:
+        generation = generate()
+    return Baseline(
+        label=label,
+        control=control,
+        memory=memory,
+        breakdown=recorder.breakdown(generation.wall_ms),
+        calls=recorder.frame(),
+        generation=generation,
+        load_ms=model.load.time_ms if load_ms is None else load_ms,
+    )
+
+
+def before_after(rows: list[dict], **more: list[str]) -> pd.DataFrame:
+    """The before/after table: a line per measure, a column per variant, and the ratio of each to the first.
+
+    Args:
+        rows: as `Baseline.row` gives them; the first is the original.
+        more: further lines of text, one entry per variant, e.g. `divergence_lpips=["0", "1e-6"]`.
+
+    Returns:
+        DataFrame: measure, one column per variant, and `<variant> ratio` per later variant, above 1 where the variant
+        is better (a time or size that shrank, a throughput that grew); empty where there is nothing to divide.
+    """
+    import pandas as pd
+
+    names = [str(row["variant"]) for row in rows]
+    lines = []
+    for measure in [key for key in rows[0] if key != "variant"]:
+        values = [row.get(measure) for row in rows]
+        line = {"measure": measure} | {
+            n: "" if v is None else f"{v:,.2f}" for n, v in zip(names, values, strict=True)
+        }
+        for name, value in zip(names[1:], values[1:], strict=True):
+            known = values[0] and value
+            gain = (value / values[0] if "throughput" in measure else values[0] / value) if known else None
+            line[f"{name} ratio"] = f"{gain:.2f}x" if gain else ""
+        lines.append(line)
+    for measure, texts in more.items():
+        line = {"measure": measure} | dict(zip(names, texts, strict=True))
+        lines.append(line | {f"{name} ratio": "" for name in names[1:]})
+    return pd.DataFrame(lines)

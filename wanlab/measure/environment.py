@@ -1,0 +1,157 @@
+"""A fingerprint of where a number was taken. An allow-list: environment variables, paths, host and
+user names never enter it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "accelerate",
+    "av",
+    "diffusers",
+    "lpips",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxscript",
+    "onnxsim",
+    "pandas",
+    "papermill",
+    "plotly",
+    "pycuda",
+    "safetensors",
+    "scikit-image",
+    "stlpips-pytorch",
+    "tensorrt",
+    "torch",
+    "torchvision",
+    "transformers",
+    "triton",
+    "wanlab",
+)
+# nvidia-smi's name of a figure -> the name here
+GPU_QUERY = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock_mhz",
+    "clocks.max.sm": "sm_clock_max_mhz",
+    "clocks.mem": "memory_clock_mhz",
+    "power.limit": "power_limit_w",
+    "temperature.gpu": "temperature_c",
+    "persistence_mode": "persistence_mode",
+}
+
+
+def environment(device=None) -> dict:
+    """Where this process runs, as plain data that JSON can hold.
+
+    Args:
+        device: which device the numbers are taken on; None takes the GPU when there is one.
+
+    Returns:
+        dict: device, gpu (None on a CPU; name, memory_gib, compute_capability, driver and clocks
+        where the driver's tool answers), gpu_count, cpu, cores, cores_available, threads, ram_gib,
+        platform, python, cuda, packages, git (None outside a source tree; commit, dirty).
+    """
+    import psutil
+    import torch
+
+    available = torch.cuda.is_available()
+    device = torch.device(device or ("cuda" if available else "cpu"))
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": device.type,
+        "gpu": _gpu(device) if device.type == "cuda" and available else None,
+        "gpu_count": torch.cuda.device_count() if available else 0,
+        "cpu": _cpu_model(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "cores_available": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": round(psutil.virtual_memory().total / 1024**3, 1),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "packages": _packages(),
+        "git": _git(),
+    }
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch := sys.modules.get("torch"):
+        versions["torch"] = str(torch.__version__)  # with the build, such as 2.11.0+cu130
+    return versions
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu(device) -> dict:
+    import torch
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = torch.cuda.get_device_properties(index)
+    found = {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 1024**3, 1),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+    }
+    return found | _nvidia_smi(getattr(properties, "uuid", None))
+
+
+def _nvidia_smi(uuid) -> dict:
+    """Driver, clocks and power limit of one GPU, by its id: indices differ when some are hidden."""
+    if uuid is None:
+        return {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
+    answer = _output([*query, "-i", f"GPU-{str(uuid).removeprefix('GPU-')}"])
+    values = [value.strip() for value in answer.split(",")] if answer else []
+    return {
+        name: value if name == "driver" else _number(value)
+        for name, value in zip(GPU_QUERY.values(), values, strict=False)
+        if value and not value.startswith("[")  # "[N/A]": the driver does not know
+    }
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _git() -> dict | None:
+    """Commit and state of the source tree that wanlab runs from, if it is one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _output(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"])
+    status = _output(["git", "-C", str(root), "status", "--porcelain"])
+    return {"commit": commit or None, "dirty": None if status is None else bool(status)}
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

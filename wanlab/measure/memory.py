@@ -1,0 +1,181 @@
+"""Peak memory of a stretch of code: the CUDA allocator and whole device, or the resident set."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+from wanlab.errors import WanlabError
+
+GIB = 1024**3
+INTERVAL_S = 0.005  # between two looks at the memory; one look takes some tens of microseconds
+
+_open: list[PeakMemory] = []  # measurements under way, told before the allocator's peak is reset
+
+
+@dataclass(eq=False)
+class PeakMemory:
+    """What a stretch of code needed at most, in GiB. Complete once the `with` block has ended.
+
+    Attributes:
+        peak_gib: most that was held at one time. On a GPU the whole device (every process and
+            library on it, so engines outside PyTorch count too), on a CPU this process's resident set.
+        start_gib: the same quantity when the block began.
+        allocated_gib: on a GPU the peak of tensors in PyTorch's allocator, else None.
+        reserved_gib: on a GPU the peak that PyTorch's allocator held from the driver, else None.
+        source: `"whole device and CUDA allocator"` or `"resident set"`.
+    """
+
+    peak_gib: float = 0.0
+    start_gib: float = 0.0
+    allocated_gib: float | None = None
+    reserved_gib: float | None = None
+    source: str = "resident set"
+    device: str = "cpu"
+
+    @property
+    def increase_gib(self) -> float:
+        """Peak over what was held at the beginning."""
+        return self.peak_gib - self.start_gib
+
+    def row(self) -> dict:
+        return {
+            "peak_gib": self.peak_gib,
+            "start_gib": self.start_gib,
+            "increase_gib": self.increase_gib,
+            "allocated_gib": self.allocated_gib,
+            "reserved_gib": self.reserved_gib,
+            "source": self.source,
+        }
+
+    def _absorb_allocator_peak(self) -> None:
+        """Take over the allocator's peak so far; on a GPU only."""
+        if self.allocated_gib is None:
+            return
+        import torch
+
+        allocated = torch.cuda.max_memory_allocated(self.device) / GIB
+        reserved = torch.cuda.max_memory_reserved(self.device) / GIB
+        self.allocated_gib = max(self.allocated_gib, allocated)
+        self.reserved_gib = max(self.reserved_gib, reserved)
+
+
+@contextmanager
+def peak_memory(device=None):
+    """Measure peak memory of the `with` block.
+
+    The allocator's figures are exact. Whole device and resident set are looked at every 5 ms by a
+    thread (and at both ends), so a shorter spike can be missed; the whole-device peak is at least
+    the start plus what PyTorch's allocator added. Blocks may be nested. Do not time inside the block.
+
+    Args:
+        device: `torch.device`, `"cuda"`, `"cpu"`; None takes the GPU when there is one.
+
+    Yields:
+        PeakMemory: filled in when the block ends, also after an exception.
+
+    Raises:
+        WanlabError: a CUDA device is asked for and PyTorch sees none.
+    """
+    device = _resolve(device)
+    if device == "cpu":
+        with _Sampler(_resident_gib) as sampler:
+            result = PeakMemory(start_gib=sampler.start)
+            try:
+                yield result
+            finally:
+                result.peak_gib = sampler.peak()
+        return
+
+    import torch
+
+    torch.cuda.synchronize(device)
+    _reset_allocator_peak(device)
+    with _Sampler(lambda: _device_gib(device)) as sampler:
+        held = torch.cuda.memory_reserved(device) / GIB
+        result = PeakMemory(
+            start_gib=sampler.start,
+            allocated_gib=0.0,
+            reserved_gib=0.0,
+            source="whole device and CUDA allocator",
+            device=device,
+        )
+        _open.append(result)
+        try:
+            yield result
+        finally:
+            torch.cuda.synchronize(device)
+            _open.remove(result)
+            result._absorb_allocator_peak()
+            result.peak_gib = max(sampler.peak(), sampler.start + result.reserved_gib - held)
+
+
+def _resolve(device) -> str:
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "cpu"  # weights of other devices (such as meta) take no memory of their own
+    if not torch.cuda.is_available():
+        raise WanlabError("device is cuda but PyTorch sees no GPU; pass device='cpu'")
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
+def _reset_allocator_peak(device: str) -> None:
+    import torch
+
+    for outer in _open:
+        if outer.device == device:
+            outer._absorb_allocator_peak()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def _device_gib(device: str) -> float:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / GIB
+
+
+@lru_cache(maxsize=1)
+def _process(pid: int):
+    import psutil
+
+    return psutil.Process(pid)
+
+
+def _resident_gib() -> float:
+    return _process(os.getpid()).memory_info().rss / GIB
+
+
+class _Sampler:
+    """A thread that looks at a quantity again and again and keeps its maximum."""
+
+    def __init__(self, look: Callable[[], float], interval_s: float = INTERVAL_S) -> None:
+        self.look, self.interval_s = look, interval_s
+        self.start = self.maximum = look()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="wanlab-memory")
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self.maximum = max(self.maximum, self.look())
+
+    def peak(self) -> float:
+        """The maximum up to now."""
+        self.maximum = max(self.maximum, self.look())
+        return self.maximum
+
+    def __enter__(self) -> _Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()

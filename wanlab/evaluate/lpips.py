@@ -1,0 +1,151 @@
+"""Perceptual distance (LPIPS) with backbones that are named, local and loaded once.
+
+LPIPS is Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018).
+The shift-tolerant variant is Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric" (2022):
+its weights ship with its package, so it works everywhere. Their scales differ: scores of different
+backbones must not be compared. Nothing here ever downloads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from wanlab.errors import WanlabError, did_you_mean, require
+
+DEFAULT_BACKBONE = "stlpips-alex"
+# Backbone -> file that torchvision keeps in the torch hub cache, and the call that fetches it.
+HUB_FILES = {
+    "lpips-alex": ("alexnet-owt-7be5be79.pth", "alexnet"),
+    "lpips-vgg": ("vgg16-397923af.pth", "vgg16"),
+    "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "squeezenet1_1"),
+}
+BACKBONES = (DEFAULT_BACKBONE, *HUB_FILES)
+MIN_SIZE = 32  # pixels a side; smaller frames vanish in the networks' pooling
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone, whether it can be used now, and what to do if not."""
+
+    name: str
+    available: bool
+    note: str
+
+
+def available_backbones() -> list[Backbone]:
+    """Every backbone and whether this machine can use it, without loading any."""
+    from importlib.util import find_spec
+
+    found = []
+    for name in BACKBONES:
+        package, install = _package(name)
+        if find_spec(package) is None:
+            found.append(Backbone(name, False, f"pip install {install}"))
+        elif name in HUB_FILES and not _hub_file(name).is_file():
+            found.append(Backbone(name, False, _how_to_fetch(name)))
+        else:
+            found.append(Backbone(name, True, "weights are on this machine"))
+    return found
+
+
+def resolve(backbone: str) -> str:
+    """`"auto"` becomes the default backbone; an unknown name is refused.
+
+    Raises:
+        WanlabError: no such backbone.
+    """
+    if backbone == "auto":
+        return DEFAULT_BACKBONE
+    if backbone not in BACKBONES:
+        raise WanlabError(
+            f"unknown LPIPS backbone {backbone!r}{did_you_mean(backbone, BACKBONES)}; "
+            f"known: {', '.join(BACKBONES)}"
+        )
+    return backbone
+
+
+def load_backbone(backbone: str = "auto", device="cpu"):
+    """The network of a backbone in evaluation mode; built once per process and device.
+
+    Called with two batches `[N, 3, H, W]` in `[-1, 1]` it returns `[N, 1, 1, 1]`.
+
+    Raises:
+        WanlabError: unknown name, missing package, or missing or damaged backbone file.
+    """
+    name = resolve(backbone)
+    if name not in HUB_FILES:
+        return _build(name, str(device), "")
+    path = _hub_file(name)
+    if not path.is_file():
+        raise WanlabError(
+            f"LPIPS backbone {name} needs {path.name} in {path.parent}; {_how_to_fetch(name)}, "
+            f"or use {DEFAULT_BACKBONE}"
+        )
+    return _build(name, str(device), str(path))
+
+
+def distances(original, optimized, backbone: str = "auto"):
+    """LPIPS of each frame of a batch.
+
+    Args:
+        original, optimized: tensors `[N, 3, H, W]` in `[0, 1]` on one device.
+
+    Returns:
+        float64 tensor `[N]`; 0 for equal frames.
+
+    Raises:
+        WanlabError: as `load_backbone`, or frames under 32 pixels a side.
+    """
+    import torch
+
+    height, width = original.shape[-2:]
+    if min(height, width) < MIN_SIZE:
+        raise WanlabError(f"LPIPS needs frames of at least {MIN_SIZE}x{MIN_SIZE}; these are {height}x{width}")
+    network = load_backbone(backbone, original.device)
+    with torch.inference_mode():
+        return network(original.float() * 2 - 1, optimized.float() * 2 - 1).reshape(-1).double()
+
+
+def _package(name: str) -> tuple[str, str]:
+    """Import name and pip name of the package that a backbone comes from."""
+    return ("lpips", "lpips") if name in HUB_FILES else ("stlpips_pytorch", "stlpips-pytorch")
+
+
+def _hub_file(name: str) -> Path:
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / HUB_FILES[name][0]
+
+
+def _how_to_fetch(name: str) -> str:
+    maker = HUB_FILES[name][1]
+    return (
+        "fetch it once where there is a network with: "
+        f"python -c \"import torchvision; torchvision.models.{maker}(weights='IMAGENET1K_V1')\""
+    )
+
+
+@lru_cache(maxsize=8)
+def _build(name: str, device: str, path: str):
+    package, install = _package(name)
+    # Both packages print, and use arguments that torchvision has deprecated.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if path:
+            module = require(package, install)
+            try:
+                network = module.LPIPS(net=name.removeprefix("lpips-"), verbose=False)
+            except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+                raise WanlabError(
+                    f"LPIPS backbone file {path} cannot be loaded; delete it and {_how_to_fetch(name)}"
+                ) from error
+        else:
+            module = require(f"{package}.stlpips", install)
+            network = module.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+    return network.eval().requires_grad_(False).to(device)

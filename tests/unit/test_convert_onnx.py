@@ -1,0 +1,371 @@
+"""Every component as ONNX: the same function at every size, in plain operators, kept only while true."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import convert_tiny as tiny
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from wanlab import convert, models  # noqa: E402
+from wanlab.convert import components, graph, rotary  # noqa: E402
+from wanlab.convert.compare import differences  # noqa: E402
+from wanlab.convert.report import read_report  # noqa: E402
+from wanlab.errors import WanlabError  # noqa: E402
+
+COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "vae_decoder")
+SIZE = dict(height=64, width=96, frames=9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.pipeline().save_pretrained(folder)
+    return models.load(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def reports(model, folder):
+    made = convert.export_all(model, folder, progress=False, **SIZE)
+    return {report.component: report for report in made}
+
+
+@pytest.fixture(scope="module")
+def engines(reports, folder):
+    return convert.load_engines(folder, provider="cpu")
+
+
+def image():
+    return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+
+def generate(model, **changes):
+    return model.generate(
+        image(), "the camera pans left", steps=3, guidance_scale=2.0, **SIZE | changes
+    ).video
+
+
+def psnr(a, b) -> float:
+    return 10 * np.log10(1 / max(np.mean((a.astype(np.float64) - b) ** 2), 1e-30))
+
+
+def test_every_axis_that_should_vary_does(reports):
+    assert tuple(reports) == COMPONENTS
+    for report in reports.values():
+        assert not report.fixed_axes, report
+        assert not report.notes, report.notes
+    latents = {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"}
+    assert reports["expert_low"].dynamic_axes["hidden_states"] == latents
+    assert reports["vae_encoder"].dynamic_axes["video"] == {0: "batch", 2: "frames", 3: "height", 4: "width"}
+    assert "4*" in reports["vae_encoder"].ranges["frames"]
+
+
+def test_graphs_are_plain_and_small(reports):
+    for report in reports.values():
+        written = onnx.load(report.path)
+        onnx.checker.check_model(report.path, full_check=True)
+        assert graph.lint(written) == []
+        assert 0 < report.nodes_after < report.nodes_before
+        assert report.nodes_after == sum(report.operators.values()) == sum(1 for _ in graph.nodes(written))
+        assert written.opset_import[0].version == 20
+        facts = {entry.key: entry.value for entry in written.metadata_props}
+        assert facts.keys() == {"model", "component", "wanlab_version"}
+        assert facts["component"] == report.component
+        assert b"site-packages" not in written.SerializeToString()
+
+
+def test_nodes_and_weights_keep_their_module_path(model, reports):
+    written = onnx.load(reports["expert_high"].path)
+    names = [node.name for node in written.graph.node]
+    assert any(name.startswith("blocks.0.attn1.to_out.0/") for name in names)
+    assert any(name.startswith("blocks.0.ffn.net.0.proj/") for name in names)
+    weights = {tensor.name for tensor in written.graph.initializer}
+    assert len(weights & set(model.pipeline.transformer.state_dict())) > 20
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_parity_at_several_sizes(model, engines, component):
+    shapes = [
+        convert.ClipShape(2, 64, 96, 9, 24),
+        convert.ClipShape(1, 64, 96, 9, 24),
+        convert.ClipShape(3, 32, 48, 17, 7),
+        convert.ClipShape(1, 48, 32, 5, 16),
+    ]
+    table = convert.parity(model, component, engines[component], shapes=shapes)
+    assert len(table) == 4
+    assert (table["relative_l2"] < 1e-4).all(), table
+    assert (table["cosine"] > 0.999999).all(), table
+    assert (table["psnr_db"] > 80).all(), table
+    assert (
+        len(convert.parity(model, component, engines[component])) == 2
+    )  # the export's clip and a smaller one
+
+
+def test_the_experts_share_a_trace_but_not_their_weights(model, reports, engines):
+    assert reports["expert_low"].shared_trace
+    assert not reports["expert_high"].shared_trace
+    plan = components.recipe(model, "expert_low")
+    inputs = plan.inputs_for(convert.ClipShape(1, 32, 32, 5, 8), torch.Generator().manual_seed(0))
+    feeds = dict(zip(plan.inputs, inputs, strict=True))
+    high, low = (engines[name].run(feeds)["velocity"] for name in ("expert_high", "expert_low"))
+    assert differences(high, low)["relative_l2"] > 0.1
+
+
+def test_the_network_is_left_as_it_was(model, reports):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    for network in (model.pipeline.transformer, model.pipeline.vae, model.pipeline.text_encoder):
+        assert not [module for module in network.modules() if "forward" in vars(module)]
+    processors = model.pipeline.transformer.attn_processors.values()
+    assert all(type(processor) is WanAttnProcessor for processor in processors)
+    assert model.pipeline.text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_rotary_embedding_is_exact():
+    network = tiny.expert(2, num_layers=2)
+    inputs = (torch.randn(1, 36, 3, 8, 6), torch.tensor([500.0]), torch.randn(1, 5, 96))
+    with torch.no_grad():
+        before = network(*inputs, return_dict=False)[0]
+        with rotary.exportable_attention(network, plain_norms=False):
+            assert torch.equal(before, network(*inputs, return_dict=False)[0])
+        with rotary.exportable_attention(network):
+            assert differences(before, network(*inputs, return_dict=False)[0])["relative_l2"] < 1e-6
+        assert torch.equal(before, network(*inputs, return_dict=False)[0])
+
+
+def test_exports_are_reused_while_true_and_rebuilt_when_stale(model, reports, folder, tmp_path):
+    path = tmp_path / "text.onnx"
+    first = convert.export(model, "text_encoder", path, dynamic=False)
+    assert not first.cached
+    kept = convert.export(model, "text_encoder", path, dynamic=False)
+    assert kept.cached
+    assert kept.key == first.key == read_report(path).key
+    assert kept.shape.batch == 1
+    assert not convert.export(model, "text_encoder", path, dynamic=False, opset=18).cached
+
+    weight = model.pipeline.text_encoder.shared.weight
+    before = weight.data.clone()
+    weight.data[3] += 1
+    try:
+        changed = convert.export(model, "text_encoder", path, dynamic=False, opset=18)
+        assert not changed.cached
+        assert convert.parity(model, "text_encoder", path)["relative_l2"].max() < 1e-4
+    finally:
+        weight.data.copy_(before)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    assert not convert.export(model, "text_encoder", path, dynamic=False, opset=18).cached
+    path.with_suffix(".json").write_text("{}")
+    assert not convert.export(model, "text_encoder", path, dynamic=False, opset=18).cached
+    assert {report.cached for report in convert.export_all(model, folder, progress=False, **SIZE)} == {True}
+
+
+def test_external_data_and_fixed_sizes(model, tmp_path):
+    path = tmp_path / "expert_low.onnx"
+    report = convert.export(
+        model, "expert_low", path, dynamic=False, external_data=True, simplify=False, **SIZE
+    )
+    assert report.external_data
+    assert not report.simplified
+    assert report.dynamic_axes == {}
+    assert path.with_name("expert_low.onnx.data").stat().st_size > path.stat().st_size / 2
+    assert convert.parity(model, "expert_low", path)["relative_l2"].max() < 1e-4
+    again = convert.export(
+        model, "expert_low", path, dynamic=False, external_data=False, simplify=False, **SIZE
+    )
+    assert not path.with_name("expert_low.onnx.data").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["expert_low.json", "expert_low.onnx"]
+    assert (
+        json.loads(path.with_suffix(".json").read_text())["size_bytes"]
+        == again.size_bytes
+        == path.stat().st_size
+    )
+    with pytest.raises(WanlabError, match=r"input 'hidden_states' .* is \[1, 36, 3, 4, 6\], the graph takes"):
+        convert.parity(model, "expert_low", path, shapes=[convert.ClipShape(1, 32, 48, 9, 24)])
+
+
+def test_the_vae_of_wan21(tmp_path):
+    built = tiny.pipeline()
+    built.register_modules(vae=tiny.vae(**tiny.PLAIN_VAE))
+    model = tiny.bare(built)
+    report = convert.export(model, "vae_decoder", tmp_path / "vae_decoder.onnx")
+    assert not report.fixed_axes
+    assert convert.parity(model, "vae_decoder", report.path)["relative_l2"].max() < 1e-4
+
+
+def test_one_expert_with_a_timestep_per_token(tmp_path):
+    built = tiny.pipeline()
+    built.register_modules(transformer_2=None)
+    built.register_to_config(expand_timesteps=True, boundary_ratio=None)
+    model = tiny.bare(built)
+    assert components.components_of(model) == ("text_encoder", "vae_encoder", "expert", "vae_decoder")
+    report = convert.export(model, "expert", tmp_path / "expert.onnx")
+    assert report.dynamic_axes["timestep"] == {0: "batch", 1: "tokens"}
+    assert convert.parity(model, "expert", report.path)["relative_l2"].max() < 1e-4
+
+
+def test_the_pipeline_on_engines_makes_the_same_video(model, engines):
+    eager = generate(model)
+    fast = convert.use(model, engines)
+    assert set(fast.engines.values()) == {"onnxruntime-cpu"}
+    assert psnr(eager, generate(fast)) > 50
+    other = dict(height=32, width=64, frames=5)
+    assert psnr(generate(model, **other), generate(fast, **other)) > 50
+    # the original is what it was, also after the copy ran
+    assert set(model.engines.values()) == {"eager"}
+    assert np.array_equal(eager, generate(model))
+    assert not isinstance(fast.pipeline.vae, type(model.pipeline.vae))
+    assert fast.pipeline.vae.eager is None  # nothing of the original is held on to
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_component_can_be_swapped_alone(model, engines, component):
+    mixed = convert.use(model, {component: engines[component]})
+    assert [name for name, engine in mixed.engines.items() if engine != "eager"] == [component]
+    calls = []
+    engine = engines[component]
+    run = engine.run
+    engine.run = lambda feeds: calls.append(feeds) or run(feeds)
+    try:
+        assert psnr(generate(model), generate(mixed)) > 50
+    finally:
+        del engine.run
+    assert calls
+
+
+def test_engines_can_be_added_one_after_the_other(model, engines):
+    mixed = convert.use(model, {"vae_encoder": engines["vae_encoder"]})
+    mixed = convert.use(mixed, {"vae_decoder": engines["vae_decoder"]})
+    assert mixed.pipeline.vae.encoder is engines["vae_encoder"]
+    assert mixed.pipeline.vae.eager is None
+    assert psnr(generate(model), generate(mixed)) > 50
+
+
+def test_what_the_engine_says_of_itself(engines):
+    engine = engines["vae_decoder"]
+    assert engine.providers_used == ("CPUExecutionProvider",)
+    assert engine.threads == torch.get_num_threads()
+    assert engine.load_ms > 0
+    assert engine.size_bytes == engine.path.stat().st_size
+    assert engine.metadata["component"] == "vae_decoder"
+    made = engine.run(
+        {"latents": np.zeros((1, 16, 2, 4, 4), np.float64)}
+    )  # cast, and numpy in means numpy out
+    assert isinstance(made["video"], np.ndarray)
+    assert made["video"].shape == (1, 3, 5, 32, 32)
+
+
+def test_bound_tensors_give_the_same_outputs(engines):
+    """The path that CUDA takes, on the CPU: addresses in, dlpack out, alive after the binding is gone."""
+    engine = engines["expert_high"]
+    generator = torch.Generator().manual_seed(0)
+    feeds = {
+        "hidden_states": torch.randn(1, 36, 3, 4, 6, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 8, 96, generator=generator),
+    }
+    first = engine._run_bound(feeds)["velocity"]
+    assert (
+        engine._run_bound({name: value * 2 for name, value in feeds.items()})["velocity"].shape == first.shape
+    )
+    assert torch.equal(first, engine.run(feeds)["velocity"])
+
+
+def test_mistakes_are_named(model, engines, folder, tmp_path):
+    latents = torch.zeros(1, 16, 2, 4, 4)
+    cases = [
+        (
+            lambda: engines["vae_decoder"].run({"latent": latents}),
+            r"no input 'latent' \(did you mean 'latents'\?\)",
+        ),
+        (
+            lambda: engines["text_encoder"].run({"input_ids": torch.zeros(1, 4)}),
+            "misses input 'attention_mask'",
+        ),
+        (
+            lambda: engines["vae_decoder"].run({"latents": latents[:, :8]}),
+            r"is \[1, 8, 2, 4, 4\], the graph takes",
+        ),
+        (lambda: convert.OrtEngine(tmp_path / "none.onnx"), "no ONNX file at"),
+        (lambda: convert.OrtEngine(engines["expert_low"].path, provider="cpux"), "did you mean 'cpu'"),
+        (lambda: convert.OrtEngine(engines["expert_low"].path, threads=0), "threads is 0"),
+        (lambda: convert.load_engines(tmp_path), "no converted component"),
+        (lambda: convert.load_engines(folder, ["expert_hig"]), "did you mean 'expert_high'"),
+        (lambda: convert.use(model, {"vae_decode": engines["vae_decoder"]}), "did you mean 'vae_decoder'"),
+        (lambda: convert.use(model, {"expert_low": engines["expert_high"]}), "was exported from expert_high"),
+        (lambda: convert.export(model, "expert", tmp_path / "a.onnx"), "no component 'expert'"),
+        (
+            lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", opset=12),
+            "opset is 12; give 17 to 23",
+        ),
+        (lambda: convert.export(model, "expert_low", tmp_path / "a"), "does not end in .onnx"),
+        (lambda: convert.export(model, "vae_encoder", tmp_path / "a.onnx", frames=8), "frames is 8"),
+        (
+            lambda: convert.export(model, "vae_encoder", tmp_path / "a.onnx", height=70),
+            "height is 70.* e.g. 64",
+        ),
+        (lambda: convert.export_all(model, tmp_path, ["vae"]), "no component 'vae'"),
+        (
+            lambda: convert.parity(convert.use(model, engines), "expert_low", engines["expert_low"]),
+            "before its components were",
+        ),
+    ]
+    for mistake, message in cases:
+        with pytest.raises(WanlabError, match=message) as caught:
+            mistake()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(WanlabError, match=r"cannot load broken\.onnx"):
+        convert.OrtEngine(tmp_path / "broken.onnx")
+
+
+def test_cuda_is_refused_where_there_is_none(engines, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert convert.OrtEngine(engines["expert_low"].path).provider == "cpu"
+    with pytest.raises(WanlabError, match=r"cuda|CUDA"):
+        convert.OrtEngine(engines["expert_low"].path, provider="cuda")
+
+
+def test_differences_of_known_tensors():
+    a = torch.tensor([0.0, 1.0, 2.0, 2.0])
+    found = differences(a, a + torch.tensor([0.0, 0.0, 0.0, 0.3]))
+    assert found["max_abs"] == pytest.approx(0.3, rel=1e-5)
+    assert found["mean_abs"] == pytest.approx(0.075, rel=1e-5)
+    assert found["relative_l2"] == pytest.approx(0.1, rel=1e-5)
+    assert found["psnr_db"] == pytest.approx(10 * np.log10(4 / (0.09 / 4)), rel=1e-5)
+    assert differences(a, a)["psnr_db"] == np.inf
+
+
+def test_sizes_that_the_network_ties_down_are_named(tmp_path, monkeypatch):
+    """With the height as a plain free size, tracing finds that it must be even and says so."""
+    make = components._expert
+
+    def careless(*arguments):
+        plan = make(*arguments)
+        free = torch.export.Dim("latent_height", min=2, max=64)
+        return dataclasses.replace(plan, dimensions=lambda: plan.dimensions() | {"latent_height": free})
+
+    monkeypatch.setattr(components, "_expert", careless)
+    report = convert.export(tiny.bare(tiny.pipeline()), "expert_low", tmp_path / "a.onnx", simplify=False)
+    assert len(report.notes) == 1
+    assert "latent_height" in report.notes[0]
+    assert report.dynamic_axes["hidden_states"][3] == "latent_height"  # still free, as tracing found a form

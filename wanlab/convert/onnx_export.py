@@ -1,0 +1,184 @@
+"""Components as ONNX files: traced with free sizes, folded, simplified, checked, kept while true."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wanlab.convert import graph as graphs
+from wanlab.convert.clip import default_shape
+from wanlab.convert.components import check_components, components_of, recipe
+from wanlab.convert.identity import component_key, trace_key
+from wanlab.convert.report import ExportReport, read_report, write_report
+from wanlab.convert.trace import trace
+from wanlab.errors import WanlabError
+
+MIN_OPSET, MAX_OPSET = 17, 23
+
+
+@dataclass
+class _Traces:
+    """Traced graphs by what they depend on besides the weights."""
+
+    programs: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = field(default_factory=dict)
+
+
+def export(
+    model,
+    component: str,
+    path: str | os.PathLike,
+    *,
+    opset: int = 20,
+    simplify: bool = True,
+    dynamic: bool = True,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    external_data: bool | None = None,
+    reuse: bool = True,
+    traces: _Traces | None = None,
+) -> ExportReport:
+    """Write one component as an ONNX file and a report beside it.
+
+    The graph is traced by torch.export, translated by the dynamo exporter of torch.onnx, folded,
+    simplified by onnxsim and checked by onnx.checker. Node names begin with the module path; the
+    file's metadata names model, component and wanlab version. The network itself is not changed.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        component: `"text_encoder"`, `"vae_encoder"`, `"expert_high"`, `"expert_low"` (`"expert"` where
+            there is one), or `"vae_decoder"`.
+        path: the `.onnx` file; its folder is made.
+        opset: 17 to 23.
+        simplify: let onnxsim go over the graph.
+        dynamic: let batch, frames, height, width and text tokens vary; False fixes all of them.
+        height, width, frames, text_tokens, batch: of the example clip, in pixels; None takes the model's
+            defaults, and for the batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
+        external_data: weights in a file of their own; None does so above 1.5 GiB, as protobuf ends at 2.
+        reuse: keep the file when it was made from the same weights, settings and versions.
+        traces: shared between calls, lets networks of the same architecture share one trace.
+
+    Raises:
+        WanlabError: unknown component, a component that is not convertible, an illegal size or opset.
+    """
+    begin = time.perf_counter()
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise WanlabError(f"opset is {opset}; give {MIN_OPSET} to {MAX_OPSET}")
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise WanlabError(
+            f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
+        )
+    plan = recipe(model, component)
+    batch = batch or (2 if dynamic else 1)
+    shape = default_shape(
+        model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
+    )
+    settings = {"opset": opset, "dynamic": dynamic, "shape": asdict(shape)}
+    tracing = trace_key(plan, settings)
+    key = component_key(plan, tracing, {"simplify": simplify, "external_data": external_data})
+    if reuse and (kept := _kept(path, key)) is not None:
+        return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+
+    traces = _Traces() if traces is None else traces
+    shared = tracing in traces.programs
+    if not shared:
+        traces.programs[tracing] = trace(plan, shape, opset, dynamic)
+    program, ranges, notes = traces.programs[tracing]
+    finished = graphs.finish(
+        graphs.with_weights(program, plan.network, shared=shared),
+        path,
+        axis_names=plan.inputs if dynamic else {},
+        simplify=simplify,
+        external_data=external_data,
+        metadata=_metadata(model, component),
+    )
+    asked = plan.inputs if dynamic else {}
+    report = ExportReport(
+        path=str(path),
+        component=component,
+        key=key,
+        opset=opset,
+        nodes_before=finished.nodes_before,
+        nodes_after=finished.nodes_after,
+        operators=finished.operators,
+        dynamic_axes={
+            name: {a: n for a, n in axes.items() if a in finished.free_axes[name]}
+            for name, axes in asked.items()
+        },
+        fixed_axes={
+            name: left
+            for name, axes in asked.items()
+            if (left := {a: finished.sizes[name][a] for a in axes if a not in finished.free_axes[name]})
+        },
+        ranges=ranges,
+        shape=shape,
+        size_bytes=finished.size_bytes,
+        time_ms=(time.perf_counter() - begin) * 1e3,
+        external_data=finished.external_data,
+        simplified=finished.simplified,
+        shared_trace=shared,
+        notes=(*notes, *finished.notes),
+    )
+    write_report(report)
+    return report
+
+
+def export_all(
+    model,
+    folder: str | os.PathLike,
+    components: tuple[str, ...] | None = None,
+    *,
+    dynamic: bool | Collection[str] = True,
+    progress: bool = True,
+    **settings,
+) -> list[ExportReport]:
+    """Export components to `folder/<component>.onnx`, in the order a generation uses them.
+
+    Networks of equal architecture (the two experts) share one trace: the second costs its weights only.
+
+    Args:
+        components: which; None takes all that the model has.
+        dynamic: let sizes vary, for all or for the components named. Fixed sizes export several times faster.
+        progress: show a progress bar.
+        settings: as in `export`.
+
+    Raises:
+        WanlabError: as `export`; unknown names are refused before any work is done.
+    """
+    from tqdm.auto import tqdm
+
+    names = components_of(model) if components is None else tuple(components)
+    check_components(model, names)
+    free = names if dynamic is True else () if dynamic is False else tuple(dynamic)
+    check_components(model, free)
+    traces, reports = _Traces(), []
+    bar = tqdm(names, desc="export", unit="component", disable=not progress)
+    for name in bar:
+        bar.set_postfix_str(name)
+        reports.append(
+            export(
+                model, name, Path(folder) / f"{name}.onnx", dynamic=name in free, traces=traces, **settings
+            )
+        )
+    return reports
+
+
+def _metadata(model, component: str) -> dict[str, str]:
+    from wanlab import __version__
+
+    return {"wanlab_version": __version__, "model": model.spec.name, "component": component}
+
+
+def _kept(path: Path, key: str) -> ExportReport | None:
+    """The report of a file that is still whole and true."""
+    report = read_report(path)
+    if report is None or report.key != key or graphs.file_bytes(path) != report.size_bytes:
+        return None
+    return replace(report, path=str(path))

@@ -1,0 +1,184 @@
+"""The run folder: its files, who is writing it, and how an earlier attempt is kept."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from wanlab.errors import WanlabError
+from wanlab.runs.files import checked_name, digest, now, read_json, write_json
+
+HEARTBEAT_S = 5.0
+SILENCE_S = 120.0  # a run on another machine that has been silent for so long is taken for dead
+FINAL = ("finished", "failed", "died", "timeout", "aborted")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`outputs/<name>/<run_id>/` and the names inside it."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, outputs: Path, name: str, run_id: str) -> RunFolder:
+        return cls(Path(outputs).resolve() / checked_name(name, "run name") / checked_name(run_id, "run id"))
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def status_json(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.path / "artifacts"
+
+    @property
+    def notebook(self) -> Path:
+        return self.path / "executed.ipynb"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def status(self) -> dict[str, Any]:
+        """status.json, or {} where there is none; a "running" whose writer is gone reads "died"."""
+        if not self.status_json.is_file():
+            return {}
+        status = read_json(self.status_json)
+        if not isinstance(status, dict):
+            raise WanlabError(f"cannot read {self.status_json}: not a JSON object")
+        if status.get("state") == "running" and not writer_alive(status):
+            status = {**status, "state": "died", "reason": "the process that ran it is gone"}
+        return status
+
+    def update(self, **fields: Any) -> dict[str, Any]:
+        """Merge fields into run.json."""
+        record = read_json(self.run_json) if self.run_json.is_file() else {}
+        record.update(fields)
+        write_json(self.run_json, record)
+        return record
+
+    def open(self) -> RunFolder:
+        """Make the folder ready for a new attempt; what an earlier one left moves to `attempts/N`.
+
+        Raises:
+            WanlabError: another living process is writing it.
+        """
+        try:
+            status = self.status()
+        except WanlabError:
+            status = {}  # broken files are kept as an attempt like any other
+        writer = status.get("writer", {})
+        if status.get("state") == "running" and writer.get("pid") != os.getpid():
+            raise WanlabError(
+                f"run {self.path} is being written by process {writer.get('pid')}; wait for it or stop it"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        left = [item for item in self.path.iterdir() if item.name != "attempts"]
+        if left:
+            attempts = self.path / "attempts"
+            attempts.mkdir(exist_ok=True)
+            number = 1 + max((int(p.name) for p in attempts.iterdir() if p.name.isdigit()), default=0)
+            (attempts / str(number)).mkdir()
+            for item in left:
+                os.replace(item, attempts / str(number) / item.name)
+        self.artifacts.mkdir()
+        return self
+
+
+class Heartbeat:
+    """Keeps status.json true while a run is going: state, progress, and a heartbeat from a thread."""
+
+    def __init__(self, folder: RunFolder, **fields: Any):
+        self.folder = folder
+        self.begun = time.monotonic()
+        self.fields: dict[str, Any] = {
+            "state": "running",
+            "started": now(),
+            "host": host_id(),
+            "writer": process_id(os.getpid()),
+            **fields,
+        }
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="wanlab-heartbeat", daemon=True)
+        self.write()
+        self._thread.start()
+
+    def write(self, **fields: Any) -> float:
+        """Set fields and write the file; returns the run's age in seconds."""
+        with self._lock:
+            self.fields.update(fields)
+            seconds = round(time.monotonic() - self.begun, 3)
+            write_json(self.folder.status_json, {**self.fields, "heartbeat": now(), "seconds": seconds})
+        return seconds
+
+    def end(self, state: str, **fields: Any) -> float:
+        """Stop the heart and write the last status; returns the run's length in seconds."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        return self.write(state=state, ended=now(), **fields)
+
+    @property
+    def ended(self) -> bool:
+        return self._stop.is_set()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            if not self.folder.path.is_dir():  # the user deleted the run: do not bring half of it back
+                return
+            self.write()
+
+
+def process_id(pid: int) -> dict[str, Any]:
+    """A process by number and start time, so that a recycled number is not mistaken for it."""
+    import psutil
+
+    try:
+        return {"pid": pid, "started": psutil.Process(pid).create_time()}
+    except psutil.Error:
+        return {"pid": pid, "started": None}
+
+
+def process_alive(who: dict[str, Any]) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(int(who["pid"]))
+        same = who.get("started") is None or abs(process.create_time() - float(who["started"])) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def writer_alive(status: dict[str, Any]) -> bool:
+    """Whether the process that writes a status can still be writing it."""
+    if status.get("host") == host_id():
+        return process_alive(status.get("writer") or {})
+    try:
+        silence = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
+        return silence.total_seconds() < SILENCE_S
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+@functools.cache
+def host_id() -> str:
+    """A short hash that tells machines and boots apart without naming them."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return digest([platform.node(), boot.read_text() if boot.is_file() else ""], 12)

@@ -1,0 +1,304 @@
+"""The `parameters` cell of a notebook, read without running it: a typed schema for overrides."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from wanlab.errors import WanlabError, did_you_mean
+
+SIMPLE = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "list": list,
+    "tuple": tuple,
+    "None": type(None),
+}
+TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of the cell: `name: type = default  # help`."""
+
+    name: str
+    type: Any  # a typing object, e.g. int, Literal["a", "b"], float | None
+    type_text: str  # as written
+    default: Any
+    help: str
+    line: int  # in the cell, from 1
+    annotated: bool = True
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All parameters of one notebook, in order, and where they were read (for messages)."""
+
+    parameters: tuple[Parameter, ...]
+    where: str
+
+    def __getitem__(self, name: str) -> Parameter:
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        known = [parameter.name for parameter in self.parameters]
+        have = f"it has {', '.join(known)}" if known else "it has none"
+        hint = did_you_mean(name, known) or f"; {have}"
+        raise WanlabError(f"unknown parameter {name!r} of {self.where}{hint}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {parameter.name: parameter.default for parameter in self.parameters}
+
+    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults with `overrides` on top.
+
+        Raises:
+            WanlabError: unknown name (with the nearest known one) or a value of another type than declared.
+        """
+        values = self.defaults
+        for name, value in overrides.items():
+            values[name] = checked(self[name], value, self.where)
+        return values
+
+    def parse(self, assignments: typing.Iterable[str]) -> dict[str, Any]:
+        """`["steps=4", "prompt=a=b"]` as typed values; only the first `=` separates."""
+        overrides: dict[str, Any] = {}
+        for text in assignments:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise WanlabError(f"-p {text!r} is not of the form name=value")
+            parameter = self[name.strip()]
+            if parameter.name in overrides:
+                raise WanlabError(f"parameter {parameter.name!r} was given twice")
+            try:
+                overrides[parameter.name] = checked(parameter, _from_text(parameter.type, value), self.where)
+            except ValueError:
+                raise _mismatch(parameter, value, self.where) from None
+        return overrides
+
+
+def read_schema(notebook: Path | str | Any) -> Schema:
+    """Schema of a notebook file, or of a notebook already read.
+
+    Raises:
+        WanlabError: the file cannot be read, has more than one `parameters` cell, or the cell holds anything
+            but literals.
+    """
+    where = "the notebook"
+    if isinstance(notebook, str | Path):
+        where, notebook = str(notebook), read_notebook(Path(notebook))
+    cells = [cell for cell in notebook.cells if is_tagged(cell, "parameters")]
+    if len(cells) > 1:
+        raise WanlabError(f"{where} has {len(cells)} cells tagged 'parameters'; keep one")
+    return Schema(parse_cell(cells[0].source, where) if cells else (), where)
+
+
+def read_notebook(path: Path) -> Any:
+    """An nbformat-4 notebook; a missing or broken file gives `WanlabError`."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        near = did_you_mean(
+            path.name, [p.name for p in path.parent.glob("*.ipynb")] if path.parent.is_dir() else []
+        )
+        raise WanlabError(f"no notebook at {path}{near}") from None
+    except Exception as error:  # nbformat raises many kinds; to a user they are one: not a notebook
+        raise WanlabError(f"cannot read notebook {path}: {_first_line(error)}") from error
+
+
+def is_tagged(cell: Any, tag: str) -> bool:
+    return cell.cell_type == "code" and tag in cell.metadata.get("tags", [])
+
+
+def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...]:
+    """Parameters of a cell's source. Nothing is executed: values are literals."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise WanlabError(f"parameters cell of {where}, line {error.lineno}: {error.msg}") from None
+    comments = _comments(source)
+    found: dict[str, Parameter] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
+            continue  # the names that annotations are written with
+        place = f"parameters cell of {where}, line {statement.lineno}"
+        annotated = isinstance(statement, ast.AnnAssign)
+        target = statement.target if annotated else (statement.targets[0] if _single(statement) else None)
+        if not isinstance(target, ast.Name) or statement.value is None:
+            raise WanlabError(f"{place}: write `name: type = literal  # unit or help`, nothing else")
+        try:
+            default = ast.literal_eval(statement.value)
+        except ValueError:
+            raise WanlabError(f"{place}: the value of {target.id!r} must be a literal") from None
+        kind = _type_of(statement.annotation, place) if annotated else type(default)
+        text = ast.unparse(statement.annotation) if annotated else type(default).__name__
+        lines = range(statement.lineno, statement.end_lineno + 1)
+        note = next((comments[line] for line in reversed(lines) if line in comments), "")
+        if target.id in found:
+            raise WanlabError(f"{place}: {target.id!r} is set twice")
+        parameter = Parameter(target.id, kind, text, default, note, statement.lineno, annotated)
+        found[target.id] = Parameter(
+            **{**parameter.__dict__, "default": checked(parameter, default, where)},
+        )
+    return tuple(found.values())
+
+
+def checked(parameter: Parameter, value: Any, where: str = "the notebook") -> Any:
+    """`value` if it is of the declared type (an int is a float, a list is a tuple; no other conversion)."""
+    if not _matches(parameter.type, value):
+        raise _mismatch(parameter, value, where)
+    return _converted(parameter.type, value)
+
+
+def _mismatch(parameter: Parameter, value: Any, where: str) -> WanlabError:
+    options = typing.get_args(parameter.type) if typing.get_origin(parameter.type) is Literal else ()
+    hint = did_you_mean(value, [o for o in options if isinstance(o, str)]) if isinstance(value, str) else ""
+    return WanlabError(
+        f"parameter {parameter.name!r} wants {parameter.type_text}, got {_short(value)}{hint}"
+        f" ({where}, parameters cell line {parameter.line})"
+    )
+
+
+def _matches(kind: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_matches(arg, value) for arg in args)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in args)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(args[0], item) for item in value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_matches(args[0], item) for item in value)
+        return len(value) == len(args) and all(map(_matches, args, value))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (list, tuple) if kind is tuple else kind)
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        exact = [arg for arg in args if _matches(arg, value) and _converted(arg, value) is value]
+        return _converted(exact[0] if exact else next(arg for arg in args if _matches(arg, value)), value)
+    if kind is float:
+        return float(value)
+    if origin is list:
+        return [_converted(args[0], item) for item in value]
+    if origin is tuple:
+        kinds = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        return tuple(map(_converted, kinds, value))
+    return tuple(value) if kind is tuple else value
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """A command-line value by its declared type; `ValueError` when it is not one."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        # Text is the last resort: "4" given to `int | str` is the number.
+        for arg in sorted(args, key=lambda arg: (arg is str, arg is not type(None))):
+            try:
+                return _from_text(arg, text)
+            except ValueError:
+                continue
+        raise ValueError(text)
+    if kind is str:
+        return text
+    word = text.strip()
+    if origin is Literal:
+        for option in args:
+            if word == str(option):
+                return option
+        return text  # `checked` refuses it and names the options
+    if kind is type(None):
+        if word.lower() in ("none", "null"):
+            return None
+        raise ValueError(text)
+    if kind is bool:
+        if word.lower() in TRUE | FALSE:
+            return word.lower() in TRUE
+        raise ValueError(text)
+    if kind in (int, float):
+        return kind(word)
+    if word.startswith(("[", "(")):
+        try:
+            return _sequence(kind, ast.literal_eval(word))
+        except (SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError(text) from None
+    items = [item.strip() for item in word.split(",")] if word else []
+    kinds = (args[:1] if origin is list or Ellipsis in args else args) or (str,)
+    if len(kinds) == 1:
+        kinds = kinds * len(items)
+    if len(kinds) != len(items):
+        raise ValueError(text)
+    return _sequence(kind, map(_from_text, kinds, items))
+
+
+def _sequence(kind: Any, items: Any) -> list | tuple:
+    return (tuple if (typing.get_origin(kind) or kind) is tuple else list)(items)
+
+
+def _type_of(node: ast.expr, place: str) -> Any:
+    if isinstance(node, ast.Constant) and node.value is None:
+        return type(None)
+    if isinstance(node, ast.Name) and node.id in SIMPLE:
+        return SIMPLE[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return Union[_type_of(node.left, place), _type_of(node.right, place)]  # noqa: UP007
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name | ast.Attribute):
+        name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if name == "Literal":
+            return Literal[tuple(ast.literal_eval(item) for item in inner)]
+        if name == "Optional" and len(inner) == 1:
+            return Union[_type_of(inner[0], place), None]  # noqa: UP007
+        if name == "list" and len(inner) == 1:
+            return list[_type_of(inner[0], place)]
+        if name == "tuple":
+            dots = [isinstance(item, ast.Constant) and item.value is Ellipsis for item in inner]
+            kinds = tuple(
+                ... if dot else _type_of(item, place) for item, dot in zip(inner, dots, strict=True)
+            )
+            return tuple[kinds]
+    raise WanlabError(
+        f"{place}: type {ast.unparse(node)!r} is not one of int, float, bool, str, Literal[...], X | None, "
+        "list[...], tuple[...]"
+    )
+
+
+def _single(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and len(statement.targets) == 1
+
+
+def _comments(source: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("#").strip() for t in tokens if t.type == tokenize.COMMENT}
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

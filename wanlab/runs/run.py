@@ -1,0 +1,269 @@
+"""`run = wanlab.start("10_baseline")`: opens the run folder of a notebook, keeps its numbers, finishes it."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wanlab.errors import WanlabError
+from wanlab.runs import clips, identity
+from wanlab.runs.files import append_json, checked_name, default_outputs, now, plain, read_json, write_text
+from wanlab.runs.folder import Heartbeat, RunFolder
+from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
+
+FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
+
+_current: Run | None = None
+
+
+class Run:
+    """An open run. Made by `start`; every method writes into `folder` at once.
+
+    Attributes:
+        folder: `outputs/<name>/<run_id>/`.
+        parameters: resolved values, by name.
+        id: 12 hex digits, the same for the same notebook, parameters, package and weights.
+    """
+
+    def __init__(
+        self, folder: RunFolder, parameters: Mapping[str, Any], run_id: str, heart: Heartbeat | None
+    ):
+        self._files = folder
+        self._heart = heart  # None under `wanlab run`, which writes status.json itself
+        self.folder = folder.path
+        self.parameters = dict(parameters)
+        self.id = run_id
+        self.finished = False
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder.parent.name}/{self.id}, {'finished' if self.finished else 'open'})"
+
+    def record(self, name: str, value: Any) -> Any:
+        """Append a number, dict, DataFrame or timing to metrics.jsonl, and give it back."""
+        append_json(self._files.metrics, {"time": now(), "name": str(name), "value": plain(value)})
+        return value
+
+    def save_video(self, name: str, frames: Any, fps: float) -> Path:
+        """Write frames [T, H, W, 3] to `artifacts/<name>.mp4`, which browsers play."""
+        from wanlab.evaluate import write_video
+
+        path = self._artifact(name, ".mp4")
+        write_video(path, frames, fps)
+        return path
+
+    def save_figure(self, name: str, figure: Any) -> Any:
+        """Write a plotly figure to `artifacts/<name>.plotly.json`, and give it back to be shown."""
+        write_text(self._artifact(name, ".plotly.json"), figure.to_json())
+        return figure
+
+    def save_table(self, name: str, table: Any) -> Any:
+        """Write a DataFrame to `artifacts/<name>.csv`, and give it back to be shown."""
+        write_text(self._artifact(name, ".csv"), table.to_csv(index=table.index.name is not None))
+        return table
+
+    def show_videos(self, items: Mapping[str, Any], *, fps: float | None = None) -> clips.Html:
+        """Clips and pictures side by side, playing in step; see `clips.side_by_side`."""
+        return clips.side_by_side(items, self._files.artifacts, fps)
+
+    def verdict(self, text: str) -> clips.Html:
+        """Keep the answer of the notebook, one sentence with its number; the report opens with it."""
+        self._files.update(verdict=str(text))
+        from html import escape
+
+        return clips.Html(f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>', str(text))
+
+    def finish(self) -> None:
+        """Mark the run as complete. Without it a run is never shown as finished."""
+        self._files.update(finished=now())
+        self.finished = True
+        if self._heart is not None and not self._heart.ended:
+            self._heart.end("finished")
+            print(f"run kept in {self.folder}")
+
+    def _artifact(self, name: str, suffix: str) -> Path:
+        return self._files.artifacts / (checked_name(name.removesuffix(suffix), "artifact name") + suffix)
+
+    def _abandon(self, reason: str) -> None:
+        if self._heart is not None and not self._heart.ended and self.folder.is_dir():
+            self._heart.end("aborted", reason=reason)
+
+
+def start(
+    name: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    output: str | os.PathLike | None = None,
+    plan: str | None = None,
+) -> Run:
+    """Open the run of the notebook that calls this.
+
+    Under `wanlab run` the folder is already open and `name` and `output` are the runner's. In JupyterLab the
+    call makes its own folder, named by `name`, which is the notebook's file name without `.ipynb`.
+
+    Args:
+        name: notebook name, e.g. `"10_baseline"`; also how its `parameters` cell is found.
+        parameters: values to hold against the `parameters` cell; by default the caller's variables.
+        output: folder of all runs; by default `outputs/` of the project.
+        plan: hash of a precision plan, part of the run's identity.
+
+    Raises:
+        WanlabError: a parameter is missing, unknown or of the wrong type, or was changed after its cell.
+    """
+    global _current
+    _before_plotly()
+    scope = inspect.currentframe().f_back.f_globals if parameters is None else parameters
+    strict = parameters is not None
+    folder = os.environ.pop(FOLDER_VARIABLE, None)  # popped: a child process is not this run
+    if folder is not None:
+        _current = _under_runner(RunFolder(Path(folder)), scope, strict)
+    elif _current is None or _current._heart is not None:
+        _current = _alone(name, scope, strict, output, plan)
+    return _current
+
+
+def _under_runner(folder: RunFolder, scope: Mapping[str, Any], strict: bool) -> Run:
+    record = read_json(folder.run_json)
+    # The runner has just written the notebook there, parameters cell and all.
+    schema = Schema(read_schema(folder.notebook).parameters, str(record["notebook"]))
+    values = _values(schema, scope, strict)
+    for key, value in values.items():
+        if plain(value) != record["parameters"].get(key):
+            before = record["parameters"].get(key)
+            raise WanlabError(
+                f"parameter {key!r} was changed after the parameters cell, from {before!r} to {value!r}; "
+                f"give it with -p {key}=..., so that the run is filed under the value it used"
+            )
+    folder.update(environment=_environment())
+    return Run(folder, values, record["run_id"], heart=None)
+
+
+def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any, plan: str | None) -> Run:
+    path, schema, source = _find_notebook(name, scope)
+    values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
+    inputs, weights = identity.input_digests(values), identity.weights_id(values.get("model"))
+    run_id = identity.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
+    if _current is not None:
+        _current._abandon("started again in the same kernel")
+    stem = name or (path.stem if path else "notebook")
+    folder = RunFolder.of(Path(output) if output else default_outputs(), stem, run_id).open()
+    heart = Heartbeat(folder, kernel=None)
+    described = describe(schema, values) if schema else []
+    folder.update(
+        **header(run_id, stem, path, values, described, plan, weights, inputs), environment=_environment()
+    )
+    run = Run(folder, values, run_id, heart)
+    atexit.register(run._abandon, "the kernel ended before run.finish()")
+    print(f"run {stem}/{run_id}")
+    return run
+
+
+def header(
+    run_id: str,
+    name: str,
+    notebook: Path | None,
+    values: Mapping[str, Any],
+    described: list[dict[str, Any]],
+    plan: str | None,
+    weights: str | None,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """The part of run.json that is known before anything runs."""
+    import wanlab
+
+    return {
+        "run_id": run_id,
+        "name": name,
+        "notebook": shown_path(notebook) if notebook else None,
+        "parameters": plain(dict(values)),
+        "schema": described,
+        "plan": plan,
+        "weights": weights,
+        "inputs": dict(inputs),
+        "wanlab": wanlab.__version__,
+        "wanlab_source": identity.package_digest(),
+        "created": now(),
+    }
+
+
+def describe(schema: Schema, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Name, type, help, default and value of each parameter, for run.json and the report."""
+    return [
+        {
+            "name": p.name,
+            "type": p.type_text,
+            "help": p.help,
+            "default": plain(p.default),
+            "value": plain(values[p.name]),
+        }
+        for p in schema.parameters
+    ]
+
+
+def shown_path(path: Path) -> str:
+    """`path` as one would type it from here; absolute paths of one machine mean nothing on another."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _values(schema: Schema, scope: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    if strict:
+        for key in scope:
+            schema[key]  # unknown: raises with a suggestion
+    missing = [name for name in schema.names if name not in scope]
+    if missing:
+        raise WanlabError(
+            f"parameter {missing[0]!r} is not set: run the parameters cell of {schema.where} first"
+        )
+    return {p.name: checked(p, scope[p.name], schema.where) for p in schema.parameters}
+
+
+def _find_notebook(name: str | None, scope: Mapping[str, Any]) -> tuple[Path | None, Schema | None, str]:
+    """The notebook this kernel serves: what was run wins over the file, which may not be saved yet."""
+    path = next((p for p in _candidates(name) if p.is_file()), None)
+    notebook = read_notebook(path) if path else None
+    history = [str(cell) for cell in scope.get("In", [])] if isinstance(scope.get("In"), list) else []
+    source = identity.notebook_source(notebook) if notebook else "\n".join(history)
+    if notebook is None and not history:
+        return None, None, source
+    where = path.name if path else "this notebook"
+    tagged = [cell.source for cell in notebook.cells if is_tagged(cell, "parameters")] if notebook else []
+    names = {p.name for p in parse_cell(tagged[0], where)} if tagged else set()
+    for cell in reversed(history):
+        try:
+            parsed = parse_cell(cell, where)
+        except WanlabError:
+            continue
+        if parsed and all(p.annotated for p in parsed) and (not names or names & {p.name for p in parsed}):
+            return path, Schema(parsed, where), source
+    return path, Schema(parse_cell(tagged[0], where), where) if tagged else None, source
+
+
+def _candidates(name: str | None) -> Iterator[Path]:
+    session = os.environ.get("JPY_SESSION_NAME", "")
+    if session.endswith(".ipynb"):
+        yield Path(session)
+    if name:
+        checked_name(name, "run name")
+        for folder in (Path.cwd(), *Path.cwd().parents):
+            yield folder / f"{name}.ipynb"
+            yield folder / "notebooks" / f"{name}.ipynb"
+
+
+def _environment() -> dict[str, Any]:
+    from wanlab.measure import environment
+
+    return plain(environment())
+
+
+def _before_plotly() -> None:
+    """One renderer, so that a figure is stored as data and not as five megabytes of JavaScript."""
+    os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
+    if "plotly.io" in sys.modules:
+        sys.modules["plotly.io"].renderers.default = os.environ["PLOTLY_RENDERER"]

@@ -1,0 +1,94 @@
+(() => {
+  "use strict";
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const narrow = () => innerWidth < 640;
+
+  // Figures: one theme, whose text and lines follow the page.
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const places = [...document.querySelectorAll("[data-figure]")];
+  const looks = () => ({
+    "font.color": css("--ink"), "font.family": css("--sans"),
+    "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+  });
+  const axes = (layout) => {
+    const looks = {};
+    for (const key of Object.keys(layout)) {
+      if (/^[xy]axis\d*$/.test(key)) {
+        looks[key + ".gridcolor"] = css("--line");
+        looks[key + ".zerolinecolor"] = css("--line");
+        looks[key + ".linecolor"] = css("--faint");
+      }
+    }
+    return looks;
+  };
+  for (const place of window.Plotly ? places : []) {
+    const { data, layout, config } = figures[Number(place.dataset.figure)];
+    const size = narrow() ? { width: undefined } : {};
+    Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
+      { ...config, responsive: true, displaylogo: false, displayModeBar: false })
+      .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }));
+  }
+  const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));
+  dark.addEventListener("change", repaint);
+
+  // Columns of words are read from the left, columns of numbers from the right.
+  for (const table of document.querySelectorAll("table.dataframe")) {
+    const rows = [...table.tBodies].flatMap(body => [...body.rows]);
+    const head = table.tHead ? [...table.tHead.rows] : [];
+    // A first column that only counts rows says nothing.
+    const index = rows.map(row => row.cells[0]);
+    if (rows.length && index.every((cell, i) => cell && cell.tagName === "TH" && cell.textContent.trim() === String(i)) &&
+        head.every(row => row.cells[0] && !row.cells[0].textContent.trim() && row.cells[0].colSpan === 1)) {
+      [...head, ...rows].forEach(row => { row.cells[0].hidden = true; });
+    }
+    const width = Math.max(0, ...rows.map(row => row.cells.length));
+    for (let i = 0; i < width; i++) {
+      const cells = rows.map(row => row.cells[i]).filter(cell => cell && cell.tagName === "TD");
+      const words = cells.some(cell => !/^\s*([-+−]?[\d.,]+([eE][-+]?\d+)?\s*[%×x]?|nan|inf|-inf|None|—|-|)\s*$/i.test(cell.textContent));
+      if (words) [...cells, ...head.map(row => row.cells[i]).filter(Boolean)].forEach(cell => cell.classList.add("text"));
+    }
+  }
+
+  // Clips of a row start together, and start over together.
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  for (const group of document.querySelectorAll(".wl-clips")) {
+    const videos = [...group.querySelectorAll("video")];
+    if (!videos.length) continue;
+    const play = () => videos.forEach(video => video.play().catch(() => {}));
+    const restart = () => {
+      if (!videos.every(video => video.ended)) return;
+      videos.forEach(video => { video.currentTime = 0; });
+      play();
+    };
+    for (const video of videos) {
+      video.loop = false;
+      video.muted = true;
+      video.addEventListener("ended", restart);
+      if (still) { video.autoplay = false; video.pause(); }
+    }
+    group.title = "click to pause or play";
+    group.addEventListener("click", () => {
+      const paused = videos.every(video => video.paused || video.ended);
+      if (paused) { if (videos.every(v => v.ended)) restart(); else play(); } else videos.forEach(video => video.pause());
+    });
+    const bar = document.createElement("div");
+    bar.className = "speeds";
+    for (const [speed, label] of [[1, "1×"], [0.5, "½×"], [0.25, "¼×"]]) {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = label;
+      button.setAttribute("aria-label", `speed ${label}`);
+      button.setAttribute("aria-pressed", String(speed === 1));
+      button.addEventListener("click", () => {
+        videos.forEach(video => { video.playbackRate = speed; });
+        bar.querySelectorAll("button").forEach(b => b.setAttribute("aria-pressed", String(b === button)));
+      });
+      bar.append(button);
+    }
+    group.after(bar);
+  }
+
+  // A printed page shows what is folded, except code.
+  addEventListener("beforeprint", () => document.querySelectorAll("details:not(.source)").forEach(d => { d.open = true; }));
+})();

@@ -1,0 +1,170 @@
+"""`wanlab nano-eval`: examine wan-nano on held-out cases and say which of its targets it meets."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanlab.errors import WanlabError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from wanlab.models.generate import Model
+    from wanlab.nano.heldout import Case
+
+VARIANTS = ("both", "high_only", "low_only")
+"""Which expert runs the steps: each its own, or one of them all."""
+
+TARGETS = {
+    "vae_psnr_db": (">=", 26.0),
+    "follows_caption_percent": (">=", 90.0),
+    "lpips_below_frozen_percent": (">=", 30.0),
+    "high_only_worse_percent": (">", 0.0),
+    "low_only_worse_percent": (">", 0.0),
+}
+
+
+def with_one_expert(model: Model, variant: str) -> Model:
+    """The model, with every step on one expert when the variant says so."""
+    import copy
+
+    if variant == "both":
+        return model
+    pipeline = copy.copy(model.pipeline)
+    pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
+    if variant == "high_only":
+        pipeline.transformer_2 = model.pipeline.transformer
+    else:
+        pipeline.transformer = model.pipeline.transformer_2
+    return dataclasses.replace(model, pipeline=pipeline)
+
+
+def reconstruct(model: Model, video: np.ndarray) -> np.ndarray:
+    """A video through the VAE and back, `[T, H, W, 3]` in [0, 1]."""
+    import torch
+
+    pixels = torch.from_numpy(video).permute(3, 0, 1, 2)[None].to(model.device, model.dtype) * 2 - 1
+    with torch.inference_mode():
+        latents = model.pipeline.vae.encode(pixels).latent_dist.mode()
+        restored = model.pipeline.vae.decode(latents, return_dict=False)[0]
+    return ((restored[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def examine(
+    model: Model, cases: list[Case], *, variants=VARIANTS, backbones=("stlpips-alex",), progress: bool = True
+) -> pd.DataFrame:
+    """Every case under every variant, next to two references: the frozen first frame and the VAE alone.
+
+    Returns:
+        DataFrame with one row per case and video: case, photograph, caption, video ("both", "high_only",
+        "low_only", "frozen", "vae"), psnr_db, follows_caption, and lpips_<backbone> per backbone; all scores are
+        against the true clip, averaged over frames.
+    """
+    import numpy as np
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from wanlab.evaluate import compare_videos
+    from wanlab.nano.heldout import follows_caption
+
+    rows = []
+    for number, case in enumerate(tqdm(cases, desc="held-out cases", unit="case", disable=not progress)):
+        truth = case.truth()
+        videos = {"frozen": np.repeat(truth[:1], len(truth), axis=0), "vae": reconstruct(model, truth)}
+        for variant in variants:
+            generation = with_one_expert(model, variant).generate(truth[0], case.caption, seed=case.seed)
+            videos[variant] = generation.video
+        for name, video in videos.items():
+            row = {"case": number, "photograph": case.photograph, "caption": case.caption, "video": name}
+            row["psnr_db"] = float(-10 * np.log10(max(float(np.square(video - truth).mean()), 1e-10)))
+            row["follows_caption"] = follows_caption(video, case) if name in variants else None
+            for backbone in backbones:
+                scores = compare_videos(truth, video, metrics=("lpips",), backbone=backbone, progress=False)
+                row[f"lpips_{backbone}"] = scores.mean("lpips")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary(table: pd.DataFrame, backbone: str) -> dict[str, float]:
+    """The figures that the targets are about, from the table of `examine`."""
+    means = table.groupby("video")[["psnr_db", f"lpips_{backbone}"]].mean(numeric_only=True)
+    lpips = means[f"lpips_{backbone}"]
+    figures = {
+        "cases": int(table["case"].nunique()),
+        "vae_psnr_db": float(means.loc["vae", "psnr_db"]),
+        "follows_caption_percent": 100 * float(table.loc[table["video"] == "both", "follows_caption"].mean()),
+        "lpips_generated": float(lpips["both"]),
+        "lpips_frozen": float(lpips["frozen"]),
+        "lpips_vae": float(lpips["vae"]),
+        "lpips_below_frozen_percent": 100 * float(1 - lpips["both"] / lpips["frozen"]),
+        "psnr_generated_db": float(means.loc["both", "psnr_db"]),
+        "psnr_frozen_db": float(
+            table.loc[(table["video"] == "frozen") & (table["psnr_db"] < 99), "psnr_db"].mean()
+        ),
+    }
+    for variant in ("high_only", "low_only"):
+        if variant in lpips.index:
+            figures[f"{variant}_lpips"] = float(lpips[variant])
+            figures[f"{variant}_psnr_db"] = float(means.loc[variant, "psnr_db"])
+            figures[f"{variant}_worse_percent"] = 100 * float(lpips[variant] / lpips["both"] - 1)
+    return figures
+
+
+def verdicts(figures: dict[str, float]) -> list[tuple[str, float, str, bool]]:
+    """Each target: name, measured value, the target in words, whether it is met."""
+    result = []
+    for name, (relation, limit) in TARGETS.items():
+        if name in figures:
+            met = figures[name] >= limit if relation == ">=" else figures[name] > limit
+            result.append((name, figures[name], f"{relation} {limit:g}", met))
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", type=int, default=72, help="held-out cases (default: 72)")
+    parser.add_argument("--model", default="wan-nano", help="registry name or folder (default: wan-nano)")
+    parser.add_argument("--engine", choices=["eager", "onnxruntime"], default="eager")
+    parser.add_argument("--backbone", action="append", help="LPIPS backbone; may be given more than once")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write all rows and the figures to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the figures beside their targets; the exit status is 1 when a target is missed."""
+    from wanlab import convert, measure, models
+    from wanlab.nano.heldout import draw_cases
+
+    if args.cases < 9:
+        raise WanlabError(f"--cases must be at least 9, one of each motion, not {args.cases}")
+    backbones = tuple(args.backbone or ("stlpips-alex",))
+    model = models.load(args.model, device=args.device, dtype="float32")
+    if args.engine == "onnxruntime":
+        folder = Path("outputs/onnx") / model.spec.name
+        convert.export_all(model, folder)
+        model = convert.use(model, convert.load_engines(folder))
+    table = examine(model, draw_cases(args.cases), backbones=backbones)
+    results = {backbone: summary(table, backbone) for backbone in backbones}
+    for backbone, figures in results.items():
+        print(f"\n{figures['cases']} held-out cases, LPIPS backbone {backbone}, {args.engine}")
+        for name, value, target, met in verdicts(figures):
+            print(f"  {'met   ' if met else 'MISSED'}  {name:28} {value:8.2f}   target {target}")
+        print("  " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if "lpips_" in k or "psnr" in k))
+    if args.json:
+        content = {
+            "engine": args.engine,
+            "figures": results,
+            "environment": measure.environment(),
+            "rows": json.loads(table.to_json(orient="records", double_precision=4)),
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, args.json)
+        print(f"\n{args.json}")
+    return 0 if all(met for figures in results.values() for *_, met in verdicts(figures)) else 1

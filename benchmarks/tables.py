@@ -1,0 +1,145 @@
+"""Write the result tables of the README and the model card from the JSON under data/results/.
+
+    python benchmarks/tables.py          # rewrite the tables
+    python benchmarks/tables.py --check  # exit status 1 when a table is not what the JSON says
+
+No figure is typed by hand: each table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from wanlab.nano.examine import TARGETS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "data" / "results"
+PAGES = (ROOT / "README.md", ROOT / "data" / "wan-nano" / "README.md")
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def machine(environment: dict) -> str:
+    """One line: what it ran on."""
+    gpu, packages = environment.get("gpu"), environment["packages"]
+    where = gpu["name"] if gpu else f"{environment['cpu']}, {environment['threads']} threads"
+    parts = [where, f"Python {environment['python']}"]
+    parts += [f"{name} {packages[name]}" for name in ("torch", "diffusers") if name in packages]
+    runtime = packages.get("onnxruntime-gpu") or packages.get("onnxruntime")
+    return ", ".join(parts + ([f"ONNX Runtime {runtime}"] if runtime else []))
+
+
+def h200() -> str:
+    rows, environment = [], None
+    for run in read("h200_baseline")["runs"]:
+        p, b, environment = run["parameters"], run["baseline"], run["environment"]
+        shares = {row["component"]: row for row in run["breakdown"]}
+        forward = ", ".join(f"{f['median_ms']:,.0f}" for f in run["forward"])
+        rows.append(
+            [
+                p["model"],
+                f"{p['height']}x{p['width']}x{p['frames']}",
+                forward,
+                f"{shares['vae_decoder']['time_ms']:,.0f}",
+                f"{b['time_per_video_ms']:,.0f}",
+                f"{b['noise_percent']:.1f} %",
+                f"{b['allocated_gib']:.1f}",
+            ]
+        )
+    header = [
+        "model",
+        "size",
+        "expert forward ms",
+        "VAE decode ms",
+        "video, 2 steps, ms",
+        "A/A noise",
+        "peak GiB",
+    ]
+    note = f"\n\n{machine(environment)}; eager BF16, random weights, no guidance, `10_baseline`."
+    return markdown(header, rows) + note
+
+
+def onnxruntime() -> str:
+    record = read("onnxruntime_cpu")
+    gain, stages = record["comparison"], {}
+    for row in record["stages"]:
+        stages.setdefault(row["component"], {})[row["engine"]] = row["time_ms"]
+    lines = [["whole video, median", gain["baseline_ms"], gain["candidate_ms"]]]
+    lines += [[name, times["eager"], times["onnxruntime"]] for name, times in stages.items()]
+    rows = [[name, f"{a:,.0f} ms", f"{b:,.0f} ms", f"{a / b:.2f}x"] for name, a, b in lines]
+    note = (
+        f"\n\n{machine(record['environment'])}; 17 frames 128x192, {len(record['samples']['eager']['values_ms'])} "
+        f"generations each. Speed-up {gain['low']:.2f} to {gain['high']:.2f} (95 % interval; A/A noise "
+        f"{gain['noise_percent']:.1f} %). PSNR between the two videos: {record['psnr_db']:.0f} dB."
+    )
+    return markdown(["wan-nano", "eager PyTorch", "ONNX Runtime", "ratio"], rows) + note
+
+
+def heldout() -> str:
+    record = read("wan_nano_heldout")
+    names = {
+        "vae_psnr_db": "VAE reconstruction, PSNR",
+        "follows_caption_percent": "motion follows the caption",
+        "lpips_below_frozen_percent": "LPIPS below the frozen first frame",
+        "high_only_worse_percent": "every step on the high-noise expert: LPIPS worse by",
+        "low_only_worse_percent": "every step on the low-noise expert: LPIPS worse by",
+    }
+    backbones = list(record["figures"])
+    rows = []
+    for key, target in TARGETS.items():
+        unit = "dB" if key.endswith("_db") else "%"
+        values = [record["figures"][backbone][key] for backbone in backbones]
+        same = key in ("vae_psnr_db", "follows_caption_percent")
+        cells = [f"{values[0]:.1f} {unit}"] * len(values) if same else [f"{v:.1f} {unit}" for v in values]
+        relation, limit = target
+        met = all(v >= limit if relation == ">=" else v > limit for v in values)
+        rows.append([names[key], *cells, f"{relation} {limit:g} {unit}", "met" if met else "**missed**"])
+    means = [
+        [f"LPIPS to the truth: {label}", *(f"{record['figures'][b][k]:.3f}" for b in backbones), "", ""]
+        for label, k in (
+            ("generated", "lpips_generated"),
+            ("VAE alone", "lpips_vae"),
+            ("frozen", "lpips_frozen"),
+        )
+    ]
+    count = record["figures"][backbones[0]]["cases"]
+    note = f"\n\n{count} cases; {machine(record['environment'])}; `wanlab nano-eval`."
+    return markdown(["figure", *backbones, "target", ""], rows + means) + note
+
+
+TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout}
+
+
+def rewritten(text: str) -> str:
+    def table(match: re.Match) -> str:
+        name = match[1]
+        return f"<!-- table: {name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        if rewritten(text) != text:
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(rewritten(text))
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'out of date' if '--check' in sys.argv[1:] else 'rewritten'}")
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

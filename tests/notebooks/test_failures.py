@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +200,26 @@ def adopting():
     libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+def drain(terminal: int, into: bytearray) -> None:
+    """Read a terminal until its last writer goes: one that is never read blocks who writes to it."""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 65_536):
+            into += piece
+
+
+def wait_for_cell(title: str, runs: Path, process: subprocess.Popen, bar: bytearray):
+    """The kernel, and the path of status.json, once the cell under this heading is running."""
+    deadline = time.monotonic() + 180
+    status = {}
+    while status.get("progress", {}).get("title") != title:
+        assert time.monotonic() < deadline, f"{status} {bar[-2000:].decode()}"
+        assert process.poll() is None, bar[-2000:].decode()
+        time.sleep(0.2)
+        for path in runs.glob("*/status.json"):
+            status = json.loads(path.read_text())
+    return psutil.Process(status["kernel"]["pid"]), path
+
+
 @pytest.mark.usefixtures("adopting")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_kernel_is_left_behind(root, fixture_notebooks, tmp_path, number):
@@ -212,23 +234,19 @@ def test_no_kernel_is_left_behind(root, fixture_notebooks, tmp_path, number):
         stderr=follower,
     )
     os.close(follower)
+    shown = threading.Thread(target=drain, args=(leader, bar := bytearray()))
+    shown.start()
     try:
-        deadline = time.monotonic() + 90
-        while not list(tmp_path.glob("outputs/hangs/*/console.log")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.2)
-        (status_path,) = tmp_path.glob("outputs/hangs/*/status.json")
-        kernel = psutil.Process(json.loads(status_path.read_text())["kernel"]["pid"])
+        kernel, status_path = wait_for_cell("Waiting", tmp_path / "outputs" / "hangs", process, bar)
         process.send_signal(number)
-        bar = os.read(leader, 100_000).decode()
         code = process.wait(30)
-        assert "2/4" in bar
-        assert "hangs: Waiting" in bar
     finally:
         process.kill()
         process.wait()
+        shown.join(10)
         os.close(leader)
+    assert b"2/4" in bar
+    assert b"hangs: Waiting" in bar
     psutil.wait_procs([kernel], timeout=10)
     assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
     if number == signal.SIGKILL:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
+from training.loop import load_weights
 from wanlab.nano import architecture
 
 
@@ -14,17 +13,15 @@ def assemble(checkpoints: Path, folder: Path) -> None:
     """Write the pipeline folder from the checkpoints of the earlier stages."""
     from transformers import UMT5EncoderModel
 
-    joint = torch.load(checkpoints / "vae_joint.pt", map_location="cpu", weights_only=True)
-    sharpened = checkpoints / "vae_decoder.pt"
-    state = torch.load(sharpened, map_location="cpu", weights_only=True) if sharpened.is_file() else joint
     vae = architecture.vae()
-    vae.load_state_dict(state["vae"])
+    joint, sharpened = load_weights(vae, checkpoints / "vae_joint.pt"), checkpoints / "vae_decoder.pt"
+    if sharpened.is_file():
+        load_weights(vae, sharpened)
     vae.register_to_config(latents_mean=joint["mean"].tolist(), latents_std=joint["std"].tolist())
     parts = {"vae": vae, "text_encoder": UMT5EncoderModel.from_pretrained(checkpoints / "text_encoder")}
     for name, expert in (("transformer", "high"), ("transformer_2", "low")):
         parts[name] = architecture.expert()
-        weights = torch.load(checkpoints / f"expert_{expert}.pt", map_location="cpu", weights_only=True)
-        parts[name].load_state_dict(weights["expert"])
+        load_weights(parts[name], checkpoints / f"expert_{expert}.pt")
     # Rounded once here: what is stored is what every later comparison calls the original.
     for part in parts.values():
         part.half()

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from training.common import seed_everything
 from wanlab.nano import architecture, clips
 
 
@@ -40,7 +39,8 @@ def draw(generator: np.random.Generator, count: int) -> tuple[list[str], torch.T
 
 def train(steps: int, seed: int) -> tuple[torch.nn.Module, float]:
     """The trained encoder and the accuracy of the heads on captions drawn afterwards."""
-    generator = seed_everything(seed)
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
     tokenizer, encoder = architecture.tokenizer(), architecture.text_encoder()
     sizes = [len(architecture.CAMERA_MOTIONS), 4, 5, 5]
     heads = torch.nn.ModuleList([torch.nn.Linear(architecture.TEXT_DIM, n) for n in sizes])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 
-from training import common, experts, text, vae
+from training import experts, loop, pictures, text, vae
 from wanlab.nano import architecture
 
 
@@ -33,33 +34,68 @@ def test_noise_levels_are_those_that_sampling_visits():
 
 
 def test_learning_rate_rises_then_falls():
-    rates = [common.cosine(x / 100) for x in range(101)]
+    rates = [loop.cosine(x / 100) for x in range(101)]
     assert rates[0] < rates[2]
     assert max(rates) <= 1
     assert rates[-1] == pytest.approx(0.01)
     assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
 
-def test_a_budget_in_steps_ends_exactly_there():
-    budget = common.Budget(None, 40, common.Ranks())
-    assert budget.progress(39) < 1
-    assert budget.progress(40) == 1
-
-
-def test_average_follows_the_parameters():
+def test_average_stands_in_for_the_parameters_and_leaves():
     module = torch.nn.Linear(2, 2)
-    average = common.Average(module, 0.9)
+    average = loop.Average(module, 0.9)
     with torch.no_grad():
         module.weight.fill_(3.0)
-    for _ in range(200):
-        average.update(module)
-    other = torch.nn.Linear(2, 2)
-    average.copy_to(other)
-    assert torch.allclose(other.weight, torch.full((2, 2), 3.0), atol=1e-3)
+    average.update(module)
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+    with average.in_place_of(module):
+        assert bool((module.weight != 5).all())
+    assert torch.equal(module.weight, torch.full((2, 2), 5.0))
+
+
+def trained(out, *options: str, interrupt_at: int | None = None) -> torch.Tensor:
+    """Averaged weights of a small regression after 12 steps."""
+    args = loop.parser("", batch=4, lr=0.1, log_every=4).parse_args(
+        ["--out", str(out), "--steps", "12", "--no-compile", *options]
+    )
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    training = loop.Loop("line", module, args, loop.Ranks(), average_decay=0.9, weight_decay=0.01)
+
+    def losses(progress: float):
+        if training.step == interrupt_at and not args.resume:
+            training.save()
+            raise KeyboardInterrupt
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(training.step))
+        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean(), {"progress": progress}
+
+    training.run(losses)
+    return loop.load_weights(torch.nn.Linear(3, 1), out / "line.pt")["weights"]["weight"]
+
+
+def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "halves", interrupt_at=7)
+    resumed = trained(tmp_path / "halves", "--resume")
+    assert torch.equal(whole, resumed)
+    rows = [json.loads(row) for row in (tmp_path / "halves" / "line.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 4, 8]
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        trained(tmp_path, "--resume")
+
+
+def test_a_missing_stage_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no checkpoint .*vae_joint\.pt"):
+        vae.main(["decoder", "--steps", "1", "--out", str(tmp_path)])
 
 
 def test_pictures_give_clips_and_captions_from_a_seed():
-    first, second = (common.Pictures(torch.device("cpu"), 7, 0).batch(3, 5) for _ in range(2))
+    first, second = (pictures.Pictures(torch.device("cpu"), 7, 0).batch(3, 5) for _ in range(2))
     assert first[0].shape == (3, 3, 5, architecture.HEIGHT, architecture.WIDTH)
     assert first[1] == second[1]
     assert torch.equal(first[0], second[0])
@@ -67,7 +103,7 @@ def test_pictures_give_clips_and_captions_from_a_seed():
 
 
 def test_dead_leaves_are_pictures():
-    images = common.dead_leaves_images(
+    images = pictures.dead_leaves_images(
         2, torch.Generator().manual_seed(0), torch.device("cpu"), size=64, leaves=30
     )
     assert images.shape == (2, 3, 64, 64)

@@ -31,8 +31,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def machine(environment: dict) -> str:
     """One line: what it ran on."""
-    gpu, packages = environment.get("gpu"), environment["packages"]
-    where = gpu["name"] if gpu else f"{environment['cpu']}, {environment['threads']} threads"
+    gpu, packages, threads = environment.get("gpu"), environment["packages"], environment["threads"]
+    where = gpu["name"] if gpu else f"{environment['cpu']}, {threads} thread{'s' * (threads > 1)}"
     parts = [where, f"Python {environment['python']}"]
     parts += [f"{name} {packages[name]}" for name in ("torch", "diffusers") if name in packages]
     runtime = packages.get("onnxruntime-gpu") or packages.get("onnxruntime")

@@ -133,6 +133,29 @@ def test_divergence_over_cases_has_an_interval():
         result.verdict("psnr")
 
 
+def test_an_interval_that_reaches_the_floor_is_within_it():
+    original = clip()
+    optimized = [near(original, sigma, 1) for sigma in (0.01, 0.05)]
+    floor = [(original, near(original, 0.02, 2))]
+    result = evaluate.divergence([original] * 2, optimized, floor, metrics="psnr", progress=False)
+    row = result.frame.iloc[0]
+    assert row["times_floor"] > 1
+    assert row["low"] < row["floor"] < row["high"]
+    assert row["verdict"] == "within floor"
+    assert "times the floor: within floor" in str(result)
+
+
+def test_the_bound_in_words():
+    assert evaluate.QualityLoss.unknown().bound == "unknown"
+    assert evaluate.quality_loss(0.11, 0.1).bound == "+10.00 %, from one case"
+    assert evaluate.quality_loss([0.09, 0.08], [0.1, 0.1]).bound == "at most 0.00 %"
+    assert evaluate.quality_loss([0.11, 0.11], [0.1, 0.1]).bound == "at most 10.00 %"
+
+
+def test_a_loss_that_rounds_to_nothing_has_no_minus():
+    assert "-0.00" not in str(evaluate.quality_loss([0.1, 0.2], [0.1 + 1e-9, 0.2 + 1e-9]))
+
+
 def test_divergence_of_equal_videos_from_a_floor_of_zero():
     video = clip()
     exact = evaluate.divergence(video, video.copy(), floor=(video, video), progress=False)

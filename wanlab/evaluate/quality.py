@@ -32,7 +32,8 @@ class Divergence:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
             over cases, undefined for one case), worst, floor, floor_name (the loosest floor),
             times_floor (error over the floor's error; error is LPIPS, 1 - SSIM or MSE), and verdict:
-            `"identical"`, `"within floor"`, `"above floor"` or `"no floor"`.
+            `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
+            is above it) or `"no floor"`.
         scores: the scores of each case.
         floors: the scores of each floor, by name.
     """
@@ -54,7 +55,10 @@ class Divergence:
 
     def __str__(self) -> str:
         row = self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
-        floor = "" if row["floor_name"] is None else f"; floor {row['floor']:.4g} ({row['floor_name']})"
+        floor = ""
+        if row["floor_name"] is not None:
+            times = f", {row['times_floor']:.3g} times the floor" if row["verdict"] != "identical" else ""
+            floor = f"; floor {row['floor']:.4g} ({row['floor_name']}){times}"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
         return f"divergence {row['metric']}{backbone} {row['mean']:.4g}{floor}: {row['verdict']}"
 
@@ -98,6 +102,15 @@ class QualityLoss:
             return "yes"
         return "no" if self.low_percent > limit_percent else "undecided"
 
+    @property
+    def bound(self) -> str:
+        """The upper end of the interval in words; the value itself where no interval can be had."""
+        if not self.known:
+            return "unknown"
+        if self.high_percent is None:
+            return f"{_signed(self.percent)} %, from one case"
+        return f"at most {max(self.high_percent, 0.0):.2f} %"
+
     def row(self) -> dict:
         return {
             "quality_loss_percent": self.percent,
@@ -114,11 +127,16 @@ class QualityLoss:
         interval = (
             "interval unknown"
             if self.low_percent is None
-            else f"95 % interval {self.low_percent:+.2f} to {self.high_percent:+.2f} %"
+            else f"95 % interval {_signed(self.low_percent)} to {_signed(self.high_percent)} %"
         )
         cases = f"{self.cases} case" + ("s" if self.cases != 1 else "")
         backbone = f", {self.backbone}" if self.backbone else ""
-        return f"{self.percent:+.2f} % ({interval}, {cases}{backbone})"
+        return f"{_signed(self.percent)} % ({interval}, {cases}{backbone})"
+
+
+def _signed(percent: float) -> str:
+    """Two digits and a sign; what rounds to nothing is not called negative."""
+    return f"{round(percent, 2) + 0.0:+.2f}"
 
 
 def divergence(
@@ -166,7 +184,10 @@ def divergence(
         known = {name: mean_score([s.mean(row.metric) for s in group]) for name, group in floors.items()}
         name = worst_of(known, key=known.get) if known else None
         mean = mean_score(values)
-        times = _times_floor(row.metric, mean, known[name]) if known else math.nan
+        kindest = mean if math.isnan(low) else low if LOWER_IS_BETTER[row.metric] else high
+        times, least_times = (
+            _times_floor(row.metric, value, known[name]) if known else math.nan for value in (mean, kindest)
+        )
         rows.append(
             {
                 "metric": row.metric,
@@ -179,7 +200,7 @@ def divergence(
                 "floor": known[name] if known else math.nan,
                 "floor_name": name,
                 "times_floor": times,
-                "verdict": _verdict(row.metric, mean, times),
+                "verdict": _verdict(row.metric, mean, least_times),
             }
         )
     return Divergence(pd.DataFrame(rows), scores, floors)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import WanlabError
-from .networks import assign, finish, parameter_names, stored_dtype, tied_names
-from .registry import read_json
+from wanlab.errors import WanlabError
+from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
+from wanlab.models.registry import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .networks import parameter_names, skeleton
-from .registry import get
-from .shapes import LatentShape, latent_shape
-from .spec import ModelSpec, Part
+from wanlab.models.networks import parameter_names, skeleton
+from wanlab.models.registry import get
+from wanlab.models.shapes import LatentShape, latent_shape
+from wanlab.models.spec import ModelSpec, Part
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WanlabError
-from .loading import synchronize
-from .report import LoadReport
-from .shapes import latent_shape
-from .spec import ModelSpec
+from wanlab.errors import WanlabError
+from wanlab.measure.timing import synchronise
+from wanlab.models.report import LoadReport
+from wanlab.models.shapes import latent_shape
+from wanlab.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ class Model:
         """
         import pandas as pd
 
-        from .schedule import step_table
+        from wanlab.models.schedule import step_table
 
         return pd.DataFrame(
             step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps))
@@ -131,7 +131,7 @@ class Model:
         """
         import torch
 
-        from .images import first_frame
+        from wanlab.models.images import first_frame
 
         defaults = self.spec.defaults
         if output not in OUTPUTS:
@@ -179,10 +179,10 @@ class Model:
 
         self.pipeline.set_progress_bar_config(disable=not progress, desc=self.spec.name, unit="step")
         try:
-            synchronize(self.device)
+            synchronise(self.device)
             start = time.perf_counter()
             made = self.pipeline(**arguments).frames
-            synchronize(self.device)
+            synchronise(self.device)
             wall_ms = (time.perf_counter() - start) * 1e3
         finally:
             self.pipeline.set_progress_bar_config(disable=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import WanlabError
+from wanlab.errors import WanlabError
 
 _TIMEOUT_S = 10
 _CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import WanlabError
+from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
     import numpy as np

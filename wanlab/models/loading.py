@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WanlabError, did_you_mean
-from . import checkpoint as ckpt
-from . import pagecache
-from .networks import fill_random, needed_bytes, network_class, skeleton
-from .registry import get
-from .report import LoadReport, PartLoad
-from .room import check_room
-from .spec import ModelSpec
+from wanlab.errors import WanlabError, did_you_mean
+from wanlab.measure.timing import synchronise
+from wanlab.models import checkpoint as ckpt
+from wanlab.models import pagecache
+from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
+from wanlab.models.registry import get
+from wanlab.models.report import LoadReport, PartLoad
+from wanlab.models.room import check_room
+from wanlab.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from .generate import Model
+    from wanlab.models.generate import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -87,7 +88,7 @@ def load(
             ckpt.fill(module, checkpoints[name], device=place, dtype=kind)
         else:
             fill_random(module, name=name, device=place, dtype=kind, seed=seed)
-        synchronize(place)
+        synchronise(place)
         read = checkpoints[name].size_bytes if checkpoints else 0
         loads.append(PartLoad(name, _ms(part_start), read, sizes[name], part_cached))
 
@@ -98,7 +99,7 @@ def load(
         notes.append(f"random weights from seed {seed}: right in time and memory, meaningless in content")
     report = LoadReport(weights, _ms(start), tuple(loads), cached, tuple(notes))
 
-    from .generate import Model
+    from wanlab.models.generate import Model
 
     return Model(spec=spec, pipeline=pipeline, device=place, dtype=kind, load=report, notes=tuple(notes))
 
@@ -169,14 +170,6 @@ def resolve(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch
     return place, getattr(torch, name)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read next is true."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
 def _wanted_parts(spec: ModelSpec, components: Sequence[str] | None) -> list[str]:
     if components is None:
         return [part.name for part in spec.parts]
@@ -194,7 +187,7 @@ def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
         return Path(spec.source)
     if weights == "random":
         return None
-    from .hub import fetch_folder
+    from wanlab.models.hub import fetch_folder
 
     others = [key for key in spec.model_index if key.startswith(("tokenizer", "scheduler"))]
     return fetch_folder(spec.source, [*wanted, *others])
@@ -231,7 +224,7 @@ def _without_weights(
                 raise WanlabError(f"{spec.source}: the installed {library} has no scheduler {class_name}")
             extras[name] = cls.from_config(dict(spec.scheduler_config))
         elif folder is None and name.startswith("tokenizer"):
-            from .tokenizer import WordHashTokenizer
+            from wanlab.models.tokenizer import WordHashTokenizer
 
             extras[name] = WordHashTokenizer(
                 spec.part(text_encoder).config["vocab_size"], spec.defaults.text_tokens

@@ -9,8 +9,8 @@ import math
 import zlib
 from typing import TYPE_CHECKING
 
-from ..errors import WanlabError
-from .spec import Part
+from wanlab.errors import WanlabError
+from wanlab.models.spec import Part
 
 if TYPE_CHECKING:
     import torch

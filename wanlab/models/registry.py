@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import WanlabError, did_you_mean
-from .spec import Defaults, ModelSpec, Part, component_parts
+from wanlab.errors import WanlabError, did_you_mean
+from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
 HUB_MODELS = ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
@@ -122,7 +122,7 @@ def _from_folder(folder: Path, *, name: str) -> ModelSpec:
 
 
 def _from_hub(hub_id: str) -> ModelSpec:
-    from .hub import fetch_configs
+    from wanlab.models.hub import fetch_configs
 
     return replace(_from_folder(fetch_configs(hub_id), name=hub_id), source=hub_id)
 
@@ -219,7 +219,7 @@ def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
     """The settings a model was made for, recognised by its denoiser, so that a local copy has them too."""
-    from ..nano import architecture as nano
+    from wanlab.nano import architecture as nano
 
     keys = (
         "num_layers",

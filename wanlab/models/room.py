@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import WanlabError
+from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
     import torch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import WanlabError, did_you_mean
+from wanlab.errors import WanlabError, did_you_mean
 
 if TYPE_CHECKING:
-    from .generate import Model
+    from wanlab.models.generate import Model
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 

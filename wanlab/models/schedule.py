@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .spec import ModelSpec
+from wanlab.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import WanlabError
-from .spec import ModelSpec
+from wanlab.errors import WanlabError
+from wanlab.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,16 @@
+from .attention import other_attention as other_attention
+from .flops import facts as facts
+from .generate import Generation as Generation
+from .generate import Model as Model
+from .loading import load as load
+from .loading import load_times as load_times
+from .registry import get as get
+from .registry import names as names
+from .report import LoadReport as LoadReport
+from .rounding import round_weights as round_weights
+from .shapes import LatentShape as LatentShape
+from .shapes import latent_shape as latent_shape
+from .shapes import nearest_size as nearest_size
+from .spec import Defaults as Defaults
+from .spec import ModelSpec as ModelSpec
+from .spec import Part as Part

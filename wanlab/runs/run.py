@@ -116,6 +116,7 @@ def start(
     """
     global _current
     _before_plotly()
+    _before_tables()
     scope = inspect.currentframe().f_back.f_globals if parameters is None else parameters
     strict = parameters is not None
     folder = os.environ.pop(FOLDER_VARIABLE, None)  # popped: a child process is not this run
@@ -267,3 +268,10 @@ def _before_plotly() -> None:
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     if "plotly.io" in sys.modules:
         sys.modules["plotly.io"].renderers.default = os.environ["PLOTLY_RENDERER"]
+
+
+def _before_tables() -> None:
+    """Six significant digits, so that an error of 1e-12 is not shown as zero."""
+    import pandas as pd
+
+    pd.set_option("display.float_format", "{:,.6g}".format)

@@ -9,6 +9,7 @@ import pytest
 
 from wanlab import models
 from wanlab.nano import examine, heldout
+from wanlab.nano.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,31 @@ def test_vae_keeps_the_picture(nano):
     restored = examine.reconstruct(nano, truth)
     assert restored.shape == truth.shape
     assert -10 * np.log10(np.square(restored - truth).mean()) >= 24.0
+
+
+def test_an_interrupted_examination_goes_on_where_it_was(tmp_path, monkeypatch):
+    asked = []
+
+    def one_row(model, case, **options):
+        asked.append(case)
+        if case == "breaks" and asked.count(case) == 1:
+            raise KeyboardInterrupt
+        return [{"video": "both", "caption": case}]
+
+    monkeypatch.setattr(examine, "examine_case", one_row)
+    results, cases = tmp_path / "results.json", ["a", "b", "breaks", "c"]
+    with pytest.raises(KeyboardInterrupt):
+        examine.examine(None, cases, journal=Journal(results, "weights 1"), progress=False)
+    with (tmp_path / "results.json.journal").open("a") as file:
+        file.write('[{"case": 2, "vid')  # the machine went away in the middle of a line
+    journal = Journal(results, "weights 1")
+    table = examine.examine(None, cases, journal=journal, progress=False)
+    assert table["case"].tolist() == [0, 1, 2, 3]
+    assert table["caption"].tolist() == cases
+    assert asked == ["a", "b", "breaks", "breaks", "c"]
+    assert Journal(results, "weights 2").cases == []
+    journal.done()
+    assert not list(tmp_path.iterdir())
 
 
 def test_summary_counts_and_compares(nano):

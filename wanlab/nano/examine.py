@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
+from wanlab.nano.journal import Journal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,38 +58,59 @@ def reconstruct(model: Model, video: np.ndarray) -> np.ndarray:
 
 
 def examine(
-    model: Model, cases: list[Case], *, variants=VARIANTS, backbones=("stlpips-alex",), progress: bool = True
+    model: Model,
+    cases: list[Case],
+    *,
+    variants=VARIANTS,
+    backbones=("stlpips-alex",),
+    journal: Journal | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Every case under every variant, next to two references: the frozen first frame and the VAE alone.
+
+    Args:
+        journal: cases that an interrupted examination finished; they are taken from there, and new ones added.
 
     Returns:
         DataFrame with one row per case and video: case, photograph, caption, video ("both", "high_only",
         "low_only", "frozen", "vae"), psnr_db, follows_caption, and lpips_<backbone> per backbone; all scores are
         against the true clip, averaged over frames.
     """
-    import numpy as np
     import pandas as pd
     from tqdm.auto import tqdm
+
+    journal = journal or Journal(None, "")
+    todo = list(enumerate(cases))[len(journal.cases) :]
+    bar = tqdm(
+        todo, "held-out cases", len(cases), initial=len(cases) - len(todo), unit="case", disable=not progress
+    )
+    for number, case in bar:
+        rows = examine_case(model, case, variants=variants, backbones=backbones)
+        journal.add([{"case": number, **row} for row in rows])
+    return pd.DataFrame([row for rows in journal.cases[: len(cases)] for row in rows])
+
+
+def examine_case(model: Model, case: Case, *, variants=VARIANTS, backbones=("stlpips-alex",)) -> list[dict]:
+    """The rows of one case, as `examine` describes them."""
+    import numpy as np
 
     from wanlab.evaluate import compare_videos
     from wanlab.nano.heldout import follows_caption
 
-    rows = []
-    for number, case in enumerate(tqdm(cases, desc="held-out cases", unit="case", disable=not progress)):
-        truth = case.truth()
-        videos = {"frozen": np.repeat(truth[:1], len(truth), axis=0), "vae": reconstruct(model, truth)}
-        for variant in variants:
-            generation = with_one_expert(model, variant).generate(truth[0], case.caption, seed=case.seed)
-            videos[variant] = generation.video
-        for name, video in videos.items():
-            row = {"case": number, "photograph": case.photograph, "caption": case.caption, "video": name}
-            row["psnr_db"] = float(-10 * np.log10(max(float(np.square(video - truth).mean()), 1e-10)))
-            row["follows_caption"] = follows_caption(video, case) if name in variants else None
-            for backbone in backbones:
-                scores = compare_videos(truth, video, metrics=("lpips",), backbone=backbone, progress=False)
-                row[f"lpips_{backbone}"] = scores.mean("lpips")
-            rows.append(row)
-    return pd.DataFrame(rows)
+    truth, rows = case.truth(), []
+    videos = {"frozen": np.repeat(truth[:1], len(truth), axis=0), "vae": reconstruct(model, truth)}
+    for variant in variants:
+        generation = with_one_expert(model, variant).generate(truth[0], case.caption, seed=case.seed)
+        videos[variant] = generation.video
+    for name, video in videos.items():
+        row = {"photograph": case.photograph, "caption": case.caption, "video": name}
+        row["psnr_db"] = float(-10 * np.log10(max(float(np.square(video - truth).mean()), 1e-10)))
+        row["follows_caption"] = bool(follows_caption(video, case)) if name in variants else None
+        for backbone in backbones:
+            scores = compare_videos(truth, video, metrics=("lpips",), backbone=backbone, progress=False)
+            row[f"lpips_{backbone}"] = scores.mean("lpips")
+        rows.append(row)
+    return rows
 
 
 def summary(table: pd.DataFrame, backbone: str) -> dict[str, float]:
@@ -132,13 +154,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=["eager", "onnxruntime"], default="eager")
     parser.add_argument("--backbone", action="append", help="LPIPS backbone; may be given more than once")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write all rows and the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write all rows and the figures here; goes on if interrupted"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the figures beside their targets; the exit status is 1 when a target is missed."""
     from wanlab import convert, measure, models
     from wanlab.nano.heldout import draw_cases
+    from wanlab.runs import identity
+    from wanlab.runs.files import digest
 
     if args.cases < 9:
         raise WanlabError(f"--cases must be at least 9, one of each motion, not {args.cases}")
@@ -148,7 +174,9 @@ def main(args: argparse.Namespace) -> int:
         folder = Path("outputs/onnx") / model.spec.name
         convert.export_all(model, folder)
         model = convert.use(model, convert.load_engines(folder))
-    table = examine(model, draw_cases(args.cases), backbones=backbones)
+    key = digest([identity.package_digest(), str(identity.weights_id(args.model)), args.engine, *backbones])
+    journal = Journal(args.json, key)
+    table = examine(model, draw_cases(args.cases), backbones=backbones, journal=journal)
     results = {backbone: summary(table, backbone) for backbone in backbones}
     for backbone, figures in results.items():
         print(f"\n{figures['cases']} held-out cases, LPIPS backbone {backbone}, {args.engine}")
@@ -166,5 +194,6 @@ def main(args: argparse.Namespace) -> int:
         temporary = args.json.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, args.json)
+        journal.done()
         print(f"\n{args.json}")
     return 0 if all(met for figures in results.values() for *_, met in verdicts(figures)) else 1

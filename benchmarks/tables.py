@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from wanlab.nano.examine import TARGETS
+from wanlab.nano.examine import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
@@ -85,6 +85,12 @@ def onnxruntime() -> str:
     return markdown(["wan-nano", "eager PyTorch", "ONNX Runtime", "ratio"], rows) + note
 
 
+def among(figures: dict, key: str) -> str:
+    """A figure's interval in brackets, where it has one."""
+    interval = figures.get(f"{key}_interval")
+    return f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+
+
 def heldout() -> str:
     record = read("wan_nano_heldout")
     names = {
@@ -94,26 +100,27 @@ def heldout() -> str:
         "high_only_worse_percent": "every step on the high-noise expert: LPIPS worse by",
         "low_only_worse_percent": "every step on the low-noise expert: LPIPS worse by",
     }
-    backbones = list(record["figures"])
-    rows = []
-    for key, target in TARGETS.items():
+    figures, rows = record["figures"], []
+    backbones = list(figures)
+    for judged in zip(*(verdicts(figures[backbone]) for backbone in backbones), strict=True):
+        key, _, target, _ = judged[0]
         unit = "dB" if key.endswith("_db") else "%"
-        values = [record["figures"][backbone][key] for backbone in backbones]
-        same = key in ("vae_psnr_db", "follows_caption_percent")
-        cells = [f"{values[0]:.1f} {unit}"] * len(values) if same else [f"{v:.1f} {unit}" for v in values]
-        relation, limit = target
-        met = all(v >= limit if relation == ">=" else v > limit for v in values)
-        rows.append([names[key], *cells, f"{relation} {limit:g} {unit}", "met" if met else "**missed**"])
+        cells = [
+            f"{value:.1f} {unit}" + among(figures[b], key)
+            for b, (_, value, _, _) in zip(backbones, judged, strict=True)
+        ]
+        met = all(ok for *_, ok in judged)
+        rows.append([names[key], *cells, f"{target} {unit}", "met" if met else "**missed**"])
     means = [
-        [f"LPIPS to the truth: {label}", *(f"{record['figures'][b][k]:.3f}" for b in backbones), "", ""]
+        [f"LPIPS to the truth: {label}", *(f"{figures[b][k]:.3f}" for b in backbones), "", ""]
         for label, k in (
             ("generated", "lpips_generated"),
             ("VAE alone", "lpips_vae"),
             ("frozen", "lpips_frozen"),
         )
     ]
-    count = record["figures"][backbones[0]]["cases"]
-    note = f"\n\n{count} cases; {machine(record['environment'])}; `wanlab nano-eval`."
+    count = figures[backbones[0]]["cases"]
+    note = f"\n\n{count} cases; {machine(record['environment'])}; `wanlab nano-eval`. In brackets 95 % intervals over cases."
     return markdown(["figure", *backbones, "target", ""], rows + means) + note
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wanlab import evaluate
 from wanlab.errors import WanlabError
+from wanlab.evaluate.bootstrap import bootstrap_ratio
 
 scores = st.floats(1e-3, 2.0)
 cases = st.lists(st.tuples(scores, scores), min_size=1, max_size=50)
@@ -178,3 +179,17 @@ def test_divergence_refuses_cases_that_do_not_pair():
     for floor in (video, []):
         with pytest.raises(WanlabError, match="floor"):
             evaluate.divergence(video, video, floor, progress=False)
+
+
+def test_ratio_of_means_over_paired_cases():
+    generator = np.random.default_rng(0)
+    base = generator.uniform(0.1, 0.4, 60)
+    low, high = bootstrap_ratio(1.1 * base, base, seed=0)
+    assert low == pytest.approx(1.1)
+    assert high == pytest.approx(1.1)
+    noisy = base * generator.uniform(0.9, 1.3, 60)
+    low, high = bootstrap_ratio(noisy, base, seed=0)
+    assert low < noisy.mean() / base.mean() < high
+    assert 1.03 < low < high < 1.2
+    assert bootstrap_ratio([1.0], [1.0], seed=0) is None
+    assert bootstrap_ratio([1.0, 2.0], [0.0, 0.0], seed=0) is None

@@ -92,12 +92,12 @@ def colour(name: str) -> str:
 
 def label(column: str) -> str:
     """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
-    head, _, unit = str(column).rpartition("_")
-    return (
-        f"{head.replace('_', ' ')} ({UNITS[unit]})"
-        if head and unit in UNITS
-        else str(column).replace("_", " ")
-    )
+    words = str(column).split("_")
+    if len(words) > 3 and words[-2:] == ["per", "s"]:
+        return f"{' '.join(words[:-3])} ({words[-3]}/s)"
+    if len(words) > 1 and words[-1] in UNITS:
+        return f"{' '.join(words[:-1])} ({UNITS[words[-1]]})"
+    return " ".join(words)
 
 
 @functools.cache

@@ -47,6 +47,7 @@ def test_unknown_names_keep_one_colour():
     [
         ("peak_memory_gib", "peak memory (GiB)"),
         ("time_ms", "time (ms)"),
+        ("throughput_frames_per_s", "throughput (frames/s)"),
         ("calls", "calls"),
         ("quality_loss_percent", "quality loss (%)"),
     ],

@@ -1,17 +1,15 @@
 """ONNX Runtime against eager PyTorch: the same model, seed, threads and run, measured side by side.
 
-    python benchmarks/onnxruntime_pipeline.py --model wan-nano --threads 2 --rounds 5
+    python benchmarks/onnxruntime_pipeline.py --model wan-nano --threads 2 --rounds 3
 
-Each round runs eager, ONNX Runtime and eager again (in alternating order). The two eager series are the
-A/A control: their ratio says how far apart two equal things look on this machine today. The exit status
-is 1 when the videos differ (PSNR under --psnr), or the speed-up is under --speedup or lost in the noise.
+Whole videos in turn, forwards and backwards (`wanlab.measure.side_by_side`). The two halves of the eager series are
+the A/A control: their ratio says how far apart two equal things look on this machine today. The exit status is 1 when
+the videos differ (PSNR under --psnr), or the speed-up is under --speedup or lost in the noise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -20,96 +18,57 @@ from pathlib import Path
 
 def main() -> int:
     arguments = parse()
-    import numpy as np
     import pandas as pd
     import torch
-    from tqdm.auto import tqdm
 
-    from wanlab import convert, measure, models
+    from wanlab import convert, evaluate, measure, models
+    from wanlab.runs.files import write_json
 
     torch.set_num_threads(arguments.threads)
     eager = models.load(arguments.model)
-    print(
-        f"{arguments.model} on {eager.device}, {arguments.threads} threads; ONNX files in {arguments.folder}"
-    )
     reports = convert.export_all(eager, arguments.folder)
     engines = convert.load_engines(arguments.folder)
-    fast = convert.use(eager, engines)
-    image = photograph(arguments.image, eager.spec.defaults)
-
-    def generate(model):
-        return model.generate(image, arguments.prompt, steps=arguments.steps, seed=arguments.seed)
-
-    reference, made = generate(eager).video, generate(fast).video  # also the warm-up
-    error = float(np.mean((reference.astype(np.float64) - made) ** 2))
-    psnr_db = 10 * math.log10(1 / error) if error else math.inf
-
-    times: dict[str, list[float]] = {"eager": [], "onnxruntime": [], "eager again": []}
-    contenders = [("eager", eager), ("onnxruntime", fast), ("eager again", eager)]
-    for number in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
-        for label, model in contenders if number % 2 == 0 else contenders[::-1]:
-            times[label].append(generate(model).wall_ms)
-    stages = []
-    for label, model in contenders[:2]:  # apart from the timing, as recording synchronises
-        with measure.stages(model) as recorder:
-            generation = generate(model)
-        stages.append(recorder.breakdown(generation.wall_ms).assign(engine=label))
-
-    samples = {
-        label: measure.Samples(label, tuple(values), str(eager.device), "wall clock")
-        for label, values in times.items()
+    variants = {"eager": eager, "onnxruntime": convert.use(eager, engines)}
+    asked = {
+        "image": photograph(arguments.image, eager.spec.defaults),
+        "prompt": arguments.prompt,
+        "steps": arguments.steps,
+        "seed": arguments.seed,
     }
-    control = measure.compare(samples["eager"], samples["eager again"])
-    noise_percent = 100 * max(abs(control.speedup - 1), abs(control.low - 1), abs(control.high - 1))
-    result = measure.compare(samples["eager"], samples["onnxruntime"], noise_percent)
+    videos = [model.generate(**asked) for model in variants.values()]  # also the warm-up
+    psnr_db = evaluate.compare_videos(*videos, metrics=("psnr",), progress=False).mean("psnr")
+    pair = measure.side_by_side(variants, rounds=arguments.rounds, **asked)
+    gain = pair.comparisons["onnxruntime"]
 
-    pd.set_option("display.width", 160)
-    table = pd.DataFrame([series.row() for series in samples.values()])
-    table["speedup"] = samples["eager"].median / table["median_ms"]
-    print(
-        "\n"
-        + table[["label", "median_ms", "min_ms", "max_ms", "cv_percent", "speedup"]]
-        .round(2)
-        .to_string(index=False)
-    )
-    by_stage = pd.concat(stages).pivot_table(
-        index="component", columns="engine", values="time_ms", sort=False
-    )
-    by_stage["ratio"] = by_stage["eager"] / by_stage["onnxruntime"]
-    print("\n" + by_stage.round(2).to_string())
-    load = pd.DataFrame(
-        [
-            (name, engine.load_ms, engine.size_bytes, ", ".join(engine.providers_used))
-            for name, engine in engines.items()
-        ],
-        columns=["component", "load_ms", "size_bytes", "providers"],
-    )
-    print("\n" + load.round(1).to_string(index=False))
-    print(f"\nA/A control of eager: {control.speedup:.3f}x, noise {noise_percent:.1f} %")
-    print(f"{result}; PSNR of the videos {psnr_db:.1f} dB")
+    pd.set_option("display.width", 160, "display.float_format", "{:,.2f}".format)
+    rows = pd.DataFrame([samples.row() for samples in pair.timings])
+    print("\n" + rows[["label", "n", "median_ms", "min_ms", "max_ms", "cv_percent"]].to_string(index=False))
+    stages = pair.breakdown.assign(ratio=pair.breakdown["eager_ms"] / pair.breakdown["onnxruntime_ms"])
+    print("\n" + stages.to_string(index=False))
+    print(f"\nA/A control of eager: {pair.control.ratio:.3f}x, noise {pair.control.noise_percent:.1f} %")
+    print(f"{gain}; PSNR of the videos {psnr_db:.1f} dB")
 
-    quick = result.verdict == "faster" and result.speedup >= arguments.speedup
+    quick = gain.verdict == "faster" and gain.speedup >= arguments.speedup
     passed = quick and psnr_db >= arguments.psnr
     record = {
         "model": arguments.model,
-        "settings": {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
-        },
+        "settings": vars(arguments),
         "psnr_db": psnr_db,
-        "comparison": result.row(),
-        "control": control.row() | {"noise_percent": noise_percent},
-        "samples": {label: series.to_dict() for label, series in samples.items()},
-        "stages": pd.concat(stages).to_dict("records"),
-        "engines": load.to_dict("records"),
+        "comparison": gain.row(),
+        "noise_percent": pair.control.noise_percent,
+        "samples": {label: samples.to_dict() for label, samples in pair.samples.items()},
+        "stages": stages,
+        "engines": {
+            name: (engine.load_ms, engine.size_bytes, engine.providers_used)
+            for name, engine in engines.items()
+        },
         "exports": [asdict(report) | {"path": Path(report.path).name} for report in reports],
         "environment": measure.environment(eager.device),
         "passed": passed,
     }
-    write(arguments.output, record)
-    print(
-        f"{'passed' if passed else 'FAILED'}: wanted >= {arguments.speedup:g}x and >= {arguments.psnr:g} dB;"
-        f" {arguments.output}"
-    )
+    write_json(arguments.output, record)
+    wanted = f"wanted >= {arguments.speedup:g}x and >= {arguments.psnr:g} dB"
+    print(f"{'passed' if passed else 'FAILED'}: {wanted}; {arguments.output}")
     return 0 if passed else 1
 
 
@@ -125,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", default="the camera pans left")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default when left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="each makes four videos per engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--speedup", type=float, default=2.0, help="least speed-up that passes")
     parser.add_argument("--psnr", type=float, default=50.0, help="least PSNR in dB that passes")
@@ -142,24 +101,6 @@ def photograph(path: Path | None, defaults):
     from skimage import data
 
     return Image.fromarray(data.coffee()).resize((defaults.width, defaults.height), Image.Resampling.LANCZOS)
-
-
-def write(path: Path, record: dict) -> None:
-    """JSON in one step; non-finite numbers become null, which every reader takes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(record), indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def finite(value):
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 if __name__ == "__main__":

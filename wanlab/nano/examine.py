@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,7 +179,7 @@ def main(args: argparse.Namespace) -> int:
     from wanlab import convert, measure, models
     from wanlab.nano.heldout import draw_cases
     from wanlab.runs import identity
-    from wanlab.runs.files import digest
+    from wanlab.runs.files import digest, write_json
 
     if args.cases < 9:
         raise WanlabError(f"--cases must be at least 9, one of each motion, not {args.cases}")
@@ -209,10 +208,7 @@ def main(args: argparse.Namespace) -> int:
             "environment": measure.environment(),
             "rows": json.loads(table.to_json(orient="records", double_precision=4)),
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, content)
         journal.done()
         print(f"\n{args.json}")
     return 0 if all(met for figures in results.values() for *_, met in verdicts(figures)) else 1

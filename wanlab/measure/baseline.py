@@ -27,6 +27,7 @@ class Baseline:
         breakdown: time per component of one more, recorded generation; adds up to its wall clock.
         calls: every component call of that generation, with step, timestep and branch.
         generation: the recorded generation, with its video.
+        again: the last of the timed ones: the same thing made again, which is the floor of any divergence.
         load_ms: how long loading took, None when it is not known.
     """
 
@@ -36,6 +37,7 @@ class Baseline:
     breakdown: pd.DataFrame
     calls: pd.DataFrame
     generation: Generation
+    again: Generation
     load_ms: float | None
 
     @property
@@ -91,8 +93,11 @@ def baseline(
         load_ms: time of loading, to be shown in the row; the model's own load report by default.
     """
 
-    def generate():
-        return model.generate(image, prompt, **settings)
+    last: list[Generation] = []
+
+    def generate() -> Generation:
+        last[:] = [model.generate(image, prompt, **settings)]
+        return last[0]
 
     with peak_memory(model.device) as memory:
         control = aa_control(
@@ -103,6 +108,7 @@ def baseline(
             progress=progress,
             label=label,
         )
+    again = last[0]
     with stages(model) as recorder:
         generation = generate()
     return Baseline(
@@ -112,6 +118,7 @@ def baseline(
         breakdown=recorder.breakdown(generation.wall_ms),
         calls=recorder.frame(),
         generation=generation,
+        again=again,
         load_ms=model.load.time_ms if load_ms is None else load_ms,
     )
 

@@ -1,7 +1,7 @@
 """Stage 3: the two experts, each on its own noise range, by flow matching.
 
-    python -m training.experts high --minutes 3
-    python -m training.experts low --minutes 7.5
+    python -m training.experts high --minutes 6.8
+    python -m training.experts low --minutes 6.8
 
 The high-noise expert sees sigma in [0.9, 1], the low-noise expert sigma in [0, 0.9): neither ever learns the other's
 range. Latents are encoded once and kept on the device; a part of them is replaced by new clips all along.

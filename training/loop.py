@@ -165,10 +165,15 @@ class Loop:
         self.step, self.seconds = 0, 0.0
         if args.resume:
             self._restore()
+        self._cut_curve()
 
     @property
     def weights_path(self) -> Path:
         return self.args.out / f"{self.name}.pt"
+
+    @property
+    def curve_path(self) -> Path:
+        return self.args.out / f"{self.name}.jsonl"
 
     @property
     def resume_path(self) -> Path:
@@ -234,9 +239,17 @@ class Loop:
             for name, value in {"loss": loss, **parts}.items()
         }
         self.args.out.mkdir(parents=True, exist_ok=True)
-        with (self.args.out / f"{self.name}.jsonl").open("a") as file:
+        with self.curve_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         tqdm.write(f"[{self.name}] {self.progress:4.0%} {row}")
+
+    def _cut_curve(self) -> None:
+        """Forget the rows of steps that are still to come: of an older run, or between checkpoint and interruption."""
+        if not (self.ranks.is_first and self.curve_path.is_file()):
+            return
+        rows = self.curve_path.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] < self.step]
+        self.curve_path.write_text("".join(kept))
 
     def save(self, **facts: torch.Tensor) -> None:
         """Write both checkpoints; `facts` go beside the averaged weights."""

@@ -54,8 +54,8 @@ def test_average_stands_in_for_the_parameters_and_leaves():
     assert torch.equal(module.weight, torch.full((2, 2), 5.0))
 
 
-def trained(out, *options: str, interrupt_at: int | None = None) -> torch.Tensor:
-    """Averaged weights of a small regression after 12 steps."""
+def trained(out, *options: str, saved_at: int | None = None) -> torch.Tensor:
+    """Averaged weights of a small regression after 12 steps, or an interruption two steps after a checkpoint."""
     args = loop.parser("", batch=4, lr=0.1, log_every=4).parse_args(
         ["--out", str(out), "--steps", "12", "--no-compile", *options]
     )
@@ -64,8 +64,9 @@ def trained(out, *options: str, interrupt_at: int | None = None) -> torch.Tensor
     training = loop.Loop("line", module, args, loop.Ranks(), average_decay=0.9, weight_decay=0.01)
 
     def losses(progress: float):
-        if training.step == interrupt_at and not args.resume:
+        if saved_at is not None and training.step == saved_at:
             training.save()
+        if saved_at is not None and training.step == saved_at + 2:
             raise KeyboardInterrupt
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(training.step))
         return (module(x) - x.sum(dim=1, keepdim=True)).square().mean(), {"progress": progress}
@@ -77,11 +78,17 @@ def trained(out, *options: str, interrupt_at: int | None = None) -> torch.Tensor
 def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(tmp_path):
     whole = trained(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "halves", interrupt_at=7)
+        trained(tmp_path / "halves", saved_at=7)
     resumed = trained(tmp_path / "halves", "--resume")
     assert torch.equal(whole, resumed)
     rows = [json.loads(row) for row in (tmp_path / "halves" / "line.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 4, 8]
+
+
+def test_a_new_run_begins_a_new_curve(tmp_path):
+    trained(tmp_path)
+    trained(tmp_path)
+    assert len((tmp_path / "line.jsonl").read_text().splitlines()) == 3
 
 
 def test_nothing_to_resume_is_said(tmp_path):

@@ -28,13 +28,13 @@ TRAINING_PHOTOGRAPHS = (
 HELD_OUT_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg")
 """Photographs of the scikit-image package that no training stage ever sees."""
 
-PAN_PX_PER_FRAME = 2.0
-ZOOM_PER_CLIP = 1.3
-ROTATION_DEG_PER_FRAME = 1.0
-OBJECT_PX_PER_FRAME = 3.0
+PAN_PX_PER_FRAME = 4.0
+ZOOM_PER_CLIP = 1.8
+ROTATION_DEG_PER_FRAME = 3.0
+OBJECT_PX_PER_FRAME = 4.0
 OBJECT_RADIUS_PX = 15.0
 LONGEST_SIDE_PX = 768
-SCALE_RANGE = (0.8, 1.25)
+SCALE_RANGE = (0.5, 1.0)
 """Pixels of the photograph per pixel of the clip."""
 
 COLOUR_RGB = {

@@ -11,7 +11,7 @@ from wanlab.nano.architecture import CAMERA_MOTIONS, FRAMES
 if TYPE_CHECKING:
     import numpy as np
 
-SMALLEST_TEXTURE = 0.02
+SMALLEST_TEXTURE = 0.01
 """Mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures no motion can be measured."""
 
 

@@ -17,16 +17,19 @@ from wanlab.nano.clips import (
 if TYPE_CHECKING:
     import numpy as np
 
-FRAME_GAP = 4
+FRAME_GAP = 2
 """Frames between the two ends of a flow field: 8 pixels of pan, within reach of the flow's pyramid."""
+
+COLOUR_NOISE = 0.005
+"""Mean squared colour error below which two places look alike; intensities are in [0, 1]."""
 
 
 def camera_motion(video: np.ndarray) -> tuple[str, dict[str, float]]:
     """The camera motion whose flow field lies nearest to the measured one.
 
-    Dense flow between frames 4 apart (iterative Lucas-Kanade on a pyramid; Le Besnerais and Champagnat 2005, as
-    implemented in scikit-image) is compared with the exact field of each of the nine motions. The distance is the
-    median over textured pixels, so a moving object and flat regions do not decide.
+    Dense flow between frames `FRAME_GAP` apart (iterative Lucas-Kanade on a pyramid; Le Besnerais and Champagnat
+    2005, as implemented in scikit-image) is compared with the exact field of each of the nine motions. The distance
+    is the median over textured pixels, so a moving object and flat regions do not decide.
 
     Args:
         video: `[T, H, W, 3]` in [0, 1].
@@ -69,7 +72,8 @@ def object_displacement(video: np.ndarray, moving_object: MovingObject) -> tuple
     """How far the object travelled between the first and the last frame: (x, y) in pixels.
 
     Its place in the first frame is known. In the last frame it is where the inside of its outline has its colour
-    and a ring around the outline has not: the largest difference of the two mean colour distances.
+    and a ring around the outline has not: the largest contrast of the two mean colour distances. Contrast, not
+    difference, because on a background of nearly its own colour the ring is hardly further off.
 
     Args:
         video: `[T, H, W, 3]` in [0, 1].
@@ -85,9 +89,11 @@ def object_displacement(video: np.ndarray, moving_object: MovingObject) -> tuple
     off_colour = np.square(video[-1] - np.array(COLOUR_RGB[moving_object.colour])).mean(axis=-1)
     # Beyond some distance every other colour is equally wrong.
     off_colour = np.pad(np.minimum(off_colour, 0.08), reach, mode="edge")
-    kernel = ring / ring.sum() - inside / inside.sum()
-    score = fftconvolve(off_colour, kernel[::-1, ::-1], mode="valid")
-    row, column = np.unravel_index(np.argmax(score), score.shape)
+    within, around = (
+        fftconvolve(off_colour, (area / area.sum())[::-1, ::-1], mode="valid") for area in (inside, ring)
+    )
+    contrast = (around - within) / (around + within + COLOUR_NOISE)
+    row, column = np.unravel_index(np.argmax(contrast), contrast.shape)
     return float(column - moving_object.start_x_px), float(row - moving_object.start_y_px)
 
 

@@ -107,8 +107,10 @@ def heldout() -> str:
             f"{value:.1f} {unit}" + among(figures[b], key)
             for b, (_, value, _, _) in zip(backbones, judged, strict=True)
         ]
-        met = all(ok for *_, ok in judged)
-        rows.append([names[key], *cells, f"{target} {unit}", "met" if met else "**missed**"])
+        each = ["met" if ok else "**missed**" for *_, ok in judged]
+        rows.append(
+            [names[key], *cells, f"{target} {unit}", each[0] if len(set(each)) == 1 else ", ".join(each)]
+        )
     means = [
         [f"LPIPS to the truth: {label}", *(f"{figures[b][k]:.3f}" for b in backbones), "", ""]
         for label, k in (

@@ -62,7 +62,7 @@ def draw_cases(count: int = 72, *, seed: int = 2026, photographs=clips.HELD_OUT_
 
 
 def example_case() -> Case:
-    """The case that demonstrations use: the camera pans over a cup of coffee."""
+    """The case that demonstrations use: the camera pans over a spoon beside a cup of coffee."""
     cases = draw_cases()
     return next(c for c in cases if (c.clip.motion, c.photograph) == ("pan_right", "coffee.png"))
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
+from wanlab.measure.entry_points import entry_points, standing_in
 from wanlab.measure.memory import peak_memory
 from wanlab.measure.standin import StandIn
 from wanlab.measure.timing import synchronise
@@ -97,13 +98,8 @@ class StageRecorder:
             )
         if any(isinstance(vars(self._pipeline)[name], StandIn) for name in targets):
             raise WanlabError("this model is being recorded already; leave the outer stages() block first")
-        with ExitStack() as stack:
-            for name, calls in targets.items():
-                original = vars(self._pipeline)[name]
-                stack.callback(vars(self._pipeline).__setitem__, name, original)
-                # Past the pipeline's own __setattr__, which would write the stand-in to its config.
-                vars(self._pipeline)[name] = StandIn(original, calls)
-            self._stack = stack.pop_all()
+        self._stack = ExitStack()
+        self._stack.enter_context(standing_in(self._pipeline, targets))
         synchronise(self._device)
         self._begin_ns = time.perf_counter_ns()
         return self
@@ -169,19 +165,11 @@ class StageRecorder:
 
     def _targets(self) -> dict[str, dict[str, Callable]]:
         """Pipeline attribute -> {entry point: wrapper maker}, for the attributes that are there."""
-        present = getattr(self._pipeline, "__dict__", {})
-        has = {name for name, value in present.items() if value is not None}
-        high, low = (
-            ("expert_high", "expert_low") if {"transformer", "transformer_2"} <= has else ("expert",) * 2
-        )
-        components = {
-            "text_encoder": {"__call__": self._timed("text_encoder")},
-            "transformer": {"__call__": self._timed(high)},
-            "transformer_2": {"__call__": self._timed(low)},
-            "vae": {"encode": self._timed("vae_encoder"), "decode": self._timed("vae_decoder")},
+        targets = {
+            attribute: {method: self._timed(component) for method, component in methods.items()}
+            for attribute, methods in entry_points(self._pipeline).items()
         }
-        targets = {name: calls for name, calls in components.items() if name in has}
-        if targets and "scheduler" in has:
+        if targets and vars(self._pipeline).get("scheduler") is not None:
             targets["scheduler"] = {
                 "set_timesteps": self._after(self._begin_schedule),
                 "step": self._after(self._end_step),

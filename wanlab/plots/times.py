@@ -1,135 +1,16 @@
-"""Figures. Data in, plotly figure out; one theme, and one colour per component, engine and format everywhere.
-
-The theme has no background and middle-grey text, so a figure reads on a white page and on a dark one.
-"""
+"""Where time went, sample by sample, and before beside after."""
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
+from wanlab.plots.style import NAMES, ROW_PX, colour, label, needs, theme
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-COMPONENT_COLOURS = {
-    "text_encoder": "#8b7ec8",
-    "vae_encoder": "#3fa796",
-    "expert": "#e07b39",
-    "expert_high": "#d9534f",
-    "expert_low": "#e8a33d",
-    "vae_decoder": "#3d85c6",
-    "other": "#9aa3ad",
-}
-ENGINE_COLOURS = {
-    "eager": "#8a93a0",
-    "compiled": "#5b8c5a",
-    "onnxruntime": "#3d85c6",
-    "tensorrt": "#6fa832",
-    "tvm": "#b0679b",
-}
-FORMAT_COLOURS = {
-    "fp32": "#8a93a0",
-    "tf32": "#a58a6f",
-    "bf16": "#5f7fbf",
-    "fp16": "#3fa796",
-    "fp8": "#e07b39",
-    "int8": "#b0679b",
-    "fp4": "#c9485b",
-    "int4": "#c9485b",
-}
-OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
-NAMES = {
-    "text_encoder": "text encoder",
-    "vae_encoder": "VAE encoder",
-    "expert": "expert",
-    "expert_high": "high-noise expert",
-    "expert_low": "low-noise expert",
-    "vae_decoder": "VAE decoder",
-    "other": "other",
-}
-METRICS = {"lpips": "LPIPS", "psnr": "PSNR (dB)", "ssim": "SSIM"}
-UNITS = {
-    "ms": "ms",
-    "s": "s",
-    "gib": "GiB",
-    "mib": "MiB",
-    "bytes": "bytes",
-    "percent": "%",
-    "db": "dB",
-    "fps": "frames/s",
-    "w": "W",
-}
-GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
-FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
-ROW_PX = 34
-
-
-def colour(name: str) -> str:
-    """The colour of a component, engine or format; a name such as "onnxruntime FP16" takes its engine's.
-
-    A name that is none of them gets a stable colour of its own.
-    """
-    plain = str(name).lower()
-    for table in (COMPONENT_COLOURS, ENGINE_COLOURS, FORMAT_COLOURS):
-        if plain in table:
-            return table[plain]
-    words = set(
-        re.split(
-            r"[^a-z0-9]+", plain.replace("onnx runtime", "onnxruntime").replace("onnx-runtime", "onnxruntime")
-        )
-    )
-    for table in (ENGINE_COLOURS, FORMAT_COLOURS):
-        for known, value in table.items():
-            if known in words:
-                return value
-    return OTHERS[sum(plain.encode()) % len(OTHERS)]
-
-
-def label(column: str) -> str:
-    """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
-    words = str(column).split("_")
-    if len(words) > 3 and words[-2:] == ["per", "s"]:
-        return f"{' '.join(words[:-3])} ({words[-3]}/s)"
-    if len(words) > 1 and words[-1] in UNITS:
-        return f"{' '.join(words[:-1])} ({UNITS[words[-1]]})"
-    return " ".join(words)
-
-
-@functools.cache
-def theme() -> str:
-    """Register the plotly template and return its name."""
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
-    axis = {
-        "gridcolor": LINE,
-        "zerolinecolor": LINE,
-        "linecolor": LINE,
-        "ticks": "",
-        "automargin": True,
-        "title": {"standoff": 10, "font": {"size": 13}},
-    }
-    pio.templates["wanlab"] = go.layout.Template(
-        layout={
-            "font": {"family": FONT, "size": 13, "color": GREY},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "colorway": list(OTHERS),
-            "margin": {"l": 10, "r": 10, "t": 20, "b": 10},
-            "xaxis": axis,
-            "yaxis": axis,
-            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}},
-            "hoverlabel": {"font": {"family": FONT, "size": 13}},
-            "bargap": 0.28,
-        },
-        data={"bar": [{"marker": {"line": {"width": 0}}}]},
-    )
-    return "wanlab"
 
 
 def breakdown_bar(df: pd.DataFrame) -> go.Figure:
@@ -141,7 +22,7 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     """
     import plotly.graph_objects as go
 
-    _needs(df, "breakdown_bar", "component", "time_ms")
+    needs(df, "breakdown_bar", "component", "time_ms")
     total = float(df["time_ms"].sum())
     share = df["share_percent"] if "share_percent" in df else 100.0 * df["time_ms"] / (total or 1.0)
     calls = df["calls"] if "calls" in df else [None] * len(df)
@@ -275,59 +156,6 @@ def _with_ratio(value: float, baseline: float) -> str:
     return f"{shown}<br>{ratio:.2f}× less" if ratio > 1 else f"{shown}<br>{1 / ratio:.2f}× more"
 
 
-def per_frame_curves(scores: Any) -> go.Figure:
-    """Scores frame by frame, one panel per metric; the backbone is named.
-
-    Args:
-        scores: `Scores`, its `per_frame` table (frame, metric, backbone, value), or a dict of them by name.
-
-    Raises:
-        WanlabError: LPIPS of different backbones in one figure.
-    """
-    from plotly.subplots import make_subplots
-
-    many = scores if isinstance(scores, Mapping) else {"": scores}
-    tables = {name: getattr(item, "per_frame", item) for name, item in many.items()}
-    for table in tables.values():
-        _needs(table, "per_frame_curves", "frame", "metric", "backbone", "value")
-    metrics = list(dict.fromkeys(metric for table in tables.values() for metric in table["metric"]))
-    if not metrics:
-        raise WanlabError("per_frame_curves needs at least one score")
-    titles = []
-    for metric in metrics:
-        backbones = {b for t in tables.values() for b in t.loc[t["metric"] == metric, "backbone"]}
-        if len(backbones) > 1:
-            raise WanlabError(
-                f"{metric} of different backbones cannot share a figure: {', '.join(sorted(backbones))}"
-            )
-        named = METRICS.get(metric, metric)
-        titles.append(named if backbones <= {"-", ""} else f"{named}, {backbones.pop()}")
-    figure = make_subplots(
-        rows=len(metrics), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.12
-    )
-    for row, metric in enumerate(metrics, 1):
-        for index, (name, table) in enumerate(tables.items()):
-            part = table[table["metric"] == metric]
-            tint = colour(name) if name else OTHERS[index]
-            figure.add_scatter(
-                x=part["frame"].tolist(),
-                y=[value if abs(value) != float("inf") else None for value in part["value"]],
-                mode="lines+markers",
-                name=name,
-                legendgroup=name,
-                showlegend=bool(name) and row == 1,
-                line={"color": tint, "width": 2},
-                marker={"size": 5, "color": tint},
-                hovertemplate="frame %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
-                row=row,
-                col=1,
-            )
-    figure.update_xaxes(title_text="frame", row=len(metrics), col=1)
-    figure.update_layout(template=theme(), height=60 + 190 * len(metrics), margin={"t": 50})
-    figure.update_annotations(font={"size": 13})
-    return figure
-
-
 def schedule_timeline(df: pd.DataFrame) -> go.Figure:
     """Which component ran when, as a bar from its start to its end.
 
@@ -338,7 +166,7 @@ def schedule_timeline(df: pd.DataFrame) -> go.Figure:
     import pandas as pd
     import plotly.graph_objects as go
 
-    _needs(df, "schedule_timeline", "component", "start_ms", "time_ms")
+    needs(df, "schedule_timeline", "component", "start_ms", "time_ms")
     names = list(dict.fromkeys(df["component"]))
     figure = go.Figure()
     for name in names:
@@ -368,9 +196,3 @@ def schedule_timeline(df: pd.DataFrame) -> go.Figure:
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _needs(df: Any, function: str, *columns: str) -> None:
-    missing = [column for column in columns if column not in getattr(df, "columns", ())]
-    if missing:
-        raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")

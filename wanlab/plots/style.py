@@ -1,0 +1,134 @@
+"""One theme, and one colour per component, engine and format everywhere.
+
+The theme has no background and middle-grey text, so a figure reads on a white page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+from wanlab.errors import WanlabError
+
+COMPONENT_COLOURS = {
+    "text_encoder": "#8b7ec8",
+    "vae_encoder": "#3fa796",
+    "expert": "#e07b39",
+    "expert_high": "#d9534f",
+    "expert_low": "#e8a33d",
+    "vae_decoder": "#3d85c6",
+    "other": "#9aa3ad",
+}
+ENGINE_COLOURS = {
+    "eager": "#8a93a0",
+    "compiled": "#5b8c5a",
+    "onnxruntime": "#3d85c6",
+    "tensorrt": "#6fa832",
+    "tvm": "#b0679b",
+}
+FORMAT_COLOURS = {
+    "fp32": "#8a93a0",
+    "tf32": "#a58a6f",
+    "bf16": "#5f7fbf",
+    "fp16": "#3fa796",
+    "fp8": "#e07b39",
+    "int8": "#b0679b",
+    "fp4": "#c9485b",
+    "int4": "#c9485b",
+}
+OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
+NAMES = {
+    "text_encoder": "text encoder",
+    "vae_encoder": "VAE encoder",
+    "expert": "expert",
+    "expert_high": "high-noise expert",
+    "expert_low": "low-noise expert",
+    "vae_decoder": "VAE decoder",
+    "other": "other",
+}
+METRICS = {"lpips": "LPIPS", "psnr": "PSNR (dB)", "ssim": "SSIM"}
+UNITS = {
+    "ms": "ms",
+    "s": "s",
+    "gib": "GiB",
+    "mib": "MiB",
+    "bytes": "bytes",
+    "percent": "%",
+    "db": "dB",
+    "fps": "frames/s",
+    "w": "W",
+}
+GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
+ROW_PX = 34
+
+
+def colour(name: str) -> str:
+    """The colour of a component, engine or format; a name such as "onnxruntime FP16" takes its engine's.
+
+    A name that is none of them gets a stable colour of its own.
+    """
+    plain = str(name).lower()
+    for table in (COMPONENT_COLOURS, ENGINE_COLOURS, FORMAT_COLOURS):
+        if plain in table:
+            return table[plain]
+    words = set(
+        re.split(
+            r"[^a-z0-9]+", plain.replace("onnx runtime", "onnxruntime").replace("onnx-runtime", "onnxruntime")
+        )
+    )
+    for table in (ENGINE_COLOURS, FORMAT_COLOURS):
+        for known, value in table.items():
+            if known in words:
+                return value
+    return OTHERS[sum(plain.encode()) % len(OTHERS)]
+
+
+def label(column: str) -> str:
+    """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
+    words = str(column).split("_")
+    if len(words) > 3 and words[-2:] == ["per", "s"]:
+        return f"{' '.join(words[:-3])} ({words[-3]}/s)"
+    if len(words) > 1 and words[-1] in UNITS:
+        return f"{' '.join(words[:-1])} ({UNITS[words[-1]]})"
+    return " ".join(words)
+
+
+@functools.cache
+def theme() -> str:
+    """Register the plotly template and return its name."""
+    import plotly.graph_objects as go
+    import plotly.io as pio
+
+    axis = {
+        "gridcolor": LINE,
+        "zerolinecolor": LINE,
+        "linecolor": LINE,
+        "ticks": "",
+        "automargin": True,
+        "title": {"standoff": 10, "font": {"size": 13}},
+    }
+    pio.templates["wanlab"] = go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 13, "color": GREY},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "colorway": list(OTHERS),
+            "margin": {"l": 10, "r": 10, "t": 20, "b": 10},
+            "xaxis": axis,
+            "yaxis": axis,
+            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": {"text": ""}},
+            "hoverlabel": {"font": {"family": FONT, "size": 13}},
+            "bargap": 0.28,
+        },
+        data={"bar": [{"marker": {"line": {"width": 0}}}]},
+    )
+    return "wanlab"
+
+
+def needs(df: Any, function: str, *columns: str) -> None:
+    """Refuse a table that lacks columns, with their names."""
+    missing = [column for column in columns if column not in getattr(df, "columns", ())]
+    if missing:
+        raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")

@@ -1,4 +1,5 @@
 from . import convert as convert
+from . import diagnose as diagnose
 from . import doctor as doctor
 from . import evaluate as evaluate
 from . import measure as measure

@@ -16,9 +16,14 @@ CODE_LINES = 60
 
 
 def test_there_are_notebooks():
-    assert {"00_quickstart", "10_baseline", "20_export_onnx", "21_onnxruntime", "40_quality"} <= {
-        p.stem for p in NOTEBOOKS
-    }
+    assert {
+        "00_quickstart",
+        "10_baseline",
+        "11_flame_graph",
+        "20_export_onnx",
+        "21_onnxruntime",
+        "40_quality",
+    } <= {p.stem for p in NOTEBOOKS}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,11 @@ class Run:
         """Write a DataFrame to `artifacts/<name>.csv`, and give it back to be shown."""
         write_text(self._artifact(name, ".csv"), table.to_csv(index=table.index.name is not None))
         return table
+
+    def save_flame(self, name: str, flame: Any) -> None:
+        """Write a flame graph for other viewers: `<name>.folded` and `<name>.speedscope.json`."""
+        write_text(self._artifact(name, ".folded"), flame.folded())
+        write_text(self._artifact(name, ".speedscope.json"), json.dumps(flame.speedscope(name)))
 
     def show_videos(self, items: Mapping[str, Any], *, fps: float | None = None) -> clips.Html:
         """Clips and pictures side by side, playing in step; see `clips.side_by_side`."""

@@ -22,12 +22,31 @@
     }
     return looks;
   };
+  // A flame graph can be searched: what does not match fades, and the share of what matches is said.
+  const searchable = (place) => {
+    const { ids, parents, customdata, values, marker } = place.data[0];
+    const row = Object.fromEntries(ids.map((id, i) => [id, i])), colours = [...marker.colors];
+    const box = document.createElement("p");
+    box.className = "search";
+    box.innerHTML = '<input type="search" placeholder="search frames" aria-label="search frames"> <span role="status"></span>';
+    place.before(box);
+    box.firstChild.addEventListener("input", ({ target }) => {
+      const text = target.value.trim().toLowerCase();
+      const hit = customdata.map(([name]) => !text || name.toLowerCase().includes(text));
+      // A frame below one that matches is part of it already.
+      const inside = i => { for (let up = row[parents[i]]; up !== undefined; up = row[parents[up]]) if (hit[up]) return true; };
+      const sum = text ? values.reduce((all, value, i) => hit[i] && !inside(i) ? all + value : all, 0) : 0;
+      box.lastChild.textContent = text ? `${(100 * sum / values[0]).toFixed(1)} % of all, ${(sum / 1e3).toFixed(2)} ms` : "";
+      Plotly.restyle(place, { "marker.colors": [colours.map((colour, i) => hit[i] ? colour : colour + "30")] }, [0]);
+    });
+  };
   for (const place of window.Plotly ? places : []) {
     const { data, layout, config } = figures[Number(place.dataset.figure)];
     const size = narrow() ? { width: undefined } : {};
     Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
       { ...config, responsive: true, displaylogo: false, displayModeBar: false })
-      .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }));
+      .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
+      .then(() => place.data[0]?.type === "icicle" && searchable(place));
   }
   const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));
   dark.addEventListener("change", repaint);

@@ -1,0 +1,23 @@
+"""The flame graph notebook: a fresh capture, and two traces that are already there."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.notebook
+
+
+def test_flame_graph_of_a_fresh_capture_and_what_changed_between_two(run_notebook, outputs):
+    fast = ["-p", "height=64", "-p", "width=64", "-p", "frames=5", "-p", "steps=3"]
+    first = run_notebook("11_flame_graph", *fast)
+    assert first.values["totals"]["flame_ms"] <= first.values["totals"]["wall_ms"]
+    assert "no GPU events" in str(first.page)
+    second = run_notebook("11_flame_graph", *fast, "-p", "seed=1")
+    one, two = sorted(str(path) for path in outputs.rglob("*.pt.trace.json.gz"))
+    read = run_notebook("11_flame_graph", "-p", f"trace={one}", "-p", f"compare={two}")
+    totals = {run.values["totals"]["wall_ms"] for run in (first, second)}
+    assert abs(read.values["difference"]["change_ms"]) == pytest.approx(max(totals) - min(totals))
+
+
+def test_flame_graph_runs_with_its_defaults(run_notebook):
+    assert run_notebook("11_flame_graph").values["totals"]["share_percent"] > 10

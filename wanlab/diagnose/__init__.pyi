@@ -1,0 +1,9 @@
+from .capture import capture as capture
+from .difference import Difference as Difference
+from .difference import difference as difference
+from .flame import Flame as Flame
+from .flame import cpu_flame as cpu_flame
+from .flame import gpu_flame as gpu_flame
+from .ranges import ranges as ranges
+from .trace import Trace as Trace
+from .trace import read_trace as read_trace

@@ -1,0 +1,256 @@
+"""Flame graphs: where the time of a trace went, by stack, with totals that are the trace's own.
+
+The CPU graph nests the host's events of each thread by time. The GPU graph hangs every kernel below the host
+stack that launched it (found by correlation id), so that a kernel stands under module, operator and call.
+Format of the exports: folded stacks (Gregg, "Flame Graphs", 2011) and speedscope's file format 0.0.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanlab.diagnose.trace import HOST_CATEGORIES, RUNTIME_CATEGORIES, STEP_PREFIX, Trace
+from wanlab.errors import WanlabError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+NOT_LAUNCHED = "(launch not in the trace)"
+
+
+@dataclass(frozen=True, eq=False)
+class Flame:
+    """A tree of stacks.
+
+    Attributes:
+        frame: one row per node, parents before children: `name`, `parent` (row number, -1 at the top),
+            `depth`, `total_us`, `self_us`, `count` (events). Row 0 is the root.
+        kind: `"cpu"` or `"gpu"`.
+        wall_us: of the trace, from its first event to the end of its last.
+    """
+
+    frame: pd.DataFrame
+    kind: str
+    wall_us: float
+
+    @property
+    def total_us(self) -> float:
+        return float(self.frame["total_us"].iloc[0])
+
+    def paths(self) -> list[tuple[str, ...]]:
+        """The stack of every node, from the top down, without the root."""
+        found: list[tuple[str, ...]] = []
+        for name, parent in zip(self.frame["name"], self.frame["parent"], strict=True):
+            found.append((*found[parent], name) if parent >= 0 else ())
+        return found
+
+    def folded(self) -> str:
+        """Folded stacks, `a;b;c microseconds` a line: what flamegraph.pl and speedscope read."""
+        lines = []
+        for path, self_us in zip(self.paths(), self.frame["self_us"], strict=True):
+            if path and round(self_us) > 0:
+                lines.append(f"{';'.join(part.replace(';', ':') for part in path)} {round(self_us)}")
+        return "\n".join(lines) + "\n"
+
+    def own_time(self) -> pd.DataFrame:
+        """Own time by name over all stacks, largest first: name, self_ms, share_percent (of the total), count."""
+        table = self.frame.iloc[1:].groupby("name", sort=False)[["self_us", "count"]].sum()
+        table = table[table["self_us"] > 0].sort_values("self_us", ascending=False).reset_index()
+        table.insert(1, "self_ms", table["self_us"] / 1e3)
+        table.insert(2, "share_percent", 100 * table["self_us"] / (self.total_us or 1.0))
+        return table.drop(columns="self_us")
+
+    def speedscope(self, name: str) -> dict:
+        """A sampled profile in speedscope's JSON format, one weighted sample per stack."""
+        names = list(dict.fromkeys(self.frame["name"].iloc[1:]))
+        number = {text: i for i, text in enumerate(names)}
+        stacks = [
+            ([number[part] for part in path], float(self_us))
+            for path, self_us in zip(self.paths(), self.frame["self_us"], strict=True)
+            if path and self_us > 0
+        ]
+        return {
+            "$schema": "https://www.speedscope.app/file-format-schema.json",
+            "shared": {"frames": [{"name": text} for text in names]},
+            "profiles": [
+                {
+                    "type": "sampled",
+                    "name": f"{name} ({self.kind})",
+                    "unit": "microseconds",
+                    "startValue": 0,
+                    "endValue": sum(weight for _, weight in stacks),
+                    "samples": [stack for stack, _ in stacks],
+                    "weights": [weight for _, weight in stacks],
+                }
+            ],
+        }
+
+
+def cpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
+    """Host time of all threads by stack: the total is the sum of each thread's outermost events.
+
+    Args:
+        by_step: keep the profiler's steps as the outermost frames, else the same stack of all steps is one.
+
+    Raises:
+        WanlabError: the trace has no host events.
+    """
+    host = _host_events(trace, by_step)
+    if host.empty:
+        raise WanlabError(f"{trace.path} has no CPU events; capture it with ProfilerActivity.CPU")
+    parents = nest(host)
+    tree = _Tree()
+    names = host["name"].astype(str).to_numpy()
+    times = host["time_us"].to_numpy()
+    nodes = _place(tree, names, parents)
+    for node, time_us in zip(nodes, times, strict=True):
+        tree.total[node] += time_us
+        tree.count[node] += 1
+    return Flame(tree.frame(inclusive=True), "cpu", trace.wall_us)
+
+
+def gpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
+    """GPU time by the host stack that launched it, down to the kernel: the total is the kernels' sum.
+
+    Args:
+        by_step: as in `cpu_flame`.
+
+    Raises:
+        WanlabError: the trace has no GPU events.
+    """
+    import numpy as np
+
+    kernels = trace.kernels
+    if kernels.empty:
+        raise WanlabError(f"{trace.path} has no GPU events; look at its CPU flame graph")
+    host = _host_events(trace, by_step)
+    parents = nest(host)
+    names = host["name"].astype(str).to_numpy()
+    tree = _Tree()
+    nodes = _place(tree, names, parents)
+    launches = np.flatnonzero(host["category"].isin(RUNTIME_CATEGORIES).to_numpy())
+    launch_of = dict(zip(host["correlation"].to_numpy()[launches].tolist(), launches.tolist(), strict=True))
+    lost = None
+    for name, correlation, time_us in zip(
+        kernels["name"].astype(str), kernels["correlation"], kernels["time_us"], strict=True
+    ):
+        launch = launch_of.get(correlation) if correlation else None
+        if launch is None:
+            lost = tree.child(0, NOT_LAUNCHED) if lost is None else lost
+            above = lost
+        else:
+            # The runtime call itself says nothing about where: the kernel stands under what made the call.
+            above = nodes[parents[launch]] if parents[launch] >= 0 else 0
+        node = tree.child(above, name)
+        tree.total[node] += time_us
+        tree.count[node] += 1
+    return Flame(tree.frame(inclusive=False), "gpu", trace.wall_us)
+
+
+def _host_events(trace: Trace, by_step: bool) -> pd.DataFrame:
+    host = trace.of(*HOST_CATEGORIES)
+    if by_step:
+        return host
+    names = host["name"].cat.categories
+    return host[~host["name"].isin(names[names.str.startswith(STEP_PREFIX)])]
+
+
+def nest(events: pd.DataFrame) -> np.ndarray:
+    """For every event the position of the event of its thread that encloses it, -1 for the outermost.
+
+    Args:
+        events: ordered as `Trace.events`: by thread, start and falling end.
+
+    An event that outlasts the one it starts in (clocks of two sources, rounded) counts as inside it.
+    """
+    import numpy as np
+
+    threads = events["thread"].to_numpy().tolist()
+    starts = events["start_us"].to_numpy().tolist()
+    ends = (events["start_us"] + events["time_us"]).to_numpy().tolist()
+    parents = np.full(len(starts), -1, dtype=np.int64)
+    stack: list[int] = []
+    current = None
+    for i, (thread, start) in enumerate(zip(threads, starts, strict=True)):
+        if thread != current:
+            current = thread
+            stack.clear()
+        while stack and ends[stack[-1]] <= start:
+            stack.pop()
+        if stack:
+            parents[i] = stack[-1]
+        stack.append(i)
+    return parents
+
+
+class _Tree:
+    """Nodes by (parent, name); node 0 is the root."""
+
+    def __init__(self) -> None:
+        self.names, self.parents, self.total, self.count = ["all"], [-1], [0.0], [0]
+        self._children: dict[tuple[int, str], int] = {}
+
+    def child(self, parent: int, name: str) -> int:
+        key = (parent, name)
+        node = self._children.get(key)
+        if node is None:
+            node = self._children[key] = len(self.names)
+            self.names.append(name)
+            self.parents.append(parent)
+            self.total.append(0.0)
+            self.count.append(0)
+        return node
+
+    def frame(self, *, inclusive: bool) -> pd.DataFrame:
+        """The table of `Flame`. `inclusive`: `total` already holds a node's whole time, else its own alone."""
+        import numpy as np
+        import pandas as pd
+
+        total, parents = np.array(self.total), np.array(self.parents)
+        children = np.zeros_like(total)
+        depth = np.zeros(len(total), dtype=int)
+        for node in range(1, len(total)):
+            depth[node] = depth[parents[node]] + 1
+        if inclusive:
+            np.add.at(children, parents[1:], total[1:])
+            total[0] = children[0]
+            own = np.maximum(total - children, 0.0)
+            own[0] = 0.0
+        else:
+            own = total.copy()
+            for node in range(len(total) - 1, 0, -1):
+                total[parents[node]] += total[node]
+        table = pd.DataFrame(
+            {
+                "name": self.names,
+                "parent": parents,
+                "depth": depth,
+                "total_us": total,
+                "self_us": own,
+                "count": self.count,
+            }
+        )
+        # Nodes that only host events made, with no GPU time below, have nothing to show in a GPU graph.
+        return table if inclusive else _without_empty(table)
+
+
+def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
+    import numpy as np
+
+    kept = (table["total_us"] > 0).to_numpy(copy=True)
+    kept[0] = True
+    renumbered = np.cumsum(kept) - 1
+    table = table[kept].reset_index(drop=True)
+    above = table["parent"].to_numpy()
+    table["parent"] = np.where(above >= 0, renumbered[np.maximum(above, 0)], -1)
+    return table
+
+
+def _place(tree: _Tree, names: np.ndarray, parents: np.ndarray) -> list[int]:
+    """The node of every event; parents come before children."""
+    nodes: list[int] = []
+    for name, parent in zip(names.tolist(), parents.tolist(), strict=True):
+        nodes.append(tree.child(nodes[parent] if parent >= 0 else 0, name))
+    return nodes

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.diagnose.ranges import ranges
+from wanlab.diagnose.trace import SUFFIX
 from wanlab.errors import WanlabError
 from wanlab.measure.entry_points import standing_in
 
 if TYPE_CHECKING:
     from wanlab.models.generate import Model
-
-SUFFIX = ".pt.trace.json.gz"
-"""What TensorBoard's profiler plugin looks for in a folder."""
 
 
 def capture(

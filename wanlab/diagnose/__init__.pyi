@@ -1,3 +1,6 @@
+from .bounds import bounds as bounds
+from .breakdown import Breakdown as Breakdown
+from .breakdown import breakdown as breakdown
 from .capture import capture as capture
 from .difference import Difference as Difference
 from .difference import difference as difference

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wanlab.diagnose.trace import HOST_CATEGORIES, RUNTIME_CATEGORIES, STEP_PREFIX, Trace
+from wanlab.diagnose.stacks import NOTHING, launchers, nest
+from wanlab.diagnose.trace import STEP_PREFIX, Trace
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
@@ -120,24 +121,18 @@ def gpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
     Raises:
         WanlabError: the trace has no GPU events.
     """
-    import numpy as np
-
     kernels = trace.kernels
     if kernels.empty:
         raise WanlabError(f"{trace.path} has no GPU events; look at its CPU flame graph")
     host = _host_events(trace, by_step)
     parents = nest(host)
-    names = host["name"].astype(str).to_numpy()
     tree = _Tree()
-    nodes = _place(tree, names, parents)
-    launches = np.flatnonzero(host["category"].isin(RUNTIME_CATEGORIES).to_numpy())
-    launch_of = dict(zip(host["correlation"].to_numpy()[launches].tolist(), launches.tolist(), strict=True))
+    nodes = _place(tree, host["name"].astype(str).to_numpy(), parents)
     lost = None
-    for name, correlation, time_us in zip(
-        kernels["name"].astype(str), kernels["correlation"], kernels["time_us"], strict=True
+    for name, launch, time_us in zip(
+        kernels["name"].astype(str), launchers(host, kernels).tolist(), kernels["time_us"], strict=True
     ):
-        launch = launch_of.get(correlation) if correlation else None
-        if launch is None:
+        if launch == NOTHING:
             lost = tree.child(0, NOT_LAUNCHED) if lost is None else lost
             above = lost
         else:
@@ -150,39 +145,11 @@ def gpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
 
 
 def _host_events(trace: Trace, by_step: bool) -> pd.DataFrame:
-    host = trace.of(*HOST_CATEGORIES)
+    host = trace.host
     if by_step:
         return host
     names = host["name"].cat.categories
-    return host[~host["name"].isin(names[names.str.startswith(STEP_PREFIX)])]
-
-
-def nest(events: pd.DataFrame) -> np.ndarray:
-    """For every event the position of the event of its thread that encloses it, -1 for the outermost.
-
-    Args:
-        events: ordered as `Trace.events`: by thread, start and falling end.
-
-    An event that outlasts the one it starts in (clocks of two sources, rounded) counts as inside it.
-    """
-    import numpy as np
-
-    threads = events["thread"].to_numpy().tolist()
-    starts = events["start_us"].to_numpy().tolist()
-    ends = (events["start_us"] + events["time_us"]).to_numpy().tolist()
-    parents = np.full(len(starts), -1, dtype=np.int64)
-    stack: list[int] = []
-    current = None
-    for i, (thread, start) in enumerate(zip(threads, starts, strict=True)):
-        if thread != current:
-            current = thread
-            stack.clear()
-        while stack and ends[stack[-1]] <= start:
-            stack.pop()
-        if stack:
-            parents[i] = stack[-1]
-        stack.append(i)
-    return parents
+    return host[~host["name"].isin(names[names.str.startswith(STEP_PREFIX)])].reset_index(drop=True)
 
 
 class _Tree:

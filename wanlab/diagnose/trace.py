@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ KERNEL_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 HOST_CATEGORIES = ("cpu_op", "user_annotation", "python_function", *RUNTIME_CATEGORIES)
 STEP_PREFIX = "ProfilerStep#"
+BEGINS, ENDS = "generation begins", "generation ends"
+"""Ranges of no length that `capture` puts around what it records."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,8 @@ class Trace:
         path: the file.
         devices: `deviceProperties` of the file, one dictionary per GPU.
         rank: of a distributed run, else None.
+        generation: what `capture` noted: model, engines, device, dtype, settings, wall_ms, weights_bytes (per part);
+            empty for a trace of other origin.
         notes: what the file lacks, in sentences.
     """
 
@@ -45,6 +49,7 @@ class Trace:
     path: Path
     devices: tuple[dict[str, Any], ...] = ()
     rank: int | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     def of(self, *categories: str) -> pd.DataFrame:
@@ -71,10 +76,19 @@ class Trace:
         numbers = steps["name"].astype(str).str.removeprefix(STEP_PREFIX).astype(int)
         return steps.assign(step=numbers)[["step", "start_us", "time_us"]].reset_index(drop=True)
 
+    @cached_property
+    def window_us(self) -> tuple[float, float]:
+        """Begin and end of the recorded generation; of the first and last event in a trace of other origin."""
+        starts, times = self.events["start_us"], self.events["time_us"]
+        marks = [starts[(self.events["name"] == name).to_numpy()] for name in (BEGINS, ENDS)]
+        if all(len(mark) == 1 for mark in marks):
+            return float(marks[0].iloc[0]), float(marks[1].iloc[0])
+        return 0.0, float((starts + times).max())
+
     @property
     def wall_us(self) -> float:
-        """From the first start to the last end."""
-        return float((self.events["start_us"] + self.events["time_us"]).max())
+        """Length of the window."""
+        return self.window_us[1] - self.window_us[0]
 
     @property
     def has_gpu(self) -> bool:
@@ -91,6 +105,7 @@ class Trace:
 
         facts = {
             "file": self.path.name,
+            "model": self.generation.get("model"),
             "size_bytes": self.path.stat().st_size,
             "events": len(self.events),
             "steps": len(self.steps),
@@ -131,7 +146,7 @@ def _of_folder(folder: Path) -> Trace:
         f"rank {t.rank} {t.wall_us / 1e3:,.1f} ms" for t in sorted(traces, key=lambda t: t.rank)
     )
     note = f"rank {first.rank} of {len(traces)} is shown; wall clock of each: {walls}"
-    return Trace(first.events, first.memory, first.path, first.devices, first.rank, (*first.notes, note))
+    return replace(first, notes=(*first.notes, note))
 
 
 def _of_file(path: Path) -> Trace:
@@ -143,7 +158,13 @@ def _of_file(path: Path) -> Trace:
         raise WanlabError(f"{path} has no complete events; was the profiler's active step ever reached?")
     info = content.distributedInfo or {}
     return Trace(
-        events, memory, path, tuple(content.deviceProperties), info.get("rank"), _notes(events, info)
+        events,
+        memory,
+        path,
+        devices=tuple(content.deviceProperties),
+        rank=info.get("rank"),
+        generation=content.wanlab or {},
+        notes=_notes(events, info),
     )
 
 

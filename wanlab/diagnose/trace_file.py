@@ -76,6 +76,7 @@ class File(msgspec.Struct):
     traceEvents: list[Event]
     deviceProperties: list[dict] = []
     distributedInfo: dict | None = None
+    wanlab: dict | None = None
 
 
 NO_ARGS = Args()

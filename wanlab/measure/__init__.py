@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from wanlab.measure.baseline import Baseline, baseline, before_after
+from wanlab.measure.ceilings import Ceilings, ceilings, recorded_ceilings
 from wanlab.measure.environment import environment
 from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.samples import CV_LIMIT_PERCENT, AAControl, Comparison, Samples, compare
@@ -23,6 +24,7 @@ __all__ = [
     "OTHER",
     "AAControl",
     "Baseline",
+    "Ceilings",
     "Comparison",
     "PeakMemory",
     "Samples",
@@ -32,9 +34,11 @@ __all__ = [
     "aa_control",
     "baseline",
     "before_after",
+    "ceilings",
     "compare",
     "environment",
     "peak_memory",
+    "recorded_ceilings",
     "side_by_side",
     "stages",
     "time_ms",

@@ -1,0 +1,44 @@
+"""A breakdown under the device's ceilings: what each row reaches of them, and how short it could be at best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wanlab.diagnose.breakdown import Breakdown
+    from wanlab.measure.ceilings import Ceilings
+
+
+def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
+    """The rows of a breakdown beside their bounds.
+
+    Args:
+        ceilings: of the device that the trace was taken on; None leaves the columns that need them empty.
+
+    Returns:
+        DataFrame: category, time_ms, share_percent, hidden_ms, calls, tflop_per_s, ceiling_tflop_per_s, gb_per_s,
+        ceiling_gb_per_s, roofline_ms (the larger of work over rate and bytes over bandwidth: no exact implementation of
+        the same operators is faster, as far as the shapes were recorded), of_roofline_percent (roofline_ms over the
+        time spent), amdahl_bound (speed-up of the whole if the row cost nothing).
+    """
+    import numpy as np
+
+    table = breakdown.frame.copy()
+    rates = ceilings.tflop_per_s if ceilings else {}
+    table["ceiling_tflop_per_s"] = table["format"].map(rates).astype(float).where(table["tflop"] > 0)
+    bandwidth = np.nan
+    if ceilings:
+        bandwidth = ceilings.memory_gb_per_s
+    table["ceiling_gb_per_s"] = np.where(table["moved_gb"] > 0, bandwidth, np.nan)
+    arithmetic = table["tflop"] / table["ceiling_tflop_per_s"]
+    traffic = table["moved_gb"] / table["ceiling_gb_per_s"]
+    table["roofline_ms"] = 1e3 * np.fmax(arithmetic, traffic)
+    spent = table["time_ms"] + table["hidden_ms"]
+    table["of_roofline_percent"] = 100 * table["roofline_ms"] / spent
+    columns = [
+        "category", "time_ms", "share_percent", "hidden_ms", "calls", "tflop_per_s", "ceiling_tflop_per_s",
+        "gb_per_s", "ceiling_gb_per_s", "roofline_ms", "of_roofline_percent", "amdahl_bound",
+    ]  # fmt: skip
+    return table[columns]

@@ -1,0 +1,127 @@
+"""What an operator of a profile is, and the work that its recorded input shapes stand for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+LINEAR, ATTENTION, ALLOCATION, TRANSFER, POINTWISE = (
+    "linear",
+    "attention",
+    "allocation",
+    "transfer",
+    "pointwise",
+)
+
+ITEM_BYTES = {
+    "double": 8, "long int": 8, "long": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2, "short": 2,
+    "c10::Float8_e4m3fn": 1, "c10::Float8_e5m2": 1, "signed char": 1, "unsigned char": 1, "bool": 1,
+}  # fmt: skip
+FORMATS = {
+    "double": "fp64", "float": "fp32", "c10::BFloat16": "bf16", "c10::Half": "fp16",
+    "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
+}  # fmt: skip
+_KINDS = (
+    (ATTENTION, r"scaled_dot_product|flash_attn|flash_attention|fmha|flex_attention|efficient_attention|sage_?attn"),
+    (ALLOCATION, r"^aten::(empty|resize_|set_)|^cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree|MemMap|MemCreate)"),
+    (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
+             r"|thnn_conv|slow_conv)|gemm|cutlass|nvjet|xmma|wgmma|cublas|_conv\w*_(fprop|implicit)"),
+    (TRANSFER, r"^Memcpy (HtoD|DtoH)|^cu(da)?Memcpy"),
+    (POINTWISE, r"^aten::"),
+)  # fmt: skip
+_VIEW = re.compile(
+    r"^aten::(view|as_strided|reshape|_reshape_alias|slice|select|expand|permute|transpose|t$|unsqueeze|squeeze|detach"
+    r"|alias|_unsafe_view|split|chunk|narrow|unbind|unflatten|flatten|item|_local_scalar_dense|result_type|lift_fresh"
+    r"|is_|movedim|view_as|broadcast)"
+)
+
+
+def kind(name: str) -> str | None:
+    """linear (convolutions too), attention, allocation, transfer, pointwise; None for what is no operator or kernel."""
+    return next((found for found, pattern in _KINDS if re.search(pattern, name)), None)
+
+
+def flop(name: str, inputs: str) -> float:
+    """Operations of a matrix product, convolution or attention, a multiply-add as two; 0 for anything else.
+
+    Args:
+        name: of the operator, "aten::addmm".
+        inputs: JSON as in `Trace.events`.
+
+    The formulas are those of `torch.utils.flop_counter`: 2 M N K for a product, 4 B H Sq Sk D for attention, twice the
+    weight's elements per output position and sample for a convolution.
+    """
+    short = name.removeprefix("aten::")
+    if not inputs or name == short:
+        return 0.0
+    shapes, _, values = json.loads(inputs)
+    try:
+        return float(_flop(short, shapes, values))
+    except (IndexError, TypeError, ValueError):  # an overload with other arguments: unknown, not an error
+        return 0.0
+
+
+def _flop(name: str, shapes: list, values: list) -> float:
+    if name in ("mm", "_int_mm", "_scaled_mm"):
+        (m, k), (_, n) = shapes[0], shapes[1]
+        return 2 * m * n * k
+    if name == "addmm":
+        (m, k), (_, n) = shapes[1], shapes[2]
+        return 2 * m * n * k
+    if name in ("bmm", "baddbmm"):
+        left, right = shapes[-2:] if name == "bmm" else shapes[1:3]
+        return 2 * math.prod(left) * right[2]
+    if name == "linear":
+        return 2 * math.prod(shapes[0]) * shapes[1][0]
+    if name == "matmul":
+        return 2 * math.prod(shapes[0]) * (shapes[1][-1] if len(shapes[1]) > 1 else 1)
+    if name == "scaled_dot_product_attention":
+        *heads, queries, width = shapes[0]
+        return 2 * math.prod(heads) * queries * shapes[1][-2] * (width + shapes[2][-1])
+    if name in ("convolution", "_convolution"):
+        return _convolution(
+            shapes[0], shapes[1], *(json.loads(values[i]) for i in (3, 4, 5)), values[6] == "True"
+        )
+    return 0.0
+
+
+def _convolution(
+    x: list, weight: list, stride: list, padding: list, dilation: list, transposed: bool
+) -> float:
+    if transposed:  # every input position meets the whole kernel once
+        return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
+    out = [
+        (size + 2 * pad - step * (width - 1) - 1) // move + 1
+        for size, width, move, pad, step in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
+    ]
+    return 2 * x[0] * math.prod(out) * math.prod(weight)
+
+
+def moved_bytes(name: str, inputs: str) -> float:
+    """Least traffic of an operator: every input read once and an output as large as the largest input written.
+
+    An estimate from the recorded shapes: what a cache saves or a broadcast repeats is not seen. 0 for views.
+    """
+    if not inputs or _VIEW.match(name) or kind(name) == ALLOCATION:
+        return 0.0
+    shapes, types, _ = json.loads(inputs)
+    sizes = [size for pair in zip(shapes, types, strict=False) for size in _sizes(*pair)]
+    return float(sum(sizes) + max(sizes, default=0))
+
+
+def _sizes(shape: list, kind_of: str) -> list[float]:
+    """Bytes of a tensor or of each of a list of tensors."""
+    if shape and isinstance(shape[0], list):
+        return [
+            size for part in shape for size in _sizes(part, "float" if kind_of == "TensorList" else kind_of)
+        ]
+    return [math.prod(shape) * ITEM_BYTES[kind_of]] if kind_of in ITEM_BYTES else []
+
+
+def number_format(inputs: str) -> str:
+    """Number format of the first tensor input, "" if unknown."""
+    if not inputs:
+        return ""
+    types = json.loads(inputs)[1]
+    return next((FORMATS[name] for name in types if name in FORMATS), "")

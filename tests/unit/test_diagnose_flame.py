@@ -12,24 +12,13 @@ import urllib.request
 from urllib.parse import quote
 
 import pytest
+from diagnose_traces import event, trace_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wanlab import diagnose, models, plots
 from wanlab.errors import WanlabError
 from wanlab.nano import heldout
-
-
-def event(name, start, time, category="cpu_op", thread=1, **args) -> dict:
-    return {
-        "ph": "X", "cat": category, "name": name, "pid": 1, "tid": thread, "ts": start, "dur": time, "args": args
-    }  # fmt: skip
-
-
-def trace_of(folder, *events, name="t.json"):
-    path = folder / name
-    path.write_text(json.dumps({"traceEvents": list(events)}))
-    return diagnose.read_trace(path)
 
 
 def nested(draw, start: float, time: float, depth: int) -> tuple[list[dict], float]:

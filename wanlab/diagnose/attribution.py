@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanlab.diagnose import operators
-from wanlab.diagnose.stacks import NOTHING, inherit, levels, nest
+from wanlab.diagnose.stacks import NOTHING, inherit, launchers, levels, nest
 from wanlab.diagnose.trace import RUNTIME_CATEGORIES, STEP_PREFIX
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def attribute(trace: Trace) -> Attribution:
     own_kind[unknown] = KINDS.index(operators.POINTWISE)
     flop, moved, number_format = _work(host)
     flop = np.where(_inside(flop > 0, parents, by_depth), 0.0, flop)
-    moved = np.where(_has_operator_below(host, parents), 0.0, moved)
+    moved = np.where(_movers(trace, moved > 0, parents, by_depth), moved, 0.0)
     return Attribution(
         parents,
         by_depth,
@@ -140,13 +140,25 @@ def _inside(marked: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray])
     return inside
 
 
-def _has_operator_below(host: pd.DataFrame, parents: np.ndarray) -> np.ndarray:
+def _movers(trace: Trace, can: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
+    """The operators that move data themselves: those that launched a kernel, on a CPU those that call no other mover.
+
+    A copy between host and GPU is not among them: its bytes are known from the copy.
+    """
     import numpy as np
 
-    found = np.zeros(len(host), dtype=bool)
-    below = (host["category"] == "cpu_op").to_numpy() & (parents != NOTHING)
-    found[parents[below]] = True
-    return found
+    host = trace.host
+    operator = (host["category"] == "cpu_op").to_numpy()
+    if not trace.has_gpu:
+        calls_mover = np.zeros(len(host), dtype=bool)
+        calls_mover[parents[can & (parents != NOTHING)]] = True
+        return can & ~calls_mover
+    nearest = inherit(np.where(operator, np.arange(len(host)), NOTHING), parents, by_depth)
+    launch = launchers(host, trace.kernels)
+    copies = trace.kernels["category"].isin(["gpu_memcpy"]).to_numpy()
+    movers = np.zeros(len(host) + 1, dtype=bool)
+    movers[nearest[launch[(launch != NOTHING) & ~copies]]] = True  # -1 falls on the spare last entry
+    return movers[:-1] & can
 
 
 def _work(host: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,9 +28,9 @@ def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
     table = breakdown.frame.copy()
     rates = ceilings.tflop_per_s if ceilings else {}
     table["ceiling_tflop_per_s"] = table["format"].map(rates).astype(float).where(table["tflop"] > 0)
-    bandwidth = np.nan
-    if ceilings:
-        bandwidth = ceilings.memory_gb_per_s
+    memory = ceilings.memory_gb_per_s if ceilings else np.nan
+    link = ceilings.copy_gb_per_s.get("pinned", np.nan) if ceilings else np.nan
+    bandwidth = np.where(table["category"] == "host_device_transfer", link, memory)
     table["ceiling_gb_per_s"] = np.where(table["moved_gb"] > 0, bandwidth, np.nan)
     arithmetic = table["tflop"] / table["ceiling_tflop_per_s"]
     traffic = table["moved_gb"] / table["ceiling_gb_per_s"]

@@ -39,7 +39,7 @@ class Breakdown:
             `calls` (kernels, on a CPU operators), `tflop` and `moved_gb` (from recorded shapes; 0 where unknown),
             `format` (numbers of most of that work), `tflop_per_s`, `gb_per_s`, `amdahl_bound` (speed-up of the whole if
             this row cost nothing).
-        parts: component x category: `component`, `category`, `time_ms`.
+        parts: component x category: `component`, `category`, `time_ms`, `tflop`.
         wall_ms: of the trace's window.
         recorded_ms: wall clock of the generation as the capture itself took it, None if the file does not say.
         gpu: `busy_percent`, `kernels`, `launch_gaps` (over 10 µs), `launch_gap_median_us`, `launch_gap_ms` (all);
@@ -68,11 +68,12 @@ class Breakdown:
         return float(row["share_percent"].iloc[0]) if len(row) else 0.0
 
     def experts(self) -> pd.DataFrame:
-        """The same shares of the experts' own time: component, category, time_ms, share_percent (of the component)."""
+        """Each expert's own time and work: component, category, time_ms, tflop, share_percent (of the component's
+        time), flop_percent (of its operations)."""
         table = self.parts[self.parts["component"].isin(EXPERTS)].copy()
-        table["share_percent"] = (
-            100 * table["time_ms"] / table.groupby("component")["time_ms"].transform("sum")
-        )
+        whole = table.groupby("component")[["time_ms", "tflop"]].transform("sum")
+        table["share_percent"] = 100 * table["time_ms"] / whole["time_ms"]
+        table["flop_percent"] = 100 * table["tflop"] / whole["tflop"]
         return table.reset_index(drop=True)
 
     def row(self) -> dict[str, float]:
@@ -109,6 +110,7 @@ def breakdown(trace: Trace) -> Breakdown:
     component = np.append(placed.component, NOTHING)[event]
     busy = np.append(placed.own_kind != NOTHING, False)[event]
     of_kernel, component_of_kernel = kernel_categories(trace, placed)
+    running = np.full(len(stretch_us), NOTHING)
     if trace.has_gpu:
         running, which = _running(marks, begins, ends, of_kernel, component_of_kernel)
         category = np.where(running != NOTHING, running, waiting_categories(category))
@@ -116,12 +118,15 @@ def breakdown(trace: Trace) -> Breakdown:
     component = np.where(component == NOTHING, COMPONENTS.index(OUTSIDE), component)
     table_us = np.zeros((len(COMPONENTS), len(CATEGORIES)))
     np.add.at(table_us, (component, category), stretch_us)
+    alone_us = np.bincount(running + 1, weights=stretch_us, minlength=len(CATEGORIES) + 1)[1:]
+    work = category_of(placed.component, placed.attention, placed.kind)
+    work[placed.selecting] = INDEX["expert_switching"]
     notes = list(trace.notes)
     if not placed.has_ranges:
         notes.append("no named ranges: components, and self- from cross-attention, cannot be told apart")
     return Breakdown(
-        _frame(trace, placed, table_us.sum(axis=0), of_kernel),
-        _parts(table_us),
+        _frame(trace, placed, work, table_us.sum(axis=0), alone_us, of_kernel),
+        _parts(table_us, placed, work),
         trace.wall_us / 1e3,
         trace.generation.get("wall_ms"),
         _gpu(begins, ends, trace.wall_us) if trace.has_gpu else {},
@@ -175,7 +180,21 @@ def _running(marks, begins, ends, category, component) -> tuple[np.ndarray, np.n
     return running, which
 
 
-def _frame(trace: Trace, placed: Attribution, alone_us: np.ndarray, of_kernel: np.ndarray) -> pd.DataFrame:
+def _frame(
+    trace: Trace,
+    placed: Attribution,
+    work: np.ndarray,
+    time_us: np.ndarray,
+    alone_us: np.ndarray,
+    of_kernel: np.ndarray,
+) -> pd.DataFrame:
+    """The rows of `Breakdown.frame`.
+
+    Args:
+        work: category of the work of every host event.
+        time_us, alone_us: per category, of the wall clock and of it while its kernels ran.
+        of_kernel: category of every kernel.
+    """
     import numpy as np
     import pandas as pd
 
@@ -185,22 +204,25 @@ def _frame(trace: Trace, placed: Attribution, alone_us: np.ndarray, of_kernel: n
         calls = np.bincount(of_kernel, minlength=n)
         hidden_us = np.maximum(spent_us - alone_us, 0.0)
     else:
-        spent_us, hidden_us = alone_us, np.zeros(n)
+        spent_us, hidden_us = time_us, np.zeros(n)
         calls = np.bincount(host_categories(trace, placed)[placed.own_kind != NOTHING], minlength=n)
-    work = category_of(placed.component, placed.attention, placed.kind)
-    work[placed.selecting] = INDEX["expert_switching"]
     flop = np.bincount(work, weights=placed.flop, minlength=n)
     moved = np.bincount(work, weights=placed.moved_bytes, minlength=n)
+    if trace.has_gpu:  # of a copy the bytes are known
+        copied = (
+            trace.kernels["size_bytes"].to_numpy() * (trace.kernels["category"] == "gpu_memcpy").to_numpy()
+        )
+        moved = moved + np.bincount(of_kernel, weights=copied, minlength=n)
     rows = []
     for i, name in enumerate(CATEGORIES):
-        if alone_us[i] <= 0 and hidden_us[i] <= 0:
+        if time_us[i] <= 0 and hidden_us[i] <= 0:
             continue
         seconds = spent_us[i] / 1e6
         rows.append(
             {
                 "category": name,
-                "time_ms": alone_us[i] / 1e3,
-                "share_percent": 100 * alone_us[i] / wall_us,
+                "time_ms": time_us[i] / 1e3,
+                "share_percent": 100 * time_us[i] / wall_us,
                 "hidden_ms": hidden_us[i] / 1e3,
                 "calls": int(calls[i]),
                 "tflop": flop[i] / 1e12,
@@ -208,7 +230,7 @@ def _frame(trace: Trace, placed: Attribution, alone_us: np.ndarray, of_kernel: n
                 "format": _format(placed, work == i),
                 "tflop_per_s": flop[i] / 1e12 / seconds if seconds and flop[i] else np.nan,
                 "gb_per_s": moved[i] / 1e9 / seconds if seconds and moved[i] else np.nan,
-                "amdahl_bound": wall_us / (wall_us - alone_us[i]) if alone_us[i] < wall_us else np.inf,
+                "amdahl_bound": wall_us / (wall_us - time_us[i]) if time_us[i] < wall_us else np.inf,
             }
         )
     return pd.DataFrame(rows).sort_values("time_ms", ascending=False, kind="stable").reset_index(drop=True)
@@ -224,14 +246,18 @@ def _format(placed: Attribution, mine: np.ndarray) -> str:
     return str(totals.idxmax()) if len(totals) else ""
 
 
-def _parts(table: np.ndarray) -> pd.DataFrame:
+def _parts(table_us: np.ndarray, placed: Attribution, work: np.ndarray) -> pd.DataFrame:
+    import numpy as np
     import pandas as pd
 
+    flop = np.zeros_like(table_us)
+    component = np.where(placed.component == NOTHING, COMPONENTS.index(OUTSIDE), placed.component)
+    np.add.at(flop, (component, work), placed.flop)
     rows = [
-        {"component": component, "category": category, "time_ms": table[i, j] / 1e3}
-        for i, component in enumerate(COMPONENTS)
+        {"component": name, "category": category, "time_ms": table_us[i, j] / 1e3, "tflop": flop[i, j] / 1e12}
+        for i, name in enumerate(COMPONENTS)
         for j, category in enumerate(CATEGORIES)
-        if table[i, j] > 0
+        if table_us[i, j] > 0
     ]
     return pd.DataFrame(rows)
 

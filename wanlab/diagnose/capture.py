@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.diagnose.ranges import ranges
-from wanlab.diagnose.trace import BEGINS, ENDS, SUFFIX
+from wanlab.diagnose.trace import SUFFIX
 from wanlab.errors import WanlabError
 from wanlab.measure.entry_points import standing_in
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_EVENTS = 2_000_000
 """About 35 MB compressed, 10 s to read, and the most that Perfetto opens without trouble."""
-EVENTS_PER_CALL = {"cpu": 23, "cuda": 40}
+EVENTS_PER_CALL = {"cpu": 23, "cuda": 33}
 """Events per call of a leaf module, counted in traces of Wan models: operators, ranges, on a GPU launches and kernels."""
 MEMORY_FACTOR, PYTHON_FACTOR = 1.5, 6.0
 
@@ -45,21 +45,21 @@ def capture(
     last denoising step. The profiler holds about 1 KiB of host memory per event until the trace is written.
 
     Args:
-        image, prompt, settings: as `Model.generate` takes them. With no `steps` the model's own number is taken, or as
-            many as fit into `most_events`: all steps of an expert cost the same.
+        image, prompt, settings: as `Model.generate` takes them. Where all steps do not fit into `most_events`, as many
+            are taken as do: all steps of an expert cost the same. The trace says so in its notes.
         folder: gets the file `<host>_<process>.<time>.pt.trace.json.gz`, which TensorBoard, Perfetto and HTA read.
         projections: as in `ranges`.
         shapes: record the operators' input shapes.
         memory: record allocations.
         python: record the Python stack; the file becomes several times larger.
-        most_events: refuse to record more than about this many.
+        most_events: record about this many at most.
 
     Returns:
         The trace file.
 
     Raises:
-        WanlabError: as `Model.generate`, another profiler is running, the trace would be too large, or nothing was
-            written.
+        WanlabError: as `Model.generate`, another profiler is running, not even one step of each expert fits, or
+            nothing was written.
     """
     import torch
     from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
@@ -67,7 +67,7 @@ def capture(
     if torch.autograd._profiler_enabled():
         raise WanlabError("another profiler is running; leave its block before capturing a trace")
     factor = (MEMORY_FACTOR if memory else 1.0) * (PYTHON_FACTOR if python else 1.0)
-    settings["steps"] = _steps(model, settings, factor, most_events)
+    settings["steps"], asked = _steps(model, settings, factor, most_events)
     folder = Path(folder)
     before = set(folder.glob(f"*{SUFFIX}"))
     activities = [ProfilerActivity.CPU]
@@ -89,13 +89,8 @@ def capture(
         profiler.add_metadata_json(
             "distributedInfo", json.dumps({"backend": "none", "rank": 0, "world_size": 1})
         )
-        # The profiler's own beginning and end are not the generation's.
-        with torch.profiler.record_function(BEGINS):
-            pass
         made = model.generate(image, prompt, **settings)
-        with torch.profiler.record_function(ENDS):
-            pass
-        profiler.add_metadata_json("wanlab", json.dumps(_about(model, made.settings, made.wall_ms)))
+        profiler.add_metadata_json("wanlab", json.dumps(_about(model, made.settings, made.wall_ms, asked)))
     written = sorted(set(folder.glob(f"*{SUFFIX}")) - before)
     if not written:
         raise WanlabError(f"the profiler wrote nothing to {folder}; is there room and may it be written to?")
@@ -131,31 +126,29 @@ def _leaves(module: Any) -> int:
     return sum(1 for part in module.modules() if next(part.children(), None) is None)
 
 
-def _steps(model: Model, settings: dict, factor: float, most: int) -> int:
-    """The steps to run: those asked for, or as many of the model's own number as fit."""
+def _steps(model: Model, settings: dict, factor: float, most: int) -> tuple[int, int]:
+    """The steps to run, as many as fit of those that were asked for, and these."""
     scale = settings.get("guidance_scale")
     guidance = (model.spec.defaults.guidance_scale if scale is None else scale) > 1
     asked = settings.get("steps")
+    asked = model.spec.defaults.steps if asked is None else asked
 
     def events(steps: int) -> float:
         return factor * expected_events(model, steps=steps, frames=settings.get("frames"), guidance=guidance)
 
-    wanted = model.spec.defaults.steps if asked is None else asked
-    if not isinstance(wanted, int) or wanted < 1 or events(wanted) <= most:
-        return wanted  # what is no number of steps, `generate` says
+    if not isinstance(asked, int) or asked < 1 or events(asked) <= most:
+        return asked, asked  # what is no number of steps, `generate` says
     experts = {name for name in model.components if name.startswith("expert")}
-    fitting = [
-        n for n in range(1, wanted) if events(n) <= most and set(model.schedule(n)["component"]) == experts
-    ]
-    if asked is None and fitting:
-        return fitting[-1]
-    advice = f"steps={fitting[-1]} fits" if fitting else "take fewer frames, or leave out memory and python"
+    for steps in range(asked - 1, 0, -1):
+        if events(steps) <= most and set(model.schedule(steps)["component"]) == experts:
+            return steps, asked
     raise WanlabError(
-        f"a trace of {wanted} steps would have about {events(wanted):,.0f} events, more than most_events={most:,}: {advice}"
+        f"a trace of one step of each expert would have more than most_events={most:,} events: "
+        "take fewer frames, leave out memory and python, or raise most_events"
     )
 
 
-def _about(model: Model, settings: dict, wall_ms: float) -> dict[str, Any]:
+def _about(model: Model, settings: dict, wall_ms: float, asked_steps: int) -> dict[str, Any]:
     """What a reader of the trace wants to know about the generation."""
     modules: dict[str, torch.nn.Module] = {
         model.spec.part_of(name): part for name, part in model.components.items()
@@ -166,7 +159,7 @@ def _about(model: Model, settings: dict, wall_ms: float) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "settings": {key: value for key, value in settings.items() if not isinstance(value, str)},
-        "full_steps": model.spec.defaults.steps,
+        "asked_steps": asked_steps,
         "wall_ms": wall_ms,
         "weights_bytes": {
             name: sum(p.numel() * p.element_size() for p in part.parameters())

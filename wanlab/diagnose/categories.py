@@ -62,10 +62,7 @@ def category_of(component: np.ndarray, attention: np.ndarray, kind: np.ndarray) 
 
 def host_categories(trace: Trace, placed: Attribution) -> np.ndarray:
     """Category of every host event while it is the innermost."""
-    component = (
-        placed.component if placed.has_ranges else np.full(len(trace.host), COMPONENTS.index("expert"))
-    )
-    found = category_of(component, placed.attention, placed.kind)
+    found = category_of(placed.component, placed.attention, placed.kind)
     runtime = trace.host["category"].isin(RUNTIME_CATEGORIES).to_numpy()
     own = placed.own_kind
     # Python between operators, and calls that only hand work to the GPU.
@@ -96,25 +93,29 @@ def kernel_categories(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np
         return np.where(known, np.append(values, NOTHING)[launch], NOTHING)
 
     names = kernels["name"].cat
+
+    def named(pattern: str) -> np.ndarray:
+        return np.array([bool(re.search(pattern, name)) for name in names.categories], dtype=bool)[
+            names.codes
+        ]
+
     kind_of_name = np.array([_kind_of_kernel(name) for name in names.categories], dtype=np.int64)[names.codes]
     kind = of_launch(placed.kind)
-    # Inside a compiled region or graph no operator says what a kernel is; its own name does.
-    plain = np.isin(kind, (NOTHING, KINDS.index(operators.ALLOCATION), KINDS.index(operators.TRANSFER)))
-    kind = np.where(plain, kind_of_name, kind)
+    # In a compiled region or a graph no operator says what a kernel is; its own name does.
+    told = np.isin(kind, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
+    kind = np.where(told, kind, kind_of_name)
     component = of_launch(placed.component)
     if not placed.has_ranges:
         component[:] = COMPONENTS.index("expert")
     category = category_of(component, of_launch(placed.attention), kind)
     category[of_launch(placed.selecting.astype(np.int64)) == 1] = INDEX["expert_switching"]
-    between = np.array([bool(re.search(r"Memcpy (HtoD|DtoH)", name)) for name in names.categories])[
-        names.codes
-    ]
+    copies = named(r"Memcpy (HtoD|DtoH)")
     expert = np.isin(component, [COMPONENTS.index(name) for name in EXPERTS])
-    weights = between & expert & (kernels["size_bytes"].to_numpy() >= WEIGHTS_BYTES)
-    category[between] = INDEX["host_device_transfer"]
-    category[weights] = INDEX["expert_switching"]
-    peers = np.array([bool(re.search(r"nccl|Memcpy PtoP", name)) for name in names.categories])[names.codes]
-    category[peers] = INDEX["communication"]
+    category[copies] = INDEX["host_device_transfer"]
+    category[copies & expert & (kernels["size_bytes"].to_numpy() >= WEIGHTS_BYTES)] = INDEX[
+        "expert_switching"
+    ]
+    category[named(r"nccl|Memcpy PtoP")] = INDEX["communication"]
     return category, component
 
 

@@ -23,7 +23,7 @@ FORMATS = {
     "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
 }  # fmt: skip
 _KINDS = (
-    (ATTENTION, r"scaled_dot_product|flash_attn|flash_attention|fmha|flex_attention|efficient_attention|sage_?attn"),
+    (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
     (ALLOCATION, r"^aten::(empty|resize_|set_)|^cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree|MemMap|MemCreate)"),
     (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
              r"|thnn_conv|slow_conv)|gemm|cutlass|nvjet|xmma|wgmma|cublas|_conv\w*_(fprop|implicit)"),
@@ -33,7 +33,7 @@ _KINDS = (
 _VIEW = re.compile(
     r"^aten::(view|as_strided|reshape|_reshape_alias|slice|select|expand|permute|transpose|t$|unsqueeze|squeeze|detach"
     r"|alias|_unsafe_view|split|chunk|narrow|unbind|unflatten|flatten|item|_local_scalar_dense|result_type|lift_fresh"
-    r"|is_|movedim|view_as|broadcast)"
+    r"|is_|movedim|view_as|broadcast|to$|type_as|contiguous)"
 )
 
 
@@ -101,7 +101,8 @@ def _convolution(
 def moved_bytes(name: str, inputs: str) -> float:
     """Least traffic of an operator: every input read once and an output as large as the largest input written.
 
-    An estimate from the recorded shapes: what a cache saves or a broadcast repeats is not seen. 0 for views.
+    An estimate from the recorded shapes: what a cache saves or a broadcast repeats is not seen. 0 for views, and for
+    conversions whose work is in another operator.
     """
     if not inputs or _VIEW.match(name) or kind(name) == ALLOCATION:
         return 0.0

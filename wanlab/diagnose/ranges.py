@@ -65,11 +65,20 @@ def _named_modules(pipeline, projections: bool) -> dict[str, torch.nn.Module]:
     for attribute, methods in entry_points(pipeline).items():
         network = vars(pipeline)[attribute]
         if isinstance(network, torch.nn.Module):
-            for path, module in network.named_modules():
+            for path, module in _reachable(network):
                 name = _name(methods.get("__call__"), path)
                 if name and _wanted(path, projections):
                     found[name] = module
     return found
+
+
+def _reachable(network: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules by path, except compiled ones and what is in them: a hook there would be compiled in."""
+    if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
+        return
+    yield path, network
+    for name, module in network.named_children():
+        yield from _reachable(module, f"{path}.{name}" if path else name)
 
 
 def _name(component: str | None, path: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
+from wanlab.models.generate import BEGINS, ENDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +20,6 @@ KERNEL_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 HOST_CATEGORIES = ("cpu_op", "user_annotation", "python_function", *RUNTIME_CATEGORIES)
 STEP_PREFIX = "ProfilerStep#"
-BEGINS, ENDS = "generation begins", "generation ends"
-"""Ranges of no length that `capture` puts around what it records."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +163,20 @@ def _of_file(path: Path) -> Trace:
         devices=tuple(content.deviceProperties),
         rank=info.get("rank"),
         generation=content.wanlab or {},
-        notes=_notes(events, info),
+        notes=_notes(events, info, content.wanlab or {}, content.trimmed or {}),
     )
 
 
-def _notes(events: pd.DataFrame, info: dict) -> tuple[str, ...]:
+def _notes(events: pd.DataFrame, info: dict, generation: dict, trimmed: dict) -> tuple[str, ...]:
     notes = []
+    steps, asked = generation.get("settings", {}).get("steps"), generation.get("asked_steps")
+    if asked and steps != asked:
+        notes.append(f"{steps} of {asked} steps, as many as make a trace that can be opened")
+    if trimmed:
+        notes.append(
+            f"trimmed: host events under {trimmed['shortest_us']:g} µs that launched nothing are own time of what is "
+            f"around them, allocations under {trimmed['smallest_bytes'] / 2**20:g} MiB are left out"
+        )
     gpu = events["category"].isin(KERNEL_CATEGORIES)
     if not gpu.any():
         notes.append("no GPU events: captured on a CPU, or without ProfilerActivity.CUDA")

@@ -77,6 +77,7 @@ class File(msgspec.Struct):
     deviceProperties: list[dict] = []
     distributedInfo: dict | None = None
     wanlab: dict | None = None
+    trimmed: dict | None = None
 
 
 NO_ARGS = Args()
@@ -88,7 +89,7 @@ def decode(path: Path) -> File:
     Raises:
         WanlabError: no such file, a truncated or empty file, or one that is no profiler trace.
     """
-    raw = _bytes(path)
+    raw = unpack(path)
     try:
         return msgspec.json.decode(raw, type=File, strict=False)
     except msgspec.ValidationError as error:
@@ -97,7 +98,8 @@ def decode(path: Path) -> File:
         raise WanlabError(f"{path} is cut off or not JSON: {error}") from error
 
 
-def _bytes(path: Path) -> bytes:
+def unpack(path: Path) -> bytes:
+    """The JSON text of a trace file; errors as `decode`."""
     if not path.is_file():
         raise WanlabError(f"no trace {path}; give a .json or .json.gz file of torch.profiler")
     raw = path.read_bytes()

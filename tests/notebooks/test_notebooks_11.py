@@ -21,3 +21,15 @@ def test_flame_graph_of_a_fresh_capture_and_what_changed_between_two(run_noteboo
 
 def test_flame_graph_runs_with_its_defaults(run_notebook):
     assert run_notebook("11_flame_graph").values["totals"]["share_percent"] > 10
+
+
+def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, root):
+    traces = root / "data" / "traces"
+    read = run_notebook(
+        "11_flame_graph",
+        "-p", f"trace={traces / 'wan2.2-ti2v-5b.pt.trace.json.gz'}",
+        "-p", f"compare={traces / 'wan2.2-ti2v-5b-compiled.pt.trace.json.gz'}",
+    )  # fmt: skip
+    assert read.values["breakdown"]["gpu_busy_percent"] > 80
+    assert abs(read.values["breakdown"]["closes_percent"]) < 1
+    assert read.values["difference"]["change_ms"] < -1000

@@ -88,6 +88,49 @@ def test_a_difference_closes_on_the_wall_clock(tmp_path):
     assert list(changed.of("grew")["path"]) == [("c",)]
 
 
+def test_a_difference_by_name_joins_what_only_stands_elsewhere(tmp_path):
+    before = trace_of(
+        tmp_path, event("expert", 0, 60), event("block", 0, 50), event("mm", 5, 20), name="b.json"
+    )
+    after = trace_of(
+        tmp_path, event("expert", 0, 50), event("graph", 0, 45), event("mm", 5, 15), name="a.json"
+    )
+    flames = diagnose.cpu_flame(before), diagnose.cpu_flame(after)
+    by_stack, by_name = diagnose.difference(*flames), diagnose.difference(*flames, by="name")
+    assert {("expert", "block", "mm"), ("expert", "graph", "mm")} <= set(by_stack.frame["path"])
+    rows = {row.path: (row.change_us, row.status) for row in by_name.frame.itertuples()}
+    assert rows["expert", "mm"] == (-5, "shrank")
+    assert by_name.frame["change_us"].sum() == pytest.approx(by_name.change_us) == pytest.approx(-10)
+    figure = plots.difference_icicle(by_stack)
+    assert figure.data[0].values[0] == pytest.approx(10 + 30 + 20 + 30 + 15)
+    with pytest.raises(WanlabError, match="by is"):
+        diagnose.difference(*flames, by="module")
+
+
+def test_breakdowns_are_compared_row_by_row(tmp_path):
+    traces = [
+        trace_of(tmp_path, event("expert.mm", 0, n, "user_annotation"), event("aten::mm", 0, n - 10))
+        for n in (90, 50)
+    ]
+    changed = diagnose.difference(*(diagnose.breakdown(trace) for trace in traces))
+    assert changed.frame["change_us"].sum() == pytest.approx(changed.change_us) == pytest.approx(-40)
+    assert {row.path: row.change_us for row in changed.frame.itertuples()}["linear",] == pytest.approx(-40)
+    with pytest.raises(WanlabError, match="one kind"):
+        diagnose.difference(diagnose.breakdown(traces[0]), diagnose.cpu_flame(traces[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("aten::mm", "aten::mm"),
+        ("void at::native::elementwise_kernel<4, at::native::MulFunctor<float> >(int)", "elementwise_kernel MulFunctor"),
+        ("x" * 60, "x" * 23 + "…" + "x" * 23),
+    ],
+)  # fmt: skip
+def test_long_names_are_cut_where_they_say_least(name, short):
+    assert plots.short_name(name) == short
+
+
 def test_speedscope_export_has_what_its_schema_wants(tmp_path):
     flame = diagnose.cpu_flame(trace_of(tmp_path, event("a", 0, 60), event("b;c", 10, 20)))
     profile = flame.speedscope("run")["profiles"][0]

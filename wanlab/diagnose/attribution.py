@@ -70,7 +70,9 @@ def attribute(trace: Trace) -> Attribution:
     by_depth = levels(parents)
     component = inherit(_by_name(host, _component, "user_annotation"), parents, by_depth)
     has_ranges = bool((component != NOTHING).any())
-    attention = inherit(_by_name(host, _attention, "user_annotation"), parents, by_depth)
+    attention = _by_name(host, _attention, "user_annotation")
+    attention[_crosses(host)] = CROSS
+    attention = inherit(attention, parents, by_depth)
     own_kind = _by_name(host, _kind, "cpu_op", *RUNTIME_CATEGORIES)
     # An operator of another library or a compiled one has work of its own, of a kind that its name does not tell.
     unknown = (own_kind == NOTHING) & (host["category"] == "cpu_op").to_numpy()
@@ -159,6 +161,17 @@ def _movers(trace: Trace, can: np.ndarray, parents: np.ndarray, by_depth: list[n
     movers = np.zeros(len(host) + 1, dtype=bool)
     movers[nearest[launch[(launch != NOTHING) & ~copies]]] = True  # -1 falls on the spare last entry
     return movers[:-1] & can
+
+
+def _crosses(host: pd.DataFrame) -> list[int]:
+    """Attention over other keys than its own: told by shapes where no module is named, as in compiled regions."""
+    names = host["name"].cat.categories
+    suspects = host.index[host["name"].isin([name for name in names if "scaled_dot_product" in name])]
+    return [
+        i
+        for i, name, inputs in zip(suspects, host["name"][suspects], host["inputs"][suspects], strict=True)
+        if operators.is_cross_attention(name, inputs)
+    ]
 
 
 def _work(host: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

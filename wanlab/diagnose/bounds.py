@@ -18,10 +18,10 @@ def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
         ceilings: of the device that the trace was taken on; None leaves the columns that need them empty.
 
     Returns:
-        DataFrame: category, time_ms, share_percent, hidden_ms, calls, tflop_per_s, ceiling_tflop_per_s, gb_per_s,
-        ceiling_gb_per_s, roofline_ms (the larger of work over rate and bytes over bandwidth: no exact implementation of
-        the same operators is faster, as far as the shapes were recorded), of_roofline_percent (roofline_ms over the
-        time spent), amdahl_bound (speed-up of the whole if the row cost nothing).
+        DataFrame: category, time_ms, share_percent, tflop_per_s, gb_per_s, of_roofline_percent (roofline_ms over the time
+        spent), amdahl_bound (speed-up of the whole if the row cost nothing), roofline_ms (the larger of work over rate and
+        bytes over bandwidth: no exact implementation of the same operators is faster, as far as shapes were recorded),
+        ceiling_tflop_per_s, ceiling_gb_per_s, hidden_ms, calls.
     """
     import numpy as np
 
@@ -38,7 +38,7 @@ def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
     spent = table["time_ms"] + table["hidden_ms"]
     table["of_roofline_percent"] = 100 * table["roofline_ms"] / spent
     columns = [
-        "category", "time_ms", "share_percent", "hidden_ms", "calls", "tflop_per_s", "ceiling_tflop_per_s",
-        "gb_per_s", "ceiling_gb_per_s", "roofline_ms", "of_roofline_percent", "amdahl_bound",
+        "category", "time_ms", "share_percent", "tflop_per_s", "gb_per_s", "of_roofline_percent", "amdahl_bound",
+        "roofline_ms", "ceiling_tflop_per_s", "ceiling_gb_per_s", "hidden_ms", "calls",
     ]  # fmt: skip
     return table[columns]

@@ -1,29 +1,30 @@
-"""What changed between two flame graphs, stack by stack, with a sum that closes on the wall clock."""
+"""What changed between two flame graphs or breakdowns, row by row, with a sum that closes on the wall clock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wanlab.diagnose.breakdown import Breakdown
+from wanlab.diagnose.flame import Flame
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from wanlab.diagnose.flame import Flame
-
 UNCOVERED = "(idle, or running side by side)"
 """Wall clock less the sum of all stacks: positive where nothing ran, negative where threads or streams overlapped."""
+KEYS = ("stack", "name")
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Two flame graphs of one kind, laid over one another by stack.
+    """Two profiles laid over one another.
 
     Attributes:
-        frame: a row per stack of either: `path` (a tuple, outermost first), `before_us` and `after_us` (own time),
-            `change_us`, `status` ("vanished", "new", "grew", "shrank", "same"); ordered by how much they changed.
-            The `change_us` of all rows add up to `change_us` of the whole.
+        frame: a row per stack, name or category of either: `path` (a tuple, outermost first), `before_us` and
+            `after_us` (own time), `change_us`, `status` ("vanished", "new", "grew", "shrank", "same"); ordered by how
+            much they changed. The `change_us` of all rows add up to `change_us` of the whole.
         before_us, after_us: wall clock of the two traces.
     """
 
@@ -41,17 +42,27 @@ class Difference:
         return self.frame[self.frame["status"] == status]
 
 
-def difference(before: Flame, after: Flame) -> Difference:
-    """Compare two flame graphs, say before and after an optimisation.
+def difference(before: Flame | Breakdown, after: Flame | Breakdown, *, by: str = "stack") -> Difference:
+    """Compare two profiles, say before and after an optimisation.
+
+    Args:
+        before, after: two flame graphs of one kind, or two breakdowns.
+        by: how rows of flame graphs are told apart: "stack" by the whole stack; "name" by the outermost frame and the
+            innermost one, which stay the same when what is between them does not (compilation, fusion).
 
     Raises:
-        WanlabError: one is of the CPU, the other of the GPU.
+        WanlabError: one is of the CPU and the other of the GPU, one a breakdown and the other not, or an unknown `by`.
     """
     import pandas as pd
 
-    if before.kind != after.kind:
-        raise WanlabError(f"a {before.kind} flame graph cannot be compared with one of the {after.kind}")
-    own = [_own(flame) for flame in (before, after)]
+    if by not in KEYS:
+        raise WanlabError(f"by is {' or '.join(map(repr, KEYS))}, not {by!r}")
+    kinds = [profile.kind if isinstance(profile, Flame) else "breakdown" for profile in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise WanlabError(
+            f"two profiles of one kind are compared, not one of {kinds[0]} and one of {kinds[1]}"
+        )
+    own = [_own(profile, by) for profile in (before, after)]
     paths = list(dict.fromkeys([*own[0], *own[1]]))
     frame = pd.DataFrame(
         {
@@ -66,16 +77,24 @@ def difference(before: Flame, after: Flame) -> Difference:
         for path, change in zip(paths, frame["change_us"], strict=True)
     ]
     order = frame["change_us"].abs().sort_values(ascending=False, kind="stable").index
-    return Difference(frame.loc[order].reset_index(drop=True), before.wall_us, after.wall_us)
+    walls = [_wall_us(profile) for profile in (before, after)]
+    return Difference(frame.loc[order].reset_index(drop=True), *walls)
 
 
-def _own(flame: Flame) -> dict[tuple[str, ...], float]:
-    own = {
-        path: float(time_us)
-        for path, time_us in zip(flame.paths(), flame.frame["self_us"], strict=True)
-        if path
-    }
-    own[(UNCOVERED,)] = flame.wall_us - flame.total_us
+def _wall_us(profile: Flame | Breakdown) -> float:
+    return profile.wall_us if isinstance(profile, Flame) else 1e3 * profile.wall_ms
+
+
+def _own(profile: Flame | Breakdown, by: str) -> dict[tuple[str, ...], float]:
+    if isinstance(profile, Breakdown):
+        rows = zip(profile.frame["category"], profile.frame["time_ms"], strict=True)
+        return {(category,): 1e3 * time_ms for category, time_ms in rows}
+    own: dict[tuple[str, ...], float] = {}
+    for path, time_us in zip(profile.paths(), profile.frame["self_us"], strict=True):
+        if path:
+            key = path if by == "stack" or len(path) < 3 else (path[0], path[-1])
+            own[key] = own.get(key, 0.0) + float(time_us)
+    own[(UNCOVERED,)] = profile.wall_us - profile.total_us
     return own
 
 

@@ -23,6 +23,8 @@ FORMATS = {
     "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
 }  # fmt: skip
 _KINDS = (
+    # Inductor's own kernels are called by what was fused into them, which may have been beside a product, not the product.
+    (ATTENTION, r"^triton_tem\w*attention"), (LINEAR, r"^triton_tem"), (POINTWISE, r"^triton_"),
     (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
     (ALLOCATION, r"^aten::(empty|resize_|set_)|^cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree|MemMap|MemCreate)"),
     (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
@@ -30,6 +32,7 @@ _KINDS = (
     (TRANSFER, r"^Memcpy (HtoD|DtoH)|^cu(da)?Memcpy"),
     (POINTWISE, r"^aten::"),
 )  # fmt: skip
+_SDPA = re.compile(r"^(aten::)?_?scaled_dot_product_\w*attention\w*$")
 _VIEW = re.compile(
     r"^aten::(view|as_strided|reshape|_reshape_alias|slice|select|expand|permute|transpose|t$|unsqueeze|squeeze|detach"
     r"|alias|_unsafe_view|split|chunk|narrow|unbind|unflatten|flatten|item|_local_scalar_dense|result_type|lift_fresh"
@@ -76,7 +79,7 @@ def _flop(name: str, shapes: list, values: list) -> float:
         return 2 * math.prod(shapes[0]) * shapes[1][0]
     if name == "matmul":
         return 2 * math.prod(shapes[0]) * (shapes[1][-1] if len(shapes[1]) > 1 else 1)
-    if name == "scaled_dot_product_attention":
+    if _SDPA.match(name):
         *heads, queries, width = shapes[0]
         return 2 * math.prod(heads) * queries * shapes[1][-2] * (width + shapes[2][-1])
     if name in ("convolution", "_convolution"):
@@ -84,6 +87,14 @@ def _flop(name: str, shapes: list, values: list) -> float:
             shapes[0], shapes[1], *(json.loads(values[i]) for i in (3, 4, 5)), values[6] == "True"
         )
     return 0.0
+
+
+def is_cross_attention(name: str, inputs: str) -> bool:
+    """Whether an attention has another number of keys than of queries: they come from somewhere else."""
+    if not inputs or not _SDPA.match(name):
+        return False
+    shapes = json.loads(inputs)[0]
+    return len(shapes[0]) > 1 and len(shapes[1]) > 1 and shapes[0][-2] != shapes[1][-2]
 
 
 def _convolution(
@@ -108,7 +119,9 @@ def moved_bytes(name: str, inputs: str) -> float:
         return 0.0
     shapes, types, _ = json.loads(inputs)
     sizes = [size for pair in zip(shapes, types, strict=False) for size in _sizes(*pair)]
-    return float(sum(sizes) + max(sizes, default=0))
+    # A kernel of Inductor is given its outputs, too.
+    written = 0.0 if name.startswith("triton_") else max(sizes, default=0)
+    return float(sum(sizes) + written)
 
 
 def _sizes(shape: list, kind_of: str) -> list[float]:

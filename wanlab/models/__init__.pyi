@@ -8,6 +8,10 @@ from .registry import get as get
 from .registry import names as names
 from .report import LoadReport as LoadReport
 from .rounding import round_weights as round_weights
+from .schedule import ExpertSchedule as ExpertSchedule
+from .schedule import Prefetch as Prefetch
+from .schedule import boundary_at as boundary_at
+from .schedule import precompute_schedule as precompute_schedule
 from .shapes import LatentShape as LatentShape
 from .shapes import latent_shape as latent_shape
 from .shapes import nearest_size as nearest_size

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from wanlab.plots.attention import head_map, head_type_bars, kernel_bars, layer_time_lines
 from wanlab.plots.breakdown import CATEGORY_NAMES, category_bars
-from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_diagram, expert_steps, switch_bars
-from wanlab.plots.flame import difference_bars, flame_icicle
+from wanlab.plots.diagram import expert_diagram
+from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_steps, switch_bars
+from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
 from wanlab.plots.quality import per_frame_curves
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
+from wanlab.plots.triage import decision_tree
 
 __all__ = [
     "CATEGORY_NAMES",
@@ -19,15 +22,22 @@ __all__ = [
     "breakdown_bar",
     "category_bars",
     "colour",
+    "decision_tree",
     "difference_bars",
+    "difference_icicle",
     "disagreement_curve",
     "expert_diagram",
     "expert_steps",
     "flame_icicle",
+    "head_map",
+    "head_type_bars",
+    "kernel_bars",
     "label",
+    "layer_time_lines",
     "per_frame_curves",
     "samples_strip",
     "schedule_timeline",
+    "short_name",
     "switch_bars",
     "theme",
 ]

@@ -1,0 +1,52 @@
+"""The experts notebook: two experts with a recorded switch, and a model with one expert."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanlab.diagnose import SwitchCost
+from wanlab.measure import Samples
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from models_tiny import save
+
+pytestmark = pytest.mark.notebook
+
+
+def test_experts_of_wan_nano(run_notebook, tmp_path):
+    record = tmp_path / "switch.json"
+    samples = {name: Samples(name, (520.0, 521.0)) for name in ("pinned", "pinned again")}
+    SwitchCost(samples, 28_600_000_000, 5e3, 600.0, "some GPU").save(record)
+    few = ["-p", "cases=1", "-p", "boundaries=[1.0]", "-p", f"switch_record={record}"]
+    done = run_notebook("12_experts", *few)
+    found = done.values["experts"]
+    assert (found["switches"], found["high_steps"], found["low_steps"]) == (1, 4, 6)
+    assert found["as_planned"]
+    assert min(found["high_ms"], found["low_ms"]) > 0
+    assert found["disagreement"] > 1000 * found["disagreement_floor"]
+    assert found["boundary_best"] in (0.9, 1.0)
+    if not found["switch_source"].startswith("measured"):
+        assert found["switch_pinned_ms"] == 520.5
+        assert "some GPU, recorded in switch.json" in str(done.page)
+    for words in (
+        "WanTransformer3DModel",
+        "high-noise expert",
+        "boundary: timestep 900",
+        "LPIPS to the truth",
+    ):
+        assert words in str(done.page)
+
+
+def test_one_expert_comes_to_a_verdict(run_notebook, tmp_path):
+    folder = save(tmp_path / "single", transformer_2=None, boundary_ratio=None)
+    small = ["-p", f"model={folder}", "-p", "height=32", "-p", "width=32", "-p", "frames=5", "-p", "steps=2"]
+    done = run_notebook("12_experts", *small)
+    found = done.values["experts"]
+    assert found["switches"] == 0
+    assert found["expert_steps"] == 2
+    assert found["expert_ms"] > 0
+    assert "disagreement" not in found
+    assert "one expert" in done.record["verdict"]

@@ -1,0 +1,34 @@
+"""The triage notebook: with no run to look at, and over runs that other notebooks have just made."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.notebook
+SMALL = ["-p", "height=64", "-p", "width=64", "-p", "frames=5", "-p", "steps=3"]
+
+
+def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebook):
+    empty = run_notebook("15_triage")
+    assert empty.record["verdict"].startswith(
+        "Nothing is measured yet. First: wanlab run notebooks/10_baseline.ipynb"
+    )
+    assert empty.values["triage"]["measured"] == 0
+    assert "wanlab run notebooks/40_quality.ipynb" in str(empty.page)
+    assert len(empty.page.select("div.figure[data-figure]")) == 1
+
+    baseline = run_notebook("10_baseline", *SMALL, "-p", "iterations=1")
+    shares = run_notebook("11_flame_graph", *SMALL).values["breakdown"]
+    done = run_notebook("15_triage", "-p", "memory_high_percent=0.01")
+    sources = str(done.page)
+    assert f"10_baseline/{baseline.record['run_id']}" in sources
+    assert f"{baseline.values['baseline']['time_per_video_ms']:.4g}"[:3] in sources
+    vae = shares["vae_encoder_percent"] + shares["vae_decoder_percent"]
+    assert f"share of the VAE {vae:.4g} %" in done.record["verdict"]
+    assert f"VAE on an engine (at most {1 / (1 - vae / 100):.2f}x)" in done.record["verdict"]
+    assert "no GPU in the trace" in sources
+    assert "unknown until 40_quality is run" in done.record["verdict"]
+    assert "-p height=64 -p width=64 -p frames=5 -p steps=3" in sources
+    assert done.values["triage"]["not applicable"] == 1
+    # Of the memory only the peak is known, and it is over this threshold.
+    assert "unknown until 14_memory is run" in done.record["verdict"]

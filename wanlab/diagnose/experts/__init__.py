@@ -1,0 +1,1 @@
+"""The experts of a model: which runs when, what a switch costs, how far they disagree."""

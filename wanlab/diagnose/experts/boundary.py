@@ -1,0 +1,178 @@
+"""What moving the boundary between the experts does to time and quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError
+from wanlab.measure.entry_points import standing_in
+from wanlab.measure.stages import EXPERTS, stages
+from wanlab.models.schedule import boundary_at, precompute_schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wanlab.models.generate import Model
+    from wanlab.nano.heldout import Case
+
+
+@dataclass(frozen=True, eq=False)
+class BoundarySweep:
+    """What moving the boundary does.
+
+    Attributes:
+        frame: per boundary: boundary, own (the model's), high_steps, low_steps, cases, denoising_ms (experts' time of
+            one video, median over cases), and with quality: lpips and psnr_db against the truth (means over cases),
+            change_percent of LPIPS against the model's own boundary, and its 95 % interval over cases low_percent,
+            high_percent.
+        videos: the same per boundary and case, with high_ms and low_ms (medians of one forward).
+        noise_percent: how far equal work lies apart in time: the largest distance of a case's denoising_ms from their
+            median, at the model's own boundary; None with one case.
+        floor_percent: change of LPIPS of the first case when only the attention kernel is another; None without quality.
+        note: what was not measured, and why; empty if nothing.
+    """
+
+    frame: pd.DataFrame
+    videos: pd.DataFrame
+    noise_percent: float | None
+    floor_percent: float | None
+    note: str
+
+    def row(self) -> dict[str, Any]:
+        """Flat record: boundary_best (lowest LPIPS; None without quality), boundary_noise_percent, boundary_floor_..."""
+        best = self.frame.loc[self.frame["lpips"].idxmin(), "boundary"] if "lpips" in self.frame else None
+        noise = {"boundary_noise_percent": self.noise_percent, "boundary_floor_percent": self.floor_percent}
+        return {"boundary_best": best} | noise
+
+    def __str__(self) -> str:
+        if self.note:
+            return self.note
+        said = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
+        cases = self.frame["cases"].iloc[0]
+        return f"LPIPS by boundary, {cases} cases, floor {self.floor_percent:.2g} %: {', '.join(said)}"
+
+
+def boundary_sweep(
+    model: Model,
+    boundaries: Sequence[float],
+    cases: Sequence[Case],
+    *,
+    scored_frames: int | None = None,
+    quality: bool = True,
+    progress: bool = True,
+    **settings,
+) -> BoundarySweep:
+    """Generate held-out cases with the boundary in several places, the model's own always among them.
+
+    Args:
+        boundaries: shares of the training timesteps, 0 to 1.
+        cases: questions with a known answer, from `wanlab.nano.heldout.draw_cases`.
+        scored_frames: frames that are decoded and scored, from the first; all if None. The VAE is causal in time, so
+            that they equal those of the whole video; rounded down to whole latent frames.
+        quality: score against the truth, where the video has its size and the weights are trained.
+        settings: as `Model.generate` takes them, without image, prompt and seed.
+
+    Raises:
+        WanlabError: a model with one expert, no case, a boundary out of range, or what `Model.generate` refuses.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    if not cases:
+        raise WanlabError("boundary_sweep of no case; give at least one")
+    own = precompute_schedule(model, settings.get("steps")).boundary_ratio
+    for boundary in (own, *boundaries):
+        with boundary_at(model, boundary):
+            pass  # refused before the first video, not between them
+    note = "" if quality else "quality was not asked for"
+    size = [settings.get(k) or getattr(model.spec.defaults, k) for k in ("frames", "height", "width")]
+    if quality and model.load.weights == "random":
+        note = "quality is unknown: the weights are random"
+    elif quality and (have := list(cases[0].truth().shape[:3])) != size:
+        note = f"quality is unknown: the truth is {have[2]}x{have[1]}x{have[0]}, the video {size[2]}x{size[1]}x{size[0]}"
+    settings["output"] = "latent" if note else "np"
+    places = [own, *dict.fromkeys(float(b) for b in boundaries if float(b) != own)]
+    # Case by case, because the encoded image is kept for one case.
+    runs = [(b, case, False) for case in range(len(cases)) for b in places]
+    if not note:
+        runs.insert(len(places), (own, 0, True))
+    kept: dict[int, Any] = {}
+    rows = []
+    for boundary, number, control in tqdm(runs, "boundaries", unit="video", disable=not progress):
+        with boundary_at(model, boundary):
+            found = _swept(model, cases[number], scored_frames, control, kept, settings)
+        rows.append(
+            {"boundary": boundary, "own": boundary == own, "control": control, "case": number} | found
+        )
+    return _summarised(pd.DataFrame(rows), note)
+
+
+def _swept(
+    model: Model, case: Case, frames: int | None, other: bool, kept: dict, asked: dict
+) -> dict[str, Any]:
+    """One video of a sweep: its expert times, and its scores if it is decoded; `kept` holds the encoded image."""
+    from contextlib import nullcontext
+
+    from wanlab.evaluate import compare_videos
+    from wanlab.models.attention import other_attention
+
+    def once(encode: Callable) -> Callable:
+        def encoded(*args, **kwargs):
+            if case.seed not in kept:
+                kept.clear()
+                kept[case.seed] = encode(*args, **kwargs)
+            return kept[case.seed]
+
+        return encoded
+
+    def prefix(decode: Callable) -> Callable:
+        latents = None if frames is None else (max(frames, 1) - 1) // model.spec.temporal_factor + 1
+        return lambda z, *args, **kwargs: decode(z[:, :, :latents], *args, **kwargs)
+
+    truth = case.truth()
+    with (
+        other_attention(model.device) if other else nullcontext(),
+        stages(model) as recorder,
+        standing_in(model.pipeline, {"vae": {"encode": once, "decode": prefix}}),
+    ):
+        made = model.generate(truth[0], case.caption, **asked | {"seed": case.seed})
+    calls = [call for call in recorder.calls if call.component in EXPERTS]
+    row: dict[str, Any] = {"denoising_ms": sum(call.time_ms for call in calls)}
+    for side in ("high", "low"):
+        mine = [call for call in calls if call.component == f"expert_{side}"]
+        row[f"{side}_steps"] = len({call.step for call in mine})
+        row[f"{side}_ms"] = median(call.time_ms for call in mine) if mine else float("nan")
+    if asked["output"] == "np":
+        shown = truth[: len(made.video)]
+        scores = compare_videos(shown, made.video, metrics=("lpips", "psnr"), progress=False)
+        row |= {"lpips": scores.mean("lpips"), "psnr_db": scores.mean("psnr")}
+    return row
+
+
+def _summarised(videos: pd.DataFrame, note: str) -> BoundarySweep:
+    import pandas as pd
+
+    from wanlab.evaluate import quality_loss
+
+    plain, again = videos[~videos["control"]], videos[videos["control"]]
+    own = plain[plain["own"]]
+    rows = []
+    for boundary, group in plain.groupby("boundary"):
+        row = {"boundary": boundary, "own": bool(group["own"].all()), "cases": len(group)}
+        row |= group[["high_steps", "low_steps"]].iloc[0].to_dict()
+        row["denoising_ms"] = group["denoising_ms"].median()
+        if "lpips" in group:
+            loss = quality_loss(group["lpips"].tolist(), own["lpips"].tolist())
+            row |= group[["lpips", "psnr_db"]].mean().to_dict() | {"change_percent": loss.percent}
+            row |= {"low_percent": loss.low_percent, "high_percent": loss.high_percent}
+        rows.append(row)
+    work = own["denoising_ms"]
+    noise = 100 * float((work / work.median() - 1).abs().max()) if len(work) > 1 else None
+    floor = None
+    if len(again):
+        ratios = again.set_index("case")["lpips"] / own.set_index("case")["lpips"]
+        floor = 100 * float((ratios - 1).abs().max())
+    return BoundarySweep(pd.DataFrame(rows), videos, noise, floor, note)

@@ -1,0 +1,333 @@
+"""What a switch of experts costs: both resident, swapped from the host, or prefetched.
+
+The weights are copied from the host into their own place on the GPU, byte for byte what is there already, so that the
+model is the same before, during and after, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError
+from wanlab.measure.samples import Samples
+from wanlab.measure.timing import time_ms
+from wanlab.models.host_weights import check_host_room, host_weights
+from wanlab.models.shapes import latent_shape
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from wanlab.models.generate import Model
+
+RECORDED = Path(__file__).resolve().parents[3] / "data" / "results" / "expert_switch_h200.json"
+"""A measurement on an NVIDIA H200 at true size, for machines without a GPU; part of the source tree."""
+WAYS = ("resident", "pageable", "pinned", "prefetched")
+KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
+
+
+@dataclass(frozen=True, eq=False)
+class SwitchCost:
+    """What a switch costs in each of four ways; all samples are kept, and the table is made from them.
+
+    Attributes:
+        samples: by name. Forwards of the entering expert after a switch: "after switch", "later", "later again".
+            Transfers alone: "pageable", "pageable again", "pinned", "pinned again". Forwards of the leaving expert:
+            "alone", "alone again", "beside transfer"; "beside transfer, both" ends when the transfer has ended too,
+            and "transfer beside forward" is the transfer in it. Samples of one position were taken in one round.
+        size_bytes: weights of the entering expert.
+        lock_ms, fill_ms: to allocate that much page-locked memory, and to copy the weights there: part of loading.
+        device, settings: where it was measured; model and sizes.
+        source: "measured here", or the file it was read from.
+        note: why there is nothing, if there is nothing.
+    """
+
+    samples: dict[str, Samples] = field(default_factory=dict)
+    size_bytes: int = 0
+    lock_ms: float | None = None
+    fill_ms: float | None = None
+    device: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = "measured here"
+    note: str = ""
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row per way that was measured.
+
+        Columns: way, experts_on_gpu, transfer_ms and gb_per_s (1e9 bytes; medians), time_ms (what the video waits for a
+        switch: median over rounds), noise_ms (largest distance in any round of two equal calls), hidden_percent (share of
+        the transfer that the video did not wait for), slowdown_percent (of the forward beside the transfer).
+        """
+        import pandas as pd
+
+        return pd.DataFrame([row for way in WAYS if (row := self._row(way))])
+
+    def _row(self, way: str) -> dict[str, Any] | None:
+        import numpy as np
+
+        def values(name: str) -> np.ndarray:
+            return np.array(self.samples[name].values_ms) if name in self.samples else np.zeros(0)
+
+        transfer, wait, more = np.zeros(0), np.zeros(0), {}
+        if way == "resident":
+            equal = values("later"), values("later again")
+            wait = values("after switch") - (equal[0] + equal[1]) / 2
+        elif way == "prefetched":
+            equal, transfer = (values("alone"), values("alone again")), values("transfer beside forward")
+            alone = (equal[0] + equal[1]) / 2
+            wait = values("beside transfer, both") - alone
+            if len(wait):
+                hidden = 1 - np.median(wait) / np.median(values("pinned"))
+                more["hidden_percent"] = 100 * float(np.clip(hidden, 0, 1))
+                more["slowdown_percent"] = 100 * float(np.median(values("beside transfer") / alone) - 1)
+        else:
+            equal = values(way), values(f"{way} again")
+            transfer = wait = (equal[0] + equal[1]) / 2
+        if not len(wait):
+            return None
+        moved = float(np.median(transfer)) if len(transfer) else None
+        cost, noise = float(np.median(wait)), float(np.abs(equal[0] - equal[1]).max())
+        return {
+            "way": way,
+            "experts_on_gpu": 1 if way in ("pageable", "pinned") else 2,
+            "transfer_ms": moved,
+            "gb_per_s": self.size_bytes / moved / 1e6 if moved else None,
+            "time_ms": cost,
+            "noise_ms": noise,
+            "hidden_percent": more.get("hidden_percent", 0.0 if moved else None),
+            "slowdown_percent": more.get("slowdown_percent"),
+        }
+
+    def row(self) -> dict[str, Any]:
+        """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only what was measured."""
+        flat: dict[str, Any] = {f"switch_{line.way}_ms": line.time_ms for line in self.frame.itertuples()}
+        if "switch_prefetched_ms" in flat:
+            last = self.frame.iloc[-1]
+            flat |= {f"switch_{key}": float(last[key]) for key in ("hidden_percent", "slowdown_percent")}
+        known = ("size_bytes", "lock_ms", "device", "source") if flat else ()
+        return flat | {f"switch_{key}": getattr(self, key) for key in known}
+
+    def __str__(self) -> str:
+        if self.frame.empty:
+            return self.note
+        rows = self.frame.itertuples()
+        parts = [f"{row.time_ms:,.1f} ms {row.way} (noise {row.noise_ms:,.1f})" for row in rows]
+        hidden = self.row().get("switch_hidden_percent")
+        more = "" if hidden is None else f"; the prefetch hides {hidden:.0f} % of the transfer"
+        where = f"{self.settings.get('model', 'model')} on {self.device}, {self.source}"
+        return f"a switch costs {', '.join(parts)}{more} ({where})"
+
+    def save(self, path: str | os.PathLike, **more: Any) -> None:
+        """Write as JSON, with further entries such as the environment; `read` reads it back."""
+        content = {key: getattr(self, key) for key in KEPT} | more
+        content["rows"] = json.loads(self.frame.to_json(orient="records"))
+        content["samples"] = {name: samples.to_dict() for name, samples in self.samples.items()}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> SwitchCost:
+        """A measurement from a file that `save` wrote.
+
+        Raises:
+            WanlabError: the file is missing or holds something else.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            samples = {name: Samples.from_dict(entry) for name, entry in data["samples"].items()}
+            known = {key: data[key] for key in KEPT}
+            return cls(samples=samples, **known, source=f"recorded in {path.name}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            advice = "write one with benchmarks/expert_switch.py"
+            raise WanlabError(f"{path} holds no measured switch ({error}); {advice}") from error
+
+
+def switching(model: Model, record: str | None = None, *, samples: int = 3, **settings) -> SwitchCost:
+    """The cost of a switch: measured where this machine can, else as it was recorded on another.
+
+    Args:
+        record: file of a recorded measurement; that on an H200 which comes with the source tree if None.
+        samples: rounds; 0 takes the record on any machine.
+        settings: as `switch_cost` takes them.
+
+    Raises:
+        WanlabError: a record was named and cannot be read, or what `switch_cost` refuses on a GPU.
+    """
+    if "expert_low" not in model.spec.components:
+        return SwitchCost(note=f"{model.spec.name} has one expert: there is nothing to switch")
+    if model.device.type == "cuda" and samples:
+        return switch_cost(model, samples=samples, **settings)
+    if record is not None or RECORDED.is_file():
+        return SwitchCost.read(record or RECORDED)
+    return SwitchCost(
+        note="a switch was not measured: that takes a GPU, and no recorded measurement is at hand"
+    )
+
+
+def switch_cost(
+    model: Model,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    samples: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> SwitchCost:
+    """Measure a switch from the high-noise to the low-noise expert in four ways, on a GPU that holds both.
+
+    Forwards run on random latents and text of the right shape. A round takes, in this order: the leaving expert alone,
+    the entering one three times (the first is the one after the switch), the transfer twice, the leaving expert beside
+    a transfer on a stream of its own, and the leaving expert alone again. Equal calls of a round are its A/A control.
+    Transfers from pageable memory come before, in rounds of their own: one copy of the weights on the host at a time.
+
+    Args:
+        model: from `wanlab.models.load`, on a GPU; the text encoder and the VAE are not needed.
+        height, width: pixels; the model's default if None. frames: of the video.
+        samples: rounds; each makes 6 forwards.
+        seed: of latents and text.
+
+    Raises:
+        WanlabError: a model with one expert, no GPU, an expert that is no PyTorch module, too little host or GPU memory,
+            or a size that is not legal.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    leaving, entering = _both_experts(model)
+    if samples < 1:
+        raise WanlabError(f"samples is {samples}; take at least 1 round")
+    if model.device.type != "cuda":
+        raise WanlabError(
+            f"{model.spec.name} is on {model.device}: a switch is a transfer to a GPU; load it with device='cuda', or"
+            " read a recorded measurement with diagnose.SwitchCost.read"
+        )
+    size = sum(parameter.nbytes for parameter in entering.parameters())
+    check_host_room(model.spec.name, size)
+    inputs = expert_inputs(model, height=height, width=width, frames=frames, seed=seed)
+    taken: dict[str, list[float]] = {}
+
+    def take(name: str, call: Callable) -> None:
+        timed = time_ms(call, warmup=0, iterations=1, device=model.device, progress=False)
+        taken.setdefault(name, []).append(timed.values_ms[0])
+
+    bar = tqdm(total=3 * samples + 1, desc="switches", unit="part", leave=False, disable=not progress)
+    try:
+        with bar, torch.no_grad(), torch.cuda.device(model.device):
+            with host_weights(entering, pinned=False) as host:
+                host.refill()
+                for _ in range(samples):
+                    take("pageable", host.refill)
+                    take("pageable again", host.refill)
+                    bar.update()
+            for expert in (entering, leaving):
+                expert(**inputs)
+            bar.update()
+            with host_weights(entering, pinned=True) as host:
+                host.refill()
+                for _ in range(samples):
+                    take("alone", lambda: leaving(**inputs))
+                    for name in ("after switch", "later", "later again"):
+                        take(name, lambda: entering(**inputs))
+                    bar.update()
+                    take("pinned", host.refill)
+                    take("pinned again", host.refill)
+                    for name, value in _beside(host.refill, lambda: leaving(**inputs)).items():
+                        taken.setdefault(name, []).append(value)
+                    take("alone again", lambda: leaving(**inputs))
+                    bar.update()
+                lock_ms, fill_ms = host.lock_ms, host.fill_ms
+    except torch.OutOfMemoryError as error:
+        reason = "a forward does not fit beside both experts; take a smaller video"
+        raise WanlabError(f"{model.spec.name} on {model.device}: {reason}") from error
+    device = torch.cuda.get_device_name(model.device)
+    series = {name: Samples(name, tuple(values), device, "CUDA events") for name, values in taken.items()}
+    kind = str(model.dtype).removeprefix("torch.")
+    settings = {"model": model.spec.name, "dtype": kind, "samples": samples}
+    settings |= {key: list(value.shape) for key, value in inputs.items() if hasattr(value, "shape")}
+    return SwitchCost(series, size, lock_ms, fill_ms, device, settings)
+
+
+def _beside(transfer: Callable, forward: Callable) -> dict[str, float]:
+    """A forward with a transfer on a stream of its own beside it: the end of each, from the common start."""
+    import torch
+
+    begin, loading, loaded, computed, both = (torch.cuda.Event(enable_timing=True) for _ in range(5))
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    begin.record(main)
+    side.wait_event(begin)
+    with torch.cuda.stream(side):
+        loading.record(side)
+        transfer()
+        loaded.record(side)
+    forward()
+    computed.record(main)
+    main.wait_stream(side)
+    both.record(main)
+    torch.cuda.synchronize()
+    return {
+        "beside transfer": begin.elapsed_time(computed),
+        "beside transfer, both": begin.elapsed_time(both),
+        "transfer beside forward": loading.elapsed_time(loaded),
+    }
+
+
+def _both_experts(model: Model) -> tuple[torch.nn.Module, torch.nn.Module]:
+    import torch
+
+    if "expert_low" not in model.spec.components:
+        raise WanlabError(f"{model.spec.name} has one expert, there is nothing to switch; take one with two")
+    pair = model.component("expert_high"), model.component("expert_low")
+    if not all(isinstance(part, torch.nn.Module) and any(True for _ in part.parameters()) for part in pair):
+        raise WanlabError(f"{model.spec.name}: an expert is an engine that owns its weights; load it eager")
+    return pair
+
+
+def expert_inputs(
+    model: Model,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What the pipeline would call an expert with, of the right shapes and random content, on the model's device.
+
+    `hidden_states` `[1, C, T, H, W]`, `timestep` `[1]` (`[1, tokens]` for a model that expands it),
+    `encoder_hidden_states` `[1, text tokens, D]`.
+
+    Raises:
+        WanlabError: a size that is not legal, or an expert that is not of the Wan kind.
+    """
+    import torch
+
+    defaults = model.spec.defaults
+    latent = latent_shape(
+        model.spec, height or defaults.height, width or defaults.width, frames or defaults.frames
+    )
+    name = next(name for name in model.components if name.startswith("expert"))
+    config = model.component(name).config
+    if not {"in_channels", "text_dim"} <= set(config):
+        raise WanlabError(f"{model.spec.name}: {name} is no Wan transformer; its inputs are not known")
+    draw = torch.Generator(model.device).manual_seed(seed)
+    options = {"generator": draw, "device": model.device, "dtype": model.dtype}
+    return {
+        "hidden_states": torch.randn(
+            1, config["in_channels"], latent.frames, latent.height, latent.width, **options
+        ),
+        "timestep": torch.full(
+            (1, latent.tokens) if model.spec.expand_timesteps else (1,), 900, device=model.device
+        ),
+        "encoder_hidden_states": torch.randn(1, defaults.text_tokens, config["text_dim"], **options),
+        "return_dict": False,
+    }

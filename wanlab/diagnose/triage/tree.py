@@ -1,0 +1,315 @@
+"""A decision tree as data: questions about measurements, thresholds with units, advice; read from JSON and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wanlab.errors import WanlabError, did_you_mean
+
+DEFAULT = Path(__file__).with_name("tree.json")
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Threshold(_Strict):
+    """A number that questions compare with."""
+
+    value: float
+    unit: str
+    what: str
+
+
+class Quantity(_Strict):
+    """A number that `notebook` records by this name, or one made of others: their sum, a part in percent of a whole, the
+    first that is known. `absent` says what it means that a run of the notebook does not have it."""
+
+    unit: str
+    notebook: str
+    what: str
+    absent: str = ""
+    sum: tuple[str, ...] = ()
+    percent: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.sum + self.percent + self.first
+
+
+class Branch(_Strict):
+    """Taken where the value is over, or below, the named threshold."""
+
+    to: str
+    over: str | None = None
+    below: str | None = None
+
+
+class Question(_Strict):
+    """`measurement` with `branches`, or `largest` (share -> node) with the `threshold` that the largest must reach; else
+    `otherwise`. `absent` leads on where the number cannot exist, `unknown` where it was not measured."""
+
+    question: str
+    otherwise: str
+    measurement: str | None = None
+    branches: tuple[Branch, ...] = ()
+    largest: dict[str, str] = {}
+    threshold: str | None = None
+    absent: str | None = None
+    unknown: str | None = None
+
+    @property
+    def limits(self) -> list[str]:
+        """Names of its thresholds."""
+        return [t for t in (self.threshold, *(t for b in self.branches for t in (b.over, b.below))) if t]
+
+    @property
+    def leads_to(self) -> list[str]:
+        found = [
+            *(b.to for b in self.branches),
+            *self.largest.values(),
+            self.otherwise,
+            self.absent,
+            self.unknown,
+        ]
+        return [node for node in dict.fromkeys(found) if node]
+
+
+class Advice(_Strict):
+    """What to do: `share` is what it could take away, `removes` which part of that; `also` is shown beside it."""
+
+    advice: str
+    hazard: str
+    mitigation: str
+    help: str
+    notebook: str | None = None
+    share: str | None = None
+    removes: float = 1.0
+    also: tuple[str, ...] = ()
+    to: str | None = None
+
+    @property
+    def leads_to(self) -> list[str]:
+        return [self.to] if self.to else []
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number and where it is from; `value` None where there is none, with what that means in `note`, if known."""
+
+    value: float | None
+    source: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A decision tree that was found sound; `read_tree` makes it."""
+
+    where: str
+    roots: dict[str, str]
+    thresholds: dict[str, Threshold]
+    measurements: dict[str, Quantity]
+    questions: dict[str, Question]
+    advice: dict[str, Advice]
+
+    @property
+    def nodes(self) -> dict[str, Question | Advice]:
+        return {**self.questions, **self.advice}
+
+    def edges(self, node: str) -> dict[str, str]:
+        """Where a node leads, each with the condition in a word: "> 80 %", "between", "n/a"."""
+        item = self.nodes[node]
+        if isinstance(item, Advice):
+            return dict.fromkeys(item.leads_to, "")
+        limits = [(b, self.thresholds[b.over or b.below]) for b in item.branches]
+        found = [(b.to, f"{'>' if b.over else '<'} {shown(t.value, t.unit)}") for b, t in limits]
+        rest = "between" if item.branches else ""
+        if len(limits) == 1:
+            rest = f"{'≤' if limits[0][0].over else '≥'} {shown(limits[0][1].value, limits[0][1].unit)}"
+        found += [*((to, "") for to in item.largest.values()), (item.otherwise, rest)]
+        found += [(item.absent, "n/a"), (item.unknown, "unknown")]
+        edges: dict[str, str] = {}
+        for to, label in found:
+            if to:
+                edges.setdefault(to, label)  # several ways to one node: the first names it
+        return edges
+
+    def quantity(self, name: str, measured: Mapping[str, Measurement]) -> Measurement:
+        """A measurement by name: as it was recorded, or made of others."""
+        found = measured.get(name, Measurement(None))
+        if found.value is not None:
+            return found
+        quantity, value = self.measurements[name], None
+        parts = [self.quantity(part, measured) for part in quantity.parts]
+        if quantity.first:
+            parts = [part for part in parts if part.value is not None][:1]
+        if parts and all(part.value is not None for part in parts):
+            value = sum(part.value for part in parts)
+            if quantity.percent:
+                value = 100 * parts[0].value / parts[1].value if parts[1].value > 0 else None
+        if number(value) is not None:  # infinity less infinity is none
+            return Measurement(value, ", ".join(dict.fromkeys(part.source for part in parts if part.source)))
+        beside = [item for n, item in measured.items() if self._notebook(n) == quantity.notebook]
+        was_run = any(item.value is not None for item in beside)
+        return Measurement(None, note=found.note or (quantity.absent if was_run else ""))
+
+    def _notebook(self, name: str) -> str | None:
+        return self.measurements[name].notebook if name in self.measurements else None
+
+    def having(self, thresholds: Mapping[str, float]) -> Tree:
+        """The same tree with other values of some thresholds.
+
+        Raises:
+            WanlabError: unknown name, not a finite number, or a question whose branches would overlap.
+        """
+        changed = dict(self.thresholds)
+        for name, value in thresholds.items():
+            if name not in changed:
+                hint = did_you_mean(name, changed) or f"; it has {', '.join(changed)}"
+                raise WanlabError(f"unknown threshold {name!r} of {self.where}{hint}")
+            given = number(value)
+            if given is None or math.isinf(given):
+                raise WanlabError(f"threshold {name!r} wants a number in {changed[name].unit}, got {value!r}")
+            changed[name] = msgspec.structs.replace(changed[name], value=given)
+        return _sound(replace(self, thresholds=changed))
+
+
+def read_tree(path: str | None = None) -> Tree:
+    """A decision tree from a JSON file, by default the one that comes with wanlab.
+
+    Raises:
+        WanlabError: unreadable file; unknown key or wrong type; a branch that leads nowhere; a cycle; a node that no root
+            reaches; an unknown measurement or threshold, or two of different units compared. Names the node.
+    """
+    where = Path(path).name if path else DEFAULT.name
+    try:
+        parts = msgspec.json.decode(Path(path or DEFAULT).read_bytes(), type=dict[str, dict[str, Any]])
+    except (OSError, msgspec.DecodeError) as error:
+        raise WanlabError(
+            f"cannot read the tree {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    kinds = {
+        "roots": str,
+        "thresholds": Threshold,
+        "measurements": Quantity,
+        "questions": Question,
+        "advice": Advice,
+    }
+    if odd := set(parts) ^ set(kinds):
+        raise WanlabError(
+            f"{where} wants the parts {', '.join(kinds)}; missing or unknown: {', '.join(sorted(odd))}"
+        )
+    made: dict[str, dict[str, Any]] = {}
+    for part, kind in kinds.items():
+        made[part] = {}
+        for name, value in parts[part].items():
+            try:
+                made[part][name] = msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                raise WanlabError(f"{where}, {part}, {name!r}: {error}") from None
+    return _sound(Tree(where, **made))
+
+
+def _sound(tree: Tree) -> Tree:
+    """The tree, if a walk through it ends in advice whatever was measured."""
+
+    def refuse(node: str, why: str) -> None:
+        raise WanlabError(f"{tree.where}, {node!r}: {why}")
+
+    def known(node: str, names: Iterable[str], among: Mapping[str, Any], what: str) -> None:
+        for name in names:
+            if name not in among:
+                refuse(node, f"unknown {what} {name!r}{did_you_mean(name, among)}")
+
+    for name, quantity in tree.measurements.items():
+        ways = [way for way in (quantity.sum, quantity.percent, quantity.first) if way]
+        known(name, quantity.parts, tree.measurements, "measurement")
+        if len(ways) > 1 or len(quantity.percent) not in (0, 2):
+            refuse(name, "wants one of sum, percent (of part and whole) and first")
+    parts = {name: [*q.parts] for name, q in tree.measurements.items()}
+    _without_cycle(parts, parts, refuse)
+    if both := set(tree.questions) & set(tree.advice):
+        refuse(min(both), "is a question and an advice; give one of them another name")
+    for node, item in tree.nodes.items():
+        known(node, item.leads_to, tree.nodes, "node")
+    for node, q in tree.questions.items():
+        if bool(q.measurement) == bool(q.largest) or bool(q.branches) == bool(q.largest):
+            refuse(node, "wants a measurement with branches, or largest with a threshold")
+        if bool(q.threshold) != bool(q.largest) or any(bool(b.over) == bool(b.below) for b in q.branches):
+            refuse(node, "wants one threshold per branch (over or below), or one threshold for the largest")
+        names = [*q.largest] or [q.measurement]
+        known(node, names, tree.measurements, "measurement")
+        known(node, q.limits, tree.thresholds, "threshold")
+        units = {tree.measurements[n].unit for n in names} | {tree.thresholds[t].unit for t in q.limits}
+        if len(units) > 1:
+            refuse(node, f"compares different units: {', '.join(sorted(units))}")
+        over = [tree.thresholds[b.over].value for b in q.branches if b.over]
+        below = [tree.thresholds[b.below].value for b in q.branches if b.below]
+        if over and below and max(below) > min(over):
+            refuse(
+                node,
+                f"below {max(below):g} and over {min(over):g} overlap; the lower threshold goes to below",
+            )
+    for node, advice in tree.advice.items():
+        known(node, filter(None, (advice.share, *advice.also)), tree.measurements, "measurement")
+        if not 0 < advice.removes <= 1 or (advice.share and tree.measurements[advice.share].unit != "%"):
+            refuse(node, "wants a share in % and a part of it to be removed, over 0 and at most 1")
+    known("roots", tree.roots.values(), tree.nodes, "node")
+    reached = _without_cycle(
+        {n: item.leads_to for n, item in tree.nodes.items()}, tree.roots.values(), refuse
+    )
+    for node in tree.nodes:
+        if node not in reached:
+            refuse(node, "no root leads here")
+    return tree
+
+
+def _without_cycle(leads_to: Mapping[str, list[str]], starts: Iterable[str], refuse: Any) -> set[str]:
+    """All that is reached from the starts; refuses the first node that is reached from itself."""
+    done: set[str] = set()
+    for start in starts:
+        path = [(start, iter(leads_to[start]))]
+        while path:
+            node = next(path[-1][1], None)
+            if node is None:
+                done.add(path.pop()[0])
+            elif node in [above for above, _ in path]:
+                refuse(node, "leads back to itself")
+            elif node not in done:
+                path.append((node, iter(leads_to[node])))
+    return done
+
+
+def number(value: Any) -> float | None:
+    """A real number as a float (beyond its range: infinity); None for anything else, NaN among it."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    return None if math.isnan(value) else value
+
+
+def shown(value: float, unit: str) -> str:
+    """A number with its unit, short enough for a box of a figure."""
+    return f"{value:,.0f} {unit}" if 100 <= abs(value) < 1e9 else f"{value:.4g} {unit}"
+
+
+def amdahl(share_percent: float | None, removes: float = 1.0) -> float | None:
+    """The most that removing a part of a share can buy, as a ratio; None where nothing bounds it.
+
+    1 / (1 - p) of Amdahl, "Validity of the single processor approach", AFIPS 1967, for a part that then costs nothing.
+    """
+    if share_percent is None or not 0 <= share_percent <= 100 or removes * share_percent == 100:
+        return None
+    return 1 / (1 - removes * share_percent / 100)

@@ -1,0 +1,29 @@
+"""The attention notebook: a map of its own, and one that was saved before, read without a model."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.notebook
+
+
+def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs):
+    made = run_notebook("13_attention")
+    found = made.values["attention"]
+    assert 5 < found["attention_share_percent"] < 60
+    # What is trained looks somewhere: at fewer keys than attention to all alike.
+    assert 10 < found["density95_median_percent"] < 60
+    assert 1 <= found["block_bound_ratio"] <= found["bound_ratio"]
+    assert sum(found[f"{name}_percent"] for name in ("spatial", "temporal", "global")) == pytest.approx(100)
+    assert made.values["kernels"]["default_took"] == "flash"
+    assert f"{found['bound_ratio']:.2f}x at most" in made.record["verdict"]
+    assert len(made.page.select("div.figure[data-figure]")) == 7
+    assert "needs a GPU" in str(made.page)
+
+    (kept,) = outputs.rglob("attention_map.csv.gz")
+    read = run_notebook("13_attention", "-p", f"saved={kept}")
+    again = read.values["attention"]
+    assert again == pytest.approx(found, rel=1e-3)
+    assert "kernels" not in read.values
+    assert "Layers were not timed here" in str(read.page)
+    assert "Kernels were not timed" in str(read.page)

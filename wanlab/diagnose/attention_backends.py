@@ -1,0 +1,310 @@
+"""The kernels that could do the self-attention of a model, at its shape: time, rate, error and bound of each."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wanlab.diagnose.attention_window import pair_share, window_mask
+from wanlab.errors import WanlabError
+from wanlab.measure.samples import AAControl, Samples, compare
+from wanlab.measure.timing import aa_control, time_ms
+from wanlab.models.room import GIB, free_bytes
+from wanlab.models.shapes import latent_shape
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from wanlab.measure.ceilings import Ceilings
+    from wanlab.models.generate import Model
+
+BASELINE = "SDPA default"
+SDPA = {
+    "SDPA flash": "FLASH_ATTENTION",
+    "SDPA cuDNN": "CUDNN_ATTENTION",
+    "SDPA memory-efficient": "EFFICIENT_ATTENTION",
+    "SDPA math": "MATH",
+}
+FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_TOOK = (
+    ("flash", "scaled_dot_product_flash_attention"),
+    ("cuDNN", "scaled_dot_product_cudnn_attention"),
+    ("memory-efficient", "scaled_dot_product_efficient_attention"),
+    ("fused", "scaled_dot_product_fused_attention"),
+    ("math", "scaled_dot_product_attention_math"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKernels:
+    """Kernels side by side.
+
+    Attributes:
+        table: kernel, took (backend seen in a profile of one call, and on a GPU its longest kernel), time_ms (median),
+            tflop_per_s (of the products of query, key and value that the mask leaves), ceiling_tflop_per_s (of a matrix
+            product), of_ceiling_percent, speedup (over the default; low and high are its 95 % interval), verdict,
+            relative_error, density_percent (pairs of query and key that are computed), reason (why there is no time).
+        control: the default measured twice over.
+        default_took: backend that PyTorch chose by itself.
+        facts: tokens, heads, dim, latent_frames, window_frames, dtype, device.
+    """
+
+    table: pd.DataFrame
+    control: AAControl
+    default_took: str
+    facts: dict[str, Any]
+
+    def fastest(self, dense: bool = True) -> dict[str, Any]:
+        """The fastest row, of those that compute all pairs or of all."""
+        rows = self.table[self.table["time_ms"].notna()]
+        rows = rows[rows["density_percent"] == 100] if dense else rows
+        return rows.loc[rows["time_ms"].idxmin()].to_dict()
+
+
+def attention_kernels(
+    shape: Model | tuple[int, int, int],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    latent_frames: int = 1,
+    window_frames: int = 1,
+    device: Any = "auto",
+    dtype: Any = "auto",
+    iterations: int = 5,
+    queries: int = 64,
+    flex: bool | None = None,
+    ceilings: Ceilings | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> AttentionKernels:
+    """Time every kernel for dense self-attention, and one with a local window, on normal random numbers.
+
+    Tensors lie in memory as diffusers hands them over, `[1, tokens, heads, dim]` with tokens and heads exchanged. The error
+    is the norm of the difference over the norm, on sampled queries, to the same attention in float32 (for the window: to
+    the windowed one; what a window costs in quality is not measured here). What cannot run is a row with its reason.
+
+    Args:
+        shape: a model (its device, dtype, heads; sizes as `Model.generate` takes them) or (tokens, heads, dim).
+        height, width, frames: of the video, for a model.
+        latent_frames: of the tokens, for a shape; with 1 there is no window.
+        window_frames: latent frames on each side of a query's own that the window has.
+        device, dtype: for a shape; as `models.load` takes them.
+        iterations: samples of each; twice as many of the default, as an A/A control.
+        queries: on which the error is taken.
+        flex: also flex_attention, compiled (Dong et al. 2024, arXiv:2412.05496); by default on a GPU only, since compiling
+            takes about half a minute on a CPU.
+        ceilings: of the device, for ceiling_tflop_per_s.
+        seed: of the numbers.
+
+    Raises:
+        WanlabError: an illegal shape, or one that does not divide into the frames.
+    """
+    import pandas as pd
+    import torch
+
+    tokens, heads, dim, latent_frames, place, kind = _resolved(
+        shape, height, width, frames, latent_frames, device, dtype
+    )
+    draw = torch.Generator(place).manual_seed(seed)
+    q, k, v = (
+        torch.randn(1, tokens, heads, dim, generator=draw, device=place, dtype=kind).permute(0, 2, 1, 3)
+        for _ in range(3)
+    )
+    picked = (
+        torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:queries].sort()[0].to(place)
+    )
+    dense = _reference(q, k, v, picked)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    flop, name = 4 * tokens**2 * heads * dim, str(kind).removeprefix("torch.")
+    top = ceilings.tflop_per_s.get(FORMATS.get(name, name)) if ceilings else None
+    with torch.no_grad():
+        control = aa_control(
+            lambda: sdpa(q, k, v),
+            warmup=2,
+            iterations=iterations,
+            device=place,
+            progress=progress,
+            label=BASELINE,
+        )
+    both = control.first.values_ms + control.second.values_ms
+    baseline = Samples(BASELINE, both, control.first.device, control.first.clock)
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        label: str, call: Callable | None, reason: str = "", wanted=dense, pairs: float = 1.0, samples=None
+    ):
+        row = {"kernel": label, "density_percent": 100 * pairs, "reason": reason}
+        if call is not None:
+            try:
+                with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    row |= _measured(call, wanted, picked, samples, label, iterations, place, progress)
+            except Exception as error:  # compilers and drivers raise whatever they like
+                row["reason"] = _reason(error, told)
+            else:
+                row["tflop_per_s"] = pairs * flop / row["time_ms"] / 1e9
+                versus = compare(baseline, row.pop("samples"), control.noise_percent)
+                row |= {
+                    "speedup": versus.speedup,
+                    "low": versus.low,
+                    "high": versus.high,
+                    "verdict": versus.verdict,
+                }
+        rows.append(row)
+
+    add(BASELINE, lambda: sdpa(q, k, v), samples=baseline)
+    for label, backend in SDPA.items():
+        add(label, *_sdpa_call(backend, sdpa, q, k, v))
+    _add_flex(
+        add, q, k, v, picked, latent_frames, window_frames, place.type == "cuda" if flex is None else flex
+    )
+    rows[0] |= {"verdict": "baseline"}
+    columns = [
+        "kernel", "took", "time_ms", "tflop_per_s", "speedup", "low", "high", "verdict", "relative_error",
+        "density_percent", "reason",
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).reindex(columns=columns)
+    table.insert(4, "ceiling_tflop_per_s", top if top else float("nan"))
+    table.insert(5, "of_ceiling_percent", 100 * table["tflop_per_s"] / table["ceiling_tflop_per_s"])
+    facts = {
+        "tokens": tokens, "heads": heads, "dim": dim, "latent_frames": latent_frames, "window_frames": window_frames,
+        "dtype": name, "device": baseline.device,
+    }  # fmt: skip
+    return AttentionKernels(table, control, str(rows[0].get("took", "")), facts)
+
+
+def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tuple:
+    """tokens, heads, dim, latent frames, device, dtype."""
+    from wanlab.models.loading import resolve
+
+    if isinstance(shape, tuple):
+        sizes = (*shape, latent_frames)
+        if (
+            len(shape) != 3
+            or not all(isinstance(n, int) and n >= 1 for n in sizes)
+            or shape[0] % latent_frames
+        ):
+            raise WanlabError(
+                f"shape {shape} with {latent_frames} latent frames is not possible; give (tokens, heads, dim), whole"
+                " numbers, the tokens a multiple of the frames"
+            )
+        return *sizes, *resolve(device, dtype)
+    defaults = shape.spec.defaults
+    latent = latent_shape(
+        shape.spec, height or defaults.height, width or defaults.width, frames or defaults.frames
+    )
+    part = next(part for part in shape.spec.parts if part.name.startswith("transformer"))
+    heads, dim = (part.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
+    if not heads or not dim:
+        raise WanlabError(f"{shape.spec.name}: {part.class_name} names no heads; give (tokens, heads, dim)")
+    return latent.tokens, heads, dim, latent.frames // shape.spec.patch[0], shape.device, shape.dtype
+
+
+def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, str]:
+    """How to run a backend of SDPA, or why not."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if q.device.type == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        return None, "needs a GPU"
+    if backend == "MATH":
+        # Scores and their softmax, in float32 whatever the input.
+        needed, free = 8 * q.shape[1] * q.shape[2] ** 2, free_bytes(q.device)
+        if needed > 0.9 * free:
+            return None, f"tokens x tokens takes {needed / GIB:,.0f} GiB, {free / GIB:,.0f} are free"
+
+    def call():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return sdpa(q, k, v)
+
+    return call, ""
+
+
+def _add_flex(add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, wanted: bool) -> None:
+    import torch
+
+    window = f"flex, window of ±{window_frames} frames"
+    if not wanted:
+        for label in ("flex", window):
+            add(label, None, "compiling takes long on a CPU; ask for it with flex=True")
+        return
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = torch.compile(flex_attention, dynamic=False)
+    add("flex", lambda: run(q, k, v))
+    if latent_frames - 1 <= window_frames:
+        add(window, None, f"holds all {latent_frames} latent frames; take fewer")
+        return
+    mask = window_mask(q.shape[2], latent_frames, window_frames, q.device)
+    per_frame = q.shape[2] // latent_frames
+    pairs = pair_share(latent_frames, window_frames)
+    windowed = _reference(q, k, v, picked, per_frame, window_frames)
+    add(window, lambda: run(q, k, v, block_mask=mask), "", windowed, pairs)
+
+
+def _measured(call, wanted, picked, samples, label, iterations, device, progress) -> dict[str, Any]:
+    made = call()[0, :, picked].float()
+    error = float((made - wanted).norm() / wanted.norm())
+    del made
+    if samples is None:
+        samples = time_ms(
+            call, warmup=2, iterations=iterations, device=device, progress=progress, label=label
+        )
+    return {
+        "samples": samples,
+        "time_ms": samples.median,
+        "relative_error": error,
+        "took": _took(call, device),
+    }
+
+
+def _reference(q, k, v, picked, per_frame: int = 1, window_frames: int | None = None) -> torch.Tensor:
+    """Attention of some queries in float32, head by head: `[heads, queries, dim]`."""
+    import torch
+
+    outside = None
+    if window_frames is not None:
+        frame = torch.arange(k.shape[2], device=k.device) // per_frame
+        outside = (frame[picked][:, None] - frame).abs() > window_frames
+    made = []
+    for head in range(q.shape[1]):
+        scores = q[0, head, picked].float() @ k[0, head].float().t() * q.shape[3] ** -0.5
+        if outside is not None:
+            scores.masked_fill_(outside, float("-inf"))
+        made.append(scores.softmax(-1) @ v[0, head].float())
+    return torch.stack(made)
+
+
+def _took(call: Callable, device: Any) -> str:
+    """What ran, from the names in a profile of one call; not timed here."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.autograd._profiler_enabled():
+        return ""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    events = profiler.events()
+    names = {event.name for event in events}
+    found = next((short for short, part in _TOOK if any(part in name for name in names)), "")
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    longest = max(kernels, key=lambda event: event.time_range.elapsed_us(), default=None)
+    return ", ".join(part for part in (found, longest.name[:60] if longest else "") if part)
+
+
+def _reason(error: Exception, told: list) -> str:
+    """A few words on why a kernel did not run."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if re.match(r"No (viable|available)", text):
+        # The exception only says that no kernel is left; why this one is not, PyTorch tells as a warning.
+        lines = [str(warning.message).splitlines()[0] for warning in told]
+        told_why = [line for line in lines if not re.search(r"not used because|disabled", line)]
+        text = told_why[0] if told_why else "not available for this shape, dtype or device"
+    return re.sub(r"\s*\(Triggered internally.*", "", text)[:100]

@@ -1,0 +1,210 @@
+"""How long attention takes, and what leaving out the keys that do not matter could buy at most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from wanlab.diagnose.attention_calls import FORWARD, SELF, AttentionCall, attention_calls
+from wanlab.errors import WanlabError
+from wanlab.measure.timing import synchronise
+from wanlab.models.schedule import fewest_steps, precompute_schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wanlab.diagnose.attention_result import AttentionMap
+    from wanlab.models.generate import Model
+
+
+def attention_times(
+    model: Model, image: Any, prompt: str, *, repeats: int = 1, warmup: bool = True, **settings
+) -> pd.DataFrame:
+    """Time every attention of generations that run without statistics; every sample is kept.
+
+    Only the kernel is timed, not the projections, norms and rotary embedding before it: between CUDA events on a GPU, where
+    it includes what the GPU waits for the host, by a monotonic clock elsewhere. A dense kernel does the same work for every
+    head, so a head's time is a head's part of it and is not measured apart.
+
+    Args:
+        model: from `wanlab.models.load`, a Wan transformer, eager.
+        image, prompt, settings: as `Model.generate` takes them; the decoder is left out.
+        repeats: generations that are timed.
+        warmup: generate once before, with the fewest steps that reach every expert.
+
+    Returns:
+        DataFrame: repeat, component, step, branch, layer, kind, time_ms, head_ms (time over heads); kind "forward" is the
+        whole expert, without layer.
+
+    Raises:
+        WanlabError: as `attention_calls` and `Model.generate`, or repeats under 1.
+    """
+    import pandas as pd
+
+    if repeats < 1:
+        raise WanlabError(f"repeats is {repeats}; time at least 1 generation")
+    settings = settings | {"output": "latent"}
+    if warmup:
+        plan = precompute_schedule(model, settings.get("steps"))
+        model.generate(image, prompt, **settings | {"steps": fewest_steps(model, plan)})
+    mark, elapsed_ms = _clock(model.device)
+    seen: list[tuple[int, AttentionCall, int, Any, Any]] = []
+    repeat = 0
+
+    def timed(call: AttentionCall, run: Callable, query: Any = None, key: Any = None) -> Any:
+        begin = mark()
+        result = run()
+        end = mark()
+        # Without the text: it would be held in memory for every call.
+        seen.append((repeat, replace(call, text=None), 0 if query is None else query.shape[2], begin, end))
+        return result
+
+    with attention_calls(model, timed):
+        for repeat in range(repeats):  # noqa: B007 - read by `timed`
+            model.generate(image, prompt, **settings)
+    synchronise(model.device)
+    frame = pd.DataFrame(
+        {
+            "repeat": number,
+            "component": call.component,
+            "step": call.step,
+            "branch": call.branch,
+            "layer": call.layer,
+            "kind": call.kind,
+            "time_ms": (took := elapsed_ms(begin, end)),
+            "head_ms": took / heads if heads else None,
+        }
+        for number, call, heads, begin, end in seen
+    )
+    order = ["repeat", "step", "branch", "component"]
+    return frame.astype({"layer": "Int64", "head_ms": float}).sort_values(
+        order, kind="stable", ignore_index=True
+    )
+
+
+def layer_times(times: pd.DataFrame) -> pd.DataFrame:
+    """Median of each layer over steps, branches and repeats: component, kind, layer, calls, median_ms, min_ms, max_ms,
+    head_ms (median over heads)."""
+    parts = times[times["kind"] != FORWARD]
+    grouped = parts.groupby(["component", "kind", "layer"], sort=False)
+    frame = grouped["time_ms"].agg(calls="size", median_ms="median", min_ms="min", max_ms="max")
+    return frame.assign(head_ms=grouped["head_ms"].median()).reset_index()
+
+
+@dataclass(frozen=True, eq=False)
+class Skippable:
+    """Heads that a sparse kernel could leave keys out of.
+
+    Attributes:
+        table: self-attention heads, most skippable first: component, layer, head, type, stable_percent (of the steps and
+            branches have that type), density_percent (share of keys that holds the mass, mean over steps and branches),
+            density_max_percent (of them the largest), block_density_percent (in blocks of neighbouring keys),
+            skippable_percent (100 - density_percent).
+        level_percent: of the mass that is kept.
+        shares: per component: forward_ms, attention_ms (self-attention kernels of one forward), attention_share_percent,
+            skippable_percent, bound_ratio and block_bound_ratio. Empty without times.
+        attention_share_percent: of self-attention kernels in the time of all forwards; None without times.
+        bound_ratio: denoising time over what would be left if the keys that are not needed cost nothing (Amdahl): an upper
+            bound, as it picks keys for every query apart and lets the picking cost nothing; None without times.
+        block_bound_ratio: the same, taking or leaving blocks of neighbouring keys, as kernels do.
+    """
+
+    table: pd.DataFrame
+    level_percent: int
+    shares: pd.DataFrame
+    attention_share_percent: float | None
+    bound_ratio: float | None
+    block_bound_ratio: float | None
+
+    def row(self) -> dict[str, float | None]:
+        """As a flat record, with the median density over heads and the type shares."""
+        types = 100 * self.table["type"].value_counts(normalize=True)
+        return {
+            "attention_share_percent": self.attention_share_percent,
+            f"density{self.level_percent}_median_percent": float(self.table["density_percent"].median()),
+            "skippable_percent": float(self.table["skippable_percent"].mean()),
+            "block_skippable_percent": 100 - float(self.table["block_density_percent"].mean()),
+            "bound_ratio": self.bound_ratio,
+            "block_bound_ratio": self.block_bound_ratio,
+            **{f"{name}_percent": float(types.get(name, 0.0)) for name in ("spatial", "temporal", "global")},
+        }
+
+
+def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:
+    """Rank heads by the keys that they do not need for 95 % of their mass, and bound what skipping these could buy.
+
+    With a share s of the time in self-attention kernels and a density d (mean over heads, which all take the same time) the
+    denoising is at most 1 / (1 - s (1 - d)) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560). Experts count by
+    their part of the denoising time.
+
+    Args:
+        found: from `attention_map`.
+        times: from `attention_times`; by default what the map was saved with.
+
+    Raises:
+        WanlabError: the map has no self-attention.
+    """
+    import pandas as pd
+
+    rows = found.of(SELF)
+    if rows.empty:
+        raise WanlabError("the map has no self-attention rows; make one with attention_map")
+    level = 95
+    head = ["component", "layer", "head"]
+    grouped = rows.groupby(head, sort=False)
+    table = grouped[f"density{level}_percent"].agg(density_percent="mean", density_max_percent="max")
+    table["block_density_percent"] = grouped[f"block_density{level}_percent"].mean()
+    counts = rows.pivot_table("step", head, "type", aggfunc="size", fill_value=0, sort=False)
+    table.insert(0, "type", counts.idxmax(axis=1))
+    table.insert(1, "stable_percent", 100 * counts.max(axis=1) / counts.sum(axis=1))
+    table["skippable_percent"] = 100 - table["density_percent"]
+    table = table.reset_index().sort_values("density_percent", kind="stable", ignore_index=True)
+    times_ms = (found if times is None else found.with_times(times)).times_ms
+    lines = []
+    for component in rows["component"].unique():
+        mine = table[table["component"] == component]
+        took = times_ms.get(str(component))
+        if took is None:
+            continue
+        share = took["self_ms"] / took["forward_ms"]
+        kept, blocks = (mine[name].mean() / 100 for name in ("density_percent", "block_density_percent"))
+        lines.append(
+            {
+                "component": component,
+                "forwards": took["forwards"],
+                "forward_ms": took["forward_ms"],
+                "attention_ms": took["self_ms"],
+                "attention_share_percent": 100 * share,
+                "skippable_percent": 100 * (1 - kept),
+                "bound_ratio": 1 / (1 - share * (1 - kept)),
+                "block_bound_ratio": 1 / (1 - share * (1 - blocks)),
+            }
+        )
+    shares = pd.DataFrame(lines)
+    if shares.empty:
+        return Skippable(table, level, shares, None, None, None)
+    whole = shares["forwards"] * shares["forward_ms"]
+    return Skippable(
+        table,
+        level,
+        shares,
+        float(100 * (shares["forwards"] * shares["attention_ms"]).sum() / whole.sum()),
+        *(float(whole.sum() / (whole / shares[name]).sum()) for name in ("bound_ratio", "block_bound_ratio")),
+    )
+
+
+def _clock(device: Any) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """How to mark a moment, and the milliseconds between two marks."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return time.perf_counter, lambda begin, end: (end - begin) * 1e3
+
+    def mark() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return mark, lambda begin, end: begin.elapsed_time(end)

@@ -1,0 +1,272 @@
+"""What attention looks at, from sampled queries: memory grows with the number of tokens, not with its square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+LEVELS_PERCENT = (90, 95, 99)
+BLOCK_KEYS = 64
+"""Neighbouring keys that a block-sparse kernel takes or leaves together."""
+MOST_BYTES = 2 << 30
+BYTES_PER_PRODUCT = 20
+"""Held at the same time per query and key: probability, mask, masked copy, and room for the allocator."""
+BISECTIONS = 20
+ROUNDING = 1e-6
+Grid = tuple[int, int, int]
+
+
+def statistic_names(kind: str) -> tuple[str, ...]:
+    """Columns that a kind of attention has, each with its unit."""
+    common = ("entropy_nats", *(f"density{level}_percent" for level in LEVELS_PERCENT))
+    if kind == "self":
+        places = (
+            "own_frame_percent",
+            "other_frames_percent",
+            "first_frame_percent",
+            "same_position_percent",
+            "near_position_percent",
+        )
+        return (*common, "block_density95_percent", *places)
+    return (*common, "prompt_percent", "padding_percent") if kind == "cross" else common
+
+
+def error_name(statistic: str) -> str:
+    """Column of a statistic's standard error: "density95_percent" -> "density95_se_percent"."""
+    stem, _, unit = statistic.rpartition("_")
+    return f"{stem}_se_{unit}"
+
+
+def sample_queries(grid: Grid, per_frame: int, seed: int) -> torch.Tensor:
+    """Tokens drawn without replacement, the same number from every latent frame: `[frames, n]`, int64, in order.
+
+    Args:
+        grid: tokens along `[frames, height, width]`.
+        per_frame: how many; all of a frame if it has fewer.
+    """
+    import numpy as np
+    import torch
+
+    frames, positions = grid[0], grid[1] * grid[2]
+    count = min(per_frame, positions)
+    drawn = [
+        np.sort(np.random.default_rng([seed, frame]).choice(positions, count, replace=False))
+        + frame * positions
+        for frame in range(frames)
+    ]
+    return torch.from_numpy(np.stack(drawn).astype(np.int64))
+
+
+def near_window(grid: Grid) -> tuple[int, int]:
+    """Height and width of the window around a position that, over all frames, has about as many keys as one frame."""
+    frames, height, width = grid
+    side = math.sqrt(height * width / frames)
+    odd = max(1, 2 * round((side - 1) / 2) + 1)
+    return min(odd, height - 1 + height % 2), min(odd, width - 1 + width % 2)
+
+
+def self_statistics(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sampled: torch.Tensor,
+    *,
+    scale: float | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> dict[str, torch.Tensor]:
+    """Statistics of sampled queries of a self-attention over a video, softmax in float32.
+
+    Masses are percent of a query's attention: own_frame, other_frames, first_frame (of queries in later frames; NaN for
+    those in the first), same_position (the same height and width in other frames), near_position (a window of
+    `near_window` around it, in all frames). densityL is the smallest share of keys that holds L % of the mass;
+    block_density95 the same in blocks of `BLOCK_KEYS` neighbouring keys. entropy is in nats, log(tokens) at most.
+
+    Args:
+        query, key: `[tokens, heads, dim]`, tokens in the order frame, height, width.
+        sampled: from `sample_queries`.
+        most_bytes: for intermediate results, about.
+
+    Returns:
+        Statistic -> `[heads, frames, n]`, float32.
+    """
+    import torch
+
+    frames, height, width = grid
+    positions = height * width
+    tokens = sampled.flatten().to(query.device)
+    place = torch.arange(positions, device=query.device)
+    window_height, window_width = near_window(grid)
+
+    def of_rows(p: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        here = tokens[rows]
+        frame, position = here // positions, here % positions
+        by_cell = p.view(*p.shape[:2], frames, positions)
+        by_frame, by_position = by_cell.sum(3), by_cell.sum(2)
+        own = _take(by_frame, frame)
+        near = ((place // width - (position // width)[:, None]).abs() <= window_height // 2) & (
+            (place % width - (position % width)[:, None]).abs() <= window_width // 2
+        )
+        first = by_frame[..., 0].masked_fill(frame == 0, math.nan)
+        blocks = _in_blocks(p)
+        return {
+            "own_frame_percent": 100 * own,
+            "other_frames_percent": 100 * (by_frame.sum(2) - own),
+            "first_frame_percent": 100 * first,
+            "same_position_percent": 100 * (_take(by_position, position) - _take(p, here)),
+            "near_position_percent": 100 * (by_position * near).sum(2),
+            "block_density95_percent": 100 * keys_needed(blocks, 0.95) / blocks.shape[-1],
+        }
+
+    found = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    return {name: values.view(-1, *sampled.shape) for name, values in found.items()}
+
+
+def cross_statistics(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    prompt_tokens: int | None,
+    sampled: torch.Tensor,
+    *,
+    scale: float | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> dict[str, torch.Tensor]:
+    """Statistics of sampled queries on text: entropy, densities, and the mass on prompt tokens and on padding.
+
+    Args:
+        query: `[tokens, heads, dim]`. key: `[text tokens, heads, dim]`.
+        prompt_tokens: of the text, the rest is padding; None where the keys are no text.
+
+    Returns:
+        Statistic -> `[heads, frames, n]`, float32.
+    """
+
+    def of_rows(p: torch.Tensor, rows: slice) -> dict[str, torch.Tensor]:
+        if prompt_tokens is None:
+            return {}
+        prompt = 100 * p[..., :prompt_tokens].sum(-1)
+        return {"prompt_percent": prompt, "padding_percent": 100 * p[..., prompt_tokens:].sum(-1)}
+
+    tokens = sampled.flatten().to(query.device)
+    found = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    return {name: values.view(-1, *sampled.shape) for name, values in found.items()}
+
+
+def summarise(values: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over all tokens and its standard error, from a stratified sample without replacement.
+
+    Frames are the strata: variance of the mean = sum over frames of (1 - n / N) s^2 / n, over the squared number of frames
+    (Cochran 1977, Sampling Techniques, section 5.4). With one query per frame s is that over the frames, which is too
+    large. Where few queries differ much from the rest, a small sample may miss them, and its error is then too small.
+
+    Args:
+        values: `[heads, frames, n]`; a frame whose queries have no value is left out.
+        positions: N, tokens per frame.
+
+    Returns:
+        Mean and standard error, `[heads]`, float64.
+    """
+    import torch
+
+    kept = values[:, ~values[0].isnan().any(-1)].double()
+    heads, frames, n = kept.shape
+    if frames == 0:
+        nothing = torch.full((heads,), math.nan, dtype=torch.float64)
+        return nothing, nothing
+    mean = kept.mean((1, 2))
+    if n == positions:
+        return mean, torch.zeros_like(mean)
+    if n > 1:
+        variance = kept.var(2).mean(1)
+    elif frames > 1:
+        variance = kept[..., 0].var(1)
+    else:
+        return mean, torch.full_like(mean, math.nan)
+    return mean, ((1 - n / positions) * variance / (n * frames)).sqrt()
+
+
+def keys_needed(p: torch.Tensor, share: float) -> torch.Tensor:
+    """The fewest keys that together hold a share of the mass, `[...]` from probabilities `[..., keys]`.
+
+    Sorting takes several times the memory and time. Instead the probability of the last key taken is found by bisection,
+    between (1 - share) / keys, under which all keys together hold too little to matter, and the largest; what is left
+    between the last two bounds is counted at its mean.
+    """
+    import torch
+
+    total = p.sum(-1)
+    wanted = share * total
+    low = (1 - share) * total / p.shape[-1]
+    high = p.amax(-1) * (1 + 1e-5)
+    for _ in range(BISECTIONS):
+        middle = (low * high).sqrt()
+        enough = torch.where(p >= middle[..., None], p, 0).sum(-1) >= wanted
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    above, between = p >= high[..., None], (p >= low[..., None]) & (p < high[..., None])
+    held = torch.where(above, p, 0).sum(-1)
+    count = between.sum(-1).clamp_min(1)
+    each = (torch.where(between, p, 0).sum(-1) / count).clamp_min(torch.finfo(p.dtype).tiny)
+    # Sums carry rounding; a key that only rounding asks for is not counted.
+    more = torch.ceil((wanted - held - ROUNDING * total) / each).clamp_min(0)
+    return (above.sum(-1) + torch.minimum(more, count.to(more.dtype))).clamp_min(1)
+
+
+def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, torch.Tensor]:
+    """Common statistics and those of `of_rows`, each `[heads, queries]`."""
+    import torch
+
+    parts: dict[str, list[list[torch.Tensor]]] = {}
+    for first, rows, p in _probabilities(query, key, tokens, scale, most_bytes):
+        found = {
+            "entropy_nats": -torch.xlogy(p, p).sum(-1),
+            **{
+                f"density{level}_percent": 100 * keys_needed(p, level / 100) / p.shape[-1]
+                for level in LEVELS_PERCENT
+            },
+            **of_rows(p, rows),
+        }
+        for name, values in found.items():
+            lists = parts.setdefault(name, [])
+            if first:
+                lists.append([])
+            lists[-1].append(values)
+    return {name: torch.cat([torch.cat(row, 1) for row in lists]) for name, lists in parts.items()}
+
+
+def _probabilities(query, key, tokens, scale, most_bytes) -> Iterator[tuple[bool, slice, torch.Tensor]]:
+    """Softmax of some queries of some heads at a time: whether new heads begin, which queries, `[heads, queries, keys]`."""
+    import torch
+
+    keys, heads, dim = key.shape
+    scale = dim**-0.5 if scale is None else scale
+    at_once = max(1, most_bytes // (BYTES_PER_PRODUCT * keys))
+    queries_at_once = min(len(tokens), at_once)
+    heads_at_once = max(1, at_once // queries_at_once)
+    taken = query[tokens]
+    for head in range(0, heads, heads_at_once):
+        some = slice(head, head + heads_at_once)
+        q = taken[:, some].permute(1, 0, 2).float()
+        k = key[:, some].permute(1, 2, 0).float()
+        for start in range(0, len(tokens), queries_at_once):
+            rows = slice(start, start + queries_at_once)
+            # Scaled behind the product, whose factors are then exact also where products are in TF32.
+            p = torch.matmul(q[:, rows], k).mul_(scale)
+            p.sub_(p.logsumexp(-1, keepdim=True)).exp_()
+            yield start == 0, rows, p
+
+
+def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """One value per query, `[heads, queries]` from `[heads, queries, any]`."""
+    return values.gather(2, index.expand(values.shape[0], -1)[..., None])[..., 0]
+
+
+def _in_blocks(p: torch.Tensor) -> torch.Tensor:
+    """Mass of blocks of neighbouring keys; the last may be smaller."""
+    import torch
+
+    whole = p.shape[-1] // BLOCK_KEYS * BLOCK_KEYS
+    blocks = p[..., :whole].unflatten(-1, (-1, BLOCK_KEYS)).sum(-1)
+    return blocks if whole == p.shape[-1] else torch.cat([blocks, p[..., whole:].sum(-1, keepdim=True)], -1)

@@ -1,0 +1,1 @@
+"""Memory of a generation: the peak explained, what each part holds over time, and what each lever would save."""

@@ -1,0 +1,275 @@
+"""What attention heads look at, how long they take, and the kernels that could do it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError, did_you_mean
+from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+TYPE_COLOURS = {"spatial": "#3d85c6", "temporal": "#3fa796", "global": "#9aa3ad"}
+STATISTICS = {
+    "entropy_nats": "entropy (nats)",
+    "density90_percent": "keys for 90 % of the mass (%)",
+    "density95_percent": "keys for 95 % of the mass (%)",
+    "density99_percent": "keys for 99 % of the mass (%)",
+    "block_density95_percent": "blocks of keys for 95 % of the mass (%)",
+    "own_frame_percent": "mass on the query's own frame (%)",
+    "other_frames_percent": "mass on other frames (%)",
+    "first_frame_percent": "mass on the first frame (%)",
+    "same_position_percent": "mass on the same position in other frames (%)",
+    "near_position_percent": "mass near the position, in all frames (%)",
+    "prompt_percent": "mass on the words of the prompt (%)",
+    "padding_percent": "mass on padding (%)",
+    "type": "type",
+}
+
+
+def head_map(
+    found: Any, statistic: str = "density95_percent", *, kind: str = "self", branch: str = "cond"
+) -> go.Figure:
+    """A statistic of every head of every layer, one denoising step at a time; the slider says step and expert.
+
+    Args:
+        found: `diagnose.AttentionMap`.
+        statistic: a column of its frame, or "type".
+        kind: "self" or "cross".
+        branch: "cond" or "uncond".
+
+    Raises:
+        WanlabError: the map has no such statistic, or nothing of this kind and branch.
+    """
+    import plotly.graph_objects as go
+
+    rows = found.of(kind, branch)
+    if statistic not in rows or rows[statistic].isna().all():
+        known = [name for name in STATISTICS if name in rows and rows[name].notna().any()]
+        raise WanlabError(
+            f"no {statistic!r} of {kind}-attention, branch {branch}{did_you_mean(statistic, known)};"
+            f" there are {', '.join(known) or 'none'}"
+        )
+    types = statistic == "type"
+    names = list(TYPE_COLOURS)
+    values = rows[statistic].map(names.index) if types else rows[statistic]
+    heads, layers = sorted(rows["head"].unique()), sorted(rows["layer"].unique())
+    shown = STATISTICS.get(statistic, label(statistic))
+    scale = (
+        {
+            "colorscale": [[at / 3, TYPE_COLOURS[names[int(at - place)]]] for at, place in _edges()],
+            "zmin": -0.5,
+            "zmax": 2.5,
+            "colorbar": {"tickvals": [0, 1, 2], "ticktext": names, "thickness": 12},
+        }
+        if types
+        else {
+            "colorscale": "Viridis",
+            "zmin": 0.0 if statistic.endswith("_percent") else float(values.min()),
+            "zmax": float(values.max()),
+            "colorbar": {
+                "title": {"text": "%" if statistic.endswith("_percent") else "nats"},
+                "thickness": 12,
+            },
+        }
+    )
+    figure, marks = go.Figure(), []
+    places = rows[["step", "component"]].drop_duplicates().sort_values("step").itertuples(index=False)
+    for number, (step, component) in enumerate(places):
+        mine = rows[(rows["step"] == step) & (rows["component"] == component)].assign(value=values)
+        table = mine.pivot_table("value", "head", "layer").reindex(index=heads, columns=layers)
+        texts = [[_cell(value, names if types else None) for value in line] for line in table.to_numpy()]
+        figure.add_heatmap(
+            x=[int(n) for n in layers],
+            y=[int(n) for n in heads],
+            z=table.to_numpy().tolist(),
+            text=texts,
+            xgap=1,
+            ygap=1,
+            visible=number == 0,
+            hovertemplate="layer %{x}, head %{y}: %{text}<extra></extra>",
+            **scale,
+        )
+        named = f"step {step}, {NAMES.get(component, component)}"
+        marks.append((str(step), f"{shown}: {named}", component))
+    figure.update_layout(
+        template=theme(),
+        height=190 + max(26 if len(heads) < 12 else 12, 1) * len(heads),
+        margin={"t": 40, "b": 10},
+        title={"text": marks[0][1], "font": {"size": 14, "color": colour(marks[0][2])}, "x": 0.01, "y": 0.98},
+    )
+    figure.update_xaxes(
+        title_text="layer", showgrid=False, zeroline=False, dtick=1 if len(layers) < 16 else 5
+    )
+    figure.update_yaxes(title_text="head", showgrid=False, zeroline=False, dtick=1 if len(heads) < 12 else 5)
+    if len(marks) > 1:
+        steps = [
+            {
+                "label": step,
+                "method": "update",
+                "args": [
+                    {"visible": [other == number for other in range(len(marks))]},
+                    {"title.text": title, "title.font.color": colour(component)},
+                ],
+            }
+            for number, (step, title, component) in enumerate(marks)
+        ]
+        figure.update_layout(
+            sliders=[
+                {"steps": steps, "currentvalue": {"prefix": "denoising step "}, "pad": {"t": 45, "b": 5}}
+            ]
+        )
+    return figure
+
+
+def head_type_bars(found: Any, *, branch: str = "cond") -> go.Figure:
+    """Share of head types among the self-attention heads, per denoising step; the steps stand under their expert.
+
+    Args:
+        found: `diagnose.AttentionMap`.
+        branch: "cond" or "uncond".
+    """
+    import plotly.graph_objects as go
+
+    table = found.types()
+    table = table[table["branch"] == branch]
+    if table.empty:
+        raise WanlabError(f"the map has no branch {branch!r}")
+    experts = [NAMES.get(name, name) for name in table["component"]]
+    figure = go.Figure()
+    for name, tint in TYPE_COLOURS.items():
+        shares = table[f"{name}_percent"].tolist()
+        figure.add_bar(
+            x=[experts, [str(step) for step in table["step"]]],
+            y=shares,
+            name=name,
+            marker={"color": tint},
+            text=[f"{share:.0f}" if share >= 8 else "" for share in shares],
+            textposition="inside",
+            insidetextanchor="middle",
+            hovertemplate=f"%{{x}}: %{{y:.1f}} % {name}<extra></extra>",
+        )
+    figure.update_layout(template=theme(), barmode="stack", height=300, margin={"t": 40})
+    figure.update_xaxes(title_text="denoising step")
+    figure.update_yaxes(title_text="heads (%)", range=[0, 100])
+    return figure
+
+
+def layer_time_lines(table: pd.DataFrame) -> go.Figure:
+    """Median time of the attention of each layer, per expert; bars reach from the shortest to the longest sample.
+
+    Args:
+        table: from `diagnose.layer_times`.
+    """
+    from plotly.subplots import make_subplots
+
+    needs(table, "layer_time_lines", "component", "kind", "layer", "median_ms", "min_ms", "max_ms")
+    kinds = list(dict.fromkeys(table["kind"]))
+    figure = make_subplots(
+        rows=1,
+        cols=len(kinds),
+        subplot_titles=[f"{kind}-attention" for kind in kinds],
+        horizontal_spacing=0.09,
+    )
+    for column, kind in enumerate(kinds, 1):
+        for component in table["component"].unique():
+            mine = table[(table["kind"] == kind) & (table["component"] == component)].sort_values("layer")
+            figure.add_scatter(
+                x=[int(n) for n in mine["layer"]],
+                y=mine["median_ms"].tolist(),
+                mode="lines+markers",
+                name=NAMES.get(component, component),
+                legendgroup=component,
+                showlegend=column == 1,
+                line={"color": colour(component), "width": 2},
+                marker={"size": 5},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": (mine["max_ms"] - mine["median_ms"]).tolist(),
+                    "arrayminus": (mine["median_ms"] - mine["min_ms"]).tolist(),
+                    "thickness": 1,
+                    "width": 0,
+                },
+                hovertemplate="layer %{x}: %{y:.4g} ms<extra>%{fullData.name}</extra>",
+                row=1,
+                col=column,
+            )
+    figure.update_layout(template=theme(), height=300, margin={"t": 60}, legend={"y": 1.14})
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title_text="time (ms)", col=1)
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def kernel_bars(kernels: Any) -> go.Figure:
+    """Rate of every attention kernel beside its time; what cannot run says why. The line is the device's ceiling.
+
+    Args:
+        kernels: `diagnose.AttentionKernels`.
+    """
+    import plotly.graph_objects as go
+
+    table = kernels.table
+    ran = table[table["time_ms"].notna()]
+    figure = go.Figure(
+        go.Bar(
+            x=ran["tflop_per_s"].tolist(),
+            y=ran["kernel"].tolist(),
+            orientation="h",
+            marker={
+                "color": [
+                    colour("eager") if full == 100 else TYPE_COLOURS["spatial"]
+                    for full in ran["density_percent"]
+                ]
+            },
+            text=[_bar_text(row) for row in ran.to_dict(orient="records")],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.4g} TFLOP/s<br>%{text}<extra></extra>",
+        )
+    )
+    for row in table[table["time_ms"].isna()].itertuples():
+        figure.add_annotation(
+            x=0, y=row.kernel, text=f"{row.reason}", xanchor="left", showarrow=False, font={"color": GREY}
+        )
+    ceiling = table["ceiling_tflop_per_s"].iloc[0]
+    top = max([float(ran["tflop_per_s"].max()), *([float(ceiling)] if ceiling == ceiling else [])])
+    if ceiling == ceiling:
+        figure.add_vline(x=float(ceiling), layer="below", line={"color": GREY, "dash": "dash", "width": 1})
+        figure.add_annotation(
+            x=float(ceiling),
+            y=1,
+            yref="paper",
+            text=f"matrix product {ceiling:.3g}",
+            showarrow=False,
+            yanchor="bottom",
+        )
+    figure.update_layout(
+        template=theme(), height=100 + ROW_PX * len(table), showlegend=False, margin={"t": 30}
+    )
+    figure.update_xaxes(title_text="TFLOP/s of the pairs that are computed", range=[0, 1.45 * top])
+    figure.update_yaxes(
+        categoryorder="array", categoryarray=table["kernel"].tolist()[::-1], showgrid=False, range=[-0.6, len(table) - 0.4]
+    )  # fmt: skip
+    return figure
+
+
+def _bar_text(row: dict[str, Any]) -> str:
+    part = "" if row["density_percent"] == 100 else f", {row['density_percent']:.0f} % of the pairs"
+    ratio = "" if row["verdict"] == "baseline" else f" · {row['speedup']:.2f}×"
+    return f"{row['time_ms']:,.3g} ms{ratio}{part}"
+
+
+def _edges() -> list[tuple[int, int]]:
+    """Ends of three flat stretches of a colour scale: (third, step back to its colour)."""
+    return [(0, 0), (1, 1), (1, 0), (2, 1), (2, 0), (3, 1)]
+
+
+def _cell(value: float, names: list[str] | None) -> str:
+    if value != value:
+        return "not measured"
+    return names[int(value)] if names else f"{value:.4g}"

@@ -26,6 +26,9 @@ from .experts.timeline import timeline as timeline
 from .flame import Flame as Flame
 from .flame import cpu_flame as cpu_flame
 from .flame import gpu_flame as gpu_flame
+from .memory.account import MemoryAccount as MemoryAccount
+from .memory.account import memory_account as memory_account
+from .memory.levers import levers as levers
 from .ranges import ranges as ranges
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace

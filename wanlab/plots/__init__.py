@@ -7,6 +7,7 @@ from wanlab.plots.breakdown import CATEGORY_NAMES, category_bars
 from wanlab.plots.diagram import expert_diagram
 from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_steps, switch_bars
 from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
+from wanlab.plots.memory import PART_NAMES, lever_bars, memory_bars, memory_timeline
 from wanlab.plots.quality import per_frame_curves
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
@@ -17,6 +18,7 @@ __all__ = [
     "COMPONENT_COLOURS",
     "NAMES",
     "OTHERS",
+    "PART_NAMES",
     "before_after_bars",
     "boundary_curves",
     "breakdown_bar",
@@ -34,6 +36,9 @@ __all__ = [
     "kernel_bars",
     "label",
     "layer_time_lines",
+    "lever_bars",
+    "memory_bars",
+    "memory_timeline",
     "per_frame_curves",
     "samples_strip",
     "schedule_timeline",

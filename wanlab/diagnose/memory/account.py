@@ -32,10 +32,10 @@ class MemoryAccount:
             "fragmentation", "other": what was there before the capture and is no weight, and blocks too small for the
             trace), `component` (in which it was allocated; for weights whose they are),
             `size_bytes`, `share_percent`, `blocks`.
-        blocks: the blocks alive at the peak, largest first: `size_bytes`, `component`, `range`, `operator`,
+        blocks: the blocks alive at the peak, largest first: `size_mib`, `component`, `range`, `operator`,
             `allocated_ms`, `freed_ms` (NaN if not in the trace).
         timeline: `time_ms`, `before` (bytes that were there when the trace began) and a column of bytes per component.
-        churn: per step and component: `step`, `component`, `allocations`, `churn_bytes` (allocated and freed within it).
+        churn: per step and component: `step`, `component`, `allocations`, `churn_gib` (allocated and freed within it).
         device: "cuda:0" or "cpu".
         peak_bytes: what the process held of the device: on a GPU what the allocator had reserved when most was
             allocated, on a CPU what was allocated.
@@ -61,12 +61,12 @@ class MemoryAccount:
     def row(self) -> dict[str, float]:
         """Flat record: peak_gib, <part>_gib, allocations, churn_gib_per_step (median over steps)."""
         parts = ("weights", "activations", "workspace", "text_embedding", "fragmentation", "other")
-        steps = self.churn.groupby("step")["churn_bytes"].sum()
+        steps = self.churn.groupby("step")["churn_gib"].sum()
         return {
             "peak_gib": self.peak_bytes / GIB,
             **{f"{part}_gib": self.size_bytes(part) / GIB for part in parts},
             "allocations": int(self.churn["allocations"].sum()),
-            "churn_gib_per_step": float(steps.median()) / GIB if len(steps) else 0.0,
+            "churn_gib_per_step": float(steps.median()) if len(steps) else 0.0,
         }
 
 
@@ -190,7 +190,7 @@ def _alive(trace: Trace, blocks: Blocks, live: np.ndarray, most: int = 200) -> p
     rows = rows[np.argsort(-blocks.size_bytes[rows], kind="stable")][:most]
     return pd.DataFrame(
         {
-            "size_bytes": blocks.size_bytes[rows],
+            "size_mib": blocks.size_bytes[rows] / (1 << 20),
             "component": [COMPONENTS[i] for i in blocks.component[rows]],
             "range": blocks.names(trace, blocks.range[rows]),
             "operator": blocks.names(trace, blocks.operator[rows]),
@@ -237,7 +237,7 @@ def _churn(trace: Trace, blocks: Blocks) -> pd.DataFrame:
             "step": step,
             "component": [COMPONENTS[i] for i in blocks.component],
             "allocations": 1,
-            "churn_bytes": freed,
+            "churn_gib": freed / GIB,
         }
     )
     return frame.groupby(["step", "component"], sort=False).sum().reset_index()

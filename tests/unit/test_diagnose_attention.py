@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanlab import diagnose, measure, models, plots
-from wanlab.diagnose import attention_backends, attention_calls, attention_statistics, attention_window
-from wanlab.diagnose.attention_statistics import (
+from wanlab.diagnose.attention import backends, calls, statistics
+from wanlab.diagnose.attention import window as windows
+from wanlab.diagnose.attention.statistics import (
     keys_needed,
     near_window,
     sample_queries,
@@ -118,9 +119,9 @@ def test_all_queries_equal_a_full_independent_computation(nano, case, full):
         handle.remove()
     order = full.frame.drop_duplicates(["component", "step", "branch"])[["component", "step", "branch"]]
     compared = 0
-    for component, calls in order.groupby("component", sort=False):
-        for number, branch in enumerate(calls["branch"]):
-            here = full.frame.merge(calls.iloc[[number]]).sort_values("head")
+    for component, recorded in order.groupby("component", sort=False):
+        for number, branch in enumerate(recorded["branch"]):
+            here = full.frame.merge(recorded.iloc[[number]]).sort_values("head")
             for layer in range(6):
                 rows = here[here["layer"] == layer]
                 p = independent(*inputs[component, "self", layer][number])
@@ -163,7 +164,7 @@ def test_a_sample_agrees_within_its_standard_error(nano, case):
                     errors[name] += error.tolist()
         return run()
 
-    with attention_calls.attention_calls(nano, look):
+    with calls.attention_calls(nano, look):
         nano.generate(*case, output="latent", **FAST)
     for name in names:
         distance, error = np.array(apart[name]), np.array(errors[name])
@@ -301,7 +302,7 @@ def test_what_is_heard_is_what_the_kernel_gets_and_the_generation_is_unchanged(n
             assert torch.allclose(made[0], torch.einsum("hqk,khd->qhd", p, value[0]), atol=1e-4)
         return made
 
-    with attention_calls.attention_calls(nano, look):
+    with calls.attention_calls(nano, look):
         heard = nano.generate(*case, output="latent", **FAST).video
         with pytest.raises(WanlabError, match="listened to already"):
             diagnose.attention_map(nano, *case, progress=False, **FAST)
@@ -451,18 +452,18 @@ def test_the_window_mask_is_that_of_its_definition(frames, per_frame, window):
     from torch.nn.attention.flex_attention import create_mask, flex_attention
 
     tokens = frames * per_frame
-    mask = attention_window.window_mask(tokens, frames, window)
+    mask = windows.window_mask(tokens, frames, window)
     frame = torch.arange(tokens) // per_frame
     near = (frame[:, None] - frame).abs() <= window
     assert torch.equal(create_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")[0, 0], near)
-    blocks = -(-tokens // attention_window.BLOCK)
+    blocks = -(-tokens // windows.BLOCK)
     padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
     padded[:tokens, :tokens] = near
     tiles = padded.view(blocks, 128, blocks, 128)
     assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(3).any(1))
     full_blocks = int(mask.full_kv_num_blocks.sum())
     assert full_blocks == int(tiles.all(3).all(1).sum())
-    assert attention_window.pair_share(frames, window) == pytest.approx(float(near.double().mean()))
+    assert windows.pair_share(frames, window) == pytest.approx(float(near.double().mean()))
     q, k, v = torch.randn(3, 1, 1, tokens, 8, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
     assert torch.allclose(flex_attention(q, k, v, block_mask=mask), wanted, atol=1e-5)
@@ -505,7 +506,7 @@ def test_kernels_at_a_shape_and_what_cannot_be_run(nano):
     assert "holds all 1" in one.table["reason"].iloc[-1]
     # The shape of a real video, held by a view of one number.
     large = torch.zeros(1, 1, 1, 1).expand(1, 40, 75_600, 128)
-    call, reason = attention_backends._sdpa_call("MATH", None, large, large, large)
+    call, reason = backends._sdpa_call("MATH", None, large, large, large)
     assert call is None
     assert "1,703 GiB" in reason
     for wrong in ((60, 2), (0, 2, 16), (61, 2, 16)):
@@ -540,6 +541,6 @@ def test_figures_show_every_step_and_expert(full, times, tmp_path):
 
 def test_statistic_names_have_units():
     for kind in ("self", "cross", "image"):
-        for name in attention_statistics.statistic_names(kind):
+        for name in statistics.statistic_names(kind):
             assert name.rpartition("_")[2] in ("percent", "nats")
-            assert attention_statistics.error_name(name).endswith(name.rpartition("_")[2])
+            assert statistics.error_name(name).endswith(name.rpartition("_")[2])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wanlab.diagnose.attention_calls import CROSS, FORWARD, SELF, AttentionCall, attention_calls, wan_blocks
-from wanlab.diagnose.attention_result import PLACE, AttentionMap
-from wanlab.diagnose.attention_statistics import (
+from wanlab.diagnose.attention.calls import CROSS, FORWARD, SELF, AttentionCall, attention_calls, wan_blocks
+from wanlab.diagnose.attention.result import PLACE, AttentionMap
+from wanlab.diagnose.attention.statistics import (
     MOST_BYTES,
     cross_statistics,
     error_name,

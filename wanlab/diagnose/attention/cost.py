@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wanlab.diagnose.attention_calls import FORWARD, SELF, AttentionCall, attention_calls
+from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.errors import WanlabError
 from wanlab.measure.timing import synchronise
 from wanlab.models.schedule import fewest_steps, precompute_schedule
@@ -15,7 +15,7 @@ from wanlab.models.schedule import fewest_steps, precompute_schedule
 if TYPE_CHECKING:
     import pandas as pd
 
-    from wanlab.diagnose.attention_result import AttentionMap
+    from wanlab.diagnose.attention.result import AttentionMap
     from wanlab.models.generate import Model
 
 

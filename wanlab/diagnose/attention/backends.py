@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wanlab.diagnose.attention_window import pair_share, window_mask
+from wanlab.diagnose.attention.window import pair_share, window_mask
 from wanlab.errors import WanlabError
 from wanlab.measure.samples import AAControl, Samples, compare
 from wanlab.measure.timing import aa_control, time_ms

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanlab.diagnose.attention_calls import CROSS, FORWARD, SELF
-from wanlab.diagnose.attention_statistics import BLOCK_KEYS, LEVELS_PERCENT, error_name, statistic_names
+from wanlab.diagnose.attention.calls import CROSS, FORWARD, SELF
+from wanlab.diagnose.attention.statistics import BLOCK_KEYS, LEVELS_PERCENT, error_name, statistic_names
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:

@@ -8,35 +8,15 @@ No figure is typed by hand: each table stands between `<!-- table: NAME -->` and
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
+
+import diagnosis_tables
+from table_text import ROOT, machine, markdown, read
 
 from wanlab.nano.examine import verdicts
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "data" / "results"
-PAGES = (ROOT / "README.md", ROOT / "data" / "wan-nano" / "README.md")
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def machine(environment: dict) -> str:
-    """One line: what it ran on."""
-    gpu, packages, threads = environment.get("gpu"), environment["packages"], environment["threads"]
-    where = gpu["name"] if gpu else f"{environment['cpu']}, {threads} thread{'s' * (threads > 1)}"
-    parts = [where, f"Python {environment['python']}"]
-    parts += [f"{name} {packages[name]}" for name in ("torch", "diffusers") if name in packages]
-    runtime = packages.get("onnxruntime-gpu") or packages.get("onnxruntime")
-    return ", ".join(parts + ([f"ONNX Runtime {runtime}"] if runtime else []))
+PAGES = (ROOT / "README.md", ROOT / "docs" / "diagnosis.md", ROOT / "data" / "wan-nano" / "README.md")
 
 
 def h200() -> str:
@@ -124,7 +104,7 @@ def heldout() -> str:
     return markdown(["figure", *backbones, "target", ""], rows + means) + note
 
 
-TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout}
+TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
 
 
 def rewritten(text: str) -> str:

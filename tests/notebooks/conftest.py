@@ -32,10 +32,11 @@ def outputs(tmp_path_factory) -> Path:
 def run_notebook(root, outputs):
     """Execute a notebook of the project, with its default parameters unless more is given."""
 
-    def go(name: str, *more: str) -> Executed:
+    def go(name: str, *more: str, force: bool = True) -> Executed:
         notebook = root / "notebooks" / f"{name}.ipynb"
         done = subprocess.run(
-            [sys.executable, "-m", "wanlab.cli", "run", notebook, "--output", outputs, "--force", *more],
+            [sys.executable, "-m", "wanlab.cli", "run", notebook, "--output", outputs, *more]
+            + ["--force"] * force,
             cwd=outputs.parent,
             env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(root)},
             capture_output=True,

@@ -16,11 +16,12 @@ from models_tiny import save
 pytestmark = pytest.mark.notebook
 
 
-def test_experts_of_wan_nano(run_notebook, tmp_path):
+def test_experts_of_wan_nano(run_notebook, tmp_path, root):
     record = tmp_path / "switch.json"
     samples = {name: Samples(name, (520.0, 521.0)) for name in ("pinned", "pinned again")}
     SwitchCost(samples, 28_600_000_000, 5e3, 600.0, "some GPU").save(record)
-    few = ["-p", "cases=1", "-p", "boundaries=[1.0]", "-p", f"switch_record={record}"]
+    trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"
+    few = ["-p", "cases=1", "-p", "boundaries=[1.0]", "-p", f"switch_record={record}", "-p", f"trace={trace}"]
     done = run_notebook("12_experts", *few)
     found = done.values["experts"]
     assert (found["switches"], found["high_steps"], found["low_steps"]) == (1, 4, 6)
@@ -36,6 +37,7 @@ def test_experts_of_wan_nano(run_notebook, tmp_path):
         "high-noise expert",
         "boundary: timestep 900",
         "LPIPS to the truth",
+        "12,300.2",  # milliseconds of the first call in the profile
     ):
         assert words in str(done.page)
 

@@ -27,3 +27,12 @@ def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs
     assert "kernels" not in read.values
     assert "Layers were not timed here" in str(read.page)
     assert "Kernels were not timed" in str(read.page)
+
+
+def test_the_recorded_map_of_a_large_model_beside_its_profile(run_notebook, root):
+    recorded = root / "data" / "results" / "attention_a14b_h200.csv.gz"
+    trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"
+    done = run_notebook("13_attention", "-p", f"saved={recorded}", "-p", f"trace={trace}")
+    assert 60 < done.values["attention"]["attention_share_percent"] < 75
+    assert "With random weights only the times mean something" in done.record["verdict"]
+    assert "Layers were not timed here" not in str(done.page)

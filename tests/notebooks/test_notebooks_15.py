@@ -32,3 +32,15 @@ def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebo
     assert done.values["triage"]["not applicable"] == 1
     # Of the memory only the peak is known, and it is over this threshold.
     assert "unknown until 14_memory is run" in done.record["verdict"]
+
+    # What it reads can have changed without its parameters: it is never taken from an earlier run.
+    again = run_notebook("15_triage", "-p", "memory_high_percent=0.01", force=False)
+    assert again.record["run_id"] == done.record["run_id"]
+    assert again.record["started"] > done.record["started"]
+
+
+def test_triage_of_a_recorded_profile(run_notebook, root):
+    trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"
+    done = run_notebook("15_triage", "-p", f"trace={trace}")
+    assert "Fuse operators (at most 1.13x), then Cheaper attention" in done.record["verdict"]
+    assert "Memory is not the limit" in done.record["verdict"]

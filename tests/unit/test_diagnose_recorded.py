@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from wanlab import diagnose, measure
+from wanlab.errors import WanlabError
 
 NAMES = ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "wan2.2-ti2v-5b-compiled")
 
@@ -54,3 +57,36 @@ def test_compiled_blocks_save_what_stands_between_the_products(recorded):
     by_name = diagnose.difference(*(diagnose.gpu_flame(recorded[name]) for name in NAMES[1:]), by="name")
     assert by_name.change_us == pytest.approx(changed.change_us)
     assert len(by_name.of("new")) > 3
+
+
+def test_a_replayed_cuda_graph_is_told_by_its_kernels(root):
+    """Three replays of a wan-nano forward on an H200: no operator says what a kernel is."""
+    trace = diagnose.read_trace(root / "tests" / "fixtures" / "traces" / "cuda_graph.pt.trace.json.gz")
+    assert any("CUDA graphs" in note for note in trace.notes)
+    found = diagnose.breakdown(trace)
+    assert found.frame["time_ms"].sum() == pytest.approx(trace.wall_us / 1e3)
+    calls = found.frame.set_index("category")["calls"]
+    # Six blocks with two attentions each, three times; PyTorch names no module inside a graph.
+    assert calls["self_attention"] == 3 * 6 * 2
+    assert calls["linear"] > 100
+    assert diagnose.gpu_flame(trace).paths()[1] == ("expert_low",)
+
+
+def test_one_trace_per_rank_is_read_as_the_lowest_rank(root, tmp_path):
+    """wan-nano on two H200s, which average their predictions through NCCL."""
+    folder = root / "tests" / "fixtures" / "traces" / "ranks"
+    trace = diagnose.read_trace(folder)
+    assert (trace.rank, trace.path.name) == (0, "rank0.pt.trace.json.gz")
+    assert any("rank 0 of 2" in note and "rank 1 " in note for note in trace.notes)
+    found = diagnose.breakdown(trace)
+    assert abs(found.closes_percent) < 1
+    assert found.share_percent("communication") > 10
+    one = diagnose.read_trace(folder / "rank1.pt.trace.json.gz")
+    assert any("one rank of 2" in note for note in one.notes)
+    for name in ("a.json.gz", "b.json.gz"):
+        shutil.copy(one.path, tmp_path / name)
+    with pytest.raises(WanlabError, match="not one per rank"):
+        diagnose.read_trace(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WanlabError, match="no traces"):
+        diagnose.read_trace(tmp_path / "empty")

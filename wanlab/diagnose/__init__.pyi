@@ -32,6 +32,9 @@ from .memory.levers import levers as levers
 from .ranges import ranges as ranges
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace
+from .traced import attention_layers as attention_layers
+from .traced import expert_calls as expert_calls
+from .traced import traced_measurements as traced_measurements
 from .triage.saved import saved_measurements as saved_measurements
 from .triage.tree import Measurement as Measurement
 from .triage.tree import Tree as Tree

@@ -62,6 +62,14 @@ class Breakdown:
         wall = self.recorded_ms or self.wall_ms
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
 
+    def __str__(self) -> str:
+        if not self.gpu:
+            return f"the host is in operators {self.host_busy_percent:.0f} % of the time"
+        return (
+            f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {self.gpu['kernels']:,} kernels and "
+            f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs"
+        )
+
     def share_percent(self, category: str) -> float:
         """Share of a category, 0 if it took no time."""
         row = self.frame[self.frame["category"] == category]

@@ -85,10 +85,11 @@ def capture(
         ) as profiler,
         _after_each_step(model.pipeline, profiler.step),
     ):
-        # HTA reads the rank of a trace here, and a single process writes none.
-        profiler.add_metadata_json(
-            "distributedInfo", json.dumps({"backend": "none", "rank": 0, "world_size": 1})
-        )
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            # HTA reads the rank of a trace here; of several processes PyTorch writes it, of one it does not.
+            profiler.add_metadata_json(
+                "distributedInfo", json.dumps({"backend": "none", "rank": 0, "world_size": 1})
+            )
         made = model.generate(image, prompt, **settings)
         profiler.add_metadata_json("wanlab", json.dumps(_about(model, made.settings, made.wall_ms, asked)))
     written = sorted(set(folder.glob(f"*{SUFFIX}")) - before)

@@ -110,6 +110,9 @@ class Trace:
             "steps": len(self.steps),
             "wall_ms": round(self.wall_us / 1e3, 3),
             "GPU": self.device_name,
+            "gpu_memory_gib": round(self.devices[0].get("totalGlobalMem", 0) / 2**30, 1)
+            if self.devices
+            else None,
             "kernels": len(self.kernels),
             "allocations": int((self.memory["size_bytes"] > 0).sum()),
             "rank": self.rank,

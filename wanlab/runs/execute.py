@@ -58,7 +58,8 @@ def execute(
         parameters: overrides of the `parameters` cell, already typed.
         output: folder of all runs, by default the project's `outputs/`.
         name: folder of this notebook's runs, by default the notebook's file name.
-        force: run again even where a finished run with the same id exists; that one is kept in `attempts/`.
+        force: run again even where a finished run with the same id exists; that one is kept in `attempts/`. A notebook
+            with `{"wanlab": {"always": true}}` in its metadata is always run again.
         timeout_s: limit for the whole notebook.
 
     Raises:
@@ -74,7 +75,7 @@ def execute(
     run_id = identity.run_id(identity.notebook_source(nb), values, weights=weights, inputs=inputs)
     folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, run_id)
 
-    earlier = {} if force else _finished(folder)
+    earlier = {} if force or _looks_around(nb) else _finished(folder)
     if earlier:
         if not folder.report.is_file():
             _render(folder)
@@ -87,6 +88,11 @@ def execute(
     folder.update(**header(run_id, folder.path.parent.name, path, values, described, None, weights, inputs))
     _inject(nb, {key: values[key] for key in parameters or {}})
     return _supervised(nb, folder, run_id, timeout_s, progress)
+
+
+def _looks_around(nb: Any) -> bool:
+    """Whether a notebook says in its metadata that it reads what its parameters do not name, such as other runs."""
+    return bool(nb.metadata.get("wanlab", {}).get("always"))
 
 
 def _finished(folder: RunFolder) -> dict[str, Any]:

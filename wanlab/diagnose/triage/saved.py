@@ -133,8 +133,8 @@ class _SavedRun:
             if line.get("metric") == "lpips":
                 numbers["divergence.lpips"] = _float(line.get("mean"))
                 numbers["divergence.lpips_times_floor"] = _float(line.get("times_floor"))
-        if not elsewhere:
-            numbers[f"{notebook}.device_memory_gib"] = _device_memory_gib(folder, on_cpu)
+        here = None if elsewhere else _device_memory_gib(folder, on_cpu)
+        numbers[f"{notebook}.device_memory_gib"] = _float(facts.get("gpu_memory_gib")) if elsewhere else here
         known = {
             n: Measurement(v, source) for n, v in numbers.items() if v is not None and n in tree.measurements
         }

@@ -38,7 +38,7 @@ def breakdown() -> str:
     rows.append(
         ["wall clock under the profiler", *(f"{b.wall_ms / 1e3:.1f} s" for b in found.values()), "", ""]
     )
-    rows.append(["rows miss it by", *(f"{abs(b.closes_percent):.4f} %" for b in found.values()), "", ""])
+    rows.append(["rows miss it by", *(f"{abs(b.closes_percent):.2f} %" for b in found.values()), "", ""])
     experts = first.experts().set_index(["component", "category"]).loc[("expert_high", "self_attention")]
     environment = json.loads((ROOT / "data" / "traces" / "environment.json").read_text())
     note = (

@@ -515,3 +515,11 @@ def test_boxes_do_not_overlap_and_the_way_is_thick(numbers):
     )
     assert sum(s.type == "path" and s.line.width > 1 for s in shapes) == steps
     assert sum(s.type == "path" for s in shapes) == sum(len(TREE.edges(node)) for node in TREE.nodes)
+
+
+def test_a_trace_beside_a_notebooks_own_measurement_does_not_change_whose_it_is():
+    mine = row("13_attention", p__trace="a.json.gz", m__attention__bound_ratio=1.2)
+    assert diagnose.saved_measurements([mine]).measured["attention.bound_ratio"].value == 1.2
+    # A map that was saved elsewhere does.
+    saved = row("13_attention", p__saved="map.csv.gz", m__attention__bound_ratio=1.2)
+    assert "not recorded" in diagnose.saved_measurements([saved]).refused["why"].iloc[0]

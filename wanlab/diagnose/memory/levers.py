@@ -206,7 +206,7 @@ def _offload_experts(model: Model, settings: dict) -> Iterator[None]:
 
 @contextmanager
 def _sliced_attention(model: Model, settings: dict) -> Iterator[None]:
-    """Self-attention over a quarter of the queries at a time: the same sums, smaller outputs and workspaces."""
+    """Attention over a quarter of the queries at a time: the same sums, smaller workspaces."""
     import torch
     from torch.nn import functional
 

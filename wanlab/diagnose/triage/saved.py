@@ -21,6 +21,7 @@ SETTINGS = ("model", "weights", "device", "dtype", "height", "width", "frames", 
 RUN = ["run", "started", "model", "hardware"]
 DEFAULTS = {"model": "wan-nano", "weights": "pretrained"}
 FILES = ("trace", "original", "saved")  # parameters that name a file made elsewhere, perhaps by another model
+BESIDE = ("12_experts", "13_attention")  # show a trace beside what they measure themselves
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|bad_alloc|memory runs out", re.IGNORECASE)
 
 
@@ -121,7 +122,8 @@ class _SavedRun:
         source = f"{notebook}/{row.get('run_id')}{f' ({technique})' if technique else ''}"
         folder = Path(str(row.get("folder")))
         given = {name: _plain(row.get(f"p.{name}")) for name in (*SETTINGS, *FILES)}
-        elsewhere = any(given[name] is not None for name in FILES)
+        files = FILES if notebook not in BESIDE else [name for name in FILES if name != "trace"]
+        elsewhere = any(given[name] is not None for name in files)
         lines = [(line.get("fact"), line.get("value")) for line in _table(folder, "trace")]
         facts = {fact: value for fact, value in lines if value != "None"} if elsewhere else {}
         gpu = facts.get("GPU") if elsewhere else _plain(row.get("gpu"))

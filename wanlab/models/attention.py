@@ -22,7 +22,8 @@ def other_attention(device: torch.device) -> Iterator[str]:
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # The plain form would hold tokens x tokens numbers per head: tens of GiB for a real clip on a GPU.
-    backend = SDPBackend.EFFICIENT_ATTENTION if device.type == "cuda" else SDPBackend.MATH
-    with sdpa_kernel(backend):
-        yield backend.name.lower()
+    # The plain form would hold tokens x tokens numbers per head: tens of GiB for a real clip on a GPU. There it only
+    # stands in where the other cannot: for a text encoder's bias, whose rows may not be aligned.
+    backends = [SDPBackend.EFFICIENT_ATTENTION] * (device.type == "cuda") + [SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        yield backends[0].name.lower()

@@ -14,7 +14,7 @@ PART_NAMES = {
     "weights": "weights",
     "activations": "activations",
     "workspace": "workspace",
-    "text_embedding": "text embedding",
+    "text_embedding": "text embedding, inputs",
     "fragmentation": "reserved, not used",
     "other": "other",
 }

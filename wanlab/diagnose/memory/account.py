@@ -74,9 +74,10 @@ def memory_account(trace: Trace) -> MemoryAccount:
     """Explain the peak of a trace that was captured with `memory=True`.
 
     A block belongs to the component in whose range it was allocated. It is workspace if the product, convolution or
-    attention that asked for it gave it back before it returned; a text embedding if it was made by the text encoder, or
-    from what that gave back, and was kept through denoising; an activation otherwise. What was there before the capture
-    is weights: on a GPU the allocator's own total says how much, on a CPU the note of the capture does.
+    attention that asked for it gave it back before it returned, or never (a library keeps that of its handle); a text
+    embedding if it was made by the text encoder, or between that and the next component (inputs are prepared there,
+    too), and was kept through denoising; an activation otherwise. What was there before the capture is weights: on a GPU the allocator's own total says how much,
+    on a CPU the note of the capture does.
 
     Raises:
         WanlabError: the trace has no allocations.
@@ -155,7 +156,9 @@ def _parts(trace: Trace, placed: Attribution, blocks: Blocks) -> np.ndarray:
     strong = np.isin(placed.own_kind, [KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)])
     product = inherit(np.where(strong, np.arange(len(host)), NOTHING), placed.parents, placed.by_depth)
     of_block = np.append(product, NOTHING)[blocks.event]
-    inside = (of_block != NOTHING) & (blocks.end_us <= np.append(ends, -np.inf)[of_block])
+    given_back = blocks.end_us <= np.append(ends, -np.inf)[of_block]
+    # What a product takes and never gives back is the workspace of a library's handle; its output is freed some time.
+    inside = (of_block != NOTHING) & (given_back | np.isinf(blocks.end_us))
     names = host["name"].astype(str).to_numpy()
     encoding, denoising = names == "text_encoder", np.isin(names, EXPERTS)
     if not encoding.any() or not denoising.any():

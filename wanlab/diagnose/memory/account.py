@@ -76,8 +76,8 @@ def memory_account(trace: Trace) -> MemoryAccount:
     A block belongs to the component in whose range it was allocated. It is workspace if the product, convolution or
     attention that asked for it gave it back before it returned, or never (a library keeps that of its handle); a text
     embedding if it was made by the text encoder, or between that and the next component (inputs are prepared there,
-    too), and was kept through denoising; an activation otherwise. What was there before the capture is weights: on a GPU the allocator's own total says how much,
-    on a CPU the note of the capture does.
+    too), and was kept through denoising; an activation otherwise. What was there before the capture is weights: on a GPU
+    the allocator's own total says how much, on a CPU the note of the capture does.
 
     Raises:
         WanlabError: the trace has no allocations.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 
@@ -9,13 +10,21 @@ import pytest
 from wanlab import measure
 from wanlab.measure import memory
 
-QUARTER_GIB = 32 * 1024**2  # float64 values
+QUARTER_GIB = 256 * 1024**2
+
+
+def written_block() -> mmap.mmap:
+    """A quarter of a GiB of fresh pages: an allocator may serve from pages that are resident already."""
+    pages = mmap.mmap(-1, QUARTER_GIB)
+    np.frombuffer(pages, dtype=np.uint8)[:] = 1
+    return pages
 
 
 def test_resident_set_sees_a_block_that_is_gone_at_the_end():
     with measure.peak_memory("cpu") as peak:
-        block = np.ones(QUARTER_GIB)
-        del block
+        block = written_block()
+        time.sleep(0.05)
+        block.close()
     assert peak.source == "resident set"
     assert 0.2 < peak.increase_gib < 0.5
     assert peak.peak_gib == pytest.approx(peak.start_gib + peak.increase_gib)
@@ -34,8 +43,8 @@ def test_peak_is_known_after_an_exception_and_the_thread_is_gone():
     def fill():
         with measure.peak_memory("cpu") as peak:
             peaks.append(peak)
-            block = np.ones(QUARTER_GIB)
-            raise RuntimeError(block.size)
+            block = written_block()
+            raise RuntimeError(len(block))
 
     peaks = []
     with pytest.raises(RuntimeError):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
-from wanlab.convert.vae_sequence import encode_moments, whole_clip_resampling
+from wanlab.convert.onnx.vae_sequence import encode_moments, whole_clip_resampling
 from wanlab.nano import architecture
 from wanlab.nano.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, TEXT_TOKENS
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
-from wanlab.convert.vae_sequence import decode_video, encode_moments, whole_clip_resampling
+from wanlab.convert.onnx.vae_sequence import decode_video, encode_moments, whole_clip_resampling
 from wanlab.evaluate.lpips import load_backbone
 from wanlab.nano import architecture, clips
 

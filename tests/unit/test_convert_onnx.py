@@ -15,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 from wanlab import convert, models  # noqa: E402
 from wanlab.convert import components, graph, rotary  # noqa: E402
 from wanlab.convert.compare import differences  # noqa: E402
-from wanlab.convert.report import read_report  # noqa: E402
+from wanlab.convert.onnx.report import read_report  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "vae_decoder")

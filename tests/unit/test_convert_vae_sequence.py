@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from wanlab.convert.vae_sequence import (  # noqa: E402
+from wanlab.convert.onnx.vae_sequence import (  # noqa: E402
     decode_video,
     encode_moments,
     exportable_operators,

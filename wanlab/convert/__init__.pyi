@@ -1,10 +1,10 @@
 from .clip import ClipShape as ClipShape
 from .compare import parity as parity
 from .isolated import isolated_cost as isolated_cost
-from .onnx_export import export as export
-from .onnx_export import export_all as export_all
+from .onnx.export import export as export
+from .onnx.export import export_all as export_all
+from .onnx.report import ExportReport as ExportReport
+from .onnx.report import report_frame as report_frame
 from .ort import OrtEngine as OrtEngine
 from .ort import load_engines as load_engines
 from .pipeline import use as use
-from .report import ExportReport as ExportReport
-from .report import report_frame as report_frame

@@ -91,7 +91,7 @@ def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
 
 def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
     """The default clip, and a smaller one when the graph takes other sizes than that it was traced with."""
-    from wanlab.convert.report import read_report
+    from wanlab.convert.onnx.report import read_report
 
     report = read_report(engine.path)
     first = default_shape(model) if report is None else report.shape

@@ -138,7 +138,7 @@ def _text_encoder(pipeline, component: str, network) -> Recipe:
 
 
 def _expert(pipeline, component: str, network) -> Recipe:
-    from wanlab.convert.rotary import exportable_attention
+    from wanlab.convert.onnx.rotary import exportable_attention
 
     config = network.config
     if config.image_dim is not None:
@@ -193,7 +193,7 @@ def _expert(pipeline, component: str, network) -> Recipe:
 
 
 def _vae_encoder(pipeline, component: str, network) -> Recipe:
-    from wanlab.convert.vae_sequence import encode_moments
+    from wanlab.convert.onnx.vae_sequence import encode_moments
 
     def inputs_for(shape: ClipShape, generator):
         import torch
@@ -227,7 +227,7 @@ def _vae_encoder(pipeline, component: str, network) -> Recipe:
 
 
 def _vae_decoder(pipeline, component: str, network) -> Recipe:
-    from wanlab.convert.vae_sequence import decode_video
+    from wanlab.convert.onnx.vae_sequence import decode_video
 
     def inputs_for(shape: ClipShape, generator):
         import torch
@@ -259,7 +259,7 @@ def _vae_decoder(pipeline, component: str, network) -> Recipe:
 
 @contextmanager
 def _whole_clip(network):
-    from wanlab.convert.vae_sequence import exportable_operators, whole_clip_resampling
+    from wanlab.convert.onnx.vae_sequence import exportable_operators, whole_clip_resampling
 
     with ExitStack() as stack:
         stack.enter_context(whole_clip_resampling(network))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.convert.components import PARTS
-from wanlab.convert.graph import file_bytes
+from wanlab.convert.onnx.graph import file_bytes
 from wanlab.errors import WanlabError, did_you_mean, require
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wanlab.convert import graph as graphs
 from wanlab.convert.clip import default_shape
 from wanlab.convert.components import check_components, components_of, recipe
-from wanlab.convert.identity import component_key, trace_key
-from wanlab.convert.report import ExportReport, read_report, write_report
-from wanlab.convert.trace import trace
+from wanlab.convert.onnx import graph as graphs
+from wanlab.convert.onnx.identity import component_key, trace_key
+from wanlab.convert.onnx.report import ExportReport, read_report, write_report
+from wanlab.convert.onnx.trace import trace
 from wanlab.errors import WanlabError
 
 MIN_OPSET, MAX_OPSET = 17, 23

@@ -1,0 +1,1 @@
+"""Networks as ONNX graphs: forms that export well, tracing, folding, simplification, check, receipts."""

@@ -59,7 +59,19 @@ def pipeline():
 
 def bare(built, **defaults):
     """What conversion needs of a model, around a pipeline that no registry knows."""
+    import torch
+
     shape = dict(height=64, width=96, frames=9, text_tokens=nano.TEXT_TOKENS) | defaults
-    return SimpleNamespace(
-        pipeline=built, engines={}, spec=SimpleNamespace(name="tiny", defaults=SimpleNamespace(**shape))
+    config = built.vae.config
+    expert = built.transformer or built.transformer_2
+    spec = SimpleNamespace(
+        name="tiny",
+        pipeline_class=type(built).__name__,
+        defaults=SimpleNamespace(**shape),
+        spatial_factor=config.scale_factor_spatial,
+        temporal_factor=config.scale_factor_temporal,
+        patch=tuple(expert.config.patch_size),
+        latent_channels=config.z_dim,
+        max_positions=None,
     )
+    return SimpleNamespace(pipeline=built, engines={}, spec=spec, device=torch.device("cpu"))

@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
 from wanlab import convert, models  # noqa: E402
-from wanlab.convert import components, graph, rotary  # noqa: E402
+from wanlab.convert import components  # noqa: E402
 from wanlab.convert.compare import differences  # noqa: E402
+from wanlab.convert.onnx import graph, rotary  # noqa: E402
 from wanlab.convert.onnx.report import read_report  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 
@@ -87,7 +88,7 @@ def test_graphs_are_plain_and_small(reports):
         assert report.nodes_after == sum(report.operators.values()) == sum(1 for _ in graph.nodes(written))
         assert written.opset_import[0].version == 20
         facts = {entry.key: entry.value for entry in written.metadata_props}
-        assert facts.keys() == {"model", "component", "wanlab_version"}
+        assert facts.keys() == {"model", "component", "wanlab_version", "shape"}
         assert facts["component"] == report.component
         assert b"site-packages" not in written.SerializeToString()
 
@@ -144,9 +145,9 @@ def test_rotary_embedding_is_exact():
     inputs = (torch.randn(1, 36, 3, 8, 6), torch.tensor([500.0]), torch.randn(1, 5, 96))
     with torch.no_grad():
         before = network(*inputs, return_dict=False)[0]
-        with rotary.exportable_attention(network, plain_norms=False):
-            assert torch.equal(before, network(*inputs, return_dict=False)[0])
-        with rotary.exportable_attention(network):
+        with rotary.exportable_attention(network, fused=True):
+            assert differences(before, network(*inputs, return_dict=False)[0])["relative_l2"] < 1e-6
+        with rotary.exportable_attention(network, fused=False):
             assert differences(before, network(*inputs, return_dict=False)[0])["relative_l2"] < 1e-6
         assert torch.equal(before, network(*inputs, return_dict=False)[0])
 
@@ -180,18 +181,18 @@ def test_exports_are_reused_while_true_and_rebuilt_when_stale(model, reports, fo
 
 def test_external_data_and_fixed_sizes(model, tmp_path):
     path = tmp_path / "expert_low.onnx"
-    report = convert.export(
-        model, "expert_low", path, dynamic=False, external_data=True, simplify=False, **SIZE
-    )
+    settings = dict(dynamic=False, simplify=False) | SIZE
+    report = convert.export(model, "expert_low", path, external_data=True, **settings)
     assert report.external_data
     assert not report.simplified
     assert report.dynamic_axes == {}
-    assert path.with_name("expert_low.onnx.data").stat().st_size > path.stat().st_size / 2
+    weights = tmp_path / report.weights_file
+    assert weights.stat().st_size > path.stat().st_size / 2
+    assert report.size_bytes == graph.file_bytes(path) > weights.stat().st_size * 0.9
     assert convert.parity(model, "expert_low", path)["relative_l2"].max() < 1e-4
-    again = convert.export(
-        model, "expert_low", path, dynamic=False, external_data=False, simplify=False, **SIZE
-    )
-    assert not path.with_name("expert_low.onnx.data").exists()
+    assert convert.export(model, "expert_low", path, external_data=True, **settings).cached
+    again = convert.export(model, "expert_low", path, external_data=False, **settings)
+    assert not weights.exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["expert_low.json", "expert_low.onnx"]
     assert (
         json.loads(path.with_suffix(".json").read_text())["size_bytes"]
@@ -200,6 +201,74 @@ def test_external_data_and_fixed_sizes(model, tmp_path):
     )
     with pytest.raises(WanlabError, match=r"input 'hidden_states' .* is \[1, 36, 3, 4, 6\], the graph takes"):
         convert.parity(model, "expert_low", path, shapes=[convert.ClipShape(1, 32, 48, 9, 24)])
+
+
+def test_graphs_of_one_network_share_a_file_of_weights(model, tmp_path):
+    settings = dict(external_data=True, stored_dtype="bfloat16", dtype="float32", dynamic=False) | SIZE
+    first = convert.export(model, "expert_low", tmp_path / "plain.onnx", **settings)
+    second = convert.export(model, "expert_low", tmp_path / "fused.onnx", opset=23, **settings)
+    assert first.weights_file == second.weights_file
+    assert first.weights_written_bytes > 0
+    assert second.weights_written_bytes == 0
+    third = convert.export(model, "expert_low", tmp_path / "bf16.onnx", **settings | {"dtype": "bfloat16"})
+    assert (third.weights_file, third.weights_written_bytes) == (first.weights_file, 0)
+    assert (first.stored_dtype, first.dtype, third.dtype) == ("bfloat16", "float32", "bfloat16")
+    # float32 arithmetic on bfloat16 weights: off by their rounding, and by no more
+    rounding = convert.parity(model, "expert_low", first.path)["relative_l2"].max()
+    assert 1e-4 < rounding < 2e-2
+    # one graph less does not take the weights from the others
+    convert.export(model, "expert_low", tmp_path / "fused.onnx", external_data=False, **SIZE)
+    assert (tmp_path / first.weights_file).exists()
+    assert convert.parity(model, "expert_low", first.path)["relative_l2"].max() == rounding
+
+
+def test_a_cut_off_file_of_weights_is_written_again(model, tmp_path):
+    settings = dict(external_data=True, dynamic=False) | SIZE
+    first = convert.export(model, "expert_low", tmp_path / "a.onnx", **settings)
+    with open(tmp_path / first.weights_file, "r+b") as file:
+        file.truncate(1000)
+    again = convert.export(model, "expert_low", tmp_path / "a.onnx", **settings)
+    assert not again.cached
+    assert again.weights_written_bytes == first.weights_written_bytes
+    assert convert.parity(model, "expert_low", again.path)["relative_l2"].max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_graph_in_another_dtype_is_that_of_the_network_loaded_in_it(model, tmp_path, dtype):
+    report = convert.export(model, "expert_low", tmp_path / "a.onnx", dtype=dtype, dynamic=False, **SIZE)
+    written = onnx.load(report.path)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in written.graph.input}
+    wanted = getattr(onnx.TensorProto, dtype.upper())
+    assert kinds["hidden_states"] == kinds["encoder_hidden_states"] == wanted
+    held = {tensor.name: tensor.data_type for tensor in written.graph.initializer}
+    assert held["blocks.0.attn1.to_q.weight.T"] == wanted
+    assert held["blocks.0.scale_shift_table"] == onnx.TensorProto.FLOAT  # diffusers keeps it so
+    if dtype == "float16":  # the CPU has no kernels for bfloat16
+        assert convert.parity(model, "expert_low", report.path)["relative_l2"].max() < 2e-2
+
+
+def test_opset_23_says_attention_and_rotary_embedding_as_operators(model, tmp_path):
+    plain, fused, original = (
+        convert.export(model, "expert_low", tmp_path / f"{name}.onnx", **how, **SIZE)
+        for name, how in (
+            ("plain", {}),
+            ("fused", {"opset": 23}),
+            ("original", {"forms": "original"}),
+        )
+    )
+    assert {"Attention", "RotaryEmbedding", "RMSNormalization"} <= set(fused.operators)
+    assert not {"Softmax", "ScatterND", "ReduceMean"} & set(fused.operators)
+    assert original.operators["ScatterND"] == 4  # one block: two for queries, two for keys
+    assert any("ScatterND" in note for note in original.notes)
+    assert "ScatterND" not in plain.operators
+    assert fused.nodes_after < plain.nodes_after < original.nodes_after
+    for report in (plain, fused, original):
+        assert convert.parity(model, "expert_low", report.path)["relative_l2"].max() < 1e-5
+
+
+def test_a_model_loaded_with_one_expert_keeps_its_name():
+    model = models.load("wan-nano", components=["expert_low"])
+    assert components.components_of(model) == ("expert_low",)
 
 
 def test_the_vae_of_wan21(tmp_path):
@@ -314,13 +383,28 @@ def test_mistakes_are_named(model, engines, folder, tmp_path):
         (lambda: convert.export(model, "expert", tmp_path / "a.onnx"), "no component 'expert'"),
         (
             lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", opset=12),
-            "opset is 12; give 17 to 23",
+            "opset is 12; give 17 to 24",
+        ),
+        (
+            lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", dtype="bfloat16", opset=20),
+            "opset 20 has no convolution in bfloat16",
+        ),
+        (
+            lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", dtype="floaty16"),
+            "did you mean 'float16'",
+        ),
+        (
+            lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", forms="orginal"),
+            "did you mean 'original'",
         ),
         (lambda: convert.export(model, "expert_low", tmp_path / "a"), "does not end in .onnx"),
-        (lambda: convert.export(model, "vae_encoder", tmp_path / "a.onnx", frames=8), "frames is 8"),
+        (
+            lambda: convert.export(model, "vae_encoder", tmp_path / "a.onnx", frames=8),
+            "8 frames are not legal",
+        ),
         (
             lambda: convert.export(model, "vae_encoder", tmp_path / "a.onnx", height=70),
-            "height is 70.* e.g. 64",
+            r"size 70x\d+ is not legal.*64x",
         ),
         (lambda: convert.export_all(model, tmp_path, ["vae"]), "no component 'vae'"),
         (

@@ -1,3 +1,4 @@
+from .blockwise import blockwise_parity as blockwise_parity
 from .clip import ClipShape as ClipShape
 from .compare import parity as parity
 from .isolated import isolated_cost as isolated_cost
@@ -8,3 +9,4 @@ from .onnx.report import report_frame as report_frame
 from .ort import OrtEngine as OrtEngine
 from .ort import load_engines as load_engines
 from .pipeline import use as use
+from .ranges import value_ranges as value_ranges

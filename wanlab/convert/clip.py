@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wanlab.errors import WanlabError
+from wanlab.models.shapes import latent_shape
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,11 @@ def default_shape(model, **changes: int | None) -> ClipShape:
     return replace(shape, **{key: value for key, value in changes.items() if value is not None})
 
 
-def latent_size(pipeline, shape: ClipShape) -> tuple[int, int, int]:
+def latent_size(model, shape: ClipShape) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip.
 
     Raises:
-        WanlabError: the frames are not 1 + a multiple of the temporal factor, or height or width is
-            no multiple of what one token covers.
+        WanlabError: the size is not legal for this model; names the nearest one that is.
     """
-    config = pipeline.vae.config
-    temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
-    expert = getattr(pipeline, "transformer", None) or getattr(pipeline, "transformer_2", None)
-    _, patch_h, patch_w = expert.config.patch_size if expert is not None else (1, 1, 1)
-    if (shape.frames - 1) % temporal:
-        near = round((shape.frames - 1) / temporal) * temporal + 1
-        raise WanlabError(f"frames is {shape.frames}; this model takes {temporal}k + 1 frames, e.g. {near}")
-    for name, value, step in (
-        ("height", shape.height, spatial * patch_h),
-        ("width", shape.width, spatial * patch_w),
-    ):
-        if value < step or value % step:
-            near = max(round(value / step), 1) * step
-            raise WanlabError(f"{name} is {value}; this model takes multiples of {step} pixels, e.g. {near}")
-    return (shape.frames - 1) // temporal + 1, shape.height // spatial, shape.width // spatial
+    latent = latent_shape(model.spec, shape.height, shape.width, shape.frames)
+    return latent.frames, latent.height, latent.width

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from wanlab.convert.clip import ClipShape, default_shape
 from wanlab.convert.components import recipe
 from wanlab.convert.ort import OrtEngine
+from wanlab.models.shapes import size_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,12 +24,14 @@ def parity(
     onnx_path: str | os.PathLike | OrtEngine,
     *,
     shapes: Sequence[ClipShape] | None = None,
+    cases: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     provider: str = "auto",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare a converted component with the network as the pipeline runs it, on random inputs.
+    """Compare a converted component with the network as the pipeline runs it.
 
-    The reference is the original forward (for the VAE the chunked one), not the form that was traced.
+    The reference is the original forward (for the VAE the chunked one), in the network's own dtype, not the form
+    that was traced.
 
     Args:
         model: eager, the one that was exported.
@@ -36,10 +39,11 @@ def parity(
         shapes: clips to compare at; None takes the model's default clip and, as far as the graph's axes
             are free, a smaller clip with another batch.
         provider: as in `OrtEngine`.
-        seed: of the inputs.
+        cases: label -> inputs by name, e.g. recorded from a generation at some step; replaces the random inputs.
+        seed: of the random inputs.
 
     Returns:
-        One row per shape and output: component, shape, output, elements, max_abs, mean_abs, relative_l2
+        One row per shape or label and output: component, shape, output, elements, max_abs, mean_abs, relative_l2
         (||a - b|| / ||a||), cosine, psnr_db (peak = range of the reference; inf when equal).
 
     Raises:
@@ -51,19 +55,21 @@ def parity(
     plan = recipe(model, component)
     engine = onnx_path if isinstance(onnx_path, OrtEngine) else OrtEngine(onnx_path, provider=provider)
     rows = []
-    for shape in _shapes(model, plan, engine) if shapes is None else shapes:
-        inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
-        plan_training = plan.network.training
-        plan.network.eval()
-        try:
+    if cases is None:
+        drawn = _shapes(model, plan, engine) if shapes is None else shapes
+        cases = {str(shape): _random(plan, shape, seed) for shape in drawn}
+    training = plan.network.training
+    plan.network.eval()
+    try:
+        for label, inputs in cases.items():
+            given = [inputs[name].to(plan.network.device) for name in plan.inputs]
             with torch.no_grad():
-                expected = plan.reference(*inputs)
-        finally:
-            plan.network.train(plan_training)
-        made = engine.run(dict(zip(plan.inputs, inputs, strict=True)))[plan.output]
-        rows.append(
-            {"component": component, "shape": str(shape), "output": plan.output} | differences(expected, made)
-        )
+                expected = plan.reference(*given)
+            made = engine.run(inputs)[plan.output]
+            row = {"component": component, "shape": label, "output": plan.output}
+            rows.append(row | differences(expected, made))
+    finally:
+        plan.network.train(training)
     return pd.DataFrame(rows)
 
 
@@ -89,6 +95,13 @@ def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
     }
 
 
+def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+    return dict(zip(plan.inputs, inputs, strict=True))
+
+
 def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
     """The default clip, and a smaller one when the graph takes other sizes than that it was traced with."""
     from wanlab.convert.onnx.report import read_report
@@ -100,15 +113,13 @@ def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
     )
     if not free:
         return [first]
-    config = model.pipeline.vae.config
-    step = config.scale_factor_spatial * 2
+    spec = model.spec
+    step_h, step_w = size_step(spec)
     smaller = {
         "batch": 1,
-        "height": max(first.height // 2 // step, 2) * step,
-        "width": max(first.width // 4 // step, 2) * step,
-        "frames": max((first.frames - 1) // config.scale_factor_temporal // 2, 2)
-        * config.scale_factor_temporal
-        + 1,
+        "height": max(first.height // 2 // step_h, 2) * step_h,
+        "width": max(first.width // 4 // step_w, 2) * step_w,
+        "frames": max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1,
         "text_tokens": max(first.text_tokens // 2, 2),
     }
     return [first, ClipShape(**(asdict(first) | smaller))]

@@ -13,6 +13,9 @@ from wanlab.errors import WanlabError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+FUSED_OPSET = 23
+"""From this opset on attention, rotary embedding and root-mean-square norms are operators of ONNX."""
+
 # Component -> attribute of the diffusers pipeline that holds its network.
 PARTS = {
     "text_encoder": "text_encoder",
@@ -59,8 +62,9 @@ def components_of(model) -> tuple[str, ...]:
     """
     pipeline = model.pipeline
     low = getattr(pipeline, "transformer_2", None) is not None
-    high = getattr(pipeline, "transformer", None) is not None
-    experts = ("expert_high", "expert_low") if high and low else ("expert",) if high else ()
+    # A model of two experts may be loaded with one of them only.
+    two = low or pipeline.config.get("boundary_ratio") is not None
+    experts = ("expert_high", "expert_low") if two else ("expert",)
     names = ("text_encoder", "vae_encoder", *experts, "vae_decoder")
     return tuple(name for name in names if getattr(pipeline, PARTS[name], None) is not None)
 
@@ -76,15 +80,18 @@ def check_components(model, names) -> None:
             )
 
 
-def recipe(model, component: str) -> Recipe:
+def recipe(model, component: str, *, network=None) -> Recipe:
     """The recipe of one component.
+
+    Args:
+        network: computes with this one of the same architecture instead of the model's own.
 
     Raises:
         WanlabError: the model has no such component, its network is none that wanlab can convert, or
             the component was already swapped for an engine.
     """
     check_components(model, [component])
-    network = getattr(model.pipeline, PARTS[component])
+    network = getattr(model.pipeline, PARTS[component]) if network is None else network
     makers = {
         "UMT5EncoderModel": _text_encoder,
         "T5EncoderModel": _text_encoder,
@@ -97,10 +104,10 @@ def recipe(model, component: str) -> Recipe:
             f"{component} is a {kind}, which cannot be converted; convertible are {', '.join(sorted(makers))}"
             " (use the model as it was loaded, before its components were swapped for engines)"
         )
-    return makers[kind](model.pipeline, component, network)
+    return makers[kind](model, component, network)
 
 
-def _text_encoder(pipeline, component: str, network) -> Recipe:
+def _text_encoder(model, component: str, network) -> Recipe:
     def inputs_for(shape: ClipShape, generator):
         import torch
 
@@ -137,7 +144,7 @@ def _text_encoder(pipeline, component: str, network) -> Recipe:
     )
 
 
-def _expert(pipeline, component: str, network) -> Recipe:
+def _expert(model, component: str, network) -> Recipe:
     from wanlab.convert.onnx.rotary import exportable_attention
 
     config = network.config
@@ -146,13 +153,13 @@ def _expert(pipeline, component: str, network) -> Recipe:
             f"{component} takes CLIP image embeddings (image_dim={config.image_dim}), as Wan2.1 does; "
             "only experts without them can be converted"
         )
-    per_token = bool(pipeline.config.get("expand_timesteps", False))
+    per_token = bool(model.pipeline.config.get("expand_timesteps", False))
     patch_t, patch_h, patch_w = config.patch_size
 
     def inputs_for(shape: ClipShape, generator):
         import torch
 
-        frames, height, width = latent_size(pipeline, shape)
+        frames, height, width = latent_size(model, shape)
         draw = {"generator": generator}
         latents = torch.randn(shape.batch, config.in_channels, frames, height, width, **draw)
         tokens = (frames // patch_t) * (height // patch_h) * (width // patch_w)
@@ -187,18 +194,18 @@ def _expert(pipeline, component: str, network) -> Recipe:
         inputs_for,
         denoise,
         denoise,
-        lambda opset: exportable_attention(network, plain_norms=opset < 23),
+        lambda opset: exportable_attention(network, fused=opset >= FUSED_OPSET),
         dimensions,
     )
 
 
-def _vae_encoder(pipeline, component: str, network) -> Recipe:
+def _vae_encoder(model, component: str, network) -> Recipe:
     from wanlab.convert.onnx.vae_sequence import encode_moments
 
     def inputs_for(shape: ClipShape, generator):
         import torch
 
-        latent_size(pipeline, shape)  # refuses an illegal size
+        latent_size(model, shape)  # refuses an illegal size
         size = (shape.batch, 3, shape.frames, shape.height, shape.width)
         video = torch.rand(size, generator=generator) * 2 - 1
         return (video.to(network.device, network.dtype),)
@@ -226,14 +233,14 @@ def _vae_encoder(pipeline, component: str, network) -> Recipe:
     )
 
 
-def _vae_decoder(pipeline, component: str, network) -> Recipe:
+def _vae_decoder(model, component: str, network) -> Recipe:
     from wanlab.convert.onnx.vae_sequence import decode_video
 
     def inputs_for(shape: ClipShape, generator):
         import torch
 
         config = network.config
-        size = (shape.batch, config.z_dim, *latent_size(pipeline, shape))
+        size = (shape.batch, config.z_dim, *latent_size(model, shape))
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
         )

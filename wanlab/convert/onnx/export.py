@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection
@@ -9,15 +10,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wanlab.convert.clip import default_shape
-from wanlab.convert.components import check_components, components_of, recipe
+from wanlab.convert.clip import ClipShape, default_shape
+from wanlab.convert.components import FUSED_OPSET, check_components, components_of, recipe
 from wanlab.convert.onnx import graph as graphs
-from wanlab.convert.onnx.identity import component_key, trace_key
+from wanlab.convert.onnx.identity import component_key, trace_key, weights_key
 from wanlab.convert.onnx.report import ExportReport, read_report, write_report
-from wanlab.convert.onnx.trace import trace
-from wanlab.errors import WanlabError
+from wanlab.convert.onnx.trace import FORMS, trace
+from wanlab.convert.onnx.weights_file import WeightsFile
+from wanlab.errors import WanlabError, did_you_mean
+from wanlab.models.loading import DTYPES
 
-MIN_OPSET, MAX_OPSET = 17, 23
+MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 17, 24, 20
+BFLOAT16_OPSET = 22  # the first whose Conv takes it
 
 
 @dataclass
@@ -32,7 +36,9 @@ def export(
     component: str,
     path: str | os.PathLike,
     *,
-    opset: int = 20,
+    opset: int | None = None,
+    dtype: str | None = None,
+    stored_dtype: str | None = None,
     simplify: bool = True,
     dynamic: bool = True,
     height: int | None = None,
@@ -41,35 +47,45 @@ def export(
     text_tokens: int | None = None,
     batch: int | None = None,
     external_data: bool | None = None,
+    forms: str = "friendly",
     reuse: bool = True,
     traces: _Traces | None = None,
 ) -> ExportReport:
     """Write one component as an ONNX file and a report beside it.
 
-    The graph is traced by torch.export, translated by the dynamo exporter of torch.onnx, folded,
-    simplified by onnxsim and checked by onnx.checker. Node names begin with the module path; the
-    file's metadata names model, component and wanlab version. The network itself is not changed.
+    The graph is traced without its weights by torch.export, translated by the dynamo exporter of torch.onnx,
+    folded, simplified by onnxsim, filled with the weights one at a time, and checked by onnx.checker. Beside
+    the network itself this takes memory for the graph and the largest weight, whatever the size. Node names
+    begin with the module path; the file's metadata names model, component and wanlab version. The network
+    itself is not changed.
 
     Args:
         model: from `wanlab.models.load`, all components eager.
         component: `"text_encoder"`, `"vae_encoder"`, `"expert_high"`, `"expert_low"` (`"expert"` where
             there is one), or `"vae_decoder"`.
         path: the `.onnx` file; its folder is made.
-        opset: 17 to 23.
+        opset: 17 to 24; None takes 20, or 23 in bfloat16. From 23 on attention, rotary embedding and
+            root-mean-square norms are operators of their own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"` that the graph computes in; None takes the network's.
+            Modules that the library keeps in float32 stay so.
+        stored_dtype: of the large weights in the file, with a Cast after each; None takes `dtype`. Graphs with
+            one `stored_dtype` in one folder share a file of weights.
         simplify: let onnxsim go over the graph.
         dynamic: let batch, frames, height, width and text tokens vary; False fixes all of them.
         height, width, frames, text_tokens, batch: of the example clip, in pixels; None takes the model's
             defaults, and for the batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
         external_data: weights in a file of their own; None does so above 1.5 GiB, as protobuf ends at 2.
+        forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
         reuse: keep the file when it was made from the same weights, settings and versions.
         traces: shared between calls, lets networks of the same architecture share one trace.
 
     Raises:
-        WanlabError: unknown component, a component that is not convertible, an illegal size or opset.
+        WanlabError: unknown component, dtype or form, a component that is not convertible, an illegal size or
+            opset.
     """
     begin = time.perf_counter()
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise WanlabError(f"opset is {opset}; give {MIN_OPSET} to {MAX_OPSET}")
+    if forms not in FORMS:
+        raise WanlabError(f"unknown forms {forms!r}{did_you_mean(forms, FORMS)}; give {' or '.join(FORMS)}")
     path = Path(path)
     if path.suffix != ".onnx":
         raise WanlabError(
@@ -80,24 +96,42 @@ def export(
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )
-    settings = {"opset": opset, "dynamic": dynamic, "shape": asdict(shape)}
+    kind = _dtype(dtype, plan.network.dtype)
+    stored = _dtype(stored_dtype, kind)
+    opset = _opset(opset, str(kind))
+    settings = {
+        "opset": opset,
+        "dynamic": dynamic,
+        "shape": asdict(shape),
+        "dtype": str(kind),
+        "forms": forms,
+    }
     tracing = trace_key(plan, settings)
-    key = component_key(plan, tracing, {"simplify": simplify, "external_data": external_data})
+    weights = weights_key(plan.network)
+    how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
+    key = component_key(component, tracing, weights, how)
     if reuse and (kept := _kept(path, key)) is not None:
         return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
 
     traces = _Traces() if traces is None else traces
     shared = tracing in traces.programs
     if not shared:
-        traces.programs[tracing] = trace(plan, shape, opset, dynamic)
+        traces.programs[tracing] = trace(
+            model, component, shape, opset=opset, dynamic=dynamic, dtype=kind, forms=forms
+        )
     program, ranges, notes = traces.programs[tracing]
+    before = read_report(path)
+    file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
     finished = graphs.finish(
-        graphs.with_weights(program, plan.network, shared=shared),
+        program,
+        plan.network,
         path,
         axis_names=plan.inputs if dynamic else {},
         simplify=simplify,
+        weights=WeightsFile(file, weights),
         external_data=external_data,
-        metadata=_metadata(model, component),
+        stored=stored,
+        metadata=_metadata(model, component, shape),
     )
     asked = plan.inputs if dynamic else {}
     report = ExportReport(
@@ -108,6 +142,9 @@ def export(
         nodes_before=finished.nodes_before,
         nodes_after=finished.nodes_after,
         operators=finished.operators,
+        dtype=str(kind).removeprefix("torch."),
+        stored_dtype=str(stored).removeprefix("torch."),
+        forms=forms,
         dynamic_axes={
             name: {a: n for a, n in axes.items() if a in finished.free_axes[name]}
             for name, axes in asked.items()
@@ -121,12 +158,15 @@ def export(
         shape=shape,
         size_bytes=finished.size_bytes,
         time_ms=(time.perf_counter() - begin) * 1e3,
-        external_data=finished.external_data,
+        weights_file=finished.weights_file,
+        weights_written_bytes=finished.weights_written_bytes,
         simplified=finished.simplified,
         shared_trace=shared,
         notes=(*notes, *finished.notes),
     )
     write_report(report)
+    if before is not None and before.weights_file not in ("", report.weights_file):
+        _drop_unused(path.parent / before.weights_file)
     return report
 
 
@@ -170,10 +210,38 @@ def export_all(
     return reports
 
 
-def _metadata(model, component: str) -> dict[str, str]:
+def _opset(opset: int | None, dtype: str) -> int:
+    narrow = dtype == "torch.bfloat16"
+    if opset is None:
+        return FUSED_OPSET if narrow else DEFAULT_OPSET
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise WanlabError(f"opset is {opset}; give {MIN_OPSET} to {MAX_OPSET}")
+    if narrow and opset < BFLOAT16_OPSET:
+        raise WanlabError(
+            f"opset {opset} has no convolution in bfloat16; give {BFLOAT16_OPSET} or more, or another dtype"
+        )
+    return opset
+
+
+def _dtype(name: str | None, default):
+    import torch
+
+    if name is None:
+        return default
+    if name not in DTYPES:
+        raise WanlabError(f"no graphs in {name!r}{did_you_mean(name, DTYPES)}; give {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
     from wanlab import __version__
 
-    return {"wanlab_version": __version__, "model": model.spec.name, "component": component}
+    return {
+        "wanlab_version": __version__,
+        "model": model.spec.name,
+        "component": component,
+        "shape": json.dumps(asdict(shape)),
+    }
 
 
 def _kept(path: Path, key: str) -> ExportReport | None:
@@ -182,3 +250,11 @@ def _kept(path: Path, key: str) -> ExportReport | None:
     if report is None or report.key != key or graphs.file_bytes(path) != report.size_bytes:
         return None
     return replace(report, path=str(path))
+
+
+def _drop_unused(weights: Path) -> None:
+    """Remove a file of weights that an export left behind, unless another graph of the folder uses it."""
+    others = [read_report(file.with_suffix(".onnx")) for file in weights.parent.glob("*.json")]
+    if not any(report is not None and report.weights_file == weights.name for report in others):
+        for file in (weights, weights.with_name(f"{weights.name}.json")):
+            file.unlink(missing_ok=True)

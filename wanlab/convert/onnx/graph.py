@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanlab.convert.onnx import names
+from wanlab.convert.onnx.trace import quiet
+from wanlab.convert.onnx.weights import fill, lift, restore
+from wanlab.convert.onnx.weights_file import WeightsFile
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir
+    import torch
 
-# Protobuf ends at 2 GiB; onnxsim holds several copies of the graph, so it is left out above this too.
-EXTERNAL_ABOVE_BYTES = 1536 * 2**20
-_WRAPPER = "network."  # attribute of the traced wrapper that holds the network
-_SCOPES = "pkg.torch.onnx.name_scopes"
+EXTERNAL_ABOVE_BYTES = 1536 * 2**20  # protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -33,59 +33,33 @@ class Finished:
     sizes: dict[str, tuple[int | str, ...]]
     free_axes: dict[str, tuple[int, ...]]
     size_bytes: int
-    external_data: bool
+    weights_file: str
+    weights_written_bytes: int
     simplified: bool
     notes: tuple[str, ...]
 
 
-def with_weights(program, network, *, shared: bool) -> onnx_ir.Model:
-    """A graph of its own from a traced program, filled with the weights of `network`.
-
-    Args:
-        program: what torch.onnx.export gave, unfolded, so that every weight is still an initializer
-            under its own name.
-        network: the traced network, or one of the same architecture when `shared`.
-
-    Raises:
-        WanlabError: a weight of the graph is missing in `network` or has another shape.
-    """
-    import onnx_ir
-
-    model = program.model.clone()
-    if not shared:
-        return model
-    weights = {f"{_WRAPPER}{name}": tensor for name, tensor in network.state_dict().items()}
-    parameters = {f"{_WRAPPER}{name}" for name, _ in network.named_parameters()}
-    for name, value in model.graph.initializers.items():
-        if name in weights:
-            tensor = weights[name].detach()
-            if tuple(tensor.shape) != tuple(value.shape.numpy()):
-                raise WanlabError(
-                    f"weight {name} is {tuple(tensor.shape)}, the shared graph wants {value.shape}"
-                )
-            value.const_value = onnx_ir.tensor_adapters.TorchTensor(tensor, name=name)
-    missing = parameters & set(program.model.graph.initializers) - set(weights)
-    if missing:
-        raise WanlabError(
-            f"the shared graph has no weights for {sorted(missing)[0]} and {len(missing) - 1} more"
-        )
-    return model
-
-
 def finish(
-    model: onnx_ir.Model,
+    program,
+    network: torch.nn.Module,
     path: Path,
     *,
     axis_names: dict[str, dict[int, str]],
     simplify: bool,
+    weights: WeightsFile,
     external_data: bool | None,
+    stored: torch.dtype | None,
     metadata: dict[str, str],
 ) -> Finished:
     """Fold, name, simplify, write and check; the file appears under `path` only when all went well.
 
     Args:
+        program: what torch.onnx.export gave, unfolded; it may be used again.
+        network: whose weights fill it.
         axis_names: input -> {axis: name}; traced symbols are renamed to these.
-        external_data: None decides by size (see `EXTERNAL_ABOVE_BYTES`).
+        weights: where they go when they are not kept inside the graph.
+        external_data: whether they go there; None decides by size (see `EXTERNAL_ABOVE_BYTES`).
+        stored: dtype of the weights in the file, see `fill`.
 
     Raises:
         WanlabError: onnx.checker refuses the graph.
@@ -94,55 +68,42 @@ def finish(
     import onnx_ir
     import onnxscript.optimizer
 
+    model = program.model.clone()
     nodes_before = sum(1 for _ in model.graph.all_nodes())
+    large = fill(model.graph, network, stored)
+    lift(model.graph, large)
     # onnxsim finds what a second round would; both together gave the same graphs, more slowly.
-    onnxscript.optimizer.optimize(model, num_iterations=1 if simplify else 2)
-    _name_nodes(model)
-    _name_weights(model)
-    _name_axes(model, axis_names)
+    with quiet():
+        onnxscript.optimizer.optimize(model, num_iterations=1 if simplify else 2)
+    names.name_nodes(model)
+    names.name_axes(model, axis_names)
+    if simplify:
+        model = _simplified(model)
+        names.name_fused(model, large)
+    names.name_weights(model)
+    used = restore(model.graph, large)
     model.producer_name, model.producer_version = "wanlab", metadata["wanlab_version"]
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
 
-    notes = []
-    weight_bytes = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
-    )
-    large = weight_bytes > EXTERNAL_ABOVE_BYTES
-    external = large if external_data is None else external_data
+    weight_bytes = sum(weight.lazy(name).nbytes for name, weight in used.items())
+    external = weight_bytes > EXTERNAL_ABOVE_BYTES if external_data is None else external_data
+    written_bytes = weights.add(used) if external else 0
+    if external:
+        weights.refer(model.graph)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written to a folder of its own first: the name of the external file is part of the graph.
-    temporary = path.parent / f".{path.stem}.{os.getpid()}"
-    temporary.mkdir(exist_ok=True)
+    draft = path.with_name(
+        f".{path.stem}.{os.getpid()}.onnx"
+    )  # in its folder, as the weights are found from there
     try:
-        draft = temporary / path.name
-        data_name = f"{path.name}.data"
-        if large:
-            if simplify:
-                notes.append(f"not simplified: onnxsim would copy {weight_bytes / 2**30:.1f} GiB of weights")
-            onnx_ir.save(model, draft, external_data=data_name)
-        else:
-            proto = onnx_ir.to_proto(model)
-            if simplify:
-                proto = _simplified(proto)
-                _name_fused(proto, set(model.graph.initializers))
-            if external:
-                onnx.save(proto, draft, save_as_external_data=True, location=data_name, size_threshold=1024)
-            else:
-                onnx.save(proto, draft)
+        onnx.save(onnx_ir.to_proto(model), draft)
         try:
-            onnx.checker.check_model(str(draft), full_check=not large)
+            onnx.checker.check_model(str(draft), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise WanlabError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
-        if (temporary / data_name).exists():
-            os.replace(temporary / data_name, path.with_name(data_name))
-        else:
-            path.with_name(data_name).unlink(missing_ok=True)  # of an earlier export of this file
         os.replace(draft, path)
     finally:
-        for leftover in temporary.iterdir():
-            leftover.unlink()
-        temporary.rmdir()
+        draft.unlink(missing_ok=True)
 
     written = onnx.load(path, load_external_data=False)
     sizes = {
@@ -158,10 +119,11 @@ def finish(
         free_axes={
             name: tuple(i for i, s in enumerate(dims) if isinstance(s, str)) for name, dims in sizes.items()
         },
-        size_bytes=file_bytes(path),
-        external_data=path.with_name(data_name).exists(),
-        simplified=simplify and not large,
-        notes=(*notes, *lint(written)),
+        size_bytes=path.stat().st_size + (weight_bytes if external else 0),
+        weights_file=weights.path.name if external else "",
+        weights_written_bytes=written_bytes,
+        simplified=simplify,
+        notes=tuple(lint(written)),
     )
 
 
@@ -203,91 +165,32 @@ def lint(model: onnx.ModelProto) -> list[str]:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of an ONNX file and its external data; 0 when it is not there."""
-    files = (path, path.with_name(f"{path.name}.data"))
-    return sum(file.stat().st_size for file in files if file.exists()) if path.exists() else 0
+    """Size of an ONNX file and of the weights outside that it uses; 0 when any of it is missing or broken."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):
+        return 0
+    size, held = path.stat().st_size, {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        file, length = path.parent / place["location"], int(place.get("length", 0))
+        if file not in held:
+            held[file] = file.stat().st_size if file.exists() else 0
+        if held[file] < int(place.get("offset", 0)) + length:
+            return 0
+        size += length
+    return size
 
 
-def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _simplified(model: onnx_ir.Model) -> onnx_ir.Model:
+    """What onnxsim makes of a graph whose large weights are inputs."""
+    import onnx_ir
     import onnxsim
 
-    metadata = list(proto.metadata_props)
-    simplified, _ = onnxsim.simplify(proto)
-    del simplified.metadata_props[:]  # a log of what was simplified
-    simplified.metadata_props.extend(metadata)
-    return simplified
-
-
-def _name_nodes(model: onnx_ir.Model) -> None:
-    """Put the module path before each node's name, and drop the traces of the machine it was made on."""
-    for node in model.graph.all_nodes():
-        scopes = (
-            json.loads(node.metadata_props[_SCOPES].replace("'", '"'))
-            if _SCOPES in node.metadata_props
-            else []
-        )
-        # [..., innermost module, node]; the wrapper's own attribute comes first
-        module = f"{scopes[-2]}.".removeprefix(_WRAPPER).strip(".") if len(scopes) > 1 else ""
-        module = "" if module.startswith("_empty_nn_module") else module  # made by the exporter, of no module
-        node.metadata_props.clear()  # stack traces with file names
-        if module and node.name:
-            node.name = f"{module}/{node.name}"
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-
-
-def _name_weights(model: onnx_ir.Model) -> None:
-    """Weights by their names in the network's own state dict; `.T` where folding transposed one."""
-    taken = {value.name for value in model.graph.initializers.values()}
-    for value in list(model.graph.initializers.values()):
-        name = value.name.removeprefix(_WRAPPER)
-        users = [use.node for use in value.uses()]
-        if name == value.name and len(users) == 1 and users[0].op_type in ("MatMul", "Gemm"):
-            transposed = f"{users[0].name.rpartition('/')[0]}.weight.T"
-            if not transposed.startswith(".") and transposed not in taken:
-                name = transposed
-        taken.add(name)
-        value.name = name
-
-
-def _name_fused(proto: onnx.ModelProto, weights: set[str]) -> None:
-    """Put the module path before the names of nodes that onnxsim made, where a weight tells the module."""
-    for node in proto.graph.node:
-        weight = next((name for name in node.input if name in weights and "." in name), "")
-        if weight and "/" not in node.name:
-            node.name = f"{weight.removesuffix('.T').rpartition('.')[0]}/{node.name}"
-
-
-def _name_axes(model: onnx_ir.Model, axis_names: dict[str, dict[int, str]]) -> None:
-    """Rename traced symbols (`s53`) to what they are (`latent_frames`), in every shape of the graph."""
-    import onnx_ir
-
-    symbols: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, name in axis_names.get(value.name, {}).items():
-            text = getattr(value.shape[axis], "value", None)
-            # In `8*s3 + 1` the symbol is not the axis itself.
-            symbol = re.search(r"[A-Za-z_]\w*", text) if isinstance(text, str) else None
-            if symbol:
-                symbols.setdefault(symbol[0], name if symbol[0] == text else f"{name}_units")
-
-    def renamed(dim):
-        text = getattr(dim, "value", None)
-        if not isinstance(text, str):
-            return dim
-        return onnx_ir.SymbolicDim(
-            re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), text)
-        )
-
-    values = [*model.graph.inputs]
-    for node in model.graph.all_nodes():
-        values.extend(node.outputs)
-    for value in values:
-        if value.shape is not None:
-            value.shape = onnx_ir.Shape([renamed(dim) for dim in value.shape])
+    simplified, _ = onnxsim.simplify(onnx_ir.to_proto(model))
+    return onnx_ir.from_proto(simplified)

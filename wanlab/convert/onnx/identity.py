@@ -13,37 +13,45 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers
 def trace_key(plan, settings: dict[str, Any]) -> str:
     """Hash of what a traced graph depends on besides the weights.
 
-    Class, configuration and dtype of the network, which half of it, tracing settings, package versions.
+    Class and configuration of the network, which half of it, tracing settings, package versions.
     """
     from wanlab import __version__
 
     network = plan.network
     config = network.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # Without where it was loaded from, and in what: the dtype of the graph is a setting of its own.
     config = {
-        name: value for name, value in config.items() if not name.startswith("_")
-    }  # where it was loaded from
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in ("dtype", "torch_dtype")
+    }
     facts = {
         "class": type(network).__qualname__,
         "inputs": plan.inputs,
         "output": plan.output,
         "config": config,
-        "dtypes": sorted({str(tensor.dtype) for tensor in network.state_dict().values()}),
         "settings": settings,
         "versions": {"wanlab": __version__} | {name: _version(name) for name in PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def component_key(plan, tracing: str, settings: dict[str, Any]) -> str:
-    """Hash of a trace, the weights that fill it, and what is done to the graph afterwards."""
+def weights_key(network) -> str:
+    """Hash of the weights of a network: names, shapes, dtypes and every byte."""
     import torch
 
-    digest = hashlib.sha256(json.dumps([plan.component, tracing, settings], sort_keys=True).encode())
-    for name, tensor in plan.network.state_dict().items():
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def component_key(component: str, tracing: str, weights: str, settings: dict[str, Any]) -> str:
+    """Hash of a trace, the weights that fill it, and what is done to the graph afterwards."""
+    facts = json.dumps([component, tracing, weights, settings], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -19,16 +19,19 @@ class ExportReport:
     """What came of one export.
 
     Attributes:
-        path: the ONNX file; a `.json` with this report lies beside it, and `external_data` if any.
+        path: the ONNX file; a `.json` with this report lies beside it, and `weights_file` if any.
         key: hash of everything that the file depends on; the file is reused while it stays the same.
         nodes_before: nodes as traced, without any folding.
         nodes_after: nodes in the file.
         operators: operator -> how many nodes of it are in the file.
+        dtype: that the graph computes in. stored_dtype: that its large weights have in the file.
+        forms: `"friendly"`, or `"original"` where the network was traced as it is.
         dynamic_axes: input -> {axis: name} of the axes that may vary.
         fixed_axes: input -> {axis: size} of the axes that were asked to vary and do not.
         ranges: axis name -> sizes it was traced for, e.g. `"4*k + 1, k >= 1"`.
         shape: the clip that the example inputs were made for.
-        size_bytes: the file and its external data.
+        size_bytes: the graph and the weights that it uses. weights_file: their file, empty when they are in the
+            graph; other graphs may use it too. weights_written_bytes: of it by this export.
         time_ms: the whole export, or looking it up when `cached`.
         simplified: whether onnxsim went over the graph.
         cached: the file was there already and still true.
@@ -43,17 +46,26 @@ class ExportReport:
     nodes_before: int
     nodes_after: int
     operators: dict[str, int]
+    dtype: str
+    stored_dtype: str
+    forms: str
     dynamic_axes: dict[str, dict[int, str]]
     fixed_axes: dict[str, dict[int, int]]
     ranges: dict[str, str]
     shape: ClipShape
     size_bytes: int
     time_ms: float
-    external_data: bool
+    weights_file: str
+    weights_written_bytes: int
     simplified: bool
     cached: bool = False
     shared_trace: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def external_data(self) -> bool:
+        """Whether the weights are in a file of their own."""
+        return bool(self.weights_file)
 
     def row(self) -> dict[str, Any]:
         """One flat row of a table."""
@@ -68,6 +80,9 @@ class ExportReport:
         return {
             "component": self.component,
             "opset": self.opset,
+            "dtype": self.dtype,
+            "stored_dtype": self.stored_dtype,
+            "forms": self.forms,
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
             "dynamic_axes": ", ".join(axes),

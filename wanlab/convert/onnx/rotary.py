@@ -33,25 +33,53 @@ class ExportableAttention:
     """Attention processor for `WanAttention` without in-place writes or backend dispatch.
 
     For experts without CLIP image embeddings (all of Wan2.2), with `attention_mask=None`.
+
+    Attributes:
+        fused: say rotary embedding and attention as the operators of ONNX opset 23. They take heads inside the
+            last axis, so that nothing needs to be transposed.
     """
+
+    def __init__(self, *, fused: bool) -> None:
+        self.fused = fused
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
     ) -> torch.Tensor:
         """`[B, S, C]` to `[B, S, C]`, as `WanAttnProcessor.__call__`."""
-        import torch.nn.functional as F
         from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-        value = value.unflatten(2, (attn.heads, -1))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        mix = self._with_operators if self.fused else self._with_arithmetic
+        mixed = mix(query, key, value, attn.heads, rotary_emb).type_as(query)
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+    def _with_operators(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:
+        import torch
+
+        operators = torch.onnx.ops
+        if rotary_emb is not None:
+            # The operator wants every value once, and one dtype: that of the tables, as the original computes.
+            cos, sin = (
+                table[:, :, 0, first::2].expand(query.shape[0], -1, -1)  # [B, S, D / 2]
+                for first, table in enumerate(rotary_emb)
+            )
+            query, key = (
+                operators.rotary_embedding(
+                    tensor.to(cos.dtype), cos, sin, interleaved=True, num_heads=heads
+                ).type_as(value)
+                for tensor in (query, key)
+            )
+        return operators.attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
+
+    def _with_arithmetic(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        query, key, value = (tensor.unflatten(2, (heads, -1)) for tensor in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        mixed = mixed.transpose(1, 2).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](mixed))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2, 3)
 
 
 def plain_root_mean_square_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,22 +88,22 @@ def plain_root_mean_square_norm(self, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def exportable_attention(expert, *, plain_norms: bool = True):
+def exportable_attention(expert, *, fused: bool):
     """Give every `WanAttention` of `expert` the exportable processor while the context lasts.
 
     Args:
-        plain_norms: also write the norms of queries and keys as plain operators, for opsets before 23;
-            from 23 on the exporter has an operator for them.
+        fused: for opsets from 23 on, which have operators for attention, rotary embedding and norms; before,
+            the norms of queries and keys are written as plain operators too.
     """
     import types
 
     from diffusers.models.transformers.transformer_wan import WanAttention
 
     attentions = [module for module in expert.modules() if isinstance(module, WanAttention)]
-    norms = [norm for module in attentions for norm in (module.norm_q, module.norm_k)] if plain_norms else []
+    norms = [] if fused else [norm for module in attentions for norm in (module.norm_q, module.norm_k)]
     before = [module.processor for module in attentions]
     for module in attentions:
-        module.processor = ExportableAttention()
+        module.processor = ExportableAttention(fused=fused)
     for norm in norms:
         norm.forward = types.MethodType(plain_root_mean_square_norm, norm)
     try:

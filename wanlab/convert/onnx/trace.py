@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from wanlab.convert.clip import ClipShape
+from wanlab.convert.components import recipe
+from wanlab.convert.onnx.twin import weightless
+
+ORIGINAL = "original"
+FORMS = ("friendly", ORIGINAL)
 
 
-def trace(plan, shape: ClipShape, opset: int, dynamic: bool):
-    """Trace a component and translate it to ONNX, unfolded.
+def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool, dtype, forms: str):
+    """Trace a component without its weights and translate it to ONNX, unfolded.
+
+    Args:
+        dtype: `torch.dtype` that the graph computes in; that of the network, or another.
+        forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
 
     Returns:
         The `torch.onnx.ONNXProgram`, axis name -> range it was traced for, and notes for the report.
     """
     import torch
 
-    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
+    twin, mode = weightless(recipe(model, component).network, dtype)
+    plan = recipe(model, component, network=twin)
+    inputs = tuple(
+        mode.from_tensor(tensor) for tensor in plan.inputs_for(shape, torch.Generator().manual_seed(0))
+    )
+    call = plan.reference if forms == ORIGINAL else plan.traced
+    friendly = nullcontext() if forms == ORIGINAL else plan.friendly(opset)
     notes: list[str] = []
 
     class Traced(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = plan.network
+            self.network = twin
 
         def forward(self, *args):
-            return plan.traced(*args)
+            return call(*args)
 
-    with torch.no_grad(), _evaluating(plan.network), plan.friendly(opset), _quiet():
-        module = Traced()
-        module.training = False
+    with torch.no_grad(), friendly, quiet():
+        module = Traced().eval()
         ranges: dict[str, str] = {}
         if not dynamic:
             program = torch.export.export(module, inputs, strict=False)
@@ -75,20 +89,8 @@ def _range(dim) -> str:
 
 
 @contextmanager
-def _evaluating(network):
-    """`network` in evaluation mode while the context lasts."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _quiet():
-    """Without the exporter's progress chatter; errors still come through as exceptions."""
+def quiet():
+    """Without the progress chatter of exporter and optimiser; errors still come through as exceptions."""
     import logging
     import warnings
 

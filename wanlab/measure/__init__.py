@@ -13,10 +13,19 @@ from wanlab.measure.baseline import Baseline, baseline, before_after
 from wanlab.measure.ceilings import Ceilings, ceilings, recorded_ceilings
 from wanlab.measure.environment import environment
 from wanlab.measure.memory import PeakMemory, peak_memory
+from wanlab.measure.platform_files import read_platform, read_platforms
+from wanlab.measure.platforms import (
+    PlatformRecord,
+    Work,
+    comparable,
+    forward_records,
+    platform_table,
+    platform_verdict,
+)
 from wanlab.measure.samples import CV_LIMIT_PERCENT, AAControl, Comparison, Samples, compare
 from wanlab.measure.side_by_side import SideBySide, side_by_side
 from wanlab.measure.stages import COMPONENTS, OTHER, StageCall, StageRecorder, stages
-from wanlab.measure.timing import aa_control, time_ms
+from wanlab.measure.timing import aa_control, in_turn, time_ms
 
 __all__ = [
     "COMPONENTS",
@@ -27,17 +36,26 @@ __all__ = [
     "Ceilings",
     "Comparison",
     "PeakMemory",
+    "PlatformRecord",
     "Samples",
     "SideBySide",
     "StageCall",
     "StageRecorder",
+    "Work",
     "aa_control",
     "baseline",
     "before_after",
     "ceilings",
+    "comparable",
     "compare",
     "environment",
+    "forward_records",
+    "in_turn",
     "peak_memory",
+    "platform_table",
+    "platform_verdict",
+    "read_platform",
+    "read_platforms",
     "recorded_ceilings",
     "side_by_side",
     "stages",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from wanlab.errors import WanlabError
 from wanlab.measure.samples import AAControl, Samples, ratio_of_medians
@@ -70,11 +70,60 @@ def aa_control(
         Samples(name, tuple(values), clock.device_name, clock.name)
         for name, values in zip((label, f"{label} (again)"), sides, strict=True)
     )
+    return _control(first, second)
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 1,
+    rounds: int = 5,
+    device=None,
+    progress: bool = True,
+) -> tuple[dict[str, Samples], AAControl]:
+    """Time several calls against each other: a drift of the machine falls on all of them alike.
+
+    A round takes every call once in the given order and once in its reverse. The two halves of the first call are
+    the A/A control.
+
+    Args:
+        calls: label -> call without arguments; the first is the baseline.
+        warmup: of each call, before the first round.
+        rounds: at least 1; each gives two samples a call.
+
+    Raises:
+        WanlabError: no calls, no rounds, or as `time_ms`.
+    """
+    if not calls:
+        raise WanlabError("nothing to time in turn; give at least one call")
+    _check_counts(warmup, rounds)
+    clock = _Clock(device)
+    for call in calls.values():
+        for _ in range(warmup):
+            clock.sample(call)
+    there: dict[str, list[float]] = {label: [] for label in calls}
+    back: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in _bar(range(rounds), label="in turn", progress=progress):
+        for label, call in calls.items():
+            there[label].append(clock.sample(call))
+        for label, call in reversed(calls.items()):
+            back[label].append(clock.sample(call))
+    samples = {
+        label: Samples(label, (*there[label], *back[label]), clock.device_name, clock.name) for label in calls
+    }
+    base = next(iter(calls))
+    first, second = (
+        Samples(name, tuple(values[base]), clock.device_name, clock.name)
+        for name, values in ((base, there), (f"{base} (again)", back))
+    )
+    return samples, _control(first, second)
+
+
+def _control(first: Samples, second: Samples) -> AAControl:
     ratio, low, high = ratio_of_medians(first, second)
     if math.isinf(high):  # one sample a side: the only noise that was seen is the ratio itself
         low = high = ratio
-    noise_percent = 100 * max(abs(ratio - 1), abs(low - 1), abs(high - 1))
-    return AAControl(first, second, ratio, noise_percent)
+    return AAControl(first, second, ratio, 100 * max(abs(ratio - 1), abs(low - 1), abs(high - 1)))
 
 
 def _check_counts(warmup: int, iterations: int) -> None:

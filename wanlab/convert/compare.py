@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wanlab.convert.clip import ClipShape, default_shape
@@ -16,6 +16,8 @@ from wanlab.models.shapes import size_step
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+
+    from wanlab.convert.onnx.report import ExportReport
 
 
 def parity(
@@ -36,8 +38,8 @@ def parity(
     Args:
         model: eager, the one that was exported.
         onnx_path: file, or an engine that is open already.
-        shapes: clips to compare at; None takes the model's default clip and, as far as the graph's axes
-            are free, a smaller clip with another batch.
+        shapes: clips to compare at; None takes the traced one and, as far as the graph's axes are free, one on its
+            side and a smaller one, both shorter and with batch 1.
         provider: as in `OrtEngine`.
         cases: label -> inputs by name, e.g. recorded from a generation at some step; replaces the random inputs.
         seed: of the random inputs.
@@ -73,6 +75,37 @@ def parity(
     return pd.DataFrame(rows)
 
 
+def parity_all(
+    model,
+    reports: Sequence[ExportReport],
+    *,
+    cases: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]] | None = None,
+    provider: str = "auto",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`parity` of several exports, on random inputs and on recorded ones.
+
+    Args:
+        reports: from `export_all`.
+        cases: component -> label -> inputs by name; compared besides the random inputs.
+
+    Returns:
+        The rows of `parity`, with `inputs` (`"random"` or `"recorded"`).
+    """
+    import pandas as pd
+
+    tables = []
+    for report in reports:
+        engine = OrtEngine(report.path, provider=provider)
+        table = parity(model, report.component, engine, seed=seed)
+        tables.append(table.assign(inputs="random"))
+        recorded = (cases or {}).get(report.component)
+        if recorded:
+            table = parity(model, report.component, engine, cases=recorded)
+            tables.append(table.assign(inputs="recorded"))
+    return pd.concat(tables, ignore_index=True)
+
+
 def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
     """Distances between two tensors of one shape, computed in float64; keys as in `parity`."""
     import torch
@@ -103,7 +136,7 @@ def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
-    """The default clip, and a smaller one when the graph takes other sizes than that it was traced with."""
+    """The traced clip, and when the graph takes other sizes too, one on its side and a smaller one."""
     from wanlab.convert.onnx.report import read_report
 
     report = read_report(engine.path)
@@ -115,11 +148,13 @@ def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
         return [first]
     spec = model.spec
     step_h, step_w = size_step(spec)
-    smaller = {
-        "batch": 1,
-        "height": max(first.height // 2 // step_h, 2) * step_h,
-        "width": max(first.width // 4 // step_w, 2) * step_w,
-        "frames": max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1,
-        "text_tokens": max(first.text_tokens // 2, 2),
-    }
-    return [first, ClipShape(**(asdict(first) | smaller))]
+    few = max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1
+    turned = replace(first, batch=1, height=first.width, width=first.height, frames=few)
+    smaller = ClipShape(
+        batch=1,
+        height=max(first.height // 2 // step_h, 2) * step_h,
+        width=max(first.width // 4 // step_w, 2) * step_w,
+        frames=few,
+        text_tokens=max(first.text_tokens // 2, 2),
+    )
+    return [first, turned, smaller]

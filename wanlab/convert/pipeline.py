@@ -43,13 +43,8 @@ def use(model: Model, engines: Mapping[str, OrtEngine]) -> Model:
         setattr(pipeline, part, _stand_in(getattr(model.pipeline, part), mine))
     changed = copy.copy(model)
     changed.pipeline = pipeline
-    changed.engines = dict(model.engines) | {name: engine_name(engine) for name, engine in engines.items()}
+    changed.engines = dict(model.engines) | {name: engine.name for name, engine in engines.items()}
     return changed
-
-
-def engine_name(engine) -> str:
-    """`"onnxruntime-cpu"` for an `OrtEngine` on the CPU; the class name for other engines."""
-    return f"onnxruntime-{engine.provider}" if hasattr(engine, "providers_used") else type(engine).__name__
 
 
 _INPUTS = {

@@ -70,7 +70,7 @@ def aa_control(
         Samples(name, tuple(values), clock.device_name, clock.name)
         for name, values in zip((label, f"{label} (again)"), sides, strict=True)
     )
-    return _control(first, second)
+    return control_of(first, second)
 
 
 def in_turn(
@@ -116,10 +116,11 @@ def in_turn(
         Samples(name, tuple(values[base]), clock.device_name, clock.name)
         for name, values in ((base, there), (f"{base} (again)", back))
     )
-    return samples, _control(first, second)
+    return samples, control_of(first, second)
 
 
-def _control(first: Samples, second: Samples) -> AAControl:
+def control_of(first: Samples, second: Samples) -> AAControl:
+    """Two series of one thing as an A/A control."""
     ratio, low, high = ratio_of_medians(first, second)
     if math.isinf(high):  # one sample a side: the only noise that was seen is the ratio itself
         low = high = ratio

@@ -67,6 +67,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         evaluate_cli.add_arguments(evaluate)
         evaluate.set_defaults(run=evaluate_cli.main)
 
+    bench = commands.add_parser("bench", help="time any engine as trtexec does")
+    if "bench" in arguments[:1]:
+        from wanlab.convert import bench_cli
+
+        bench_cli.add_arguments(bench)
+        bench.set_defaults(run=bench_cli.main)
+
     nano_eval = commands.add_parser("nano-eval", help="examine wan-nano on photographs it never saw")
     if "nano-eval" in arguments[:1]:
         from wanlab.nano import examine

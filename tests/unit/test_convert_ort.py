@@ -1,0 +1,113 @@
+"""ONNX Runtime as an engine: options, where nodes run, what fell back, its own profile."""
+
+from __future__ import annotations
+
+import json
+
+import convert_tiny as tiny
+import pandas as pd
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from wanlab import convert  # noqa: E402
+from wanlab.convert.ort.nodes import assigned_nodes, fallen_back, floating_nodes  # noqa: E402
+from wanlab.errors import WanlabError  # noqa: E402
+
+COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "vae_decoder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ort")
+    model = tiny.bare(tiny.pipeline())
+    model.spec.name = "wan-nano"  # whose sizes the tiny model has
+    convert.export_all(model, folder, COMPONENTS, progress=False, height=64, width=96, frames=9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return convert.OrtEngine(folder / "expert_high.onnx", provider="cpu", threads=1)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_inputs_can_be_drawn_from_the_file_alone(folder, component):
+    engine = convert.OrtEngine(folder / f"{component}.onnx", provider="cpu")
+    small = convert.random_feeds(engine, height=32, width=48, frames=9, text_tokens=7, batch=2)
+    again = convert.random_feeds(engine, height=32, width=48, frames=9, text_tokens=7, batch=2)
+    assert all(torch.equal(small[name], again[name]) for name in engine.inputs)
+    for made in engine.run(small).values():
+        assert made.shape[0] == 2
+        assert torch.isfinite(made).all()
+    with pytest.raises(WanlabError, match="33x48 is not legal"):
+        convert.random_feeds(engine, height=33, width=48)
+
+
+def test_levels_of_optimisation_compute_the_same(folder, engine):
+    feeds = convert.random_feeds(engine, height=32, width=48, frames=9)
+    expected = engine.run(feeds)["velocity"]
+    for level in ("disabled", "basic", "extended"):
+        other = convert.OrtEngine(engine.path, provider="cpu", threads=1, optimization=level)
+        assert torch.allclose(other.run(feeds)["velocity"], expected, atol=1e-4), level
+    with pytest.raises(WanlabError, match="did you mean 'extended'"):
+        convert.OrtEngine(engine.path, provider="cpu", optimization="extnded")
+
+
+def test_every_node_is_accounted_for(engine):
+    counts = engine.nodes_by_provider()
+    assert set(counts["provider"]) == {"CPUExecutionProvider"}
+    assert counts["nodes"].sum() == len(assigned_nodes(engine.session)) > 50
+    assert counts["nodes"].is_monotonic_decreasing
+
+
+def test_nodes_that_compute_are_told_from_arithmetic_on_sizes(engine):
+    floats = floating_nodes(engine.path)
+    nodes = assigned_nodes(engine.session)
+    # as if a CUDA session had put all of them on the CPU: what computes is lost, what handles sizes is not
+    lost = fallen_back(nodes, floats)
+    assert {"MatMul", "Conv", "LayerNormalization", "Softmax"} <= set(lost["operator"])
+    assert "Shape" not in set(lost["operator"])
+    kept = nodes.drop(lost.index)
+    assert len(kept) > 5
+    assert not [name for name in kept["node"] if floats.get(name)]
+    unknown = pd.DataFrame([{"node": "new", "operator": "FusedMatMul", "provider": "CPUExecutionProvider"}])
+    assert len(fallen_back(unknown, {})) == 1
+    assert len(fallen_back(unknown.assign(provider="CUDAExecutionProvider"), {})) == 0
+
+
+def test_its_own_profile_names_the_nodes_and_leaves_the_session_alone(engine, tmp_path):
+    feeds = convert.random_feeds(engine, height=32, width=48, frames=9)
+    before = engine.session
+    path = engine.profile(feeds, tmp_path / "deep" / "profile.json", runs=2)
+    assert engine.session is before
+    events = json.loads(path.read_text())
+    kernels = [
+        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    assert len({event["name"] for event in kernels}) > 40
+    assert any(event["name"].startswith("blocks.0.attn1") for event in kernels)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["deep"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_on_a_gpu_everything_stays_there(tmp_path, dtype):
+    from wanlab import models
+
+    model = models.load("wan-nano", components=["expert_high"], device="cuda", dtype=dtype)
+    report = convert.export(model, "expert_high", tmp_path / "a.onnx", opset=23)
+    engine = convert.OrtEngine(report.path, provider="cuda")
+    assert convert.parity(model, "expert_high", engine)["relative_l2"].max() < 3e-2
+    feeds = {name: tensor.cuda() for name, tensor in convert.random_feeds(engine).items()}
+    expected = engine.run(feeds)["velocity"]
+    assert expected.is_cuda
+    for cuda_graph in (False, True):
+        other = convert.OrtEngine(report.path, provider="cuda", cuda_graph=cuda_graph)
+        output = torch.zeros_like(expected)
+        call = other.bind(feeds, {"velocity": output}, cuda_graph=cuda_graph)
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)

@@ -74,6 +74,7 @@ def test_nodes_that_compute_are_told_from_arithmetic_on_sizes(engine):
     unknown = pd.DataFrame([{"node": "new", "operator": "FusedMatMul", "provider": "CPUExecutionProvider"}])
     assert len(fallen_back(unknown, {})) == 1
     assert len(fallen_back(unknown.assign(provider="CUDAExecutionProvider"), {})) == 0
+    assert len(fallen_back(unknown.iloc[:0], {})) == 0
 
 
 def test_its_own_profile_names_the_nodes_and_leaves_the_session_alone(engine, tmp_path):
@@ -111,3 +112,22 @@ def test_on_a_gpu_everything_stays_there(tmp_path, dtype):
             call()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+def test_modulation_for_every_token_is_not_computed_for_all_blocks_at_once(tmp_path):
+    built = tiny.pipeline()
+    built.register_modules(transformer=tiny.expert(2, num_layers=3), transformer_2=None)
+    built.register_to_config(expand_timesteps=True, boundary_ratio=None)
+    model = tiny.bare(built)
+    model.spec.name = "wan-nano"
+    report = convert.export(model, "expert", tmp_path / "expert.onnx", opset=23)
+    engine = convert.OrtEngine(report.path, provider="cpu", threads=1)
+    path = engine.profile(
+        convert.random_feeds(engine, height=32, width=48, frames=9), tmp_path / "p.json", runs=0
+    )
+    events = [event["name"] for event in json.loads(path.read_text()) if event.get("cat") == "Node"]
+    order = [events.index(f"blocks.{i}/modulation_after_state_kernel_time") for i in range(3)]
+    first = [
+        min(i for i, name in enumerate(events) if name.startswith(f"blocks.{b}.attn1.to_q")) for b in range(3)
+    ]
+    assert order[0] < first[0] < order[1] < first[1] < order[2] < first[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from wanlab.errors import WanlabError
@@ -62,8 +63,8 @@ def main(options: argparse.Namespace) -> int:
     )
     print(report(result))
     if options.check_events:
-        ratio = measure.events_check(engine, feeds, result)
-        print(f"\nPyTorch's events over device time: {ratio:.4f}")
+        result = replace(result, events_ratio=measure.events_check(engine, feeds, result))
+        print(f"PyTorch's events over device time: {result.events_ratio:.4f}")
     if options.json:
         print(result.save(options.json))
     if baseline is not None:

@@ -53,7 +53,6 @@ def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, t
         "latent_height": latent.height,
         "latent_width": latent.width,
     }
-    # Sizes that are expressions of a symbol carry its name with "_units": 4 * frames_units + 1 and the like.
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for name, (dtype, axes) in engine.inputs.items():
@@ -65,10 +64,12 @@ def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, t
     return feeds
 
 
+# Free axes may be named by expressions of a symbol (4 * frames_units + 1): by their place they are known.
 _AXES = {
     "hidden_states": {2: "latent_frames", 3: "latent_height", 4: "latent_width"},
     "latents": {2: "latent_frames", 3: "latent_height", 4: "latent_width"},
     "video": {2: "frames", 3: "height", 4: "width"},
+    "timestep": {1: "tokens"},
 }
 
 

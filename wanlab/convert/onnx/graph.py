@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanlab.convert.onnx import names
+from wanlab.convert.onnx.order import order_modulation
 from wanlab.convert.onnx.trace import quiet
 from wanlab.convert.onnx.weights import fill, lift, restore
 from wanlab.convert.onnx.weights_file import WeightsFile
@@ -82,6 +83,7 @@ def finish(
         names.name_fused(model, large)
     names.name_weights(model)
     used = restore(model.graph, large)
+    order_modulation(model)
     model.producer_name, model.producer_version = "wanlab", metadata["wanlab_version"]
     model.metadata_props.clear()
     model.metadata_props.update(metadata)

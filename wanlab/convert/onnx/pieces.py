@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 _BLOCK = re.compile(r"^blocks\.(\d+)[./]")
-_BEFORE = -1
+BEFORE = -1
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,18 @@ def cut(model: onnx_ir.Model) -> list[Piece]:
     Raises:
         WanlabError: no node carries the name of a block, or the blocks hand on more than one value.
     """
+    place, stream, after = places(model)
+    if not after:
+        raise WanlabError("no node of the graph is named blocks.N: export it with wanlab.convert.export")
+    return [_piece(model, index, after, place, stream) for index in range(BEFORE, after + 1)]
+
+
+def places(model: onnx_ir.Model) -> tuple[dict[onnx_ir.Node, int], set[onnx_ir.Node], int]:
+    """Node -> block, the nodes that the hidden states run through, and the number of blocks."""
     nodes = list(model.graph)
     blocks = [int(found[1]) for node in nodes if (found := _BLOCK.match(node.name or ""))]
     if not blocks:
-        raise WanlabError("no node of the graph is named blocks.N: export it with wanlab.convert.export")
+        return {}, set(), 0
     after = max(blocks) + 1
     place = _stream(nodes, after)
     stream = set(place)
@@ -58,9 +66,9 @@ def cut(model: onnx_ir.Model) -> list[Piece]:
             continue
         users = {place[use.node] for value in node.outputs for use in value.uses() if use.node in place}
         if any(value in outputs for value in node.outputs):
-            users.add(_BEFORE)
-        place[node] = users.pop() if len(users) == 1 else _BEFORE
-    return [_piece(model, index, after, place, stream) for index in range(_BEFORE, after + 1)]
+            users.add(BEFORE)
+        place[node] = users.pop() if len(users) == 1 else BEFORE
+    return place, stream, after
 
 
 def _stream(nodes, after: int) -> dict[onnx_ir.Node, int]:
@@ -72,7 +80,7 @@ def _stream(nodes, after: int) -> dict[onnx_ir.Node, int]:
         if not before and module != "patch_embedding":
             continue
         named = _BLOCK.match(node.name or "")
-        own = int(named[1]) if named else after if module in ("norm_out", "proj_out") else _BEFORE
+        own = int(named[1]) if named else after if module in ("norm_out", "proj_out") else BEFORE
         place[node] = max([own, *before])
     return place
 
@@ -91,8 +99,8 @@ def _piece(model, index: int, after: int, place, stream) -> Piece:
             if value in graph_outputs or any(place[use.node] != index for use in value.uses()):
                 outputs[value.name] = value
     states = [name for name, value in inputs.items() if value.producer() in stream]
-    name = "before" if index == _BEFORE else "after" if index == after else f"blocks.{index}"
-    if len(states) != (index != _BEFORE):
+    name = "before" if index == BEFORE else "after" if index == after else f"blocks.{index}"
+    if len(states) != (index != BEFORE):
         raise WanlabError(
             f"{name} of the graph takes {len(states)} hidden states ({', '.join(states)}), not one"
         )

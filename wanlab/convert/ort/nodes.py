@@ -69,7 +69,7 @@ def fallen_back(nodes: pd.DataFrame, tensor_kinds: dict[str, bool]) -> pd.DataFr
         tensor_kinds: node -> whether it makes a floating-point tensor, as far as the graph says.
     """
     on_cpu = nodes[nodes["provider"] == "CPUExecutionProvider"]
-    makes_floats = on_cpu["node"].map(lambda name: tensor_kinds.get(name, False))
+    makes_floats = on_cpu["node"].map(lambda name: tensor_kinds.get(name, False)).astype(bool)
     return on_cpu[makes_floats | ~on_cpu["operator"].isin(SHAPE_OPERATORS)]
 
 

@@ -32,6 +32,7 @@ class Bench:
         samples: `latency`, and on a GPU `device`, `enqueue`, and with transfers `h2d` and `d2h`.
         control: the device time (on the CPU the latency) as if it were of two engines.
         wall_ms: from the first iteration to the end of the last.
+        events_ratio: device time by other events over this one, where `events_check` was asked for.
     """
 
     engine: str
@@ -43,6 +44,7 @@ class Bench:
     control: AAControl
     wall_ms: float
     environment: dict[str, Any]
+    events_ratio: float | None = None
 
     @property
     def main(self) -> Samples:
@@ -112,6 +114,7 @@ class Bench:
             "noise_percent": self.control.noise_percent,
             "wall_ms": self.wall_ms,
             "throughput_per_s": self.throughput_per_s,
+            "events_ratio": self.events_ratio,
             "warnings": self.warnings(),
             "environment": self.environment,
         }
@@ -156,6 +159,7 @@ def read_bench(path: str | os.PathLike) -> Bench:
             control_of(first, second),
             data["wall_ms"],
             data["environment"],
+            data.get("events_ratio"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WanlabError(

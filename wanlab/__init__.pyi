@@ -6,6 +6,7 @@ from . import measure as measure
 from . import models as models
 from . import nano as nano
 from . import plots as plots
+from . import precision as precision
 from . import runs as runs
 from .errors import WanlabError as WanlabError
 from .runs.run import Run as Run

@@ -131,6 +131,15 @@ def _tensorrt() -> list[Row]:
     return [Row("TensorRT", OPTIONAL, "not installed", 'pip install "wanlab[gpu]"')]
 
 
+def _tvm() -> list[Row]:
+    version = _version("apache-tvm")
+    return [
+        Row("TVM", OK, version)
+        if version
+        else Row("TVM", OPTIONAL, "not installed", 'pip install "wanlab[tvm]"')
+    ]
+
+
 def _pycuda() -> list[Row]:
     version = _version("pycuda")
     return [
@@ -204,6 +213,7 @@ PROBES: tuple[Callable[[], list[Row]], ...] = (
     _torch,
     _onnx,
     _tensorrt,
+    _tvm,
     _pycuda,
     _lpips,
     _ffmpeg,

@@ -27,6 +27,7 @@ def test_there_are_notebooks():
         "20_export_onnx",
         "21_onnxruntime",
         "40_quality",
+        "51_platforms",
     } <= {p.stem for p in NOTEBOOKS}
 
 

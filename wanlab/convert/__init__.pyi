@@ -4,6 +4,8 @@ from .calls import engine_calls as engine_calls
 from .clip import ClipShape as ClipShape
 from .compare import parity as parity
 from .compare import parity_all as parity_all
+from .component_bench import bench_components as bench_components
+from .component_bench import provider_table as provider_table
 from .forms import compare_forms as compare_forms
 from .inputs import random_feeds as random_feeds
 from .isolated import isolated_cost as isolated_cost
@@ -14,6 +16,8 @@ from .onnx.report import report_frame as report_frame
 from .opening import open_engine as open_engine
 from .ort import OrtEngine as OrtEngine
 from .ort import load_engines as load_engines
+from .ort.profile import node_times as node_times
+from .ort.profile import operator_times as operator_times
 from .pipeline import use as use
 from .ranges import value_ranges as value_ranges
 from .torch_engine import TorchEngine as TorchEngine

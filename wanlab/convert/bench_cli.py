@@ -15,7 +15,7 @@ UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "fra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     add = parser.add_argument
-    add("what", help="an .onnx or .engine file, or a model with --component")
+    add("what", help="an .onnx, .engine or .so file, or a model with --component")
     add("--component", help="of a model: expert_high, vae_decoder, ...")
     add("--engine", default="eager", choices=("eager", "compiled"), help="what runs a model's component")
     add("--weights", default="pretrained", choices=("pretrained", "random"), help="of a model")
@@ -118,6 +118,8 @@ def _engine(options: argparse.Namespace):
                 "optimization": options.optimization,
                 "cuda_graph": options.cuda_graph,
             }
+        elif path.suffix == ".so":
+            wanted = {"threads": options.threads}
         engine = open_engine(path, **wanted)
         return engine, random_feeds(engine, seed=options.seed, **sizes)
     import torch

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from wanlab.convert.engine import Engine
     from wanlab.convert.onnx.report import ExportReport
 
 
 def parity(
     model,
     component: str,
-    onnx_path: str | os.PathLike | OrtEngine,
+    onnx_path: str | os.PathLike | Engine,
     *,
     shapes: Sequence[ClipShape] | None = None,
     cases: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
@@ -55,7 +56,7 @@ def parity(
     import torch
 
     plan = recipe(model, component)
-    engine = onnx_path if isinstance(onnx_path, OrtEngine) else OrtEngine(onnx_path, provider=provider)
+    engine = onnx_path if hasattr(onnx_path, "run") else OrtEngine(onnx_path, provider=provider)
     rows = []
     if cases is None:
         drawn = _shapes(model, plan, engine) if shapes is None else shapes
@@ -135,11 +136,11 @@ def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
     return dict(zip(plan.inputs, inputs, strict=True))
 
 
-def _shapes(model, plan, engine: OrtEngine) -> list[ClipShape]:
+def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     """The traced clip, and when the graph takes other sizes too, one on its side and a smaller one."""
     from wanlab.convert.onnx.report import read_report
 
-    report = read_report(engine.path)
+    report = read_report(engine.path) if hasattr(engine, "path") else None
     first = default_shape(model) if report is None else report.shape
     free = all(
         isinstance(engine.inputs[name][1][axis], str) for name, axes in plan.inputs.items() for axis in axes

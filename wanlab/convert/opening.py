@@ -11,15 +11,15 @@ from wanlab.errors import WanlabError
 if TYPE_CHECKING:
     from wanlab.convert.engine import Engine
 
-SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT", ".plan": "TensorRT"}
+SUFFIXES = {".onnx": "ONNX Runtime", ".engine": "TensorRT", ".plan": "TensorRT", ".so": "TVM"}
 
 
 def open_engine(path: str | os.PathLike, **options: Any) -> Engine:
     """The engine of a file, by its suffix.
 
     Args:
-        path: `.onnx` (ONNX Runtime), `.engine` or `.plan` (TensorRT).
-        options: of `OrtEngine` or `TensorRTEngine`.
+        path: `.onnx` (ONNX Runtime), `.engine` or `.plan` (TensorRT), `.so` (TVM).
+        options: of `OrtEngine`, `TensorRTEngine` or `TvmEngine`.
 
     Raises:
         WanlabError: no such file, a suffix that no engine has, or as the engine itself.
@@ -34,6 +34,10 @@ def open_engine(path: str | os.PathLike, **options: Any) -> Engine:
         from wanlab.convert.ort import OrtEngine
 
         return OrtEngine(path, **options)
+    if path.suffix == ".so":
+        from wanlab.convert.tvm.engine import TvmEngine
+
+        return TvmEngine(path, **options)
     from wanlab.convert.tensorrt.engine import TensorRTEngine
 
     return TensorRTEngine(path, **options)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PACKAGES = (
     "accelerate",
+    "apache-tvm",
     "av",
     "diffusers",
     "lpips",

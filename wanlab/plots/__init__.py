@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from wanlab.plots.attention import head_map, head_type_bars, kernel_bars, layer_time_lines
+from wanlab.plots.bench import bench_bars, operator_bars
 from wanlab.plots.breakdown import CATEGORY_NAMES, category_bars
 from wanlab.plots.diagram import expert_diagram
 from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_steps, switch_bars
 from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
 from wanlab.plots.memory import PART_NAMES, lever_bars, memory_bars, memory_timeline
+from wanlab.plots.platforms import platform_bars
 from wanlab.plots.quality import per_frame_curves
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
@@ -20,6 +22,7 @@ __all__ = [
     "OTHERS",
     "PART_NAMES",
     "before_after_bars",
+    "bench_bars",
     "boundary_curves",
     "breakdown_bar",
     "category_bars",
@@ -39,7 +42,9 @@ __all__ = [
     "lever_bars",
     "memory_bars",
     "memory_timeline",
+    "operator_bars",
     "per_frame_curves",
+    "platform_bars",
     "samples_strip",
     "schedule_timeline",
     "short_name",

@@ -189,6 +189,18 @@ def file_bytes(path: Path) -> int:
     return size
 
 
+def formats_of(path: Path) -> str:
+    """What a graph is quantised in, as its metadata says; empty when in nothing, or when it cannot be read."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):
+        return ""
+    return next((entry.value for entry in model.metadata_props if entry.key == "wanlab_format"), "")
+
+
 def _simplified(model: onnx_ir.Model) -> onnx_ir.Model:
     """What onnxsim makes of a graph whose large weights are inputs."""
     import onnx_ir

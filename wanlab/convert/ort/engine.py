@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from wanlab.convert.components import PARTS
 from wanlab.convert.engine import TensorType
-from wanlab.convert.onnx.graph import file_bytes
+from wanlab.convert.onnx.graph import file_bytes, formats_of
 from wanlab.convert.ort.nodes import assigned_nodes, fallen_back, floating_nodes
 from wanlab.convert.ort.session import choose_provider, first_line, open_session
 from wanlab.errors import WanlabError, did_you_mean
@@ -93,6 +93,7 @@ class OrtEngine:
             optimization=optimization,
             stream=self._stream.cuda_stream if self._stream else 0,
             cuda_graph=cuda_graph,
+            formats=formats_of(self.path),
         )
         self.load_ms = (time.perf_counter() - begin) * 1e3
         self.providers_used = tuple(self.session.get_providers())
@@ -219,6 +220,7 @@ class OrtEngine:
                 optimization=self.optimization,
                 stream=self._stream.cuda_stream if self._stream else 0,
                 profile_prefix=str(Path(folder) / "profile"),
+                formats=self.metadata.get("wanlab_format", ""),
             )
             for _ in range(runs + 1):
                 twin.run(feeds)
@@ -310,12 +312,14 @@ def load_engines(
     *,
     provider: str = "auto",
     threads: int | None = None,
+    **options,
 ) -> dict[str, OrtEngine]:
     """Engines for the files that `export_all` wrote.
 
     Args:
         folder: holds `<component>.onnx`.
         components: which; None takes every one that is there.
+        provider, threads, options: as in `OrtEngine`.
 
     Returns:
         Component -> engine, in the order a generation uses them.
@@ -334,7 +338,8 @@ def load_engines(
             )
     if not wanted:
         raise WanlabError(f"no converted component in {folder}; make them with wanlab.convert.export_all")
-    return {name: OrtEngine(folder / f"{name}.onnx", provider=provider, threads=threads) for name in wanted}
+    options |= {"provider": provider, "threads": threads}
+    return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in wanted}
 
 
 def _type_of(value) -> tuple[str, tuple[int | str, ...]]:

@@ -52,12 +52,14 @@ def open_session(
     stream: int = 0,
     cuda_graph: bool = False,
     profile_prefix: str = "",
+    formats: str = "",
 ) -> Any:
     """An `onnxruntime.InferenceSession` that keeps account of where its nodes run.
 
     Args:
         stream: `CUstream` that all of its work goes to.
         profile_prefix: where its profile goes when `end_profiling` is called; none when empty.
+        formats: that the graph is quantised in, as its metadata says.
 
     Raises:
         WanlabError: an option that does not exist, or a graph that cannot be loaded.
@@ -79,6 +81,10 @@ def open_session(
     # Idle threads of one session would otherwise keep a core busy that the next session or torch needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Layers whose weights alone are quantised would otherwise get rounded inputs too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if "fp8" in formats:  # fusions of Q/DQ make operators that take integers only
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3  # errors only; they come as exceptions as well
     if profile_prefix:
         options.enable_profiling = True

@@ -1,0 +1,62 @@
+"""51_platforms on this machine, and over runs of others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.notebook
+
+
+@pytest.fixture(scope="module")
+def here(run_notebook):
+    return run_notebook("51_platforms", "-p", "rounds=3")
+
+
+def test_this_machine_is_measured_in_every_engine(here):
+    rows = {row["engine"]: row for row in here.values["platforms"] if row["source"] == "measured here"}
+    wanted = {"eager", "onnxruntime-cpu"}
+    if "tvm" not in here.values["left_out"]:
+        wanted.add("tvm-llvm")
+    assert set(rows) == wanted
+    for row in rows.values():
+        assert row["latency_ms"] > 0
+        assert row["throughput_per_s"] == pytest.approx(1e3 / row["latency_ms"])
+        assert row["noise_percent"] == pytest.approx(here.values["control"]["noise_percent"])
+        assert row["ratio_to_eager"] == pytest.approx(rows["eager"]["latency_ms"] / row["latency_ms"])
+    assert here.record["verdict"].startswith("wan-nano expert_high forward, 17x128x192:")
+    assert len(here.page.select("div.figure[data-figure]")) == 2
+
+
+def test_every_engine_agrees_with_eager(here):
+    assert {row["engine"] for row in here.values["engines"]} >= {"eager", "onnxruntime-cpu"}
+    assert all(row["relative_l2"] < 1e-5 for row in here.values["engines"])
+
+
+def test_recorded_results_of_other_work_are_refused_with_the_reason(here):
+    refused = {row["source"].split("/")[0]: row["reason"] for row in here.values["refused"]}
+    assert "model is wan2.2-" in refused["h200_baseline.json"]
+    assert refused["onnxruntime_cpu.json"] == "what is video, here expert_high forward"
+
+
+def test_runs_of_other_machines_are_put_side_by_side(here, run_notebook, outputs, root, tmp_path):
+    """The run above, and a copy of it that says it was taken on another processor and with other weights."""
+    first = next(path.parent for path in outputs.glob("51_platforms/*/run.json"))
+    for number, change in enumerate(({}, {"machine": "Other CPU, 4 threads"}, {"weights": "random"})):
+        folder = shutil.copytree(first, tmp_path / "runs" / f"{number}" / "51_platforms" / first.name)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            for record in line["value"] if line["name"] == "platform_records" else ():
+                record["machine"] = change.get("machine", record["machine"])
+                record["work"]["weights"] = change.get("weights", record["work"]["weights"])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run_notebook(
+        "51_platforms", "-p", f"runs=['{tmp_path / 'runs'}']", "-p", f"results=['{tmp_path}']"
+    )
+    machines = {row["machine"] for row in done.values["platforms"]}
+    assert len(machines) == 2
+    assert "Other CPU, 4 threads" in machines
+    assert {row["reason"] for row in done.values["refused"]} == {"weights is random, here pretrained"}
+    assert "2 machines" in done.record["verdict"]

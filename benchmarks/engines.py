@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ENGINES = ("eager", "compiled", "onnxruntime")
+LIMIT_S = 600  # of one engine in its process
 
 
 def main() -> int:
@@ -78,7 +79,10 @@ def main() -> int:
 def work(what: str, folder: Path) -> dict:
     """Run one worker in a fresh process; its last line is its record."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", what, "--folder", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{what} took more than {LIMIT_S} s") from error
     if done.returncode:
         raise RuntimeError(f"{what} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -89,6 +93,7 @@ def prepare(arguments) -> dict:
     import torch
 
     from wanlab import convert, measure
+    from wanlab.convert import vae_export
     from wanlab.convert.components import recipe
 
     model = load(arguments)
@@ -97,10 +102,17 @@ def prepare(arguments) -> dict:
     torch.save({n: t.cpu() for n, t in zip(plan.inputs, inputs, strict=True)}, arguments.folder / "inputs.pt")
     if "onnxruntime" not in arguments.engines:
         return {}
-    size = {"height": arguments.height, "width": arguments.width, "frames": arguments.frames}
+    size = {"height": arguments.height, "width": arguments.width}
     with measure.peak_memory("cpu") as memory:
-        report = convert.export(model, arguments.component, graph(arguments), opset=arguments.opset, **size)
-    return report.row() | {"operators": report.operators, "peak_host_gib": memory.peak_gib}
+        if arguments.component.startswith("vae_"):
+            reports = vae_export.export_streamed(
+                model, arguments.folder, arguments.component, dynamic=False, **size
+            )
+        else:
+            size |= {"frames": arguments.frames, "opset": arguments.opset}
+            reports = [convert.export(model, arguments.component, graph(arguments), **size)]
+    rows = [report.row() | {"operators": report.operators} for report in reports]
+    return {"exports": rows, "peak_host_gib": memory.peak_gib}
 
 
 def torch_engine(arguments, *, compiled: bool) -> dict:
@@ -130,8 +142,14 @@ def onnxruntime_engine(arguments) -> dict:
     import torch
 
     from wanlab import convert
+    from wanlab.convert import vae_engine
 
-    engine = convert.OrtEngine(graph(arguments), provider=arguments.provider)
+    if arguments.component == "vae_decoder":
+        engine = vae_engine.open_streamed_decoder(arguments.folder, provider=arguments.provider)
+    elif arguments.component == "vae_encoder":
+        engine = vae_engine.open_streamed_encoder(arguments.folder, provider=arguments.provider)
+    else:
+        engine = convert.OrtEngine(graph(arguments), provider=arguments.provider)
     feeds = torch.load(arguments.folder / "inputs.pt", weights_only=True)
     feeds = {name: tensor.to(engine.device) for name, tensor in feeds.items()}
     output = next(iter(engine.outputs))

@@ -11,12 +11,18 @@ from __future__ import annotations
 import re
 import sys
 
+import conversion_tables
 import diagnosis_tables
 from table_text import ROOT, machine, markdown, read
 
 from wanlab.nano.examine import verdicts
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "diagnosis.md", ROOT / "data" / "wan-nano" / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "diagnosis.md",
+    ROOT / "docs" / "conversion.md",
+    ROOT / "data" / "wan-nano" / "README.md",
+)
 
 
 def h200() -> str:
@@ -105,6 +111,7 @@ def heldout() -> str:
 
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
+TABLES |= conversion_tables.TABLES
 
 
 def rewritten(text: str) -> str:

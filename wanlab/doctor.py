@@ -124,11 +124,20 @@ def _onnx() -> list[Row]:
 
 
 def _tensorrt() -> list[Row]:
-    for module, name in (("tensorrt", "TensorRT"), ("tensorrt_rtx_bindings", "TensorRT for RTX")):
-        version = _version(module)
-        if version:
-            return [Row(name, OK, version)]
-    return [Row("TensorRT", OPTIONAL, "not installed", 'pip install "wanlab[gpu]"')]
+    from wanlab.convert.tensorrt.runtime import installed
+
+    rows = []
+    if installed("tensorrt"):
+        rows.append(
+            Row("TensorRT", OK, f"{_version('tensorrt')}, builds on the GPU that will run the engine")
+        )
+    if installed("tensorrt-rtx"):
+        version = _version("tensorrt-rtx-cu13-bindings") or _version("tensorrt-rtx")
+        rows.append(Row("TensorRT for RTX", OK, f"{version}, builds for RTX GPUs on any machine"))
+    if rows:
+        return rows
+    add = 'pip install "wanlab[rtx]" (builds on any machine), or "wanlab[gpu]"'
+    return [Row("TensorRT", OPTIONAL, "not installed", add if sys.platform == "linux" else "")]
 
 
 def _tvm() -> list[Row]:

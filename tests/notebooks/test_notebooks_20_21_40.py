@@ -54,6 +54,21 @@ def test_onnxruntime_makes_the_same_video_faster(run_notebook):
     assert [row["variant"] for row in done.values["before_after"]] == ["eager", "onnxruntime"]
     for row in done.values["before_after"]:
         assert all(row[name] > 0 for name in ("time_per_video_ms", "time_per_frame_ms", "load_ms"))
+    providers = done.values["providers"]
+    assert {row["component"] for row in providers} == COMPONENTS
+    assert {row["provider"] for row in providers} == {"CPUExecutionProvider"}
+    assert all(row["nodes"] > 50 and row["share_percent"] == 100 for row in providers)
+    benches = done.values["benches"]
+    assert [(row["component"], row["engine"]) for row in benches] == [
+        (expert, engine)
+        for expert in ("expert_high", "expert_low")
+        for engine in ("eager", "onnxruntime-cpu")
+    ]
+    assert not {"h2d_ms", "device_ms", "d2h_ms", "enqueue_ms"} & set(benches[0])  # there is none on a CPU
+    operators = done.values["operators"]
+    assert {"MatMul", "Softmax"} <= {row["operator"] for row in operators}
+    assert sum(row["share_percent"] for row in operators) == pytest.approx(100)
+    assert "of expert_high's node time" in done.record["verdict"]
     stages = done.values["stages"]
     assert {row["component"] for row in stages} == COMPONENTS | {"other"}
     for label in ("eager", "onnxruntime"):

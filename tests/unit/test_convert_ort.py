@@ -44,6 +44,25 @@ def test_inputs_can_be_drawn_from_the_file_alone(folder, component):
         convert.random_feeds(engine, height=33, width=48)
 
 
+def test_sizes_that_a_graph_is_fixed_to_are_not_passed_over(tmp_path):
+    model = tiny.bare(tiny.pipeline())
+    model.spec.name = "wan-nano"
+    report = convert.export(
+        model, "expert_high", tmp_path / "a.onnx", dynamic=False, height=64, width=96, frames=9
+    )
+    engine = convert.OrtEngine(report.path, provider="cpu", threads=1)
+    feeds = convert.random_feeds(engine, height=64, width=96, batch=1)
+    assert engine.run(feeds)["velocity"].shape == (1, 16, 3, 8, 12)
+    for size, axis in (
+        ({"height": 32, "width": 96}, "latent_height"),
+        ({"batch": 2}, "batch"),
+        ({"text_tokens": 7}, "text_tokens"),
+        ({"frames": 5}, "latent_frames"),
+    ):
+        with pytest.raises(WanlabError, match=rf"\({axis}\) is fixed at"):
+            convert.random_feeds(engine, **size)
+
+
 def test_levels_of_optimisation_compute_the_same(folder, engine):
     feeds = convert.random_feeds(engine, height=32, width=48, frames=9)
     expected = engine.run(feeds)["velocity"]
@@ -112,6 +131,32 @@ def test_on_a_gpu_everything_stays_there(tmp_path, dtype):
             call()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_captured_graphs_keep_to_their_own_memory(tmp_path):
+    from wanlab import models
+
+    model = models.load("wan-nano", components=["expert_high"], device="cuda", dtype="float16")
+    report = convert.export(model, "expert_high", tmp_path / "a.onnx", opset=23)
+    engine = convert.OrtEngine(report.path, provider="cuda", cuda_graph=True)
+    feeds = {name: tensor.cuda() for name, tensor in convert.random_feeds(engine).items()}
+    halves = feeds | {"hidden_states": feeds["hidden_states"] / 2}
+    expected = [engine.run(one)["velocity"] for one in (feeds, halves)]  # no capture, and none replayed
+    assert not torch.allclose(*expected, atol=1e-2)
+    outputs = [torch.zeros_like(one) for one in expected]
+    calls = [
+        engine.bind(one, {"velocity": output}, cuda_graph=True)
+        for one, output in zip((feeds, halves), outputs, strict=True)
+    ]
+    for _ in range(3):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert torch.allclose(output, wanted, atol=1e-2)
+    assert torch.allclose(engine.run(feeds)["velocity"], expected[0], atol=1e-2)
 
 
 def test_modulation_for_every_token_is_not_computed_for_all_blocks_at_once(tmp_path):

@@ -9,6 +9,8 @@ import sys
 
 import convert_tiny as tiny
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
@@ -92,6 +94,46 @@ def test_iterations_go_on_until_both_limits_are_reached(model, engine):
     assert result.main.n > 2
 
 
+class Forgetful(convert.TorchEngine):
+    """Computes, and leaves its outputs somewhere else: what a replayed graph of other memory does."""
+
+    def bind(self, inputs, outputs, **settings):
+        return super().bind(
+            inputs, {name: torch.empty_like(held) for name, held in outputs.items()}, **settings
+        )
+
+
+def test_an_engine_whose_outputs_do_not_arrive_has_no_time(model):
+    with pytest.raises(WanlabError, match=r"eager over fixed memory is .* from its own run in 'velocity'"):
+        measure.bench(Forgetful(model, "expert_high"), feeds(model), iterations=2, **QUICK)
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "eager"])
+def test_memory_that_does_not_fit_is_refused(model, engine, kind):
+    engine = engine if kind == "onnxruntime" else convert.TorchEngine(model, "expert_high")
+    inputs = feeds(model)
+    output = torch.empty_like(engine.run(inputs)["velocity"])
+    flat = output.permute(0, 1, 4, 3, 2)
+    for change, memory, message in (
+        ({"hidden_states": inputs["hidden_states"].half()}, output, "'hidden_states' .* is float32 on cpu"),
+        (
+            {"hidden_states": inputs["hidden_states"].transpose(3, 4)},
+            output,
+            "'hidden_states' is not contiguous",
+        ),
+        ({}, flat, "'velocity' is not contiguous"),
+    ):
+        with pytest.raises(WanlabError, match=message):
+            engine.bind(inputs | change, {"velocity": memory})
+    with pytest.raises(WanlabError, match="needs memory for 'velocity'; none was given"):
+        engine.bind(inputs, {})
+    for wrong in (torch.zeros(3, *output.shape[1:]), output[:, :, :1].contiguous()):
+        before = wrong.clone()
+        with pytest.raises(WanlabError, match="memory"):
+            engine.bind(inputs, {"velocity": wrong})()
+        assert torch.equal(wrong, before)
+
+
 def test_the_engine_runs_over_the_memory_it_was_given(model, engine):
     given = feeds(model)
     expected = engine.run(given)["velocity"]
@@ -118,6 +160,27 @@ def test_a_benchmark_survives_json(model, engine, tmp_path):
     (tmp_path / "two.json").write_text(json.dumps(newer))
     with pytest.raises(WanlabError, match="schema 99"):
         measure.read_bench(tmp_path / "two.json")
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(made_up().to_dict())), JSON, st.booleans())
+def test_a_spoilt_file_is_refused_in_one_line_or_read_whole(tmp_path_factory, key, value, alone):
+    path = tmp_path_factory.mktemp("wild") / "b.json"
+    path.write_text(json.dumps(value if alone else made_up().to_dict() | {key: value}))
+    said, read = "", None
+    try:
+        read = measure.read_bench(path)
+    except WanlabError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert said or read.main.n == 4
 
 
 @pytest.mark.parametrize(
@@ -168,6 +231,15 @@ def test_what_is_not_alike_is_not_compared(changes, reason):
     assert reason in table["differs_in"][1]
     # another dtype is what a comparison may well be about
     measure.bench_table([made_up(), made_up(inputs={"x": ("float16", (1, 2))})])
+
+
+def test_cpus_of_two_kinds_are_not_compared():
+    one = {"latency": measure.Samples("latency", (1.0, 1.0), "cpu")}
+    pair = [
+        made_up(samples=one, environment={"gpu": None, "cpu": name}, name=name) for name in ("this", "that")
+    ]
+    with pytest.raises(WanlabError, match=r"CPU \(that against this\)"):
+        measure.bench_table(pair)
 
 
 def test_mistakes_are_named(model, engine):

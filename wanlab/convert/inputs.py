@@ -53,30 +53,38 @@ def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, t
         "latent_height": latent.height,
         "latent_width": latent.width,
     }
+    asked = {name for name, value in changes.items() if value is not None}
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for name, (dtype, axes) in engine.inputs.items():
-        shape = [
-            size if isinstance(size, int) else _size(name, axis, size, sizes)
-            for axis, size in enumerate(axes)
-        ]
+        shape = [_size(name, axis, size, sizes, asked) for axis, size in enumerate(axes)]
         feeds[name] = _draw(name, shape, getattr(torch, dtype), generator)
     return feeds
 
 
 # Free axes may be named by expressions of a symbol (4 * frames_units + 1): by their place they are known.
 _AXES = {
-    "hidden_states": {2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "latents": {2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "video": {2: "frames", 3: "height", 4: "width"},
-    "timestep": {1: "tokens"},
+    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
+    "timestep": {0: "batch", 1: "tokens"},
+    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+    "input_ids": {0: "batch", 1: "text_tokens"},
+    "attention_mask": {0: "batch", 1: "text_tokens"},
 }
 
 
-def _size(tensor: str, axis: int, name: str, sizes: dict[str, int]) -> int:
-    known = _AXES.get(tensor, {}).get(axis, name)
+def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], asked: set[str]) -> int:
+    known = _AXES.get(tensor, {}).get(axis, size)
+    if isinstance(size, int):  # the graph was exported for this size only
+        if str(known).removeprefix("latent_") in asked and sizes[known] != size:
+            raise WanlabError(
+                f"axis {axis} of {tensor} ({known}) is fixed at {size} and {sizes[known]} was asked for;"
+                " leave the size out or export again with it"
+            )
+        return size
     if known not in sizes:
-        raise WanlabError(f"axis {axis} of {tensor} is {name}, which no clip has; give the inputs yourself")
+        raise WanlabError(f"axis {axis} of {tensor} is {known}, which no clip has; give the inputs yourself")
     return sizes[known]
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from wanlab.convert.binding import check_bound
 from wanlab.convert.components import recipe
 from wanlab.convert.engine import TensorType
 from wanlab.errors import WanlabError, did_you_mean
@@ -51,6 +52,12 @@ class TorchEngine:
         """Run once; see `Engine.run`."""
         import torch
 
+        for name in feeds:
+            if name not in self.inputs:
+                raise WanlabError(
+                    f"{self.metadata['component']} has no input {name!r}{did_you_mean(name, self.inputs)};"
+                    f" it takes {', '.join(self.inputs)}"
+                )
         missing = [name for name in self.inputs if name not in feeds]
         if missing:
             raise WanlabError(f"{self.name} {self.metadata['component']} misses input {', '.join(missing)}")
@@ -69,15 +76,27 @@ class TorchEngine:
         stream: int | None = None,
         cuda_graph: bool = False,
     ) -> Callable[[], None]:
-        """A call that runs over memory that stays where it is; see `Engine.bind`."""
+        """A call that runs over memory that stays where it is; see `Engine.bind`.
+
+        PyTorch makes its own output, which is then copied on the device into `outputs`.
+        """
         import torch
 
+        label = f"{self.name} {self.metadata['component']}"
+        check_bound(label, self.inputs, inputs, self.device.type)
+        check_bound(label, self.outputs, outputs, self.device.type, dtypes=False)
         given = [inputs[name] for name in self.inputs]
         target = outputs[self._recipe.output]
 
         @torch.no_grad()
         def call() -> None:
-            target.copy_(self._call(*given))
+            made = self._call(*given)
+            if made.shape != target.shape or made.dtype != target.dtype:  # copying would repeat, or cast
+                raise WanlabError(
+                    f"{label} makes {list(made.shape)} in {made.dtype};"
+                    f" memory for {list(target.shape)} in {target.dtype} was given"
+                )
+            target.copy_(made)
 
         if self.device.type != "cuda":
             if cuda_graph:

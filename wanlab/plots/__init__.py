@@ -6,12 +6,14 @@ from wanlab.plots.attention import head_map, head_type_bars, kernel_bars, layer_
 from wanlab.plots.bench import bench_bars, operator_bars
 from wanlab.plots.breakdown import CATEGORY_NAMES, category_bars
 from wanlab.plots.diagram import expert_diagram
+from wanlab.plots.engine import ROLE_NAMES, difference_waterfall, module_treemap, role_bars, site_dumbbells
 from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_steps, switch_bars
 from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
 from wanlab.plots.memory import PART_NAMES, lever_bars, memory_bars, memory_timeline
 from wanlab.plots.platforms import platform_bars
 from wanlab.plots.quality import per_frame_curves
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
+from wanlab.plots.tensorrt import build_bars
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
 from wanlab.plots.triage import decision_tree
 
@@ -21,15 +23,18 @@ __all__ = [
     "NAMES",
     "OTHERS",
     "PART_NAMES",
+    "ROLE_NAMES",
     "before_after_bars",
     "bench_bars",
     "boundary_curves",
     "breakdown_bar",
+    "build_bars",
     "category_bars",
     "colour",
     "decision_tree",
     "difference_bars",
     "difference_icicle",
+    "difference_waterfall",
     "disagreement_curve",
     "expert_diagram",
     "expert_steps",
@@ -42,12 +47,15 @@ __all__ = [
     "lever_bars",
     "memory_bars",
     "memory_timeline",
+    "module_treemap",
     "operator_bars",
     "per_frame_curves",
     "platform_bars",
+    "role_bars",
     "samples_strip",
     "schedule_timeline",
     "short_name",
+    "site_dumbbells",
     "switch_bars",
     "theme",
 ]

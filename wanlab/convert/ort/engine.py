@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import time
@@ -10,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanlab.convert.binding import check_bound, fits
 from wanlab.convert.components import PARTS
-from wanlab.convert.engine import TensorType
 from wanlab.convert.onnx.graph import file_bytes, formats_of
 from wanlab.convert.ort.nodes import assigned_nodes, fallen_back, floating_nodes
 from wanlab.convert.ort.session import choose_provider, first_line, open_session
@@ -32,6 +33,9 @@ _DTYPES = {
     "int32": "int32",
     "bool": "bool",
 }
+
+UNCAPTURED = -1
+"""Number of the captured graph of a run that neither captures nor replays."""
 
 
 class OrtEngine:
@@ -85,6 +89,7 @@ class OrtEngine:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.optimization, self.cuda_graph = optimization, cuda_graph
         self._stream = torch.cuda.Stream() if self.provider == "cuda" else None
+        self._graphs = itertools.count(1)
         begin = time.perf_counter()
         self.session = open_session(
             self.path,
@@ -169,7 +174,11 @@ class OrtEngine:
     ) -> Callable[[], None]:
         """A call that runs the graph over memory that stays where it is; see `Engine.bind`.
 
-        The first call of a session opened with `cuda_graph` runs and captures, later ones replay.
+        With `cuda_graph`, for which the session has to be opened, the first call runs and captures, later ones replay.
+
+        Raises:
+            WanlabError: memory that does not fit, or a session that was opened for the other `cuda_graph`; from the
+                call, what ONNX Runtime refuses.
         """
         import torch
 
@@ -177,22 +186,25 @@ class OrtEngine:
             wanted = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
             raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {wanted}")
         for kinds, given in ((self.inputs, inputs), (self.outputs, outputs)):
-            self._check_bound(kinds, given)
+            check_bound(self.path.name, kinds, given, self.provider)
+        for name in self.inputs:
+            self._check_shape(name, tuple(inputs[name].shape))
         binding = self._binding(inputs, outputs)
         # A binding holds addresses only: the tensors have to live as long as the call.
         memory = (dict(inputs), dict(outputs))
         if self._stream is None:
 
             def run(_memory=memory) -> None:
-                self.session.run_with_iobinding(binding)
+                self._run_binding(binding)
 
             return run
         caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
-        options = self._without_waiting()
+        # A captured graph replays its own addresses, so every binding has one of its own.
+        options = self._without_waiting(graph=next(self._graphs) if cuda_graph else UNCAPTURED)
 
         def enqueue(_memory=memory) -> None:
             self._stream.wait_stream(caller)
-            self.session.run_with_iobinding(binding, options)
+            self._run_binding(binding, options)
             caller.wait_stream(self._stream)
 
         return enqueue
@@ -236,25 +248,9 @@ class OrtEngine:
                 f" {lost['node'].iloc[0] or lost['operator'].iloc[0]}): allow_cpu_fallback=True runs it all the same"
             )
 
-    def _check_bound(self, kinds: Mapping[str, TensorType], given: Mapping[str, torch.Tensor]) -> None:
-        for name, (dtype, _) in kinds.items():
-            if name not in given:
-                raise WanlabError(f"{self.path.name} needs memory for {name!r}; {', '.join(given)} was given")
-            tensor = given[name]
-            if str(tensor.dtype) != f"torch.{dtype}" or tensor.device.type != self.provider:
-                raise WanlabError(
-                    f"{name!r} of {self.path.name} is {dtype} on {self.provider};"
-                    f" {tensor.dtype} on {tensor.device} was given"
-                )
-            if not tensor.is_contiguous():
-                raise WanlabError(f"{name!r} is not contiguous; give tensor.contiguous()")
-
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         wanted = self.inputs[name][1]
-        fits = len(shape) == len(wanted) and all(
-            isinstance(want, str) or want == size for want, size in zip(wanted, shape, strict=True)
-        )
-        if not fits:
+        if not fits(wanted, shape):
             raise WanlabError(
                 f"input {name!r} of {self.path.name} is {list(shape)},"
                 f" the graph takes [{', '.join(map(str, wanted))}];"
@@ -298,11 +294,21 @@ class OrtEngine:
                 binding.bind_output(name, *place(outputs[name]))
         return binding
 
-    def _without_waiting(self):
+    def _run_binding(self, binding, options=None) -> None:
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise WanlabError(
+                f"{self.path.name} failed on the memory it was given: {first_line(error)}"
+            ) from error
+
+    def _without_waiting(self, graph: int = UNCAPTURED):
+        """Options of a run that the host does not wait for; `graph` is the number of its captured graph."""
         import onnxruntime as ort
 
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
 
 

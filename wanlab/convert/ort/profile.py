@@ -53,8 +53,8 @@ def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
         ) from error
     frame = pd.DataFrame(rows, columns=["node", "operator", "provider", "start", "time_ms"])
     keys = ["node", "operator", "provider"]
-    order = frame.sort_values("start", kind="stable").groupby(keys).cumcount()
-    kept = frame[order >= warmup]
+    frame = frame.sort_values("start", kind="stable")
+    kept = frame[frame.groupby(keys).cumcount() >= warmup]
     if kept.empty:
         raise WanlabError(f"{path} holds no run of a node after {warmup} to warm up; profile more runs")
     found = kept.groupby(keys, as_index=False).agg(runs=("time_ms", "size"), time_ms=("time_ms", "median"))

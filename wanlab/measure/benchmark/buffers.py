@@ -162,6 +162,7 @@ class PycudaBuffers:
             memory.free()
         self._sources.clear()
         self._targets.clear()
+        self._stream = None  # while its context is there: without it a stream cannot be given back
         self._context.pop()
         self._context.detach()
 

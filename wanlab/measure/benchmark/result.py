@@ -144,6 +144,8 @@ def read_bench(path: str | os.PathLike) -> Bench:
                 f"{path} has schema {data['schema']}, this wanlab reads {SCHEMA}; measure it again"
             )
         samples = {name: Samples.from_dict(row) for name, row in data["samples"].items()}
+        if "latency" not in samples:
+            raise ValueError("it has no samples of the latency")
         first, second = (Samples.from_dict(row) for row in data["control"])
         types = {
             key: {name: (dtype, tuple(shape)) for name, (dtype, shape) in data[key].items()}
@@ -161,7 +163,7 @@ def read_bench(path: str | os.PathLike) -> Bench:
             data["environment"],
             data.get("events_ratio"),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WanlabError(
             f"{path} is no saved benchmark ({error}); make one with wanlab bench --json"
         ) from error
@@ -216,5 +218,7 @@ def _difference(base: Bench, other: Bench) -> str:
     for key in ("transfers", "cuda_graph"):
         if base.settings[key] != other.settings[key]:
             return f"{key} ({other.settings[key]} against {base.settings[key]})"
-    gpus = [(result.environment.get("gpu") or {}).get("name") for result in (base, other)]
-    return f"GPU ({gpus[1]} against {gpus[0]})" if gpus[0] != gpus[1] else ""
+    kind = "CPU" if base.main.device == "cpu" else "GPU"
+    both = [result.environment for result in (base, other)]
+    names = [one.get("cpu") if kind == "CPU" else (one.get("gpu") or {}).get("name") for one in both]
+    return f"{kind} ({names[1]} against {names[0]})" if names[0] != names[1] else ""

@@ -17,6 +17,9 @@ from wanlab.measure.timing import control_of, time_ms
 if TYPE_CHECKING:
     import torch
 
+EFFECT_LIMIT = 0.02
+"""Relative L2 between an engine run and the same engine over fixed memory; rounding in bfloat16 stays below it."""
+
 
 def bench(
     engine,
@@ -47,14 +50,15 @@ def bench(
         buffers: `"pycuda"`, `"torch"` or `"auto"`; on a GPU only.
 
     Raises:
-        WanlabError: figures that make no sense, inputs that do not fit, or an engine that cannot do it.
+        WanlabError: figures that make no sense, inputs that do not fit, an engine that cannot do it, or one that
+            computes something else over fixed memory than when it is run.
     """
     if iterations < 2 or min(warmup_ms, duration_ms) < 0:
         raise WanlabError(
             f"iterations is {iterations}, warm-up {warmup_ms:g} ms, duration {duration_ms:g} ms; give at least 2"
             " iterations (two sides are compared) and no negative times"
         )
-    given, shapes = _prepared(engine, feeds)
+    given, shapes, expected = _prepared(engine, feeds)
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         held = make_buffers(buffers, given, shapes, engine.device)
@@ -71,6 +75,8 @@ def bench(
         one()
         while time.perf_counter() < until:
             one()
+        _check_effect(engine.name, expected, one.results())
+        del expected
         taken: list[dict[str, float]] = []
         begin = time.perf_counter()
         bar = _Bar(engine.name, iterations, duration_ms, progress)
@@ -124,7 +130,7 @@ def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, it
 
     if engine.device.type != "cuda":
         raise WanlabError(f"{engine.name} runs on the CPU; there are no events to check its times with")
-    given, shapes = _prepared(engine, feeds)
+    given, shapes, _ = _prepared(engine, feeds)
     inputs = {name: tensor.to(engine.device) for name, tensor in given.items()}
     outputs = _memory(shapes, engine.device)
     call = engine.bind(inputs, outputs, cuda_graph=result.settings["cuda_graph"])
@@ -140,6 +146,13 @@ class _GpuIteration:
         self.held, self.transfers = held, transfers
         held.upload()
         self.call = engine.bind(held.inputs, held.outputs, stream=held.stream, cuda_graph=cuda_graph)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the last call made."""
+        first = self.held.mark()
+        self.held.download()
+        self.held.elapsed_ms(first, self.held.mark())  # waits
+        return self.held.results()
 
     def __call__(self) -> dict[str, float]:
         held = self.held
@@ -163,7 +176,12 @@ class _CpuIteration:
     """One iteration on the CPU; returns its time in ms."""
 
     def __init__(self, engine, given, shapes) -> None:
-        self.call = engine.bind(given, _memory(shapes, engine.device))
+        self.outputs = _memory(shapes, engine.device)
+        self.call = engine.bind(given, self.outputs)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the last call made."""
+        return self.outputs
 
     def __call__(self) -> dict[str, float]:
         begin = time.perf_counter()
@@ -171,8 +189,8 @@ class _CpuIteration:
         return {"latency": (time.perf_counter() - begin) * 1e3}
 
 
-def _prepared(engine, feeds) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Inputs in the engine's dtypes, and what it makes of them: name -> dtype and shape."""
+def _prepared(engine, feeds):
+    """Inputs in the engine's dtypes, the types of what it makes of them, and that on the host; all by name."""
     import torch
 
     made = engine.run(feeds)  # refuses what does not fit, and tells the sizes of the outputs
@@ -180,7 +198,26 @@ def _prepared(engine, feeds) -> tuple[dict[str, torch.Tensor], dict[str, tuple[s
         name: torch.as_tensor(feeds[name]).to(engine.device, getattr(torch, dtype)).contiguous()
         for name, (dtype, _) in engine.inputs.items()
     }
-    return given, {name: _type(tensor) for name, tensor in made.items()}
+    expected = {name: tensor.cpu() for name, tensor in made.items()}
+    return given, {name: _type(tensor) for name, tensor in made.items()}, expected
+
+
+def _check_effect(
+    engine: str, expected: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor]
+) -> None:
+    """A call whose outputs do not arrive, or that reads other memory, has no time worth telling."""
+    import torch
+
+    for name, want in expected.items():
+        # Random weights may overflow; what is not finite has to be so in both.
+        a, b = (torch.nan_to_num(tensor.float(), 1.0, 2.0, -2.0) for tensor in (want, made[name]))
+        scale = a.abs().max().clamp_min(1e-30)  # squares of large values would overflow
+        apart = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
+        if not apart <= EFFECT_LIMIT:
+            raise WanlabError(
+                f"{engine} over fixed memory is {apart:.1g} (relative L2) from its own run in {name!r}: its times would"
+                " be of something else; open the engine anew, without cuda_graph if it has one"
+            )
 
 
 def _memory(shapes, device) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Tables of the conversion: ONNX at true size, forms, engines, from the JSON under data/results/."""
+
+from __future__ import annotations
+
+import re
+
+from table_text import machine, markdown, read
+
+GIB = 2**30
+
+KERNELS = {
+    "attention": r"flash|sdpa|fmha|mha",
+    "matrix products": r"nvjet|gemm|cutlass",
+    "norms": r"layer_?norm|rms_?norm|LayerNorm",
+    "rotary embedding": r"RotaryEmbedding",
+    "activation": r"[Gg]elu|silu",
+}
+
+
+def onnx_export() -> str:
+    """An A14B expert as ONNX: seconds, bytes, host memory."""
+    record = read("onnx_export_h200")
+    rows = [
+        [
+            row["graph"],
+            f"{row['time_ms'] / 1e3:.0f} s",
+            f"{row['size_bytes'] / GIB:.2f} GiB",
+            f"{row['weights_written_bytes'] / GIB:.2f} GiB",
+            f"{row['peak_host_gib']:.2f} GiB",
+            f"{row['peak_over_weights']:.2f}",
+            f"{row['nodes_before']:,} to {row['nodes_after']:,}",
+        ]
+        for row in record["exports"]
+    ]
+    header = ["graph", "time", "size", "written", "host peak", "over the weights", "nodes"]
+    return markdown(header, rows) + (
+        f"\n\nExpert of I2V-A14B, {record['weights_gib']:.2f} GiB of weights in bfloat16 on the host; opset"
+        f" {record['exports'][0]['opset']}, every size free; {machine(record['environment'])}, 16 cores."
+    )
+
+
+def onnx_blocks() -> str:
+    """Parity of its blocks with float32 arithmetic, beside PyTorch's own in bfloat16."""
+    record = read("onnx_export_h200")
+    blocks = [row for row in record["blocks"] if row["piece"].startswith("blocks.")]
+    ends = {row["piece"]: row for row in record["blocks"]}
+    figures = {
+        "ONNX Runtime, one block": [row["relative_l2"] for row in blocks],
+        "PyTorch eager, the same block": [row["eager_relative_l2"] for row in blocks],
+        "ONNX Runtime over PyTorch": [row["relative_l2"] / row["eager_relative_l2"] for row in blocks],
+    }
+    rows = [
+        [name, *(f"{value:.3g}" for value in (min(found), sorted(found)[len(found) // 2], max(found)))]
+        for name, found in figures.items()
+    ]
+    note = (
+        f"\n\nRelative L2 to the same block in float32, over {len(blocks)} blocks at 7,800 tokens. Rounding the input"
+        f" to bfloat16 alone costs {ends['before']['relative_l2']:.2g}; what comes after the blocks is off by"
+        f" {ends['after']['relative_l2']:.2g}. {machine(record['environment'])}."
+    )
+    return markdown(["relative L2 to float32", "least", "median", "most"], rows) + note
+
+
+def onnx_forms() -> str:
+    """The same expert traced as it is, in friendly forms, with fused operators."""
+    rows, places = [], []
+    for name in ("onnx_forms_cpu", "onnx_forms_h200"):
+        record = read(name)
+        gpu = record["environment"].get("gpu")
+        place = gpu["name"] if gpu else "CPU"
+        places.append(machine(record["environment"]))
+        for row in record["forms"]:
+            count = [f"{row[key]:.0f}" if row.get(key) is not None else "" for key in ("nodes", "ScatterND")]
+            fused = "" if row.get("Attention") is None else f"{row['Attention']:.0f}"
+            sign = "" if row["verdict"] == "baseline" else row["verdict"]
+            cells = [f"{place}, {row['dtype']}", row["form"], *count, fused]
+            rows.append([*cells, f"{row['time_ms']:.2f} ms", f"{row['ratio']:.2f}x", sign])
+    header = ["where", "form", "nodes", "ScatterND", "Attention", "time", "ratio", ""]
+    return markdown(header, rows) + f"\n\nwan-nano's expert_high, one clip. {'; '.join(places)}."
+
+
+def engines() -> str:
+    """TI2V-5B at true size on every engine: time, memory, distance."""
+    rows, environment = [], None
+    for name in ("engines_dit_h200", "engines_vae_h200"):
+        try:
+            record = read(name)
+        except FileNotFoundError:
+            continue
+        settings, environment = record["settings"], record["environment"]
+        size = f"{settings['height']}x{settings['width']}x{settings['frames']}"
+        for engine, row in record["engines"].items():
+            what = f"{settings['component']}, {size}"
+            if "failed" in row:
+                rows.append([what, engine, row["failed"], "", "", "", ""])
+                continue
+            first = next(iter(record["engines"].values()))
+            ratio = first["samples"]["median_ms"] / row["samples"]["median_ms"]
+            distance = row.get("distance")
+            rows.append(
+                [
+                    what,
+                    engine,
+                    f"{row['samples']['median_ms']:,.0f} ms",
+                    "" if row["noise_percent"] is None else f"{row['noise_percent']:.1f} %",
+                    "1" if row is first else f"{ratio:.2f}x",
+                    f"{row['peak_gib']:.1f} GiB",
+                    "" if row is first or distance is None else f"{distance['relative_l2']:.2g}",
+                ]
+            )
+    header = [
+        "TI2V-5B",
+        "engine",
+        "median",
+        "A/A noise",
+        "against eager",
+        "peak of the device",
+        "relative L2",
+    ]
+    return markdown(header, rows) + f"\n\n{machine(environment)}; bfloat16, random weights, batch 1."
+
+
+def kernels() -> str:
+    """Where each engine's time goes, by kernel."""
+    record = read("engines_dit_h200")
+    found = {name: _by_kind(row["kernels"]) for name, row in record["engines"].items() if "kernels" in row}
+    kinds = [*KERNELS, "elementwise, casts, copies"]
+    rows = [[kind, *(f"{times.get(kind, 0.0):,.0f} ms" for times in found.values())] for kind in kinds]
+    rows.append(["all kernels", *(f"{sum(times.values()):,.0f} ms" for times in found.values())])
+    return markdown(["kernels of the DiT", *found], rows)
+
+
+def _by_kind(listed: list[dict]) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for row in listed:
+        kind = next(
+            (k for k, p in KERNELS.items() if re.search(p, row["name"])), "elementwise, casts, copies"
+        )
+        times[kind] = times.get(kind, 0.0) + row["time_ms"]
+    return times
+
+
+def bench() -> str:
+    """`wanlab bench` of the DiT on ONNX Runtime, over PyCUDA memory."""
+    record = read("bench_5b_h200")
+    keys = ("min_ms", "median_ms", "mean_ms", "p99_ms", "max_ms", "cv_percent")
+    rows = [
+        [name, *(f"{record['samples'][name][key]:,.4g}" for key in keys)]
+        for name in ("latency", "h2d", "device", "d2h", "enqueue")
+    ]
+    note = (
+        f"\n\nTI2V-5B DiT 704x1280x121, {record['engine']}, buffers of {record['settings']['buffers']},"
+        f" {record['samples']['device']['n']} iterations, A/A noise {record['noise_percent']:.2f} %. Device time by"
+        f" PyTorch's events on its own stream and memory over this one: {record['events_ratio']:.4f}."
+        f" {machine(record['environment'])}."
+    )
+    return markdown(["measure, ms", "min", "median", "mean", "p99", "max", "CV %"], rows) + note
+
+
+def tvm() -> str:
+    """TVM beside ONNX Runtime and eager on the CPU."""
+    record = read("tvm_cpu")
+    gains = {row["candidate"]: row for row in record["comparisons"] if row["baseline"] == "eager"}
+    builds = {row["build"]: row["build_ms"] for row in record["builds"]}
+    off = {row["engine"]: row["relative_l2"] for row in record["parity"] if row["against"] == "eager"}
+    rows = []
+    for name, samples in record["samples"].items():
+        gain = gains.get(name)
+        rows.append(
+            [
+                name,
+                f"{samples['median_ms']:,.1f} ms",
+                f"{gain['speedup']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})" if gain else "1",
+                gain["verdict"] if gain else "",
+                f"{builds[name] / 1e3:.1f} s" if name in builds else "",
+                f"{off[name]:.1g}" if name in off else "",
+            ]
+        )
+    header = ["wan-nano expert_high", "median", "against eager", "", "build", "relative L2"]
+    note = f"\n\n{machine(record['environment'])}; A/A noise {record['noise_percent']:.1f} %."
+    return markdown(header, rows) + note
+
+
+TABLES = {
+    "onnx_export": onnx_export,
+    "onnx_blocks": onnx_blocks,
+    "onnx_forms": onnx_forms,
+    "engines": engines,
+    "kernels": kernels,
+    "bench": bench,
+    "tvm": tvm,
+}

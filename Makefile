@@ -17,9 +17,11 @@ install: $(STAMP) ## make .venv and install wanlab into it (again only when pypr
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "wanlab needs Python 3.11 or newer: make PYTHON=python3.11 install" >&2; exit 1; }
-	@echo "installing into $(VENV): a few minutes and about 7 GB, most of it torch with CUDA" >&2
+	@echo "installing into $(VENV): a few minutes and about 8 GB, most of it torch with CUDA" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@# the stubs alone: what they depend on is all of TensorRT
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'tensorrt-stubs>=10.13,<11'
 	@touch $@
 
 demo: $(STAMP) ## one photograph to one report; the last line is the path of the report

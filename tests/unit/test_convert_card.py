@@ -81,6 +81,18 @@ def tables_add_up(layers):
     return report
 
 
+def test_names_of_the_package_do_not_hide_one_another():
+    """A module of the same name as a function would take its place once it was imported."""
+    import importlib
+    import pkgutil
+
+    modules = {module.name for module in pkgutil.iter_modules(card.__path__)}
+    for name in modules:
+        importlib.import_module(f"{card.__name__}.{name}")
+    assert not modules & set(card.__all__)
+    assert convert.card is card
+
+
 def test_a_graph_alone_has_a_card(folder):
     plain, fused = (card.read_onnx(folder / f"{opset}.onnx") for opset in (20, 23))
     report = tables_add_up(plain)
@@ -320,7 +332,7 @@ def test_a_profile_says_how_it_was_taken(measured, folder):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_layers_add_up_to_about_the_run(tmp_path):
-    _, first, second = card.profile_levels(tmp_path, "wan-nano", device="cuda", dtype="bfloat16", runs=4)
+    _, first, second = card.profile_levels(tmp_path, "wan-nano", device="cuda", dtype="float16", runs=4)
     for layers in (first, second):
         assert not any("CUDA_LAUNCH_BLOCKING" in note for note in layers.notes)
         assert sum(layer.provider == "CUDAExecutionProvider" for layer in layers.layers) > 50

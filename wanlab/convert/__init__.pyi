@@ -1,3 +1,4 @@
+from . import card as card
 from .blockwise import blockwise_parity as blockwise_parity
 from .calls import EngineCalls as EngineCalls
 from .calls import engine_calls as engine_calls

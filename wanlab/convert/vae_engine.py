@@ -20,7 +20,7 @@ class Streamed:
     """One half of the VAE over two engines: the first chunk of a clip, and every later one.
 
     What the causal convolutions have seen stays where the engines put it; peak memory is that of one chunk, beside the
-    input and the output. Both engines hold the weights.
+    input and the output. Both engines hold the weights, so `size_bytes` counts them twice.
 
     Attributes: as `wanlab.convert.engine.Engine`, with the input and the output of the whole clip; `name` is that of the
         engines with `-streamed` after it. path: of the first engine's file, where it has one.
@@ -46,11 +46,9 @@ class Streamed:
                     f"{_file(engine)} is {made}, not {self.component}.{step};"
                     " make the pair with wanlab.convert.export_streamed"
                 )
-        carried = {
-            name.removeprefix(PRESENT): kind for name, kind in first.outputs.items() if PRESENT in name
-        }
-        wanted = {name.removeprefix(PAST): kind for name, kind in next.inputs.items() if PAST in name}
-        agree = {name: kind[0] for name, kind in carried.items()} == {n: k[0] for n, k in wanted.items()}
+        carried = {name: kind[0] for name, kind in first.outputs.items() if name.startswith(PRESENT)}
+        self.caches = tuple(name.removeprefix(PAST) for name in next.inputs if name.startswith(PAST))
+        agree = carried == {f"{PRESENT}{name}": next.inputs[f"{PAST}{name}"][0] for name in self.caches}
         if not agree or first.metadata.get("weights") != next.metadata.get("weights"):
             raise WanlabError(
                 f"{_file(first)} and {_file(next)} were exported from different networks or in different dtypes;"
@@ -66,7 +64,6 @@ class Streamed:
         self.size_bytes = first.size_bytes + next.size_bytes
         self.load_ms = first.load_ms + next.load_ms
         self.path = getattr(first, "path", None)
-        self.caches = tuple(wanted)
         self._later = next.inputs[self.source][1][2], next.outputs[self.result][1][2]
         self.inputs: dict[str, TensorType] = {self.source: _whole(first.inputs[self.source], half.source)}
         self.outputs: dict[str, TensorType] = {self.result: _whole(first.outputs[self.result], half.result)}

@@ -54,7 +54,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
         y=places,
         mode="markers",
         name="its ONNX graph",
-        marker={"symbol": "line-ns", "size": 22, "line": {"width": 3, "color": GREY}},
+        marker={"symbol": "diamond", "size": 11, "color": GREY, "line": {"width": 1.5, "color": "white"}},
         hovertemplate="ONNX graph %{x:,.3g} MiB<extra></extra>",
         row=1,
         col=2,

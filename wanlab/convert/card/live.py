@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanlab.convert.card.fusions import optimised_graph
 from wanlab.convert.card.graph import read_onnx
 from wanlab.convert.card.layers import EngineLayers
+from wanlab.convert.card.optimised import optimised_graph
 from wanlab.convert.card.profile import MARK, merged, read_ort_profile
 from wanlab.errors import WanlabError
 
@@ -43,9 +43,9 @@ def profile_levels(
     as noise.
 
     Args:
-        folder: of graphs and profiles; a folder of the model's name is made in it.
+        folder: of graphs and profiles (the last of each level); a folder of the model's name is made in it.
         model, device, dtype, weights: as `models.load`. component: None takes the first expert.
-        levels: of `OrtEngine`'s optimisation, one or two.
+        levels: of `OrtEngine`'s optimisation, one or two. runs: that count, of each.
 
     Returns:
         The graph as exported, and the engine of each level; None where only one was asked for.
@@ -69,6 +69,10 @@ def profile_levels(
     export(loaded, component, path, dynamic=False, height=height, width=width, frames=frames)
     del loaded
     gc.collect()
+    if provider == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # what PyTorch keeps, ONNX Runtime cannot have
     source = read_onnx(path, name=f"{component} as exported")
     order = [*levels, *reversed(levels)] if len(levels) > 1 else list(levels)
     settings = {"provider": provider, "runs": max(runs * len(levels) // len(order), 2), "seed": seed}
@@ -125,7 +129,7 @@ def profile_engine(
     engine = OrtEngine(
         path, provider=provider, optimization=optimization, threads=threads, allow_cpu_fallback=True
     )
-    feeds = random_feeds(engine, seed=seed, **size)
+    feeds = {name: value.to(engine.device) for name, value in random_feeds(engine, seed=seed, **size).items()}
     whole = measure.time_ms(
         lambda: engine.run(feeds),
         warmup=warmup,

@@ -32,8 +32,8 @@ def decode_chunk(vae, latents: torch.Tensor, past: Caches | None) -> tuple[torch
         past: module name -> frames before this chunk, as the chunk before gave them; None for the first.
 
     Returns:
-        `[B, 3, 4, 8 H', 8 W']` (one frame for the first chunk; 16 times the size where the VAE folds pixels), clamped
-        to [-1, 1] as `AutoencoderKLWan.decode` does, and the caches for the next chunk, in the order of computation.
+        `[B, 3, 4, s H', s W']` with s the VAE's spatial factor (one frame for the first chunk), clamped to [-1, 1] as
+        `AutoencoderKLWan.decode` does, and the caches for the next chunk, in the order of computation.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 

@@ -36,6 +36,7 @@ def try_engines(
         that were, the columns of `measure.bench_table` against eager PyTorch.
     """
     import pandas as pd
+    import torch
 
     from wanlab.convert.compare import parity
     from wanlab.convert.component_bench import bench_components
@@ -44,6 +45,13 @@ def try_engines(
     for receipt in receipts:
         row: dict[str, Any] = {"component": receipt.component, "numbers": receipt.numbers}
         rows.append(row)
+        if not torch.cuda.is_available():
+            targets = ", ".join(receipt.compute_capabilities)
+            row |= {
+                "executed": False,
+                "reason": f"no GPU is seen here; it runs on compute capability {targets}",
+            }
+            continue
         try:
             engine = TensorRTEngine(receipt.path)
         except WanlabError as error:

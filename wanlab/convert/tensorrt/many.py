@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanlab.convert.tensorrt.build import build_tensorrt
 from wanlab.convert.tensorrt.plan import Refused, target_gpus
+from wanlab.convert.tensorrt.profile import ENDS
 from wanlab.convert.tensorrt.receipt import EngineReceipt, receipts_frame
 from wanlab.convert.tensorrt.runtime import Kind, open_runtime
 from wanlab.convert.tensorrt.source import read_source
@@ -38,6 +39,30 @@ class EngineBuilds:
     def frame(self) -> pd.DataFrame:
         """One row per engine, the columns of `EngineReceipt.row`."""
         return receipts_frame(list(self.receipts))
+
+    def warnings(self) -> pd.DataFrame:
+        """What the builder warned of: warning, engines (those that it was said of)."""
+        import pandas as pd
+
+        said: dict[str, list[str]] = {}
+        for receipt in self.receipts:
+            for text in receipt.warnings:
+                said.setdefault(text, []).append(Path(receipt.path).name)
+        rows = [{"warning": text, "engines": ", ".join(names)} for text, names in said.items()]
+        return pd.DataFrame(rows, columns=["warning", "engines"])
+
+    def receipts_table(self) -> pd.DataFrame:
+        """What each engine is bound to: engine, input, min, opt, max (its shapes), graph and key (hashes, shortened)."""
+        import pandas as pd
+
+        rows = [
+            {"engine": Path(receipt.path).name, "input": name}
+            | {end: "x".join(map(str, shape)) for end, shape in zip(ENDS, shapes, strict=True)}
+            | {"graph": receipt.graph_sha256[:12], "key": receipt.key[:12]}
+            for receipt in self.receipts
+            for name, shapes in receipt.shapes.items()
+        ]
+        return pd.DataFrame(rows, columns=["engine", "input", *ENDS, "graph", "key"])
 
     @property
     def notes(self) -> list[str]:

@@ -91,4 +91,6 @@ def refusal(log: Sequence[Message], operators: Mapping[str, str]) -> Refusal:
     node = next((name for name in names if name in operators), "") or max(
         (name for name in operators if name and name in text), key=len, default=""
     )
-    return Refusal(node, operators.get(node, ""), plain(text))
+    # The name is said already.
+    reason = plain(text).replace(f"operation '{node}' ", "") if node else plain(text)
+    return Refusal(node, operators.get(node, ""), reason)

@@ -103,7 +103,8 @@ class PixelProfile:
             ends.append((int(match[1]), int(match[2])))
         if len(ends) not in (0, 3):
             raise WanlabError(f"a profile needs three sizes, min, opt and max; {len(ends)} were given")
-        return cls(**dict(zip(ENDS, ends, strict=False)), **others)
+        low, best, high = ends or (None, None, None)
+        return cls(low, best, high, **others)
 
     def says(self, axis: str) -> bool:
         """Whether the profile asks for a size along an axis, rather than leaving it open."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wanlab.convert.card.kinds import CONVERSIONS
 from wanlab.convert.card.layers import EngineLayers, Layer, Tensor, described
-from wanlab.convert.card.lint import Finding, lint
+from wanlab.convert.card.rules import Finding, lint
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -70,10 +70,11 @@ def onnx_forms() -> str:
         place = gpu["name"] if gpu else "CPU"
         places.append(machine(record["environment"]))
         for row in record["forms"]:
-            count = [f"{row[key]:.0f}" if row.get(key) is not None else "" for key in ("nodes", "ScatterND")]
-            fused = "" if row.get("Attention") is None else f"{row['Attention']:.0f}"
+            # Eager has no nodes: JSON has no NaN, so it says so in words.
+            counts = [row[key] for key in ("nodes", "ScatterND", "Attention")]
+            cells = ["" if count is None or isinstance(count, str) else f"{count:.0f}" for count in counts]
             sign = "" if row["verdict"] == "baseline" else row["verdict"]
-            cells = [f"{place}, {row['dtype']}", row["form"], *count, fused]
+            cells = [f"{place}, {row['dtype']}", row["form"], *cells]
             rows.append([*cells, f"{row['time_ms']:.2f} ms", f"{row['ratio']:.2f}x", sign])
     header = ["where", "form", "nodes", "ScatterND", "Attention", "time", "ratio", ""]
     return markdown(header, rows) + f"\n\nwan-nano's expert_high, one clip. {'; '.join(places)}."

@@ -26,6 +26,7 @@ def test_there_are_notebooks():
         "15_triage",
         "20_export_onnx",
         "21_onnxruntime",
+        "22_tensorrt",
         "23_engine_report",
         "40_quality",
         "51_platforms",

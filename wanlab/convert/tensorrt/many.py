@@ -40,6 +40,24 @@ class EngineBuilds:
         """One row per engine, the columns of `EngineReceipt.row`."""
         return receipts_frame(list(self.receipts))
 
+    def refusals(self) -> pd.DataFrame:
+        """`refused` for the eye: a row per graph and reason, its capabilities joined, layer and operator in one."""
+        import pandas as pd
+
+        columns = ["component", "numbers", "capability", "layer", "reason"]
+        shown = self.refused.assign(
+            layer=[
+                f"{node.partition('/')[0]} ({operator})" if node else ""
+                for node, operator in zip(self.refused["node"], self.refused["operator"], strict=True)
+            ]
+        )
+        keys = [name for name in columns if name != "capability"]
+        rows = [
+            dict(zip(keys, values, strict=True)) | {"capability": ", ".join(group["capability"])}
+            for values, group in shown.groupby(keys, sort=False)
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
     def warnings(self) -> pd.DataFrame:
         """What the builder warned of: warning, engines (those that it was said of)."""
         import pandas as pd
@@ -82,7 +100,8 @@ def build_engines(
 
     Args:
         graphs: ONNX files; each engine comes to lie beside its graph.
-        compute_capabilities, kind, settings: as in `build_tensorrt`.
+        compute_capabilities: for TensorRT for RTX; TensorRT builds for the GPU of this machine whatever is given.
+        kind, settings: as in `build_tensorrt`.
         progress: show a bar over the graphs, and one for each build.
 
     Raises:
@@ -96,7 +115,7 @@ def build_engines(
     refused: list[dict[str, str]] = []
     for graph in tqdm(list(graphs), desc="engines", unit="engine", disable=not progress):
         source = read_source(graph)
-        left = list(target_gpus(runtime, compute_capabilities)[0])
+        left = list(target_gpus(runtime, compute_capabilities if runtime.builds_ahead else None)[0])
         while left:
             try:
                 wanted = left if runtime.builds_ahead else None

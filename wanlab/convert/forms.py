@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from wanlab import measure
 from wanlab.convert.clip import ClipShape, default_shape
 from wanlab.convert.components import FUSED_OPSET, recipe
-from wanlab.convert.onnx.export import BFLOAT16_OPSET, DEFAULT_OPSET, export
+from wanlab.convert.onnx.export import export
+from wanlab.convert.onnx.settings import BFLOAT16_OPSET, DEFAULT_OPSET
 from wanlab.convert.ort import OrtEngine
 
 if TYPE_CHECKING:

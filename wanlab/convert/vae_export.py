@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from wanlab.convert.clip import ClipShape, default_shape, latent_size
 from wanlab.convert.components import Recipe, recipe
 from wanlab.convert.onnx import graph as graphs
-from wanlab.convert.onnx.export import BFLOAT16_OPSET, DEFAULT_OPSET, _dtype, _kept, _opset
+from wanlab.convert.onnx.export import kept_report
 from wanlab.convert.onnx.identity import component_key, trace_key, weights_key
 from wanlab.convert.onnx.report import ExportReport, write_report
-from wanlab.convert.onnx.trace import _reason, quiet
+from wanlab.convert.onnx.settings import BFLOAT16_OPSET, DEFAULT_OPSET, chosen_dtype, chosen_opset
+from wanlab.convert.onnx.trace import quiet, tied_reason
 from wanlab.convert.onnx.twin import weightless
 from wanlab.convert.onnx.vae_stream import decode_chunk, encode_chunk, exportable
 from wanlab.convert.onnx.weights_file import WeightsFile
@@ -102,10 +103,10 @@ def export_streamed(
     plan = recipe(model, component)
     shape = default_shape(model, batch=batch or (2 if dynamic else 1), height=height, width=width)
     latent_size(model, shape)  # refuses an illegal size
-    kind = _dtype(dtype, plan.network.dtype)
+    kind = chosen_dtype(dtype, plan.network.dtype)
     if opset is None:  # not 23: the one head of the VAE's attention is too wide for fused kernels
         opset = BFLOAT16_OPSET if str(kind) == "torch.bfloat16" else DEFAULT_OPSET
-    opset = _opset(opset, str(kind))
+    opset = chosen_opset(opset, str(kind))
     weights = weights_key(plan.network)
     job = _Job(model, plan, half, Path(folder), shape, kind, opset, dynamic, simplify, external_data, weights)
     return job.export("first", reuse), job.export("next", reuse)
@@ -145,7 +146,7 @@ class _Job:
         begin = time.perf_counter()
         source, path = self.half.source, self.half.file(self.folder, step)
         key = self._key(step)
-        if reuse and (kept := _kept(path, key)) is not None:
+        if reuse and (kept := kept_report(path, key)) is not None:
             return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
         program, axes, ranges, notes = self._trace(step)
         kind = str(self.dtype).removeprefix("torch.")
@@ -243,7 +244,7 @@ class _Job:
                 program = torch.export.export(module, inputs, dynamic_shapes=dims, strict=False)
             except torch._dynamo.exc.UserError as error:
                 # A network that ties a size down: fixed sizes, and the report says so.
-                notes, ranges = (f"tracing tied sizes down: {_reason(error)}",), {}
+                notes, ranges = (f"tracing tied sizes down: {tied_reason(error)}",), {}
                 program = torch.export.export(module, inputs, strict=False)
             exported = torch.onnx.export(
                 program,

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.convert.clip import ClipShape, default_shape
-from wanlab.convert.components import FUSED_OPSET, check_components, components_of, recipe
+from wanlab.convert.components import check_components, components_of, recipe
 from wanlab.convert.onnx import graph as graphs
 from wanlab.convert.onnx.identity import component_key, trace_key, weights_key
 from wanlab.convert.onnx.report import ExportReport, read_report, write_report
+from wanlab.convert.onnx.settings import chosen_dtype, chosen_opset
 from wanlab.convert.onnx.trace import FORMS, trace
 from wanlab.convert.onnx.weights_file import WeightsFile
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.models.loading import DTYPES
-
-MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 17, 24, 20
-BFLOAT16_OPSET = 22  # the first whose Conv takes it
 
 
 @dataclass
@@ -96,9 +93,9 @@ def export(
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )
-    kind = _dtype(dtype, plan.network.dtype)
-    stored = _dtype(stored_dtype, kind)
-    opset = _opset(opset, str(kind))
+    kind = chosen_dtype(dtype, plan.network.dtype)
+    stored = chosen_dtype(stored_dtype, kind)
+    opset = chosen_opset(opset, str(kind))
     settings = {
         "opset": opset,
         "dynamic": dynamic,
@@ -110,7 +107,7 @@ def export(
     weights = weights_key(plan.network)
     how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
     key = component_key(component, tracing, weights, how)
-    if reuse and (kept := _kept(path, key)) is not None:
+    if reuse and (kept := kept_report(path, key)) is not None:
         return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
 
     traces = _Traces() if traces is None else traces
@@ -210,29 +207,6 @@ def export_all(
     return reports
 
 
-def _opset(opset: int | None, dtype: str) -> int:
-    narrow = dtype == "torch.bfloat16"
-    if opset is None:
-        return FUSED_OPSET if narrow else DEFAULT_OPSET
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise WanlabError(f"opset is {opset}; give {MIN_OPSET} to {MAX_OPSET}")
-    if narrow and opset < BFLOAT16_OPSET:
-        raise WanlabError(
-            f"opset {opset} has no convolution in bfloat16; give {BFLOAT16_OPSET} or more, or another dtype"
-        )
-    return opset
-
-
-def _dtype(name: str | None, default):
-    import torch
-
-    if name is None:
-        return default
-    if name not in DTYPES:
-        raise WanlabError(f"no graphs in {name!r}{did_you_mean(name, DTYPES)}; give {', '.join(DTYPES)}")
-    return getattr(torch, name)
-
-
 def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
     from wanlab import __version__
 
@@ -244,7 +218,7 @@ def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
     }
 
 
-def _kept(path: Path, key: str) -> ExportReport | None:
+def kept_report(path: Path, key: str) -> ExportReport | None:
     """The report of a file that is still whole and true."""
     report = read_report(path)
     if report is None or report.key != key or graphs.file_bytes(path) != report.size_bytes:

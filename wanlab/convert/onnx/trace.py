@@ -59,7 +59,7 @@ def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool,
                 ranges = {name: _range(dim) for name, dim in dims.items()}
             except torch._dynamo.exc.UserError as error:
                 # The network ties a size down: tracing decides axis by axis, the report names those it fixed.
-                notes.append(f"tracing tied sizes down: {_reason(error)}")
+                notes.append(f"tracing tied sizes down: {tied_reason(error)}")
                 auto = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in plan.inputs.values())
                 program = torch.export.export(module, inputs, dynamic_shapes={"args": auto}, strict=False)
         exported = torch.onnx.export(
@@ -76,7 +76,7 @@ def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool,
     return exported, ranges, tuple(notes)
 
 
-def _reason(error: Exception) -> str:
+def tied_reason(error: Exception) -> str:
     """The first line of a tracing error that names a size."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "values of" in line or "specialized" in line), lines[0])

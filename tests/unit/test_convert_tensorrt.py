@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from wanlab import convert, models
+from wanlab import convert, models, plots
 from wanlab.convert import PixelProfile, build_tensorrt, buildable
 from wanlab.convert.tensorrt import runtime as runtimes
 from wanlab.convert.tensorrt.layers import layers_from_log, layers_path, parse_line
@@ -334,6 +334,52 @@ def test_no_graph(tmp_path):
         build_tensorrt(tmp_path / "no.onnx")
 
 
+def test_several_graphs_are_built_for_the_gpus_that_take_them(tmp_path, built):
+    graphs = [patch_graph(tmp_path / f"{name}.onnx", scale=scale) for name, scale in (("a", 2.0), ("b", 3.0))]
+    how = {"profile": ARTICLE, "level": 0, "progress": False}
+    builds = convert.build_engines(graphs, compute_capabilities=["7.5", "8.6", "12.0"], **how)
+    assert [receipt.compute_capabilities for receipt in builds.receipts] == [("8.6", "12.0")] * 2
+    assert builds.refused["capability"].tolist() == ["7.5", "7.5"]
+    assert set(builds.refused["node"]) == {"patch_embedding/node_conv3d"}
+    shown = builds.refusals()
+    assert shown["layer"].tolist() == ["patch_embedding (Conv)"]
+    assert shown["reason"].tolist() == [
+        "Cannot compile for Turing (SM75): FP32 3D convolution is not supported"
+    ]
+    assert len(builds.notes) == 2
+    assert builds.receipts_table()["max"].tolist() == ["2x36x21x136x240"] * 2
+    assert builds.warnings().columns.tolist() == ["warning", "engines"]
+    again = convert.build_engines(graphs, compute_capabilities=["7.5", "8.6", "12.0"], **how)
+    assert again.frame()["cached"].all()
+    none = convert.build_engines(graphs[:1], compute_capabilities=["7.5"], **how)
+    assert none.receipts == ()
+    assert none.frame().columns.tolist() == list(built.row())
+    assert plots.build_bars(none.frame()).data
+    figure = plots.build_bars(builds.frame())
+    assert list(figure.data[0].x) == pytest.approx((builds.frame()["build_ms"] / 1e3).tolist())
+    assert list(figure.data[1].x) == pytest.approx(builds.frame()["size_mib"].tolist())
+
+
+def test_trying_engines_without_a_gpu_says_why_not(built):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (row,) = convert.try_engines(None, [built]).to_dict(orient="records")
+    assert row["executed"] is False
+    assert row["reason"] == "no GPU is seen here; it runs on compute capability 8.6, 8.9, 12.0"
+    assert str(built.clip()) == "1x81x720x1280, 512 text tokens"
+
+
+def test_sizes_as_text():
+    assert PixelProfile.of("480x854", "720x1280", "1080x1920") == ARTICLE
+    assert PixelProfile.of() == PixelProfile()
+    with pytest.raises(WanlabError, match="'480p' is no size"):
+        PixelProfile.of("480p", "720x1280", "1080x1920")
+    with pytest.raises(WanlabError, match="three sizes, min, opt and max; 1 were given"):
+        PixelProfile.of("720x1280")
+
+
 FITS = {"kind": "tensorrt-rtx", "capability": "8.9", "gpu": "NVIDIA L40S"}
 
 
@@ -403,6 +449,15 @@ def test_type_stubs_are_no_tensorrt(tmp_path, monkeypatch):
 
     importlib.invalidate_caches()
     assert runtimes._has_code("stubbed_package")
+
+
+def test_the_doctor_knows_it():
+    from wanlab.doctor import _tensorrt
+
+    rows = {row.what: row for row in _tensorrt()}
+    assert rows["TensorRT for RTX"].state == "ok"
+    assert rows["TensorRT for RTX"].found.startswith(runtimes.open_runtime("tensorrt-rtx").version)
+    assert ("TensorRT" in rows) == runtimes.installed("tensorrt")
 
 
 def test_one_runtime_for_the_whole_process():

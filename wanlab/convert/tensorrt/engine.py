@@ -104,7 +104,7 @@ class TensorRTEngine:
             self._settings = runtime_settings(
                 self._runtime, self._engine, runtime_cache, specialization, device_cuda_graphs
             )
-            self._context = self._new_context()
+            self._context: trt.IExecutionContext | None = self._new_context()
             self._stream = torch.cuda.Stream(self.device)  # on the default one TensorRT waits for the device
         self.load_ms = (time.perf_counter() - begin) * 1e3
         self.inputs, self.outputs = self._types()
@@ -133,18 +133,19 @@ class TensorRTEngine:
         if missing:
             raise WanlabError(f"{self.path.name} misses input {', '.join(map(repr, missing))}")
         given = {
-            name: torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)).contiguous()
+            name: _aligned(torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)))
             for name, (dtype, _) in self.inputs.items()
         }
-        shapes = self._set_shapes(self._context, {name: tuple(t.shape) for name, t in given.items()})
+        context = self._context = self._context or self._new_context()
+        shapes = self._set_shapes(context, {name: tuple(t.shape) for name, t in given.items()})
         made = {
             name: torch.empty(shape, dtype=getattr(torch, self.outputs[name][0]), device=self.device)
             for name, shape in shapes.items()
         }
-        self._set_addresses(self._context, given | made)
+        self._set_addresses(context, given | made)
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
-        self._enqueue(self._context, self._stream.cuda_stream)
+        self._enqueue(context, self._stream.cuda_stream)
         caller.wait_stream(self._stream)
         for tensor in (*given.values(), *made.values()):  # whose memory may be freed and used again meanwhile
             tensor.record_stream(self._stream)
@@ -166,6 +167,7 @@ class TensorRTEngine:
 
         for kinds, tensors in ((self.inputs, inputs), (self.outputs, outputs)):
             check_bound(self.path.name, kinds, tensors, "cuda")
+        self._context = None  # a context holds all the memory of its activations; `run` makes its own anew
         context = self._new_context()
         shapes = self._set_shapes(context, {name: tuple(inputs[name].shape) for name in self.inputs})
         for name, shape in shapes.items():
@@ -195,7 +197,8 @@ class TensorRTEngine:
             enqueue()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # TensorRT for RTX compiles in threads of its own, which may allocate meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._enqueue(context, torch.cuda.current_stream(self.device).cuda_stream)
 
         def replay(_memory: Any = memory, _context: Any = context) -> None:
@@ -206,7 +209,7 @@ class TensorRTEngine:
 
     def layers(self) -> dict[str, Any] | None:
         """What the engine's inspector says of its layers, as a dict with `"Layers"`."""
-        return inspect_engine(self._runtime, self._engine, self._context)
+        return inspect_engine(self._runtime, self._engine)
 
     def save_runtime_cache(self, path: str | os.PathLike[str]) -> Path:
         """Write the kernels that TensorRT for RTX compiled for this GPU, so that the next start has them.
@@ -272,6 +275,12 @@ class TensorRTEngine:
     def _enqueue(self, context: trt.IExecutionContext, stream: int) -> None:
         if not context.execute_async_v3(stream):
             raise WanlabError(f"{self.path.name} failed: {self._runtime.last_error() or 'no reason given'}")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that TensorRT takes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 256 == 0 else tensor.clone()
 
 
 def _sizes(dims: trt.Dims) -> tuple[int, ...]:

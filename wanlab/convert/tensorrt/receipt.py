@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     from wanlab.convert.tensorrt.runtime import Kind
 
 FORMAT = 1  # of the receipt
+COLUMNS = [
+    "component",
+    "numbers",
+    "runtime",
+    "compute_capabilities",
+    "build_ms",
+    "peak_host_gib",
+    "size_mib",
+    "onnx_mib",
+    "activation_mib",
+    "layers",
+    "datatypes",
+    "warnings",
+    "cached",
+]
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ def receipts_frame(receipts: list[EngineReceipt]) -> pd.DataFrame:
     """One row per engine, the columns of `EngineReceipt.row`."""
     import pandas as pd
 
-    return pd.DataFrame([receipt.row() for receipt in receipts])
+    return pd.DataFrame([receipt.row() for receipt in receipts], columns=COLUMNS)
 
 
 def receipt_path(engine: str | os.PathLike[str]) -> Path:

@@ -268,10 +268,13 @@ class OrtEngine:
         import torch
 
         binding = self._binding(tensors, None)
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        self.session.run_with_iobinding(binding, self._without_waiting())
-        current.wait_stream(self._stream)
+        if self._stream is None:
+            self.session.run_with_iobinding(binding)
+        else:
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            self.session.run_with_iobinding(binding, self._without_waiting())
+            current.wait_stream(self._stream)
         return {
             name: torch.from_dlpack(value)
             for name, value in zip(self.outputs, binding.get_outputs(), strict=True)

@@ -36,7 +36,10 @@ def main() -> int:
 
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="wanlab-engines-"))
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": {k: v for k, v in vars(arguments).items() if k != "worker"}, "engines": {}}
+    record = {
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("worker", "folder", "output")},
+        "engines": {},
+    }
     record["prepared"] = work("prepare", folder)
     reference = None
     for name in arguments.engines:
@@ -127,6 +130,8 @@ def torch_engine(arguments, *, compiled: bool) -> dict:
     inputs = torch.load(arguments.folder / "inputs.pt", weights_only=True)
     given = [inputs[name].to(plan.network.device) for name in plan.inputs]
     if compiled:
+        # The VAE's chunks differ in their caches: PyTorch's limit would leave its later blocks eager.
+        torch._dynamo.config.recompile_limit = 64
         blocks = getattr(plan.network, "blocks", None)
         for part in blocks if blocks is not None else [plan.network.decoder]:
             part.compile()

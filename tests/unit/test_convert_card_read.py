@@ -273,6 +273,16 @@ def test_a_profile_of_cuda_on_an_h200():
     assert sum(bool(layer.modules) for layer in layers.layers) > 0.98 * len(layers.layers)
 
 
+def test_blocking_launches_give_times_of_layers():
+    layers = card.read_ort_profile(ORT / "h200_expert_high_float16_blocking.json.gz")
+    assert layers.times_of == "layers"
+    assert not any("CUDA_LAUNCH_BLOCKING" in note for note in layers.notes)
+    assert "launches" not in card.card(layers).verdict()
+    # a node that waits for its kernels takes longer than one that only launches them
+    launches = card.read_ort_profile(ORT / "h200_expert_high_float16.json.gz")
+    assert layers.total_ms > launches.total_ms
+
+
 def test_compressed_and_plain_files_read_alike(tmp_path):
     plain = tmp_path / "profile.json"
     plain.write_bytes(gzip.decompress(PROFILE.read_bytes()))

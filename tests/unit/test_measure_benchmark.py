@@ -325,8 +325,9 @@ def test_on_a_gpu_device_times_agree_with_other_events(tmp_path, backend, cuda_g
     model = models.load("wan-nano", components=["expert_high"], device="cuda", dtype="float16")
     engine = convert.TorchEngine(model, "expert_high")
     plan = recipe(model, "expert_high")
-    shape = convert.ClipShape(8, 128, 192, 17, 24)
+    # Clips enough that the device, not the host's launches, sets the pace.
+    shape = convert.ClipShape(128, 128, 192, 17, 24)
     given = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
     result = measure.bench(engine, given, buffers=backend, cuda_graph=cuda_graph, progress=False)
     assert set(result.samples) == {"latency", "h2d", "device", "d2h", "enqueue"}
-    assert measure.events_check(engine, given, result) == pytest.approx(1.0, abs=0.1)
+    assert measure.events_check(engine, given, result) == pytest.approx(1.0, abs=0.05)

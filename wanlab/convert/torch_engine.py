@@ -151,6 +151,8 @@ def _compiled(model, plan) -> Callable:
     twin = copy.deepcopy(network, shared)
     halves = [getattr(twin, name, None) for name in ("encoder", "decoder")]
     parts = [*getattr(twin, "blocks", []), *(half for half in halves if isinstance(half, torch.nn.Module))]
+    # A VAE's chunks differ in what they remember: at PyTorch's own limit of 8 its later blocks would stay eager.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for part in parts or [twin]:
         part.compile()
     return recipe(model, plan.component, network=twin).reference

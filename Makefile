@@ -28,7 +28,7 @@ demo: $(STAMP) ## one photograph to one report; the last line is the path of the
 	@$(BIN)/wanlab run notebooks/00_quickstart.ipynb --force
 
 test: $(STAMP) ## run every test, and with them every notebook
-	@$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope
+	@$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lab: $(STAMP) ## open JupyterLab on this machine only, with a token
 	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks

@@ -74,6 +74,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         bench_cli.add_arguments(bench)
         bench.set_defaults(run=bench_cli.main)
 
+    plan = commands.add_parser("plan", help="say what a precision plan comes to on a model, and why")
+    if "plan" in arguments[:1]:
+        from wanlab.precision import plan_cli
+
+        plan_cli.add_arguments(plan)
+        plan.set_defaults(run=plan_cli.main)
+
     nano_eval = commands.add_parser("nano-eval", help="examine wan-nano on photographs it never saw")
     if "nano-eval" in arguments[:1]:
         from wanlab.nano import examine

@@ -1,3 +1,5 @@
+from .assignment import Assignment as Assignment
+from .assignment import assign as assign
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
 from .calibration import read_calibration as read_calibration
@@ -13,6 +15,15 @@ from .layers import DEFAULT_LAYERS as DEFAULT_LAYERS
 from .layers import choose_layers as choose_layers
 from .layers import quantizable_layers as quantizable_layers
 from .methods import Method as Method
+from .plan import Plan as Plan
+from .plan import Rule as Rule
+from .plan import make_plan as make_plan
+from .plan import merge_plans as merge_plans
+from .plan_file import load_plan as load_plan
+from .plan_file import parse_plan as parse_plan
+from .plan_file import save_plan as save_plan
+from .presets import PRESETS as PRESETS
+from .presets import inner_blocks as inner_blocks
 from .qdq import quantize as quantize
 from .recording import Recording as Recording
 from .recording import read_recording as read_recording

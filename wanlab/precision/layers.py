@@ -57,10 +57,15 @@ def quantizable_layers(
     frame = pd.DataFrame(rows, columns=["layer", "kind", "shape", "parameters", "block", "projection"])
     frame["block"] = frame["block"].astype("Int64")
     if tokens is not None:
-        counts = [_count(layer, tokens, text_tokens) for layer in frame["layer"]]
-        frame["flop"] = [2 * n * math.prod(shape) for n, shape in zip(counts, frame["shape"], strict=True)]
+        sizes = zip(frame["layer"], frame["shape"], strict=True)
+        frame["flop"] = [operations(layer, shape, tokens, text_tokens) for layer, shape in sizes]
         frame["share_percent"] = 100 * frame["flop"] / frame["flop"].sum()
     return frame
+
+
+def operations(layer: str, shape: tuple[int, ...], tokens: int, text_tokens: int = 512) -> int:
+    """Operations of one layer in one forward of batch 1, counted as `quantizable_layers` does; `shape` is its weight's."""
+    return 2 * _count(layer, tokens, text_tokens) * math.prod(shape)
 
 
 def choose_layers(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import nbformat
@@ -227,3 +229,22 @@ def test_writing_never_leaves_half_a_file(tmp_path, monkeypatch):
 )
 def test_plain_is_strict_json(value):
     json.dumps(files.plain(value), allow_nan=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_swallowed_interrupt_is_raised_again(number):
+    from wanlab.runs.execute import _stoppable
+
+    before = signal.getsignal(number)
+    swallowed = []
+    with (
+        pytest.raises(KeyboardInterrupt, match="SIGTERM" if number == signal.SIGTERM else "Ctrl-C"),
+        _stoppable(0.1),
+    ):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            swallowed.append(number)
+        time.sleep(20)
+    assert swallowed == [number]
+    assert signal.getsignal(number) is before

@@ -145,7 +145,7 @@ def _papermill(
 
     environment = {**os.environ, FOLDER_VARIABLE: str(folder.path), "PLOTLY_RENDERER": "plotly_mimetype"}
     try:
-        with _quiet(), _terminable():
+        with _quiet(), _stoppable():
             done = papermill.execute_notebook(
                 nb,
                 None,  # the engine writes executed.ipynb itself, atomically
@@ -237,20 +237,33 @@ def _literal(value: Any) -> str:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run like Ctrl-C does, so that the kernel goes and the status is written."""
+def _stoppable(insist_s: float = 10.0) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run alike, so that the kernel goes and the status is written.
+
+    Where a library swallows the exception, as Python itself does in finalisers, it is raised again every `insist_s`.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    left, reasons = threading.Event(), []
+
+    def insist(number: int) -> None:
+        while not left.wait(insist_s):
+            signal.pthread_kill(threading.main_thread().ident, number)
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt("stopped by SIGTERM")
+        if not reasons:
+            reasons.append("stopped by SIGTERM" if number == signal.SIGTERM else "interrupted by Ctrl-C")
+            threading.Thread(target=insist, args=(number,), daemon=True).start()
+        raise KeyboardInterrupt(reasons[0])
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        left.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -237,14 +237,17 @@ def test_a_swallowed_interrupt_is_raised_again(number):
 
     before = signal.getsignal(number)
     swallowed = []
-    with (
-        pytest.raises(KeyboardInterrupt, match="SIGTERM" if number == signal.SIGTERM else "Ctrl-C"),
-        _stoppable(0.1),
-    ):
-        try:
-            signal.raise_signal(number)
-        except KeyboardInterrupt:
-            swallowed.append(number)
-        time.sleep(20)
+    said = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+
+    def swallow():
+        with _stoppable(0.1):
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                swallowed.append(number)
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt, match=said):
+        swallow()
     assert swallowed == [number]
     assert signal.getsignal(number) is before

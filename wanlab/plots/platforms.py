@@ -50,7 +50,7 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
         template=theme(), height=110 + ROW_PX * max(len(rows), 1), showlegend=False, margin={"r": 20}
     )
     # Room for the text behind the longest bar.
-    reach = (math.log10(high) - math.log10(floor)) * 1.7
+    reach = (math.log10(high) - math.log10(floor)) * 2.0
     figure.update_xaxes(
         type="log",
         range=[math.log10(floor), math.log10(floor) + max(reach, 0.5)],

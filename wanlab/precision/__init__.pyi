@@ -1,3 +1,5 @@
+from .apply import Applied as Applied
+from .apply import apply_plan as apply_plan
 from .assignment import Assignment as Assignment
 from .assignment import assign as assign
 from .calibration import Calibration as Calibration

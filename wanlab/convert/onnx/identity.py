@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
@@ -52,6 +54,30 @@ def component_key(component: str, tracing: str, weights: str, settings: dict[str
     """Hash of a trace, the weights that fill it, and what is done to the graph afterwards."""
     facts = json.dumps([component, tracing, weights, settings], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def graph_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of an ONNX file and, in the order of their names, of the files of weights that it names."""
+    import onnx
+
+    path = Path(path)
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    digest = hashlib.sha256(file_sha256(path).encode())
+    for place in sorted(places):
+        digest.update(f"{place} {file_sha256(path.parent / place)}".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

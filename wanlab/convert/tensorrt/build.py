@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wanlab.convert.onnx.identity import file_sha256
 from wanlab.convert.tensorrt import receipt as receipts
 from wanlab.convert.tensorrt.inspect import inspect_plan
 from wanlab.convert.tensorrt.layers import count_datatypes, count_types, layers_from_log, write_layers
@@ -104,7 +105,7 @@ def build_tensorrt(
                 graph=os.path.relpath(source.path, path.parent),
                 graph_sha256=source.graph_sha256,
                 file_sha256=source.file_sha256,
-                engine_sha256=receipts.file_sha256(draft),
+                engine_sha256=file_sha256(draft),
                 numbers=source.numbers,
                 kind=runtime.kind,
                 version=runtime.version,

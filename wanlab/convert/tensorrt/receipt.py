@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanlab.convert.clip import ClipShape
 from wanlab.convert.engine import TensorType
-from wanlab.convert.tvm.receipt import file_sha256
+from wanlab.convert.onnx.identity import file_sha256
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:

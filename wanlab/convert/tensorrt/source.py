@@ -11,9 +11,9 @@ from typing import Any
 
 from wanlab.convert.engine import TensorType
 from wanlab.convert.onnx.graph import file_bytes
+from wanlab.convert.onnx.identity import file_sha256, graph_sha256
 from wanlab.convert.onnx.report import read_report, sidecar
 from wanlab.convert.tensorrt.profile import traced_range
-from wanlab.convert.tvm.receipt import file_sha256, graph_sha256
 from wanlab.errors import WanlabError
 
 

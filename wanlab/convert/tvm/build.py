@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wanlab.convert.onnx.identity import file_sha256, graph_sha256
 from wanlab.convert.tvm import receipt as receipts
 from wanlab.convert.tvm.receipt import TvmReceipt
 from wanlab.errors import WanlabError, did_you_mean, require
@@ -59,7 +60,7 @@ def build_tvm(
     on_gpu = facts["kind"] == "cuda"
     how = {"schedule": "default" if on_gpu else schedule, "fast_math": fast_math and not on_gpu}
     library = Path(library) if library else graph.with_suffix(f".tvm-{facts['kind']}.so")
-    graph_hash = receipts.graph_sha256(graph)
+    graph_hash = graph_sha256(graph)
     key = receipts.key_of(graph_hash, {"target": facts, "tvm": tvm.__version__} | how)
     if reuse and (known := receipts.kept(library, key)) is not None:
         return replace(known, cached=True)
@@ -77,7 +78,7 @@ def build_tvm(
         made = TvmReceipt(
             path=str(library),
             key=key,
-            library_sha256=receipts.file_sha256(draft),
+            library_sha256=file_sha256(draft),
             graph=graph.name,
             graph_sha256=graph_hash,
             target=facts,

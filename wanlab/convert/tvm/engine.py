@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanlab.convert.onnx.identity import file_sha256, graph_sha256
 from wanlab.convert.tvm import receipt as receipts
 from wanlab.convert.tvm.build import load_tvm, target_of
 from wanlab.errors import WanlabError, did_you_mean
@@ -173,7 +174,7 @@ class TvmEngine:
         """Refuse a library that is stale or foreign, with what differs."""
         known, again = self.receipt, "build again with wanlab.convert.build_tvm"
         name = self.path.name
-        if receipts.file_sha256(self.path) != known.library_sha256:
+        if file_sha256(self.path) != known.library_sha256:
             raise WanlabError(
                 f"{name} is not the file that its receipt speaks of (its bytes differ); {again}"
             )
@@ -193,7 +194,7 @@ class TvmEngine:
         source = Path(graph) if graph is not None else self.path.with_name(known.graph)
         if graph is not None and not source.is_file():
             raise WanlabError(f"no ONNX file at {source} to hold {name} against")
-        if source.is_file() and receipts.graph_sha256(source) != known.graph_sha256:
+        if source.is_file() and graph_sha256(source) != known.graph_sha256:
             raise WanlabError(f"{name} was not built from this {source.name}, whose content differs; {again}")
 
     def _check_names(self, given: Mapping, wanted: Mapping, what: str) -> None:

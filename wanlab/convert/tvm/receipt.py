@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from wanlab.convert.onnx.identity import file_sha256
 from wanlab.errors import WanlabError
 
 TensorType = tuple[str, tuple[int, ...]]
@@ -132,27 +133,3 @@ def kept(library: Path, key: str) -> TvmReceipt | None:
 def key_of(graph_sha256: str, settings: dict) -> str:
     """Hash of a graph and of how it is built."""
     return hashlib.sha256(json.dumps([graph_sha256, settings], sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def graph_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of an ONNX file and, in the order of their names, of the files of weights that it names."""
-    import onnx
-
-    path = Path(path)
-    graph = onnx.load(path, load_external_data=False).graph
-    places = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    digest = hashlib.sha256(file_sha256(path).encode())
-    for place in sorted(places):
-        digest.update(f"{place} {file_sha256(path.parent / place)}".encode())
-    return digest.hexdigest()

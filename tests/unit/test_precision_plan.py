@@ -211,6 +211,22 @@ def test_rules_that_fit_nothing_are_refused(nano):
         )
 
 
+def test_rules_of_an_expert_that_is_not_loaded_wait_for_it():
+    import torch
+
+    high = models.load("wan-nano", components=["expert_high"], dtype="bfloat16")
+    # What diffusers keeps in float32 does not make the network anything but bfloat16.
+    assert any(p.dtype == torch.float32 for p in high.component("expert_high").parameters())
+    plan = precision.make_plan(
+        "a", rules=[{"format": "int8", "component": "expert_low", "layers": ("ffn.*",)}]
+    )
+    found = precision.assign(plan, high)
+    assert (found.components, found.default) == (("expert_high",), "bf16")
+    wrong = precision.make_plan("a", rules=[{"format": "int8", "layers": ("fn.*",)}])
+    with pytest.raises(WanlabError, match="fits no layer"):
+        precision.assign(wrong, high)
+
+
 def test_bytes_and_operations_by_format(nano):
     found = precision.assign(precision.PRESETS["uniform-int8"], nano)
     table = found.cost(480, 24).set_index(["component", "format"])

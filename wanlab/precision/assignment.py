@@ -124,7 +124,8 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
 
     Args:
         plan: from `load_plan`, `make_plan`, or a search.
-        model: from `wanlab.models.load`, whose experts count, or component -> network.
+        model: from `wanlab.models.load`, whose loaded experts count, or component -> network. Rules for an expert that is
+            not loaded wait for it.
         default: dtype of the networks, for networks without a model and plans that leave it open.
 
     Raises:
@@ -132,7 +133,7 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     """
     import pandas as pd
 
-    networks = _networks(model)
+    networks, absent = _networks(model)
     dtype = default or (plan.default if plan.default != AS_LOADED else _dtype(networks))
     reached: set[int] = set()
     tables = []
@@ -144,7 +145,8 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
         rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
         tables.append(pd.DataFrame(rows).assign(component=component))
     for index, rule in enumerate(plan.rules):
-        if index not in reached:
+        elsewhere = any(fnmatch.fnmatchcase(component, rule.component) for component in absent)
+        if index not in reached and not (elsewhere and not _meant(rule, networks)):
             raise WanlabError(_unmatched(plan, index, rule, networks))
     frame = pd.concat(tables, ignore_index=True)
     for row in frame[~frame["format"].map(is_float)].itertuples():
@@ -174,16 +176,23 @@ def weight_bytes(shape: tuple[int, ...], format: str, scale_bytes: int = 2) -> i
     return -(-size // 8) + scales[numbers.granularity] * scale_bytes
 
 
-def _networks(model) -> dict:
+def _networks(model) -> tuple[dict, list[str]]:
+    """The experts by component, and those of the model that are not loaded."""
     from wanlab.convert.components import recipe
 
     if isinstance(model, Mapping):
-        found = dict(model)
+        found, absent = dict(model), []
     else:
-        found = {name: recipe(model, name).network for name in model.spec.components if name in EXPERTS}
+        experts = [name for name in model.spec.components if name in EXPERTS]
+        found = {name: recipe(model, name).network for name in experts if name in model.components}
+        absent = [name for name in experts if name not in found]
     if not found:
         raise WanlabError("no expert to assign a plan to; plans are for transformers of a denoising loop")
-    return found
+    return found, absent
+
+
+def _meant(rule: Rule, networks: Mapping) -> bool:
+    return any(fnmatch.fnmatchcase(component, rule.component) for component in networks)
 
 
 def _dtype(networks: Mapping) -> str:
@@ -191,10 +200,10 @@ def _dtype(networks: Mapping) -> str:
 
     names = {getattr(torch, name): short for short, name in FLOATS.items()}
     for component, network in networks.items():
-        kinds = {
-            p.dtype for name, p in network.named_parameters() if name.startswith("blocks.") and p.ndim > 1
-        }
-        kinds = {names[kind] for kind in kinds if kind in names}
+        # Of the layers in the blocks: others, and modulation, stay in float32 in a bfloat16 network.
+        layers = quantizable_layers(network)
+        inside = [network.get_submodule(name) for name in layers["layer"][layers["block"].notna()]]
+        kinds = {names[layer.weight.dtype] for layer in inside if layer.weight.dtype in names}
         if len(kinds) == 1:
             return kinds.pop()
         raise WanlabError(
@@ -246,7 +255,7 @@ def _ranges(plan: Plan, layer: dict, fits: list[set[str]], dtype: str) -> Iterab
 
 
 def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:
-    if not any(fnmatch.fnmatchcase(component, rule.component) for component in networks):
+    if not _meant(rule, networks):
         return (
             f"rule {index} of plan {plan.name} ({rule}) is for no component of this model"
             f"{did_you_mean(rule.component, networks)}; it has {', '.join(networks)}"

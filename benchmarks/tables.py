@@ -13,6 +13,7 @@ import sys
 
 import conversion_tables
 import diagnosis_tables
+import precision_tables
 from table_text import ROOT, machine, markdown, read
 
 from wanlab.nano.examine import verdicts
@@ -21,6 +22,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
+    ROOT / "docs" / "precision.md",
     ROOT / "data" / "wan-nano" / "README.md",
 )
 
@@ -111,7 +113,7 @@ def heldout() -> str:
 
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
-TABLES |= conversion_tables.TABLES
+TABLES |= conversion_tables.TABLES | precision_tables.TABLES
 
 
 def rewritten(text: str) -> str:

@@ -6,6 +6,18 @@ from dataclasses import dataclass, replace
 
 from wanlab.models.shapes import latent_shape
 
+AXES: dict[str, dict[int, str]] = {
+    "input_ids": {0: "batch", 1: "text_tokens"},
+    "attention_mask": {0: "batch", 1: "text_tokens"},
+    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "timestep": {0: "batch", 1: "tokens"},
+    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
+}
+"""Input -> {axis: what it is}, as `wanlab.convert.components` names them: by place, as a free axis may be named by an
+expression of a symbol (`4 * frames_units + 1`)."""
+
 
 @dataclass(frozen=True)
 class ClipShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from wanlab.convert.clip import ClipShape
+from wanlab.convert.clip import AXES, ClipShape
 from wanlab.errors import WanlabError
 from wanlab.models.shapes import latent_shape
 
@@ -62,20 +62,8 @@ def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, t
     return feeds
 
 
-# Free axes may be named by expressions of a symbol (4 * frames_units + 1): by their place they are known.
-_AXES = {
-    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
-    "timestep": {0: "batch", 1: "tokens"},
-    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-    "input_ids": {0: "batch", 1: "text_tokens"},
-    "attention_mask": {0: "batch", 1: "text_tokens"},
-}
-
-
 def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], asked: set[str]) -> int:
-    known = _AXES.get(tensor, {}).get(axis, size)
+    known = AXES.get(tensor, {}).get(axis, size)
     if isinstance(size, int):  # the graph was exported for this size only
         if str(known).removeprefix("latent_") in asked and sizes[known] != size:
             raise WanlabError(

@@ -24,7 +24,8 @@ def use(model: Model, engines: Mapping[str, OrtEngine]) -> Model:
 
     Args:
         model: from `wanlab.models.load`, or from here.
-        engines: component -> engine that has the inputs and outputs of `wanlab.convert.export`.
+        engines: component -> engine that has the inputs and outputs of `wanlab.convert.export`. One with a method
+            `follow` is given the new pipeline, to listen to its scheduler.
 
     Returns:
         A new model; its `.engines` says which component runs on what.
@@ -41,6 +42,9 @@ def use(model: Model, engines: Mapping[str, OrtEngine]) -> Model:
     for part in dict.fromkeys(PARTS[component] for component in engines):
         mine = {component: engine for component, engine in engines.items() if PARTS[component] == part}
         setattr(pipeline, part, _stand_in(getattr(model.pipeline, part), mine))
+    for engine in engines.values():
+        if hasattr(engine, "follow"):  # it changes with the step, which the scheduler knows
+            engine.follow(pipeline)
     changed = copy.copy(model)
     changed.pipeline = pipeline
     changed.engines = dict(model.engines) | {name: engine.name for name, engine in engines.items()}

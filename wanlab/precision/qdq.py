@@ -15,8 +15,10 @@ from wanlab.convert.onnx.graph import EXTERNAL_ABOVE_BYTES, file_bytes
 from wanlab.convert.onnx.report import read_report
 from wanlab.convert.onnx.weights_file import WeightsFile
 from wanlab.errors import WanlabError
-from wanlab.precision.formats import Format, check_blocks, get_format
-from wanlab.precision.layers import choose_layers, layer_set_key
+from wanlab.precision.formats import Format, check_blocks
+from wanlab.precision.layers import layer_set_key
+from wanlab.precision.plan_choice import chosen_formats
+from wanlab.precision.plan_islands import compute_in, islands_among, needed_opset
 from wanlab.precision.report import QuantizedLayer, QuantizedReport
 from wanlab.precision.rewrite import Rewriter, raise_opset
 from wanlab.precision.sites import find_sites, sites_of
@@ -39,13 +41,15 @@ def quantize(
     exclude: str | Sequence[str] = (),
     calibration: Calibration | None = None,
     external_data: bool | None = None,
+    weights: WeightsFile | None = None,
     progress: bool = True,
 ) -> QuantizedReport:
     """Write a graph whose chosen layers compute in a number format, said by QuantizeLinear and DequantizeLinear.
 
     Weights become codes and scales, taken from the weights in the graph. Inputs of layers whose format has an
     activation are rounded to codes of the calibration's range; layers that read one tensor in one format share the
-    codes, with the largest of their ranges. Biases and everything else stay as they are. Weights are read, rounded
+    codes, with the largest of their ranges. A layer of another float computes in it between two Casts, with weight and
+    bias in that dtype. All other biases, and everything else, stay as they are. Weights are read, rounded
     and written one at a time, so a graph of any size needs room for its largest. The file is checked by
     onnx.checker and read back: a layer that did not come out as asked is an error.
 
@@ -53,11 +57,14 @@ def quantize(
         onnx_path: from `wanlab.convert.export`, in float32, float16 or bfloat16.
         out_path: the `.onnx` file to write; its folder is made. A report lies beside it as `.json`.
         layers: patterns as in `choose_layers`, None for its default; or pattern -> format, for a mixture, where
-            later patterns win.
-        format: of all the layers that `layers` chooses: a name of `FORMATS` or a `Format`.
+            later patterns win and `"fp32"`, `"fp16"` and `"bf16"` are formats too. Norms that are written as
+            convolutions, as in the VAE, are taken by patterns with `norm` in them only.
+        format: of all the layers that `layers` chooses: a name of `FORMATS`, a `Format`, or a float.
         exclude: patterns of layers to leave as they are.
         calibration: ranges of the layers' inputs; of the same component. Needed by formats with an activation.
         external_data: weights in a file of their own; None does so above 1.5 GiB.
+        weights: the file that they go to then, in the folder of `out_path`; other graphs made from the same source may
+            use it too. None takes one for this graph alone.
         progress: show a bar while weights are written.
 
     Raises:
@@ -77,21 +84,33 @@ def quantize(
     if "wanlab_quantized" in metadata:
         raise WanlabError(f"{source.name} is quantised already; start from the file that was exported")
     found = find_sites(model.graph)
-    asked = _assignment(found, layers, format, exclude)
+    wanted_of = chosen_formats(found, layers, format, exclude)
+    asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, Format)}
+    floats = {layer: name for layer, name in wanted_of.items() if layer not in asked}
     calibration = _needed(calibration, asked, metadata, source.name)
-    sites = sites_of(found, asked, source.name)
+    sites = sites_of(found, wanted_of, source.name)
+    islands = islands_among(sites, floats)
+    if not asked and not islands:
+        raise WanlabError(
+            f"{source.name} computes these layers in these floats already; nothing is to be written"
+        )
+    named = {layer: asked[layer].name if layer in asked else islands[layer] for layer in (*asked, *islands)}
     for layer, wanted in asked.items():
         check_blocks(sites[layer][0].shape, wanted.weight, layer)
     # Read here, as rewriting replaces the weights.
-    before_bytes = {layer: sites[layer][0].stored.const_value.nbytes for layer in asked}
+    before_bytes = {layer: sites[layer][0].stored.const_value.nbytes for layer in named}
     dtypes = Counter(str(site.dtype).removeprefix("torch.") for all_ in sites.values() for site in all_)
 
     opset_before = model.opset_imports[""]
     # Scales of other types than float32 came with opset 19.
-    needed = max(19 if set(dtypes) != {"float32"} else 0, *(wanted.opset for wanted in asked.values()))
+    needed = max(
+        19 if asked and set(dtypes) != {"float32"} else 0,
+        needed_opset(sites, islands),
+        *(wanted.opset for wanted in asked.values()),
+    )
     if opset_before < needed:
         model = raise_opset(model, needed, source.name)
-        sites = sites_of(find_sites(model.graph), asked, source.name)
+        sites = sites_of(find_sites(model.graph), named, source.name)
     rewriter = Rewriter(model.graph, model.opset_imports[""])
     for layer, wanted in asked.items():
         for site in sites[layer]:
@@ -99,20 +118,21 @@ def quantize(
     inputs = [(site, asked[layer].activation) for layer in asked for site in sites[layer]]
     amax = calibration.amax if calibration is not None else {}
     scales = rewriter.activations([(site, numbers) for site, numbers in inputs if numbers], amax)
+    compute_in(rewriter, sites, islands)
     rewriter.clear()
 
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
-    key = _key(source, asked, scales, calibration)
+    key = _key(source, asked, islands, scales, calibration)
     model.metadata_props.update(
         {
-            "wanlab_format": json.dumps(dict(Counter(wanted.name for wanted in asked.values()))),
-            "wanlab_layers": layer_set_key(asked),
+            "wanlab_format": json.dumps(dict(Counter(named.values()))),
+            "wanlab_layers": layer_set_key(named),
             "wanlab_calibration": calibration.key if calibration is not None else "",
             "wanlab_quantized": key,
         }
     )
-    weights_file = _write(model, path, key, external_data, progress)
-    quantized = verify(path, asked)
+    weights_file = _write(model, path, key, external_data, weights, progress)
+    quantized = verify(path, asked, islands)
     report = QuantizedReport(
         path=str(path),
         source=str(source),
@@ -120,11 +140,11 @@ def quantize(
         component=metadata.get("component", ""),
         key=key,
         layers=tuple(
-            _layer(layer, wanted.name, sites[layer], scales.get(layer), rewriter, before_bytes[layer])
-            for layer, wanted in asked.items()
+            _layer(layer, name, sites[layer], scales.get(layer), rewriter, before_bytes[layer])
+            for layer, name in named.items()
         ),
         quantized=quantized,
-        layer_set=layer_set_key(asked),
+        layer_set=layer_set_key(named),
         calibration=calibration.key if calibration is not None else "",
         opset_before=opset_before,
         opset=model.opset_imports[""],
@@ -136,21 +156,6 @@ def quantize(
     )
     report.write()
     return report
-
-
-def _assignment(found, layers, format, exclude) -> dict[str, Format]:
-    """Layer -> format, for the layers asked for, in the order of their names."""
-    if isinstance(layers, Mapping):
-        if format is not None:
-            raise WanlabError("layers gives a format to each layer already; leave format out")
-        chosen = choose_layers(found, list(layers), exclude)
-        by_name: dict[str, Format] = {}
-        for pattern, name in layers.items():
-            by_name |= dict.fromkeys(choose_layers(found, pattern), get_format(name))
-        return {layer: by_name[layer] for layer in chosen}
-    if format is None:
-        raise WanlabError("which format? give format=, or layers= as a mapping from layer to format")
-    return dict.fromkeys(choose_layers(found, layers, exclude), get_format(format))
 
 
 def _layer(layer, name, sites, scale, rewriter, before_bytes: int) -> QuantizedLayer:
@@ -192,7 +197,7 @@ def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibrat
     return calibration
 
 
-def _key(source: Path, asked: dict[str, Format], scales, calibration) -> str:
+def _key(source: Path, asked: dict[str, Format], islands: dict[str, str], scales, calibration) -> str:
     from wanlab import __version__
 
     with open(source, "rb") as file:
@@ -202,6 +207,7 @@ def _key(source: Path, asked: dict[str, Format], scales, calibration) -> str:
         "graph": graph,
         "weights": exported.key if exported is not None else "",
         "formats": {layer: wanted.to_dict() for layer, wanted in asked.items()},
+        "islands": islands,
         "scales": {layer: entry.scale for layer, entry in scales.items()},
         "calibration": calibration.key if calibration is not None else "",
         "wanlab": __version__,
@@ -222,7 +228,9 @@ class _Stored:
         return onnx_ir.LazyTensor(lambda: self.tensor, self.tensor.dtype, self.tensor.shape, name=name)
 
 
-def _write(model, path: Path, key: str, external_data: bool | None, progress: bool) -> str:
+def _write(
+    model, path: Path, key: str, external_data: bool | None, shared: WeightsFile | None, progress: bool
+) -> str:
     """Write graph and weights; the graph appears under `path` when it is whole. Returns the weights' file."""
     import numpy as np
     import onnx
@@ -233,7 +241,7 @@ def _write(model, path: Path, key: str, external_data: bool | None, progress: bo
     size = sum(tensor.nbytes for tensor in large.values())
     external = size > EXTERNAL_ABOVE_BYTES if external_data is None else external_data
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = WeightsFile(path.with_name(f"{path.stem}.weights"), key)
+    weights = shared or WeightsFile(path.with_name(f"{path.stem}.weights"), key)
     manifest = weights.path.with_name(f"{weights.path.name}.json")
     for tensor in held.values():
         if (
@@ -243,11 +251,12 @@ def _write(model, path: Path, key: str, external_data: bool | None, progress: bo
             raise WanlabError(
                 f"{weights.path} holds the weights that are read; give {path.name} another name"
             )
-    manifest.unlink(missing_ok=True)  # no tensor of an earlier file is kept
+    if shared is None:
+        manifest.unlink(missing_ok=True)  # no tensor of an earlier file is kept
     if external:
         weights.add({name: _Stored(tensor) for name, tensor in large.items()}, progress=progress)
         weights.refer(model.graph)
-    else:
+    elif shared is None:
         weights.path.unlink(missing_ok=True)
     for name, tensor in held.items():
         # What stays in the graph may lie in the source's file, which is not found from another folder.

@@ -53,12 +53,12 @@ class Rewriter:
         elif numbers.granularity == "block":
             attributes = {"axis": 0 if site.transposed else 1, "block_size": numbers.block}
         node = onnx_ir.node(
-            "DequantizeLinear", [codes, scale], attributes, name=self._name(f"{site.layer}/weight_dequantize")
+            "DequantizeLinear", [codes, scale], attributes, name=self.name(f"{site.layer}/weight_dequantize")
         )
-        self._finish(node, f"{site.layer}.weight.{len(self._names)}.dequantized", site.dtype, codes.shape)
+        self.finish(node, f"{site.layer}.weight.{len(self._names)}.dequantized", site.dtype, codes.shape)
         self.graph.insert_before(site.node, node)
         site.node.replace_input_with(1, node.outputs[0])
-        self._replaced[site.stored.name] = site.stored
+        self.replaced(site.stored)
 
     def activations(
         self, sites: Sequence[tuple[Site, Numbers]], amax: dict[str, float]
@@ -86,6 +86,10 @@ class Rewriter:
                 made[layer] = ActivationScale(largest, float(scale), others)
         return made
 
+    def replaced(self, stored: onnx_ir.Value) -> None:
+        """Note that something else stands in for a weight, at some of its sites."""
+        self._replaced[stored.name] = stored
+
     def clear(self) -> None:
         """Take out the weights, and the Casts after them, that nothing reads any more."""
         for name, value in self._replaced.items():
@@ -102,7 +106,8 @@ class Rewriter:
         from onnx_ir.tensor_adapters import TorchTensor
 
         kind = _code_type(numbers)
-        name = f"{site.stored.name}.{numbers.kind}"
+        # Graphs of one component share a file of weights, where a name must mean one content.
+        name = ".".join([site.stored.name, numbers.kind, *_sharing(numbers)])
         _, scale = encode_weight(site.weight(), numbers, site.dtype)
         if numbers.granularity == "block" and site.transposed:
             scale = scale.t().contiguous()
@@ -115,8 +120,8 @@ class Rewriter:
             return TorchTensor(codes, name=name)
 
         shape = onnx_ir.Shape(site.shape[::-1] if site.transposed else site.shape)
-        codes_value = self._initializer(onnx_ir.LazyTensor(read, kind, shape, name=name))
-        return codes_value, self._initializer(TorchTensor(scale, name=f"{name}.scale"))
+        codes_value = self.initializer(onnx_ir.LazyTensor(read, kind, shape, name=name))
+        return codes_value, self.initializer(TorchTensor(scale, name=f"{name}.scale"))
 
     def _quantize_input(self, group: list[Site], numbers: Numbers, scale: torch.Tensor) -> None:
         import onnx_ir
@@ -124,18 +129,18 @@ class Rewriter:
 
         first, value = group[0], group[0].activation
         kind, name = _code_type(numbers), f"{value.name}.{numbers.kind}"
-        step = self._initializer(TorchTensor(scale, name=f"{name}.scale"))
+        step = self.initializer(TorchTensor(scale, name=f"{name}.scale"))
         zero = self._zero_point(numbers)
-        module = _common_module([site.layer for site in group])
+        module = common_module([site.layer for site in group])
         quantize = onnx_ir.node(
-            "QuantizeLinear", [value, step, zero], name=self._name(f"{module}/input_quantize")
+            "QuantizeLinear", [value, step, zero], name=self.name(f"{module}/input_quantize")
         )
-        self._finish(quantize, name, None, value.shape, kind)
+        self.finish(quantize, name, None, value.shape, kind)
         # ONNX Runtime (1.31) copies such a pair past a Reshape. Up to opset 20 the copy of one without zero point is
         # uint8, which cuts all that is negative; from 21 on it fails on one with a zero point of int8.
         given = [quantize.outputs[0], step, *([zero] if self.opset < 21 else [])]
-        dequantize = onnx_ir.node("DequantizeLinear", given, name=self._name(f"{module}/input_dequantize"))
-        self._finish(dequantize, f"{name}.dequantized", first.dtype, value.shape)
+        dequantize = onnx_ir.node("DequantizeLinear", given, name=self.name(f"{module}/input_dequantize"))
+        self.finish(dequantize, f"{name}.dequantized", first.dtype, value.shape)
         self.graph.insert_before(first.node, [quantize, dequantize])
         for site in group:
             site.node.replace_input_with(0, dequantize.outputs[0])
@@ -149,9 +154,10 @@ class Rewriter:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         kind = torch.float8_e4m3fn if numbers.kind == "fp8" else torch.int8
-        return self._initializer(TorchTensor(torch.zeros((), dtype=kind), name=name))
+        return self.initializer(TorchTensor(torch.zeros((), dtype=kind), name=name))
 
-    def _initializer(self, tensor) -> onnx_ir.Value:
+    def initializer(self, tensor) -> onnx_ir.Value:
+        """A new constant of the graph, under the tensor's name or one like it."""
         import onnx_ir
 
         name, count = tensor.name, 1
@@ -164,7 +170,8 @@ class Rewriter:
         self.graph.register_initializer(value)
         return value
 
-    def _finish(self, node, name: str, dtype: torch.dtype | None, shape, kind=None) -> None:
+    def finish(self, node, name: str, dtype: torch.dtype | None, shape, kind=None) -> None:
+        """Name, shape and type of a new node's output."""
         import onnx_ir
         from onnx_ir.tensor_adapters import from_torch_dtype
 
@@ -172,7 +179,8 @@ class Rewriter:
         output.name, output.shape = name, shape
         output.type = onnx_ir.TensorType(from_torch_dtype(dtype) if kind is None else kind)
 
-    def _name(self, name: str) -> str:
+    def name(self, name: str) -> str:
+        """A name for a new node: this one, or one like it that is free."""
         unique, count = name, 1
         while unique in self._names:
             count += 1
@@ -209,7 +217,7 @@ def raise_opset(model: onnx_ir.Model, opset: int, name: str) -> onnx_ir.Model:
     return model
 
 
-def _common_module(layers: list[str]) -> str:
+def common_module(layers: list[str]) -> str:
     """The innermost module that holds all of the layers; the first layer where there is none."""
     common = []
     for pieces in zip(*(layer.split(".") for layer in layers), strict=False):
@@ -225,6 +233,13 @@ def _packed(codes: torch.Tensor):
 
     flat = torch.nn.functional.pad(codes.flatten(), (0, codes.numel() % 2))
     return ((flat[0::2] & 15) | (flat[1::2] << 4)).view(torch.uint8).numpy()
+
+
+def _sharing(numbers: Numbers) -> list[str]:
+    """What tells codes from others of their kind, where they are not the usual ones."""
+    usual = {"int8": ("channel", None), "fp8": ("tensor", None), "int4": ("block", 64)}
+    same = usual[numbers.kind] == (numbers.granularity, numbers.block)
+    return [] if same else [str(numbers.block or numbers.granularity)]
 
 
 def _code_type(numbers: Numbers) -> onnx_ir.DataType:

@@ -8,17 +8,12 @@ import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from wanlab.convert.clip import AXES
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
     import onnx
 
-AXES = {
-    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
-}
-"""Axes of inputs by place, for graphs that name them by an expression."""
 _BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

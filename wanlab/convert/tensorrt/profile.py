@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wanlab.convert.clip import ClipShape
+from wanlab.convert.clip import AXES, ClipShape
 from wanlab.errors import WanlabError
 from wanlab.models.shapes import latent_shape, size_step
 
@@ -19,16 +19,6 @@ Range = tuple[Shape, Shape, Shape]
 """Smallest, preferred and largest shape."""
 
 ENDS = ("min", "opt", "max")
-# Input -> {axis: what it is}, as wanlab.convert.components names them.
-AXES: dict[str, dict[int, str]] = {
-    "input_ids": {0: "batch", 1: "text_tokens"},
-    "attention_mask": {0: "batch", 1: "text_tokens"},
-    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "timestep": {0: "batch", 1: "tokens"},
-    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
-    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
-}
 # Axis -> the fields of a profile that say something about it.
 SAID_BY = {
     "batch": ("batch",),

@@ -491,3 +491,11 @@ def test_a_cache_has_its_own_ending(cached, model, recording, tmp_path):
         )
     with pytest.raises(WanlabError, match="no calibration cache"):
         precision.read_calibration(tmp_path / "c.json")
+
+
+def test_examples_leave_flat_photographs_out():
+    names = [example.name.split()[0] for example in precision.nano_examples(12)]
+    assert len(set(names)) >= 9
+    assert not {"cell.png", "moon.png", "retina.jpg"} & set(names)
+    with pytest.raises(WanlabError, match=r"cell.png is too flat"):
+        heldout.draw_cases(1, photographs=["cell.png"])

@@ -29,11 +29,12 @@ def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
     """Cases of the kind that wan-nano learnt from, on photographs it learnt from: none is held out.
 
     They go round the motions and photographs, every other round with a moving object, as
-    `wanlab.nano.heldout.draw_cases` does.
+    `wanlab.nano.heldout.draw_cases` does; photographs that are too flat to show motion are left out.
     """
     from wanlab.nano import clips, heldout
 
-    return as_examples(heldout.draw_cases(count, seed=seed, photographs=clips.TRAINING_PHOTOGRAPHS))
+    photographs = [name for name in clips.TRAINING_PHOTOGRAPHS if heldout.has_texture(heldout.picture(name))]
+    return as_examples(heldout.draw_cases(count, seed=seed, photographs=photographs))
 
 
 def as_examples(cases: Iterable[Any]) -> list[Example]:

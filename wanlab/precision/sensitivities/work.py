@@ -1,0 +1,231 @@
+"""What there is to measure: units of work with their calls, and what makes them the same work as before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError, did_you_mean
+from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.layers import choose_layers
+from wanlab.precision.sensitivities.layer_errors import WeightErrors
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.precision.recording import RecordedCall, Recording
+    from wanlab.precision.sensitivities.sampler import SamplerWeights
+
+VERSION = 1
+DEFAULT_FORMATS = ("int8", "fp8", "int8-weight", "int4-weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One expert to measure.
+
+    Attributes:
+        network: eager, its weights as they are.
+        layers: in blocks, linear. amax: layer -> range of its input, for formats that round it.
+        key: hash of weights, recording, layers, ranges and formats.
+    """
+
+    component: str
+    network: torch.nn.Module
+    layers: tuple[str, ...]
+    amax: dict[str, float]
+    key: str
+
+
+@dataclass(eq=False)
+class Setting:
+    """What holds for all units of a measurement.
+
+    Attributes:
+        targets: the experts that are measured, by component. networks: all experts that are loaded.
+        inputs: component -> names of its network's inputs, in order.
+        probes: directions on the final latents. follow: carry errors through later steps.
+    """
+
+    recording: Recording
+    targets: Mapping[str, Target]
+    networks: Mapping[str, torch.nn.Module]
+    inputs: Mapping[str, Sequence[str]]
+    formats: list[Format]
+    sampler: SamplerWeights
+    guidance_scale: float
+    probes: int
+    follow: bool
+    seed: int
+    weights: WeightErrors = field(default_factory=WeightErrors)
+
+    def tensors(self, call: RecordedCall) -> list[torch.Tensor]:
+        """What the network is called with, on its device."""
+        given = self.recording.inputs(call)
+        device = next(self.networks[call.component].parameters()).device
+        return [given[name].to(device) for name in self.inputs[call.component]]
+
+    def guidance(self, call: RecordedCall, unit: Unit) -> float:
+        """Weight of a branch's velocity in the step's: classifier-free guidance where both branches ran."""
+        if not any(each.branch == "uncond" and each.step == call.step for each in unit.calls):
+            return 1.0
+        return self.guidance_scale if call.branch == "cond" else 1.0 - self.guidance_scale
+
+    def products(self, target: Target) -> float:
+        """Products for the errors of one call's layers, over those of the linear layers in one forward."""
+        inputs = {each.activation for each in self.formats if each.activation is not None}
+        sizes = {
+            name: module.weight.numel()
+            for name, module in target.network.named_modules()
+            if name.startswith("blocks.") and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        }
+        share = sum(sizes[name] for name in target.layers) / sum(sizes.values())
+        return share * (1 + len(self.formats) + len(inputs))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Calls that are measured together, last step first: `"e0"`, an example, or `"e0-s3"`, one step of it."""
+
+    name: str
+    example: int
+    calls: tuple[RecordedCall, ...]
+
+
+def make_formats(names: Sequence[str | Format]) -> list[Format]:
+    """Formats from their names, each once."""
+    made = [get_format(name) for name in ([names] if isinstance(names, str | Format) else names)]
+    if not made:
+        raise WanlabError("no format to measure; give formats=('int8', ...)")
+    return list({each.name: each for each in made}.values())
+
+
+def make_target(
+    component: str,
+    networks: Mapping[str, torch.nn.Module],
+    recording: Recording,
+    ranges: Any,
+    chosen: tuple[Any, Any],
+    formats: Sequence[Format],
+    follow: bool,
+) -> Target:
+    """An expert with everything that is asked of it, checked.
+
+    Args:
+        networks: of all experts that are loaded. chosen: layers and those to leave out, as `choose_layers` takes
+            them.
+        follow: the other experts' weights matter too, as errors are carried through their steps.
+
+    Raises:
+        WanlabError: ranges of another component, other weights or without a layer; layers that are no linear layers
+            of blocks.
+    """
+    import torch
+
+    from wanlab.precision.sensitivities.passage import blocks_of
+
+    network = networks[component]
+    names = choose_layers(network, *chosen)
+    blocks_of(names)
+    weights = {name: _weights_key(other) for name, other in networks.items() if follow or name == component}
+    if getattr(ranges, "component", component) != component:
+        raise WanlabError(f"the ranges for {component} are of {ranges.component}; calibrate {component}")
+    identity = getattr(ranges, "identity", None)
+    if identity is not None and identity.weights != weights[component]:
+        raise WanlabError(f"the ranges for {component} were measured on other weights; calibrate it again")
+    known = dict(getattr(ranges, "amax", ranges) or {})
+    rounding = [each.name for each in formats if each.activation is not None]
+    for name in names:
+        module = network.get_submodule(name)
+        if not isinstance(module, torch.nn.Linear):
+            raise WanlabError(f"{name} of {component} is {type(module).__name__}; give linear layers")
+        if rounding and name not in known:
+            raise WanlabError(
+                f"no range for the input of {name} of {component}, which {rounding[0]} rounds; give its calibration"
+                " with this layer, or formats of weights alone"
+            )
+        for each in formats:
+            check_blocks(tuple(module.weight.shape), each.weight, f"{component}'s {name}")
+    amax = {name: float(known[name]) for name in names if name in known}
+    inputs = [recording.key(name) for name in recording.components if name in weights]
+    facts = [component, weights, inputs, names, amax, [each.to_dict() for each in formats]]
+    return Target(component, network, names, amax, digest(facts))
+
+
+def make_units(recording: Recording, components: Sequence[str], calls: int | None, steps: int) -> list[Unit]:
+    """Units of work.
+
+    Args:
+        components: that are measured.
+        calls: steps per expert and example, evenly spread; None takes whole examples from their last step to the
+            first that one of the components runs.
+
+    Raises:
+        WanlabError: a recording without every step of the generation, and no number of calls.
+    """
+    units = []
+    for component in components:
+        recording.of(component)  # refuses what was not recorded
+    for example in sorted({call.example for call in recording.calls}):
+        there = [call for call in recording.calls if call.example == example and call.step is not None]
+        if calls is None:
+            first = min((c.step for c in there if c.component in components), default=None)
+            if first is None:
+                continue
+            found = {call.step for call in there}
+            missing = [step for step in range(first, steps) if step not in found]
+            if missing:
+                raise WanlabError(
+                    f"step {missing[0]} of example {example} is not in the recording, so errors cannot be followed to the"
+                    " final latents; record all steps, or give calls= to measure some without following them"
+                )
+            wanted = [call for call in there if call.step >= first]
+            units.append(Unit(f"e{example}", example, _backwards(wanted)))
+            continue
+        for component in components:
+            own = sorted({c.step for c in there if c.component == component})
+            for step in spread(own, calls):
+                at = [c for c in there if c.component == component and c.step == step]
+                units.append(Unit(f"e{example}-s{step}", example, _backwards(at)))
+    return units
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """So many of the steps, evenly spread, each in the middle of its share."""
+    if count < 1:
+        raise WanlabError(f"calls must be at least 1, not {count}")
+    if count >= len(steps):
+        return list(steps)
+    return [steps[int((i + 0.5) * len(steps) / count)] for i in range(count)]
+
+
+def check_known(names: Sequence[str], known: Sequence[str], what: str) -> None:
+    """Raise a `WanlabError` for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise WanlabError(f"no {what} {name!r}{did_you_mean(name, known)}; there is {', '.join(known)}")
+
+
+def check_shard(shard: tuple[int, int]) -> None:
+    """Raise a `WanlabError` unless it is (index, count)."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise WanlabError(f"shard is (index, count) with 0 <= index < count, not {shard}")
+
+
+def digest(facts: Any) -> str:
+    """Hash of plain data."""
+    return hashlib.sha256(json.dumps([VERSION, facts], sort_keys=True).encode()).hexdigest()
+
+
+def _weights_key(network: torch.nn.Module) -> str:
+    from wanlab.convert.onnx.identity import weights_key
+
+    return weights_key(network)
+
+
+def _backwards(calls: Sequence[RecordedCall]) -> tuple[RecordedCall, ...]:
+    return tuple(sorted(calls, key=lambda call: (-call.step, call.branch != "cond")))

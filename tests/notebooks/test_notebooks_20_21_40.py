@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wanlab.evaluate import write_video
+from wanlab.evaluate import ALL_METRICS, write_video
 from wanlab.nano import heldout
 
 pytestmark = pytest.mark.notebook
@@ -76,17 +76,34 @@ def test_onnxruntime_makes_the_same_video_faster(run_notebook):
     assert len(done.page.select("video")) == 2
 
 
-def test_quality_loss_over_cases_with_known_truth(run_notebook):
+def test_quality_over_cases_with_known_truth_and_floors(run_notebook):
     done = run_notebook("40_quality")
     loss = done.values["quality_loss"]
-    assert loss["cases"] == 6
+    assert loss["cases"] == 2
     assert loss["low_percent"] <= loss["quality_loss_percent"] <= loss["high_percent"]
-    assert loss["within_limit"] == "yes"
     assert loss["backbone"] == "stlpips-alex"
-    assert done.values["effect"] == dict.fromkeys(COMPONENTS, "onnxruntime-cpu")
-    assert {row["metric"] for row in done.values["divergence"]} == {"lpips", "psnr", "ssim"}
+    assert min(done.values["effect"].values()) > 90  # percent of the weights that the format moved
+    divergence = {row["metric"]: row for row in done.values["divergence"]}
+    assert tuple(divergence) == ALL_METRICS
+    assert divergence["lpips"]["verdict"] == "above floor"
+    assert divergence["lpips"]["floor_name"] == "other attention kernel"
+    floors = {(row["floor"], row["metric"]): row for row in done.values["floors"]}
+    assert {floor for floor, _ in floors} == {"run again", "other attention kernel"}
+    assert floors["run again", "lpips"]["identical_cases"] == 2
+    assert floors["other attention kernel", "lpips"]["identical_cases"] == 0
+    assert done.values["tier"]["tier"] in done.record["verdict"]
+    assert "LPIPS" in done.values["tier"]["why"]
     assert "stlpips-alex" in done.record["verdict"]
-    assert len(done.page.select("video")) == 3
+    assert len(done.page.select("video")) == 4
+    assert len(done.page.select("div.figure[data-figure]")) == 3
+
+
+def test_an_exact_engine_is_of_the_numeric_tier(run_notebook):
+    sizes = ("-p", "frames=17", "-p", "steps=3", "-p", "cases=1")
+    done = run_notebook("40_quality", "-p", "technique=onnxruntime", *sizes)
+    assert done.values["effect"] == dict.fromkeys(COMPONENTS, "onnxruntime-cpu")
+    assert done.values["tier"]["tier"] == "numeric"
+    assert done.values["quality_loss"]["within_limit"] == "undecided"  # one case has no interval
 
 
 def test_quality_of_two_files_is_divergence_only(run_notebook, tmp_path):
@@ -98,4 +115,5 @@ def test_quality_of_two_files_is_divergence_only(run_notebook, tmp_path):
     assert done.values["quality_loss"]["within_limit"] == "unknown"
     assert "unknown" in done.record["verdict"]
     assert {row["verdict"] for row in done.values["divergence"]} == {"no floor"}
-    assert len(done.page.select("video")) == 2
+    assert "floors" not in done.values
+    assert len(done.page.select("video")) == 3

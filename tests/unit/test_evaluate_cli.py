@@ -8,7 +8,7 @@ import pytest
 
 from wanlab import evaluate
 from wanlab.errors import WanlabError
-from wanlab.evaluate import cli
+from wanlab.evaluate import ALL_METRICS, cli
 
 
 @pytest.fixture
@@ -33,7 +33,17 @@ def test_prints_a_table_and_writes_json(videos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "here")
     assert run("--original", videos[0], "--optimized", videos[1], "--metric", "lpips") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["metric", "backbone", "mean", "worst", "worst", "frame"]
+    assert lines[1].split() == [
+        "metric",
+        "backbone",
+        "mean",
+        "worst",
+        "worst",
+        "frame",
+        "drift",
+        "per",
+        "frame",
+    ]
     assert lines[2].split()[:2] == ["lpips", "stlpips-alex"]
     assert lines[-1] == "scores written to b.scores.json"
     data = json.loads((tmp_path / "here" / "b.scores.json").read_text())
@@ -49,7 +59,7 @@ def test_several_metrics_and_a_place_of_ones_own(videos, tmp_path, capsys):
     assert list(json.loads(target.read_text())["metrics"]) == ["psnr", "ssim"]
     assert " dB" in capsys.readouterr().out
     assert run(*common, "--metric", "all") == 0
-    assert list(json.loads(target.read_text())["metrics"]) == ["lpips", "psnr", "ssim"]
+    assert list(json.loads(target.read_text())["metrics"]) == list(ALL_METRICS)
 
 
 def test_a_perfect_copy_is_said_to_be_one(videos, tmp_path, capsys):

@@ -87,6 +87,59 @@ def test_official_backbone_is_exact_or_refused(pair, monkeypatch):
     assert scores.mean() != pytest.approx(module.distances(*pair).mean().item(), rel=0.01)
 
 
+def test_scores_and_maps_are_those_of_the_package(pair):
+    network = module.load_backbone()
+    with torch.inference_mode():
+        expected = network(pair[0] * 2 - 1, pair[1] * 2 - 1).flatten()
+        np.testing.assert_allclose(module.distances(*pair), expected, atol=1e-6)
+        network.spatial = True
+        try:
+            expected = network(pair[0] * 2 - 1, pair[1] * 2 - 1)[:, 0]
+        finally:
+            network.spatial = False
+    maps = module.distance_maps(*pair)
+    assert maps.shape == (2, *pair[0].shape[-2:])
+    np.testing.assert_allclose(maps, expected, atol=1e-6)
+    # A change in one corner is seen in that corner.
+    corner = pair[0].clone()
+    corner[..., :16, :16] = 1 - corner[..., :16, :16]
+    here = module.distance_maps(pair[0], corner)
+    assert here[:, :24, :24].mean() > 5 * here[:, 40:, 60:].mean()
+
+
+def test_convolutions_on_a_gpu_take_no_tf32():
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark
+    assert before[0]  # as PyTorch sets it up
+    with module.exact_float32("cuda:0"):
+        assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark) == (False, *before[1:])
+    assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark) == before
+
+
+KERNEL = """
+import torch
+from wanlab.evaluate.lpips_head import _by_triton, by_torch
+generator = torch.Generator().manual_seed(0)
+for channels in (64, 192, 384):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pair = [torch.rand(2, channels, 5, 9, generator=generator).relu().to(memory_format=layout) for _ in "ab"]
+        pair[1][0, :, 0, 0] = 0  # a pixel without any feature
+        weight = torch.rand(channels, generator=generator)
+        torch.testing.assert_close(_by_triton(*pair, weight), by_torch(*pair, weight), atol=1e-6, rtol=1e-5)
+print("same")
+"""
+
+
+def test_the_kernel_for_gpus_computes_the_same():
+    pytest.importorskip("triton")
+    # The interpreter of Triton runs it on the CPU; it is chosen at the first import.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", module.HUB_FILES)
 def test_missing_backbone_file_is_named_and_never_downloaded(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

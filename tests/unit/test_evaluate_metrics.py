@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 
 from wanlab import evaluate
 from wanlab.errors import WanlabError
-from wanlab.evaluate.metrics import psnr, ssim
+from wanlab.evaluate.frames import ms_ssim, psnr, scales, ssim
 
 
 def noisy(frames, amount, seed=0):
@@ -80,6 +80,35 @@ def test_ssim_equals_scikit_image(amount):
         for a, b in zip(video, other, strict=True)
     ]
     np.testing.assert_allclose(ssim(tensor(video), tensor(other)), expected, atol=2e-4)
+
+
+def textured(height, width):
+    """The same numbers on every machine: a sum of waves, and a copy with more of them."""
+    y, x = np.mgrid[0:height, 0:width]
+    plain = 0.5 + 0.2 * np.sin(x / 7.0) * np.cos(y / 5.0) + 0.1 * np.sin((x + 2 * y) / 2.5)
+    other = plain + 0.08 * np.cos(x / 1.7) * np.sin(y / 1.3)
+    stacked = [np.stack([frame, frame**2, 1 - frame])[None] for frame in (plain, other)]
+    return [torch.from_numpy(frame.astype(np.float32)) for frame in stacked]
+
+
+# What pytorch-msssim 1.0.0, ms_ssim(a, b, data_range=1), says of the same pictures.
+@pytest.mark.parametrize(
+    ("size", "expected"), [((176, 192), 0.968835), ((191, 203), 0.965782), ((300, 260), 0.967789)]
+)
+def test_ms_ssim_is_that_of_a_library(size, expected):
+    assert ms_ssim(*textured(*size)).item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_ms_ssim_of_small_frames_has_fewer_scales():
+    assert [scales(size, 300) for size in (11, 22, 44, 88, 176, 704)] == [1, 2, 3, 4, 5, 5]
+    # One scale is SSIM itself.
+    pair = textured(20, 200)
+    assert ms_ssim(*pair).item() == pytest.approx(ssim(*pair).item(), abs=1e-6)
+    video = clip(2, 32, 48)
+    scores = evaluate.compare_videos(video, noisy(video, 0.05), "ms_ssim", progress=False)
+    assert scores.summary["backbone"].tolist() == ["2 scales"]
+    # A negative is not a number's root.
+    assert ms_ssim(pair[0], 1 - pair[0]).item() >= 0
 
 
 def test_floats_are_not_rounded_to_8_bits():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from wanlab.evaluate.catalogue import ALL_METRICS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `wanlab evaluate` to a parser."""
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric",
         action="append",
         metavar="NAME",
-        help="lpips, psnr, ssim or all; may be given more than once (default: lpips)",
+        help=f"{', '.join(ALL_METRICS)} or all; may be given more than once (default: lpips)",
     )
     parser.add_argument(
         "--backbone",

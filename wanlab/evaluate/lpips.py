@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wanlab.errors import WanlabError, did_you_mean, require
+from wanlab.evaluate import lpips_head
 
 DEFAULT_BACKBONE = "stlpips-alex"
 # Backbone -> file that torchvision keeps in the torch hub cache, and the call that fetches it.
@@ -26,6 +27,8 @@ HUB_FILES = {
     "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "squeezenet1_1"),
 }
 BACKBONES = (DEFAULT_BACKBONE, *HUB_FILES)
+# Processors that compute these networks faster with the channels of a pixel side by side (a CPU 1.5 to 2.5 times).
+CHANNELS_LAST = {"cpu"}
 MIN_SIZE = 32  # pixels a side; smaller frames vanish in the networks' pooling
 
 
@@ -93,6 +96,9 @@ def load_backbone(backbone: str = "auto", device="cpu"):
 def distances(original, optimized, backbone: str = "auto"):
     """LPIPS of each frame of a batch.
 
+    The features of both sides are computed in one batch, in float32 without TF32, so that a score does not depend
+    on the graphics card; they are what the networks' own packages compute, to 1e-5.
+
     Args:
         original, optimized: tensors `[N, 3, H, W]` in `[0, 1]` on one device.
 
@@ -104,12 +110,71 @@ def distances(original, optimized, backbone: str = "auto"):
     """
     import torch
 
+    with torch.inference_mode():
+        total = sum(layer.double().mean((1, 2)) for layer in _layers(original, optimized, backbone))
+        # Batched sums may round the two sides differently, but a perfect copy is perfect.
+        return total.masked_fill((original == optimized).flatten(1).all(1), 0.0)
+
+
+def distance_maps(original, optimized, backbone: str = "auto"):
+    """Where LPIPS sees a difference: the maps of the network's layers, brought to the size of the frame and added.
+
+    It is `spatial=True` of the networks' packages; the mean of a map is near the frame's LPIPS, not equal to it.
+
+    Args:
+        original, optimized: as `distances`.
+
+    Returns:
+        float32 tensor `[N, H, W]`.
+
+    Raises:
+        WanlabError: as `distances`.
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    size = original.shape[-2:]
+    with torch.inference_mode():
+        return sum(
+            functional.interpolate(layer[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+            for layer in _layers(original, optimized, backbone)
+        )
+
+
+def _layers(original, optimized, backbone: str):
+    """Distance at each pixel of each layer of the network: float32 `[N, h, w]` each."""
+    import torch
+
     height, width = original.shape[-2:]
     if min(height, width) < MIN_SIZE:
         raise WanlabError(f"LPIPS needs frames of at least {MIN_SIZE}x{MIN_SIZE}; these are {height}x{width}")
-    network = load_backbone(backbone, original.device)
-    with torch.inference_mode():
-        return network(original.float() * 2 - 1, optimized.float() * 2 - 1).reshape(-1).double()
+    network, count = load_backbone(backbone, original.device), len(original)
+    with exact_float32(original.device):
+        frames = torch.cat([original, optimized]).float().mul_(2).sub_(1)
+        frames = frames.contiguous(memory_format=_layout(original.device.type))
+        layers = network.net(network.scaling_layer(frames))
+        weights = [
+            linear.model[-1].weight.flatten() for linear in network.lins
+        ]  # 1x1 convolutions to one channel
+        return [
+            lpips_head.distance_map(features[:count], features[count:], weight)
+            for features, weight in zip(layers, weights, strict=True)
+        ]
+
+
+def exact_float32(device):
+    """A block in which convolutions on an NVIDIA GPU take no TF32, whose scores would move in the fourth digit."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    )
 
 
 def _package(name: str) -> tuple[str, str]:
@@ -148,4 +213,11 @@ def _build(name: str, device: str, path: str):
         else:
             module = require(f"{package}.stlpips", install)
             network = module.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    return network.eval().requires_grad_(False).to(device)
+    network = network.eval().requires_grad_(False).to(device)
+    return network.to(memory_format=_layout(device.partition(":")[0]))
+
+
+def _layout(kind: str):
+    import torch
+
+    return torch.channels_last if kind in CHANNELS_LAST else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""PSNR and SSIM, and the comparison of two videos frame by frame."""
+"""The comparison of two videos: whole clips, in batches that fit the device."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.evaluate import lpips
-from wanlab.evaluate.scores import METRICS, NO_BACKBONE, Scores, long_table
+from wanlab.evaluate import lpips, temporal
+from wanlab.evaluate.catalogue import ALL_METRICS, CATALOGUE, METRICS, TEMPORAL
+from wanlab.evaluate.frames import ms_ssim, psnr, scales, ssim
+from wanlab.evaluate.scores import NO_BACKBONE, Scores, long_table
 from wanlab.evaluate.video import Video, as_video
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FPS_TOLERANCE = 1e-3  # relative; containers round rates such as 30000/1001
 # Pixels scored at a time; a CPU is fastest in its cache, a GPU when it is full.
-BATCH_PIXELS = {"cpu": 200_000, "cuda": 4_000_000}
-
-_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
-_SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
+BATCH_PIXELS = {"cpu": 100_000, "cuda": 8_000_000}
+# Memory that scoring takes at most, both sides together; the widest are the full-size features of LPIPS.
+BYTES_PER_PIXEL = {"lpips-alex": 600, "lpips-squeeze": 1200, "lpips-vgg": 3000, "stlpips-alex": 3000}
+FREE_SHARE = 0.6
 
 
 def compare_videos(
@@ -36,121 +39,120 @@ def compare_videos(
     Args:
         original, optimized: path, `Video`, array `[T, H, W, 3]` (uint8, or float in `[0, 1]`), or an
             object with `.video` and `.fps` such as a generation.
-        metrics: names of `METRICS`, or `"all"`.
+        metrics: names of `ALL_METRICS` (`CATALOGUE` says what each is), or `"all"`: those that the
+            clip is long enough for.
         backbone: LPIPS backbone; `"auto"` is the shift-tolerant one, which needs no download.
         device: `"auto"` takes the GPU when there is one.
         progress: show a progress bar.
 
     Raises:
         WanlabError: unreadable video, different length, size or frame rate (both values are given),
-            unknown metric or backbone, backbone not on this machine, frames too small.
+            unknown metric or backbone, backbone not on this machine, frames too small, one frame
+            where a metric needs two.
     """
-    import numpy as np
     import torch
     from tqdm.auto import tqdm
 
     names = _metric_names(metrics)
     backbone = lpips.resolve(backbone)
     a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
-    _same_geometry(a, b)
-    device = _device(device)
+    same_geometry(a, b)
+    names = _long_enough(names, a, everything=metrics == "all" or "all" in metrics)
+    device = device_of(device)
     if "lpips" in names:
         lpips.load_backbone(backbone, device)  # refuse before the work, not in the middle of it
-    batch = max(1, BATCH_PIXELS["cuda" if device.type == "cuda" else "cpu"] // (a.height * a.width))
-    score = {
-        "psnr": psnr,
-        "ssim": ssim,
-        "lpips": lambda x, y: lpips.distances(x, y, backbone),
-    }
-    values: dict[str, list] = {name: [] for name in names}
+    batch = _batch(a, device, backbone if "lpips" in names else None)
+    parts: dict[str, list[np.ndarray]] = {}
     with (
         torch.inference_mode(),
         tqdm(total=a.length, desc="comparing", unit="frame", leave=False, disable=not progress) as bar,
     ):
+        before = None
         for start in range(0, a.length, batch):
-            x, y = (_tensor(video.frames[start : start + batch], device) for video in (a, b))
-            for name in names:
-                values[name].append(score[name](x, y).cpu().numpy())
+            x, y = (to_tensor(video.frames[start : start + batch], device) for video in (a, b))
+            found = _score_frames(x, y, names, backbone)
+            # What looks at two frames gets the last of the batch before as well.
+            pair = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
+            if len(pair[0]) > 1:
+                found |= _score_pairs(*pair, names)
+            before = x[-1:].clone(), y[-1:].clone()
+            for name, values in found.items():
+                parts.setdefault(name, []).append(values.cpu().numpy())
             bar.update(len(x))
-    table = {
-        (name, backbone if name == "lpips" else NO_BACKBONE): np.concatenate(parts)
-        for name, parts in values.items()
-    }
     fps = a.fps if a.fps is not None else b.fps
+    table = _joined(parts, names, backbone, f"{scales(a.height, a.width)} scales")
     return Scores(long_table(table), a.path, b.path, a.length, a.height, a.width, fps)
 
 
-def psnr(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, 10 log10(1 / MSE) over all pixels and channels.
-
-    Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`.
-
-    Returns:
-        float64 `[N]`; infinite for equal frames.
-    """
-    error = (original.double() - optimized.double()).square().flatten(1).mean(1)
-    return -10 * error.log10()
+def _score_frames(x: torch.Tensor, y: torch.Tensor, names: list[str], backbone: str) -> dict:
+    score = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+    found = {name: score[name](x, y) for name in names if name in score}
+    if "lpips" in names:
+        found["lpips"] = lpips.distances(x, y, backbone)
+    return found
 
 
-def ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each frame (Wang et al., 2004), mean over pixels and channels.
+def _score_pairs(x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict:
+    found = {}
+    if "flicker" in names:
+        found["flicker"] = temporal.flicker(x, y)
+    if "motion_ratio" in names:
+        found["motion of the original"], found["motion_ratio"] = temporal.motion(x), temporal.motion(y)
+    if "warp_error" in names:
+        own, error = temporal.warp_errors(x, y)
+        found["warp_error"] = error - own
+    return found
 
-    Gaussian window of 11 pixels with sigma 1.5, population covariance, data range 1, borders where
-    the window does not fit left out: scikit-image's `structural_similarity` with `gaussian_weights`.
 
-    Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels a side.
+def _joined(parts: dict, names: list[str], backbone: str, scales: str) -> dict:
+    import numpy as np
 
-    Returns:
-        float64 `[N]`; 1 for equal frames.
+    whole = {name: np.concatenate(values) for name, values in parts.items()}
+    if "motion_ratio" in names:
+        whole["motion_ratio"] = temporal.motion_ratio(whole["motion of the original"], whole["motion_ratio"])
+    variant = {"lpips": backbone, "ms_ssim": scales}
+    return {(name, variant.get(name, NO_BACKBONE)): whole[name] for name in names}
 
-    Raises:
-        WanlabError: frames under 11 pixels a side.
-    """
+
+def _batch(video: Video, device: torch.device, backbone: str | None) -> int:
+    """Frames to score at a time: what the processor likes, and on a GPU no more than its free memory holds."""
     import torch
-    import torch.nn.functional as functional
 
-    height, width = original.shape[-2:]
-    size = 2 * _SSIM_RADIUS + 1
-    if min(height, width) < size:
-        raise WanlabError(f"SSIM needs frames of at least {size}x{size}; these are {height}x{width}")
-    offset = torch.arange(-_SSIM_RADIUS, _SSIM_RADIUS + 1, device=original.device, dtype=torch.float32)
-    window = torch.exp(-0.5 * (offset / _SSIM_SIGMA) ** 2)
-    window = window / window.sum()
+    pixels = BATCH_PIXELS["cuda" if device.type == "cuda" else "cpu"]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        # What PyTorch has set aside and does not use can be used again.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        pixels = min(pixels, int(FREE_SHARE * free) // BYTES_PER_PIXEL.get(backbone, 600))
+    return max(1, pixels // (video.height * video.width))
 
-    def blur(x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, 1).unsqueeze(1)  # [N * 3, 1, H, W]
-        flat = functional.conv2d(flat, window.view(1, 1, -1, 1))
-        return functional.conv2d(flat, window.view(1, 1, 1, -1))
 
-    # Variances do not change with the origin; one in the middle halves the rounding error.
-    x, y = original.float() - 0.5, optimized.float() - 0.5
-    mean_x, mean_y = blur(x), blur(y)
-    variance_x = blur(x * x) - mean_x * mean_x
-    variance_y = blur(y * y) - mean_y * mean_y
-    covariance = blur(x * y) - mean_x * mean_y
-    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
-    luminance = (2 * mean_x * mean_y + _SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + _SSIM_C1)
-    structure = (2 * covariance + _SSIM_C2) / (variance_x + variance_y + _SSIM_C2)
-    return (luminance * structure).double().view(len(original), -1).mean(1)
+def _long_enough(names: list[str], video: Video, *, everything: bool) -> list[str]:
+    late = [name for name in names if name in TEMPORAL] if video.length < 2 else []
+    if late and not everything:
+        raise WanlabError(f"{late[0]} looks at two frames and {video.path} has one; give a longer video")
+    return [name for name in names if name not in late]
 
 
 def _metric_names(metrics: Sequence[str] | str) -> list[str]:
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     if "all" in names:
-        return list(METRICS)
+        return list(ALL_METRICS)
+    known = f"known: {', '.join(ALL_METRICS)}, all"
     for name in names:
-        if name not in METRICS:
-            raise WanlabError(
-                f"unknown metric {name!r}{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}, all"
-            )
+        if name not in CATALOGUE:
+            raise WanlabError(f"unknown metric {name!r}{did_you_mean(name, ALL_METRICS)}; {known}")
     if not names:
-        raise WanlabError(f"no metric given; known: {', '.join(METRICS)}, all")
+        raise WanlabError(f"no metric given; {known}")
     return list(dict.fromkeys(names))
 
 
-def _same_geometry(a: Video, b: Video) -> None:
+def same_geometry(a: Video, b: Video) -> None:
+    """Refuse two videos of different length, size or frame rate.
+
+    Raises:
+        WanlabError: they differ; both values are given.
+    """
     differences = []
     if a.length != b.length:
         differences.append(f"length ({a.length} and {b.length} frames)")
@@ -165,7 +167,12 @@ def _same_geometry(a: Video, b: Video) -> None:
         )
 
 
-def _device(device) -> torch.device:
+def device_of(device) -> torch.device:
+    """A device by name; `"auto"` is the GPU where there is one.
+
+    Raises:
+        WanlabError: unknown name, or a GPU that PyTorch does not see.
+    """
     import torch
 
     if str(device) == "auto":
@@ -179,8 +186,8 @@ def _device(device) -> torch.device:
     return device
 
 
-def _tensor(frames, device: torch.device) -> torch.Tensor:
-    """`[N, H, W, 3]` uint8 or float -> float32 `[N, 3, H, W]` in `[0, 1]`."""
+def to_tensor(frames, device: torch.device) -> torch.Tensor:
+    """Frames `[N, H, W, 3]`, uint8 or float, as float32 `[N, 3, H, W]` in `[0, 1]` on a device."""
     import numpy as np
     import torch
 

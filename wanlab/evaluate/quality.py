@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
 from wanlab.evaluate.bootstrap import bootstrap_mean
+from wanlab.evaluate.catalogue import CATALOGUE, METRICS
+from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
-from wanlab.evaluate.scores import LOWER_IS_BETTER, METRICS, Scores, mean_score, same_backbone
+from wanlab.evaluate.scores import Scores, mean_score, same_backbone
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LIMIT_PERCENT = 3.0
+__all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_truth", "quality_loss"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,8 @@ class Divergence:
     Attributes:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
             over cases, undefined for one case), worst, floor, floor_name (the loosest floor),
-            times_floor (error over the floor's error; error is LPIPS, 1 - SSIM or MSE), and verdict:
+            times_floor (error over the floor's error; error is LPIPS, 1 - SSIM, MSE, flicker, or the
+            distance from a perfect copy's score), and verdict:
             `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
             is above it) or `"no floor"`.
         scores: the scores of each case.
@@ -45,6 +48,12 @@ class Divergence:
     def verdict(self, metric: str = "lpips") -> str:
         return self._row(metric)["verdict"]
 
+    def worst_case(self, metric: str = "lpips") -> int:
+        """Index of the case that differs most."""
+        self._row(metric)
+        error = CATALOGUE[metric].error
+        return max(range(len(self.scores)), key=lambda case: error(self.scores[case].mean(metric)))
+
     def _row(self, metric: str) -> dict:
         rows = self.frame[self.frame["metric"] == metric]
         if rows.empty:
@@ -57,86 +66,10 @@ class Divergence:
         row = self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
         floor = ""
         if row["floor_name"] is not None:
-            times = f", {row['times_floor']:.3g} times the floor" if row["verdict"] != "identical" else ""
+            times = f", {_times_text(row['times_floor'])} the floor" if row["verdict"] != "identical" else ""
             floor = f"; floor {row['floor']:.4g} ({row['floor_name']}){times}"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
         return f"divergence {row['metric']}{backbone} {row['mean']:.4g}{floor}: {row['verdict']}"
-
-
-@dataclass(frozen=True)
-class QualityLoss:
-    """Relative worsening of LPIPS to the ground truth, in percent; positive is worse.
-
-    Attributes:
-        percent: mean over cases of (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G) x 100; None when unknown.
-        low_percent, high_percent: its 95 % bootstrap interval over cases; None with fewer than two.
-        cases: number of cases.
-        backbone: LPIPS backbone of the scores, when known.
-        per_case_percent: the relative worsening of each case.
-    """
-
-    percent: float | None
-    low_percent: float | None
-    high_percent: float | None
-    cases: int
-    backbone: str | None = None
-    per_case_percent: tuple[float, ...] = ()
-
-    @classmethod
-    def unknown(cls) -> QualityLoss:
-        """No ground truth exists, so nothing can be said."""
-        return cls(None, None, None, 0)
-
-    @property
-    def known(self) -> bool:
-        return self.percent is not None
-
-    def within(self, limit_percent: float = LIMIT_PERCENT) -> str:
-        """Is the loss under a limit? `"yes"` or `"no"` when the whole interval is on one side,
-        `"undecided"` when it straddles the limit or cannot be had, `"unknown"` without ground truth."""
-        if not self.known:
-            return "unknown"
-        if self.low_percent is None or self.high_percent is None:
-            return "undecided"
-        if self.high_percent <= limit_percent:
-            return "yes"
-        return "no" if self.low_percent > limit_percent else "undecided"
-
-    @property
-    def bound(self) -> str:
-        """The upper end of the interval in words; the value itself where no interval can be had."""
-        if not self.known:
-            return "unknown"
-        if self.high_percent is None:
-            return f"{_signed(self.percent)} %, from one case"
-        return f"at most {max(self.high_percent, 0.0):.2f} %"
-
-    def row(self) -> dict:
-        return {
-            "quality_loss_percent": self.percent,
-            "low_percent": self.low_percent,
-            "high_percent": self.high_percent,
-            "cases": self.cases,
-            "backbone": self.backbone,
-            "within_limit": self.within(),
-        }
-
-    def __str__(self) -> str:
-        if not self.known:
-            return "unknown: no ground truth"
-        interval = (
-            "interval unknown"
-            if self.low_percent is None
-            else f"95 % interval {_signed(self.low_percent)} to {_signed(self.high_percent)} %"
-        )
-        cases = f"{self.cases} case" + ("s" if self.cases != 1 else "")
-        backbone = f", {self.backbone}" if self.backbone else ""
-        return f"{_signed(self.percent)} % ({interval}, {cases}{backbone})"
-
-
-def _signed(percent: float) -> str:
-    """Two digits and a sign; what rounds to nothing is not called negative."""
-    return f"{round(percent, 2) + 0.0:+.2f}"
 
 
 def divergence(
@@ -157,7 +90,7 @@ def divergence(
             case, in the same order and made with the same seeds and inputs.
         floor: what is no change at all: a tuple `(video, video)` of two runs of the unchanged model,
             a list of such tuples, `Scores`, a list of `Scores`, or a dictionary that names several
-            floors, each one of these. With several, the loosest counts. None: no floor.
+            floors, each one of these; or `Floors`. With several, the loosest counts. None: no floor.
         metrics, backbone, device, progress: as `compare_videos`.
         seed: of the bootstrap over cases.
 
@@ -167,6 +100,7 @@ def divergence(
     """
     import pandas as pd
 
+    floor = getattr(floor, "scores", floor) if not isinstance(floor, Scores) else floor
     options = {"metrics": metrics, "backbone": backbone, "device": device, "progress": progress}
     pairs = _pairs(original, optimized)
     scores = tuple(compare_videos(a, b, **options) for a, b in pairs)
@@ -179,14 +113,14 @@ def divergence(
     rows = []
     for row in scores[0].summary.itertuples():
         values = [score.mean(row.metric) for score in scores]
-        worst_of = max if LOWER_IS_BETTER[row.metric] else min
+        error = CATALOGUE[row.metric].error
         low, high = bootstrap_mean(values, seed) or (math.nan, math.nan)
         known = {name: mean_score([s.mean(row.metric) for s in group]) for name, group in floors.items()}
-        name = worst_of(known, key=known.get) if known else None
+        name = max(known, key=lambda floor: error(known[floor])) if known else None
         mean = mean_score(values)
-        kindest = mean if math.isnan(low) else low if LOWER_IS_BETTER[row.metric] else high
         times, least_times = (
-            _times_floor(row.metric, value, known[name]) if known else math.nan for value in (mean, kindest)
+            _times_floor(value, error(known[name])) if known else math.nan
+            for value in (error(mean), _least_error(row.metric, mean, low, high))
         )
         rows.append(
             {
@@ -196,66 +130,14 @@ def divergence(
                 "mean": mean,
                 "low": low,
                 "high": high,
-                "worst": worst_of(values),
+                "worst": max(values, key=error),
                 "floor": known[name] if known else math.nan,
                 "floor_name": name,
                 "times_floor": times,
-                "verdict": _verdict(row.metric, mean, least_times),
+                "verdict": _verdict(max(map(error, values)), least_times),
             }
         )
     return Divergence(pd.DataFrame(rows), scores, floors)
-
-
-def quality_loss(optimized_to_truth, original_to_truth, *, seed: int = 0) -> QualityLoss:
-    """Relative worsening of LPIPS to the ground truth, averaged over held-out cases.
-
-    Per case (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G), with ground truth G, original output O and
-    optimised output Q; the mean of these ratios, and its percentile bootstrap interval over cases.
-
-    Args:
-        optimized_to_truth: LPIPS(Q, G) of each case: numbers or `Scores`; None without ground truth.
-        original_to_truth: LPIPS(O, G) of the same cases in the same order; None without ground truth.
-        seed: of the bootstrap.
-
-    Returns:
-        QualityLoss: `QualityLoss.unknown()` when either argument is None.
-
-    Raises:
-        WanlabError: different numbers of cases, no case, a score that is negative or not finite, an
-            LPIPS(O, G) of 0 (nothing to be relative to), or `Scores` of different backbones.
-    """
-    import numpy as np
-
-    if optimized_to_truth is None or original_to_truth is None:
-        return QualityLoss.unknown()
-    sides = [_as_list(optimized_to_truth), _as_list(original_to_truth)]
-    backbone = same_backbone([item for side in sides for item in side if isinstance(item, Scores)])
-    q, o = (
-        np.array([s.mean("lpips") if isinstance(s, Scores) else s for s in side], dtype=float)
-        for side in sides
-    )
-    if q.shape != o.shape:
-        raise WanlabError(
-            f"quality loss of {q.size} optimised and {o.size} original cases; score the same cases"
-        )
-    if q.size == 0:
-        raise WanlabError("quality loss of no case; give LPIPS to the ground truth of at least one")
-    for label, values in (("optimised", q), ("original", o)):
-        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-        if bad.size:
-            raise WanlabError(f"{label} LPIPS of case {bad[0]} is {values[bad[0]]}; scores are 0 or more")
-    if (o == 0).any():
-        raise WanlabError(
-            f"original LPIPS of case {np.flatnonzero(o == 0)[0]} is 0, so no relative worsening exists; "
-            "is it the ground truth itself?"
-        )
-    percent = 100 * (q - o) / o
-    low, high = bootstrap_mean(percent, seed) or (None, None)
-    return QualityLoss(float(percent.mean()), low, high, q.size, backbone, tuple(percent.tolist()))
-
-
-def _as_list(values) -> list:
-    return [values] if isinstance(values, Scores | int | float) else list(values)
 
 
 def _pairs(original, optimized) -> list[tuple]:
@@ -273,7 +155,9 @@ def _pairs(original, optimized) -> list[tuple]:
 
 
 def _floor_scores(floor, options: dict) -> list[Scores]:
-    items = floor if isinstance(floor, list) else [floor]
+    # A tuple of scores is one floor over several cases; any other tuple is a pair of videos.
+    several = isinstance(floor, list) or (isinstance(floor, tuple) and floor and isinstance(floor[0], Scores))
+    items = floor if several else [floor]
     if not items:
         raise WanlabError("the floor is an empty list; give pairs of videos or Scores, or None")
     scores = []
@@ -289,20 +173,28 @@ def _floor_scores(floor, options: dict) -> list[Scores]:
     return scores
 
 
-def _error(metric: str, value: float) -> float:
-    """A score as an error that is 0 for a perfect copy."""
-    return {"lpips": value, "ssim": 1 - value, "psnr": 10 ** (-value / 10)}[metric]
+def _least_error(metric: str, mean: float, low: float, high: float) -> float:
+    """The error at the kindest value of an interval; of the mean where there is no interval."""
+    facts = CATALOGUE[metric]
+    if math.isnan(low):
+        return facts.error(mean)
+    if facts.better == "near" and low <= facts.perfect <= high:
+        return 0.0
+    return min(facts.error(low), facts.error(high))
 
 
-def _times_floor(metric: str, value: float, floor: float) -> float:
-    error, least = _error(metric, value), _error(metric, floor)
+def _times_text(times: float) -> str:
+    return f"{times:.3g} times" if times < 1000 else "over 1,000 times"
+
+
+def _times_floor(error: float, least: float) -> float:
     if error <= 0:
         return 0.0
     return error / least if least > 0 else math.inf
 
 
-def _verdict(metric: str, value: float, times_floor: float) -> str:
-    if _error(metric, value) <= 0:
+def _verdict(largest_error: float, times_floor: float) -> str:
+    if largest_error <= 0:
         return "identical"
     if math.isnan(times_floor):
         return "no floor"

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
+from wanlab.evaluate.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     import pandas as pd
 
-METRICS = ("lpips", "psnr", "ssim")
-LOWER_IS_BETTER = {"lpips": True, "psnr": False, "ssim": False}
 NO_BACKBONE = "-"
 
 
@@ -27,7 +26,9 @@ class Scores:
 
     Attributes:
         per_frame: DataFrame with frame, metric, backbone, value. PSNR in dB (infinite for equal
-            frames), SSIM up to 1, LPIPS from 0. The backbone is `"-"` where there is none.
+            frames), SSIM up to 1, LPIPS from 0; `CATALOGUE` has them all. Metrics that look at two
+            frames begin at frame 1. The backbone is the network of LPIPS, the scales of MS-SSIM,
+            and `"-"` where there is none.
         original, optimized: what was compared, for reading.
         frames, height, width, fps: size of both; fps is None for plain arrays.
     """
@@ -48,24 +49,28 @@ class Scores:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """One row per metric: metric, backbone, mean, worst, worst_frame.
+        """One row per metric: metric, backbone, mean, worst, worst_frame, drift_per_frame.
 
         The mean PSNR is over frames that differ (infinite only if none does), so that one equal
-        frame does not hide the others.
+        frame does not hide the others. The drift is the slope of a straight line through the
+        frames' scores (least squares, finite ones): what the score gains per frame, so that a
+        video that comes away from the original as it goes on shows a slope towards the worse.
         """
         import pandas as pd
 
         rows = []
         for (metric, backbone), group in self.per_frame.groupby(["metric", "backbone"], sort=False):
-            values = group["value"].to_numpy()
-            worst = int(values.argmax() if LOWER_IS_BETTER[metric] else values.argmin())
+            values, frames = group["value"].to_numpy(), group["frame"].to_numpy()
+            errors = [CATALOGUE[metric].error(value) for value in values]
+            worst = errors.index(max(errors))
             rows.append(
                 {
                     "metric": metric,
                     "backbone": backbone,
                     "mean": mean_score(values),
                     "worst": float(values[worst]),
-                    "worst_frame": int(group["frame"].iloc[worst]),
+                    "worst_frame": int(frames[worst]),
+                    "drift_per_frame": slope(frames, values),
                 }
             )
         return pd.DataFrame(rows)
@@ -81,6 +86,15 @@ class Scores:
             measured = ", ".join(self.summary["metric"])
             raise WanlabError(f"these scores hold no {metric!r}; measured: {measured}")
         return float(row["mean"].iloc[0])
+
+    def worst_frame(self, metric: str = "lpips") -> int:
+        """The frame at which a metric is worst.
+
+        Raises:
+            WanlabError: the metric was not measured.
+        """
+        self.mean(metric)
+        return int(self.summary.set_index("metric").loc[metric, "worst_frame"])
 
     def difference(self, other: Scores) -> pd.DataFrame:
         """These scores beside others: metric, backbone, mean, other_mean, difference (mean - other).
@@ -102,14 +116,15 @@ class Scores:
 
     def table(self) -> str:
         """The summary as aligned text for a terminal."""
-        header = ("metric", "backbone", "mean", "worst", "worst frame")
+        header = ("metric", "backbone", "mean", "worst", "worst frame", "drift per frame")
         rows = [
             (
                 row.metric,
                 row.backbone,
-                _number(row.metric, row.mean),
-                _number(row.metric, row.worst),
+                CATALOGUE[row.metric].text(row.mean),
+                CATALOGUE[row.metric].text(row.worst),
                 str(row.worst_frame),
+                f"{row.drift_per_frame:+.2g}" if math.isfinite(row.drift_per_frame) else "-",
             )
             for row in self.summary.itertuples()
         ]
@@ -191,6 +206,18 @@ def mean_score(values) -> float:
     return float(finite.mean()) if finite.size else float(values.mean())
 
 
+def slope(frames, values) -> float:
+    """Least squares slope of the finite values over their frames; NaN with fewer than two."""
+    import numpy as np
+
+    frames, values = np.asarray(frames, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    frames, values = frames[np.isfinite(values)], values[np.isfinite(values)]
+    if len(values) < 2:
+        return math.nan
+    frames = frames - frames.mean()
+    return float((frames * (values - values.mean())).sum() / np.square(frames).sum())
+
+
 def same_backbone(scores: Sequence[Scores]) -> str | None:
     """The one LPIPS backbone of several scores (None when none has LPIPS).
 
@@ -206,20 +233,17 @@ def same_backbone(scores: Sequence[Scores]) -> str | None:
 
 
 def long_table(values: dict) -> pd.DataFrame:
+    """`Scores.per_frame` from (metric, backbone) -> the scores of the frames that have one."""
     import pandas as pd
 
     return pd.DataFrame(
         [
             {"frame": frame, "metric": metric, "backbone": backbone, "value": float(value)}
             for (metric, backbone), column in values.items()
-            for frame, value in enumerate(column)
+            for frame, value in enumerate(column, CATALOGUE[metric].first_frame)
         ],
         columns=["frame", "metric", "backbone", "value"],
     )
-
-
-def _number(metric: str, value: float) -> str:
-    return f"{value:.2f} dB" if metric == "psnr" else f"{value:.5f}"
 
 
 def _json_number(value: float) -> float | str:

@@ -94,6 +94,19 @@ def read_video(path: str | os.PathLike) -> Video:
     return Video(np.stack(frames), float(rate) if rate else None, str(path))
 
 
+def read_pair(
+    original: str | os.PathLike | None, optimized: str | os.PathLike | None
+) -> tuple[list[Video], list[Video]]:
+    """Both files of a comparison as lists of one video, or two empty lists when neither is given.
+
+    Raises:
+        WanlabError: one is given without the other, or as `read_video`.
+    """
+    if bool(original) != bool(optimized):
+        raise WanlabError("one video is given; give both original and optimized, or neither")
+    return ([read_video(original)], [read_video(optimized)]) if original and optimized else ([], [])
+
+
 def _expected_frames(container, stream, rate) -> float:
     """How many frames the headers promise; 0 when they do not say."""
     if not rate:

@@ -9,9 +9,11 @@ from wanlab.plots.diagram import expert_diagram
 from wanlab.plots.engine import ROLE_NAMES, difference_waterfall, module_treemap, role_bars, site_dumbbells
 from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_steps, switch_bars
 from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
+from wanlab.plots.frontier import format_map, frontier_plot, relation_plot
 from wanlab.plots.memory import PART_NAMES, lever_bars, memory_bars, memory_timeline
 from wanlab.plots.platforms import platform_bars
-from wanlab.plots.quality import per_frame_curves
+from wanlab.plots.quality import floor_intervals, heat_panels, per_frame_curves
+from wanlab.plots.sensitivity import agreement_scatter, sensitivity_bars, sensitivity_map, tolerance_bars
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
 from wanlab.plots.tensorrt import build_bars
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
@@ -24,6 +26,7 @@ __all__ = [
     "OTHERS",
     "PART_NAMES",
     "ROLE_NAMES",
+    "agreement_scatter",
     "before_after_bars",
     "bench_bars",
     "boundary_curves",
@@ -39,8 +42,12 @@ __all__ = [
     "expert_diagram",
     "expert_steps",
     "flame_icicle",
+    "floor_intervals",
+    "format_map",
+    "frontier_plot",
     "head_map",
     "head_type_bars",
+    "heat_panels",
     "kernel_bars",
     "label",
     "layer_time_lines",
@@ -51,11 +58,15 @@ __all__ = [
     "operator_bars",
     "per_frame_curves",
     "platform_bars",
+    "relation_plot",
     "role_bars",
     "samples_strip",
     "schedule_timeline",
+    "sensitivity_bars",
+    "sensitivity_map",
     "short_name",
     "site_dumbbells",
     "switch_bars",
     "theme",
+    "tolerance_bars",
 ]

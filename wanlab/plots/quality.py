@@ -1,12 +1,15 @@
-"""Scores of one video against another."""
+"""Scores of one video against another, the floors they are read against, and where in a frame they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.plots.style import METRICS, OTHERS, colour, needs, theme
+from wanlab.plots.style import FONT, GREY, OTHERS, ROW_PX, colour, needs, theme
+
+PANELS_A_ROW = 4
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -23,6 +26,8 @@ def per_frame_curves(scores: Any) -> go.Figure:
     """
     from plotly.subplots import make_subplots
 
+    from wanlab.evaluate import CATALOGUE as titles_of
+
     many = scores if isinstance(scores, Mapping) else {"": scores}
     tables = {name: getattr(item, "per_frame", item) for name, item in many.items()}
     for table in tables.values():
@@ -37,12 +42,19 @@ def per_frame_curves(scores: Any) -> go.Figure:
             raise WanlabError(
                 f"{metric} of different backbones cannot share a figure: {', '.join(sorted(backbones))}"
             )
-        named = METRICS.get(metric, metric)
+        named = titles_of[metric].title if metric in titles_of else metric
         titles.append(named if backbones <= {"-", ""} else f"{named}, {backbones.pop()}")
+    columns = 1 if len(metrics) <= 3 else 2
+    rows = -(-len(metrics) // columns)
     figure = make_subplots(
-        rows=len(metrics), cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.12
+        rows=rows,
+        cols=columns,
+        shared_xaxes=True,
+        subplot_titles=titles,
+        vertical_spacing=0.36 / max(rows, 3),
+        horizontal_spacing=0.1,
     )
-    for row, metric in enumerate(metrics, 1):
+    for place, metric in enumerate(metrics):
         for index, (name, table) in enumerate(tables.items()):
             part = table[table["metric"] == metric]
             tint = colour(name) if name else OTHERS[index]
@@ -52,14 +64,152 @@ def per_frame_curves(scores: Any) -> go.Figure:
                 mode="lines+markers",
                 name=name,
                 legendgroup=name,
-                showlegend=bool(name) and row == 1,
+                showlegend=bool(name) and place == 0,
                 line={"color": tint, "width": 2},
                 marker={"size": 5, "color": tint},
                 hovertemplate="frame %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
-                row=row,
-                col=1,
+                row=place // columns + 1,
+                col=place % columns + 1,
             )
-    figure.update_xaxes(title_text="frame", row=len(metrics), col=1)
-    figure.update_layout(template=theme(), height=60 + 190 * len(metrics), margin={"t": 50})
+    for column in range(columns):
+        lowest = -(-(len(metrics) - column) // columns)  # an odd number of panels leaves a place free
+        figure.update_xaxes(title_text="frame", showticklabels=True, row=lowest, col=column + 1)
+    figure.update_layout(template=theme(), height=60 + 190 * rows, margin={"t": 50})
     figure.update_annotations(font={"size": 13})
     return figure
+
+
+def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
+    """The optimised model beside every floor: mean and 95 % interval over cases, one panel per metric.
+
+    Args:
+        divergence: of `wanlab.evaluate.divergence`, with floors.
+        name: what was done, for the row of the optimised model.
+
+    Raises:
+        WanlabError: no floor in it.
+    """
+    from plotly.subplots import make_subplots
+
+    from wanlab.evaluate import CATALOGUE, floor_table
+
+    if not divergence.floors:
+        raise WanlabError("floor_intervals needs a divergence with a floor; give one to evaluate.divergence")
+    table = floor_table({name: divergence.scores} | divergence.floors)
+    metrics = list(dict.fromkeys(table["metric"]))
+    columns = min(len(metrics), PANELS_A_ROW)
+    lines = -(-len(metrics) // columns)
+    rows = table["floor"].nunique()
+    tall = 2 * ROW_PX * rows
+    figure = make_subplots(
+        rows=lines,
+        cols=columns,
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
+        vertical_spacing=0.3 / lines,
+        subplot_titles=[CATALOGUE[metric].title for metric in metrics],
+    )
+    for place, metric in enumerate(metrics):
+        for row in table[table["metric"] == metric].itertuples():
+            tint = OTHERS[1] if row.floor == name else GREY
+            same = row.identical_cases == row.cases
+            # A perfect PSNR has no place on an axis: its row says so in words, at the best value that has one.
+            shown = row.mean if math.isfinite(row.mean) else _ends(table, metric)[1]
+            spread = None if not row.high > row.low else [[row.high - row.mean], [row.mean - row.low]]
+            figure.add_scatter(
+                x=[shown],
+                y=[row.floor],
+                mode="markers+text",
+                marker={"size": 11, "color": tint, "symbol": "circle-open" if same else "circle"},
+                error_x={"array": spread[0], "arrayminus": spread[1], "symmetric": False, "color": tint}
+                if spread
+                else None,
+                text=["identical" if same else f"{row.mean:.3g}"],
+                textposition="top center",
+                textfont={"size": 12, "color": GREY},
+                cliponaxis=False,
+                showlegend=False,
+                hovertemplate=f"{row.floor}: %{{text}}<extra>{metric}</extra>",
+                row=place // columns + 1,
+                col=place % columns + 1,
+            )
+        # Room for the words beside the outermost points.
+        low, high = _ends(table, metric)
+        room = 0.3 * (high - low) or 0.1
+        figure.update_xaxes(
+            range=[low - room, high + room], row=place // columns + 1, col=place % columns + 1
+        )
+    figure.update_yaxes(range=[rows - 0.4, -0.7], type="category", categoryorder="array")
+    figure.update_xaxes(nticks=4, tickangle=0)
+    figure.update_layout(template=theme(), height=60 + lines * (tall + 60), margin={"t": 50, "r": 40})
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def _ends(table: Any, metric: str) -> tuple[float, float]:
+    """The smallest and the largest finite number of a metric in a table of floors; 0 where there is none."""
+    values = table.loc[table["metric"] == metric, ["mean", "low", "high"]].to_numpy().ravel()
+    finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
+    return min(finite), max(finite)
+
+
+def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
+    """Where a frame differs, one panel per `wanlab.evaluate.HeatMap`, each on its own scale.
+
+    Args:
+        maps: of one frame; larger ones are averaged down to `longest_px` pixels of the longer side.
+
+    Raises:
+        WanlabError: no map.
+    """
+    from plotly.subplots import make_subplots
+
+    if not maps:
+        raise WanlabError("heat_panels needs at least one map; make some with evaluate.heat_maps")
+    gap = 0.12
+    titles = [f"frame {each.frame}: {each.title}" for each in maps]
+    figure = make_subplots(rows=1, cols=len(maps), horizontal_spacing=gap, subplot_titles=titles)
+    wide = (1 - gap * (len(maps) - 1)) / len(maps)
+    for column, each in enumerate(maps, 1):
+        values = _averaged(each.values, longest_px)
+        figure.add_heatmap(
+            z=values.round(6).tolist(),
+            colorscale="Magma",
+            zmin=0,
+            zmax=max(float(values.max()), 1e-12),
+            colorbar={
+                "x": (column - 1) * (wide + gap) + wide + 0.005,
+                "xanchor": "left",
+                "thickness": 12,
+                "len": 0.9,
+                "tickfont": {"size": 11, "family": FONT, "color": GREY},
+                "nticks": 5,
+            },
+            hovertemplate="%{z:.4g}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        axis = figure.data[-1].xaxis or "x"
+        figure.update_xaxes(visible=False, constrain="domain", row=1, col=column)
+        figure.update_yaxes(
+            visible=False, autorange="reversed", scaleanchor=axis, constrain="domain", row=1, col=column
+        )
+    height, width = maps[0].values.shape
+    tall = 860 / len(maps) * height / width
+    figure.update_layout(
+        template=theme(), height=int(min(max(tall, 180), 520)) + 60, margin={"t": 40, "r": 60}
+    )
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def _averaged(values: Any, longest_px: int):
+    """Means of squares of pixels, so that no small spot is lost between the pixels that are drawn."""
+    import numpy as np
+
+    side = -(-max(values.shape) // longest_px)
+    if side == 1:
+        return np.asarray(values)
+    height, width = (size // side for size in values.shape)
+    squares = np.asarray(values)[: height * side, : width * side].reshape(height, side, width, side)
+    return squares.mean(axis=(1, 3))

@@ -47,7 +47,6 @@ NAMES = {
     "vae_decoder": "VAE decoder",
     "other": "other",
 }
-METRICS = {"lpips": "LPIPS", "psnr": "PSNR (dB)", "ssim": "SSIM"}
 UNITS = {
     "ms": "ms",
     "s": "s",

@@ -43,13 +43,12 @@ def as_examples(cases: Iterable[Any]) -> list[Example]:
     Raises:
         WanlabError: something else, nothing, or a photograph that quality is judged on.
     """
-    from wanlab.nano import clips
-    from wanlab.nano.heldout import Case
+    from wanlab.nano import heldout
 
     examples = []
     for index, case in enumerate(cases):
-        if isinstance(case, Case):
-            if case.photograph in clips.HELD_OUT_PHOTOGRAPHS:
+        if isinstance(case, heldout.Case):
+            if heldout.is_held_out(case.photograph):
                 raise WanlabError(
                     f"{case.photograph} is held out to judge quality, so nothing may be calibrated on it; take"
                     " wanlab.precision.nano_examples"

@@ -1,0 +1,109 @@
+"""Where two videos differ: maps of one frame, and the difference as a clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanlab.errors import WanlabError
+from wanlab.evaluate import lpips
+from wanlab.evaluate.metrics import device_of, same_geometry, to_tensor
+from wanlab.evaluate.video import as_video
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS = ("lpips", "absolute")
+BRIGHTEST_SHARE = 0.999  # of the values of a difference clip that show in full; a few pixels may be clipped
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """How much each pixel of a frame differs.
+
+    Attributes:
+        frame: its number.
+        kind: `"lpips"`: what the network sees there; `"absolute"`: mean over colours of |Q - O|, in intensity.
+        title: for reading, with the backbone.
+        values: float32 `[H, W]`.
+    """
+
+    frame: int
+    kind: str
+    title: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class DifferenceClip:
+    """Optimised minus original, frame by frame: grey is equal.
+
+    Attributes:
+        video: float32 `[T, H, W, 3]` in [0, 1].
+        gain: by how much the difference is amplified, the same for the whole clip; 1 where there is none.
+        fps: frames per second, None when not known.
+    """
+
+    video: np.ndarray
+    gain: float
+    fps: float | None
+
+    @property
+    def label(self) -> str:
+        return f"difference, amplified {self.gain:,.3g} times"
+
+
+def heat_maps(
+    original, optimized, frame: int, *, kinds=KINDS, backbone: str = "auto", device="auto"
+) -> list[HeatMap]:
+    """Maps of one frame of two videos.
+
+    Args:
+        original, optimized: anything `compare_videos` takes.
+        frame: its number, from 0; `Scores.summary` says which is worst.
+        kinds: of `KINDS`.
+        backbone, device: as `compare_videos`.
+
+    Raises:
+        WanlabError: as `compare_videos`, no such frame, or an unknown kind.
+    """
+    a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
+    same_geometry(a, b)
+    if not 0 <= frame < a.length:
+        raise WanlabError(f"{a.path} has frames 0 to {a.length - 1}, not {frame}")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise WanlabError(f"no heat map {unknown[0]!r}; known: {', '.join(KINDS)}")
+    x, y = (to_tensor(video.frames[frame : frame + 1], device_of(device)) for video in (a, b))
+    found = []
+    for kind in kinds:
+        if kind == "lpips":
+            name = lpips.resolve(backbone)
+            title, values = f"LPIPS, {name}", lpips.distance_maps(x, y, name)
+        else:
+            title, values = "absolute difference (intensity)", (x - y).abs().mean(1)
+        found.append(HeatMap(frame, kind, title, values[0].cpu().numpy()))
+    return found
+
+
+def difference_clip(original, optimized) -> DifferenceClip:
+    """The difference of two videos as a clip to play beside them.
+
+    Raises:
+        WanlabError: as `compare_videos` for videos that do not match.
+    """
+    import numpy as np
+
+    a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
+    same_geometry(a, b)
+    first, second = (np.float32(v.frames) / (255 if v.frames.dtype == np.uint8 else 1) for v in (a, b))
+    difference = np.subtract(second, first, out=second)
+    # A sample of pixels is enough for the gain; sorting all of a long clip takes longer than the rest.
+    step = max(1, difference.size // 2_000_000)
+    largest = float(np.quantile(np.abs(difference.reshape(-1)[::step]), BRIGHTEST_SHARE))
+    largest = largest or float(np.abs(difference).max())
+    gain = 0.5 / largest if largest else 1.0
+    difference *= np.float32(gain)
+    difference += np.float32(0.5)
+    fps = a.fps if a.fps is not None else b.fps
+    return DifferenceClip(np.clip(difference, 0, 1, out=difference), gain, fps)

@@ -1,0 +1,178 @@
+"""Quality loss: how much worse the optimised output is against the ground truth, relative to the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wanlab.errors import WanlabError
+from wanlab.evaluate.bootstrap import bootstrap_mean
+from wanlab.evaluate.metrics import compare_videos
+from wanlab.evaluate.scores import Scores, same_backbone
+from wanlab.evaluate.video import as_video
+
+LIMIT_PERCENT = 3.0
+
+
+@dataclass(frozen=True)
+class QualityLoss:
+    """Relative worsening of LPIPS to the ground truth, in percent; positive is worse.
+
+    Attributes:
+        percent: mean over cases of (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G) x 100; None when unknown.
+        low_percent, high_percent: its 95 % bootstrap interval over cases; None with fewer than two.
+        cases: number of cases.
+        backbone: LPIPS backbone of the scores, when known.
+        per_case_percent: the relative worsening of each case.
+    """
+
+    percent: float | None
+    low_percent: float | None
+    high_percent: float | None
+    cases: int
+    backbone: str | None = None
+    per_case_percent: tuple[float, ...] = ()
+
+    @classmethod
+    def unknown(cls) -> QualityLoss:
+        """No ground truth exists, so nothing can be said."""
+        return cls(None, None, None, 0)
+
+    @property
+    def known(self) -> bool:
+        return self.percent is not None
+
+    def within(self, limit_percent: float = LIMIT_PERCENT) -> str:
+        """Is the loss under a limit? `"yes"` or `"no"` when the whole interval is on one side,
+        `"undecided"` when it straddles the limit or cannot be had, `"unknown"` without ground truth."""
+        if not self.known:
+            return "unknown"
+        if self.low_percent is None or self.high_percent is None:
+            return "undecided"
+        if self.high_percent <= limit_percent:
+            return "yes"
+        return "no" if self.low_percent > limit_percent else "undecided"
+
+    @property
+    def bound(self) -> str:
+        """The upper end of the interval in words; the value itself where no interval can be had."""
+        if not self.known:
+            return "unknown"
+        if self.high_percent is None:
+            return f"{_signed(self.percent)} %, from one case"
+        return f"at most {max(self.high_percent, 0.0):.2f} %"
+
+    def row(self) -> dict:
+        return {
+            "quality_loss_percent": self.percent,
+            "low_percent": self.low_percent,
+            "high_percent": self.high_percent,
+            "cases": self.cases,
+            "backbone": self.backbone,
+            "within_limit": self.within(),
+        }
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "unknown: no ground truth"
+        interval = (
+            "interval unknown"
+            if self.low_percent is None
+            else f"95 % interval {_signed(self.low_percent)} to {_signed(self.high_percent)} %"
+        )
+        cases = f"{self.cases} case" + ("s" if self.cases != 1 else "")
+        backbone = f", {self.backbone}" if self.backbone else ""
+        return f"{_signed(self.percent)} % ({interval}, {cases}{backbone})"
+
+
+def _signed(percent: float) -> str:
+    """Two digits and a sign; what rounds to nothing is not called negative."""
+    return f"{round(percent, 2) + 0.0:+.2f}"
+
+
+def quality_loss(optimized_to_truth, original_to_truth, *, seed: int = 0) -> QualityLoss:
+    """Relative worsening of LPIPS to the ground truth, averaged over held-out cases.
+
+    Per case (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G), with ground truth G, original output O and
+    optimised output Q; the mean of these ratios, and its percentile bootstrap interval over cases.
+
+    Args:
+        optimized_to_truth: LPIPS(Q, G) of each case: numbers or `Scores`; None without ground truth.
+        original_to_truth: LPIPS(O, G) of the same cases in the same order; None without ground truth.
+        seed: of the bootstrap.
+
+    Returns:
+        QualityLoss: `QualityLoss.unknown()` when either argument is None.
+
+    Raises:
+        WanlabError: different numbers of cases, no case, a score that is negative or not finite, an
+            LPIPS(O, G) of 0 (nothing to be relative to), or `Scores` of different backbones.
+    """
+    import numpy as np
+
+    if optimized_to_truth is None or original_to_truth is None:
+        return QualityLoss.unknown()
+    sides = [_as_list(optimized_to_truth), _as_list(original_to_truth)]
+    backbone = same_backbone([item for side in sides for item in side if isinstance(item, Scores)])
+    q, o = (
+        np.array([s.mean("lpips") if isinstance(s, Scores) else s for s in side], dtype=float)
+        for side in sides
+    )
+    if q.shape != o.shape:
+        raise WanlabError(
+            f"quality loss of {q.size} optimised and {o.size} original cases; score the same cases"
+        )
+    if q.size == 0:
+        raise WanlabError("quality loss of no case; give LPIPS to the ground truth of at least one")
+    for label, values in (("optimised", q), ("original", o)):
+        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+        if bad.size:
+            raise WanlabError(f"{label} LPIPS of case {bad[0]} is {values[bad[0]]}; scores are 0 or more")
+    if (o == 0).any():
+        raise WanlabError(
+            f"original LPIPS of case {np.flatnonzero(o == 0)[0]} is 0, so no relative worsening exists; "
+            "is it the ground truth itself?"
+        )
+    percent = 100 * (q - o) / o
+    low, high = bootstrap_mean(percent, seed) or (None, None)
+    return QualityLoss(float(percent.mean()), low, high, q.size, backbone, tuple(percent.tolist()))
+
+
+def loss_to_truth(
+    truths, originals, optimised, *, backbone: str = "auto", device="auto", seed: int = 0
+) -> QualityLoss:
+    """`quality_loss` of videos with their ground truths; unknown where there is none of their length and size.
+
+    Args:
+        truths: the true video of each case, `[T, H, W, 3]`; None or nothing without truth.
+        originals, optimised: the videos of the same cases, as `divergence` takes them.
+        backbone, device: as `compare_videos`. seed: of the bootstrap.
+
+    Raises:
+        WanlabError: as `compare_videos` and `quality_loss`, or different numbers of cases.
+    """
+    if truths is None or not len(truths):
+        return QualityLoss.unknown()
+    if not len(truths) == len(originals) == len(optimised):
+        raise WanlabError(
+            f"{len(truths)} truths, {len(originals)} original and {len(optimised)} optimised videos; give one of"
+            " each per case"
+        )
+    if any(
+        as_video(g).frames.shape != as_video(o).frames.shape for g, o in zip(truths, originals, strict=True)
+    ):
+        return QualityLoss.unknown()
+    sides = [
+        [
+            # A truth has no frame rate of its own, and nothing here depends on one.
+            compare_videos(
+                as_video(g).frames, as_video(made).frames, "lpips", backbone, device, progress=False
+            )
+            for g, made in zip(truths, side, strict=True)
+        ]
+        for side in (optimised, originals)
+    ]
+    return quality_loss(*sides, seed=seed)
+
+
+def _as_list(values) -> list:
+    return [values] if isinstance(values, Scores | int | float) else list(values)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.precision.plan import Plan, Rule, spell
+from wanlab.precision.plan import Plan, Rule
 from wanlab.precision.presets import PRESETS
+from wanlab.yaml_lines import read_yaml
 
 
 def load_plan(source: str | os.PathLike | Plan) -> Plan:
@@ -37,32 +34,21 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
 
 def parse_plan(text: str, where: str = "the plan") -> Plan:
     """A plan from YAML text; `where` begins the messages. Raises as `load_plan`."""
-    data, lines = _read(text, where)
-
-    def refuse(path: tuple[str | int, ...], said: str):
-        known = path
-        while known and known not in lines:
-            known = known[:-1]
-        raise WanlabError(f"{where}, line {lines.get(known, 1)}, {spell(path)}: {said}")
-
+    document = read_yaml(text, where, "the plan")
+    data, refuse = document.data, document.refuse
     if not isinstance(data, dict):
         refuse((), "a plan is a mapping with name, default and rules")
-    _known_fields(data, Plan, (), refuse)
+    document.known_fields(data, Plan)
     for index, rule in enumerate(data["rules"] if isinstance(data.get("rules"), list) else ()):
         if isinstance(rule, dict):
-            _known_fields(rule, Rule, ("rules", index), refuse)
+            document.known_fields(rule, Rule, ("rules", index))
             # One pattern, block or step needs no list or quotes.
             if isinstance(rule.get("layers"), str):
                 rule["layers"] = [rule["layers"]]
             for field in ("blocks", "steps"):
                 if isinstance(rule.get(field), int) and not isinstance(rule[field], bool):
                     rule[field] = str(rule[field])
-    try:
-        plan = msgspec.convert(data, Plan)
-    except msgspec.ValidationError as error:
-        said, _, at = str(error).partition(" - at `$")
-        path = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", at))
-        refuse(path, said)
+    plan = document.convert(Plan)
     for path, said in plan.check():
         refuse(path, said)
     return plan
@@ -79,48 +65,3 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> Path:
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
-
-
-def _known_fields(data: dict, kind: type, path: tuple, refuse) -> None:
-    fields = kind.__struct_fields__
-    for name in data:
-        if name not in fields:
-            refuse(
-                (*path, str(name)),
-                f"no field {str(name)!r}{did_you_mean(str(name), fields)}; there are {', '.join(fields)}",
-            )
-
-
-def _read(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
-    """The data, and the line of every value by its path."""
-    import yaml
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise WanlabError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
-    lines: dict[tuple, int] = {}
-
-    def walk(node, path: tuple) -> None:
-        if node is None:
-            return
-        lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if key.value in seen:
-                    raise WanlabError(
-                        f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice"
-                    )
-                seen.add(key.value)
-                lines[(*path, key.value)] = key.start_mark.line + 1
-                walk(value, (*path, key.value))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                walk(value, (*path, index))
-
-    walk(root, ())
-    return data, lines

@@ -1,0 +1,1 @@
+"""A plan chosen by measurement: costs, a mixed-integer programme, proof by generations, repair."""

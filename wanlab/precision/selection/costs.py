@@ -1,0 +1,155 @@
+"""What every linear layer costs in every format: measured where its kernel is, counted elsewhere and called so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError
+from wanlab.precision.assignment import weight_bits, weight_bytes
+from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.layers import operations, quantizable_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+DEFAULT = "default"
+"""The format of a layer that stays as the model was loaded; plans call it so too."""
+
+MEASURED, COUNTED = "measured", "counted"
+FASTER = {"int8": 2.0, "fp8": 2.0}
+"""Rate of products of two operands of a kind over that of 16-bit floats, as data sheets of GPUs with such kernels say."""
+
+COLUMNS = [
+    "component", "layer", "block", "projection", "format", "bits", "weights", "rows", "flop", "size_bytes",
+    "source", "kernel", "time_ms", "cv_percent", "work_gflop",
+]  # fmt: skip
+
+
+def layer_costs(
+    model,
+    formats: Sequence[str | Format],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    iterations: int = 20,
+    measured: bool | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Time, work and bytes of every linear layer of the experts, in every format and as it was loaded.
+
+    On a GPU each distinct shape is timed once in each format, with the layer that `apply_plan` would put there: the
+    rounding of its input is in the time. Layers of equal shape and rows share the sample. On a CPU, where products of codes
+    are simulated, nothing is timed: `work_gflop` stands in, operations over the format's rate relative to a float's.
+
+    Args:
+        model: from `wanlab.models.load`, its experts as loaded.
+        formats: to add to `"default"`; a layer whose inputs its blocks do not fill has no row in that format.
+        height, width, frames: of the video; the model's default if not given.
+        iterations: samples per shape and format.
+        measured: None measures on CUDA alone.
+
+    Returns:
+        DataFrame: component, layer, block, projection, format, bits (of a weight), weights (elements), rows (of the input in
+        a forward of batch 1), flop, size_bytes (scales included), source (`"measured"` or `"counted"`), kernel, time_ms and
+        cv_percent (NaN where counted), work_gflop.
+
+    Raises:
+        WanlabError: an unknown format, a size that is not legal, an expert that is not as it was loaded.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    from wanlab.models.shapes import latent_shape
+    from wanlab.precision.apply import experts_of
+
+    defaults = model.spec.defaults
+    size = (height or defaults.height, width or defaults.width, frames or defaults.frames)
+    tokens = latent_shape(model.spec, *size).tokens
+    known = [get_format(each) for each in formats if each != DEFAULT]
+    measured = model.device.type == "cuda" if measured is None else measured
+    rows = []
+    for component, network in experts_of(model).items():
+        layers = quantizable_layers(network)
+        for layer in layers[layers["kind"] == "Linear"].to_dict("records"):
+            weight = network.get_submodule(layer["layer"]).weight
+            flop = operations(layer["layer"], layer["shape"], tokens, defaults.text_tokens)
+            for each in (None, *known):
+                if each is None or _fits(layer["shape"], each):
+                    rows.append(_row(component, layer, weight, flop, each))
+    keys = list(dict.fromkeys((row["shape"], row["rows"], row["dtype"], row["format"]) for row in rows))
+    timed: dict[tuple, dict[str, Any]] = {}
+    for key in (
+        tqdm(keys, desc="layer costs", unit="shape", disable=not (progress and measured)) if measured else ()
+    ):
+        timed[key] = _time(key, {each.name: each for each in known}, model.device, iterations)
+    for row in rows:
+        key = (row.pop("shape"), row["rows"], row.pop("dtype"), row["format"])
+        row |= timed.get(key, {"source": COUNTED, "kernel": "", "time_ms": math.nan, "cv_percent": math.nan})
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"block": "Int64"})
+
+
+def counted_only(costs: pd.DataFrame) -> bool:
+    """Whether nothing in these costs was timed."""
+    return bool((costs["source"] == COUNTED).all())
+
+
+def _fits(shape: tuple[int, ...], format: Format) -> bool:
+    try:
+        check_blocks(tuple(shape), format.weight)
+    except WanlabError:
+        return False
+    return True
+
+
+def _row(
+    component: str, layer: dict, weight: torch.Tensor, flop: int, format: Format | None
+) -> dict[str, Any]:
+    shape = tuple(layer["shape"])
+    weights = math.prod(shape)
+    if format is None:
+        bits, held, faster = 8 * weight.itemsize, weight.nbytes, 1.0
+    else:
+        bits, held = weight_bits(format.name), weight_bytes(shape, format.name, weight.itemsize)
+        # Weight-only formats multiply floats: their rate is that of the network.
+        faster = FASTER.get(format.weight.kind, 1.0) if format.activation is not None else 1.0
+    return {
+        "component": component,
+        "layer": layer["layer"],
+        "block": layer["block"],
+        "projection": layer["projection"],
+        "format": DEFAULT if format is None else format.name,
+        "bits": bits,
+        "weights": weights,
+        "rows": flop // (2 * weights),
+        "flop": flop,
+        "size_bytes": held,
+        "work_gflop": flop / 1e9 / faster,
+        "shape": shape,
+        "dtype": weight.dtype,
+    }
+
+
+def _time(key: tuple, formats: dict[str, Format], device, iterations: int) -> dict[str, Any]:
+    """Time one layer of this shape on random input, as a plan would put it into the network."""
+    import torch
+
+    from wanlab.measure.timing import time_ms
+    from wanlab.precision.linears import planned
+
+    (outputs, inputs), rows, dtype, name = key
+    draw = torch.Generator(device).manual_seed(0)
+    layer = torch.nn.Linear(inputs, outputs, device=device, dtype=dtype)
+    values = torch.randn(1, rows, inputs, device=device, generator=draw).to(dtype)
+    kernel = str(dtype).removeprefix("torch.")
+    if name != DEFAULT:
+        layer = planned(layer, formats[name], native=True, amax=float(values.abs().max()))
+        kernel = layer.kernel
+    with torch.no_grad():
+        samples = time_ms(
+            lambda: layer(values), warmup=3, iterations=iterations, device=device, progress=False, label=name
+        )
+    return {"source": MEASURED, "kernel": kernel, "time_ms": samples.median, "cv_percent": samples.cv_percent}

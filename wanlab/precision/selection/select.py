@@ -1,0 +1,287 @@
+"""The plan that saves the most within a budget: `select_plan`, and `frontier` from loose to tight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wanlab.errors import WanlabError
+from wanlab.precision.plan import Plan
+from wanlab.precision.selection.costs import DEFAULT
+from wanlab.precision.selection.problem import Problem, make_problem
+from wanlab.precision.selection.rules import Layer, compress
+from wanlab.precision.selection.solve import Limits, Solution, solve
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A chosen plan and what it is predicted to do.
+
+    Attributes:
+        plan: in rules.
+        frame: one row per layer and range of steps: component, layer, block, projection, first_step, last_step (None where
+            the step does not matter), format, effect (of its group), group.
+        effect: predicted squared relative change of the final latents, those of the rest included. budget: of it.
+        cost, default_cost: of the chosen layers, in `unit`: as planned, and as loaded.
+        size_bytes, default_bytes: of all linear weights.
+        bits_per_weight: mean over linear weights, scales included. share_8bit: of them in at most 8 bits.
+        optimal: whether the solver proved it cheapest, within 0.01 %. solve_ms: its time.
+        problem, limits, chosen: what was solved, for `repair`.
+    """
+
+    plan: Plan
+    frame: pd.DataFrame
+    effect: float
+    budget: float | None
+    cost: float
+    default_cost: float
+    unit: str
+    size_bytes: int
+    default_bytes: int
+    bits_per_weight: float
+    share_8bit: float
+    optimal: bool
+    solve_ms: float
+    problem: Problem = field(repr=False)
+    limits: Limits = field(repr=False)
+    chosen: Any = field(repr=False)
+
+    @property
+    def saved_percent(self) -> float:
+        """Of the cost of the chosen layers."""
+        return 100 * (1 - self.cost / self.default_cost)
+
+    def row(self) -> dict[str, Any]:
+        """One table row."""
+        return {
+            "plan": self.plan.name,
+            "rules": len(self.plan.rules),
+            "effect": self.effect,
+            "cost": self.cost,
+            "unit": self.unit,
+            "saved_percent": self.saved_percent,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "share_8bit_percent": 100 * self.share_8bit,
+            "optimal": self.optimal,
+        }
+
+    def formats(self) -> pd.DataFrame:
+        """Layers and weights by component and format."""
+        rows = self.frame.drop_duplicates(["component", "layer", "format"])
+        return rows.groupby(["component", "format"], as_index=False).agg(layers=("layer", "count"))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.plan.name}: {len(self.plan.rules)} rules, {self.bits_per_weight:.2f} bits per linear weight,"
+            f" {100 * self.share_8bit:.0f} % of them in 8 bits or fewer, {self.saved_percent:.1f} % of {self.unit} saved,"
+            f" predicted effect {self.effect:.2g}"
+        )
+
+
+def select_plan(
+    sensitivity,
+    costs: pd.DataFrame,
+    *,
+    objective: str = "memory",
+    budget: float | None = None,
+    formats: Sequence[str] | None = None,
+    min_share_8bit: float | None = None,
+    max_bits: float | None = None,
+    group: str = "layer",
+    by_steps: bool = False,
+    rest: str = DEFAULT,
+    rest_effect: float = 0.0,
+    name: str = "selected",
+    time_limit_s: float = 20.0,
+) -> Selection:
+    """Give every layer the format that together cost the least, with a sum of effects within the budget.
+
+    Args:
+        sensitivity: from `precision.sensitivity`, or a table with its columns.
+        costs: from `layer_costs`, with the same formats.
+        objective: `"memory"`: bytes of weights; `"time"`: measured milliseconds of a generation, or counted operations where
+            nothing was measured. Weight-only formats save memory but no time; formats that round inputs too save both.
+        budget: largest predicted effect; None is no limit. `precision.fit_relation` gives it for a quality loss.
+        formats: to choose from besides `"default"`; None takes all that were measured. Floats in it stand for the default.
+        min_share_8bit: fraction of all linear weights that must be in formats of 8 bits or fewer at every step.
+        max_bits: largest mean bits of a linear weight.
+        group: layers that get one format: each `"layer"`, a `"projection"` in all blocks of an expert, or a whole `"block"`.
+        by_steps: choose for each range of steps of the sensitivity apart. A layer then holds the weights of all its formats.
+        rest: format of linear layers outside the sensitivity (embedders, output), and the measured effect of that.
+        rest_effect: see `measured_effect`.
+        name: of the plan.
+        time_limit_s: of the solver; the best found until then is taken.
+
+    Raises:
+        WanlabError: tables that do not fit, or limits that no plan keeps (says what comes nearest).
+    """
+    problem = make_problem(
+        sensitivity,
+        costs,
+        objective=objective,
+        formats=formats,
+        group=group,
+        by_steps=by_steps,
+        rest=rest,
+        rest_effect=rest_effect,
+    )
+    return chosen_plan(
+        problem, Limits(budget, min_share_8bit, max_bits), name=name, time_limit_s=time_limit_s
+    )
+
+
+def chosen_plan(
+    problem: Problem, limits: Limits, *, name: str, least: str = "cost", time_limit_s: float = 20.0
+) -> Selection:
+    """Solve a problem and write the plan; see `select_plan`."""
+    begin = time.perf_counter()
+    solution = solve(problem, limits, least=least, time_limit_s=time_limit_s)
+    return selection_of(problem, limits, solution, name, (time.perf_counter() - begin) * 1e3)
+
+
+def selection_of(
+    problem: Problem, limits: Limits, solution: Solution, name: str, solve_ms: float = 0.0
+) -> Selection:
+    """A choice as a plan with its prediction."""
+    options = problem.options.loc[solution.chosen].sort_values(["group", "first_step"])
+    frame = _frame(problem, options)
+    held = options.drop_duplicates(["group", "format"])
+    always = (options["bits"] <= 8).groupby(options["group"]).all()
+    weights = options.groupby("group")["weights"].first()
+    size = int(held["size_bytes"].sum()) + problem.rest_bytes
+    defaults = problem.options[problem.options["format"] == DEFAULT]
+    memory = problem.objective == "memory"
+    whole = defaults.drop_duplicates("group") if memory else defaults
+    layers = [*_layers(frame), *_rest(problem)]
+    total = problem.weights
+    return Selection(
+        plan=compress(layers, name=name, num_steps=problem.num_steps),
+        frame=frame,
+        effect=float(options["effect"].sum()) + problem.rest_effect,
+        budget=limits.effect,
+        cost=float((held["size_bytes"] if memory else options["cost"]).sum()),
+        default_cost=float(whole["cost"].sum()),
+        unit=problem.unit,
+        size_bytes=size,
+        default_bytes=int(defaults.drop_duplicates("group")["size_bytes"].sum()) + problem.rest_default_bytes,
+        bits_per_weight=8 * size / total,
+        share_8bit=float((weights[always].sum() + problem.rest_few) / total),
+        optimal=solution.optimal,
+        solve_ms=solve_ms,
+        problem=problem,
+        limits=limits,
+        chosen=solution.chosen,
+    )
+
+
+def _frame(problem: Problem, options: pd.DataFrame) -> pd.DataFrame:
+    columns = ["group", "first_step", "last_step", "format", "effect"]
+    frame = problem.members.merge(options[columns], on="group")
+    if not problem.by_steps:
+        frame[["first_step", "last_step"]] = None
+    return frame.astype({"first_step": "Int64", "last_step": "Int64"})
+
+
+def _layers(frame: pd.DataFrame):
+    """The layers of a frame, with neighbouring ranges of one format joined."""
+    import pandas as pd
+
+    for (component, layer), rows in frame.groupby(["component", "layer"], sort=False):
+        spans: list[list] = []
+        for row in rows.sort_values("first_step").itertuples():
+            if spans and spans[-1][2] == row.format:
+                spans[-1][1] = row.last_step
+            else:
+                spans.append([row.first_step, row.last_step, row.format])
+        formats = (
+            tuple((int(a), int(b), f) for a, b, f in spans)
+            if len(spans) > 1
+            else ((None, None, spans[0][2]),)
+        )
+        block = rows["block"].iloc[0]
+        yield Layer(
+            component, layer, None if pd.isna(block) else int(block), rows["projection"].iloc[0], formats
+        )
+
+
+def _rest(problem: Problem):
+    import pandas as pd
+
+    for row in problem.rest.itertuples():
+        block = None if pd.isna(row.block) else int(row.block)
+        yield Layer(row.component, row.layer, block, row.projection, ((None, None, row.format),))
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Plans from loose to tight budgets, each the cheapest within its own.
+
+    Attributes:
+        selections: cheapest first; no two do the same.
+        frame: their rows.
+    """
+
+    selections: tuple[Selection, ...]
+    frame: pd.DataFrame
+
+    def spread(self, count: int) -> list[Selection]:
+        """About so many of them, evenly from cheap to dear, those without any effect left out."""
+        import numpy as np
+
+        useful = [each for each in self.selections if each.effect > each.problem.rest_effect]
+        if not useful:
+            raise WanlabError(
+                "every plan of the frontier leaves all layers as they are; measure more formats"
+            )
+        places = np.unique(np.linspace(0, len(useful) - 1, count).round().astype(int))
+        return [useful[place] for place in places]
+
+
+def frontier(
+    sensitivity, costs: pd.DataFrame, *, points: int = 10, name: str = "frontier", **settings: Any
+) -> Frontier:
+    """The cheapest plans within budgets from loose to tight, evenly in their logarithm.
+
+    Args:
+        points: budgets to try; plans that come out equal are kept once.
+        settings: of `select_plan`, without the budget.
+
+    Raises:
+        WanlabError: as `select_plan`.
+    """
+    import numpy as np
+    import pandas as pd
+
+    limit_s = settings.pop("time_limit_s", 20.0)
+    share, bits = settings.pop("min_share_8bit", None), settings.pop("max_bits", None)
+    problem = make_problem(sensitivity, costs, objective=settings.pop("objective", "memory"), **settings)
+
+    def at(effect: float | None, least: str = "cost") -> Selection:
+        return chosen_plan(problem, Limits(effect, share, bits), name=name, least=least, time_limit_s=limit_s)
+
+    loose, tight = at(None), at(None, "effect")
+    smallest = problem.options.loc[problem.options["effect"] > 0, "effect"].min()
+    lowest = max(tight.effect, loose.effect * 1e-4, min(float(smallest), loose.effect))
+    budgets = np.geomspace(loose.effect, lowest, points)[1:] if loose.effect > lowest > 0 else []
+    found = {each.plan.hash: each for each in [loose, *(at(float(b)) for b in budgets), tight]}
+    ordered = sorted(found.values(), key=lambda each: (each.cost, -each.effect))
+    best: list[Selection] = []
+    for each in ordered:
+        if not best or each.effect < best[-1].effect:
+            best.append(each)
+    from msgspec.structs import replace as renamed
+
+    named = [_named(each, renamed(each.plan, name=f"{name}-{i}")) for i, each in enumerate(best)]
+    return Frontier(tuple(named), pd.DataFrame([each.row() for each in named]))
+
+
+def _named(selection: Selection, plan: Plan) -> Selection:
+    from dataclasses import replace
+
+    return replace(selection, plan=plan)

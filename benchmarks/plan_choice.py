@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parse()
     from wanlab import measure, models, precision
     from wanlab.nano.heldout import load_cases
-    from wanlab.precision.presets import LINEAR
+    from wanlab.precision.plans.presets import LINEAR
     from wanlab.runs.files import write_json
 
     begin = time.perf_counter()

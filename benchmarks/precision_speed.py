@@ -150,8 +150,8 @@ def products(seen: dict, arguments) -> list[dict]:
     import torch
 
     from wanlab import measure
+    from wanlab.precision.applied.linears import DECODED, SIMULATED, kernel_for, scaled_mm
     from wanlab.precision.formats import get_format
-    from wanlab.precision.linears import DECODED, SIMULATED, kernel_for, scaled_mm
 
     device = torch.device(arguments.device)
     shapes: dict[tuple, list[str]] = {}

@@ -76,7 +76,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what a precision plan comes to on a model, and why")
     if "plan" in arguments[:1]:
-        from wanlab.precision import plan_cli
+        from wanlab.precision.plans import cli as plan_cli
 
         plan_cli.add_arguments(plan)
         plan.set_defaults(run=plan_cli.main)

@@ -17,9 +17,9 @@ from wanlab import models, precision  # noqa: E402
 from wanlab.convert import ClipShape  # noqa: E402
 from wanlab.convert.components import recipe  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
-from wanlab.precision.apply_steps import SteppedLayer  # noqa: E402
+from wanlab.precision.applied.linears import FloatIsland, PlannedLinear, kernel_for, pack, planned, unpack  # noqa: E402
+from wanlab.precision.applied.steps import SteppedLayer  # noqa: E402
 from wanlab.precision.formats import encode_weight, get_format  # noqa: E402
-from wanlab.precision.linears import FloatIsland, PlannedLinear, kernel_for, pack, planned, unpack  # noqa: E402
 
 SIZE = dict(height=64, width=64, frames=5, output="latent")
 EXPERTS = ("expert_high", "expert_low")

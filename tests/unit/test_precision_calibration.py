@@ -18,8 +18,8 @@ from wanlab import models, precision  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 from wanlab.models.flops import wan_expert_flop  # noqa: E402
 from wanlab.nano import heldout  # noqa: E402
-from wanlab.precision.methods import Method  # noqa: E402
-from wanlab.precision.observers import BINS, Histogram, Observer, histogram_of  # noqa: E402
+from wanlab.precision.calibrations.methods import Method  # noqa: E402
+from wanlab.precision.calibrations.observers import BINS, Histogram, Observer, histogram_of  # noqa: E402
 
 SIZE = dict(height=64, width=64, frames=5, steps=4, progress=False)
 FEW = ("blocks.0.attn1.to_[qkv]", "blocks.2.ffn.net.*")

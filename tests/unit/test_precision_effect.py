@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from wanlab import models, precision  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
-from wanlab.precision.apply_layers import AS_LOADED  # noqa: E402
+from wanlab.precision.applied.layers import AS_LOADED  # noqa: E402
+from wanlab.precision.applied.linears import PlannedLinear  # noqa: E402
 from wanlab.precision.formats import decode_weight, encode_weight, get_format  # noqa: E402
-from wanlab.precision.linears import PlannedLinear  # noqa: E402
 
 LAYER = "blocks.2.ffn.net.2"
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from wanlab import models, precision
 from wanlab.errors import WanlabError
-from wanlab.precision.assignment import weight_bits, weight_bytes
-from wanlab.precision.plan import check_steps
+from wanlab.precision.plans.assignment import weight_bits, weight_bytes
+from wanlab.precision.plans.plan import check_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("fp32", "bf16", "int8", "fp8", "int8-weight", "default")

@@ -21,9 +21,9 @@ from wanlab.convert.clip import AXES  # noqa: E402
 from wanlab.convert.onnx.graph import file_bytes  # noqa: E402
 from wanlab.convert.tensorrt import runtime as runtimes  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
-from wanlab.precision.plan_agreement import AGREES_BELOW, _tensorrt  # noqa: E402
-from wanlab.precision.plan_choice import chosen_formats, is_norm  # noqa: E402
-from wanlab.precision.plan_layers import layer_distances  # noqa: E402
+from wanlab.precision.graphs.agreement import AGREES_BELOW, _tensorrt  # noqa: E402
+from wanlab.precision.graphs.choice import chosen_formats, is_norm  # noqa: E402
+from wanlab.precision.graphs.layers import layer_distances  # noqa: E402
 
 EXPERTS = ("expert_high", "expert_low")
 SIZE = dict(height=64, width=64, frames=5)

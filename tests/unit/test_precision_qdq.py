@@ -22,8 +22,8 @@ from wanlab.convert.onnx.graph import file_bytes  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 from wanlab.precision.fake import fake_quantize  # noqa: E402
 from wanlab.precision.formats import decode_weight, encode_weight, get_format  # noqa: E402
+from wanlab.precision.graphs.report import read_quantized_report  # noqa: E402
 from wanlab.precision.layers import layer_set_key  # noqa: E402
-from wanlab.precision.report import read_quantized_report  # noqa: E402
 
 EXPERTS = ("expert_high", "expert_low")
 NAMES = ("int8", "fp8", "fp8-channel", "int8-weight", "int4-weight", "int4-weight-32")
@@ -595,7 +595,7 @@ def test_what_cannot_be_done_is_refused(graphs, calibrations, quantized, folder,
 
 
 def test_a_layer_that_did_not_come_out_as_asked_is_an_error(quantized):
-    from wanlab.precision.verify import verify
+    from wanlab.precision.graphs.verify import verify
 
     path = report_path(quantized["int8-weight"])
     layers = [layer.layer for layer in quantized["int8-weight"].layers]

@@ -11,7 +11,7 @@ from wanlab.precision.selection.costs import DEFAULT, counted_only
 if TYPE_CHECKING:
     import pandas as pd
 
-    from wanlab.precision.recording import Recording
+    from wanlab.precision.calibrations.recording import Recording
 
 
 @dataclass(frozen=True)

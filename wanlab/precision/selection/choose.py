@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wanlab.precision.plan import make_plan
+from wanlab.precision.plans.plan import make_plan
 from wanlab.precision.selection.cases import Originals, for_choosing
 from wanlab.precision.selection.costs import DEFAULT
 from wanlab.precision.selection.problem import table_of
@@ -18,7 +18,7 @@ from wanlab.precision.selection.verify import Verification, measured_effect, ver
 if TYPE_CHECKING:
     import pandas as pd
 
-    from wanlab.precision.plan import Plan
+    from wanlab.precision.plans.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

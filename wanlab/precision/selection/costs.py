@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.precision.assignment import weight_bits, weight_bytes
 from wanlab.precision.formats import Format, check_blocks, get_format
 from wanlab.precision.layers import operations, quantizable_layers
+from wanlab.precision.plans.assignment import weight_bits, weight_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def layer_costs(
     from tqdm.auto import tqdm
 
     from wanlab.models.shapes import latent_shape
-    from wanlab.precision.apply import experts_of
+    from wanlab.precision.applied.apply import experts_of
 
     defaults = model.spec.defaults
     size = (height or defaults.height, width or defaults.width, frames or defaults.frames)
@@ -138,7 +138,7 @@ def _time(key: tuple, formats: dict[str, Format], device, iterations: int) -> di
     import torch
 
     from wanlab.measure.timing import time_ms
-    from wanlab.precision.linears import planned
+    from wanlab.precision.applied.linears import planned
 
     (outputs, inputs), rows, dtype, name = key
     draw = torch.Generator(device).manual_seed(0)

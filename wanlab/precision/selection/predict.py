@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from wanlab.precision.assignment import assign
-from wanlab.precision.plan import Plan, is_float
+from wanlab.precision.plans.assignment import assign
+from wanlab.precision.plans.plan import Plan, is_float
 from wanlab.precision.selection.costs import COUNTED, DEFAULT
 from wanlab.precision.selection.problem import branches_of, table_of
 

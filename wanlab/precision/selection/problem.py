@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.precision.plan import FLOATS
+from wanlab.precision.plans.plan import FLOATS
 from wanlab.precision.selection.costs import COUNTED, DEFAULT, MEASURED
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from wanlab.errors import WanlabError
 from wanlab.precision.layers import natural
-from wanlab.precision.plan import Plan, Rule, make_plan
+from wanlab.precision.plans.plan import Plan, Rule, make_plan
 from wanlab.precision.selection.costs import DEFAULT
 
 

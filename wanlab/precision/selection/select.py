@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.precision.plan import Plan
+from wanlab.precision.plans.plan import Plan
 from wanlab.precision.selection.costs import DEFAULT
 from wanlab.precision.selection.problem import Problem, make_problem
 from wanlab.precision.selection.rules import Layer, compress

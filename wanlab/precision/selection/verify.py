@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.precision.plan import Plan
+from wanlab.precision.plans.plan import Plan
 from wanlab.precision.selection.cases import METRICS, Originals, mean_effect
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from wanlab.evaluate import Divergence, QualityLoss
     from wanlab.measure import Comparison
-    from wanlab.precision.apply import Applied
+    from wanlab.precision.applied.apply import Applied
 
 MIB = 2**20
 
@@ -123,8 +123,8 @@ def verify_plan(
     from tqdm.auto import tqdm
 
     from wanlab.evaluate import compare_videos, divergence, quality_loss
-    from wanlab.precision.apply import apply_plan
-    from wanlab.precision.effect import effect_check
+    from wanlab.precision.applied.apply import apply_plan
+    from wanlab.precision.effects.effect import effect_check
     from wanlab.precision.selection.cases import make_originals
 
     if isinstance(cases, Originals) and settings:
@@ -207,7 +207,7 @@ def measured_effect(
 
     from tqdm.auto import tqdm
 
-    from wanlab.precision.apply import apply_plan
+    from wanlab.precision.applied.apply import apply_plan
     from wanlab.precision.selection.cases import for_choosing
 
     for_choosing(originals)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.precision.examples import Example
+from wanlab.precision.calibrations.examples import Example
 from wanlab.precision.sensitivities.choices import draw_choices, ranges_of, rounded_in_steps, spell_steps
 from wanlab.precision.sensitivities.result import Sensitivity
 
@@ -257,7 +257,7 @@ class _Judge:
 def _examples(cases: Sequence) -> list[Example]:
     """Examples from cases; nothing is calibrated on them, so cases to select by serve, those of the final set never."""
     from wanlab.nano.heldout import Case, for_selection
-    from wanlab.precision.examples import as_examples
+    from wanlab.precision.calibrations.examples import as_examples
 
     for_selection(case for case in cases if isinstance(case, Case))
     return as_examples(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
+from wanlab.precision.calibrations.recording import Recording
 from wanlab.precision.formats import Format
-from wanlab.precision.recording import Recording
 from wanlab.precision.sensitivities.parts import Part, read_part, write_part
 from wanlab.precision.sensitivities.result import Sensitivity, make_bands
 from wanlab.precision.sensitivities.storage import part_file, write_manifest

@@ -16,7 +16,7 @@ from wanlab.precision.sensitivities.layer_errors import WeightErrors
 if TYPE_CHECKING:
     import torch
 
-    from wanlab.precision.recording import RecordedCall, Recording
+    from wanlab.precision.calibrations.recording import RecordedCall, Recording
     from wanlab.precision.sensitivities.sampler import SamplerWeights
 
 VERSION = 1

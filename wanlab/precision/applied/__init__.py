@@ -1,0 +1,1 @@
+"""Plans in PyTorch: layers replaced, kernels chosen, steps counted."""

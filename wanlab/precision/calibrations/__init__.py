@@ -1,0 +1,1 @@
+"""What layers are really fed: recordings, ranges, and their caches."""

@@ -1,0 +1,1 @@
+"""Plans as explicit Q/DQ graphs for ONNX Runtime and TensorRT."""

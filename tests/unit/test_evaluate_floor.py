@@ -70,14 +70,14 @@ def test_without_originals_they_are_made(model, asked, floors):
     assert np.isnan(alone.frame["low"]).all()  # one case has no interval
 
 
-def test_the_model_is_left_as_it_was(model, asked, originals):
-    from wanlab.evaluate import floor
+def test_blocks_are_compiled_in_a_twin_that_shares_every_weight(model, asked, originals):
+    from wanlab import models
 
-    block = model.components["expert_high"].blocks[0]
-    with floor._compiled(model) as note:
-        assert block._compiled_call_impl is not None
-        assert note == "12 blocks of the experts by torch.compile"
-    assert block._compiled_call_impl is None
+    twin = models.compile_blocks(model)
+    one, other = (each.components["expert_high"] for each in (model, twin))
+    assert other.blocks[0]._compiled_call_impl is not None
+    assert one.blocks[0]._compiled_call_impl is None
+    assert all(a is b for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert (model.generate(**asked[0]).video == originals[0].video).all()
 
 

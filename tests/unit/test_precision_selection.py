@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from wanlab import plots, precision
 from wanlab.errors import WanlabError
 from wanlab.nano import heldout
+from wanlab.precision.selection import costs as costs_
 from wanlab.precision.selection.problem import make_problem
 from wanlab.precision.selection.relation import fit
 from wanlab.precision.selection.repair import raise_worst
@@ -429,6 +430,17 @@ class TestWanNano:
         assert set(costs["source"]) == {"measured"}
         alike = costs[(costs["projection"] == "attn1.to_q") & (costs["format"] == "int8-weight")]
         assert len(set(alike["time_ms"])) == 1
+
+    def test_compiled_costs_are_of_compiled_layers(self):
+        """One shape: the compiler works for seconds."""
+        from torch._dynamo.utils import counters
+
+        known = {"int8": precision.get_format("int8")}
+        for compiled in (False, True):
+            before = counters["stats"]["unique_graphs"]
+            row = costs_._time(((64, 32), 48, torch.float32, "int8"), known, torch.device("cpu"), 2, compiled)
+            assert row["time_ms"] > 0
+            assert (counters["stats"]["unique_graphs"] > before) == compiled
 
     def test_the_plan_that_comes_out_is_what_was_chosen(self, nano, found):
         _, _, measured, costs, _ = found

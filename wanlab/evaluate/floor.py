@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,9 @@ def floors(
             originals = [_counted(bar, model.generate(**each)) for each in asked]
         # Kind by kind: what is compiled is compiled once.
         for kind in kinds:
-            with _changed(model, kind) as notes[kind]:
+            with _changed(model, kind) as (changed, notes[kind]):
                 for each, original in zip(asked, originals, strict=True):
-                    made = _counted(bar, model.generate(**each))
+                    made = _counted(bar, changed.generate(**each))
                     scores[kind].append(compare_videos(original, made, **options))
     kept = {kind: tuple(found) for kind, found in scores.items()}
     if COMPILED not in kinds:
@@ -150,33 +150,17 @@ def _counted(bar, made):
     return made
 
 
-def _changed(model, kind: str):
-    """A block in which the model computes the same in another way; it yields what was done."""
+@contextmanager
+def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
+    """A block with a model that computes the same in another way, and what was done."""
     if kind == OTHER_ATTENTION:
         from wanlab.models.attention import other_attention
 
-        return other_attention(model.device)  # which yields the name of the kernel
-    return _compiled(model) if kind == COMPILED else nullcontext("the same code, inputs and seed")
+        with other_attention(model.device) as kernel:
+            yield model, kernel
+    elif kind == COMPILED:
+        from wanlab.models.compiled import compile_blocks
 
-
-@contextmanager
-def _compiled(model) -> Iterator[str]:
-    """Inside the block the repeated blocks of the experts are compiled; afterwards they are eager as before."""
-    blocks = [
-        block
-        for name, network in model.components.items()
-        if name.startswith("expert")
-        for block in getattr(network, "blocks", [])
-    ]
-    if not blocks:
-        raise WanlabError(
-            f"{model.spec.name} has no repeated blocks to compile; leave {COMPILED!r} out of kinds"
-        )
-    before = [block._compiled_call_impl for block in blocks]
-    try:
-        for block in blocks:
-            block.compile()
-        yield f"{len(blocks)} blocks of the experts by torch.compile"
-    finally:
-        for block, call in zip(blocks, before, strict=True):
-            block._compiled_call_impl = call
+        yield compile_blocks(model), "blocks of the experts by torch.compile"
+    else:
+        yield model, "the same code, inputs and seed"

@@ -1,4 +1,5 @@
 from .attention import other_attention as other_attention
+from .compiled import compile_blocks as compile_blocks
 from .flops import facts as facts
 from .generate import Generation as Generation
 from .generate import Model as Model

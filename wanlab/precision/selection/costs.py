@@ -22,6 +22,8 @@ MEASURED, COUNTED = "measured", "counted"
 FASTER = {"int8": 2.0, "fp8": 2.0}
 """Rate of products of two operands of a kind over that of 16-bit floats, as data sheets of GPUs with such kernels say."""
 
+VERSIONS = 4096
+
 COLUMNS = [
     "component", "layer", "block", "projection", "format", "bits", "weights", "rows", "flop", "size_bytes",
     "source", "kernel", "time_ms", "cv_percent", "work_gflop",
@@ -37,13 +39,17 @@ def layer_costs(
     frames: int | None = None,
     iterations: int = 20,
     measured: bool | None = None,
+    compiled: bool | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Time, work and bytes of every linear layer of the experts, in every format and as it was loaded.
 
     On a GPU each distinct shape is timed once in each format, with the layer that `apply_plan` would put there: the
-    rounding of its input is in the time. Layers of equal shape and rows share the sample. On a CPU, where products of codes
-    are simulated, nothing is timed: `work_gflop` stands in, operations over the format's rate relative to a float's.
+    rounding of its input is in the time. Layers of equal shape and rows share the sample. Uncompiled, that rounding is
+    several passes over the input and takes more than an 8-bit product saves; compiled it is one, and inside a compiled
+    block it is part of what comes before, so a plan chosen by compiled costs is at least as fast as they say. On a CPU,
+    where products of codes are simulated, nothing is timed: `work_gflop` stands in, operations over the format's rate
+    relative to a float's.
 
     Args:
         model: from `wanlab.models.load`, its experts as loaded.
@@ -51,6 +57,7 @@ def layer_costs(
         height, width, frames: of the video; the model's default if not given.
         iterations: samples per shape and format.
         measured: None measures on CUDA alone.
+        compiled: time each layer by torch.compile, as blocks that are compiled run it; None does so on CUDA.
 
     Returns:
         DataFrame: component, layer, block, projection, format, bits (of a weight), weights (elements), rows (of the input in
@@ -71,6 +78,7 @@ def layer_costs(
     tokens = latent_shape(model.spec, *size).tokens
     known = [get_format(each) for each in formats if each != DEFAULT]
     measured = model.device.type == "cuda" if measured is None else measured
+    compiled = model.device.type == "cuda" if compiled is None else compiled
     rows = []
     for component, network in experts_of(model).items():
         layers = quantizable_layers(network)
@@ -85,7 +93,7 @@ def layer_costs(
     for key in (
         tqdm(keys, desc="layer costs", unit="shape", disable=not (progress and measured)) if measured else ()
     ):
-        timed[key] = _time(key, {each.name: each for each in known}, model.device, iterations)
+        timed[key] = _time(key, {each.name: each for each in known}, model.device, iterations, compiled)
     for row in rows:
         key = (row.pop("shape"), row["rows"], row.pop("dtype"), row["format"])
         row |= timed.get(key, {"source": COUNTED, "kernel": "", "time_ms": math.nan, "cv_percent": math.nan})
@@ -133,7 +141,7 @@ def _row(
     }
 
 
-def _time(key: tuple, formats: dict[str, Format], device, iterations: int) -> dict[str, Any]:
+def _time(key: tuple, formats: dict[str, Format], device, iterations: int, compiled: bool) -> dict[str, Any]:
     """Time one layer of this shape on random input, as a plan would put it into the network."""
     import torch
 
@@ -148,7 +156,10 @@ def _time(key: tuple, formats: dict[str, Format], device, iterations: int) -> di
     if name != DEFAULT:
         layer = planned(layer, formats[name], native=True, amax=float(values.abs().max()))
         kernel = layer.kernel
-    with torch.no_grad():
+    if compiled:
+        layer.compile(dynamic=False)
+    # All layers share one forward: the limit is on its versions, of which every shape and format is one.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=VERSIONS):
         samples = time_ms(
             lambda: layer(values), warmup=3, iterations=iterations, device=device, progress=False, label=name
         )

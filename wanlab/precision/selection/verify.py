@@ -109,8 +109,8 @@ def verify_plan(
         plan: or a preset's name, or a file.
         cases: of `wanlab.nano.heldout`, or what `make_originals` made of them, which spares making the originals again.
         calibrations: as `apply_plan` takes them.
-        timed: time one forward of every expert against the unchanged one, in turn, with its A/A control; of use where the
-            plan has kernels.
+        timed: time one forward of every expert against the unchanged one, in turn, with its A/A control, both compiled
+            on a GPU; of use where the plan has kernels.
         rounds: of these timings.
         check: run `effect_check`; a plan that changes nothing fails it.
         settings: as `make_originals` takes them, when `cases` are cases.
@@ -227,12 +227,16 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
     from wanlab.convert.clip import default_shape
     from wanlab.convert.components import recipe
     from wanlab.measure import compare, in_turn
+    from wanlab.models import compile_blocks
 
+    after = applied.model
+    if model.device.type == "cuda":  # eager, rounding of inputs costs more than products save
+        model, after = compile_blocks(model), compile_blocks(after)
     settings, found = originals.batched.settings, {}
     size = {name: settings[name] for name in ("height", "width", "frames")}
     with torch.no_grad(), applied.at(0):
         for component in applied.assignment.components:
-            plain, planned = recipe(model, component), recipe(applied.model, component)
+            plain, planned = recipe(model, component), recipe(after, component)
             shape = default_shape(model, batch=1, **size)
             inputs = plain.inputs_for(shape, torch.Generator().manual_seed(0))
             calls = {

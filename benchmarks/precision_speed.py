@@ -9,7 +9,9 @@ and is freed before the next. A variant is `PLAN:MODE`: PLAN is `as-loaded`, a p
 `--plan`), MODE is `eager` or `compiled` (each block); `:dynamic` behind it scales every input by itself, where otherwise
 ranges come from one forward. Each is timed against itself (A/A) and then profiled once. The bound is Amdahl's: the share of
 linear layers in the profile of the compiled network, and every planned product timed alone in both formats at its shape.
-The record is written after every variant. Where 8-bit products are simulated, as on a CPU, times say nothing of a GPU.
+The record is written after every variant. One bf16 product, timed after each variant, tells whether the GPU keeps its pace:
+a variant is held against the baseline only where both were measured at the same. Where 8-bit products are simulated, as on
+a CPU, times say nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ VARIANTS = (
     "uniform-int8:compiled",
 )
 KERNELS_KEPT = 40
+PACE_PERCENT = 5.0
 
 
 def main() -> int:
@@ -66,8 +69,9 @@ def main() -> int:
             rows = {"": {"failed": str(error).splitlines()[0]}}
         for steps, row in rows.items():
             record["variants"][label + steps] = row
-            print(f"{label}{steps}: {said(row)}", flush=True)
         held_against(record)
+        for steps, row in rows.items():
+            print(f"{label}{steps}: {said(row)}", flush=True)
         write_json(arguments.output, record)
     rows = [
         {
@@ -271,7 +275,9 @@ def measured(arguments, run, reference) -> dict:
         added = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None
         both = (*control.first.values_ms, *control.second.values_ms)
         samples = measure.Samples("forward", both, control.first.device, control.first.clock)
+        pace_ms = pace(arguments)  # at once, while the GPU is as warm as it was
         return {
+            "pace_ms": pace_ms,
             "samples": samples.to_dict(),
             "noise_percent": control.noise_percent,
             "first_call_ms": first_ms,
@@ -279,6 +285,19 @@ def measured(arguments, run, reference) -> dict:
             "distance": distance,
             "kernels": kernels(run, on_gpu),
         }
+
+
+def pace(arguments) -> float:
+    """Median time of one large product, always the same."""
+    import torch
+
+    from wanlab import measure
+
+    side = 8192 if arguments.device.startswith("cuda") else 256
+    one = torch.ones(side, side, device=arguments.device, dtype=torch.bfloat16)
+    return measure.time_ms(
+        lambda: one @ one, warmup=2, iterations=15, device=arguments.device, progress=False
+    ).median
 
 
 def kernels(run, on_gpu: bool) -> list[dict]:
@@ -323,6 +342,10 @@ def held_against(record: dict) -> None:
     for row in done.values():
         if row is base:
             continue
+        change_percent = 100 * (row["pace_ms"] / base["pace_ms"] - 1)
+        if abs(change_percent) > PACE_PERCENT:
+            row["not_compared"] = f"the device ran {change_percent:+.0f} % off the pace of the baseline"
+            continue
         noise = max(base["noise_percent"], row["noise_percent"])
         row["gain"] = compare(first, Samples.from_dict(row["samples"]), noise).row()
         formats = row.get("products_on_codes", {})
@@ -356,6 +379,8 @@ def said(row: dict) -> str:
         f", first call {row['first_call_ms'] / 1e3:.1f} s, relative L2 {row['distance']['relative_l2']:.4f}"
     )
     kernel = next((one["name"] for one in row["kernels"] if one["kind"] == operators.LINEAR), "")
+    if "not_compared" in row:
+        text += f", NOT COMPARED: {row['not_compared']}"
     return f"{text}, {kernel[:80]}" + (f"; NO EFFECT: {row['no_effect']}" if "no_effect" in row else "")
 
 

@@ -99,7 +99,7 @@ def test_quality_over_cases_with_known_truth_and_floors(run_notebook):
 
 
 def test_an_exact_engine_is_of_the_numeric_tier(run_notebook):
-    sizes = ("-p", "frames=17", "-p", "steps=3", "-p", "cases=1")
+    sizes = ("-p", "steps=3", "-p", "cases=1")
     done = run_notebook("40_quality", "-p", "technique=onnxruntime", *sizes)
     assert done.values["effect"] == dict.fromkeys(COMPONENTS, "onnxruntime-cpu")
     assert done.values["tier"]["tier"] == "numeric"

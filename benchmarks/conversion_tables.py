@@ -71,18 +71,21 @@ def onnx_forms() -> str:
         places.append(machine(record["environment"]))
         for row in record["forms"]:
             # Eager has no nodes: JSON has no NaN, so it says so in words.
-            counts = [row[key] for key in ("nodes", "ScatterND", "Attention")]
+            counts = [
+                row[key] for key in ("nodes", "ScatterND", "ReduceMean", "RMSNormalization", "Attention")
+            ]
             cells = ["" if count is None or isinstance(count, str) else f"{count:.0f}" for count in counts]
             sign = "" if row["verdict"] == "baseline" else row["verdict"]
             cells = [f"{place}, {row['dtype']}", row["form"], *cells]
             rows.append([*cells, f"{row['time_ms']:.2f} ms", f"{row['ratio']:.2f}x", sign])
-    header = ["where", "form", "nodes", "ScatterND", "Attention", "time", "ratio", ""]
-    return markdown(header, rows) + f"\n\nwan-nano's expert_high, one clip. {'; '.join(places)}."
+    header = ["where", "form", "nodes", "ScatterND", "RMSNorm as a chain", "as an operator", "Attention"]
+    note = "wan-nano's expert_high, one clip; a chain is counted by its ReduceMean"
+    return markdown([*header, "time", "ratio", ""], rows) + f"\n\n{note}. {'; '.join(places)}."
 
 
 def engines() -> str:
     """TI2V-5B at true size on every engine: time, memory, distance."""
-    rows, environment = [], None
+    rows, notes, environment = [], [], None
     for name in ("engines_dit_h200", "engines_vae_h200"):
         try:
             record = read(name)
@@ -98,6 +101,7 @@ def engines() -> str:
             first = next(iter(record["engines"].values()))
             ratio = first["samples"]["median_ms"] / row["samples"]["median_ms"]
             distance = row.get("distance")
+            notes += [f" {settings['component']}, {engine}: {row['note']}."] if row.get("note") else []
             rows.append(
                 [
                     what,
@@ -118,7 +122,8 @@ def engines() -> str:
         "peak of the device",
         "relative L2",
     ]
-    return markdown(header, rows) + f"\n\n{machine(environment)}; bfloat16, random weights, batch 1."
+    note = f"\n\n{machine(environment)}; bfloat16, random weights, batch 1.{''.join(notes)}"
+    return markdown(header, rows) + note
 
 
 def kernels() -> str:
@@ -182,6 +187,37 @@ def tvm() -> str:
     return markdown(header, rows) + note
 
 
+def tensorrt() -> str:
+    """What TensorRT for RTX built without a GPU, and what it refused."""
+    record = read("tensorrt_builds_cpu")
+    refused: dict[tuple, dict[str, list[str]]] = {}
+    for row in record["refused"]:
+        at = f"{row['node'].partition('/')[0]}: " if row["node"] else ""
+        reasons = refused.setdefault((row["component"], row["numbers"]), {})
+        reasons.setdefault(f"{at}{row['reason']}", []).append(row["capability"])
+    rows = []
+    for built in record["builds"]:
+        known = refused.get((built["component"], built["numbers"]), {})
+        rows.append(
+            [
+                built["component"],
+                built["numbers"],
+                ", ".join(built["compute_capabilities"]),
+                ", ".join(f"{count} {kind}" for kind, count in built["datatypes"].items()),
+                f"{built['size_bytes'] / 2**20:.1f} MiB",
+                f"{built['time_ms'] / 1e3:.0f} s",
+                "; ".join(f"{', '.join(targets)}: {reason}" for reason, targets in known.items()),
+            ]
+        )
+    header = ["wan-nano", "graph", "built for SM", "layers by what they read", "engine", "build", "refused"]
+    environment = record["environment"]
+    note = (
+        f"\n\n{record['runtime']}; {machine(environment)}, load {record['load']:.0f} on"
+        f" {environment['cores_available']} cores when it began. Nothing was executed."
+    )
+    return markdown(header, rows) + note
+
+
 TABLES = {
     "onnx_export": onnx_export,
     "onnx_blocks": onnx_blocks,
@@ -189,5 +225,6 @@ TABLES = {
     "engines": engines,
     "kernels": kernels,
     "bench": bench,
+    "tensorrt": tensorrt,
     "tvm": tvm,
 }

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from wanlab import measure
 from wanlab.convert.tensorrt.runtime import installed
 
 pytestmark = [
@@ -39,6 +40,26 @@ def test_every_graph_becomes_an_engine(done, outputs):
     receipt = json.loads((folder / "expert_high.engine.json").read_text())
     assert receipt["shapes"]["hidden_states"][1] == [1, 36, 5, 16, 24]
     assert (folder / "expert_high.engine.layers.json").is_file()
+
+
+def test_the_platforms_notebook_reads_what_was_built(done, outputs):
+    folder = next(path.parent for path in outputs.glob("22_tensorrt/*/run.json"))
+    assert str(outputs) not in json.dumps(done.values["receipts"])
+    built = measure.read_platform(folder)
+    assert {record.state for record in built} == {"built only"}
+    found = {(record.component, record.precision, record.machine[-4:].strip()) for record in built}
+    expected = {
+        (row["component"], row["numbers"], target)
+        for row in done.values["engines"]
+        for target in row["compute_capabilities"].split(", ")
+    }
+    assert found == expected
+    assert len(built) == len(expected) == 11
+    sizes = {(row["component"], row["numbers"]): row["size_mib"] for row in done.values["engines"]}
+    for record in built:
+        assert record.size_bytes / 2**20 == pytest.approx(sizes[record.component, record.precision])
+        assert record.model == "wan-nano"
+        assert record.taken == done.record["created"]
 
 
 def test_what_is_refused_is_named(done):

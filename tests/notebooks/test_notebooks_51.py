@@ -30,6 +30,30 @@ def test_this_machine_is_measured_in_every_engine(here):
     assert len(here.page.select("div.figure[data-figure]")) == 2
 
 
+def test_recorded_machines_stand_beside_this_one(here, root):
+    """With default parameters: the same forward on the H200, and what was built for GPUs that were not there."""
+    rows = here.values["platforms"]
+    recorded = json.loads((root / "data" / "results" / "onnx_forms_h200.json").read_text())
+    forms = {(row["dtype"], row["form"]): row["time_ms"] for row in recorded["forms"]}
+    there = {
+        (row["engine"], row["precision"]): row["latency_ms"]
+        for row in rows
+        if row["machine"] == "NVIDIA H200"
+    }
+    assert there == {
+        ("eager", "float32"): forms["float32", "eager"],
+        ("onnxruntime-cuda", "float32"): forms["float32", "friendly"],
+        ("eager", "bfloat16"): forms["bfloat16", "eager"],
+        ("onnxruntime-cuda", "bfloat16"): forms["bfloat16", "fused"],
+    }
+    built = [row for row in rows if row["state"] == "built only"]
+    assert {row["machine"][-4:].strip() for row in built} == {"8.6", "8.9", "12.0"}
+    assert {row["what"] for row in built} == {"expert_high"}
+    assert len(built) == 11  # FP8 not for 8.6
+    assert "4 engines built for 3 machines not there, not executed" in here.record["verdict"]
+    assert "tensorrt-rtx" in here.page.get_text()
+
+
 def test_every_engine_agrees_with_eager(here):
     assert {row["engine"] for row in here.values["engines"]} >= {"eager", "onnxruntime-cpu"}
     assert all(row["relative_l2"] < 1e-5 for row in here.values["engines"])

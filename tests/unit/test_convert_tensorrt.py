@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from tensorrt_tiny import attention_graph, patch_graph
 
 from wanlab import convert, models, plots
 from wanlab.convert import PixelProfile, build_tensorrt, buildable
+from wanlab.convert.tensorrt import network
 from wanlab.convert.tensorrt import runtime as runtimes
 from wanlab.convert.tensorrt.layers import layers_from_log, layers_path, parse_line
 from wanlab.convert.tensorrt.profile import AXES, clip_range, network_shapes, traced_range
@@ -27,44 +29,6 @@ TARGETS = ("8.6", "8.9", "12.0")
 pytestmark = pytest.mark.skipif(
     not runtimes.installed("tensorrt-rtx"), reason='needs pip install "wanlab[rtx]", which Linux on x86 has'
 )
-
-
-def patch_graph(
-    path, *, free=True, model="wan2.2-i2v-a14b", sizes=(1, 21, 90, 160), operator=None, scale=2.0
-):
-    """A patch embedding like an expert's: Conv over `[B, 36, F, H, W]`, then a product."""
-    names = ("batch", "latent_frames", "latent_height", "latent_width")
-    batch, *rest = names if free else sizes
-    weight = numpy_helper.from_array(np.full((4, 36, 1, 2, 2), 0.01, np.float32), "patch_embedding.weight")
-    factor = helper.make_tensor("scale", TensorProto.FLOAT, [], [scale])
-    nodes = [
-        helper.make_node(
-            "Conv",
-            ["hidden_states", "patch_embedding.weight"],
-            ["patched"],
-            name="patch_embedding/node_conv3d",
-            strides=[1, 2, 2],
-            kernel_shape=[1, 2, 2],
-        ),
-        helper.make_node(
-            operator or "Mul",
-            ["patched"] if operator else ["patched", "scale"],
-            ["velocity"],
-            name="blocks.7.attn1.to_q/node_x",
-        ),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "expert",
-        [helper.make_tensor_value_info("hidden_states", TensorProto.FLOAT, [batch, 36, *rest])],
-        [helper.make_tensor_value_info("velocity", TensorProto.FLOAT, [None] * 5)],
-        [weight] if operator else [weight, factor],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    if model:
-        helper.set_model_props(made, {"model": model, "component": "expert_high"})
-    onnx.save(made, path)
-    return path
 
 
 @pytest.fixture
@@ -295,6 +259,22 @@ def test_the_parser_is_quoted_with_the_layers_own_name(tmp_path):
     assert not list(tmp_path.glob("*.engine*"))
 
 
+def test_attention_without_a_kernel_of_its_own_is_built_in_pieces(tmp_path, monkeypatch):
+    path = attention_graph(tmp_path / "attention.onnx")
+    how = {"compute_capabilities": ["8.9"], "level": 0, "progress": False}
+    made = build_tensorrt(path, **how)
+    assert made.layers["gemm"] == 2  # QK and PV
+    assert "blocks.3.attn1/node_attention" in layers_path(made.path).read_text()
+    # A TensorRT that cannot take it apart names no layer.
+    monkeypatch.setattr(network, "let_decompose", lambda *_: None)
+    with pytest.raises(WanlabError) as refused:
+        build_tensorrt(path, **how, reuse=False)
+    assert str(refused.value).endswith(
+        "for compute capability 8.9: blocks.3.attn1/node_attention (Attention): Attention operation was not supported"
+        " by a dedicated kernel; export with opset=20, which says it in plain operators"
+    )
+
+
 def test_turing_refuses_a_convolution_by_its_name(graph, tmp_path):
     frame = buildable(graph, ["7.5", "8.6"], profile=ARTICLE, progress=False).set_index("capability")
     assert frame["built"].tolist() == [False, True]
@@ -463,6 +443,8 @@ def test_the_doctor_knows_it():
 def test_one_runtime_for_the_whole_process():
     runtime = runtimes.open_runtime("tensorrt-rtx")
     assert runtime is runtimes.open_runtime("tensorrt-rtx")
+    if not runtimes.installed("tensorrt"):
+        assert runtime is runtimes.open_runtime()
     assert runtime.builds_ahead
     assert runtime.name == f"TensorRT for RTX {runtime.version}"
     if not runtimes.installed("tensorrt"):
@@ -470,6 +452,14 @@ def test_one_runtime_for_the_whole_process():
             WanlabError, match=r'TensorRT is not installed; add it with: pip install "wanlab\[gpu\]"'
         ):
             runtimes.open_runtime("tensorrt")
+
+
+def test_it_loads_in_a_process_that_imported_nothing_else():
+    code = (
+        "from wanlab.convert.tensorrt.runtime import open_runtime; print(open_runtime('tensorrt-rtx').name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("TensorRT for RTX"), done.stderr
 
 
 def test_what_the_execution_path_calls_is_there():

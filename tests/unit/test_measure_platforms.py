@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,16 +22,8 @@ EAGER = PlatformRecord(
     "run a", "NVIDIA H200", 139.8, "eager", "bfloat16", WORK, latency_ms=1000.0, samples=4, noise_percent=3.0
 )
 FAST = replace(EAGER, engine="onnxruntime-cuda", latency_ms=500.0, load_ms=80.0)
-RECEIPT = {
-    "engine": "tensorrt-rtx",
-    "model": "wan-nano",
-    "component": "expert_high",
-    "precision": "float16",
-    "compute_capabilities": ["8.6", "8.9", "12.0"],
-    "size_bytes": 13_000_000,
-    "build_ms": 2500.0,
-    "versions": {"tensorrt-rtx": "1.5.0"},
-}
+BUILDS = Path(__file__).resolve().parents[2] / "data" / "results" / "tensorrt_builds_cpu.json"
+FORWARD = replace(WORK, what="expert_high forward", steps=None, guided=None, seed=None)
 
 
 def test_one_row_per_machine_and_engine_with_its_ratio_to_eager_there():
@@ -74,6 +67,7 @@ def test_rows_say_what_weakens_them():
         ("steps", 2, "steps is 2, here 10"),
         ("guided", False, "guided is False, here True"),
         ("seed", 1, "seed is 1, here 0"),
+        ("plan", "uniform-int8", "plan is uniform-int8, here none"),
         ("what", "expert_high forward", "what is expert_high forward, here video"),
     ],
 )
@@ -117,13 +111,67 @@ def test_nothing_to_show_is_an_error():
         measure.platform_table([])
 
 
-def test_engines_that_were_only_built_have_no_figures(tmp_path):
-    path = tmp_path / "rtx.json"
-    path.write_text(json.dumps(RECEIPT))
-    built = measure.read_platform(path)
-    table = measure.platform_table([EAGER, FAST, *built])
+def test_records_of_before_there_were_plans_are_those_without_one():
+    old = EAGER.to_dict()
+    del old["work"]["plan"], old["model"]
+    assert PlatformRecord.from_dict(old) == EAGER
+    planned = replace(EAGER, work=replace(WORK, plan="uniform-int8"))
+    assert PlatformRecord.from_dict(planned.to_dict()) == planned
+    assert str(planned.work).endswith("10 steps, uniform-int8")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The receipt of a build by TensorRT for RTX, here and now."""
+    pytest.importorskip("onnx")
+    from tensorrt_tiny import patch_graph
+
+    from wanlab.convert import build_tensorrt
+    from wanlab.convert.tensorrt.runtime import installed
+
+    if not installed("tensorrt-rtx"):
+        pytest.skip('needs pip install "wanlab[rtx]", which Linux on x86 has')
+    graph = patch_graph(tmp_path_factory.mktemp("built") / "expert_high.onnx", model="wan-nano")
+    return build_tensorrt(graph, level=0, progress=False)
+
+
+def test_the_receipt_of_a_real_build_is_read_from_its_file_and_from_a_run(built, tmp_path):
+    records = measure.read_platform(f"{built.path}.json")
+    assert [r.machine for r in records] == [f"GPU of compute capability {c}" for c in ("8.6", "8.9", "12.0")]
+    for record in records:
+        assert (record.engine, record.precision, record.state) == ("tensorrt-rtx", "float32", BUILT)
+        assert (record.model, record.component) == ("wan-nano", "expert_high")
+        assert (record.size_bytes, record.build_ms) == (built.size_bytes, built.time_ms)
+        assert record.software == {"tensorrt-rtx": built.version}
+        assert record.latency_ms is None
+    folder = tmp_path / "22_tensorrt" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(
+        json.dumps({"created": "2026-11-01", "parameters": {"model": "wan-nano"}})
+    )
+    (folder / "metrics.jsonl").write_text(json.dumps({"name": "receipts", "value": [built.record()]}))
+    assert str(tmp_path) not in (folder / "metrics.jsonl").read_text()
+    source = {"source": "22_tensorrt/abc", "taken": "2026-11-01"}
+    assert measure.read_platform(folder) == [replace(record, **source) for record in records]
+
+
+def test_engines_that_were_only_built_have_no_figures():
+    """Recorded builds of wan-nano, held against one call of its first expert."""
+    recorded = json.loads(BUILDS.read_text())
+    eager = replace(EAGER, work=FORWARD)
+    kept, refused = measure.comparable([eager, *measure.read_platform(BUILDS)])
+    assert set(refused["reason"]) == {"component is vae_decoder, here expert_high"}
+    assert set(refused["what"]) == {"wan-nano vae_decoder, built only"}
+    table = measure.platform_table(kept)
     rows = table[table["state"] == BUILT]
-    assert rows["machine"].tolist() == [f"GPU of compute capability {c}" for c in ("8.6", "8.9", "12.0")]
+    for one in recorded["builds"]:
+        mine = rows[rows["precision"] == one["numbers"]]
+        if one["component"] == "expert_high":
+            assert mine["machine"].tolist() == [
+                f"GPU of compute capability {target}" for target in one["compute_capabilities"]
+            ]
+            assert set(mine["build_ms"]) == {one["time_ms"]}
+            assert set(mine["size_bytes"]) == {one["size_bytes"]}
     timed = [
         "latency_ms",
         "throughput_per_s",
@@ -133,12 +181,93 @@ def test_engines_that_were_only_built_have_no_figures(tmp_path):
         "latency_per_frame_ms",
     ]
     assert rows[timed].isna().all(axis=None)
-    assert (rows["build_ms"] == 2500.0).all()
-    assert (rows["size_bytes"] == 13_000_000).all()
-    assert rows["note"].str.contains("not executed").all()
-    only = measure.platform_table(built)
-    said = measure.platform_verdict(only, only.iloc[:0])
-    assert said.startswith("Nothing here was measured: 3 engines built")
+    assert (rows["note"] == "expert_high built for it, not executed: no such machine here").all()
+    said = measure.platform_verdict(table, refused)
+    assert "; 4 engines built for 3 machines not there, not executed; " in said
+    only = measure.platform_table(kept[1:])
+    assert measure.platform_verdict(only, only.iloc[:0]).startswith("Nothing here was measured: 4 engines")
+    # Both components are of a video; of another model there are none.
+    assert len(measure.comparable([EAGER, *measure.read_platform(BUILDS)])[0]) > len(kept)
+    other = replace(eager, work=replace(FORWARD, model="wan2.2-i2v-a14b"))
+    assert measure.comparable([other, *kept[1:]])[0] == [other]
+
+
+def test_recorded_builds_are_of_every_format_and_say_what_was_refused():
+    recorded = json.loads(BUILDS.read_text())
+    built = {
+        (one["component"], one["numbers"].rpartition(" x ")[2] or one["numbers"]): one["compute_capabilities"]
+        for one in recorded["builds"]
+    }
+    assert len(built) == len(recorded["builds"]) == 8
+    for component in ("expert_high", "vae_decoder"):
+        for numbers in ("float32", "float16", "int8", "fp8"):
+            assert built[component, numbers] == ["8.6", "8.9", "12.0"][numbers == "fp8" :]
+    for row in recorded["refused"]:
+        assert row["capability"] in ("7.5", "8.6")
+        assert row["node"] or "fp8" in row["reason"]
+
+
+def test_one_expert_on_two_machines_is_recorded(root):
+    """The forms of the CPU and the H200: eager, and the graph that an export gives by default."""
+    from wanlab.convert.components import FUSED_OPSET
+    from wanlab.convert.onnx.settings import chosen_opset
+
+    results = root / "data" / "results"
+    recorded = {
+        place: json.loads((results / f"onnx_forms_{place}.json").read_text()) for place in ("cpu", "h200")
+    }
+    found, _ = measure.read_platforms(results / f"onnx_forms_{place}.json" for place in recorded)
+    assert {record.work for record in found} == {FORWARD}
+    table = measure.platform_table(found).set_index(["machine", "engine", "precision"])
+    assert len(table) == 6
+    for place, machine in (("cpu", "AMD EPYC, 1 thread"), ("h200", "NVIDIA H200")):
+        forms = {(row["dtype"], row["form"]): row for row in recorded[place]["forms"]}
+        for dtype in dict.fromkeys(dtype for dtype, _ in forms):
+            used = "fused" if chosen_opset(None, f"torch.{dtype}") >= FUSED_OPSET else "friendly"
+            engine = "onnxruntime-cuda" if place == "h200" else "onnxruntime-cpu"
+            row = table.loc[(machine, engine, dtype)]
+            assert row["latency_ms"] == forms[dtype, used]["time_ms"]
+            # Against eager in the same precision, of which the H200 has two.
+            assert row["ratio_to_eager"] == forms[dtype, "eager"]["time_ms"] / forms[dtype, used]["time_ms"]
+            assert row["noise_percent"] == forms[dtype, used]["noise_percent"]
+            assert row["samples"] == 20
+    assert "onnxruntime 1.30.0" not in table.loc[("NVIDIA H200", "onnxruntime-cuda", "float32"), "software"]
+    assert "2 machines" in measure.platform_verdict(table.reset_index(), table.iloc[:0])
+
+
+def test_a_row_without_eager_in_its_precision_says_which_it_is_held_against():
+    half = replace(FAST, precision="float16")
+    table = measure.platform_table([EAGER, half])
+    assert table["note"].tolist() == ["", "eager is in bfloat16"]
+    assert table["ratio_to_eager"].tolist() == [1.0, 2.0]
+
+
+def test_runs_of_one_configuration_are_held_against_each_other_by_their_plan(tmp_path):
+    environment = {"gpu": None, "cpu": "AMD EPYC", "threads": 2, "ram_gib": 23.5, "packages": {}}
+    work = {key: value for key, value in asdict(WORK).items() if key not in ("what", "plan")}
+    for engine, plan, latency in (
+        ("eager", "default", 900.0),
+        ("onnxruntime", "default", 300.0),
+        ("onnxruntime", "uniform-int8", 150.0),
+    ):
+        folder = tmp_path / "41_configuration" / f"{engine}-{plan}"
+        folder.mkdir(parents=True)
+        facts = {"parameters": {"model": "wan-nano", "engine": engine, "plan": plan}}
+        (folder / "run.json").write_text(json.dumps(facts | {"environment": environment}))
+        summary = {"engine": engine, "plan": plan, "time_per_video_ms": latency, "noise_percent": 2.0}
+        kept = {"summary": summary, "work": work, "samples": samples(engine, latency, latency)}
+        (folder / "metrics.jsonl").write_text(
+            "\n".join(json.dumps({"name": n, "value": v}) for n, v in kept.items())
+        )
+    found, unread = measure.read_platforms(sorted((tmp_path / "41_configuration").iterdir()))
+    assert unread.empty
+    kept, refused = measure.comparable(found)
+    table = measure.platform_table(kept)
+    assert table["engine"].tolist() == ["eager", "onnxruntime-cpu"]
+    assert table["ratio_to_eager"].tolist() == [1.0, 3.0]
+    assert table["samples"].tolist() == [2, 2]
+    assert refused["reason"].tolist() == ["plan is uniform-int8, here none"]
+    assert kept[0].work == WORK
 
 
 def test_recorded_results_are_read(root):
@@ -384,10 +513,9 @@ def test_the_verdict_tells_gains_losses_and_noise():
     assert "1 row refused as other work" in said
 
 
-def test_the_figure_draws_no_bar_for_what_was_not_run(tmp_path):
-    path = tmp_path / "rtx.json"
-    path.write_text(json.dumps(RECEIPT))
-    figure = plots.platform_bars(measure.platform_table([EAGER, FAST, *measure.read_platform(path)]))
+def test_the_figure_draws_no_bar_for_what_was_not_run():
+    built = replace(measure.read_platform(BUILDS)[0], build_ms=2500.0)
+    figure = plots.platform_bars(measure.platform_table([EAGER, FAST, built]))
     bar = figure.data[0]
     assert figure.layout.xaxis.type == "log"
     assert bar.text[1] == "500.0 ms · 2.00x as fast as eager"

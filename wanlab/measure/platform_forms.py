@@ -9,6 +9,8 @@ from typing import Any
 from wanlab.measure.platform_records import BUILT, VIDEO, PlatformRecord, Work, machine_of, software
 
 RECORDS = "platform_records"  # the name under which 51_platforms keeps its own
+SIZE = ("height", "width", "frames")
+UNCHANGED = (None, "", "default")  # what notebooks call no plan
 
 
 def of_run(source: str, run: Mapping[str, Any]) -> list[PlatformRecord]:
@@ -33,7 +35,10 @@ def of_file(source: str, data: Mapping[str, Any]) -> list[PlatformRecord]:
     if "compute_capabilities" in data:
         return _of_receipt(source, data)
     if isinstance(data.get("builds"), list) and all("compute_capabilities" in one for one in data["builds"]):
-        return [record for one in data["builds"] for record in _of_receipt(source, data | one)]
+        taken = {"taken": data.get("taken", "")}
+        return [record for one in data["builds"] for record in _of_receipt(source, one | taken)]
+    if isinstance(data.get("forms"), list):
+        return _of_forms(source, data)
     if {"schema", "engine", "inputs", "samples", "metadata"} <= data.keys():
         return [_of_bench(source, data)]
     if "environment" in data and isinstance(settings := data.get("settings", {}), dict):
@@ -48,26 +53,25 @@ def of_file(source: str, data: Mapping[str, Any]) -> list[PlatformRecord]:
 
 
 def _of_notebook(source: str, found: Mapping[str, Any]) -> list[PlatformRecord]:
-    """10_baseline has `baseline` and `forward`; 21_onnxruntime has `before_after`, `engines` and `speedup`."""
+    """What a notebook recorded, by the names that it recorded it under.
+
+    10_baseline has `baseline` and `forward`; 21_onnxruntime has `before_after`, `engines` and `speedup`; 22_tensorrt has
+    `receipts`; a notebook of one configuration has `work` and `summary`.
+    """
     parameters, environment = found.get("parameters") or {}, found.get("environment") or {}
+    taken = str(found.get("taken") or found.get("started") or "")
+    records = [
+        record
+        for one in found.get("receipts") or []
+        for record in _of_receipt(source, one | {"taken": taken})
+    ]
     if not parameters.get("model"):
-        return []
-    work, taken = _work(parameters), str(found.get("taken") or found.get("started") or "")
+        return records
+    work, precision = _work(parameters), _precision(parameters, environment)
 
-    def record(engine: str, what: Work, latency_ms, **more: Any) -> PlatformRecord:
-        return PlatformRecord(
-            source,
-            *machine_of(environment, engine),
-            engine,
-            _precision(parameters, environment),
-            what,
-            latency_ms=float(latency_ms),
-            software=software(environment),
-            taken=taken,
-            **more,
-        )
+    def record(engine: str, what: Work, latency_ms: float, **more: Any) -> PlatformRecord:
+        return _measured(source, environment, engine, precision, what, latency_ms, taken=taken, **more)
 
-    records = []
     if isinstance(base := found.get("baseline"), Mapping) and base.get("time_per_video_ms"):
         records.append(
             record(
@@ -91,6 +95,32 @@ def _of_notebook(source: str, found: Mapping[str, Any]) -> list[PlatformRecord]:
         fast = next((e for e in engines if e.startswith(str(row["variant"]))), row["variant"])
         more = {"noise_percent": noise, "load_ms": row.get("load_ms")}
         records.append(record(str(fast), work, row["time_per_video_ms"], **more))
+    done, one = found.get("work"), found.get("summary")
+    if isinstance(done, Mapping) and isinstance(one, Mapping) and one.get("time_per_video_ms"):
+        known = {key: done[key] for key in (*SIZE, "steps", "guided", "seed") if key in done}
+        what = Work(VIDEO, str(done["model"]), done.get("weights"), **known, plan=_plan(one.get("plan")))
+        more = {key: one.get(key) for key in ("noise_percent", "peak_memory_gib", "load_ms")}
+        more["samples"] = (found.get("samples") or {}).get("n")
+        records.append(
+            record(_engine_name(str(one["engine"]), environment), what, one["time_per_video_ms"], **more)
+        )
+    return records
+
+
+def _of_forms(source: str, data: Mapping[str, Any]) -> list[PlatformRecord]:
+    """What `benchmarks/onnx_forms.py` writes: eager, and of the graphs the one that `convert.export` makes by default."""
+    settings, environment = data["settings"], data["environment"]
+    work, records = _forward(_work(settings), settings["component"]), []
+    for row in data["forms"]:
+        used = "fused" if row["dtype"] == "bfloat16" else "friendly"
+        engine = {"eager": "eager", used: "onnxruntime"}.get(row["form"])
+        if engine is None:
+            continue
+        more = {"samples": len(row["samples_ms"]), "noise_percent": row["noise_percent"]}
+        name, taken = _engine_name(engine, environment), str(data.get("taken", ""))
+        records.append(
+            _measured(source, environment, name, row["dtype"], work, row["time_ms"], taken=taken, **more)
+        )
     return records
 
 
@@ -113,26 +143,25 @@ def _of_benchmark(source: str, data: Mapping[str, Any]) -> list[PlatformRecord]:
     } or {label: row for label, row in data["engines"].items() if "samples" in row}
     records = []
     for label, row in rows.items():
-        engine, build = _engine_name(label, environment), builds.get(label, {})
-        versions = software(environment) | ({"apache-tvm": build["tvm"]} if "tvm" in build else {})
-        records.append(
-            PlatformRecord(
-                source,
-                *machine_of(environment, engine),
-                engine,
-                data.get("dtype") or _precision(settings, environment),
-                work,
-                latency_ms=row["samples"]["median_ms"],
-                samples=row["samples"]["n"],
-                noise_percent=row.get("noise_percent"),
-                peak_memory_gib=row.get("peak_gib"),
-                load_ms=row.get("load_ms"),
-                size_bytes=build.get("size_bytes"),
-                build_ms=build.get("build_ms"),
-                software=versions,
-                taken=taken,
-            )
+        build = builds.get(label, {})
+        made = _measured(
+            source,
+            environment,
+            _engine_name(label, environment),
+            data.get("dtype") or _precision(settings, environment),
+            work,
+            row["samples"]["median_ms"],
+            samples=row["samples"]["n"],
+            noise_percent=row.get("noise_percent"),
+            peak_memory_gib=row.get("peak_gib"),
+            load_ms=row.get("load_ms"),
+            size_bytes=build.get("size_bytes"),
+            build_ms=build.get("build_ms"),
+            taken=taken,
         )
+        if "tvm" in build:
+            made = replace(made, software={**made.software, "apache-tvm": build["tvm"]})
+        records.append(made)
     return records
 
 
@@ -153,41 +182,56 @@ def _of_bench(source: str, data: Mapping[str, Any]) -> PlatformRecord:
     work = _forward(Work(VIDEO, name, None, height, width, frames), str(facts.get("component", engine)))
     if batch and batch > 1:
         work = replace(work, what=f"{work.what}, batch {batch}")
-    return PlatformRecord(
+    return _measured(
         source,
-        *machine_of(data["environment"], engine),
+        data["environment"],
         engine,
         next((dtype for dtype, shape in inputs.values() if len(shape) == 5), ""),
         work,
-        latency_ms=samples["median_ms"],
+        samples["median_ms"],
         samples=samples["n"],
         noise_percent=data.get("noise_percent"),
         load_ms=facts.get("load_ms"),
         size_bytes=facts.get("size_bytes"),
-        software=software(data["environment"]),
     )
 
 
 def _of_receipt(source: str, data: Mapping[str, Any]) -> list[PlatformRecord]:
-    """An engine that was built for GPUs that were not there: targets, size and time, and no latency."""
-    versions = data.get("versions") or {}
+    """A receipt of `convert.build_tensorrt`: target, numbers, size and time of an engine, and no latency."""
     return [
         PlatformRecord(
             source,
-            f"GPU of compute capability {target}",
+            data.get("gpu") or f"GPU of compute capability {target}",
             None,
-            str(data.get("engine", "tensorrt")),
-            str(data.get("precision") or data.get("dtype") or ""),
+            str(data["kind"]),
+            str(data["numbers"]),
             None,
             state=BUILT,
-            component=" ".join(str(data[key]) for key in ("model", "component") if data.get(key)),
-            size_bytes=data.get("size_bytes"),
-            build_ms=data.get("build_ms"),
-            software={str(name): str(version) for name, version in versions.items()},
+            model=str(data.get("model", "")),
+            component=str(data.get("component", "")),
+            size_bytes=data["size_bytes"],
+            build_ms=data["time_ms"],
+            software={str(data["kind"]): str(data["version"])},
             taken=str(data.get("taken", "")),
         )
         for target in data["compute_capabilities"]
     ]
+
+
+def _measured(
+    source: str,
+    environment: Mapping[str, Any],
+    engine: str,
+    precision: str,
+    work: Work,
+    latency_ms: float,
+    **more: Any,
+) -> PlatformRecord:
+    """One latency, with the machine and the software that the environment names."""
+    place, known = machine_of(environment, engine), software(environment)
+    return PlatformRecord(
+        source, *place, engine, precision, work, latency_ms=float(latency_ms), software=known, **more
+    )
 
 
 def _work(parameters: Mapping[str, Any]) -> Work:
@@ -198,25 +242,27 @@ def _work(parameters: Mapping[str, Any]) -> Work:
     defaults: dict[str, Any] = {}
     if name in models.names():
         spec = models.get(name)
-        defaults = {
-            key: getattr(spec.defaults, key)
-            for key in ("height", "width", "frames", "steps", "guidance_scale")
-        }
+        defaults = {key: getattr(spec.defaults, key) for key in (*SIZE, "steps", "guidance_scale")}
     known = defaults | {key: value for key, value in parameters.items() if value is not None}
     guidance = known.get("guidance_scale")
     return Work(
         VIDEO,
         name,
         str(known.get("weights", "pretrained")),
-        *(known.get(key) for key in ("height", "width", "frames", "steps")),
+        *(known.get(key) for key in (*SIZE, "steps")),
         guided=None if guidance is None else guidance > 1,
         seed=known.get("seed"),
+        plan=_plan(known.get("plan")),
     )
 
 
 def _forward(work: Work, component: str) -> Work:
     """One call of a component: neither steps nor seed change how long it takes."""
     return replace(work, what=f"{component} forward", steps=None, guided=None, seed=None)
+
+
+def _plan(name: Any) -> str | None:
+    return None if name in UNCHANGED else str(name)
 
 
 def _precision(parameters: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ class Work:
             held against, as the values of weights do not change a time.
         height, width: in pixels. frames: of the clip.
         steps, guided, seed: of a generation; None for one call, which has none of them.
+        plan: name of the precision plan that was applied; None for the network as it is.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Work:
     steps: int | None = None
     guided: bool | None = None
     seed: int | None = None
+    plan: str | None = None
 
     def differences(self, other: Work) -> list[str]:
         """Each field that differs, with both values: `"steps is 10, here 2"`.
@@ -48,13 +50,16 @@ class Work:
             names.remove("weights")
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [
-            f"{name} is {_said(mine)}, here {_said(theirs)}" for name, mine, theirs in pairs if mine != theirs
+            f"{name} is {_said(name, mine)}, here {_said(name, theirs)}"
+            for name, mine, theirs in pairs
+            if mine != theirs
         ]
 
     def __str__(self) -> str:
         size = f"{self.frames}x{self.height}x{self.width}"
         steps = f", {self.steps} steps" if self.steps is not None else ""
-        return f"{self.model} {self.what}, {size}{steps}"
+        plan = f", {self.plan}" if self.plan is not None else ""
+        return f"{self.model} {self.what}, {size}{steps}{plan}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class PlatformRecord:
         machine: GPU, or processor and threads. memory_gib: of the GPU, or of the host.
         engine: as in `wanlab.convert`: `"eager"`, `"onnxruntime-cuda"`, `"tensorrt"`, ...
         precision: of the weights, such as `"bfloat16"`.
-        work: None where nothing ran. component: that a built engine is of.
+        work: None where nothing ran. model, component: that an engine is of which did not run.
         state: `"measured"`, or `"built only"` where the machine that it was built for was not there.
         latency_ms: median of `samples`. noise_percent: of the A/A control, None where there was none.
         peak_memory_gib: of everything during the run. load_ms: into an engine that can run.
@@ -82,6 +87,7 @@ class PlatformRecord:
     precision: str
     work: Work | None
     state: str = MEASURED
+    model: str = ""
     component: str = ""
     latency_ms: float | None = None
     samples: int | None = None
@@ -92,6 +98,21 @@ class PlatformRecord:
     build_ms: float | None = None
     software: Mapping[str, str] = field(default_factory=dict)
     taken: str = ""
+
+    def differences(self, work: Work) -> list[str]:
+        """In what this is other than some work, as `Work.differences`.
+
+        An engine that did not run is held against the model, and against the component when that alone was timed.
+        """
+        if self.work is not None:
+            return self.work.differences(work)
+        called = work.what.partition(" forward")[0]
+        pairs = [("model", self.model, work.model), ("component", self.component, called)]
+        return [
+            f"{name} is {mine}, here {theirs}"
+            for name, mine, theirs in pairs[: 1 if work.what == VIDEO else 2]
+            if mine and mine != theirs
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `from_dict` reads it back."""
@@ -152,9 +173,12 @@ def software(environment: Mapping[str, Any]) -> dict[str, str]:
     packages = environment.get("packages", {})
     names = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "apache-tvm")
     found = {name: packages[name] for name in names if name in packages}
+    if environment.get("gpu") and "onnxruntime-gpu" in found:
+        # Both are one package when imported; only this one has the CUDA provider, so it is the one that ran.
+        found.pop("onnxruntime", None)
     driver = (environment.get("gpu") or {}).get("driver")
     return found | ({"driver": driver} if driver else {})
 
 
-def _said(value: Any) -> str:
-    return "not known" if value is None else str(value)
+def _said(name: str, value: Any) -> str:
+    return str(value) if value is not None else "none" if name == "plan" else "not known"

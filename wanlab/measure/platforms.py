@@ -19,7 +19,8 @@ def comparable(
     """Split records into those of this work, and the others with their reasons.
 
     Args:
-        work: None takes the first record's that ran. Engines that were built only did no work, and are kept.
+        work: None takes the first record's that ran. Engines that were built only did no work; they are kept where they
+            are of the model, and of the component that was timed.
 
     Returns:
         The records that `platform_table` takes, in their order, and a DataFrame of the others: source, machine,
@@ -38,7 +39,7 @@ def comparable(
                 "source": record.source,
                 "machine": record.machine,
                 "engine": record.engine,
-                "what": str(record.work),
+                "what": str(record.work or f"{record.model} {record.component}, {record.state}"),
                 "reason": "; ".join(reasons),
             }
         )
@@ -55,9 +56,10 @@ def platform_table(
         allow_different: keep rows of other work, each with a note that says in what it differs.
 
     Returns:
-        machine, memory_gib, state, engine, precision, model, what, shape, steps, seed, latency_ms, latency_per_frame_ms and
-        throughput_per_s (videos or calls), ratio_to_eager (eager's latency on the same machine over this one, above 1
-        is faster), noise_percent, samples, peak_memory_gib, load_ms, size_bytes, build_ms, software, note, source.
+        machine, memory_gib, state, engine, precision, plan, model, what, shape, steps, seed, latency_ms,
+        latency_per_frame_ms and throughput_per_s (videos or calls), ratio_to_eager (eager's latency on the same machine
+        over this one, above 1 is faster; eager in the same precision where there is one), noise_percent, samples,
+        peak_memory_gib, load_ms, size_bytes, build_ms, software, note, source.
         What was not measured is empty.
 
     Raises:
@@ -75,19 +77,19 @@ def platform_table(
                 f"{record.source} ({record.machine}, {record.engine}) is other work: {'; '.join(reasons)};"
                 " leave it out with measure.comparable, or pass allow_different=True to mark it"
             )
-        key = (record.machine, record.engine, record.precision, record.state, record.component, record.work)
+        built = (record.state, record.model, record.component)
+        key = (record.machine, record.engine, record.precision, record.work, *built)
         if key not in newest or _worth(record) >= _worth(newest[key]):
             newest[key] = record
-    eager = {(record.machine, record.work): record for record in newest.values() if record.engine == "eager"}
-    rows = [_row(record, work, eager.get((record.machine, record.work))) for record in newest.values()]
-    return pd.DataFrame(rows)
+    eager = [record for record in newest.values() if record.engine == "eager"]
+    return pd.DataFrame([_row(record, work, _baseline(record, eager)) for record in newest.values()])
 
 
 def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
     """The table in a sentence: the fastest row, what each engine did against eager, what was left out."""
     measured = table[table["state"] == MEASURED]
     if measured.empty:
-        return f"Nothing here was measured: {len(table)} engines built for machines that were not there."
+        return f"Nothing here was measured: {_built(table)}."
     best = measured.loc[measured["latency_ms"].idxmin()]
     first = measured.iloc[0]
     said = [
@@ -106,8 +108,7 @@ def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
         else:
             how = f"{ratio:.2f}x as fast as" if ratio > 1 else f"{1 / ratio:.2f}x slower than"
             said.append(f"{row['engine']} {how} eager ({floor})")
-    built = int((table["state"] == BUILT).sum())
-    said += [f"{_count(built, 'engine')} built only, not executed"] if built else []
+    said += [built] if (built := _built(table)) else []
     said += [f"{_count(len(refused), 'row')} refused as other work"] if len(refused) else []
     return "; ".join(said) + "."
 
@@ -126,13 +127,16 @@ def _row(record: PlatformRecord, work: Work | None, eager: PlatformRecord | None
             notes.append("not distinguishable from eager")
     if record.state == MEASURED and eager is None:
         notes.append("no eager row of this machine")
+    if eager and eager.precision != record.precision:
+        notes.append(f"eager is in {eager.precision}")
     return {
         "machine": record.machine,
         "memory_gib": record.memory_gib,
         "state": record.state,
         "engine": record.engine,
         "precision": record.precision,
-        "model": mine.model if mine else "",
+        "plan": mine.plan if mine else None,
+        "model": mine.model if mine else record.model,
         "what": mine.what if mine else record.component,
         "shape": f"{mine.frames}x{mine.height}x{mine.width}" if mine else "",
         "steps": mine.steps if mine else None,
@@ -153,12 +157,27 @@ def _row(record: PlatformRecord, work: Work | None, eager: PlatformRecord | None
     }
 
 
+def _baseline(record: PlatformRecord, eager: Sequence[PlatformRecord]) -> PlatformRecord | None:
+    """Eager's record of the same work on the same machine, in the same precision if there is one."""
+    same = [one for one in eager if (one.machine, one.work) == (record.machine, record.work)]
+    return next((one for one in same if one.precision == record.precision), same[0] if same else None)
+
+
+def _built(table: pd.DataFrame) -> str:
+    """How many engines were built for how many machines; one engine may serve several. Empty without any."""
+    rows = table[table["state"] == BUILT]
+    if rows.empty:
+        return ""
+    engines = _count(len(rows.drop_duplicates(["engine", "precision", "model", "what", "source"])), "engine")
+    return f"{engines} built for {_count(rows['machine'].nunique(), 'machine')} not there, not executed"
+
+
 def _first_work(records: Sequence[PlatformRecord]) -> Work | None:
     return next((record.work for record in records if record.work), None)
 
 
 def _reasons(record: PlatformRecord, work: Work | None) -> list[str]:
-    return record.work.differences(work) if record.work and work else []
+    return record.differences(work) if work else []
 
 
 def _worth(record: PlatformRecord) -> tuple[bool, str]:

@@ -144,7 +144,7 @@ def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def lint(model: onnx.ModelProto) -> list[str]:
-    """What engines run badly or refuse, one line each: ScatterND, float64, sequences."""
+    """What engines run badly or refuse, one line each: ScatterND, sequences, float64, complex numbers."""
     import onnx
 
     counts = Counter(node.op_type for node in nodes(model))
@@ -153,17 +153,30 @@ def lint(model: onnx.ModelProto) -> list[str]:
         for name in ("ScatterND", "SequenceAt", "SplitToSequence")
         if counts[name]
     ]
-    double = onnx.TensorProto.DOUBLE
-    tensors = sum(tensor.data_type == double for tensor in model.graph.initializer)
-    values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    tensors += sum(value.type.tensor_type.elem_type == double for value in values)
+    kinds = Counter(_element_types(model))
+    numbers = onnx.TensorProto
+    for word, count in (
+        ("float64", kinds[numbers.DOUBLE]),
+        ("complex", kinds[numbers.COMPLEX64] + kinds[numbers.COMPLEX128]),
+    ):
+        if count:
+            found.append(f"{count} {word} tensors")
+    return found
+
+
+def _element_types(model: onnx.ModelProto) -> Iterator[int]:
+    """Element types of all that the graph says the type of: weights, values, casts, constants."""
+    import onnx
+
+    yield from (tensor.data_type for tensor in model.graph.initializer)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        yield value.type.tensor_type.elem_type
     for node in nodes(model):
         for attribute in node.attribute:
-            tensors += attribute.name == "to" and attribute.i == double
-            tensors += attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == double
-    if tensors:
-        found.append(f"{tensors} float64 tensors")
-    return found
+            if attribute.name == "to":
+                yield attribute.i
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t.data_type
 
 
 def file_bytes(path: Path) -> int:

@@ -82,6 +82,10 @@ class EngineBuilds:
         ]
         return pd.DataFrame(rows, columns=["engine", "input", *ENDS, "graph", "key"])
 
+    def records(self) -> list[dict[str, Any]]:
+        """The receipts ready for JSON, as `EngineReceipt.record`; `51_platforms` reads them."""
+        return [receipt.record() for receipt in self.receipts]
+
     @property
     def notes(self) -> list[str]:
         """Of all engines, each once."""

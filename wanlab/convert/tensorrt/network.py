@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanlab.convert.tensorrt.runtime import SEVERE, Message, Runtime, plain
 from wanlab.convert.tensorrt.source import Source
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 _QUOTED = re.compile(r"operation '([^']+)'")
+_UNNAMED = re.compile(r"\b(\w+) operation was not supported")
+# What was seen refused, and another way to say the same.
+MENDS = {"Attention": "export with opset=20, which says it in plain operators"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Refusal:
 
     def __str__(self) -> str:
         at = f"{self.node} ({self.operator}): " if self.node else ""
-        return f"{at}{self.reason}"
+        mend = f"; {MENDS[self.operator]}" if self.operator in MENDS else ""
+        return f"{at}{self.reason}{mend}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +75,23 @@ def parse(runtime: Runtime, source: Source, log: Sequence[Message]) -> Network:
         first = faults[0] if faults else Refusal("", "", runtime.last_error(log) or "no reason given")
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise WanlabError(f"{runtime.name} cannot read {source.path.name}: {first}{more}")
+    let_decompose(runtime, network)
     return Network(builder, network, parser)
+
+
+def let_decompose(runtime: Runtime, network: trt.INetworkDefinition) -> None:
+    """Let attention that no kernel computes whole be computed as products and softmax, where TensorRT can.
+
+    The parser leaves that off, and TensorRT refuses then what it has no such kernel for: ONNX's Attention in float32.
+    """
+    module: Any = runtime.module  # newer than the stubs
+    if not hasattr(module, "IAttentionInputLayer"):
+        return
+    for index in range(network.num_layers):
+        layer: Any = network.get_layer(index)
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            layer.__class__ = module.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.attention.decomposable = True
 
 
 def _parser_error(error: trt.ParserError) -> Refusal:
@@ -91,6 +111,8 @@ def refusal(log: Sequence[Message], operators: Mapping[str, str]) -> Refusal:
     node = next((name for name in names if name in operators), "") or max(
         (name for name in operators if name and name in text), key=len, default=""
     )
+    if not node and (unnamed := _UNNAMED.search(text)):  # only its kind is said: the first of that
+        node = next((name for name, operator in operators.items() if operator == unnamed[1]), "")
     # The name is said already.
     reason = plain(text).replace(f"operation '{node}' ", "") if node else plain(text)
     return Refusal(node, operators.get(node, ""), reason)

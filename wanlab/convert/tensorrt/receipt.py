@@ -140,6 +140,12 @@ class EngineReceipt:
             "cached": self.cached,
         }
 
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of it, ready for JSON: all but the log, of which its warnings, and the graph's own words."""
+        left_out = ("log", "inputs", "outputs", "metadata", "cached")
+        facts = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return facts | {"path": Path(self.path).name, "warnings": list(self.warnings)}
+
     def rebuild(self) -> str:
         """The command that makes it anew."""
         return f"wanlab.convert.build_tensorrt({self.graph!r}, {Path(self.path).name!r})"

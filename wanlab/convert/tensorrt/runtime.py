@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,8 @@ LIBRARIES = ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx")
 
 # "IBuilder::…: Error Code 1: Myelin ([pass.cpp:347: check] Cannot compile … . In compileGraph at /_src/…:2012)"
 _PREFIX = re.compile(r"^.*?Error Code \d+: [\w ]*\((?:\[[^\]]*\] ?)?|^\[[^\]]*\] ?(?:Error Code \d+: )?")
-_SUFFIX = re.compile(r"\.? In \w+ at \S+\)?\s*$|\)\s*$")
+_CHECK = re.compile(r"^Myelin\w+: \S+:\d+: CHECK\(.*?\) failed\. ")
+_SUFFIX = re.compile(r"\.? \(See https?://.*$|\.? In \w+ at \S+\)?\s*$|\)\s*$")
 SEVERE = ("INTERNAL_ERROR", "ERROR")
 Message = tuple[str, str]
 """Severity as TensorRT names it (`"ERROR"`, `"WARNING"`, `"INFO"`, …) and text."""
@@ -77,7 +79,6 @@ class Runtime:
         return plain(texts[-1]) if texts else ""
 
 
-@cache
 def open_runtime(kind: Kind | None = None) -> Runtime:
     """Load TensorRT.
 
@@ -100,6 +101,12 @@ def open_runtime(kind: Kind | None = None) -> Runtime:
             raise WanlabError(f"no TensorRT is installed; add it with: {INSTALL[kinds[0]]}")
     if not installed(kind):
         raise WanlabError(f"{NAMES[kind]} is not installed; add it with: {INSTALL[kind]}")
+    return _opened(kind)
+
+
+@cache
+def _opened(kind: Kind) -> Runtime:
+    """One for the whole process, by whichever name it was asked for."""
     module = importlib.import_module("tensorrt") if kind == "tensorrt" else _rtx()
     kept: list[list[Message]] = []
     errors: deque[str] = deque(maxlen=20)
@@ -116,7 +123,7 @@ def installed(kind: Kind) -> bool:
 
 def plain(text: str) -> str:
     """A message without the places of TensorRT's own sources."""
-    return _SUFFIX.sub("", _PREFIX.sub("", " ".join(text.split()))).strip()
+    return _SUFFIX.sub("", _CHECK.sub("", _PREFIX.sub("", " ".join(text.split())))).strip()
 
 
 def _has_code(package: str) -> bool:

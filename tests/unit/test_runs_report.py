@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanlab.errors import WanlabError
-from wanlab.runs import markup
-from wanlab.runs.report import _json_for_html, page_of, render
+from wanlab.runs.pages import markup
+from wanlab.runs.pages.report import page_of, render
+from wanlab.runs.pages.shell import json_script
 
 HOSTILE = (
     '</script><script>alert(1)</script><img src=x onerror="alert(2)"><a href="javascript:alert(3)">x</a>'
@@ -126,6 +127,30 @@ def test_hostile_strings_are_text_everywhere():
     assert "<script>alert" not in text.replace(soup.select_one("#plotly").string, "")
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [("memory", "Ran out of memory"), ("flooded", "Too much output"), ("died", "Kernel died")],
+)
+def test_ends_are_said_in_words(state, words):
+    soup = assert_closed(page(notebook("# Q?"), {}, {"state": state, "reason": "why", "title": "Step"}))
+    assert soup.select_one(".failure .what").text.strip() == f"{words} in “Step”"
+    assert soup.select_one(f".state.{state}").text == words.lower()
+
+
+def test_widgets_show_nothing():
+    bar = {markup.WIDGET: {"model_id": "x"}, "text/plain": "0%|          | 0/10"}
+    soup = assert_closed(
+        page(
+            notebook(
+                "# Q?",
+                code(data=bar),
+                v4.new_code_cell("y", outputs=[v4.new_output("display_data", data=bar)]),
+            )
+        )
+    )
+    assert "0/10" not in soup.select("section.cell")[-1].text
+
+
 def test_plotly_is_inside_once_and_only_when_needed():
     from plotly.offline import get_plotlyjs
 
@@ -191,7 +216,7 @@ def test_any_text_is_safe_as_html_markdown_and_json(text):
     for fragment in (markup.sanitise(text, markup.Page()), markup.markdown(text, markup.Page())):
         soup = BeautifulSoup(fragment, "html.parser")
         assert not soup.find_all(["script", "style", "iframe", "link"])
-    packed = _json_for_html({"x": text})
+    packed = json_script({"x": text})
     assert "<" not in packed
     assert json.loads(packed) == {"x": text}
 

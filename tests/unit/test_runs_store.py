@@ -10,6 +10,7 @@ import wanlab
 from wanlab.errors import WanlabError
 from wanlab.runs.files import now
 from wanlab.runs.folder import host_id, process_id
+from wanlab.runs.store import read_runs
 
 DEAD = {"pid": 2**22 + 7, "started": 1.0}  # above the largest process number
 
@@ -119,3 +120,28 @@ def test_attempts_are_not_runs_and_missing_folder_is_named(tmp_path):
     with pytest.raises(WanlabError, match="no folder of runs"):
         wanlab.load_runs(tmp_path / "none")
     assert wanlab.load_runs(folder.parent).shape[0] == 1
+
+
+def test_a_run_keeps_its_samples_and_tables_beside_its_row(tmp_path):
+    metrics = [
+        {"name": "samples", "value": {"values_ms": [1.0, 2.0], "label": "x"}},
+        {"name": "table", "value": [{"a": 1}]},
+        {"name": "samples", "value": {"values_ms": [3.0]}},
+    ]
+    make(tmp_path, "a", "r", {"state": "finished"}, {"parameters": {"steps": 4}}, metrics)
+    (run,) = read_runs(tmp_path)
+    assert run.metrics == {"samples": {"values_ms": [3.0]}, "table": [{"a": 1}]}
+    assert run.record["parameters"] == {"steps": 4}
+    assert run.row["p.steps"] == 4
+    assert "m.samples.label" not in run.row  # the last value of a name counts
+    assert run.folder == tmp_path / "a" / "r"
+
+
+def test_columns_of_runs_that_share_few(tmp_path):
+    for number in range(3):
+        metrics = [{"name": f"only_{number}", "value": number}]
+        make(tmp_path, "a", f"r{number}", {"state": "finished"}, {"parameters": {f"x{number}": 1}}, metrics)
+    frame = wanlab.load_runs(tmp_path)
+    named = [column for column in frame if column[:2] in ("p.", "m.")]
+    assert named == ["p.x0", "p.x1", "p.x2", "m.only_0", "m.only_1", "m.only_2"]
+    assert frame["m.only_1"].notna().sum() == 1

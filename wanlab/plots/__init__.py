@@ -11,10 +11,13 @@ from wanlab.plots.experts import boundary_curves, disagreement_curve, expert_ste
 from wanlab.plots.flame import difference_bars, difference_icicle, flame_icicle, short_name
 from wanlab.plots.frontier import format_map, frontier_plot, relation_plot
 from wanlab.plots.memory import PART_NAMES, lever_bars, memory_bars, memory_timeline
+from wanlab.plots.parallel import parallel_lines
 from wanlab.plots.platforms import platform_bars
 from wanlab.plots.quality import floor_intervals, heat_panels, per_frame_curves
+from wanlab.plots.runs import failure_bars, run_frontier
 from wanlab.plots.sensitivity import agreement_scatter, sensitivity_bars, sensitivity_map, tolerance_bars
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, colour, label, theme
+from wanlab.plots.techniques import technique_bars
 from wanlab.plots.tensorrt import build_bars
 from wanlab.plots.times import before_after_bars, breakdown_bar, samples_strip, schedule_timeline
 from wanlab.plots.triage import decision_tree
@@ -41,6 +44,7 @@ __all__ = [
     "disagreement_curve",
     "expert_diagram",
     "expert_steps",
+    "failure_bars",
     "flame_icicle",
     "floor_intervals",
     "format_map",
@@ -56,10 +60,12 @@ __all__ = [
     "memory_timeline",
     "module_treemap",
     "operator_bars",
+    "parallel_lines",
     "per_frame_curves",
     "platform_bars",
     "relation_plot",
     "role_bars",
+    "run_frontier",
     "samples_strip",
     "schedule_timeline",
     "sensitivity_bars",
@@ -67,6 +73,7 @@ __all__ = [
     "short_name",
     "site_dumbbells",
     "switch_bars",
+    "technique_bars",
     "theme",
     "tolerance_bars",
 ]

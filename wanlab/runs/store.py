@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ COLUMNS = (
 MARKS = ("run.json", "status.json", "executed.ipynb")
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What the files of one run say.
+
+    Attributes:
+        row: the columns of `load_runs`.
+        record: run.json. metrics: name -> its last recorded value, tables and samples too. Both empty where the run cannot
+            be read.
+    """
+
+    row: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.row["folder"])
+
+
 def load_runs(path: str | os.PathLike | None = None) -> Any:
     """One row per run found below `path` (by default the project's `outputs/`), oldest first.
 
@@ -44,21 +64,32 @@ def load_runs(path: str | os.PathLike | None = None) -> Any:
     """
     import pandas as pd
 
-    root = Path(path) if path is not None else default_outputs()
-    if not root.exists():
-        if path is None:
-            return pd.DataFrame(columns=list(COLUMNS))
-        raise WanlabError(f"no folder of runs at {root}")
-    rows = [_row(RunFolder(folder)) for folder in _folders(root)]
-    named = [key for row in rows for key in row if key not in COLUMNS]
-    columns = [*COLUMNS, *sorted(set(named), key=lambda key: (key[:2] != "p.", named.index(key)))]
-    frame = pd.DataFrame(rows, columns=columns)
+    if path is None and not default_outputs().exists():
+        return pd.DataFrame(columns=list(COLUMNS))
+    rows = [run.row for run in read_runs(path)]
+    named = dict.fromkeys(key for row in rows for key in row)
+    columns = [*COLUMNS, *(key for mark in ("p.", "m.") for key in named if key.startswith(mark))]
+    # Column by column: pandas takes several times as long over rows of many keys.
+    frame = pd.DataFrame({key: [row.get(key) for row in rows] for key in columns}, columns=columns)
     frame["started"] = pd.to_datetime(frame["started"], utc=True, errors="coerce", format="ISO8601")
     frame["seconds"] = pd.to_numeric(frame["seconds"], errors="coerce")
     return frame.sort_values("started", kind="stable", na_position="first", ignore_index=True)
 
 
-def _folders(root: Path) -> Iterator[Path]:
+def read_runs(path: str | os.PathLike | None = None) -> Iterator[RunRecord]:
+    """Every run below a folder, in the order of their names.
+
+    Raises:
+        WanlabError: `path` does not exist.
+    """
+    root = Path(path) if path is not None else default_outputs()
+    if not root.exists():
+        raise WanlabError(f"no folder of runs at {root}")
+    return map(read_run, run_folders(root))
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Folders of runs below `root`, itself included; those of earlier attempts are left out."""
     for folder, below, files in os.walk(root):
         if any(mark in files for mark in MARKS):
             below.clear()  # attempts and artifacts of this run
@@ -66,8 +97,9 @@ def _folders(root: Path) -> Iterator[Path]:
         below.sort()
 
 
-def _row(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path
+def read_run(path: Path) -> RunRecord:
+    """What one run folder says; it never raises."""
+    folder = RunFolder(path)
     row: dict[str, Any] = {"name": path.parent.name, "run_id": path.name, "folder": str(path)}
     try:
         record = read_json(folder.run_json)
@@ -90,14 +122,19 @@ def _row(folder: RunFolder) -> dict[str, Any]:
             "wanlab": record.get("wanlab"),
         }
         row |= {f"p.{name}": _cell(value) for name, value in (record.get("parameters") or {}).items()}
-        row |= {f"m.{name}": value for name, value in read_metrics(folder.metrics).items()}
-    except (WanlabError, AttributeError, TypeError, ValueError, OSError) as error:
-        row |= {"state": "unreadable", "reason": str(error)}
-    return row
+        metrics = last_values(folder.metrics)
+        row |= {f"m.{name}": value for name, value in scalars(metrics.items()).items()}
+        return RunRecord(row, record, metrics)
+    except (WanlabError, AttributeError, TypeError, ValueError, KeyError, OSError) as error:
+        return RunRecord(row | {"state": "unreadable", "reason": str(error)})
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Scalars of a metrics.jsonl: the last of each name. A torn last line is skipped."""
+def last_values(path: Path) -> dict[str, Any]:
+    """The last value of each name in a metrics.jsonl, as it was recorded. A torn last line is skipped.
+
+    Raises:
+        WanlabError: a line before the last one is torn.
+    """
     found: dict[str, Any] = {}
     if not path.is_file():
         return found
@@ -111,7 +148,19 @@ def read_metrics(path: Path) -> dict[str, Any]:
             if number == len(lines):
                 break
             raise WanlabError(f"cannot read {path}, line {number}: not JSON") from None
-        name, value = entry["name"], entry["value"]
+        found[entry["name"]] = entry["value"]
+    return found
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Scalars of a metrics.jsonl: the last of each name, entries of a dict as `<name>.<key>`."""
+    return scalars(last_values(path).items())
+
+
+def scalars(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Numbers, words and truth values among recorded values; "inf", "-inf" and "nan" are numbers again."""
+    found: dict[str, Any] = {}
+    for name, value in values:
         if isinstance(value, dict):
             found |= {f"{name}.{key}": _scalar(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
@@ -124,7 +173,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf", "nan") and isinstance(value, str) else value
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
 
 
 def _cell(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 LONG_LINES = 24  # text outputs above this are folded
 KEPT_LINES = 400  # and above this their middle is left out
 KEPT_CHARS = 60_000
@@ -100,6 +101,8 @@ def output(item: Any, page: Page) -> str:
     if kind == "error":
         return traceback("\n".join(item.get("traceback", [])) or f"{item.get('ename')}: {item.get('evalue')}")
     data = item.get("data") or {}
+    if WIDGET in data:  # it needs a kernel, and a bar that has finished says nothing
+        return ""
     if PLOTLY in data:
         return page.figure(data[PLOTLY] if isinstance(data[PLOTLY], dict) else json.loads(data[PLOTLY]))
     if "text/html" in data:

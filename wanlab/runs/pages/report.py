@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import html
-import json
 import shlex
 import traceback as tracebacks
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
-from wanlab.runs import markup
 from wanlab.runs.files import read_json, write_text
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.pages import markup, shell
+from wanlab.runs.pages.shell import WORDS, duration, readable, shown
 
-TEMPLATE = Path(__file__).with_name("template")
-WORDS = {
-    "finished": "finished",
-    "failed": "failed",
-    "died": "kernel died",
-    "timeout": "timed out",
-    "aborted": "aborted",
-    "running": "running",
-}
 HIDDEN_TAGS = {"parameters", "injected-parameters", "papermill-error-cell-tag", "hide"}
 
 
@@ -64,7 +54,6 @@ def page_of(
     notebook: Any, record: dict, status: dict, root: Path, name: str, problems: list[str] | None = None
 ) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
     from pygments.formatters import HtmlFormatter
 
@@ -75,10 +64,8 @@ def page_of(
     lead_html = markup.markdown(lead, page) if lead.strip() else ""
     colours = HtmlFormatter(style="default", cssclass="code").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark", cssclass="code").get_style_defs(".code")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html").render(
+    return shell.fill(
+        "report.html",
         title=title,
         lead=Markup(lead_html),
         verdict=record.get("verdict"),
@@ -92,10 +79,10 @@ def page_of(
         environment_summary=_environment_summary(record.get("environment")),
         command=_command(record),
         body=[Markup(part) for part in body if part],
-        css=Markup((TEMPLATE / "report.css").read_text("utf-8") + _pygments(colours, dark)),
-        script=Markup((TEMPLATE / "report.js").read_text("utf-8")),
-        plotly=Markup(_plotly()) if page.figures else None,
-        figures=Markup(_json_for_html(page.figures)),
+        css=shell.asset("base.css", "report.css") + Markup(_pygments(colours, dark)),
+        script=shell.asset("page.js", "report.js"),
+        plotly=shell.plotly_script() if page.figures else None,
+        figures=shell.json_script(page.figures),
     )
 
 
@@ -171,8 +158,8 @@ def _facts(record: dict, status: dict, name: str) -> list[tuple[str, str]]:
     facts = [
         ("notebook", record.get("notebook") or name),
         ("run", record.get("run_id")),
-        ("started", _readable(started)),
-        ("took", _duration(status.get("seconds"))),
+        ("started", readable(started)),
+        ("took", duration(status.get("seconds"))),
         ("wanlab", record.get("wanlab")),
     ]
     return [(key, str(value)) for key, value in facts if value]
@@ -185,8 +172,8 @@ def _parameters(record: dict) -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "value": _shown(row.get("value")),
-            "default": _shown(row.get("default")),
+            "value": shown(row.get("value")),
+            "default": shown(row.get("default")),
             "changed": "default" in row and row.get("default") != row.get("value"),
             "help": row.get("help", ""),
         }
@@ -219,57 +206,8 @@ def _command(record: dict) -> str | None:
     if not record.get("notebook"):
         return None
     changed = [row for row in record.get("schema") or [] if row.get("default") != row.get("value")]
-    pairs = ["-p " + shlex.quote(f"{row['name']}={_shown(row['value'])}") for row in changed]
+    pairs = ["-p " + shlex.quote(f"{row['name']}={shown(row['value'])}") for row in changed]
     return " ".join(["wanlab run", shlex.quote(str(record["notebook"])), *pairs])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
-        return f"{value:.1f}"
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(value)
-        if isinstance(value, list | dict)
-        else str(value)
-    )
-
-
-def _readable(moment: Any) -> str | None:
-    try:
-        return datetime.fromisoformat(str(moment)).strftime("%-d %B %Y, %H:%M UTC")
-    except ValueError:
-        return str(moment) if moment else None
-
-
-def _duration(seconds: Any) -> str | None:
-    if not isinstance(seconds, int | float):
-        return None
-    minutes, rest = divmod(float(seconds), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
-
-
-def _json_for_html(value: Any) -> str:
-    """JSON that can stand in a script element: no tag and no line separator can end it early."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for character, escaped in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        text = text.replace(character, escaped)
-    return text
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs().replace("</script", "<\\/script")
 
 
 def _pygments(light: str, dark: str) -> str:

@@ -1,0 +1,3 @@
+from .index import render_index as render_index
+from .publish import publish as publish
+from .report import render as render

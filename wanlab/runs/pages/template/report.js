@@ -1,0 +1,59 @@
+// Figures: one theme, whose text and lines follow the page.
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const places = [...document.querySelectorAll("[data-figure]")];
+const stem = document.title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 40) || "figure";
+// A flame graph can be searched: what does not match fades, and the share of what matches is said.
+const searchable = (place) => {
+  const { ids, parents, customdata, values, marker } = place.data[0];
+  const row = Object.fromEntries(ids.map((id, i) => [id, i])), colours = [...marker.colors];
+  const box = el("p", { className: "search" });
+  box.innerHTML = '<input type="search" placeholder="search frames" aria-label="search frames"> <span role="status"></span>';
+  place.before(box);
+  box.firstChild.addEventListener("input", ({ target }) => {
+    const text = target.value.trim().toLowerCase();
+    const hit = customdata.map(([name]) => !text || name.toLowerCase().includes(text));
+    // A frame below one that matches is part of it already.
+    const inside = i => { for (let up = row[parents[i]]; up !== undefined; up = row[parents[up]]) if (hit[up]) return true; };
+    const sum = text ? values.reduce((all, value, i) => hit[i] && !inside(i) ? all + value : all, 0) : 0;
+    box.lastChild.textContent = text ? `${(100 * sum / values[0]).toFixed(1)} % of all, ${(sum / 1e3).toFixed(2)} ms` : "";
+    Plotly.restyle(place, { "marker.colors": [colours.map((colour, i) => hit[i] ? colour : colour + "30")] }, [0]);
+  });
+};
+for (const place of window.Plotly ? places : []) {
+  const number = Number(place.dataset.figure);
+  const { data, layout, config } = figures[number];
+  const size = narrow() ? { width: undefined } : {};
+  Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
+    { ...config, responsive: true, displaylogo: false, displayModeBar: false })
+    .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
+    .then(() => place.data[0]?.type === "icicle" && searchable(place));
+  dataControl(place, `${stem}-${number + 1}.csv`);
+}
+const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));
+dark.addEventListener("change", repaint);
+
+// Columns of words are read from the left, columns of numbers from the right.
+for (const table of document.querySelectorAll("table.dataframe")) {
+  const rows = [...table.tBodies].flatMap(body => [...body.rows]);
+  const head = table.tHead ? [...table.tHead.rows] : [];
+  // A first column that only counts rows says nothing.
+  const index = rows.map(row => row.cells[0]);
+  if (rows.length && index.every((cell, i) => cell && cell.tagName === "TH" && cell.textContent.trim() === String(i)) &&
+      head.every(row => row.cells[0] && !row.cells[0].textContent.trim() && row.cells[0].colSpan === 1)) {
+    [...head, ...rows].forEach(row => { row.cells[0].hidden = true; });
+  }
+  const width = Math.max(0, ...rows.map(row => row.cells.length));
+  for (let i = 0; i < width; i++) {
+    const cells = rows.map(row => row.cells[i]).filter(cell => cell && cell.tagName === "TD");
+    const words = cells.some(cell => !/^\s*([-+−]?[\d.,]+([eE][-+]?\d+)?\s*[%×x]?|nan|inf|-inf|None|—|-|)\s*$/i.test(cell.textContent));
+    if (words) [...cells, ...head.map(row => row.cells[i]).filter(Boolean)].forEach(cell => cell.classList.add("text"));
+  }
+}
+
+for (const group of document.querySelectorAll(".wl-clips")) {
+  const bar = inStep(group);
+  if (bar) group.after(bar);
+}
+
+// A printed page shows what is folded, except code.
+addEventListener("beforeprint", () => document.querySelectorAll("details:not(.source)").forEach(d => { d.open = true; }));

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -22,6 +23,10 @@ import pytest
 from bs4 import BeautifulSoup
 
 import wanlab
+from wanlab.diagnose.triage.saved import saved_measurements
+from wanlab.runs.execute import execute
+from wanlab.runs.guard import memory
+from wanlab.runs.reap import reap
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -97,6 +102,8 @@ def test_finished_run_is_complete_and_not_run_twice(run, tmp_path):
     done = run("ok", "-p", "steps=7", "-p", "prompt=a=b", "-p", "sizes=4,5")
     assert done.code == 0, done.err
     assert done.status["state"] == "finished"
+    assert 0.05 < done.status["peak_memory_gib"] < 8
+    assert not list(done.folder.glob(".*"))
     assert set(cell_states(done)) == {"completed"}
     assert (
         done.record["parameters"] | {"steps": 7, "prompt": "a=b", "sizes": [4, 5]}
@@ -142,9 +149,48 @@ def test_failing_cell(run):
 
 def test_dying_kernel_is_not_called_completed(run, tmp_path):
     done = run("dies")
-    assert_failed(done, "died", 3, "killed by signal 9 (SIGKILL)")
+    assert_failed(done, "died", 3, "the kernel was killed by signal 9 (SIGKILL)")
     assert cell_states(done) == ["completed", "completed", "completed", "failed", "pending", "pending"]
     assert wanlab.load_runs(tmp_path / "outputs")["state"].tolist() == ["died"]
+
+
+def test_kernel_killed_for_want_of_memory(fixture_notebooks, tmp_path, monkeypatch):
+    # Only the count is not the system's own: running a machine out of memory is no test.
+    counter = tmp_path / "memory.events"
+    counter.write_text("low 0\noom_kill 0\n")
+    monkeypatch.setattr(memory, "counter", lambda pid: counter)
+    parameters = {"counter": str(counter)}
+    outcome = execute(fixture_notebooks / "dies.ipynb", parameters, output=tmp_path / "o", progress=False)
+    assert (outcome.state, outcome.exit_code) == ("memory", 5)
+    assert re.fullmatch(r"memory ran out at 0\.\d GiB: the system killed the kernel", outcome.error)
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        ("onnxruntime", "Fail: Failed to allocate memory for requested buffer of size 281474976710656"),
+        ("numpy", "ValueError: the clip is too large"),
+    ],
+)
+def test_failed_allocation_is_out_of_memory(run, tmp_path, library, said):
+    done = run("allocates", "-p", f"with_library={library}")
+    assert_failed(done, "memory", 5, said)
+    assert done.status["title"] == "The cell that asks for too much"
+    assert done.page.select_one(".failure .traceback")
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_memory_limit(run, tmp_path, in_child):
+    done = run("grows", "--memory-limit", "1.2", "-p", f"in_child={str(in_child).lower()}")
+    assert_failed(done, "memory", 5, "GiB in cell 6, over its limit of 1.2 GiB")
+    assert float(done.status["reason"].split()[1]) > 1.2
+    assert 1.2 < done.status["peak_memory_gib"] < 2.5
+    assert done.status["title"] == "Growing"
+    assert cell_states(done)[-3:] == ["completed", "failed", "pending"]
+    saved = saved_measurements(
+        wanlab.load_runs(tmp_path / "outputs").assign(**{"notebook": "10_baseline", "p.model": "wan-nano"})
+    )
+    assert saved.measured["runs.out_of_memory"].value == 1
 
 
 def test_misspelt_parameter_starts_nothing(run, tmp_path):
@@ -165,14 +211,36 @@ def test_deadline(run):
     assert "waiting" in (done.folder / "console.log").read_text()
 
 
+def test_deadline_of_a_kernel_that_hears_no_signal(run):
+    done = run("deaf", "--timeout", "8")
+    assert_failed(done, "timeout", 4, "not done after 8 s")
+    assert done.status["title"] == "Deaf"
+    assert 8 < done.status["seconds"] < 14
+
+
 def test_flood_is_kept_in_full_beside_a_small_report(run):
     done = run("floods")
     assert done.code == 0
+    assert done.status["output_cut_cells"] == [5]
     assert (done.folder / "console.log").read_text().count("\n") == 40_001
     executed = done.folder / "executed.ipynb"
     assert executed.stat().st_size < 2**19
     assert executed.read_text().count("output continues in console.log") == 1
     assert (done.folder / "report.html").stat().st_size < 2**18
+
+
+@pytest.mark.parametrize(
+    ("limit", "lines", "figures", "kept"), [(4, 100_000, 0, 2**19), (20, 0, 100, 18 * 2**20)]
+)
+def test_flood_over_the_limit_ends_the_run(run, limit, lines, figures, kept):
+    done = run("floods", "--output-limit", str(limit), "-p", f"lines={lines}", "-p", f"figures={figures}")
+    assert_failed(done, "flooded", 6, f"MiB of output by cell 6, over its limit of {limit} MiB")
+    assert float(done.status["reason"].split()[1]) > limit
+    assert done.status["output_cut_cells"] == [6]
+    written = sum(path.stat().st_size for path in done.folder.glob("console.log"))
+    assert written < (limit + 1) * 2**20
+    assert (done.folder / "executed.ipynb").stat().st_size < kept
+    assert (done.folder / "report.html").stat().st_size < kept + 2**18
 
 
 def test_changed_parameter_is_refused(run):
@@ -189,6 +257,53 @@ def test_hostile_strings_run_nothing(run):
     assert not done.page.find_all(["iframe", "link"])
     assert not [t for t in done.page.find_all(src=True) if not t["src"].startswith("data:")]
     assert done.page.select_one("figcaption").text == "</script><script>alert(1)</script>"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("then", ["record", "print"])
+def test_full_disk_stops_a_run_with_its_records_intact(run, small_disk, then):
+    done = run("fills", "-p", f"then={then}", "--output", str(small_disk / "outputs"))
+    folder = next((small_disk / "outputs" / "fills").iterdir())
+    status = json.loads((folder / "status.json").read_text())
+    said = f"no space left on device: {folder}/"
+    assert (done.code, status["state"], status["title"]) == (1, "failed", "Full")
+    assert status["reason"].startswith(said)
+    assert f"wanlab: failed: {said}" in done.err
+    assert "Traceback" not in done.err
+    assert json.loads((folder / "run.json").read_text())["parameters"] == {"then": then}
+    assert json.loads((folder / "executed.ipynb").read_text())["cells"]
+    lines = (folder / "metrics.jsonl").read_text()
+    assert lines.endswith("\n")
+    assert json.loads(lines.splitlines()[0])["name"] == "before"
+    assert all(json.loads(line) for line in lines.splitlines())
+    assert not psutil.pid_exists(status["kernel"]["pid"])
+    assert status["processes"] == []
+
+
+def test_folder_that_cannot_be_written_starts_nothing(run, small_disk):
+    outputs = small_disk / "outputs"
+    (small_disk / "filler").write_bytes(b"x" * (6 * 2**20 - 2**16))
+    full = run("ok", "--output", str(outputs))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    read_only = run("ok", "--output", str(outputs))
+    for done, said in ((full, "no space left on device"), (read_only, "read-only file system")):
+        assert done.code == 2
+        assert done.err.startswith(f"wanlab: error: cannot write runs in {outputs}: {said}: ")
+        assert done.err.count("\n") == 1
+    assert not list(outputs.rglob("*.json"))
 
 
 @pytest.fixture
@@ -261,3 +376,58 @@ def test_no_kernel_is_left_behind(root, fixture_notebooks, tmp_path, number):
             "stopped by SIGTERM" if number == signal.SIGTERM else "interrupted by Ctrl-C"
         )
         assert status_path.with_name("report.html").is_file()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_nothing_that_a_notebook_started_stays(run):
+    done = run("leaves", "-p", "fail=true")
+    assert_failed(done, "failed", 1, "RuntimeError: at once")
+    started = json.loads((done.folder / "metrics.jsonl").read_text())["value"]
+    assert len(started) == 2
+    for pid in started:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the number can be another's by now
+            assert psutil.Process(pid).cmdline()[:1] != ["sleep"]
+
+
+@pytest.mark.usefixtures("adopting")
+def test_what_a_killed_runner_left_is_reaped(root, fixture_notebooks, tmp_path):
+    process = subprocess.Popen(
+        command(fixture_notebooks / "leaves.ipynb", tmp_path),
+        cwd=tmp_path,
+        env=environment(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    bystander = subprocess.Popen(["sleep", "603"], start_new_session=True)
+    try:
+        kernel, status_path = wait_for_cell("Waiting", tmp_path / "outputs" / "leaves", process, bytearray())
+        folder = status_path.parent
+        started = json.loads((folder / "metrics.jsonl").read_text())["value"]
+        left = [psutil.Process(pid) for pid in started]
+        assert reap(tmp_path) == []  # it is running
+        wanted = {p.pid for p in left}
+        while not wanted <= {who["pid"] for who in json.loads(status_path.read_text()).get("processes", [])}:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        psutil.Process.wait(kernel, 10)
+        assert not gone(left)
+        status = json.loads(status_path.read_text())
+        status["processes"].append({"pid": bystander.pid, "started": left[0].create_time() - 100})
+        status_path.write_text(json.dumps(status))
+        assert reap(tmp_path) == [folder]
+        assert gone(left)
+        assert bystander.poll() is None  # its number was recorded, its start time was another's
+    finally:
+        process.kill()
+        bystander.kill()
+        bystander.wait()
+    status = json.loads(status_path.read_text())
+    assert (status["state"], status["exit"], status["title"]) == ("died", 3, "Waiting")
+    assert status["reason"] == "the process that ran it is gone"
+    assert "the process that ran it is gone" in (folder / "report.html").read_text()
+    assert not list(folder.glob(".*"))
+    assert reap(tmp_path) == []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wanlab.errors import WanlabError
-from wanlab.runs.execute import _literal
+from wanlab.runs.inject import literal
 from wanlab.runs.parameters import Schema, parse_cell, read_schema
 
 CELL = """
@@ -164,7 +164,7 @@ values = st.recursive(
 
 @given(values)
 def test_injected_literals_are_exact(value):
-    found = eval(_literal(value), {"float": float})
+    found = eval(literal(value), {"float": float})
     assert found == value
     assert type(found) is type(value)
 

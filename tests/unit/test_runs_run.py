@@ -58,6 +58,17 @@ def test_start_outside_the_runner_makes_its_own_folder(project):
     assert status(one)["ended"]
 
 
+def test_by_hand_paths_are_the_projects_and_the_verdict_is_shown(project, capsys):
+    assert Path.cwd() == project / "notebooks"
+    (project / "photo.png").write_bytes(b"1")
+    one = started()
+    assert Path.cwd() == project
+    assert set(json.loads((one.folder / "run.json").read_text())["inputs"]) == {"image"}
+    one.verdict("3 ms")
+    one.finish()
+    assert capsys.readouterr().out.splitlines()[1:] == ["3 ms", f"run kept in {one.folder}"]
+
+
 def test_start_takes_the_callers_variables(project):
     scope = {"__name__": "notebook", "start": run.start, "steps": 5, "image": "b.png"}
     exec("run = start('10_x')", scope)

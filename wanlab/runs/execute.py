@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,22 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.runs import identity
-from wanlab.runs.files import default_outputs, plain, read_json
-from wanlab.runs.folder import Heartbeat, RunFolder, process_id
-from wanlab.runs.parameters import Schema, is_tagged, read_notebook, read_schema
+from wanlab.runs import endings
+from wanlab.runs.endings import EXIT_CODES
+from wanlab.runs.files import why
+from wanlab.runs.folder import Heartbeat, RunFolder
+from wanlab.runs.guard.console import Console
+from wanlab.runs.guard.watch import Limits, Watch
+from wanlab.runs.inject import inject, upgraded
+from wanlab.runs.prepared import prepare
 from wanlab.runs.progress import Progress
-from wanlab.runs.run import FOLDER_VARIABLE, describe, header
-
-EXIT_CODES = {"finished": 0, "failed": 1, "died": 3, "timeout": 4, "aborted": 130}
+from wanlab.runs.run import FOLDER_VARIABLE
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. `reused` is true when an earlier finished run already held the answer."""
 
-    state: str  # finished, failed, died, timeout or aborted
+    state: str  # one of `folder.FINAL`
     folder: Path
     report: Path
     run_id: str
@@ -50,7 +51,10 @@ def execute(
     name: str | None = None,
     force: bool = False,
     timeout_s: float | None = None,
+    memory_limit_gib: float | None = None,
+    output_limit_mib: float = 256.0,
     progress: bool = True,
+    repeat: int = 1,
 ) -> Outcome:
     """Run a notebook headless, in this interpreter and working folder, and render its report.
 
@@ -61,58 +65,45 @@ def execute(
         force: run again even where a finished run with the same id exists; that one is kept in `attempts/`. A notebook
             with `{"wanlab": {"always": true}}` in its metadata is always run again.
         timeout_s: limit for the whole notebook.
+        memory_limit_gib: limit for what the kernel and its descendants hold in RAM.
+        output_limit_mib: limit for what the notebook prints and shows.
+        repeat: which of several equal runs this is, from 1; each has a folder of its own.
 
     Raises:
-        WanlabError: unknown parameter, wrong type, unreadable notebook, or a run that is being written by
-            another process. Nothing was started then. A notebook that fails raises nothing: its end is in
-            `Outcome.state`.
+        WanlabError: unknown parameter, wrong type, unreadable notebook, a run that is being written by another process,
+            or a folder that cannot be written. Nothing was started then. A notebook that fails raises nothing: its end
+            is in `Outcome.state`.
     """
-    path = Path(notebook)
-    nb = read_notebook(path)
-    schema = Schema(read_schema(nb).parameters, str(path))
-    values = schema.resolve(parameters or {})
-    inputs, weights = identity.input_digests(values), identity.weights_id(values.get("model"))
-    run_id = identity.run_id(identity.notebook_source(nb), values, weights=weights, inputs=inputs)
-    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, run_id)
-
-    earlier = {} if force or _looks_around(nb) else _finished(folder)
-    if earlier:
+    ready = prepare(notebook, parameters, output=output, name=name, repeat=repeat)
+    folder, nb = ready.folder, ready.notebook
+    if not force and (earlier := ready.finished()):
         if not folder.report.is_file():
             _render(folder)
         return Outcome(
-            "finished", folder.path, folder.report, run_id, earlier.get("seconds", 0.0), reused=True
+            "finished", folder.path, folder.report, ready.run_id, earlier.get("seconds", 0.0), reused=True
         )
 
-    folder.open()
-    described = describe(schema, values)
-    folder.update(**header(run_id, folder.path.parent.name, path, values, described, None, weights, inputs))
-    _inject(nb, {key: values[key] for key in parameters or {}})
-    return _supervised(nb, folder, run_id, timeout_s, progress)
-
-
-def _looks_around(nb: Any) -> bool:
-    """Whether a notebook says in its metadata that it reads what its parameters do not name, such as other runs."""
-    return bool(nb.metadata.get("wanlab", {}).get("always"))
-
-
-def _finished(folder: RunFolder) -> dict[str, Any]:
+    folder.open(reserve=True)
     try:
-        status = folder.status()
-    except WanlabError:
-        return {}
-    return status if status.get("state") == "finished" else {}
+        folder.update(**ready.header())
+    except OSError as error:
+        raise folder.unwritable(error) from error
+    inject(nb, {key: ready.values[key] for key in ready.overrides})
+    limits = Limits(timeout_s, memory_limit_gib, output_limit_mib)
+    return _supervised(nb, folder, ready.run_id, limits, progress)
 
 
-def _supervised(nb: Any, folder: RunFolder, run_id: str, timeout_s: float | None, progress: bool) -> Outcome:
-    from wanlab.runs.supervise import titles
+def _supervised(nb: Any, folder: RunFolder, run_id: str, limits: Limits, progress: bool) -> Outcome:
+    from wanlab.runs.supervise import KERNEL_LOG, titles
 
-    nb = _upgraded(nb)
+    nb = upgraded(nb)
     about = titles(nb)
     runs = [cell.cell_type == "code" and bool(cell.source.strip()) for cell in nb.cells]
     shown = Progress(folder.path.parent.name, about, runs, progress)
-    heart = Heartbeat(
-        folder, kernel=None, progress={"cell": 0, "of": len(nb.cells), "title": about[0] if about else ""}
-    )
+    heart = _heart(folder, {"cell": 0, "of": len(nb.cells), "title": about[0] if about else ""})
+    watch = Watch(heart, limits, folder.path / KERNEL_LOG)
+    console = Console(folder.path / "console.log", limits.output_mib, watch.end)
+    heart.on_trouble = lambda error: watch.end("failed", why(error))
 
     def on_cell(index: int, cell: Any) -> None:
         shown.step(index, cell)
@@ -121,25 +112,42 @@ def _supervised(nb: Any, folder: RunFolder, run_id: str, timeout_s: float | None
 
     state, failure = "aborted", {"reason": "interrupted"}
     try:
-        state, failure = _papermill(
-            nb, folder, timeout_s, on_cell, lambda pid: heart.write(kernel=process_id(pid))
-        )
+        state, failure = _papermill(nb, folder, watch, console, on_cell)
     finally:
         shown.close(state == "finished")
         at = heart.fields["progress"]
         if state != "finished" and state != "aborted":
             failure = {"cell": at["cell"], "title": at["title"], **failure}
-        seconds = heart.end(state, exit=EXIT_CODES[state], **failure)
+        if console.cut:
+            failure |= {"output_cut_cells": [index + 1 for index in sorted(console.cut)]}
+        seconds = _last_status(heart, state, failure)
         _render(folder)
     return Outcome(state, folder.path, folder.report, run_id, seconds, failure.get("reason"))
 
 
+def _heart(folder: RunFolder, progress: dict[str, Any]) -> Heartbeat:
+    try:
+        return Heartbeat(folder, kernel=None, progress=progress)
+    except OSError as error:
+        folder.release()
+        raise folder.unwritable(error) from error
+
+
+def _last_status(heart: Heartbeat, state: str, fields: dict[str, Any]) -> float:
+    """Seconds that the run took. On a full disk the space that was kept for it takes the status."""
+    heart.folder.release()
+    try:
+        return heart.end(state, exit=EXIT_CODES[state], **fields)
+    except OSError as error:
+        print(f"wanlab: the end of the run could not be written: {why(error)}", file=sys.stderr)
+        return time.monotonic() - heart.begun
+
+
 def _papermill(
-    nb: Any, folder: RunFolder, timeout_s: float | None, on_cell: Any, on_kernel: Any
-) -> tuple[str, dict]:
+    nb: Any, folder: RunFolder, watch: Watch, console: Console, on_cell: Any
+) -> tuple[str, dict[str, Any]]:
     """State and, unless finished, what went wrong."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     from wanlab.runs import supervise
 
@@ -154,86 +162,22 @@ def _papermill(
                 progress_bar=False,
                 path=folder.notebook,
                 on_cell=on_cell,
-                on_kernel=on_kernel,
+                watch=watch,
+                console=console,
                 environment=environment,
-                deadline=None if timeout_s is None else time.monotonic() + timeout_s,
             )
-    except papermill.PapermillExecutionError as error:
-        return "failed", {
-            "reason": _one_line(f"{error.ename}: {error.evalue}"),
-            "cell": error.cell_index + 1,
-            "traceback": "\n".join(error.traceback),
-        }
-    except TimeoutError:
-        return "timeout", {
-            "reason": f"not done after {timeout_s:g} s" if timeout_s else "a cell gave no answer"
-        }
-    except DeadKernelError as error:
-        return "died", {"reason": _one_line(str(error)), **_last_words(folder.path / supervise.KERNEL_LOG)}
-    except KeyboardInterrupt as error:
-        return "aborted", {"reason": _one_line(str(error)) or "interrupted by Ctrl-C"}
-    except RuntimeError as error:  # the kernel could not start
-        return "died", {"reason": _one_line(f"the kernel did not start: {error}")}
-    return _judge(done, folder)
-
-
-def _judge(done: Any, folder: RunFolder) -> tuple[str, dict]:
-    """Papermill raised nothing; believe it only if all cells completed and `run.finish()` was reached."""
-    for index, cell in enumerate(done.cells):
-        if cell.metadata.get("papermill", {}).get("status") != "completed":
-            return "failed", {"reason": "the notebook stopped early (SystemExit)", "cell": index + 1}
-    record = read_json(folder.run_json)
-    if "environment" in record and "finished" not in record:
-        return "failed", {"reason": "the notebook ended without run.finish()"}
-    return "finished", {}
-
-
-def _last_words(log: Path, lines: int = 60) -> dict[str, str]:
-    """What a dying kernel wrote, such as the Python stack of a segmentation fault."""
-    text = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
-    return {"traceback": "\n".join(text.splitlines()[-lines:])} if text else {}
+    except (Exception, KeyboardInterrupt) as error:
+        return endings.raised(error, watch, folder.path / supervise.KERNEL_LOG)
+    return endings.completed(done, folder, watch)
 
 
 def _render(folder: RunFolder) -> None:
-    from wanlab.runs.report import render
+    from wanlab.runs.pages.report import render
 
-    render(folder.path)
-
-
-def _upgraded(nb: Any) -> Any:
-    """Current notebook format, where every cell has an id."""
-    import nbformat
-
-    nb = nbformat.v4.upgrade(nb)
-    nb.metadata.setdefault("papermill", {})
-    for cell in nb.cells:
-        cell.setdefault("id", nbformat.v4.new_code_cell().id)
-        cell.metadata.setdefault("papermill", {})
-    return nb
-
-
-def _inject(nb: Any, values: Mapping[str, Any]) -> None:
-    """Put overrides into a cell below the defaults, as Papermill does, with exact literals for every type."""
-    import nbformat
-
-    nb.cells = [cell for cell in nb.cells if not is_tagged(cell, "injected-parameters")]
-    if not values:
-        return
-    lines = ["# Parameters", *(f"{name} = {_literal(value)}" for name, value in values.items())]
-    cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
-    at = next(index for index, cell in enumerate(nb.cells) if is_tagged(cell, "parameters"))
-    nb.cells.insert(at + 1, cell)
-    nb.metadata.setdefault("papermill", {})["parameters"] = plain(dict(values))
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float({str(value)!r})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
-    return repr(value)
+    try:
+        render(folder.path)
+    except OSError as error:
+        print(f"wanlab: the report could not be written: {why(error)}", file=sys.stderr)
 
 
 @contextmanager
@@ -276,10 +220,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _one_line(text: str, limit: int = 300) -> str:
-    from papermill.exceptions import strip_color
-
-    lines = strip_color(text).strip().splitlines()
-    return lines[0][:limit] if lines else ""

@@ -24,19 +24,35 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _umask() -> int:
+    """Read once, at import: asking means setting it, which two threads must not do at a time."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
-    """Write `data` so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix=".tmp")
+    """Write `data` so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: with `path` as its file name; the old file is as it was.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a shared report is not private
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes private files; a shared report is not private
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _named(error, path) from error
         raise
     return path
 
@@ -61,13 +77,40 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append one line of JSON with one write, so that a reader sees whole lines or one torn last line."""
-    line = json.dumps(plain(value), ensure_ascii=False) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    """Append one line of JSON; see `append_bytes`."""
+    append_bytes(path, (json.dumps(plain(value), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append with one write, so that a reader sees all of it, or a torn end while it is written.
+
+    Raises:
+        OSError: with `path` as its file name; what could be written on a full disk is taken back.
+    """
     try:
-        os.write(handle, line.encode("utf-8", "replace"))
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size, written = os.fstat(handle).st_size, 0
+            try:
+                while written < len(data):  # a disk that fills up takes a part, and only then complains
+                    written += os.write(handle, data[written:])
+            except BaseException:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def why(error: OSError) -> str:
+    """A failed write in words: `no space left on device: outputs/...`."""
+    said = error.strerror or str(error)
+    return f"{said[:1].lower()}{said[1:]}: {error.filename}" if error.filename else said
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def plain(value: Any) -> Any:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
-from wanlab.runs.files import checked_name, digest, now, read_json, write_json
+from wanlab.runs.files import checked_name, digest, now, read_json, why, write_bytes, write_json
 
 HEARTBEAT_S = 5.0
+PATIENCE_BEATS = 2  # failed in a row, until a heartbeat calls it trouble
 SILENCE_S = 120.0  # a run on another machine that has been silent for so long is taken for dead
-FINAL = ("finished", "failed", "died", "timeout", "aborted")
+RESERVE_BYTES = 2**19  # kept free for the last words of a run whose disk is full
+FINAL = ("finished", "failed", "died", "timeout", "memory", "flooded", "aborted")
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,14 @@ class RunFolder:
         write_json(self.run_json, record)
         return record
 
-    def open(self) -> RunFolder:
+    def open(self, reserve: bool = False) -> RunFolder:
         """Make the folder ready for a new attempt; what an earlier one left moves to `attempts/N`.
 
+        Args:
+            reserve: hold space that `release` gives back, for the last status and the report of a run whose disk is full.
+
         Raises:
-            WanlabError: another living process is writing it.
+            WanlabError: another living process is writing it, or it cannot be written.
         """
         try:
             status = self.status()
@@ -87,8 +94,25 @@ class RunFolder:
             raise WanlabError(
                 f"run {self.path} is being written by process {writer.get('pid')}; wait for it or stop it"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        left = [item for item in self.path.iterdir() if item.name != "attempts"]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.release()
+            if reserve:  # before anything is moved: zeros would take no space where files are compressed
+                write_bytes(self._reserved, os.urandom(RESERVE_BYTES))
+            self._keep_earlier()
+            self.artifacts.mkdir()
+        except OSError as error:
+            self.release()
+            raise self.unwritable(error) from error
+        return self
+
+    def release(self) -> None:
+        """Give back the space that `open` held."""
+        with contextlib.suppress(OSError):
+            self._reserved.unlink(missing_ok=True)
+
+    def _keep_earlier(self) -> None:
+        left = [item for item in self.path.iterdir() if item not in (self.path / "attempts", self._reserved)]
         if left:
             attempts = self.path / "attempts"
             attempts.mkdir(exist_ok=True)
@@ -96,8 +120,15 @@ class RunFolder:
             (attempts / str(number)).mkdir()
             for item in left:
                 os.replace(item, attempts / str(number) / item.name)
-        self.artifacts.mkdir()
-        return self
+
+    def unwritable(self, error: OSError) -> WanlabError:
+        """What to tell a user whose folder of runs takes nothing."""
+        outputs = self.path.parent.parent
+        return WanlabError(f"cannot write runs in {outputs}: {why(error)}; give another folder with --output")
+
+    @property
+    def _reserved(self) -> Path:
+        return self.path / ".reserved"
 
 
 class Heartbeat:
@@ -105,6 +136,9 @@ class Heartbeat:
 
     def __init__(self, folder: RunFolder, **fields: Any):
         self.folder = folder
+        self.on_trouble: Callable[[OSError], None] = lambda error: (
+            None
+        )  # called where it cannot write any more
         self.begun = time.monotonic()
         self.fields: dict[str, Any] = {
             "state": "running",
@@ -118,6 +152,11 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="wanlab-heartbeat", daemon=True)
         self.write()
         self._thread.start()
+
+    def note(self, **fields: Any) -> None:
+        """Set fields; the next beat writes them."""
+        with self._lock:
+            self.fields.update(fields)
 
     def write(self, **fields: Any) -> float:
         """Set fields and write the file; returns the run's age in seconds."""
@@ -139,10 +178,17 @@ class Heartbeat:
         return self._stop.is_set()
 
     def _beat(self) -> None:
+        failed = 0
         while not self._stop.wait(HEARTBEAT_S):
-            if not self.folder.path.is_dir():  # the user deleted the run: do not bring half of it back
-                return
-            self.write()
+            try:
+                if not self.folder.path.is_dir():  # the user deleted the run: do not bring half of it back
+                    return
+                self.write()
+                failed = 0
+            except OSError as error:  # the disk is full, or a network file system away for a moment
+                failed += 1
+                if failed == PATIENCE_BEATS:
+                    self.on_trouble(error)
 
 
 def process_id(pid: int) -> dict[str, Any]:

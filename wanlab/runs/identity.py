@@ -23,6 +23,7 @@ def run_id(
     plan: str | None = None,
     weights: str | None = None,
     inputs: Mapping[str, str] | None = None,
+    repeat: int = 1,
 ) -> str:
     """12 hex digits that change whenever the result could.
 
@@ -32,12 +33,12 @@ def run_id(
         plan: hash of a precision plan, if one is used.
         weights: identity of the model's weights, see `weights_id`.
         inputs: digest of each file that a parameter points to, see `input_digests`.
+        repeat: which of several equal runs, from 1.
     """
     values = json.dumps(plain(dict(parameters)), sort_keys=True)
     files = json.dumps(dict(inputs or {}), sort_keys=True)
-    return digest(
-        [source, values, plan or "", wanlab.__version__, package_digest(), weights or "", files], 12
-    )
+    parts = [source, values, plan or "", wanlab.__version__, package_digest(), weights or "", files]
+    return digest([*parts, str(repeat)] if repeat > 1 else parts, 12)
 
 
 def notebook_source(notebook: Any) -> str:
@@ -73,11 +74,16 @@ def weights_id(model: Any) -> str | None:
 
 def folder_digest(folder: Path) -> str:
     """Digest over names and contents of a folder's files (over name and size for very large ones)."""
+    kinds = (".json", ".safetensors", ".bin")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in kinds)
+    found = [(path, path.stat()) for path in files]
+    return _digest_of(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found))
+
+
+@functools.lru_cache(maxsize=16)  # the runs of a sweep name the same weights
+def _digest_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     parts: list[str | bytes] = []
-    for path in sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".bin")
-    ):
-        size = path.stat().st_size
+    for path, size, _ in files:
         parts += [
             path.relative_to(folder).as_posix(),
             file_digest(path) if size <= WHOLE_FILE_LIMIT_BYTES else str(size),

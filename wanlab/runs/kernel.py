@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+OOM_SCORE = (
+    300  # added to its own score: where memory runs out, the system takes the kernel before the runner
+)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent goes; elsewhere ipykernel polls its parent."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux to send this process a signal when its parent goes; elsewhere ipykernel polls its parent."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:  # it went while we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
+
+
+def settle() -> None:
+    """What a kernel does first: it offers itself where memory runs out, and keeps what its children leave behind."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, ValueError):
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
+    # A process whose parent goes becomes the kernel's child and not the system's: the runner can still find it.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 if __name__ == "__main__":
     die_with_parent()
+    settle()
     # Started by path: put the package's own folder where this file's folder was, so that the kernel
     # imports the wanlab that started it.
     sys.path[0] = str(Path(__file__).resolve().parents[2])

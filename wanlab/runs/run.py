@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
-from wanlab.runs import clips, identity
+from wanlab.runs import identity
 from wanlab.runs.files import append_json, checked_name, default_outputs, now, plain, read_json, write_text
 from wanlab.runs.folder import Heartbeat, RunFolder
+from wanlab.runs.header import describe, header
+from wanlab.runs.pages import clips
 from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
@@ -40,6 +42,7 @@ class Run:
         self.parameters = dict(parameters)
         self.id = run_id
         self.finished = False
+        self._answer: clips.Html | None = None
 
     def __repr__(self) -> str:
         return f"Run({self.folder.parent.name}/{self.id}, {'finished' if self.finished else 'open'})"
@@ -81,14 +84,20 @@ class Run:
         self._files.update(verdict=str(text))
         from html import escape
 
-        return clips.Html(f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>', str(text))
+        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>'
+        self._answer = clips.Html(answer, str(text))
+        return self._answer
 
     def finish(self) -> None:
-        """Mark the run as complete. Without it a run is never shown as finished."""
+        """Mark the run as complete, and by hand show its verdict. Without it a run is never shown as finished."""
         self._files.update(finished=now())
         self.finished = True
         if self._heart is not None and not self._heart.ended:
             self._heart.end("finished")
+            if self._answer is not None:  # the last cell ends here, and not in the verdict
+                from IPython.display import display
+
+                display(self._answer)
             print(f"run kept in {self.folder}")
 
     def _artifact(self, name: str, suffix: str) -> Path:
@@ -151,6 +160,9 @@ def _under_runner(folder: RunFolder, scope: Mapping[str, Any], strict: bool) -> 
 
 def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any, plan: str | None) -> Run:
     path, schema, source = _find_notebook(name, scope)
+    if path is not None and path.resolve().parent == Path.cwd() != default_outputs().parent:
+        # JupyterLab starts a kernel in notebooks/: a relative path means by hand what it means under `wanlab run`.
+        os.chdir(default_outputs().parent)
     values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
     inputs, weights = identity.input_digests(values), identity.weights_id(values.get("model"))
     run_id = identity.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
@@ -167,56 +179,6 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
     atexit.register(run._abandon, "the kernel ended before run.finish()")
     print(f"run {stem}/{run_id}")
     return run
-
-
-def header(
-    run_id: str,
-    name: str,
-    notebook: Path | None,
-    values: Mapping[str, Any],
-    described: list[dict[str, Any]],
-    plan: str | None,
-    weights: str | None,
-    inputs: Mapping[str, str],
-) -> dict[str, Any]:
-    """The part of run.json that is known before anything runs."""
-    import wanlab
-
-    return {
-        "run_id": run_id,
-        "name": name,
-        "notebook": shown_path(notebook) if notebook else None,
-        "parameters": plain(dict(values)),
-        "schema": described,
-        "plan": plan,
-        "weights": weights,
-        "inputs": dict(inputs),
-        "wanlab": wanlab.__version__,
-        "wanlab_source": identity.package_digest(),
-        "created": now(),
-    }
-
-
-def describe(schema: Schema, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Name, type, help, default and value of each parameter, for run.json and the report."""
-    return [
-        {
-            "name": p.name,
-            "type": p.type_text,
-            "help": p.help,
-            "default": plain(p.default),
-            "value": plain(values[p.name]),
-        }
-        for p in schema.parameters
-    ]
-
-
-def shown_path(path: Path) -> str:
-    """`path` as one would type it from here; absolute paths of one machine mean nothing on another."""
-    try:
-        return path.resolve().relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return path.name
 
 
 def _values(schema: Schema, scope: Mapping[str, Any], strict: bool) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 
-from wanlab.runs.files import write_text
+from wanlab.runs import seed
+from wanlab.runs.files import why, write_text
+from wanlab.runs.guard.console import Console
+from wanlab.runs.guard.watch import Watch
 
 ENGINE = "wanlab"
 KERNEL_LOG = "kernel.log"
-STREAM_LIMIT_CHARS = 200_000  # per cell in the notebook; console.log always has all of it
 IPC_PATH_LIMIT = 90  # a Unix socket path holds 107 bytes, and a suffix is added
 
 
@@ -37,20 +39,35 @@ class ThisInterpreter(AsyncKernelManager):
             entry = str(Path(__file__).with_name("kernel.py"))
             argv = [sys.executable, entry, "-f", "{connection_file}", "--HistoryManager.enabled=False"]
             self._kernel_spec = KernelSpec(argv=argv, display_name="Python 3 (wanlab)", language="python")
+            if seed.planted():
+                self._kernel_spec.metadata = {"kernel_provisioner": {"provisioner_name": seed.PROVISIONER}}
         return self._kernel_spec
 
 
 class Manager(NotebookExecutionManager):
     """Keeps executed.ipynb: saved atomically, and a cell that did not complete never says that it did."""
 
-    def __init__(self, nb: Any, path: Path, on_cell: Callable[[int, Any], None], **options: Any):
+    def __init__(
+        self,
+        nb: Any,
+        path: Path,
+        on_cell: Callable[[int, Any], None],
+        on_trouble: Callable[[OSError], None],
+        **options: Any,
+    ):
         super().__init__(nb, output_path=str(path), progress_bar=False, **options)
-        self.path, self.on_cell = path, on_cell
+        self.path, self.on_cell, self.on_trouble = path, on_cell, on_trouble
         self.current: int | None = None
 
     def save(self, **kwargs: Any) -> None:
         write_text(self.path, nbformat.writes(kwargs.get("nb") or self.nb))
         self.last_save_time = self.now()
+
+    def autosave_cell(self) -> None:
+        try:
+            super().autosave_cell()
+        except OSError as error:  # raised here, where messages are read, it would only stop the reading
+            self.on_trouble(error)
 
     def cell_start(self, cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
         self.current = cell_index
@@ -68,18 +85,17 @@ class Manager(NotebookExecutionManager):
 
 
 class Client(PapermillNotebookClient):
-    """Papermill's client with a deadline for the whole notebook, and every output also in console.log."""
+    """Papermill's client with a deadline for the whole notebook, a watch over the kernel, and every output logged."""
 
     def __init__(
-        self, nb_man: Manager, *, console: Path, deadline: float | None, socket_folder: str, **options: Any
+        self, nb_man: Manager, *, console: Console, watch: Watch, socket_folder: str, **options: Any
     ):
-        self.console, self.deadline, self.socket_folder = console, deadline, socket_folder
-        self.kernel_pid: int | None = None
-        self._streamed: dict[int, int] = {}
+        self.console, self.watch, self.socket_folder = console, watch, socket_folder
         super().__init__(nb_man, timeout_func=self._remaining, **options)
 
     def _remaining(self, cell: Any) -> float | None:
-        return None if self.deadline is None else max(0.1, self.deadline - time.monotonic())
+        deadline = self.watch.deadline
+        return None if deadline is None else max(0.1, deadline - time.monotonic())
 
     def create_kernel_manager(self) -> AsyncKernelManager:
         # ipc: TCP ports picked by runs that start together can collide.
@@ -90,12 +106,17 @@ class Client(PapermillNotebookClient):
 
     async def async_start_new_kernel(self, **kwargs: Any) -> None:
         await super().async_start_new_kernel(**kwargs)
-        self.kernel_pid = self.km.provisioner.pid
-        self.nb_man.on_kernel(self.kernel_pid)
+        self.watch.begin(self.km.provisioner.pid)
 
     start_new_kernel = run_sync(async_start_new_kernel)
 
     def papermill_execute_cells(self) -> None:
+        try:
+            self._execute_cells()
+        finally:
+            self.watch.look()  # once the kernel is gone, nobody knows its children any more
+
+    def _execute_cells(self) -> None:
         for index, cell in enumerate(self.nb.cells):
             try:
                 self.nb_man.cell_start(cell, index)
@@ -114,18 +135,13 @@ class Client(PapermillNotebookClient):
                 self.nb_man.cell_complete(self.nb.cells[index], cell_index=index)
 
     def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
-        if msg["msg_type"] == "stream":
-            text = msg["content"]["text"]
-            with self.console.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-            before = self._streamed.get(cell_index, 0)
-            self._streamed[cell_index] = before + len(text)
-            if before >= STREAM_LIMIT_CHARS:
-                return None
-            if before + len(text) > STREAM_LIMIT_CHARS:
-                kept = text[: STREAM_LIMIT_CHARS - before]
-                msg["content"]["text"] = f"{kept}\n... output continues in {self.console.name}\n"
+        if not self.console.keeps(msg, cell_index):
+            return None
         return super().output(outs, msg, display_id, cell_index)
+
+    def clear_output(self, outs: Any, msg: Any, cell_index: int) -> None:
+        self.console.cleared(cell_index)
+        super().clear_output(outs, msg, cell_index)
 
 
 class SupervisedEngine(Engine):
@@ -139,20 +155,19 @@ class SupervisedEngine(Engine):
         *,
         path: Path,
         on_cell: Callable[[int, Any], None],
-        on_kernel: Callable[[int], None],
+        watch: Watch,
+        console: Console,
         environment: dict[str, str],
-        deadline: float | None,
         start_timeout: float = 60,
         **ignored: Any,
     ) -> Any:
-        manager = Manager(nb, path, on_cell)
-        manager.on_kernel = on_kernel
+        manager = Manager(nb, path, on_cell, lambda error: watch.end("failed", why(error)))
         manager.notebook_start()
         with tempfile.TemporaryDirectory(prefix="wanlab-", ignore_cleanup_errors=True) as sockets:
             client = Client(
                 manager,
-                console=path.with_name("console.log"),
-                deadline=deadline,
+                console=console,
+                watch=watch,
                 socket_folder=sockets,
                 kernel_name=kernel_name,
                 startup_timeout=start_timeout,
@@ -164,25 +179,15 @@ class SupervisedEngine(Engine):
                 with log.open("ab") as raw:
                     client.execute(env=environment, stdout=raw, stderr=raw)
             finally:
-                manager.notebook_complete()
-                reap(client.kernel_pid)
-                if not log.stat().st_size:
+                watch.close()
+                if log.is_file() and not log.stat().st_size:
                     log.unlink()
+                manager.notebook_complete()
         return manager.nb
 
     @classmethod
     def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:
         return name or ENGINE
-
-
-def reap(pid: int | None) -> None:
-    """Kill what is left of a kernel's process group (the kernel leads its own session)."""
-    if pid is None or sys.platform == "win32":
-        return
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 def how_it_died(manager: AsyncKernelManager | None) -> str:
@@ -197,8 +202,7 @@ def how_it_died(manager: AsyncKernelManager | None) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = "unknown"
-    hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
-    return f"the kernel was killed by signal {-code} ({name}){hint}"
+    return f"the kernel was killed by signal {-code} ({name})"
 
 
 def register() -> str:

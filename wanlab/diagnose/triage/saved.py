@@ -22,7 +22,10 @@ RUN = ["run", "started", "model", "hardware"]
 DEFAULTS = {"model": "wan-nano", "weights": "pretrained"}
 FILES = ("trace", "original", "saved")  # parameters that name a file made elsewhere, perhaps by another model
 BESIDE = ("12_experts", "13_attention")  # show a trace beside what they measure themselves
-OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|bad_alloc|memory runs out", re.IGNORECASE)
+# The state of such a run, or what older runs said when they failed or died of it.
+OUT_OF_MEMORY = re.compile(
+    r"\Amemory\b|out of memory|OutOfMemory|MemoryError|bad_alloc|memory runs out", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--force", action="store_true", help="run again although a finished run exists; it is kept"
     )
     run.add_argument("--timeout", type=_positive, metavar="SECONDS", help="limit for the whole notebook")
+    run.add_argument(
+        "--memory-limit", type=_positive, metavar="GIB", help="limit for what the notebook holds in RAM"
+    )
+    run.add_argument(
+        "--output-limit",
+        type=_positive,
+        default=256.0,
+        metavar="MIB",
+        help="limit for what the notebook prints and shows (default: %(default)g)",
+    )
 
     params = commands.add_parser("params", help="list a notebook's parameters with types, defaults and help")
     params.set_defaults(run=_params)
@@ -74,6 +84,20 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         bench_cli.add_arguments(bench)
         bench.set_defaults(run=bench_cli.main)
 
+    sweep = commands.add_parser("sweep", help="run a grid of configurations, and write one page about them")
+    if "sweep" in arguments[:1]:
+        from wanlab.runs.sweeps import cli as sweep_cli
+
+        sweep_cli.add_arguments(sweep)
+        sweep.set_defaults(run=sweep_cli.main)
+
+    compare = commands.add_parser("compare", help="hold runs against a baseline and its noise")
+    if "compare" in arguments[:1]:
+        from wanlab.runs.comparison import cli as compare_cli
+
+        compare_cli.add_arguments(compare)
+        compare.set_defaults(run=compare_cli.main)
+
     plan = commands.add_parser("plan", help="say what a precision plan comes to on a model, and why")
     if "plan" in arguments[:1]:
         from wanlab.precision.plans import cli as plan_cli
@@ -88,6 +112,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         examine.add_arguments(nano_eval)
         nano_eval.set_defaults(run=examine.main)
 
+    export = commands.add_parser("export", help="give runs to other tools: CSV, Parquet, MLflow")
+    if "export" in arguments[:1]:
+        from wanlab.runs.exporters import cli as export_cli
+
+        export_cli.add_arguments(export)
+        export.set_defaults(run=export_cli.main)
+
     doctor = commands.add_parser("doctor", help="say what this machine can do, and what would add the rest")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -101,6 +132,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
     report.add_argument("path", type=Path, metavar="RUN_FOLDER")
+
+    index = commands.add_parser("index", help="one page about a sweep, or about all runs of a folder")
+    publish = commands.add_parser("publish", help="copy pages of runs into a folder for any static server")
+    if arguments[:1] in (["index"], ["publish"]):
+        from wanlab.runs.pages import cli as pages_cli
+
+        pages_cli.add_index_arguments(index)
+        index.set_defaults(run=pages_cli.index)
+        pages_cli.add_publish_arguments(publish)
+        publish.set_defaults(run=pages_cli.publish)
 
     runs = commands.add_parser("runs", help="list runs with their state")
     runs.set_defaults(run=_runs)
@@ -121,6 +162,8 @@ def _run(options: argparse.Namespace) -> int:
         name=options.name,
         force=options.force,
         timeout_s=options.timeout,
+        memory_limit_gib=options.memory_limit,
+        output_limit_mib=options.output_limit,
     )
     verdict = read_json(outcome.folder / "run.json").get("verdict")
     if outcome.state != "finished":
@@ -129,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
         print("finished earlier with the same notebook, parameters and code; --force runs it again")
     if verdict:
         print(verdict)
-    print(_shown(outcome.report))
+    print(_shown(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
 
 
@@ -174,7 +217,7 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from wanlab.runs.report import render
+    from wanlab.runs.pages.report import render
 
     print(_shown(render(options.path)))
     return 0
@@ -221,7 +264,7 @@ def _positive(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 

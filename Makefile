@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two test processes share the cores: one thread each, or they wait for one another.
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# JupyterLab for this machine only: loopback, a new token at each start, and nothing asked of the internet.
+LAB_CONFIG := $(abspath $(dir $(lastword $(MAKEFILE_LIST))))/.jupyter
+LAB_FLAGS := --ip 127.0.0.1 --ServerApp.root_dir . --LabApp.extension_manager readonly --LabApp.news_url None \
+	--LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab lint nano-eval doctor clean
+.PHONY: help install demo test chromium lab lint nano-eval doctor clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,11 +31,18 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## one photograph to one report; the last line is the path of the report
 	@$(BIN)/wanlab run notebooks/00_quickstart.ipynb --force
 
-test: $(STAMP) ## run every test, and with them every notebook
+test: $(STAMP) chromium ## run every test, and with them every notebook
 	@$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-lab: $(STAMP) ## open JupyterLab on this machine only, with a token
-	@$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+chromium: ## the browser of the tests: Debian's, where none is there yet
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || { \
+		echo "installing chromium, which tests of pages need" >&2; \
+		if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+		{ $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
+			echo "no chromium, so tests of pages will fail: install it, or set CHROMIUM to the path of one" >&2; }
+
+lab: $(STAMP) ## open JupyterLab on this machine only, with a token; LAB=--no-browser and the like are added
+	@JUPYTER_CONFIG_PATH=$(LAB_CONFIG) $(BIN)/jupyter lab $(LAB_FLAGS) $(LAB) notebooks/index.ipynb
 
 lint: $(STAMP) ## check style of code and notebooks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -141,20 +141,18 @@ def _tensorrt() -> list[Row]:
 
 
 def _tvm() -> list[Row]:
-    version = _version("apache-tvm")
-    return [
-        Row("TVM", OK, version)
-        if version
-        else Row("TVM", OPTIONAL, "not installed", 'pip install "wanlab[tvm]"')
-    ]
+    return [_optional("TVM", "apache-tvm", 'pip install "wanlab[tvm]"')]
 
 
 def _pycuda() -> list[Row]:
-    version = _version("pycuda")
+    return [_optional("PyCUDA", "pycuda", "pip install pycuda")]
+
+
+def _sharing() -> list[Row]:
     return [
-        Row("PyCUDA", OK, version)
-        if version
-        else Row("PyCUDA", OPTIONAL, "not installed", "pip install pycuda")
+        _optional("Ray", "ray", 'pip install "wanlab[ray]"'),
+        _optional("MLflow", "mlflow-skinny", 'pip install "wanlab[mlflow]"'),
+        _optional("Parquet (pyarrow)", "pyarrow", 'pip install "wanlab[parquet]"'),
     ]
 
 
@@ -186,6 +184,7 @@ def _notebooks() -> list[Row]:
     return [
         _package("JupyterLab", "jupyterlab"),
         _package("Papermill", "papermill"),
+        _package("ipywidgets", "ipywidgets"),
         _package("plotly", "plotly"),
     ]
 
@@ -205,6 +204,11 @@ def _package(name: str, package: str) -> Row:
     return (
         Row(name, OK, version) if version else Row(name, MISSING, "not installed", f"pip install {package}")
     )
+
+
+def _optional(name: str, package: str, add: str) -> Row:
+    version = _version(package)
+    return Row(name, OK, version) if version else Row(name, OPTIONAL, "not installed", add)
 
 
 def _version(package: str) -> str:
@@ -227,5 +231,6 @@ PROBES: tuple[Callable[[], list[Row]], ...] = (
     _lpips,
     _ffmpeg,
     _notebooks,
+    _sharing,
     _models,
 )

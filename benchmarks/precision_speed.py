@@ -9,9 +9,9 @@ and is freed before the next. A variant is `PLAN:MODE`: PLAN is `as-loaded`, a p
 `--plan`), MODE is `eager` or `compiled` (each block); `:dynamic` behind it scales every input by itself, where otherwise
 ranges come from one forward. Each is timed against itself (A/A) and then profiled once. The bound is Amdahl's: the share of
 linear layers in the profile of the compiled network, and every planned product timed alone in both formats at its shape.
-The record is written after every variant. One bf16 product, timed after each variant, tells whether the GPU keeps its pace:
-a variant is held against the baseline only where both were measured at the same. Where 8-bit products are simulated, as on
-a CPU, times say nothing of a GPU.
+The record is written after every variant, and `--resume` goes on with one that is there. One bf16 product, timed after each
+variant, tells whether the GPU keeps its pace: a variant is held against the baseline only where both were measured at the
+same. Where 8-bit products are simulated, as on a CPU, times say nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
+import json
 import time
 from pathlib import Path
 
@@ -34,8 +35,8 @@ KERNELS_KEPT = 40
 PACE_PERCENT = 5.0
 
 
-def main() -> int:
-    arguments = parse()
+def main(words: list[str] | None = None) -> int:
+    arguments = parse(words)
     import pandas as pd
     import torch
 
@@ -50,8 +51,9 @@ def main() -> int:
     plan = recipe(model, arguments.component)
     inputs = plan.inputs_for(shape(arguments), torch.Generator().manual_seed(arguments.seed))
     seen, reference = observe(plan.network, lambda: plan.reference(*inputs))
-    record = {
-        "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "resume")}
+    record = earlier(arguments, settings) or {
+        "settings": settings,
         "load_ms": (time.perf_counter() - begin) * 1e3,
         "environment": measure.environment(arguments.device),
         "products": products(seen, arguments),
@@ -59,6 +61,11 @@ def main() -> int:
     }
     write_json(arguments.output, record)
     for label, asked, mode, dynamic in variants(arguments):
+        if any(
+            f"{name} ".startswith(f"{label} ") and "failed" not in row
+            for name, row in record["variants"].items()
+        ):
+            continue
         torch._dynamo.reset()
         gc.collect()
         if arguments.device.startswith("cuda"):
@@ -90,6 +97,14 @@ def main() -> int:
     print(pd.DataFrame(rows).to_string(index=False))
     print(arguments.output)
     return 1 if any("failed" in row for row in record["variants"].values()) else 0
+
+
+def earlier(arguments, settings: dict) -> dict | None:
+    """What an earlier run with the same settings has left, where it is asked for."""
+    if not arguments.resume or not arguments.output.is_file():
+        return None
+    record = json.loads(arguments.output.read_text())
+    return record if record["settings"] == json.loads(json.dumps(settings)) else None
 
 
 def variants(arguments):
@@ -404,7 +419,7 @@ def shape(arguments):
     return convert.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -421,7 +436,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=2, help="samples of each half of the A/A control")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("precision_speed.json"))
-    return parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="measure what the output does not hold yet")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from table_text import machine, markdown, read
+from table_text import RESULTS, machine, markdown, read
+
+BESIDE = ("as-loaded", "uniform-fp8", "ffn-fp8")
+"""What a record of selected plans measures again as its own baseline; the tables show it once."""
 
 
 def precision_speed() -> str:
     """Plans at true size beside compiled BF16, with the bound that Amdahl's law sets."""
     rows = []
-    for name in ("precision_ti2v_h200", "precision_a14b_h200", "precision_a14b_plan_h200"):
+    names = ["precision_ti2v_h200", "precision_a14b_h200", "precision_a14b_plan_h200"]
+    selected = (
+        "precision_selected_ti2v",
+        "precision_selected_a14b",
+    )  # of precision_select.py, once they are there
+    for name in (*names, *(each for each in selected if (RESULTS / f"{each}.json").is_file())):
         record = read(name)
         settings = record["settings"]
         for variant, row in record["variants"].items():
             plan, _, mode = variant.partition(":")
-            # The last of them was run for the plan in it, against a baseline of its own.
-            if "failed" in row or (settings["plan"] and plan in ("as-loaded", "uniform-fp8")):
+            if "failed" in row or (settings["plan"] and plan in BESIDE):
                 continue
             gain, bound = row.get("gain", {}), row.get("bound", {})
             plain = plan == "as-loaded"
@@ -28,6 +35,7 @@ def precision_speed() -> str:
                     f"{gain['speedup']:.{places}f}x" if gain else "1",
                     f"{bound['speedup']:.{places}f}x" if bound else "",
                     f"{row['component_gib']:.1f} GiB",
+                    f"{row['peak_gib']:.1f} GiB",
                     f"{row['distance']['relative_l2']:.3f}" if row["distance"]["relative_l2"] else "",
                     "" if plain else _kernel(row["kernels"]),
                 ]
@@ -40,6 +48,7 @@ def precision_speed() -> str:
         "against compiled bf16",
         "bound",
         "weights",
+        "peak memory",
         "relative L2",
         "products",
     ]
@@ -47,7 +56,8 @@ def precision_speed() -> str:
     sizes = ", ".join(f"{s['model']} {s['height']}x{s['width']}x{s['frames']}" for s in (ti2v, a14b))
     return markdown(header, rows) + (
         f"\n\n{sizes}; random weights, batch 1; {machine(read('precision_a14b_h200')['environment'])}. Bound: the linear"
-        " layers at the measured rate of their 8-bit products, all else as in compiled bf16. Relative L2 to eager bf16."
+        " layers at the measured rate of their 8-bit products, all else as in compiled bf16. Peak memory: weights of the"
+        " expert and what one forward adds. Relative L2 to eager bf16."
     )
 
 
@@ -122,25 +132,102 @@ def plan_agreement() -> str:
 
 
 def lpips_speed() -> str:
-    """LPIPS of two clips of true size, beside the official package frame by frame."""
-    record = read("lpips_speed_h200")
-    names = [name for name in record["samples"] if not name.startswith("batch of")]
-    rows = []
-    for name in names:
-        ratio = record["ratios"].get(name)
+    """LPIPS of two clips, beside the official package frame by frame: of true size on a GPU, of wan-nano's on the CPU."""
+    rows, notes = [], []
+    for name in ("lpips_speed_h200", "lpips_speed_cpu"):
+        record = read(name)
+        frames, height, width = record["settings"]["size"]
+        on_gpu = record["environment"]["gpu"] is not None
+        for way, samples in record["samples"].items():
+            if way.startswith("batch of") or (way.endswith("no TF32") and not on_gpu):
+                continue
+            ratio = record["ratios"].get(way)
+            rows.append(
+                [
+                    f"{frames}x{height}x{width}, {'GPU' if on_gpu else 'CPU'}",
+                    way,
+                    f"{samples['median_ms']:,.0f} ms",
+                    f"{ratio['speedup']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1",
+                    f"{record['largest_score_difference'][way]:.1g}",
+                ]
+            )
+        said = (
+            f"{machine(record['environment'])}: wanlab against itself {record['noise_percent']:.1f} % apart"
+        )
+        notes.append(said)
+    header = ["clips", "way", "time", "wanlab is faster by", "largest difference of a score"]
+    return markdown(header, rows) + (
+        f"\n\n{record['settings']['backbone']}; {'; '.join(notes)}. Scores are held against the package's own in float32"
+        " without TF32."
+    )
+
+
+def sensitivity() -> str:
+    """What a run of 30_sensitivity found: is the prediction right, what did it cost, which expert tolerates less."""
+    record = read("sensitivity_cpu")
+    told, cost = record["prediction"], record["cost"]
+    rows = [
+        [
+            f"rank correlation with {told['generations']} generations",
+            f"{told['rank_correlation']:.3f} ({told['low']:.3f} to {told['high']:.3f})",
+        ],
+        ["of single layers alone", f"{told['layer_rank_correlation']:.3f}"],
+        ["of one case with the other", f"{told['between_cases']:.3f}"],
+        ["true over predicted effect, median", f"{told['scale']:.2f}"],
+        [
+            "cost of the search",
+            f"{cost['forward_equivalents']:,.0f} forwards' worth, {cost['percent_of_brute_force']:.1f} % of the"
+            f" {cost['brute_force']:,.0f} of rounding one layer at a time",
+        ],
+    ]
+    words = {"effect": "effect on the final latents", "velocity_error": "velocity error"}
+    names = {
+        "expert_high": "the high-noise expert",
+        "expert_low": "the low-noise expert",
+        "neither": "neither",
+    }
+    for row in record["tolerance"]:
+        # Said the way round in which it is above 1.
+        turned = [1 / row[name] for name in ("ratio", "high", "low")]
+        value, low, high = turned if row["ratio"] < 1 else (row["ratio"], row["low"], row["high"])
+        over = "low over high noise" if row["ratio"] < 1 else "high over low noise"
         rows.append(
             [
-                name,
-                f"{record['samples'][name]['median_ms']:,.0f} ms",
-                f"{ratio['speedup']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1",
-                f"{record['largest_score_difference'][name]:.1g}",
+                f"{row['format']}: {words[row['quantity']]}, {over}",
+                f"{value:.3g} ({low:.3g} to {high:.3g}): {names[row['less_tolerant']]} tolerates less",
             ]
         )
-    header = ["way", "time", "wanlab is faster by", "largest difference of a score"]
-    frames, height, width = record["settings"]["size"]
-    return markdown(header, rows) + (
-        f"\n\n{frames} frames of {height}x{width}, {record['settings']['backbone']}; {machine(record['environment'])}. "
-        "Scores are held against the package's own in float32 without TF32."
+    settings = record["settings"]
+    size = f"{settings['height']}x{settings['width']}x{settings['frames']}, {settings['steps']} steps"
+    return markdown(["what", "found"], rows) + (
+        f"\n\nwan-nano at {size}; {settings['examples']} recorded examples, {settings['samples']} choices of layers, format"
+        f" and steps really rounded in {settings['cases']} held-out cases; 95 % bootstrap intervals;"
+        f" {machine(record['environment'])}."
+    )
+
+
+def floors() -> str:
+    """What the unchanged model differs from itself by."""
+    record = read("floors_cpu")
+    found = {(row["floor"], row["metric"]): row for row in record["floors"]}
+    rows = []
+    for floor, run in record["notes"].items():
+        lpips, psnr = found[floor, "lpips"], found[floor, "psnr"]
+        same = lpips["identical_cases"] == lpips["cases"]
+        rows.append(
+            [
+                floor,
+                run,
+                f"{psnr['identical_cases']} of {psnr['cases']}",
+                "0" if same else f"{lpips['mean']:.2g} ({lpips['low']:.2g} to {lpips['high']:.2g})",
+                "" if same else f"{psnr['mean']:.1f} dB ({psnr['low']:.1f} to {psnr['high']:.1f})",
+            ]
+        )
+    settings = record["settings"]
+    frames, height, width = settings["size"]
+    return markdown(["floor", "what was run", "cases that are identical", "LPIPS", "PSNR"], rows) + (
+        f"\n\nwan-nano, {settings['dtype']}, {height}x{width}x{frames}, {settings['steps']} steps; {settings['cases']}"
+        f" cases, 95 % bootstrap intervals; LPIPS by {found[floor, 'lpips']['backbone']}; {machine(record['environment'])}."
     )
 
 
@@ -149,4 +236,6 @@ TABLES = {
     "plan_choice": plan_choice,
     "plan_agreement": plan_agreement,
     "lpips_speed": lpips_speed,
+    "sensitivity": sensitivity,
+    "floors": floors,
 }

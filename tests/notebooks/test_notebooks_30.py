@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from wanlab.runs.sweeps.expand import expand
+from wanlab.runs.sweeps.grid import load_grid
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from models_tiny import save
 
@@ -40,9 +43,24 @@ def test_sensitivity_of_wan_nano(run_notebook):
         assert words in str(done.page)
 
 
-def test_one_expert_and_no_generations(run_notebook, tmp_path):
+def test_one_expert_in_shards_and_no_generations(run_notebook, tmp_path):
+    """What a shard measured is found by the run that merges; `test_shards_make_the_whole` holds the numbers equal."""
     folder = save(tmp_path / "single", transformer_2=None, boundary_ratio=None)
-    small = [f"model={folder}", "height=32", "width=32", "frames=5", "steps=2", "examples=1", "samples=0"]
-    done = run_notebook("30_sensitivity", *arguments(*small, "formats=['int8-weight']", "calls=1"))
-    assert "one expert, nothing to compare" in done.record["verdict"]
-    assert "not measured" in done.record["verdict"]
+    small = [f"model={folder}", "height=32", "width=32", "frames=5", "steps=2", "examples=2", "samples=0"]
+    small += ["formats=['int8-weight']", "calls=1", f"folder={tmp_path / 'kept'}"]
+    part = run_notebook("30_sensitivity", *arguments(*small, "shard=1", "shards=2"))
+    assert part.values["parts"].items() >= {"units": 1, "of": 2, "reused": 0, "shard": 1, "shards": 2}.items()
+    assert part.record["verdict"].startswith("Shard 1 of 2, 1 of 2 units of work")
+    merged = run_notebook("30_sensitivity", *arguments(*small))
+    assert merged.values["parts"].items() >= {"units": 2, "of": 2, "reused": 1, "shards": 1}.items()
+    assert merged.values["cost"][0]["calls"] == 2 * part.values["cost"][0]["calls"]
+    assert "one expert, nothing to compare" in merged.record["verdict"]
+    assert "not measured, samples=0" in merged.record["verdict"]
+
+
+def test_the_grid_of_shards_measures_every_example_once(root):
+    tasks = expand(load_grid(root / "recipes" / "sweeps" / "sensitivity-shards.yaml"))
+    shards = {task.overrides["shards"] for task in tasks}
+    assert shards == {len(tasks)}
+    assert [task.axes["shard"] for task in tasks] == list(range(len(tasks)))
+    assert all(task.machine == "shared" for task in tasks)

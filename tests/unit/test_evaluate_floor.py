@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,23 @@ def test_blocks_are_compiled_in_a_twin_that_shares_every_weight(model, asked, or
     assert one.blocks[0]._compiled_call_impl is None
     assert all(a is b for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert (model.generate(**asked[0]).video == originals[0].video).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU")
+def test_compiled_blocks_only_round_differently(model, asked, originals):
+    found = evaluate.floors(
+        model, asked[:1], originals=originals[:1], kinds=["compiled"], metrics="psnr", progress=False
+    )
+    (row,) = found.frame.itertuples()
+    assert (row.floor, row.identical_cases) == ("compiled", 0)  # what was compiled did run
+    assert 60 < row.mean < 200
+    assert found.notes["compiled"] == "blocks of the experts by torch.compile"
+
+
+def test_without_a_compiler_that_floor_is_refused_before_anything_is_generated(model, asked, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(WanlabError, match="needs a C\\+\\+ compiler on a CPU"):
+        evaluate.floors(model, asked, kinds=["compiled"], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,12 @@ def test_files_and_presets_by_name(tmp_path):
 def test_recipes_are_plans_of_wan_nano(nano, path):
     plan = precision.load_plan(path)
     assert len(precision.assign(plan, nano).frame)
+
+
+def test_the_recipe_that_was_timed_is_the_one_that_is_kept():
+    timed = json.loads((ROOT / "data" / "results" / "precision_a14b_plan_h200.json").read_text())["variants"]
+    plan = precision.load_plan(ROOT / "recipes" / "a14b-time-projection.yaml")
+    assert plan.hash == timed["a14b-time-projection:compiled"]["plan_hash"]
 
 
 def test_numbers_and_single_patterns_need_no_quotes():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import convert_tiny as tiny
 import pytest
@@ -20,6 +21,7 @@ from wanlab import convert, models, precision  # noqa: E402
 from wanlab.convert.clip import AXES  # noqa: E402
 from wanlab.convert.onnx.graph import file_bytes  # noqa: E402
 from wanlab.convert.tensorrt import runtime as runtimes  # noqa: E402
+from wanlab.convert.tensorrt.layers import layers_path  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 from wanlab.precision.graphs.agreement import AGREES_BELOW, _tensorrt  # noqa: E402
 from wanlab.precision.graphs.choice import chosen_formats, is_norm  # noqa: E402
@@ -413,6 +415,18 @@ def test_an_engine_of_another_precision_is_found_out(graphs):
     assert len(asked) == 58
     assert not asked["as_asked"].any()
     assert set(asked["built"]) == {"fp32"}
+    said = r"computes in fp32 in the engine, .* int8: FP32 fallback \(57 more like it\); build it again"
+    with pytest.raises(WanlabError, match=said):
+        precision.engine_effect_check(graphs, quantised.name, engine)
+    # In the place of the plan's own engine it is refused before anything is computed with it.
+    planted = [
+        shutil.copy(file(engine), file(quantised.with_suffix(".engine"))) for file in (Path, layers_path)
+    ]
+    alone = dataclasses.replace(graphs, bands={"expert_high": graphs.bands["expert_high"][1:2]})
+    with pytest.raises(WanlabError, match=said):
+        precision.load_plan_engines(alone, "tensorrt")
+    for path in planted:
+        Path(path).unlink()
 
 
 @needs_tensorrt
@@ -424,6 +438,7 @@ def test_what_is_built_or_refused_is_a_row_of_its_range_of_steps(graphs):
     assert built["built"].to_dict() == {"8.9": True, "7.5": False}
     assert built.loc["8.9", "numbers"].startswith("float32, ")
     assert built.loc["8.9", ["layers", "layers_as_asked", "differing"]].tolist() == [67, 67, ""]
+    assert precision.engine_effect_check(last, built.loc["8.9", "graph"])["as_asked"].all()
     assert (graphs.folder / built.loc["8.9", "engine"]).is_file()
     assert "model contains HW-specific datatypes: fp8" in built.loc["7.5", "reason"]
     assert built.loc["7.5", "engine"] == ""

@@ -455,6 +455,28 @@ def test_shards_make_the_whole(model, recording, ranges, measured, tmp_path):
     )
 
 
+def test_inputs_are_kept_for_what_they_depend_on(model, tmp_path):
+    small = dict(height=32, width=32, frames=5, steps=2, progress=False)
+    example = precision.nano_examples(1)
+    made = precision.keep_inputs(model, example, tmp_path, components=["expert_high"], **small)
+    assert not made.reused
+    assert made.recording.components == ("expert_high", "expert_low")
+    assert list(made.ranges) == ["expert_high"]
+    again = precision.keep_inputs(model, example, tmp_path, guidance_scale=None, **small)
+    assert again.reused
+    assert again.ranges["expert_high"].cached
+    assert (again.folder, again.recording.calls) == (made.folder, made.recording.calls)
+    # One expert alone: its errors are followed through the steps of the other.
+    found = measure(model, again.recording, made.ranges, components="expert_high", layers=LAYERS[0], probes=1)
+    assert found.components == ("expert_high",)
+    other = [replace(example[0], prompt="another")]
+    assert precision.keep_inputs(model, other, tmp_path, **small).folder != made.folder
+    (again.folder / "recording" / "recording.json").unlink()  # as if it had been cut off
+    assert not precision.keep_inputs(model, example, tmp_path, **small).reused
+    with pytest.raises(WanlabError, match="did you mean 'expert_high'"):
+        precision.keep_inputs(model, example, tmp_path, components=["expert_hihg"], **small)
+
+
 def test_a_folder_that_cannot_be_read_is_refused(measured, tmp_path):
     found = measured[0]
     with pytest.raises(WanlabError, match="no sensitivity"):
@@ -486,9 +508,17 @@ def test_what_cannot_be_measured_is_refused(model, recording, ranges):
         ("probes", dict(probes=0)),
         ("calls must be", dict(calls=0)),
         (
-            r"step 1 of example 0 is not in the recording.*calls=",
+            r"step 1 of example 0, which expert_high runs, .* record all steps, or give calls=",
             dict(recording=recording.only(step=[0, 2, 3])),
         ),
+        (
+            r"which expert_low runs, .* record it too \(components=None\), or give calls=",
+            dict(
+                recording=recording.only(component="expert_high"),
+                calibrations={"expert_high": ranges["expert_high"]},
+            ),
+        ),
+        ("nothing is left for shard 2 of 3: there are 2 units", dict(shard=(2, 3))),
         ("record its own inputs", dict(recording=replace(recording, model="another"))),
         ("do not fill", dict(formats=["int4-weight-128"], layers="blocks.0.attn1.to_q")),
     ]

@@ -71,8 +71,8 @@ def floors(
         seed: of the bootstrap over cases.
 
     Raises:
-        WanlabError: no case, an unknown kind, originals of other cases, a component that is not eager, or as
-            `model.generate` and `compare_videos`.
+        WanlabError: no case, an unknown kind, originals of other cases, a component that is not eager, no C++ compiler for
+            `"compiled"` on a CPU, or as `model.generate` and `compare_videos`.
     """
     from tqdm.auto import tqdm
 
@@ -143,6 +143,16 @@ def _check(model, asked, originals, kinds) -> None:
         raise WanlabError(
             f"{other[0]} runs on {model.engines[other[0]]}; the floor is of the model as it was loaded"
         )
+    if COMPILED in kinds and model.device.type == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise WanlabError(
+                f"the floor {COMPILED!r} needs a C++ compiler on a CPU, and there is none; install g++ or leave it out of"
+                " kinds"
+            ) from error
 
 
 def _counted(bar, made):

@@ -160,9 +160,11 @@ def load_plan_engines(
         Component -> engine: of one graph where nothing changes with the step, else a `SteppedEngine`.
 
     Raises:
-        WanlabError: no graphs, or such as were changed; an unknown provider or component; as the engines.
+        WanlabError: no graphs, or such as were changed; an unknown provider or component; a TensorRT engine that computes
+            in floats what the plan asked for in codes (`engine_effect_check`); as the engines.
     """
     from wanlab.precision.applied.steps import StepClock
+    from wanlab.precision.effects.engine import engine_effect_check
 
     graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
     if provider not in PROVIDERS:
@@ -178,6 +180,7 @@ def load_plan_engines(
 
     def opener(path: Path) -> Engine:
         if provider == "tensorrt":
+            engine_effect_check(graphs, path.relative_to(graphs.folder).as_posix())
             return TensorRTEngine(path.with_suffix(".engine"), **options)
         return OrtEngine(path, provider=provider, **options)
 

@@ -79,7 +79,7 @@ def sensitivity(
 
     Raises:
         WanlabError: a recording of another model or without needed steps, a missing or foreign calibration, an
-            unknown component, format or layer, an expert that is not loaded.
+            unknown component, format or layer, an expert that is not loaded, a shard without work.
     """
     from tqdm.auto import tqdm
 
@@ -97,7 +97,7 @@ def sensitivity(
         model, recording, calibrations or {}, components, (layers, exclude), made, calls is None, probes, seed
     )
     settings = _settings(model, recording, setting, calls, method)
-    units = make_units(recording, tuple(setting.targets), calls, len(settings["schedule"]))
+    units = make_units(recording, tuple(setting.targets), calls, settings["schedule"])
     for call in (call for unit in units for call in unit.calls):
         if call.component not in setting.networks:
             raise WanlabError(
@@ -106,6 +106,11 @@ def sensitivity(
     keys = {name: target.key for name, target in setting.targets.items()}
     ranges = make_bands(settings["schedule"], bands)
     mine = units[shard[0] :: shard[1]]
+    if not mine:
+        raise WanlabError(
+            f"nothing is left for shard {shard[0]} of {shard[1]}: there are {len(units)} units of work"
+            f" ({'an example each' if calls is None else 'a step of an example each'}); take as many shards at most"
+        )
     folder = Path(folder) if folder is not None else None
     if folder is not None:
         write_manifest(folder, settings, ranges, [unit.name for unit in units], keys)

@@ -88,9 +88,14 @@ class Sensitivity:
         return sum(len(part.calls) * (1 + len(part.layers) * len(part.formats)) for part in self.parts)
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """Units of work that are in."""
+        return tuple(dict.fromkeys(part.unit for part in self.parts))
+
+    @property
     def complete(self) -> bool:
         """Whether every unit of work is in."""
-        return set(self.wanted) <= {part.unit for part in self.parts}
+        return set(self.wanted) <= set(self.units)
 
     def costs(self) -> pd.DataFrame:
         """What was spent beside brute force.

@@ -155,13 +155,16 @@ def make_target(
     return Target(component, network, names, amax, digest(facts))
 
 
-def make_units(recording: Recording, components: Sequence[str], calls: int | None, steps: int) -> list[Unit]:
+def make_units(
+    recording: Recording, components: Sequence[str], calls: int | None, schedule: Sequence[str]
+) -> list[Unit]:
     """Units of work.
 
     Args:
         components: that are measured.
         calls: steps per expert and example, evenly spread; None takes whole examples from their last step to the
             first that one of the components runs.
+        schedule: component of every step of the generation.
 
     Raises:
         WanlabError: a recording without every step of the generation, and no number of calls.
@@ -176,11 +179,17 @@ def make_units(recording: Recording, components: Sequence[str], calls: int | Non
             if first is None:
                 continue
             found = {call.step for call in there}
-            missing = [step for step in range(first, steps) if step not in found]
+            missing = [step for step in range(first, len(schedule)) if step not in found]
             if missing:
+                expert = schedule[missing[0]]
+                mend = (
+                    "record all steps"
+                    if expert in recording.components
+                    else "record it too (components=None)"
+                )
                 raise WanlabError(
-                    f"step {missing[0]} of example {example} is not in the recording, so errors cannot be followed to the"
-                    " final latents; record all steps, or give calls= to measure some without following them"
+                    f"step {missing[0]} of example {example}, which {expert} runs, is not in the recording, so errors cannot"
+                    f" be followed to the final latents; {mend}, or give calls= to measure some without following them"
                 )
             wanted = [call for call in there if call.step >= first]
             units.append(Unit(f"e{example}", example, _backwards(wanted)))

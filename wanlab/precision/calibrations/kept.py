@@ -1,0 +1,120 @@
+"""Recordings and ranges kept where later runs and other shards of a measurement find them: `keep_inputs`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanlab.convert.onnx.identity import weights_key
+from wanlab.errors import WanlabError
+from wanlab.precision.calibrations.calibration import Calibration, calibrate
+from wanlab.precision.calibrations.examples import Example, as_examples
+from wanlab.precision.calibrations.recording import Recording, read_recording, record_inputs
+
+SIZES = ("height", "width", "frames", "steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Inputs of experts and the ranges of their layers, in a folder of their own.
+
+    Attributes:
+        folder: of this model, these weights, examples and settings, and no other.
+        recording: of all experts. ranges: component -> its calibration.
+        reused: the recording was found there.
+    """
+
+    folder: Path
+    recording: Recording
+    ranges: dict[str, Calibration]
+    reused: bool
+
+    @property
+    def parts(self) -> Path:
+        """Where `sensitivity` keeps its parts beside the ranges."""
+        return self.folder / "sensitivity"
+
+
+def keep_inputs(
+    model,
+    cases: Sequence,
+    folder: str | os.PathLike,
+    *,
+    components: Sequence[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Kept:
+    """Record the experts' inputs and calibrate on them, or find both as an earlier run left them.
+
+    A lock lets several runs begin together: one records, the others wait and find it done.
+
+    Args:
+        model: from `wanlab.models.load`.
+        cases: as `record_inputs` takes them.
+        folder: of all models and settings; each has a folder in it, named by a hash of what the inputs depend on.
+        components: experts to calibrate; None takes all. All are recorded, as an error is followed through the steps of the
+            experts that come later.
+        progress: show bars.
+        settings: height, width, frames, steps, guidance_scale; None takes the model's default.
+
+    Raises:
+        WanlabError: as `record_inputs` and `calibrate`.
+    """
+    from filelock import FileLock
+
+    from wanlab.precision.sensitivities.work import check_known
+
+    examples = as_examples(cases)
+    recorded = [name for name in model.components if name.startswith("expert")]
+    chosen = [components] if isinstance(components, str) else list(components or recorded)
+    check_known(chosen, recorded, "expert")
+    defaults = model.spec.defaults
+    sizes = {name: settings.pop(name, None) for name in SIZES}
+    sizes = {name: getattr(defaults, name) if value is None else value for name, value in sizes.items()}
+    name = f"{model.spec.name.rpartition('/')[2]}-{_key(model, examples, sizes | settings)[:12]}"
+    place = Path(folder).resolve() / name
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"):
+        try:
+            recording, reused = read_recording(place / "recording"), True
+        except WanlabError:  # none, or one that was cut off
+            recording = record_inputs(
+                model, examples, place / "recording", progress=progress, **sizes, **settings
+            )
+            reused = False
+        ranges = {
+            name: calibrate(
+                model, name, recording, cache=place / "sensitivity" / f"{name}.json", progress=progress
+            )
+            for name in chosen
+        }
+    return Kept(place, recording, ranges, reused)
+
+
+def _key(model, examples: Sequence[Example], settings: dict[str, Any]) -> str:
+    """Hash of everything that the inputs depend on."""
+    from wanlab import __version__
+    from wanlab.models.images import first_frame
+
+    def picture(image) -> str | None:
+        if image is None:
+            return None
+        made = first_frame(image, settings["height"], settings["width"])
+        return hashlib.sha256(made.tobytes()).hexdigest()
+
+    networks = {
+        id(network): network for network in model.components.values()
+    }  # both halves of the VAE are one
+    facts = [
+        __version__,
+        model.spec.name,
+        [weights_key(network) for network in networks.values()],
+        [[e.name, e.prompt, e.negative_prompt, e.seed, picture(e.image)] for e in examples],
+        settings,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from wanlab.runs.parameters import is_tagged
 
 def inject(nb: Any, values: Mapping[str, Any]) -> None:
     """Put overrides into a cell below the defaults."""
-    import nbformat
+    from wanlab.runs.notebook_format import nbformat
 
     nb.cells = [cell for cell in nb.cells if not is_tagged(cell, "injected-parameters")]
     if not values:
@@ -37,7 +37,7 @@ def literal(value: Any) -> str:
 
 def upgraded(nb: Any) -> Any:
     """Current notebook format, where every cell has an id."""
-    import nbformat
+    from wanlab.runs.notebook_format import nbformat
 
     nb = nbformat.v4.upgrade(nb)
     nb.metadata.setdefault("papermill", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -36,12 +37,30 @@ def settle() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def serve(options: list[str]) -> None:
+    """Be a kernel until the client says stop; then run what was registered for the end.
+
+    Except IPython's own closing of its sockets: it joins a thread that sometimes sits there for seconds, and a process that
+    ends closes them anyway. The caller ends the process with `os._exit`, which waits for no thread either.
+
+    Args:
+        options: of the command line, such as `["-f", "kernel.json"]`.
+    """
+    from ipykernel.kernelapp import IPKernelApp
+
+    IPKernelApp.launch_instance(argv=options)
+    atexit.unregister(IPKernelApp.instance().close)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
 if __name__ == "__main__":
     die_with_parent()
     settle()
     # Started by path: put the package's own folder where this file's folder was, so that the kernel
     # imports the wanlab that started it.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    from ipykernel import kernelapp
-
-    kernelapp.launch_new_instance()
+    serve(sys.argv[1:])
+    os._exit(0)

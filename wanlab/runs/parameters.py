@@ -109,7 +109,7 @@ def read_schema(notebook: Path | str | Any) -> Schema:
 
 def read_notebook(path: Path) -> Any:
     """An nbformat-4 notebook; a missing or broken file gives `WanlabError`."""
-    import nbformat
+    from wanlab.runs.notebook_format import nbformat
 
     try:
         return nbformat.read(path, as_version=4)

@@ -18,7 +18,7 @@ from typing import Any
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-from wanlab.runs.kernel import die_with_parent, settle
+from wanlab.runs.kernel import die_with_parent, serve, settle
 
 PROVISIONER, PROVISIONERS = "wanlab-seed", "jupyter_client.kernel_provisioners"
 
@@ -117,7 +117,6 @@ def _wait_and_become(take: int) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        _flush()
         os._exit(status)
 
 
@@ -137,12 +136,7 @@ def _become(order: dict[str, Any]) -> int:
     _fresh_randomness()
     # The command line is "python kernel.py -f FILE ...", of which a process that is there already needs the options.
     sys.argv = order["argv"][1:]
-    import atexit
-
-    from ipykernel import kernelapp
-
-    kernelapp.launch_new_instance(argv=order["argv"][2:])
-    atexit._run_exitfuncs()
+    serve(order["argv"][2:])
     return 0
 
 
@@ -150,11 +144,3 @@ def _fresh_randomness() -> None:
     """A process of its own would not share NumPy's random state with its siblings."""
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue

@@ -30,10 +30,10 @@ def prime(more: Iterable[str] = ()) -> None:
     for name in (*MODULES, *more):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    import nbformat
     import pandas as pd
     import plotly.graph_objects as go
 
+    from wanlab.runs.notebook_format import nbformat
     from wanlab.runs.pages.report import page_of
 
     v4 = nbformat.v4

@@ -14,6 +14,7 @@ import sys
 import conversion_tables
 import diagnosis_tables
 import precision_tables
+import sweep_tables
 from table_text import ROOT, machine, markdown, read
 
 from wanlab.nano.examine import verdicts
@@ -23,6 +24,7 @@ PAGES = (
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
     ROOT / "docs" / "precision.md",
+    ROOT / "docs" / "sweeps.md",
     ROOT / "data" / "wan-nano" / "README.md",
 )
 
@@ -113,7 +115,7 @@ def heldout() -> str:
 
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
-TABLES |= conversion_tables.TABLES | precision_tables.TABLES
+TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES
 
 
 def rewritten(text: str) -> str:

@@ -36,7 +36,7 @@ def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
     }  # one scale per layer on every engine
     again = precision.configure(model, tmp_path, plan="ffn-int8", **SIZE, progress=False)
     assert again.files == used.files
-    assert len(list(tmp_path.glob("*/*/calibration-*"))) == 1
+    assert len(list(tmp_path.glob("*/*/*/recording"))) == 1
 
 
 def test_what_changes_nothing_had_no_effect(model, tmp_path):

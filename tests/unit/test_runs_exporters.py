@@ -151,10 +151,10 @@ def test_missing_package_is_one_line(outputs, capsys, monkeypatch):
 
 
 def test_catalogue_asks_what_the_titles_ask(root, outputs):
-    from wanlab.measure.environment import _cpu_model
+    from wanlab.measure.environment import cpu_model
 
     for number, seconds_ago in enumerate(MINUTE):
-        environment = {"cpu": _cpu_model(), "gpu": None}
+        environment = {"cpu": cpu_model(), "gpu": None}
         make(outputs, "14_memory", f"r{number}", environment=environment, started=seconds_ago)
     make(outputs, "14_memory", "slower-machine")
     table = catalogue.catalogue(root / "notebooks", wanlab.load_runs(outputs)).set_index("notebook")

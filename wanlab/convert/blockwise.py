@@ -81,7 +81,9 @@ def blockwise_parity(
         shell = _Shell(plan.network, kind)
         state, *others = shell.enter(*(feeds[name].to(plan.network.device) for name in plan.inputs))
         rows.append({"piece": "before"} | differences(state, made[pieces[0].state]))
-        for index, piece in enumerate(tqdm(pieces, desc="blocks", unit="block", disable=not progress)):
+        for index, piece in enumerate(
+            tqdm(pieces, desc="blocks", unit="block", leave=False, disable=not progress)
+        ):
             given = {name: state if name == piece.state else made[name] for name in piece.inputs}
             with piece_file(graph, piece, path.parent) as file:
                 engine = OrtEngine(file, provider=provider)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from wanlab.errors import WanlabError
+from wanlab.measure.own_process import in_own_process
 
 
 def isolated_cost(
@@ -54,17 +53,7 @@ def isolated_cost(
             "device": str(device),
             "settings": settings,
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "wanlab.convert.isolated"],
-            input=json.dumps(order),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise WanlabError(f"measuring {model} in a process of its own failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return in_own_process("wanlab.convert.isolated", order, str(model))
 
 
 def _measure(order: dict) -> dict[str, float]:

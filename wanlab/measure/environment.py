@@ -69,7 +69,7 @@ def environment(device=None) -> dict:
         "device": device.type,
         "gpu": _gpu(device) if device.type == "cuda" and available else None,
         "gpu_count": torch.cuda.device_count() if available else 0,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "cores_available": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -91,10 +91,13 @@ def _packages() -> dict[str, str]:
             continue
     if torch := sys.modules.get("torch"):
         versions["torch"] = str(torch.__version__)  # with the build, such as 2.11.0+cu130
+    if runtime := sys.modules.get("onnxruntime"):
+        versions["onnxruntime imported"] = str(runtime.__version__)  # two wheels fill one package
     return versions
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor, as the system says it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")

@@ -1,3 +1,4 @@
+from .comparison import compare as compare
 from .execute import Outcome as Outcome
 from .execute import execute as execute
 from .folder import RunFolder as RunFolder
@@ -5,6 +6,11 @@ from .pages.index import render_index as render_index
 from .pages.publish import publish as publish
 from .pages.report import render as render
 from .parameters import read_schema as read_schema
+from .reap import reap as reap
 from .run import Run as Run
 from .run import start as start
 from .store import load_runs as load_runs
+from .sweeps.driver import SweepOutcome as SweepOutcome
+from .sweeps.driver import sweep as sweep
+from .sweeps.grid import load_grid as load_grid
+from .sweeps.slots import LocalSlots as LocalSlots

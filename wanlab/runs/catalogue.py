@@ -122,9 +122,9 @@ def linked(table: Any, here: str | os.PathLike = ".") -> Html:
 
 def _minutes(runs: Any) -> dict[str, float]:
     """Notebook -> median minutes of the finished runs on this kind of processor."""
-    from wanlab.measure.environment import _cpu_model
+    from wanlab.measure.environment import cpu_model
 
-    done = runs[(runs["state"] == "finished") & (runs["cpu"] == _cpu_model())]
+    done = runs[(runs["state"] == "finished") & (runs["cpu"] == cpu_model())]
     return (done["seconds"] / 60).groupby(done["notebook"].map(_stem)).median().to_dict()
 
 

@@ -196,7 +196,7 @@ def export_all(
     free = names if dynamic is True else () if dynamic is False else tuple(dynamic)
     check_components(model, free)
     traces, reports = _Traces(), []
-    bar = tqdm(names, desc="export", unit="component", disable=not progress)
+    bar = tqdm(names, desc="export", unit="component", leave=False, disable=not progress)
     for name in bar:
         bar.set_postfix_str(name)
         reports.append(

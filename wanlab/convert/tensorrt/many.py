@@ -117,7 +117,7 @@ def build_engines(
     runtime = open_runtime(kind)
     receipts: list[EngineReceipt] = []
     refused: list[dict[str, str]] = []
-    for graph in tqdm(list(graphs), desc="engines", unit="engine", disable=not progress):
+    for graph in tqdm(list(graphs), desc="engines", unit="engine", leave=False, disable=not progress):
         source = read_source(graph)
         left = list(target_gpus(runtime, compute_capabilities if runtime.builds_ahead else None)[0])
         while left:

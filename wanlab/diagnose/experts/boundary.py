@@ -101,7 +101,9 @@ def boundary_sweep(
         runs.insert(len(places), (own, 0, True))
     kept: dict[int, Any] = {}
     rows = []
-    for boundary, number, control in tqdm(runs, "boundaries", unit="video", disable=not progress):
+    for boundary, number, control in tqdm(
+        runs, "boundaries", unit="video", leave=False, disable=not progress
+    ):
         with boundary_at(model, boundary):
             found = _swept(model, cases[number], scored_frames, control, kept, settings)
         rows.append(

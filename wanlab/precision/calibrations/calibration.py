@@ -241,7 +241,7 @@ def _observe(
 
     parameter = next(plan.network.parameters())
     observer = Observer(plan.network, layers, elements=elements)
-    bar = tqdm(calls, desc=f"calibrate {plan.component}", unit="call", disable=not progress)
+    bar = tqdm(calls, desc=f"calibrate {plan.component}", unit="call", leave=False, disable=not progress)
     with torch.no_grad(), observer.watching():
         for call in bar:
             given = recording.inputs(call)

@@ -25,13 +25,14 @@ class Kept:
 
     Attributes:
         folder: of this model, these weights, examples and settings, and no other.
-        recording: of all experts. ranges: component -> its calibration.
+        recording: of all experts. ranges: component -> its calibration. files: component -> the file of it.
         reused: the recording was found there.
     """
 
     folder: Path
     recording: Recording
     ranges: dict[str, Calibration]
+    files: dict[str, Path]
     reused: bool
 
     @property
@@ -46,6 +47,7 @@ def keep_inputs(
     folder: str | os.PathLike,
     *,
     components: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Kept:
@@ -59,6 +61,7 @@ def keep_inputs(
         folder: of all models and settings; each has a folder in it, named by a hash of what the inputs depend on.
         components: experts to calibrate; None takes all. All are recorded, as an error is followed through the steps of the
             experts that come later.
+        layers: as `calibrate` takes them; runs that share a folder calibrate the same.
         progress: show bars.
         settings: height, width, frames, steps, guidance_scale; None takes the model's default.
 
@@ -87,13 +90,12 @@ def keep_inputs(
                 model, examples, place / "recording", progress=progress, **sizes, **settings
             )
             reused = False
+        files = {name: place / "sensitivity" / f"{name}.json" for name in chosen}
         ranges = {
-            name: calibrate(
-                model, name, recording, cache=place / "sensitivity" / f"{name}.json", progress=progress
-            )
-            for name in chosen
+            name: calibrate(model, name, recording, layers=layers, cache=path, progress=progress)
+            for name, path in files.items()
         }
-    return Kept(place, recording, ranges, reused)
+    return Kept(place, recording, ranges, files, reused)
 
 
 def _key(model, examples: Sequence[Example], settings: dict[str, Any]) -> str:

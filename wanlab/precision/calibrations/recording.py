@@ -149,7 +149,7 @@ def record_inputs(
     names = {component: tuple(recipe(model, component).inputs) for component in wanted}
     calls: list[RecordedCall] = []
     made = None
-    bar = tqdm(examples, desc="record inputs", unit="generation", disable=not progress)
+    bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
     for index, example in enumerate(bar):
         with _listening(model, names, folder, index, calls):
             made = model.generate(

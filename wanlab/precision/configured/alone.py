@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanlab.errors import WanlabError
+from wanlab.measure.own_process import in_own_process
 
 if TYPE_CHECKING:
     from wanlab.precision.configured.configure import Configured
@@ -58,17 +57,7 @@ def cost_alone(configured: Configured, image, prompt: str, **settings: Any) -> d
             "prompt": prompt,
             "settings": {name: value for name, value in settings.items() if value is not None},
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "wanlab.precision.configured.alone"],
-            input=json.dumps(order),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise WanlabError(f"measuring {configured.label} in a process of its own failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return in_own_process("wanlab.precision.configured.alone", order, configured.label)
 
 
 def _measure(order: dict) -> dict[str, float]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanlab.errors import WanlabError
 from wanlab.precision.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,12 +16,9 @@ def plan_ranges(
     model: Model, plan: Plan | None, place: Path, settings: dict[str, Any], progress: bool
 ) -> dict[str, tuple[Path, Calibration]]:
     """Component -> file and ranges, for the experts whose inputs the plan rounds; none where it rounds none."""
-    from wanlab.convert.components import recipe
-    from wanlab.convert.onnx.identity import weights_key
     from wanlab.precision.applied.apply import experts_of
-    from wanlab.precision.calibrations.calibration import calibrate
     from wanlab.precision.calibrations.examples import nano_examples
-    from wanlab.precision.calibrations.recording import read_recording, record_inputs
+    from wanlab.precision.calibrations.kept import keep_inputs
     from wanlab.precision.formats import get_format
     from wanlab.precision.plans.assignment import assign
     from wanlab.precision.plans.plan import is_float
@@ -36,17 +30,7 @@ def plan_ranges(
     components = list(dict.fromkeys(used.loc[rounds, "component"]))
     if not components:
         return {}
-    keys = [weights_key(recipe(model, name).network) for name in components]
-    what = json.dumps([keys, settings], sort_keys=True)
-    folder = place / f"calibration-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
-    try:
-        recording = read_recording(folder / "recording")
-    except WanlabError:
-        recording = record_inputs(
-            model, nano_examples(2), folder / "recording", progress=progress, **settings
-        )
-    paths = {name: folder / f"{name}.json" for name in components}
-    return {
-        name: (path, calibrate(model, name, recording, layers="*", cache=path, progress=progress))
-        for name, path in paths.items()
-    }
+    kept = keep_inputs(
+        model, nano_examples(2), place, components=components, layers="*", progress=progress, **settings
+    )
+    return {name: (kept.files[name], found) for name, found in kept.ranges.items()}

@@ -94,7 +94,9 @@ def make_originals(
     batched = Batched(
         model, [each | {k: v for k, v in settings.items() if v is not None} for each in asked], batch=batch
     )
-    with tqdm(total=len(asked) * (1 + floor), desc="originals", unit="video", disable=not progress) as bar:
+    with tqdm(
+        total=len(asked) * (1 + floor), desc="originals", unit="video", leave=False, disable=not progress
+    ) as bar:
         made = batched.generate(model, bar=bar)
         floors, floor_effect = {}, None
         if floor:

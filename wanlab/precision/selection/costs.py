@@ -91,7 +91,9 @@ def layer_costs(
     keys = list(dict.fromkeys((row["shape"], row["rows"], row["dtype"], row["format"]) for row in rows))
     timed: dict[tuple, dict[str, Any]] = {}
     for key in (
-        tqdm(keys, desc="layer costs", unit="shape", disable=not (progress and measured)) if measured else ()
+        tqdm(keys, desc="layer costs", unit="shape", leave=False, disable=not (progress and measured))
+        if measured
+        else ()
     ):
         timed[key] = _time(key, {each.name: each for each in known}, model.device, iterations, compiled)
     for row in rows:

@@ -135,7 +135,9 @@ def verify_plan(
     applied = apply_plan(model, plan, calibrations)
     said = str(effect_check(model, applied)) if check else "not checked"
     name = applied.assignment.plan.name
-    with tqdm(total=len(originals.made), desc=f"verify {name}", unit="video", disable=not progress) as bar:
+    with tqdm(
+        total=len(originals.made), desc=f"verify {name}", unit="video", leave=False, disable=not progress
+    ) as bar:
         made = originals.batched.generate(applied.model, bar=bar)
     options = {"backbone": originals.backbone, "device": model.device, "progress": False}
     apart = divergence(
@@ -215,7 +217,7 @@ def measured_effect(
     batched = copy.copy(originals.batched)
     count = min(cases or len(originals.made), len(originals.made))
     batched.asked, batched._given = batched.asked[:count], batched._given and batched._given[:count]
-    with tqdm(total=count, desc="effect", unit="generation", disable=not progress) as bar:
+    with tqdm(total=count, desc="effect", unit="generation", leave=False, disable=not progress) as bar:
         made = batched.generate(applied.model, videos=False, bar=bar)
     return mean_effect(originals.made[:count], made)
 

@@ -143,6 +143,7 @@ def end_to_end_agreement(
         total=(1 + len(choices)) * len(examples) + 1,
         desc="end to end",
         unit="generation",
+        leave=False,
         disable=not progress,
     )
     with bar:

@@ -118,7 +118,11 @@ def sensitivity(
     reused = 0
     measure = direct_unit if method == "direct" else probe_unit
     with tqdm(
-        total=sum(len(unit.calls) for unit in mine), desc="sensitivity", unit="call", disable=not progress
+        total=sum(len(unit.calls) for unit in mine),
+        desc="sensitivity",
+        unit="call",
+        leave=False,
+        disable=not progress,
     ) as bar:
         for unit in mine:
             found = _finished(folder, settings, unit, setting)

@@ -88,14 +88,22 @@ def metrics(frame: Any, show: Sequence[str] | None = None) -> list[Column]:
     """
     names = [name for name in frame.columns if name.startswith("m.") and _numbers(frame[name]) >= 1]
     if show:
-        wanted = [next((n for n in names if n == w or n.endswith("." + w)), None) for w in show]
-        return [describe(name, names) for name in dict.fromkeys(filter(None, wanted))]
+        wanted = [_found(each, names) for each in show]
+        return [describe(name, list(frame.columns)) for name in dict.fromkeys(filter(None, wanted))]
     names = [n for n in names if not n.startswith(NOT_MEASURED) and not n.endswith(ASIDE)]
     summary = [n for n in names if n.startswith("m.summary.")]
     described = [describe(name, list(frame.columns)) for name in summary or names]
     known = [_rank(column) for column in described]
     order = sorted(range(len(described)), key=lambda i: (known[i], -_numbers(frame[described[i].name]), i))
     return [described[i] for i in order][:MAIN]
+
+
+def _found(wanted: str, names: Sequence[str]) -> str | None:
+    """The column that a short name means: that of the summary before any other that ends so."""
+    for name in (wanted, f"m.summary.{wanted}", f"m.{wanted}"):
+        if name in names:
+            return name
+    return next((name for name in names if name.endswith("." + wanted)), None)
 
 
 def axes(frame: Any, columns: Sequence[Column]) -> list[Column]:

@@ -1,6 +1,6 @@
 """Keep a sweep as a part of the project: records and clips, without executed notebooks and reports.
 
-    python benchmarks/keep_sweep.py outputs/wan-nano-precision
+python benchmarks/keep_sweep.py outputs/wan-nano-precision
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ("run.json", "status.json", "metrics.jsonl", "artifacts/video.mp4", "artifacts/original.mp4", "artifacts/truth.mp4")
+KEPT = (
+    "run.json",
+    "status.json",
+    "metrics.jsonl",
+    "artifacts/video.mp4",
+    "artifacts/original.mp4",
+    "artifacts/truth.mp4",
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path)
     sweep = parser.parse_args().sweep
     record = json.loads((sweep / "sweep.json").read_text())

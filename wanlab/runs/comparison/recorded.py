@@ -31,14 +31,16 @@ def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
 
 
 def built_records(folder: str | os.PathLike | None, sweep: Path):
-    """Receipts of engines that were only built, from a folder; None looks for `built/` beside the sweep's runs.
+    """Receipts of engines that were only built, from a folder; None looks for `built/` beside the sweep's runs, and for a sweep
+    that is part of the project in its recorded results.
 
     Raises:
         WanlabError: the folder that was given is not there.
     """
-    from wanlab.measure import read_platforms
+    from wanlab.measure import RESULTS, read_platforms
 
-    path = sweep / "built" if folder is None else Path(folder)
+    own = RESULTS if sweep.parent == SWEEPS else sweep / "built"
+    path = own if folder is None else Path(folder)
     if folder is not None and not path.is_dir():
         raise WanlabError(
             f"no folder of build receipts at {path}; 22_tensorrt leaves them beside its engines"

@@ -295,6 +295,22 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     assert slow.text.startswith("Keep engine=eager, plan=default: nothing within the limit is better")
 
 
+def test_noise_does_not_choose(tmp_path):
+    losses = {"a": 2.0, "b": 0.5, "c": 0.1}
+    rows = [{"ms": 100.0}] + [
+        {
+            "ms": ms,
+            "parameters": {"plan": name},
+            "summary": {"quality_loss_percent": losses[name], "quality_loss_high_percent": losses[name]},
+        }
+        for name, ms in (("a", 50.0), ("b", 50.5), ("c", 60.0))
+    ]
+    found = choose(compare(write_sweep(tmp_path, rows)))
+    assert found.row["plan"] == "b"  # as fast as a, and loses less; c loses least and is slower
+    assert len(found.alike) == 2
+    assert "of 2 that cannot be told apart it loses least" in found.text
+
+
 VALUES = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([math.nan, math.inf, -math.inf, -0.0]))
 
 

@@ -24,18 +24,21 @@ class Choice:
         label: its name; the baseline's where nothing better is within the limit.
         row: of the comparison's frame.
         within: labels that are within the limit, the baseline among them.
+        alike: of these, those that cannot be told apart from the best by the compared figure; the choice loses least of them.
         text: the answer in a sentence or two.
     """
 
     label: str
     row: pd.Series
     within: tuple[str, ...]
+    alike: tuple[str, ...]
     text: str
 
 
 def choose(found: Comparisons, limit_percent: float = 3.0) -> Choice:
     """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
 
+    Of those that cannot be told apart from the best, the one that loses least: noise does not choose.
     A configuration that had no effect, or whose loss is not known, is not chosen.
     """
     frame = found.frame.set_index("configuration")
@@ -52,9 +55,18 @@ def choose(found: Comparisons, limit_percent: float = 3.0) -> Choice:
         if frame.loc[label, "verdict"] not in (SAME, BASELINE, "slower", "worse", "")
     ]
     pick = min if better(found.by) == "min" else max
-    best = pick(ahead, key=lambda label: frame.loc[label, found.by]) if ahead else found.baseline.label
+    alike = []
+    if ahead:
+        first = found.row(pick(ahead, key=lambda label: frame.loc[label, found.by]))
+        alike = [
+            label
+            for label in ahead
+            if label == first.label or found.verdict(first, found.row(label)) in (SAME, "")
+        ]
+    best = min(alike, key=lambda label: _loss(found.row(label).results)) if alike else found.baseline.label
     row = frame.loc[best]
-    return Choice(best, row, tuple(within), _text(found, best, row, within, without, limit_percent))
+    text = _text(found, best, row, within, alike, without, limit_percent)
+    return Choice(best, row, tuple(within), tuple(alike), text)
 
 
 def _loss(values: dict[str, Any]) -> float | None:
@@ -62,8 +74,17 @@ def _loss(values: dict[str, Any]) -> float | None:
     return next((float(values[name]) for name in QUALITY if known(values.get(name))), None)
 
 
-def _text(found: Comparisons, best: str, row: Any, within: list[str], without: int, limit: float) -> str:
-    beside = [f"{len(within)} of {len(found.rows)} configurations within {limit:g} % of quality loss"]
+def _text(
+    found: Comparisons,
+    best: str,
+    row: Any,
+    within: list[str],
+    alike: list[str],
+    without: int,
+    limit: float,
+) -> str:
+    beside = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
+    beside += [f"{len(within)} of {len(found.rows)} configurations within {limit:g} % of quality loss"]
     beside += [f"{without} of unknown loss"] if without else []
     beside += [f"{found.refused['configuration'].nunique()} refused"] if len(found.refused) else []
     beside += [f"{len(found.failures)} not finished"] if len(found.failures) else []

@@ -54,6 +54,10 @@ class Comparisons:
         """The configuration of a label."""
         return next(row for row in self.rows if row.label == label)
 
+    def verdict(self, first: Configuration, second: Configuration) -> str:
+        """The second held against the first, as the others are against the baseline."""
+        return _held(first, second, self.by, self.threshold_percent, RESAMPLES, 0)[-1]
+
     def noise_percent(self, *rows: Configuration) -> float:
         """What an effect must exceed: the threshold, or the noise of the baseline and of these, where that is more."""
         known_noise = [row.noise_percent for row in (self.baseline, *rows) if row.noise_percent is not None]

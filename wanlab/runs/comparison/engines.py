@@ -19,6 +19,7 @@ NAMES = {
     "compiled": "PyTorch, compiled",
     "onnxruntime": "ONNX Runtime",
     "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
     "tvm": "TVM",
 }
 FIGURES = ("time_per_frame_ms", "time_per_video_ms", "peak_memory_gib", "load_ms", "weights_gib")

@@ -31,8 +31,9 @@ def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
 
 
 def built_records(folder: str | os.PathLike | None, sweep: Path):
-    """Receipts of engines that were only built, from a folder; None looks for `built/` beside the sweep's runs, and for a sweep
-    that is part of the project in its recorded results.
+    """Receipts of engines that were only built, from a folder.
+
+    None looks for `built/` beside the sweep's runs, and for a sweep of the project in its recorded results.
 
     Raises:
         WanlabError: the folder that was given is not there.

@@ -24,7 +24,7 @@ class Choice:
         label: its name; the baseline's where nothing better is within the limit.
         row: of the comparison's frame.
         within: labels that are within the limit, the baseline among them.
-        alike: of these, those that cannot be told apart from the best by the compared figure; the choice loses least of them.
+        alike: of these, those that cannot be told apart from the fastest; the choice loses least of them.
         text: the answer in a sentence or two.
     """
 

@@ -16,6 +16,7 @@ from wanlab.runs.pages import columns as wanted
 from wanlab.runs.pages.board import Board, Entry, gather, href, verdict
 from wanlab.runs.pages.embedded import Shelf
 
+QUALITY = "m.summary.quality_loss_percent"
 PLAYING = 12  # clips that play at once
 SCRIPTS = ("state", "filters", "table", "clips", "frontier", "lines", "start")
 
@@ -166,9 +167,11 @@ def _lead(
     best: list[int],
     ratios: dict[str, Any],
 ) -> str | None:
-    """What the frontier says in words."""
+    """Which configuration to use, where that can be said, and what the frontier says in words."""
     if not start or not best:
         return None
+    if answer := _answer(board):
+        return answer
     by = {column.name: column for column in axes}
     x, y = by[start[0]], by[start[1]]
     values = [wanted.number(value) for value in board.frame[x.name]]
@@ -181,6 +184,18 @@ def _lead(
         f"{values[first]:,.4g} {x.unit}".rstrip()
         + f"{gain}."
     )
+
+
+def _answer(board: Board) -> str | None:
+    """The answer of `60_sweep`, over all samples and repeats; None where no baseline or no quality loss was recorded."""
+    from wanlab.runs.comparison import choose, compare
+
+    if not board.sweep.get("baseline") or QUALITY not in board.frame.columns:
+        return None
+    try:
+        return choose(compare(board.root)).text
+    except WanlabError:  # a baseline that did not finish, or that fits several: the page says what it can
+        return None
 
 
 def _state(board: Board, states: list[str]) -> tuple[str, str]:

@@ -94,9 +94,14 @@ def test_compiled_blocks_only_round_differently(model, asked, originals):
     assert found.notes["compiled"] == "blocks of the experts by torch.compile"
 
 
-def test_without_a_compiler_that_floor_is_refused_before_anything_is_generated(model, asked, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(WanlabError, match="needs a C\\+\\+ compiler on a CPU"):
+def test_without_a_compiler_that_floor_is_refused_before_anything_is_generated(model, asked):
+    import torch._inductor.config as inductor
+
+    # Its own way to change it for a while: monkeypatch would delete the setting at the end.
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(WanlabError, match="needs a C\\+\\+ compiler on a CPU"),
+    ):
         evaluate.floors(model, asked, kinds=["compiled"], progress=False)
 
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
+
+# Commands with a module of their own (`add_arguments`, `main`), which is imported only for its command.
+ELSEWHERE = {
+    "sweep": ("wanlab.runs.sweeps.cli", "run a grid of configurations, and write one page about them"),
+    "compare": ("wanlab.runs.comparison.cli", "hold runs against a baseline and its noise"),
+    "evaluate": ("wanlab.evaluate.cli", "score an optimised video against the original"),
+    "bench": ("wanlab.convert.bench_cli", "time any engine as trtexec does"),
+    "plan": ("wanlab.precision.plans.cli", "say what a precision plan comes to on a model, and why"),
+    "nano-eval": ("wanlab.nano.examine", "examine wan-nano on photographs it never saw"),
+    "export": ("wanlab.runs.exporters.cli", "give runs to other tools: CSV, Parquet, MLflow"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,54 +82,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     params.set_defaults(run=_params)
     params.add_argument("notebook", type=Path)
 
-    evaluate = commands.add_parser("evaluate", help="score an optimised video against the original")
-    if "evaluate" in arguments[:1]:
-        from wanlab.evaluate import cli as evaluate_cli
-
-        evaluate_cli.add_arguments(evaluate)
-        evaluate.set_defaults(run=evaluate_cli.main)
-
-    bench = commands.add_parser("bench", help="time any engine as trtexec does")
-    if "bench" in arguments[:1]:
-        from wanlab.convert import bench_cli
-
-        bench_cli.add_arguments(bench)
-        bench.set_defaults(run=bench_cli.main)
-
-    sweep = commands.add_parser("sweep", help="run a grid of configurations, and write one page about them")
-    if "sweep" in arguments[:1]:
-        from wanlab.runs.sweeps import cli as sweep_cli
-
-        sweep_cli.add_arguments(sweep)
-        sweep.set_defaults(run=sweep_cli.main)
-
-    compare = commands.add_parser("compare", help="hold runs against a baseline and its noise")
-    if "compare" in arguments[:1]:
-        from wanlab.runs.comparison import cli as compare_cli
-
-        compare_cli.add_arguments(compare)
-        compare.set_defaults(run=compare_cli.main)
-
-    plan = commands.add_parser("plan", help="say what a precision plan comes to on a model, and why")
-    if "plan" in arguments[:1]:
-        from wanlab.precision.plans import cli as plan_cli
-
-        plan_cli.add_arguments(plan)
-        plan.set_defaults(run=plan_cli.main)
-
-    nano_eval = commands.add_parser("nano-eval", help="examine wan-nano on photographs it never saw")
-    if "nano-eval" in arguments[:1]:
-        from wanlab.nano import examine
-
-        examine.add_arguments(nano_eval)
-        nano_eval.set_defaults(run=examine.main)
-
-    export = commands.add_parser("export", help="give runs to other tools: CSV, Parquet, MLflow")
-    if "export" in arguments[:1]:
-        from wanlab.runs.exporters import cli as export_cli
-
-        export_cli.add_arguments(export)
-        export.set_defaults(run=export_cli.main)
+    for name, (module, said) in ELSEWHERE.items():
+        command = commands.add_parser(name, help=said)
+        if name in arguments[:1]:
+            own = importlib.import_module(module)
+            own.add_arguments(command)
+            command.set_defaults(run=own.main)
 
     doctor = commands.add_parser("doctor", help="say what this machine can do, and what would add the rest")
     doctor.set_defaults(run=_doctor)

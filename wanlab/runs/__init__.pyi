@@ -12,5 +12,6 @@ from .run import start as start
 from .store import load_runs as load_runs
 from .sweeps.driver import SweepOutcome as SweepOutcome
 from .sweeps.driver import sweep as sweep
+from .sweeps.expand import expand as expand
 from .sweeps.grid import load_grid as load_grid
 from .sweeps.slots import LocalSlots as LocalSlots

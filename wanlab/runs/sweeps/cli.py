@@ -11,7 +11,7 @@ from wanlab.runs.files import why
 from wanlab.runs.sweeps.driver import SweepOutcome, is_done, sweep
 from wanlab.runs.sweeps.executor import Executor
 from wanlab.runs.sweeps.expand import expand
-from wanlab.runs.sweeps.grid import GridFile, load_grid
+from wanlab.runs.sweeps.grid import load_grid
 from wanlab.runs.sweeps.task import Task
 
 
@@ -34,12 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     file = load_grid(options.grid)
+    tasks = expand(file, output=options.output, force=options.force)
     if options.dry_run:
-        print(table(expand(file, output=options.output), force=options.force))
+        print(table(tasks, force=options.force))
         return 0
-    executor = make_executor(file, options)
+    executor = make_executor(tasks, options)
     try:
-        outcome = sweep(file, executor, output=options.output, force=options.force)
+        outcome = sweep(file, tasks, executor)
     except OSError as error:  # a full disk
         raise WanlabError(
             f"the sweep was stopped: {why(error)}; what has finished is kept, and the next start goes on"
@@ -51,8 +52,7 @@ def main(options: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def make_executor(file: GridFile, options: argparse.Namespace) -> Executor:
-    tasks = expand(file, output=options.output)  # a mistake is told before anything is started
+def make_executor(tasks: list[Task], options: argparse.Namespace) -> Executor:
     if options.ray is not None:
         from wanlab.runs.sweeps.ray_slots import RaySlots
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -18,7 +17,6 @@ from wanlab.runs.files import write_json
 from wanlab.runs.folder import FINAL
 from wanlab.runs.reap import reap
 from wanlab.runs.sweeps.executor import End, Executor
-from wanlab.runs.sweeps.expand import expand
 from wanlab.runs.sweeps.grid import GridFile
 from wanlab.runs.sweeps.record import FILE, SweepRecord, refuse_second_driver
 from wanlab.runs.sweeps.task import Task
@@ -46,29 +44,24 @@ class SweepOutcome:
         return {"finished": 0, "incomplete": 1, "aborted": 130}[self.state]
 
 
-def sweep(
-    file: GridFile,
-    executor: Executor,
-    *,
-    output: str | os.PathLike | None = None,
-    force: bool = False,
-    progress: bool = True,
-) -> SweepOutcome:
+def sweep(file: GridFile, tasks: list[Task], executor: Executor, *, progress: bool = True) -> SweepOutcome:
     """Run what is missing of a grid, and write its page.
 
     Runs that finished before with the same notebook, parameters, files, weights and package are not run again. Those that
     share the machine come first, then those that need it alone. Ctrl-C or SIGTERM ends everything that was started; the
     next sweep takes it up. What a killed sweep left behind is cleaned up first, by what its own records name.
 
+    Args:
+        tasks: of the grid, from `expand`.
+
     Raises:
-        WanlabError: as `expand`; or another process runs this sweep.
+        WanlabError: another process runs this sweep.
     """
-    tasks = expand(file, output=output, force=force)
     folder = tasks[0].folder.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     refuse_second_driver(folder / FILE)
     reap(folder)
-    done = {task.run_id for task in tasks if not force and is_done(task)}
+    done = {task.run_id for task in tasks if not task.force and is_done(task)}
     states = {task.run_id: "finished" if task.run_id in done else "pending" for task in tasks}
     about = {"kind": executor.kind, "slots": executor.slots}
     record = SweepRecord(folder / FILE, file, tasks, about, states, frozenset(done))

@@ -12,7 +12,7 @@ from typing import Any
 
 from wanlab.errors import WanlabError, require
 from wanlab.runs.sweeps.executor import End, start_cold
-from wanlab.runs.sweeps.slots import THREADS, available_cores, visible_gpus
+from wanlab.runs.sweeps.slots import THREADS, available_cores, default_slots, visible_gpus
 from wanlab.runs.sweeps.task import Task
 
 MACHINE = "wanlab_machine"  # ray start --resources='{"wanlab_machine": 1}'
@@ -42,7 +42,7 @@ class RaySlots:
         self.embedded = address is None
         try:
             if self.embedded:
-                slots = slots or len(gpus) or (cores if cores <= 4 else cores // 2)
+                slots = slots or default_slots(gpus)
                 resources = {MACHINE: 1.0}
                 ray.init(
                     num_cpus=slots, num_gpus=len(gpus), resources=resources, include_dashboard=False, **quiet

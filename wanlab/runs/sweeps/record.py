@@ -18,7 +18,6 @@ from wanlab.runs.sweeps.task import Task
 
 FILE = "sweep.json"
 HEARTBEAT_S = 5.0
-STATES = ("running", "finished", "incomplete", "aborted")
 
 
 @dataclass

@@ -50,7 +50,7 @@ class LocalSlots:
     def __init__(self, slots: int | None = None, *, preload: Iterable[str] = (), warm: bool | None = None):
         self.gpus = visible_gpus()
         cores = available_cores()
-        self.slots = slots or len(self.gpus) or (cores if cores <= 4 else cores // 2)
+        self.slots = slots or default_slots(self.gpus)
         self.warm = sys.platform == "linux" and (not self.gpus if warm is None else warm)
         self.preload = list(preload)
         self.threads = max(1, cores // self.slots)
@@ -113,6 +113,12 @@ class LocalSlots:
         if self._warm_start is None:
             self._warm_start = WarmStart(self.preload, dict.fromkeys(THREADS, str(self.threads)))
         return self._warm_start.start(task)
+
+
+def default_slots(gpus: list[str]) -> int:
+    """One for each GPU; without one the cores up to 4, and half of them above."""
+    cores = available_cores()
+    return len(gpus) or (cores if cores <= 4 else cores // 2)
 
 
 def visible_gpus() -> list[str]:

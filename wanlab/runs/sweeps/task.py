@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Task:
     output_limit_mib: float = 256.0
     cpus: float = 1.0
     gpus: float | None = None
-    force: bool = field(default=False)
+    force: bool = False
 
     @property
     def folder(self) -> RunFolder:

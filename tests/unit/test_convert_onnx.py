@@ -475,3 +475,71 @@ def test_sizes_that_the_network_ties_down_are_named(tmp_path, monkeypatch):
     assert len(report.notes) == 1
     assert "latent_height" in report.notes[0]
     assert report.dynamic_axes["hidden_states"][3] == "latent_height"  # still free, as tracing found a form
+
+
+def test_bfloat16_graphs_have_no_operator_without_a_kernel(tmp_path):
+    import onnx
+
+    from wanlab.convert.onnx.widen import WITHOUT_BFLOAT16
+
+    model, narrow = tiny.bare(tiny.pipeline()), onnx.TensorProto.BFLOAT16
+    for component, output in (
+        ("vae_encoder", "moments"),
+        ("vae_decoder", "video"),
+        ("expert_high", "velocity"),
+    ):
+        report = convert.export(
+            model,
+            component,
+            tmp_path / f"{component}.onnx",
+            dtype="bfloat16",
+            dynamic=False,
+            height=32,
+            width=32,
+            frames=5,
+        )
+        graph = onnx.shape_inference.infer_shapes(onnx.load(report.path)).graph
+        values = (*graph.value_info, *graph.input, *graph.output)
+        kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+        found = [node.name for node in graph.node if node.op_type in WITHOUT_BFLOAT16]
+        assert not [
+            node.name
+            for node in graph.node
+            if node.op_type in WITHOUT_BFLOAT16 and narrow in {kinds.get(value) for value in node.output}
+        ]
+        assert [value.name for value in graph.output] == [output]
+        assert kinds[output] == narrow
+        if component == "vae_encoder":
+            assert any("avg_shortcut/node_pad" in name for name in found)  # it has one to widen
+
+
+def test_widening_changes_no_value_that_is_only_moved():
+    import ml_dtypes
+    import onnx
+    import onnx.parser
+    import onnx_ir
+    from onnx.reference import ReferenceEvaluator
+
+    from wanlab.convert.onnx.widen import widen_bfloat16
+
+    text = """
+    <ir_version: 9, opset_import: ["" : 20]>
+    moved (bfloat16[1, 3] x) => (bfloat16[1, 5] padded, bfloat16[1, 5] doubled)
+    <int64[4] pads = {0, 2, 0, 0}> {
+        padded = Pad (x, pads)
+        doubled = Add (padded, padded)
+    }
+    """
+    before = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    model = onnx_ir.from_proto(before)
+    assert widen_bfloat16(model) == 1
+    after = onnx_ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    assert [node.op_type for node in after.graph.node] == ["Cast", "Pad", "Cast", "Add"]
+    x = np.array([[1.1, -2.3, 3e30]], ml_dtypes.bfloat16)
+    wanted = ReferenceEvaluator(before).run(None, {"x": x})
+    made = ReferenceEvaluator(after).run(None, {"x": x})
+    for one, other in zip(wanted, made, strict=True):
+        assert one.shape == (1, 5)
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    assert widen_bfloat16(model) == 0

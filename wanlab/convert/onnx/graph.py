@@ -14,6 +14,7 @@ from wanlab.convert.onnx.order import order_modulation
 from wanlab.convert.onnx.trace import quiet
 from wanlab.convert.onnx.weights import fill, lift, restore
 from wanlab.convert.onnx.weights_file import WeightsFile
+from wanlab.convert.onnx.widen import widen_bfloat16
 from wanlab.errors import WanlabError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def finish(
         onnxscript.optimizer.optimize(model, num_iterations=1 if simplify else 2)
     names.name_nodes(model)
     names.name_axes(model, axis_names)
+    widen_bfloat16(model)  # before a simplifier may drop the types of values
     if simplify:
         model = _simplified(model)
         names.name_fused(model, large)

@@ -41,7 +41,7 @@ def decode_chunk(vae, latents: torch.Tensor, past: Caches | None) -> tuple[torch
         video = vae.decoder(vae.post_quant_conv(latents), first_chunk=past is None)
     if vae.config.patch_size is not None:
         video = unpatchify(video, patch_size=vae.config.patch_size)
-    return _clamp(video), present
+    return video.clamp(-1.0, 1.0), present
 
 
 def encode_chunk(vae, video: torch.Tensor, past: Caches | None) -> tuple[torch.Tensor, dict]:
@@ -91,7 +91,7 @@ def exportable(vae):
 
     As `vae_sequence.exportable_operators`, for the chunks of this module.
     """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D, WanUpsample
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D
 
     from wanlab.convert.onnx.vae_sequence import exportable_operators
 
@@ -99,31 +99,13 @@ def exportable(vae):
         for module in vae.modules():
             if type(module) is AvgDown3D:
                 module.forward = types.MethodType(_average_down, module)
-            elif type(module) in (DupUp3D, WanUpsample):
-                module.forward = _widened(module.forward)
         yield vae
-
-
-def _widened(forward: Callable) -> Callable:
-    """Bfloat16 in float32, which changes no value here: ONNX Runtime has no Resize, Pad or Clip in bfloat16."""
-    import torch
-
-    def call(x: torch.Tensor, *rest, **named) -> torch.Tensor:
-        if x.dtype != torch.bfloat16:
-            return forward(x, *rest, **named)
-        return forward(x.float(), *rest, **named).to(x.dtype)
-
-    return call
-
-
-def _clamp(video: torch.Tensor) -> torch.Tensor:
-    return _widened(lambda x: x.clamp(-1.0, 1.0))(video)
 
 
 def _after_zeros(x: torch.Tensor, frames: int) -> torch.Tensor:
     import torch.nn.functional as F
 
-    return _widened(lambda x: F.pad(x, (0, 0, 0, 0, frames, 0)))(x)
+    return F.pad(x, (0, 0, 0, 0, frames, 0))
 
 
 def _average_down(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from wanlab import convert  # noqa: E402
+from wanlab.convert.ort import session  # noqa: E402
 from wanlab.convert.ort.nodes import assigned_nodes, fallen_back, floating_nodes  # noqa: E402
 from wanlab.errors import WanlabError  # noqa: E402
 
@@ -108,6 +109,48 @@ def test_its_own_profile_names_the_nodes_and_leaves_the_session_alone(engine, tm
     assert len({event["name"] for event in kernels}) > 40
     assert any(event["name"].startswith("blocks.0.attn1") for event in kernels)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["deep"]
+
+
+def test_an_operator_without_a_kernel_is_named(tmp_path):
+    import onnx
+    import onnx.parser
+
+    text = """
+    <ir_version: 9, opset_import: ["" : 20]>
+    rounded (bfloat16[1, 3] x) => (bfloat16[1, 5] y)
+    <int64[4] pads = {0, 2, 0, 0}> { y = Pad (x, pads) }
+    """
+    made = onnx.parser.parse_model(text)
+    made.graph.node[0].name = "blocks.0/pad"
+    onnx.save(made, tmp_path / "a.onnx")
+    with pytest.raises(WanlabError, match=r"no kernel for Pad \(blocks\.0/pad\).*float16 or float32"):
+        convert.OrtEngine(tmp_path / "a.onnx", provider="cpu")
+
+
+def test_no_kernel_is_said_alike_by_every_provider():
+    said = (
+        "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: transformer_memcpy.cc:253"
+        " !node_provider_type.empty() was false. Provider type for DequantizeLinear node with name"
+        " 'blocks.0.attn1.to_q/weight_dequantize' is not set."
+    )
+    why = session.why(RuntimeError(said))
+    assert why.startswith("it has no kernel for DequantizeLinear (blocks.0.attn1.to_q/weight_dequantize)")
+    assert session.why(RuntimeError("something else\nat length")) == "something else"
+
+
+@pytest.mark.parametrize(
+    ("formats", "on_cpu", "on_cuda"),
+    [
+        ("", True, True),
+        ('{"int8": 60, "int8-weight": 7}', True, False),  # nothing there takes rounded inputs
+        ('{"int8-weight": 67}', True, True),
+        ('{"int4-weight": 60, "bf16": 7}', True, True),
+        ('{"int8": 3, "fp8-channel": 64}', False, False),
+    ],
+)
+def test_codes_are_fused_where_something_takes_them(formats, on_cpu, on_cuda):
+    assert session.fuses_codes(formats, "cpu") is on_cpu
+    assert session.fuses_codes(formats, "cuda") is on_cuda
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def open_session(
     Args:
         stream: `CUstream` that all of its work goes to.
         profile_prefix: where its profile goes when `end_profiling` is called; none when empty.
-        formats: that the graph is quantised in, as its metadata says.
+        formats: that the graph is quantised in, as its metadata says: JSON, format -> layers.
 
     Raises:
         WanlabError: an option that does not exist, or a graph that cannot be loaded.
@@ -83,7 +85,7 @@ def open_session(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # Layers whose weights alone are quantised would otherwise get rounded inputs too.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if "fp8" in formats:  # fusions of Q/DQ make operators that take integers only
+    if not fuses_codes(formats, provider):
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3  # errors only; they come as exceptions as well
     if profile_prefix:
@@ -98,6 +100,7 @@ def open_session(
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",
             "enable_cuda_graph": str(int(cuda_graph)),
+            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),  # as PyTorch beside it
         }
         if stream:
             settings["user_compute_stream"] = str(stream)
@@ -105,13 +108,36 @@ def open_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime has one exception class per failure, without a common base
-        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {first_line(error)}") from error
+        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {why(error)}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise WanlabError(
             f"{PROVIDERS[provider]} did not load for {path.name} (it runs on"
             f" {', '.join(session.get_providers())}); check the CUDA and cuDNN versions or use provider='cpu'"
         )
     return session
+
+
+def fuses_codes(formats: str, provider: str) -> bool:
+    """Whether ONNX Runtime may replace Q/DQ around an operator by one that takes codes.
+
+    Those take integers only. On CUDA there is none that rounds inputs: what is left of the rewriting is biases in int32,
+    which only the CPU can decode. Weights alone in codes have theirs on both.
+    """
+    given = json.loads(formats or "{}")
+    return not any("fp8" in name for name in given) and not (provider == "cuda" and "int8" in given)
+
+
+def why(error: Exception) -> str:
+    """What ONNX Runtime says, in its words, or which operator it has no kernel for."""
+    text = first_line(error)
+    unset = re.search(r"Provider type for (\w+) node with name '([^']*)' is not set", text)
+    absent = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    if found := unset or absent:
+        return (
+            f"it has no kernel for {found[1]} ({found[2]}) in the type that the graph computes in;"
+            " export in float16 or float32"
+        )
+    return text
 
 
 def first_line(error: Exception) -> str:

@@ -146,6 +146,57 @@ def _by_kind(listed: list[dict]) -> dict[str, float]:
     return times
 
 
+REFUSED = {
+    r"fell back to the CPU": "a node falls back to the CPU",
+    r"graph capture feature": "not every node is on the GPU",
+    r"Provider type for (\w+) node": "no kernel for {} in bfloat16",
+}
+"""What ONNX Runtime's refusals come to."""
+CODES = r"qqtst|s8|i8|e4m3|int8_gemm"
+"""In the name of a kernel that multiplies codes."""
+
+
+def expert_engines() -> str:
+    """wan-nano's expert on every engine, and by graphs in 8 and 4 bits."""
+    cells: dict[str, dict[str, str]] = {}
+    off: dict[str, str] = {}
+    places, notes, on_codes = [], [], []
+    for name in ("expert_engines_h200", "expert_engines_cpu"):
+        record = read(name)
+        gpu = record["environment"].get("gpu")
+        notes.append(machine(record["environment"]))
+        for row in record["engines"]:
+            place = f"{gpu['name'] if gpu else 'CPU'}, {row['dtype']}"
+            if place not in places:
+                places.append(place)
+                noise = next(r["noise_percent"] for r in record["engines"] if r["dtype"] == row["dtype"])
+                notes.append(f"A/A noise {noise:.0f} % ({row['dtype']})")
+            line = cells.setdefault(row["engine"], {})
+            if "failed" in row:
+                line[place] = "refused: " + next(
+                    said.format(*found.groups())
+                    for pattern, said in REFUSED.items()
+                    if (found := re.search(pattern, row["failed"]))
+                )
+                continue
+            off.setdefault(row["engine"], f"{row['relative_l2']:.1g}" if row["relative_l2"] else "")
+            ratio = f", {row['speedup']:.2f}x" if "speedup" in row else ""
+            ratio += f" ({row['verdict']})" if row.get("verdict", "faster") not in ("faster", "slower") else ""
+            line[place] = f"{row['time_ms']:.2f} ms{ratio}"
+            if any(re.search(CODES, kernel["name"]) for kernel in row["kernels"]):
+                on_codes.append(row["engine"])
+    rows = [
+        [engine, *(line.get(place, "") for place in places), off.get(engine, "")]
+        for engine, line in cells.items()
+    ]
+    header = ["wan-nano expert_high", *places, "relative L2, float32"]
+    products = f"products of codes in {', '.join(on_codes)}" if on_codes else "no product of codes among its longest kernels"
+    return markdown(header, rows) + (
+        f"\n\nOne clip, inputs and outputs on the device; ratios against eager. On the H200, {products}."
+        f" {'; '.join(notes)}. The other GPU of its host was at work, on which eager launches depend."
+    )
+
+
 def bench() -> str:
     """`wanlab bench` of the DiT on ONNX Runtime, over PyCUDA memory."""
     record = read("bench_5b_h200")
@@ -224,6 +275,7 @@ TABLES = {
     "onnx_forms": onnx_forms,
     "engines": engines,
     "kernels": kernels,
+    "expert_engines": expert_engines,
     "bench": bench,
     "tensorrt": tensorrt,
     "tvm": tvm,

@@ -58,7 +58,7 @@ def main() -> int:
             write_json(found, {"selection": selection})
         words = [f"--{key}={value}" for key, value in job.items()]
         words += [f"--device={arguments.device}", f"--output={output}", "--resume"]
-        words += ["--iterations", "1" if name == "a14b" else "2", "--variants", *BESIDE]
+        words += ["--iterations=2", "--variants", *BESIDE]
         plans = [str(recipes / f"{plan}.yaml") for plan in selection["plans"]]
         codes.append(precision_speed.main([*words, "--plan", *plans]))
         write_json(output, json.loads(output.read_text()) | {"selection": selection})

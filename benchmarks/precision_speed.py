@@ -52,6 +52,7 @@ def main(words: list[str] | None = None) -> int:
     inputs = plan.inputs_for(shape(arguments), torch.Generator().manual_seed(arguments.seed))
     seen, reference = observe(plan.network, lambda: plan.reference(*inputs))
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "resume")}
+    settings["plan"] = [Path(file).name for file in arguments.plan]
     record = earlier(arguments, settings) or {
         "settings": settings,
         "load_ms": (time.perf_counter() - begin) * 1e3,
@@ -303,15 +304,17 @@ def measured(arguments, run, reference) -> dict:
 
 
 def pace(arguments) -> float:
-    """Median time of one large product, always the same."""
+    """Median time of one large product, always the same, once the clocks, which what ran before has set, settle on it."""
     import torch
 
     from wanlab import measure
 
-    side = 8192 if arguments.device.startswith("cuda") else 256
-    one = torch.ones(side, side, device=arguments.device, dtype=torch.bfloat16)
+    on_gpu = arguments.device.startswith("cuda")
+    side, warmup = (8192, 200) if on_gpu else (256, 2)
+    generator = torch.Generator(arguments.device).manual_seed(0)
+    one = torch.randn(side, side, device=arguments.device, dtype=torch.bfloat16, generator=generator)
     return measure.time_ms(
-        lambda: one @ one, warmup=2, iterations=15, device=arguments.device, progress=False
+        lambda: one @ one, warmup=warmup, iterations=50, device=arguments.device, progress=False
     ).median
 
 

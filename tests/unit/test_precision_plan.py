@@ -148,10 +148,12 @@ def test_recipes_are_plans_of_wan_nano(nano, path):
     assert len(precision.assign(plan, nano).frame)
 
 
-def test_the_recipe_that_was_timed_is_the_one_that_is_kept():
-    timed = json.loads((ROOT / "data" / "results" / "precision_a14b_plan_h200.json").read_text())["variants"]
-    plan = precision.load_plan(ROOT / "recipes" / "a14b-time-projection.yaml")
-    assert plan.hash == timed["a14b-time-projection:compiled"]["plan_hash"]
+@pytest.mark.parametrize("model", ["ti2v", "a14b"])
+@pytest.mark.parametrize("label", ["fastest", "half-effect"])
+def test_the_recipe_that_was_timed_is_the_one_that_is_kept(model, label):
+    record = json.loads((ROOT / "data" / "results" / f"precision_selected_{model}.json").read_text())
+    plan = precision.load_plan(ROOT / "recipes" / f"{model}-{label}.yaml")
+    assert plan.hash == record["variants"][f"{plan.name}:compiled"]["plan_hash"]
 
 
 def test_numbers_and_single_patterns_need_no_quotes():

@@ -61,8 +61,8 @@ def precision_speed() -> str:
     return markdown(header, rows) + (
         f"\n\n{sizes}; random weights, batch 1; {machine(read('precision_a14b_h200')['environment'])}. Bound: the linear"
         " layers at the measured rate of their 8-bit products, all else as in compiled bf16. Peak memory: weights of the"
-        " expert and what one forward adds. Relative L2 to eager bf16. Selected plans are held against compiled bf16 timed with"
-        f" them ({' and '.join(again)}; both GPUs of one host were at work)."
+        " expert and what one forward adds. Relative L2 to eager bf16. Selected plans are held against compiled bf16"
+        f" timed with them ({' and '.join(again)}; both GPUs of one host were at work)."
     )
 
 

@@ -181,7 +181,9 @@ def expert_engines() -> str:
                 continue
             off.setdefault(row["engine"], f"{row['relative_l2']:.1g}" if row["relative_l2"] else "")
             ratio = f", {row['speedup']:.2f}x" if "speedup" in row else ""
-            ratio += f" ({row['verdict']})" if row.get("verdict", "faster") not in ("faster", "slower") else ""
+            ratio += (
+                f" ({row['verdict']})" if row.get("verdict", "faster") not in ("faster", "slower") else ""
+            )
             line[place] = f"{row['time_ms']:.2f} ms{ratio}"
             if any(re.search(CODES, kernel["name"]) for kernel in row["kernels"]):
                 on_codes.append(row["engine"])
@@ -190,7 +192,11 @@ def expert_engines() -> str:
         for engine, line in cells.items()
     ]
     header = ["wan-nano expert_high", *places, "relative L2, float32"]
-    products = f"products of codes in {', '.join(on_codes)}" if on_codes else "no product of codes among its longest kernels"
+    products = (
+        f"products of codes in {', '.join(on_codes)}"
+        if on_codes
+        else "no product of codes among its longest kernels"
+    )
     return markdown(header, rows) + (
         f"\n\nOne clip, inputs and outputs on the device; ratios against eager. On the H200, {products}."
         f" {'; '.join(notes)}. The other GPU of its host was at work, on which eager launches depend."

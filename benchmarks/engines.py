@@ -17,8 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from profiled import longest, profiled
+
 ENGINES = ("eager", "compiled", "onnxruntime")
 LIMIT_S = 600  # of one engine in its process
+KERNELS_KEPT = 60
 
 
 def main() -> int:
@@ -188,24 +191,8 @@ def measured(arguments, run, load_ms: float, name: str) -> dict:
         "load_ms": load_ms,
         "first_call_ms": first_ms,
         "peak_gib": memory.peak_gib,
-        "kernels": kernels(run) if arguments.device.startswith("cuda") else [],
+        "kernels": longest(profiled(run), KERNELS_KEPT) if arguments.device.startswith("cuda") else [],
     }
-
-
-def kernels(run) -> list[dict]:
-    """The kernels of one call by name, longest first: those of any library in this process."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        import torch
-
-        torch.cuda.synchronize()
-    rows = [
-        {"name": event.key[:160], "calls": event.count, "time_ms": event.self_device_time_total / 1e3}
-        for event in profiler.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row["time_ms"])[:60]
 
 
 WORKERS = {

@@ -14,6 +14,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from profiled import longest, profiled
+
 OPSET = 23
 """The first with attention and RMS norm as operators."""
 KERNELS_KEPT = 12
@@ -50,6 +52,7 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
 
     from wanlab import measure
     from wanlab.convert.clip import default_shape
+    from wanlab.convert.compare import differences
     from wanlab.convert.components import recipe
     from wanlab.errors import WanlabError
 
@@ -70,7 +73,7 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
             call = engine.bind(feeds, {plan.output: output}, **graph)
             call()
             measure.timing.synchronise(arguments.device)
-            off = ((output.double() - expected.double()).norm() / expected.double().norm()).item()
+            off = differences(expected, output)["relative_l2"]
         except WanlabError as error:
             rows[name] = {"dtype": dtype, "engine": name, "failed": str(error)}
             continue
@@ -91,7 +94,8 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
             "samples": mine.to_dict(),
         }
         rows[name] |= {key: gain[key] for key in ("speedup", "low", "high", "verdict") if key in gain}
-        rows[name]["kernels"] = kernels(calls[name]) if arguments.device.startswith("cuda") else []
+        on_gpu = arguments.device.startswith("cuda")
+        rows[name]["kernels"] = longest(profiled(calls[name]), KERNELS_KEPT) if on_gpu else []
     return list(rows.values())
 
 
@@ -148,21 +152,6 @@ def builders(arguments, model, folder: Path) -> dict:
         if on_gpu:
             made[f"onnxruntime, {plan}, CUDA graph"] = planned(plan, cuda_graph=True)
     return made
-
-
-def kernels(call) -> list[dict]:
-    """The kernels of one call by name, longest first."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    rows = [
-        {"name": event.key[:120], "calls": event.count, "time_ms": event.self_device_time_total / 1e3}
-        for event in profiler.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row["time_ms"])[:KERNELS_KEPT]
 
 
 def parse() -> argparse.Namespace:

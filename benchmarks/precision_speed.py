@@ -23,6 +23,8 @@ import json
 import time
 from pathlib import Path
 
+from profiled import longest, profiled
+
 VARIANTS = (
     "as-loaded:eager",
     "as-loaded:compiled",
@@ -319,25 +321,15 @@ def pace(arguments) -> float:
 
 
 def kernels(run, on_gpu: bool) -> list[dict]:
-    """Kernels of one forward (operators on the CPU) by name, longest first, with their share of the time of all."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
+    """Kernels of one forward (operators on the CPU) by name and kind, longest first, with their share of the time of all."""
     from wanlab.diagnose import operators
 
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-    rows = []
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kind = operators.kind(event.key)
-        rows.append({"name": event.key[:160], "kind": kind, "calls": event.count, "time_ms": spent / 1e3})
+    rows = profiled(run, on_gpu=on_gpu)
     total = sum(row["time_ms"] for row in rows) or 1.0
     for row in rows:
+        row["kind"] = operators.kind(row["name"])
         row["share_percent"] = 100 * row["time_ms"] / total
-    return sorted(rows, key=lambda row: -row["time_ms"])[:KERNELS_KEPT]
+    return longest(rows, KERNELS_KEPT)
 
 
 def held_against(record: dict) -> None:

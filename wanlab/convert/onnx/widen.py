@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 WITHOUT_BFLOAT16 = ("Clip", "Cos", "Pad", "Reciprocal", "Resize", "Sin")
-"""Of those that Wan's networks become: ONNX Runtime has them on no device (its OperatorKernels.md). The first three that
-only move values give the same ones; the others are rounded once, after computing."""
+"""Of those that Wan's networks become: ONNX Runtime has them on no device (its OperatorKernels.md). Clip, Pad and Resize to
+the nearest only move or choose values, so they give the same ones; the others are rounded once, after computing."""
 
 
 def widen_bfloat16(model: onnx_ir.Model) -> int:

@@ -194,7 +194,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from wanlab.runs.files import default_outputs
+    from wanlab.paths import default_outputs
     from wanlab.runs.store import load_runs
 
     path = options.path or default_outputs()

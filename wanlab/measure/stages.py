@@ -13,7 +13,7 @@ from wanlab.errors import WanlabError
 from wanlab.measure.entry_points import entry_points, standing_in
 from wanlab.measure.memory import peak_memory
 from wanlab.measure.standin import StandIn
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 
 if TYPE_CHECKING:
     import pandas as pd

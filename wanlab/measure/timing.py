@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from wanlab.errors import WanlabError
+from wanlab.models.device import synchronise
 from wanlab.measure.samples import AAControl, Samples, ratio_of_medians
 
 
@@ -180,22 +181,3 @@ class _Clock:
         fn()
         synchronise(self.device)
         return (time.perf_counter_ns() - begin) / 1e6
-
-
-def synchronise(device=None) -> None:
-    """Wait until the device has finished its work.
-
-    With no device given, every CUDA device this process uses is waited for; nothing is imported
-    or initialised for it.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    if device is not None:
-        device = torch.device(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-    elif torch.cuda.is_initialized():
-        torch.cuda.synchronize()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.models.report import LoadReport
 from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import ModelSpec

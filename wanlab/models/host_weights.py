@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.models.room import GIB, free_bytes
 
 if TYPE_CHECKING:

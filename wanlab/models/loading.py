@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.models import checkpoint as ckpt
 from wanlab.models import pagecache
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton

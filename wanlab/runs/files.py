@@ -168,12 +168,3 @@ def slug(text: str) -> str:
     """A readable file name made from any text."""
     name = re.sub(r"[^A-Za-z0-9_+-]+", "-", text).strip("-")[:60].lower()
     return name or digest([text], 8)
-
-
-def default_outputs() -> Path:
-    """`outputs/` of the project around the working folder, else of the working folder itself."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "outputs").is_dir() or (folder / "environment.yml").is_file():
-            return folder / "outputs"
-    return here / "outputs"

@@ -10,7 +10,7 @@ from typing import Any
 
 from wanlab.errors import WanlabError
 from wanlab.runs import identity
-from wanlab.runs.files import default_outputs
+from wanlab.paths import default_outputs
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.header import describe, header
 from wanlab.runs.parameters import Schema, read_notebook, read_schema

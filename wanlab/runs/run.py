@@ -13,7 +13,8 @@ from typing import Any
 
 from wanlab.errors import WanlabError
 from wanlab.runs import identity
-from wanlab.runs.files import append_json, checked_name, default_outputs, now, plain, read_json, write_text
+from wanlab.runs.files import append_json, checked_name, now, plain, read_json, write_text
+from wanlab.paths import default_outputs
 from wanlab.runs.folder import Heartbeat, RunFolder
 from wanlab.runs.header import describe, header
 from wanlab.runs.pages import clips

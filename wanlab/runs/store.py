@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
-from wanlab.runs.files import default_outputs, read_json
+from wanlab.runs.files import read_json
+from wanlab.paths import default_outputs
 from wanlab.runs.folder import RunFolder
 
 COLUMNS = (

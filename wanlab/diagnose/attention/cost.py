@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.errors import WanlabError
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.models.schedule import fewest_steps, precompute_schedule
 
 if TYPE_CHECKING:

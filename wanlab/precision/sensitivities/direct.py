@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.precision.fake import fake_quantized
 from wanlab.precision.sensitivities.latents import final_norm_sq
 from wanlab.precision.sensitivities.layer_errors import project

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from wanlab.measure.timing import synchronise
+from wanlab.models.device import synchronise
 from wanlab.precision.sensitivities.latents import draw, final_norm_sq, free_latents
 from wanlab.precision.sensitivities.layer_errors import Projected, project
 from wanlab.precision.sensitivities.parts import Cost, Part, Row, make_parts

@@ -33,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
     """
     from wanlab.runs.exporters.mlflow_runs import checked_uri, to_mlflow
     from wanlab.runs.exporters.table import to_csv, to_parquet
-    from wanlab.runs.files import default_outputs
+    from wanlab.paths import default_outputs
     from wanlab.runs.store import load_runs
 
     suffix = Path(options.to).suffix.lower()

@@ -21,7 +21,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def index(options: argparse.Namespace) -> int:
-    from wanlab.runs.files import default_outputs
+    from wanlab.paths import default_outputs
     from wanlab.runs.pages.index import render_index
 
     print(_shown(render_index(options.path or default_outputs())))

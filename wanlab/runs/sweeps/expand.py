@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.errors import WanlabError
-from wanlab.runs.files import default_outputs, plain
+from wanlab.runs.files import plain
+from wanlab.paths import default_outputs
 from wanlab.runs.parameters import Schema, checked, read_schema
 from wanlab.runs.prepared import prepare
 from wanlab.runs.sweeps.grid import GridFile, Part, find, values_of

@@ -61,13 +61,13 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     rows: dict[str, dict] = {}
-    calls, engines = {}, []  # an engine lives as long as its calls
+    calls, opened = {}, []  # an engine lives as long as its calls
     with torch.no_grad():
         expected = plan.reference(*inputs)
     for name, build in builders(arguments, model, folder).items():
         try:
             engine, facts = build()
-            engines.append(engine)
+            opened.append(engine)
             output = torch.empty_like(expected)
             graph = {"cuda_graph": True} if name.endswith("CUDA graph") else {}
             call = engine.bind(feeds, {plan.output: output}, **graph)

@@ -27,8 +27,8 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     eager = models.load(arguments.model)
     reports = convert.export_all(eager, arguments.folder)
-    engines = convert.load_engines(arguments.folder)
-    variants = {"eager": eager, "onnxruntime": convert.use(eager, engines)}
+    opened = convert.load_engines(arguments.folder)
+    variants = {"eager": eager, "onnxruntime": convert.use(eager, opened)}
     asked = {
         "image": photograph(arguments.image, eager.spec.defaults),
         "prompt": arguments.prompt,
@@ -60,7 +60,7 @@ def main() -> int:
         "stages": stages,
         "engines": {
             name: (engine.load_ms, engine.size_bytes, engine.providers_used)
-            for name, engine in engines.items()
+            for name, engine in opened.items()
         },
         "exports": [asdict(report) | {"path": Path(report.path).name} for report in reports],
         "environment": measure.environment(eager.device),

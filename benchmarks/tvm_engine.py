@@ -36,8 +36,8 @@ def main() -> int:
         "tvm": convert.build_tvm(graph, graph.with_suffix(".tvm-tiled.so"), reuse=False),
         PLAIN: convert.build_tvm(graph, graph.with_suffix(".tvm-plain.so"), schedule="plain", reuse=False),
     }
-    engines = {"onnxruntime": convert.OrtEngine(graph, provider="cpu", threads=arguments.threads)}
-    engines |= {
+    opened = {"onnxruntime": convert.OrtEngine(graph, provider="cpu", threads=arguments.threads)}
+    opened |= {
         name: convert.TvmEngine(build.path, graph=graph, threads=arguments.threads)
         for name, build in builds.items()
     }
@@ -51,7 +51,7 @@ def main() -> int:
         return plan.reference(*inputs)
 
     expected = eager()
-    outputs = {name: engine.run(feeds)[plan.output] for name, engine in engines.items()}
+    outputs = {name: engine.run(feeds)[plan.output] for name, engine in opened.items()}
     parity = pd.DataFrame(
         [
             {"engine": name, "against": label} | differences(reference, made)
@@ -61,7 +61,7 @@ def main() -> int:
         ]
     )
 
-    calls = {name: (lambda engine=engine: engine.run(feeds)) for name, engine in engines.items()}
+    calls = {name: (lambda engine=engine: engine.run(feeds)) for name, engine in opened.items()}
     plain = calls.pop(PLAIN)
     samples, control = measure.in_turn({"eager": eager} | calls, rounds=arguments.rounds // 2, device="cpu")
     samples[PLAIN] = measure.time_ms(plain, iterations=arguments.plain_rounds, device="cpu", label=PLAIN)
@@ -95,7 +95,7 @@ def main() -> int:
         "control": control.row(),
         "samples": {name: one.to_dict() for name, one in ({"eager": both} | samples).items()},
         "comparisons": [gain.row() for gain in gains],
-        "load_ms": {name: engine.load_ms for name, engine in engines.items()},
+        "load_ms": {name: engine.load_ms for name, engine in opened.items()},
         "environment": measure.environment("cpu"),
         "passed": passed,
     }

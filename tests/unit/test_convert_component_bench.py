@@ -25,41 +25,41 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def engines(model, tmp_path_factory):
+def opened(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benches")
     convert.export_all(model, folder, EXPERTS, progress=False, **SIZE)
     return convert.load_engines(folder, EXPERTS, provider="cpu", threads=1, optimization="basic")
 
 
-def test_experts_are_benchmarked_beside_eager(model, engines):
+def test_experts_are_benchmarked_beside_eager(model, opened):
     quick = dict(iterations=4, duration_ms=0, warmup_ms=0, progress=False)
-    table = convert.bench_components(model, engines, **quick, **SIZE)
+    table = convert.bench_components(model, opened, **quick, **SIZE)
     assert list(zip(table["component"], table["engine"], strict=True)) == [
         (name, engine) for name in EXPERTS for engine in ("eager", "onnxruntime-cpu")
     ]
     assert list(table["verdict"][::2]) == ["baseline", "baseline"]
     ratio = table["latency_ms"][0] / table["latency_ms"][1]
     assert table["speedup"][1] == pytest.approx(ratio)
-    one = convert.bench_components(model, engines, ["expert_low"], **quick, **SIZE)
+    one = convert.bench_components(model, opened, ["expert_low"], **quick, **SIZE)
     assert set(one["component"]) == {"expert_low"}
     with pytest.raises(WanlabError, match="did you mean 'expert_low'"):
-        convert.bench_components(model, engines, ["expert_lo"], **quick)
+        convert.bench_components(model, opened, ["expert_lo"], **quick)
 
 
-def test_engines_of_a_folder_take_the_options_of_one(engines):
-    assert {engine.optimization for engine in engines.values()} == {"basic"}
+def test_engines_of_a_folder_take_the_options_of_one(opened):
+    assert {engine.optimization for engine in opened.values()} == {"basic"}
 
 
-def test_every_node_has_a_provider(engines):
-    table = convert.provider_table(engines)
+def test_every_node_has_a_provider(opened):
+    table = convert.provider_table(opened)
     assert list(table["component"]) == list(EXPERTS)
-    assert list(table["nodes"]) == [engine.nodes_by_provider()["nodes"].sum() for engine in engines.values()]
+    assert list(table["nodes"]) == [engine.nodes_by_provider()["nodes"].sum() for engine in opened.values()]
     assert (table["share_percent"] == 100).all()
     assert all(text.count(",") == 2 for text in table["operators"])
 
 
-def test_a_profile_as_nodes_and_operators(engines, tmp_path):
-    engine = engines["expert_high"]
+def test_a_profile_as_nodes_and_operators(opened, tmp_path):
+    engine = opened["expert_high"]
     feeds = {
         "hidden_states": torch.randn(1, 36, 2, 4, 6),
         "timestep": torch.tensor([500.0]),

@@ -50,7 +50,7 @@ def reports(model, folder):
 
 
 @pytest.fixture(scope="module")
-def engines(reports, folder):
+def opened(reports, folder):
     return convert.load_engines(folder, provider="cpu")
 
 
@@ -124,29 +124,29 @@ def test_nodes_and_weights_keep_their_module_path(model, reports):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_parity_at_several_sizes(model, engines, component):
+def test_parity_at_several_sizes(model, opened, component):
     shapes = [
         convert.ClipShape(2, 64, 96, 9, 24),
         convert.ClipShape(1, 64, 96, 9, 24),
         convert.ClipShape(3, 32, 48, 17, 7),
         convert.ClipShape(1, 48, 32, 5, 16),
     ]
-    table = convert.parity(model, component, engines[component], shapes=shapes)
+    table = convert.parity(model, component, opened[component], shapes=shapes)
     assert len(table) == 4
     assert (table["relative_l2"] < 1e-4).all(), table
     assert (table["cosine"] > 0.999999).all(), table
     assert (table["psnr_db"] > 80).all(), table
     # the export's clip, one on its side, and a smaller one
-    assert len(convert.parity(model, component, engines[component])) == 3
+    assert len(convert.parity(model, component, opened[component])) == 3
 
 
-def test_the_experts_share_a_trace_but_not_their_weights(model, reports, engines):
+def test_the_experts_share_a_trace_but_not_their_weights(model, reports, opened):
     assert reports["expert_low"].shared_trace
     assert not reports["expert_high"].shared_trace
     plan = components.recipe(model, "expert_low")
     inputs = plan.inputs_for(convert.ClipShape(1, 32, 32, 5, 8), torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
-    high, low = (engines[name].run(feeds)["velocity"] for name in ("expert_high", "expert_low"))
+    high, low = (opened[name].run(feeds)["velocity"] for name in ("expert_high", "expert_low"))
     assert differences(high, low)["relative_l2"] > 0.1
 
 
@@ -313,9 +313,9 @@ def test_one_expert_with_a_timestep_per_token(tmp_path):
     assert convert.parity(model, "expert", report.path)["relative_l2"].max() < 1e-4
 
 
-def test_the_pipeline_on_engines_makes_the_same_video(model, engines):
+def test_the_pipeline_on_engines_makes_the_same_video(model, opened):
     eager = generate(model)
-    fast = convert.use(model, engines)
+    fast = convert.use(model, opened)
     assert set(fast.engines.values()) == {"onnxruntime-cpu"}
     assert psnr(eager, generate(fast)) > 50
     other = dict(height=32, width=64, frames=5)
@@ -328,11 +328,11 @@ def test_the_pipeline_on_engines_makes_the_same_video(model, engines):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_each_component_can_be_swapped_alone(model, engines, component):
-    mixed = convert.use(model, {component: engines[component]})
+def test_each_component_can_be_swapped_alone(model, opened, component):
+    mixed = convert.use(model, {component: opened[component]})
     assert [name for name, engine in mixed.engines.items() if engine != "eager"] == [component]
     calls = []
-    engine = engines[component]
+    engine = opened[component]
     run = engine.run
     engine.run = lambda feeds: calls.append(feeds) or run(feeds)
     try:
@@ -342,16 +342,16 @@ def test_each_component_can_be_swapped_alone(model, engines, component):
     assert calls
 
 
-def test_engines_can_be_added_one_after_the_other(model, engines):
-    mixed = convert.use(model, {"vae_encoder": engines["vae_encoder"]})
-    mixed = convert.use(mixed, {"vae_decoder": engines["vae_decoder"]})
-    assert mixed.pipeline.vae.encoder is engines["vae_encoder"]
+def test_engines_can_be_added_one_after_the_other(model, opened):
+    mixed = convert.use(model, {"vae_encoder": opened["vae_encoder"]})
+    mixed = convert.use(mixed, {"vae_decoder": opened["vae_decoder"]})
+    assert mixed.pipeline.vae.encoder is opened["vae_encoder"]
     assert mixed.pipeline.vae.eager is None
     assert psnr(generate(model), generate(mixed)) > 50
 
 
-def test_what_the_engine_says_of_itself(engines):
-    engine = engines["vae_decoder"]
+def test_what_the_engine_says_of_itself(opened):
+    engine = opened["vae_decoder"]
     assert engine.providers_used == ("CPUExecutionProvider",)
     assert engine.threads == torch.get_num_threads()
     assert engine.load_ms > 0
@@ -364,9 +364,9 @@ def test_what_the_engine_says_of_itself(engines):
     assert made["video"].shape == (1, 3, 5, 32, 32)
 
 
-def test_bound_tensors_give_the_same_outputs(engines):
+def test_bound_tensors_give_the_same_outputs(opened):
     """The path that CUDA takes, on the CPU: addresses in, dlpack out, alive after the binding is gone."""
-    engine = engines["expert_high"]
+    engine = opened["expert_high"]
     generator = torch.Generator().manual_seed(0)
     feeds = {
         "hidden_states": torch.randn(1, 36, 3, 4, 6, generator=generator),
@@ -380,28 +380,28 @@ def test_bound_tensors_give_the_same_outputs(engines):
     assert torch.equal(first, engine.run(feeds)["velocity"])
 
 
-def test_mistakes_are_named(model, engines, folder, tmp_path):
+def test_mistakes_are_named(model, opened, folder, tmp_path):
     latents = torch.zeros(1, 16, 2, 4, 4)
     cases = [
         (
-            lambda: engines["vae_decoder"].run({"latent": latents}),
+            lambda: opened["vae_decoder"].run({"latent": latents}),
             r"no input 'latent' \(did you mean 'latents'\?\)",
         ),
         (
-            lambda: engines["text_encoder"].run({"input_ids": torch.zeros(1, 4)}),
+            lambda: opened["text_encoder"].run({"input_ids": torch.zeros(1, 4)}),
             "misses input 'attention_mask'",
         ),
         (
-            lambda: engines["vae_decoder"].run({"latents": latents[:, :8]}),
+            lambda: opened["vae_decoder"].run({"latents": latents[:, :8]}),
             r"is \[1, 8, 2, 4, 4\], the graph takes",
         ),
         (lambda: convert.OrtEngine(tmp_path / "none.onnx"), "no ONNX file at"),
-        (lambda: convert.OrtEngine(engines["expert_low"].path, provider="cpux"), "did you mean 'cpu'"),
-        (lambda: convert.OrtEngine(engines["expert_low"].path, threads=0), "threads is 0"),
+        (lambda: convert.OrtEngine(opened["expert_low"].path, provider="cpux"), "did you mean 'cpu'"),
+        (lambda: convert.OrtEngine(opened["expert_low"].path, threads=0), "threads is 0"),
         (lambda: convert.load_engines(tmp_path), "no converted component"),
         (lambda: convert.load_engines(folder, ["expert_hig"]), "did you mean 'expert_high'"),
-        (lambda: convert.use(model, {"vae_decode": engines["vae_decoder"]}), "did you mean 'vae_decoder'"),
-        (lambda: convert.use(model, {"expert_low": engines["expert_high"]}), "was exported from expert_high"),
+        (lambda: convert.use(model, {"vae_decode": opened["vae_decoder"]}), "did you mean 'vae_decoder'"),
+        (lambda: convert.use(model, {"expert_low": opened["expert_high"]}), "was exported from expert_high"),
         (lambda: convert.export(model, "expert", tmp_path / "a.onnx"), "no component 'expert'"),
         (
             lambda: convert.export(model, "expert_low", tmp_path / "a.onnx", opset=12),
@@ -430,7 +430,7 @@ def test_mistakes_are_named(model, engines, folder, tmp_path):
         ),
         (lambda: convert.export_all(model, tmp_path, ["vae"]), "no component 'vae'"),
         (
-            lambda: convert.parity(convert.use(model, engines), "expert_low", engines["expert_low"]),
+            lambda: convert.parity(convert.use(model, opened), "expert_low", opened["expert_low"]),
             "before its components were",
         ),
     ]
@@ -444,11 +444,11 @@ def test_mistakes_are_named(model, engines, folder, tmp_path):
         convert.OrtEngine(tmp_path / "broken.onnx")
 
 
-def test_cuda_is_refused_where_there_is_none(engines, monkeypatch):
+def test_cuda_is_refused_where_there_is_none(opened, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert convert.OrtEngine(engines["expert_low"].path).provider == "cpu"
+    assert convert.OrtEngine(opened["expert_low"].path).provider == "cpu"
     with pytest.raises(WanlabError, match=r"cuda|CUDA"):
-        convert.OrtEngine(engines["expert_low"].path, provider="cuda")
+        convert.OrtEngine(opened["expert_low"].path, provider="cuda")
 
 
 def test_differences_of_known_tensors():

@@ -218,9 +218,9 @@ def test_bfloat16_graphs_have_no_operator_without_a_kernel(models, tmp_path):
 
 def test_a_pipeline_with_a_streamed_decoder(models, decoders, encoder):
     model = models["residual"]
-    engines = {"vae_decoder": decoders["residual"], "vae_encoder": encoder}
-    fast = convert.use(model, engines)
-    assert fast.engines == {name: "onnxruntime-cpu-streamed" for name in engines}
+    opened = {"vae_decoder": decoders["residual"], "vae_encoder": encoder}
+    fast = convert.use(model, opened)
+    assert fast.engines == {name: "onnxruntime-cpu-streamed" for name in opened}
     video = draw(1, 3, 9, 32, 48).clamp(-1, 1)
     with torch.no_grad():
         expected = model.pipeline.vae.decode(model.pipeline.vae.encode(video).latent_dist.mode()).sample

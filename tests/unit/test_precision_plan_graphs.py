@@ -250,12 +250,12 @@ def test_models_that_no_registry_knows_are_planned_too(folder):
 
 
 def test_engines_change_with_the_step_of_a_generation(model, graphs, stepped, calibrations):
-    engines = precision.load_plan_engines(graphs.folder, "cpu", resident=False)
+    opened = precision.load_plan_engines(graphs.folder, "cpu", resident=False)
     ran = []
-    for name, engine in engines.items():
+    for name, engine in opened.items():
         engine._opener = telling(engine._opener, name, engine, ran)
         engine._open.clear()
-    changed = convert.use(model, engines)
+    changed = convert.use(model, opened)
     assert changed.engines["expert_high"] == "onnxruntime-cpu"
     example = precision.nano_examples(1)[0]
     made = {
@@ -303,8 +303,8 @@ def telling(opener, name, engine, ran):
 
 
 def test_stepped_engines_say_what_is_wrong(model, graphs, recording):
-    engines = precision.load_plan_engines(graphs.folder, "cpu")
-    engine = engines["expert_low"]
+    opened = precision.load_plan_engines(graphs.folder, "cpu")
+    engine = opened["expert_low"]
     assert engine.size_bytes < sum(
         map(file_bytes, map(graphs.folder.joinpath, graphs.graphs_of("expert_low")))
     )

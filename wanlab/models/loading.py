@@ -239,7 +239,9 @@ def _from_files(folder: Path, library: str, cls: type | None) -> Any:
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
     if cls is None and library == "transformers":
-        from transformers import AutoTokenizer as cls
+        from transformers import AutoTokenizer
+
+        cls = AutoTokenizer
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizer libraries raise bare exceptions for a broken file

@@ -199,11 +199,11 @@ def site_dumbbells(differences: pd.DataFrame, a: str, b: str, top: int = 12) -> 
             x=[row["time_a_ms"], row["time_b_ms"]], y=[name, name], mode="lines", showlegend=False, hoverinfo="skip",
             line={"color": "#d9534f" if row["difference_ms"] > 0 else "#3fa796", "width": 3},
         )  # fmt: skip
-    for label, column, symbol in ((a, "time_a_ms", "circle-open"), (b, "time_b_ms", "circle")):
+    for engine, column, symbol in ((a, "time_a_ms", "circle-open"), (b, "time_b_ms", "circle")):
         figure.add_scatter(
-            x=[row[column] for row in rows], y=names, mode="markers", name=label,
+            x=[row[column] for row in rows], y=names, mode="markers", name=engine,
             marker={"symbol": symbol, "size": 10, "color": GREY if column == "time_a_ms" else "#3d85c6"},
-            hovertemplate="%{y}: %{x:,.3f} ms<extra>" + label + "</extra>",
+            hovertemplate="%{y}: %{x:,.3f} ms<extra>" + engine + "</extra>",
         )  # fmt: skip
     figure.update_layout(template=theme(), height=130 + 26 * max(len(rows), 1), margin={"t": 40})
     figure.update_xaxes(title_text="time (ms)", rangemode="tozero")

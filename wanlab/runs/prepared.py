@@ -82,8 +82,8 @@ def prepare(
     overrides = dict(parameters or {})
     values = schema.resolve(overrides)
     inputs, weights = identity.input_digests(values), identity.weights_id(values.get("model"))
-    run_id = identity.run_id(
+    made_id = identity.run_id(
         identity.notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat
     )
-    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, run_id)
-    return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, run_id, folder)
+    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, made_id)
+    return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, made_id, folder)

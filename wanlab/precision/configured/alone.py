@@ -96,10 +96,10 @@ def _opened(model, order: dict):
     files, begin = order["files"], time.perf_counter()
     if order["engine"] == "onnxruntime":
         provider = "cuda" if model.device.type == "cuda" else "cpu"
-        engines = convert.load_engines(files["graphs"], files["plain"], provider=provider)
+        opened = convert.load_engines(files["graphs"], files["plain"], provider=provider)
         if files["plan_graphs"]:
-            engines |= load_plan_engines(files["plan_graphs"], provider)
-        return convert.use(model, engines), sum(engine.load_ms for engine in engines.values())
+            opened |= load_plan_engines(files["plan_graphs"], provider)
+        return convert.use(model, opened), sum(engine.load_ms for engine in opened.values())
     load_ms = sum(part.time_ms for part in model.load.parts)
     if order["plan"]:
         ranges = {name: read_calibration(path) for name, path in files["calibrations"].items()}

@@ -187,7 +187,7 @@ def _in_graphs(
     plain = [name for name in model.components if plan is None or name not in EXPERTS]
     options = {"dynamic": False, "progress": progress, **sizes}
     convert.export_all(model, place / "graphs", tuple(plain), **options)
-    engines = convert.load_engines(place / "graphs", plain, provider=provider)
+    opened = convert.load_engines(place / "graphs", plain, provider=provider)
     done: list[Done] = []
     frames, graphs = [], None
     if plan is not None:
@@ -198,7 +198,7 @@ def _in_graphs(
             {name: found for name, (_, found) in ranges.items()},
             **options,
         )
-        engines |= load_plan_engines(graphs, provider)
+        opened |= load_plan_engines(graphs, provider)
         experts = {name: network for name, network in model.components.items() if name in EXPERTS}
         assignment = assign(plan, experts, default=graphs.facts["settings"]["default"])
         for component, bands in graphs.bands.items():
@@ -211,7 +211,7 @@ def _in_graphs(
                         done,
                     )
                 )
-    used = convert.use(model, engines)
+    used = convert.use(model, opened)
     on = sum(name.startswith("onnxruntime") for name in used.engines.values())
     done.append((on == len(used.engines), f"{on} of {len(used.engines)} networks run in ONNX Runtime."))
     found = [frame for frame in frames if frame is not None]
@@ -223,7 +223,7 @@ def _in_graphs(
             "graphs": str(place / "graphs"),
             "plain": plain,
             "plan_graphs": None if graphs is None else str(graphs.folder),
-            "weight_bytes": sum(engine.size_bytes for engine in engines.values()),
+            "weight_bytes": sum(engine.size_bytes for engine in opened.values()),
             "kernels": f"ONNX Runtime on {provider}",
         },
     )

@@ -58,7 +58,7 @@ class Board:
     sweep: dict[str, Any]
     entries: list[Entry]
     frame: Any
-    axes: list[str]  # names of the varied parameters, "p.<name>"
+    axes: list[str]  # names of the varying parameters, "p.<name>"
     metrics: list[wanted.Column]
     problems: list[str]
 
@@ -87,8 +87,8 @@ def gather(folder: str | Path) -> Board:
             problems.append(f"{lie} in this folder, not part of the sweep")
     rows = frame.to_dict(orient="records")
     axes = [str(name) for name in sweep.get("axes") or []]
-    varied = wanted.varied(frame, axes)
-    titles = _titles(rows, listed, varied)
+    varying = wanted.varied(frame, axes)
+    titles = _titles(rows, listed, varying)
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else None
     entries = []
     for i, row in enumerate(rows):
@@ -116,7 +116,7 @@ def gather(folder: str | Path) -> Board:
         sweep,
         entries,
         frame,
-        varied,
+        varying,
         wanted.metrics(finished, [str(name) for name in show] if show else None),
         problems,
     )
@@ -198,7 +198,7 @@ def _in_order(frame: Any, listed: Sequence[Mapping], root: Path) -> tuple[Any, i
     )
 
 
-def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varied: Sequence[str]) -> list[str]:
+def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varying: Sequence[str]) -> list[str]:
     """A short name of each run; where two would be the same, the full one."""
     several = len({run.get("notebook") for run in listed} or {row.get("name") for row in rows}) > 1
     found, full = [], []
@@ -208,7 +208,7 @@ def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varied: Sequence
             values = dict(told.get("parameters") or {})
             owner = Path(str(told.get("notebook"))).stem
         else:
-            values = {name[2:]: row[name] for name in varied if not wanted.missing(row.get(name))}
+            values = {name[2:]: row[name] for name in varying if not wanted.missing(row.get(name))}
             owner = str(row.get("name"))
         repeat = told.get("repeat")
         words = [owner] if several or not values else []

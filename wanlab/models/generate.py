@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -89,8 +90,6 @@ class Model:
         flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds.
         """
         import pandas as pd
-
-        from wanlab.models.schedule import step_table
 
         return pd.DataFrame(
             step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps))
@@ -218,3 +217,37 @@ def _array(made: Any) -> np.ndarray:
     if hasattr(first, "detach"):
         first = first.detach().float().cpu().numpy()
     return np.ascontiguousarray(first, dtype=np.float32)
+
+
+def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list[dict[str, object]]:
+    """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
+    # Not `type`: while it is recorded, a stand-in takes its place.
+    scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps, device="cpu")
+    config = scheduler.config
+    training_steps = config.get("num_train_timesteps", 1000)
+    flow = bool(config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
+    sigmas = getattr(scheduler, "sigmas", None)
+    experts = [name for name in spec.components if name.startswith("expert")]
+    ratio = boundary_ratio(pipeline, spec)
+    boundary = -math.inf if ratio is None else ratio * training_steps
+    rows = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
+        rows.append(
+            {
+                "step": step,
+                "timestep": float(timestep),
+                "sigma": sigma,
+                "snr": ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf,
+                # Compared as a tensor, as the pipeline does it, so that rounding falls the same way.
+                "component": experts[0] if timestep >= boundary else experts[-1],
+            }
+        )
+    return rows
+
+
+def boundary_ratio(pipeline: DiffusionPipeline, spec: ModelSpec) -> float | None:
+    """What the pipeline will decide by; its configuration may have been changed since it was loaded."""
+    config = getattr(pipeline, "config", None) or {}
+    return config.get("boundary_ratio", spec.boundary_ratio)

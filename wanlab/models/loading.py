@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanlab.errors import WanlabError, did_you_mean
-from wanlab.models.device import synchronise
 from wanlab.models import checkpoint as ckpt
 from wanlab.models import pagecache
+from wanlab.models.device import synchronise
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
 from wanlab.models.registry import get
 from wanlab.models.report import LoadReport, PartLoad

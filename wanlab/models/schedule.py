@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from wanlab.errors import WanlabError
+from wanlab.models.generate import boundary_ratio
 from wanlab.models.networks import skeleton, stored_dtype
-from wanlab.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
-    from diffusers import DiffusionPipeline
 
     from wanlab.models.generate import Model
 
@@ -90,7 +88,7 @@ def precompute_schedule(model: Model, steps: int | None = None) -> ExpertSchedul
     table = model.schedule(steps)
     names = table["component"].tolist()
     experts = [name for name in model.spec.components if name.startswith("expert")]
-    ratio = _boundary_ratio(model.pipeline, model.spec) if len(experts) > 1 else None
+    ratio = boundary_ratio(model.pipeline, model.spec) if len(experts) > 1 else None
     training_steps = model.pipeline.scheduler.config.get("num_train_timesteps", 1000)
     plan = []
     for name in experts:
@@ -134,40 +132,6 @@ def boundary_at(model: Model, ratio: float) -> Iterator[None]:
         yield
     finally:
         model.pipeline.register_to_config(boundary_ratio=before)
-
-
-def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list[dict[str, object]]:
-    """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
-    # Not `type`: while it is recorded, a stand-in takes its place.
-    scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(steps, device="cpu")
-    config = scheduler.config
-    training_steps = config.get("num_train_timesteps", 1000)
-    flow = bool(config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
-    sigmas = getattr(scheduler, "sigmas", None)
-    experts = [name for name in spec.components if name.startswith("expert")]
-    ratio = _boundary_ratio(pipeline, spec)
-    boundary = -math.inf if ratio is None else ratio * training_steps
-    rows = []
-    for step, timestep in enumerate(scheduler.timesteps):
-        sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
-        rows.append(
-            {
-                "step": step,
-                "timestep": float(timestep),
-                "sigma": sigma,
-                "snr": ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf,
-                # Compared as a tensor, as the pipeline does it, so that rounding falls the same way.
-                "component": experts[0] if timestep >= boundary else experts[-1],
-            }
-        )
-    return rows
-
-
-def _boundary_ratio(pipeline: DiffusionPipeline, spec: ModelSpec) -> float | None:
-    """What the pipeline will decide by; its configuration may have been changed since it was loaded."""
-    config = getattr(pipeline, "config", None) or {}
-    return config.get("boundary_ratio", spec.boundary_ratio)
 
 
 def _weight_bytes(model: Model, component: str) -> int | None:

@@ -113,12 +113,9 @@ def main() -> None:
     options = parser.parse_args()
 
     begin = time.perf_counter()
-    import pandas  # noqa: F401
-    import plotly.graph_objects  # noqa: F401
 
     from wanlab import measure, plots
-    from wanlab.runs import load_runs
-    from wanlab.runs.comparison import compare, configurations, pareto
+    from wanlab.runs import compare, configurations, load_runs, pareto
 
     measure.Samples("import", (1.0,))
     imports = time.perf_counter() - begin

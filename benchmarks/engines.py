@@ -33,9 +33,9 @@ def main() -> int:
     import torch
 
     from wanlab import measure
-    from wanlab.convert.compare import differences
+    from wanlab.core.files import write_json
+    from wanlab.engines.parity import differences
     from wanlab.measure import Samples, compare
-    from wanlab.runs.files import write_json
 
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="wanlab-engines-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,9 @@ def prepare(arguments) -> dict:
     """Inputs for all engines, and the graph where one of them needs it."""
     import torch
 
-    from wanlab import convert, measure
-    from wanlab.convert import vae_export
-    from wanlab.convert.components import recipe
+    from wanlab import export, measure
+    from wanlab.export import vae_streamed as vae_export
+    from wanlab.export.components import recipe
 
     model = load(arguments)
     plan = recipe(model, arguments.component)
@@ -116,7 +116,7 @@ def prepare(arguments) -> dict:
             )
         else:
             size |= {"frames": arguments.frames, "opset": arguments.opset}
-            reports = [convert.export(model, arguments.component, graph(arguments), **size)]
+            reports = [export.export(model, arguments.component, graph(arguments), **size)]
     rows = [report.row() | {"operators": report.operators} for report in reports]
     return {"exports": rows, "peak_host_gib": memory.peak_gib}
 
@@ -124,7 +124,7 @@ def prepare(arguments) -> dict:
 def torch_engine(arguments, *, compiled: bool) -> dict:
     import torch
 
-    from wanlab.convert.components import recipe
+    from wanlab.export.components import recipe
 
     begin = time.perf_counter()
     model = load(arguments)
@@ -149,15 +149,15 @@ def torch_engine(arguments, *, compiled: bool) -> dict:
 def onnxruntime_engine(arguments) -> dict:
     import torch
 
-    from wanlab import convert
-    from wanlab.convert import vae_engine
+    from wanlab import engines
+    from wanlab.engines import streamed_vae as vae_engine
 
     if arguments.component == "vae_decoder":
         engine = vae_engine.open_streamed_decoder(arguments.folder, provider=arguments.provider)
     elif arguments.component == "vae_encoder":
         engine = vae_engine.open_streamed_encoder(arguments.folder, provider=arguments.provider)
     else:
-        engine = convert.OrtEngine(graph(arguments), provider=arguments.provider)
+        engine = engines.OrtEngine(graph(arguments), provider=arguments.provider)
     feeds = torch.load(arguments.folder / "inputs.pt", weights_only=True)
     feeds = {name: tensor.to(engine.device) for name, tensor in feeds.items()}
     output = next(iter(engine.outputs))
@@ -168,11 +168,12 @@ def measured(arguments, run, load_ms: float, name: str) -> dict:
     import torch
 
     from wanlab import measure
+    from wanlab.measure import timing
 
     begin = time.perf_counter()
     with measure.peak_memory(arguments.device) as memory:
         result = run()
-        measure.timing.synchronise(arguments.device)
+        timing.synchronise(arguments.device)
         first_ms = (time.perf_counter() - begin) * 1e3
         control = measure.aa_control(
             run,
@@ -217,10 +218,10 @@ def load(arguments):
 
 
 def shape(arguments):
-    from wanlab import convert, models
+    from wanlab import export, models
 
     tokens = models.get(arguments.model).defaults.text_tokens
-    return convert.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
+    return export.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
 
 
 def graph(arguments) -> Path:

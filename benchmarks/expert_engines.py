@@ -27,7 +27,7 @@ def main() -> int:
     import torch
 
     from wanlab import measure, models
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
 
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
@@ -51,10 +51,11 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
     import torch
 
     from wanlab import measure
-    from wanlab.convert.clip import default_shape
-    from wanlab.convert.compare import differences
-    from wanlab.convert.components import recipe
-    from wanlab.errors import WanlabError
+    from wanlab.core.errors import WanlabError
+    from wanlab.engines.parity import differences
+    from wanlab.export.clip import default_shape
+    from wanlab.export.components import recipe
+    from wanlab.measure import timing
 
     plan = recipe(model, arguments.component)
     shape = default_shape(model, batch=1)
@@ -72,7 +73,7 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
             graph = {"cuda_graph": True} if name.endswith("CUDA graph") else {}
             call = engine.bind(feeds, {plan.output: output}, **graph)
             call()
-            measure.timing.synchronise(arguments.device)
+            timing.synchronise(arguments.device)
             off = differences(expected, output)["relative_l2"]
         except WanlabError as error:
             rows[name] = {"dtype": dtype, "engine": name, "failed": str(error)}
@@ -101,8 +102,8 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
 
 def builders(arguments, model, folder: Path) -> dict:
     """Name -> a call that makes the engine and says what is known of it; eager first."""
-    from wanlab import convert, precision
-    from wanlab.precision.plans.presets import LINEAR
+    from wanlab import engines, export, precision
+    from wanlab.precision.plan import LINEAR
 
     on_gpu = arguments.device.startswith("cuda")
     provider = "cuda" if on_gpu else "cpu"
@@ -110,18 +111,18 @@ def builders(arguments, model, folder: Path) -> dict:
     float_graph = folder / "float.onnx"
 
     def torch_engine(mode: str):
-        return lambda: (convert.TorchEngine(model, component, mode=mode), {})
+        return lambda: (engines.TorchEngine(model, component, mode=mode), {})
 
     def float_engine(**options):
         def build():
             if not float_graph.is_file():
-                convert.export(model, component, float_graph, opset=OPSET, dynamic=False)
+                export.export(model, component, float_graph, opset=OPSET, dynamic=False)
             return opened(float_graph, **options)
 
         return build
 
     def opened(path: Path, **options):
-        engine = convert.OrtEngine(path, provider=provider, **options)
+        engine = engines.OrtEngine(path, provider=provider, **options)
         counts = engine.nodes_by_provider().groupby("provider")["nodes"].sum().to_dict()
         return engine, {"nodes": counts}
 

@@ -17,7 +17,8 @@ def main() -> int:
     arguments = parse()
     import pandas as pd
 
-    from wanlab import WanlabError, diagnose, measure, models
+    from wanlab import diagnose, measure, models
+    from wanlab.core import WanlabError
 
     try:
         model = models.load(

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
-from wanlab.runs.files import append_json, now, write_json
+from wanlab.pages import render_index
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.pages import render_index
 
 ENGINES = ("eager", "compiled", "onnxruntime", "tensorrt")
 

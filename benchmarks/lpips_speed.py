@@ -32,9 +32,9 @@ def main() -> int:
     import torch
 
     from wanlab import evaluate, measure
+    from wanlab.core.files import write_json
     from wanlab.evaluate.lpips import exact_float32, load_backbone
     from wanlab.evaluate.metrics import BATCH_PIXELS, to_tensor
-    from wanlab.runs.files import write_json
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -126,8 +126,7 @@ def ladder(pair, backbone: str, device) -> dict:
 
     import torch
 
-    from wanlab.evaluate.lpips import exact_float32, load_backbone
-    from wanlab.evaluate.lpips_head import by_torch, distance_map
+    from wanlab.evaluate.lpips import by_torch, distance_map, exact_float32, load_backbone
 
     on_gpu = device.type == "cuda"
     layouts = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}

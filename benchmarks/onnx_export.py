@@ -16,8 +16,8 @@ from pathlib import Path
 
 def main() -> int:
     arguments = parse()
-    from wanlab import convert, measure, models
-    from wanlab.runs.files import write_json
+    from wanlab import engines, export, measure, models
+    from wanlab.core.files import write_json
 
     model = models.load(
         arguments.model,
@@ -39,7 +39,7 @@ def main() -> int:
     for label, how in graphs.items():
         path = folder / f"{arguments.component}.{label.replace(' ', '_')}.onnx"
         with measure.peak_memory("cpu") as memory:
-            report = convert.export(model, arguments.component, path, external_data=True, **how, **size)
+            report = export.export(model, arguments.component, path, external_data=True, **how, **size)
         row = report.row() | {"graph": label, "peak_host_gib": memory.peak_gib}
         row |= {"operators": report.operators, "weights_written_bytes": report.weights_written_bytes}
         record["exports"].append(row | {"peak_over_weights": memory.peak_gib / weights_gib})
@@ -51,9 +51,9 @@ def main() -> int:
     if arguments.device != "cpu":
         network.to(arguments.device)
     tokens = model.spec.defaults.text_tokens
-    shape = convert.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
+    shape = export.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
     path = folder / f"{arguments.component}.{arguments.dtype}.onnx"
-    blocks = convert.blockwise_parity(
+    blocks = engines.blockwise_parity(
         model, arguments.component, path, shape=shape, provider=arguments.provider
     )
     print(blocks.to_string())

@@ -29,8 +29,8 @@ def main() -> int:
     import pandas as pd
     import torch
 
-    from wanlab import convert, measure, models
-    from wanlab.runs.files import write_json
+    from wanlab import engines, measure, models
+    from wanlab.core.files import write_json
 
     torch.set_num_threads(arguments.threads)
     tables = []
@@ -39,7 +39,7 @@ def main() -> int:
             arguments.model, components=[arguments.component], device=arguments.device, dtype=dtype
         )
         with tempfile.TemporaryDirectory(prefix="wanlab-forms-") as folder:
-            table = convert.compare_forms(model, arguments.component, folder, rounds=arguments.rounds)
+            table = engines.compare_forms(model, arguments.component, folder, rounds=arguments.rounds)
         tables.append(table.assign(dtype=dtype))
         shown = [
             "form",

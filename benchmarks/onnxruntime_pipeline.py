@@ -2,7 +2,7 @@
 
     python benchmarks/onnxruntime_pipeline.py --model wan-nano --threads 2 --rounds 3
 
-Whole videos in turn, forwards and backwards (`wanlab.measure.side_by_side`). The two halves of the eager series are
+Whole videos in turn, forwards and backwards (`wanlab.measure.baseline`). The two halves of the eager series are
 the A/A control: their ratio says how far apart two equal things look on this machine today. The exit status is 1 when
 the videos differ (PSNR under --psnr), or the speed-up is under --speedup or lost in the noise.
 """
@@ -21,14 +21,14 @@ def main() -> int:
     import pandas as pd
     import torch
 
-    from wanlab import convert, evaluate, measure, models
-    from wanlab.runs.files import write_json
+    from wanlab import engines, evaluate, export, measure, models
+    from wanlab.core.files import write_json
 
     torch.set_num_threads(arguments.threads)
     eager = models.load(arguments.model)
-    reports = convert.export_all(eager, arguments.folder)
-    opened = convert.load_engines(arguments.folder)
-    variants = {"eager": eager, "onnxruntime": convert.use(eager, opened)}
+    reports = export.export_all(eager, arguments.folder)
+    opened = engines.load_engines(arguments.folder)
+    variants = {"eager": eager, "onnxruntime": engines.use(eager, opened)}
     asked = {
         "image": photograph(arguments.image, eager.spec.defaults),
         "prompt": arguments.prompt,

@@ -17,8 +17,8 @@ from pathlib import Path
 def main() -> int:
     arguments = parse()
     from wanlab import measure, models, precision
-    from wanlab.precision.plans.presets import LINEAR
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
+    from wanlab.precision.plan import LINEAR
 
     size = {name: getattr(arguments, name) for name in ("height", "width", "frames", "steps")}
     model = models.load(arguments.model, device=arguments.device)

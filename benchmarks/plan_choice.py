@@ -35,9 +35,9 @@ SIZE = ("height", "width", "frames", "steps", "guidance_scale")
 def main() -> int:
     arguments = parse()
     from wanlab import measure, models, precision
-    from wanlab.nano.heldout import load_cases
-    from wanlab.precision.plans.presets import LINEAR
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
+    from wanlab.heldout.cases import load_cases
+    from wanlab.precision.plan import LINEAR
 
     begin = time.perf_counter()
     record = {

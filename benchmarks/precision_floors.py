@@ -14,9 +14,9 @@ from pathlib import Path
 def main() -> int:
     arguments = parse()
     from wanlab import evaluate, measure, models
-    from wanlab.evaluate.floor import KINDS
-    from wanlab.nano import heldout
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
+    from wanlab.evaluate.quality import KINDS
+    from wanlab.heldout import cases as heldout
 
     model = models.load("wan-nano", device=arguments.device)
     asked = [

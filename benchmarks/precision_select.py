@@ -44,7 +44,7 @@ STEPS, CALLS = 8, 2
 
 def main() -> int:
     arguments = parse()
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
 
     codes = []
     for name in arguments.jobs:
@@ -128,10 +128,9 @@ def synthetic(model, component: str, size: dict[str, int], folder: Path):
     """A recording of random inputs at some steps of the expert, as there are no generations of random weights to record."""
     import torch
 
-    from wanlab.convert import ClipShape
-    from wanlab.convert.components import recipe
-    from wanlab.precision.calibrations.recording import RecordedCall, Recording
-    from wanlab.precision.calibrations.tensors import keep
+    from wanlab.export import ClipShape
+    from wanlab.export.components import recipe
+    from wanlab.precision.recording import RecordedCall, Recording, keep
 
     plan = recipe(model, component)
     shape = ClipShape(1, **size, text_tokens=model.spec.defaults.text_tokens)

@@ -18,8 +18,8 @@ WANTED = ("parts", "cost", "sensitivity", "tolerance")
 
 def main() -> int:
     arguments = parse()
-    from wanlab.runs.files import write_json
-    from wanlab.runs.store import read_run
+    from wanlab.core.files import write_json
+    from wanlab.runs.results import read_run
 
     run = read_run(arguments.run)
     missing = [name for name in WANTED if name not in run.metrics]

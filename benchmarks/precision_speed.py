@@ -43,9 +43,9 @@ def main(words: list[str] | None = None) -> int:
     import torch
 
     from wanlab import measure
-    from wanlab.convert.components import recipe
-    from wanlab.errors import WanlabError
-    from wanlab.runs.files import write_json
+    from wanlab.core.errors import WanlabError
+    from wanlab.core.files import write_json
+    from wanlab.export.components import recipe
 
     torch._dynamo.config.recompile_limit = 64  # every kind of block of a plan is a version of its own
     begin = time.perf_counter()
@@ -113,7 +113,7 @@ def earlier(arguments, settings: dict) -> dict | None:
 def variants(arguments):
     """Label, plan (None is the network as loaded), mode and whether inputs scale themselves, of each variant."""
     from wanlab import precision
-    from wanlab.errors import WanlabError
+    from wanlab.core.errors import WanlabError
 
     given = list(arguments.variants)
     if arguments.plan and not any(text.startswith("plan:") for text in given):
@@ -172,8 +172,8 @@ def products(seen: dict, arguments) -> list[dict]:
     import torch
 
     from wanlab import measure
-    from wanlab.precision.applied.linears import DECODED, SIMULATED, kernel_for, scaled_mm
     from wanlab.precision.formats import get_format
+    from wanlab.precision.quant_linear import DECODED, SIMULATED, kernel_for, scaled_mm
 
     device = torch.device(arguments.device)
     shapes: dict[tuple, list[str]] = {}
@@ -219,8 +219,8 @@ def variant(arguments, model, inputs, seen, reference, plan, mode: str, dynamic:
     import copy
 
     from wanlab import precision
-    from wanlab.convert.components import recipe
-    from wanlab.errors import WanlabError
+    from wanlab.core.errors import WanlabError
+    from wanlab.export.components import recipe
 
     component = arguments.component
     begin, facts, applied = time.perf_counter(), {}, None
@@ -272,13 +272,14 @@ def measured(arguments, run, reference) -> dict:
     import torch
 
     from wanlab import measure
-    from wanlab.convert.compare import differences
+    from wanlab.engines.parity import differences
+    from wanlab.measure import timing
 
     on_gpu = arguments.device.startswith("cuda")
     with torch.no_grad():
         begin = time.perf_counter()
         output = run()
-        measure.timing.synchronise(arguments.device)
+        timing.synchronise(arguments.device)
         first_ms = (time.perf_counter() - begin) * 1e3
         distance = differences(reference, output)
         del output
@@ -408,10 +409,10 @@ def load(arguments):
 
 
 def shape(arguments):
-    from wanlab import convert, models
+    from wanlab import export, models
 
     tokens = models.get(arguments.model).defaults.text_tokens
-    return convert.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
+    return export.ClipShape(1, arguments.height, arguments.width, arguments.frames, tokens)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

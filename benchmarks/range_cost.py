@@ -1,4 +1,4 @@
-"""What the ranges of `wanlab.diagnose.ranges` cost a forward pass while no profiler runs.
+"""What the ranges of `wanlab.diagnose.capture` cost a forward pass while no profiler runs.
 
     python benchmarks/range_cost.py --model wan-nano --forwards 400
 
@@ -20,8 +20,8 @@ def main() -> int:
     from tqdm import tqdm
 
     from wanlab import diagnose, measure, models
+    from wanlab.core.files import write_json
     from wanlab.measure import Samples, compare, time_ms
-    from wanlab.runs.files import write_json
 
     torch.set_num_threads(arguments.threads)
     model = models.load(arguments.model, device=arguments.device, weights=arguments.weights)

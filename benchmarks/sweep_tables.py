@@ -38,7 +38,7 @@ def sweep_speed() -> str:
 
 def sweep_precision() -> str:
     from wanlab.plots import label
-    from wanlab.runs.comparison import choose, compare, readable
+    from wanlab.runs import choose, compare, readable
 
     found = compare(PRECISION)
     shown = readable(found, apart=True).rename(columns=label)

@@ -16,8 +16,7 @@ import diagnosis_tables
 import precision_tables
 import sweep_tables
 from table_text import ROOT, machine, markdown, read
-
-from wanlab.nano.examine import verdicts
+from wanlab.cli.main.nano_eval import verdicts
 
 PAGES = (
     ROOT / "README.md",

@@ -21,14 +21,14 @@ LAYERS = {"vae_decoder": {"layers": "decoder.*", "exclude": "*norm*"}}
 
 def main() -> int:
     arguments = parse()
-    from wanlab import convert, measure, models
-    from wanlab.runs.files import write_json
+    from wanlab import engines, measure, models
+    from wanlab.core.files import write_json
 
     load = os.getloadavg()[0]
     model = models.load(arguments.model, device="cpu")
     with tempfile.TemporaryDirectory(prefix="wanlab-tensorrt-") as folder:
         paths = graphs(model, arguments, Path(folder))
-        builds = convert.build_engines(
+        builds = engines.build_engines(
             paths, compute_capabilities=arguments.capabilities, kind="tensorrt-rtx", progress=False
         )
     print(
@@ -51,12 +51,12 @@ def main() -> int:
 
 def graphs(model, arguments, folder: Path) -> list[Path]:
     """Each component in float32 and float16, and quantised; an expert's sizes are free, the others have the model's."""
-    from wanlab import convert, precision
+    from wanlab import export, precision
 
     paths = []
     for dtype in ("float32", "float16"):
         free = [name for name in arguments.components if name.startswith("expert")]
-        made = convert.export_all(
+        made = export.export_all(
             model, folder / dtype, arguments.components, dtype=dtype, dynamic=free, progress=False
         )
         paths += [report.path for report in made]

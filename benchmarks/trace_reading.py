@@ -60,7 +60,7 @@ SHAPES = {
 def main() -> int:
     arguments = parse()
     from wanlab import measure
-    from wanlab.runs.files import write_json
+    from wanlab.core.files import write_json
 
     pythons = {name: sys.executable for name in READERS if name.startswith("wanlab")}
     if arguments.hta_python:

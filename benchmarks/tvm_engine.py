@@ -22,23 +22,23 @@ def main() -> int:
     import pandas as pd
     import torch
 
-    from wanlab import convert, measure, models
-    from wanlab.convert.clip import ClipShape, default_shape
-    from wanlab.convert.compare import differences
-    from wanlab.convert.components import recipe
-    from wanlab.runs.files import write_json
+    from wanlab import engines, export, measure, models
+    from wanlab.core.files import write_json
+    from wanlab.engines.parity import differences
+    from wanlab.export.clip import ClipShape, default_shape
+    from wanlab.export.components import recipe
 
     torch.set_num_threads(arguments.threads)
     model = models.load(arguments.model, device="cpu")
     graph = arguments.folder / f"{arguments.component}.onnx"
-    convert.export(model, arguments.component, graph, dynamic=False)
+    export.export(model, arguments.component, graph, dynamic=False)
     builds = {
-        "tvm": convert.build_tvm(graph, graph.with_suffix(".tvm-tiled.so"), reuse=False),
-        PLAIN: convert.build_tvm(graph, graph.with_suffix(".tvm-plain.so"), schedule="plain", reuse=False),
+        "tvm": engines.build_tvm(graph, graph.with_suffix(".tvm-tiled.so"), reuse=False),
+        PLAIN: engines.build_tvm(graph, graph.with_suffix(".tvm-plain.so"), schedule="plain", reuse=False),
     }
-    opened = {"onnxruntime": convert.OrtEngine(graph, provider="cpu", threads=arguments.threads)}
+    opened = {"onnxruntime": engines.OrtEngine(graph, provider="cpu", threads=arguments.threads)}
     opened |= {
-        name: convert.TvmEngine(build.path, graph=graph, threads=arguments.threads)
+        name: engines.TvmEngine(build.path, graph=graph, threads=arguments.threads)
         for name, build in builds.items()
     }
     plan = recipe(model, arguments.component)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from training import architecture
 from training.loop import load_weights
-from wanlab.nano import architecture
+from wanlab.core.files import write_json
 
 
 def assemble(checkpoints: Path, folder: Path) -> None:
@@ -26,6 +27,7 @@ def assemble(checkpoints: Path, folder: Path) -> None:
     for part in parts.values():
         part.half()
     architecture.pipeline(**parts).save_pretrained(folder, safe_serialization=True)
+    write_json(folder / "wanlab.json", {"defaults": architecture.defaults()})
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from training import architecture
+from training.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, TEXT_TOKENS
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
-from wanlab.convert.onnx.vae_sequence import encode_moments, whole_clip_resampling
-from wanlab.nano import architecture
-from wanlab.nano.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, TEXT_TOKENS
+from wanlab.export.friendly import encode_moments, whole_clip_resampling
 
 CAPTION_DROPOUT = 0.1
 

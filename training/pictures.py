@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from wanlab.nano import clips
+from wanlab.heldout import clips
 
 
 class Pictures:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from wanlab.nano import architecture, clips
+from training import architecture
+from wanlab.heldout import clips
 
 
 def draw(generator: np.random.Generator, count: int) -> tuple[list[str], torch.Tensor]:

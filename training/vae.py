@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from training import architecture
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
-from wanlab.convert.onnx.vae_sequence import decode_video, encode_moments, whole_clip_resampling
 from wanlab.evaluate.lpips import load_backbone
-from wanlab.nano import architecture, clips
+from wanlab.export.friendly import decode_video, encode_moments, whole_clip_resampling
+from wanlab.heldout import clips
 
 SHORT_FRAMES = 5
 KL_WEIGHT = 3e-5
@@ -101,7 +102,7 @@ def latent_statistics(
     """Mean and standard deviation of every latent channel over clips, `[C]` each: what the pipeline normalises by."""
     latents = []
     for _ in range(0, count, chunk):
-        video, _ = pictures.batch(min(chunk, count), architecture.FRAMES)
+        video, _ = pictures.batch(min(chunk, count), clips.FRAMES)
         with autocast(pictures.device):
             latents.append(encode_moments(vae, video)[:, : architecture.LATENT_CHANNELS].float().cpu())
     latents = torch.cat(latents)
@@ -136,7 +137,7 @@ def train_joint(vae, args, ranks: Ranks, distance: Distance) -> None:
 
     def losses(progress: float) -> tuple[torch.Tensor, dict]:
         short = progress < args.short_share
-        frames = SHORT_FRAMES if short else architecture.FRAMES
+        frames = SHORT_FRAMES if short else clips.FRAMES
         video = dense(pictures.batch(batch if short else max(1, batch // 3), frames)[0])
         size = (1 + (frames - 1) // 4, video.shape[3] // 8, video.shape[4] // 8)
         noise = torch.randn(len(video), architecture.LATENT_CHANNELS, *size, device=video.device)
@@ -164,7 +165,7 @@ def train_decoder(vae, args, ranks: Ranks, distance: Distance) -> None:
     batch = max(1, args.batch // ranks.world)
 
     def losses(progress: float) -> tuple[torch.Tensor, dict]:
-        video = dense(pictures.batch(batch, architecture.FRAMES)[0])
+        video = dense(pictures.batch(batch, clips.FRAMES)[0])
         with torch.no_grad(), autocast(video.device):
             latents = encode_moments(vae, video)[:, : architecture.LATENT_CHANNELS].float()
             # Experts make small errors; a decoder that has seen such errors does not amplify them.

@@ -18,11 +18,11 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
+from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
-from wanlab.runs.files import append_json, now, write_json
+from wanlab.pages import publish, render, render_index
+from wanlab.pages.markup import PLOTLY
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.pages import publish, render, render_index
-from wanlab.runs.pages.markup import PLOTLY
 
 FPS = 8
 HOSTILE = '</script><img src=x onerror="window.hit=1"><a href="javascript:hit=2">x</a>{{7*7}}'

@@ -24,9 +24,9 @@ from bs4 import BeautifulSoup
 
 import wanlab
 from wanlab.diagnose.triage.saved import saved_measurements
-from wanlab.runs.execute import execute
-from wanlab.runs.guard import memory
-from wanlab.runs.reap import reap
+from wanlab.launch import guard as memory
+from wanlab.launch.execute import execute
+from wanlab.launch.guard import reap
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -37,7 +37,7 @@ def command(notebook: Path, folder: Path, *more: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "wanlab.cli",
+        "wanlab.cli.main",
         "run",
         str(notebook),
         "--output",

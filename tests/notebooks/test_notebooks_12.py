@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from support.models_tiny import save
 
 from wanlab.diagnose import SwitchCost
 from wanlab.measure import Samples
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from models_tiny import save
 
 pytestmark = pytest.mark.notebook
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wanlab.evaluate import ALL_METRICS, write_video
-from wanlab.nano import heldout
+from wanlab.heldout import cases as heldout
 
 pytestmark = pytest.mark.notebook
 COMPONENTS = {"text_encoder", "vae_encoder", "expert_high", "expert_low", "vae_decoder"}

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from wanlab import measure
-from wanlab.convert.tensorrt.runtime import installed
+from wanlab import runs
+from wanlab.engines.tensorrt.runtime import installed
 
 pytestmark = [
     pytest.mark.notebook,
@@ -45,7 +45,7 @@ def test_every_graph_becomes_an_engine(done, outputs):
 def test_the_platforms_notebook_reads_what_was_built(done, outputs):
     folder = next(path.parent for path in outputs.glob("22_tensorrt/*/run.json"))
     assert str(outputs) not in json.dumps(done.values["receipts"])
-    built = measure.read_platform(folder)
+    built = runs.read_platform(folder)
     assert {record.state for record in built} == {"built only"}
     found = {(record.component, record.precision, record.machine[-4:].strip()) for record in built}
     expected = {

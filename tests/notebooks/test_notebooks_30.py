@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from support.models_tiny import save
 
-from wanlab.runs.sweeps.expand import expand
-from wanlab.runs.sweeps.grid import load_grid
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from models_tiny import save
+from wanlab.launch.grid import expand, load_grid
 
 pytestmark = pytest.mark.notebook
 

@@ -40,7 +40,7 @@ def test_a_plan_on_onnxruntime_is_proven_and_both_are_compared(run_notebook, out
     assert row["divergence_lpips"] > row["divergence_floor_lpips"]
     assert row["weights_gib"] < 0.03  # 0.044 as loaded
 
-    from wanlab.runs.comparison import compare
+    from wanlab.runs import compare
 
     found = compare(outputs, baseline="engine=eager")
     assert found.refused.empty

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from comparison_runs import techniques, write_sweep
+from support.comparison_runs import techniques, write_sweep
 
 pytestmark = pytest.mark.notebook
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -1,30 +1,316 @@
-"""Where the wall clock of a trace went: shares that add up, what ran side by side, the work done, the bounds.
-
-Every moment of the trace is given to one category. While the GPU works it is that of the running kernel (arithmetic
-before copies, where both run); while the GPU waits, or there is none, it is what the host's main thread is at.
-"""
+"""Where the wall clock of a trace went: rows that add up, with the work done and the bounds."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.diagnose.attribution import COMPONENTS, EXPERTS, OUTSIDE, Attribution, attribute
-from wanlab.diagnose.categories import (
-    CATEGORIES,
-    INDEX,
-    category_of,
-    host_categories,
-    kernel_categories,
-    waiting_categories,
+import numpy as np
+import pandas as pd
+
+from wanlab.diagnose import operators
+from wanlab.diagnose.trace import (
+    NOTHING,
+    RUNTIME_CATEGORIES,
+    STEP_PREFIX,
+    Trace,
+    inherit,
+    innermost,
+    launchers,
+    levels,
+    nest,
 )
-from wanlab.diagnose.stacks import NOTHING, innermost, levels
+from wanlab.measure.ceilings import Ceilings
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
+OUTSIDE = "outside"
+COMPONENTS = ("text_encoder", "vae_encoder", "expert", "expert_high", "expert_low", "vae_decoder", OUTSIDE)
+EXPERTS = ("expert", "expert_high", "expert_low")
+KINDS = (
+    operators.LINEAR,
+    operators.ATTENTION,
+    operators.ALLOCATION,
+    operators.TRANSFER,
+    operators.POINTWISE,
+)
+SELF, CROSS = 0, 1
+_COMPONENT = re.compile(r"^(text_encoder|vae_encoder|vae_decoder|expert(?:_high|_low)?)(?:\.|$)")
+_SELF = re.compile(r"\.(attn1|self_attn|attn)(\.|$)")
+_CROSS = re.compile(r"\.(attn2|cross_attn)(\.|$)")
 
-    from wanlab.diagnose.trace import Trace
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Of every row of `trace.host`, by position; -1 is unknown.
+
+    Attributes:
+        parents: the enclosing event; by_depth: positions by depth.
+        component: index into `COMPONENTS`, of the nearest range above or the event itself; in a trace without any named
+            ranges every event counts as an expert's, so that at least kinds of operators can be told apart.
+        has_ranges: whether the trace has named ranges.
+        attention: SELF or CROSS, where the event is inside an attention module.
+        kind: index into `KINDS`, of the outermost product or attention above, else of the nearest operator.
+        own_kind: the event's own kind.
+        selecting: the event runs between the begin of a step and the first call of an expert in it.
+        flop, moved_bytes: work of the event, counted once in a stack; format: number format of its inputs.
+    """
+
+    parents: np.ndarray
+    by_depth: list[np.ndarray]
+    component: np.ndarray
+    has_ranges: bool
+    attention: np.ndarray
+    kind: np.ndarray
+    own_kind: np.ndarray
+    selecting: np.ndarray
+    flop: np.ndarray
+    moved_bytes: np.ndarray
+    format: np.ndarray
+
+
+def attribute(trace: Trace) -> Attribution:
+    """Place every host event of a trace."""
+    host = trace.host
+    parents = nest(host)
+    by_depth = levels(parents)
+    component = inherit(_by_name(host, _component, "user_annotation"), parents, by_depth)
+    has_ranges = bool((component != NOTHING).any())
+    attention = _by_name(host, _attention, "user_annotation")
+    attention[_crosses(host)] = CROSS
+    attention = inherit(attention, parents, by_depth)
+    own_kind = _by_name(host, _kind, "cpu_op", *RUNTIME_CATEGORIES)
+    # An operator of another library or a compiled one has work of its own, of a kind that its name does not tell.
+    unknown = (own_kind == NOTHING) & (host["category"] == "cpu_op").to_numpy()
+    own_kind[unknown] = KINDS.index(operators.POINTWISE)
+    flop, moved, number_format = _work(host)
+    flop = np.where(_inside(flop > 0, parents, by_depth), 0.0, flop)
+    moved = np.where(_movers(trace, moved > 0, parents, by_depth), moved, 0.0)
+    return Attribution(
+        parents,
+        by_depth,
+        component if has_ranges else np.full(len(host), COMPONENTS.index("expert")),
+        has_ranges,
+        attention,
+        _kinds(own_kind, parents, by_depth),
+        own_kind,
+        _selecting(trace, host),
+        flop,
+        moved,
+        number_format,
+    )
+
+
+def _by_name(host: pd.DataFrame, code: object, *categories: str) -> np.ndarray:
+    """A code per event from its name, asked once per name; -1 for events of other categories."""
+    codes = np.array([code(name) for name in host["name"].cat.categories], dtype=np.int64)
+    found = codes[host["name"].cat.codes.to_numpy()] if len(codes) else np.zeros(0, np.int64)
+    return np.where(host["category"].isin(categories).to_numpy(), found, NOTHING)
+
+
+def _component(name: str) -> int:
+    match = _COMPONENT.match(name)
+    return COMPONENTS.index(match[1]) if match else NOTHING
+
+
+def _attention(name: str) -> int:
+    return SELF if _SELF.search(name) else CROSS if _CROSS.search(name) else NOTHING
+
+
+def _kind(name: str) -> int:
+    kind = operators.kind(name)
+    return KINDS.index(kind) if kind else NOTHING
+
+
+def _kinds(own: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
+    """A copy inside a product belongs to the product; elsewhere the nearest operator says what it is."""
+    strong = np.isin(own, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
+    kind = own.copy()
+    held = strong.copy()
+    for here in by_depth[1:]:
+        above = parents[here]
+        kind[here] = np.where(held[above] | (kind[here] == NOTHING), kind[above], kind[here])
+        held[here] |= held[above]
+    return kind
+
+
+def _inside(marked: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
+    """Whether any event above is marked."""
+    inside = np.zeros(len(marked), dtype=bool)
+    for here in by_depth[1:]:
+        inside[here] = inside[parents[here]] | marked[parents[here]]
+    return inside
+
+
+def _movers(trace: Trace, can: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
+    """The operators that move data themselves: those that launched a kernel, on a CPU those that call no other mover.
+
+    A copy between host and GPU is not among them: its bytes are known from the copy.
+    """
+    host = trace.host
+    operator = (host["category"] == "cpu_op").to_numpy()
+    if not trace.has_gpu:
+        calls_mover = np.zeros(len(host), dtype=bool)
+        calls_mover[parents[can & (parents != NOTHING)]] = True
+        return can & ~calls_mover
+    nearest = inherit(np.where(operator, np.arange(len(host)), NOTHING), parents, by_depth)
+    launch = launchers(host, trace.kernels)
+    copies = trace.kernels["category"].isin(["gpu_memcpy"]).to_numpy()
+    movers = np.zeros(len(host) + 1, dtype=bool)
+    movers[nearest[launch[(launch != NOTHING) & ~copies]]] = True  # -1 falls on the spare last entry
+    return movers[:-1] & can
+
+
+def _crosses(host: pd.DataFrame) -> list[int]:
+    """Attention over other keys than its own: told by shapes where no module is named, as in compiled regions."""
+    names = host["name"].cat.categories
+    suspects = host.index[host["name"].isin([name for name in names if "scaled_dot_product" in name])]
+    return [
+        i
+        for i, name, inputs in zip(suspects, host["name"][suspects], host["inputs"][suspects], strict=True)
+        if operators.is_cross_attention(name, inputs)
+    ]
+
+
+def _work(host: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Operations, bytes and number format, worked out once per operator and shape."""
+    names, inputs = host["name"].cat, host["inputs"].cat
+    both = names.codes.to_numpy().astype(np.int64) * (len(inputs.categories) + 1) + inputs.codes.to_numpy()
+    unique, place = np.unique(both, return_inverse=True)
+    pairs = [
+        (
+            names.categories[i // (len(inputs.categories) + 1)],
+            inputs.categories[i % (len(inputs.categories) + 1)],
+        )
+        for i in unique.tolist()
+    ]
+    columns = (
+        [operators.flop(*pair) for pair in pairs],
+        [operators.moved_bytes(*pair) for pair in pairs],
+        [operators.number_format(text) for _, text in pairs],
+    )
+    return tuple(
+        np.array(column, dtype=kind)[place]
+        for column, kind in zip(columns, (float, float, object), strict=True)
+    )
+
+
+def _selecting(trace: Trace, host: pd.DataFrame) -> np.ndarray:
+    """Events between the begin of a profiler step and the first expert call in it (the scheduler's step is behind the
+    last one). Step 0 begins with the encoders and is left out."""
+    starts = host["start_us"].to_numpy()
+    selecting = np.zeros(len(host), dtype=bool)
+    names = host["name"].cat.categories
+    calls = np.sort(starts[host["name"].isin([name for name in EXPERTS if name in names]).to_numpy()])
+    for step in trace.steps.itertuples():
+        first = np.searchsorted(calls, step.start_us)
+        if step.step > 0 and first < len(calls) and calls[first] < step.start_us + step.time_us:
+            selecting |= (starts >= step.start_us) & (starts < calls[first])
+    names = host["name"].cat.categories
+    steps = names[names.str.startswith(STEP_PREFIX)]
+    return selecting & ~host["name"].isin(steps).to_numpy()
+
+
+CATEGORIES = (
+    "self_attention",
+    "cross_attention",
+    "linear",
+    "norm_modulation_rotary",
+    "expert_switching",
+    "vae_encoder",
+    "vae_decoder",
+    "text_encoder",
+    "communication",
+    "other",
+    "host_device_transfer",
+    "memory_allocation",
+    "launch_and_idle",
+)
+"""In this order one wins where kernels of several run at the same time."""
+WEIGHTS_BYTES = 1 << 20
+"""A copy of this size inside an expert swaps in weights: activations do not leave the GPU there."""
+INDEX = {name: i for i, name in enumerate(CATEGORIES)}
+
+
+def category_of(component: np.ndarray, attention: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """Category of operators that do work, by where they stand."""
+    inside = np.select(
+        [kind == KINDS.index(operators.ATTENTION), kind == KINDS.index(operators.LINEAR)],
+        [
+            np.where(np.maximum(attention, SELF) == SELF, INDEX["self_attention"], INDEX["cross_attention"]),
+            INDEX["linear"],
+        ],
+        INDEX["norm_modulation_rotary"],
+    )
+    whole = {"text_encoder", "vae_encoder", "vae_decoder"}
+    by_component = np.array(
+        [
+            INDEX[name] if name in whole else INDEX["other"] if name == OUTSIDE else NOTHING
+            for name in COMPONENTS
+        ]
+        + [INDEX["other"]]  # component -1
+    )
+    found = by_component[component]
+    return np.where(found == NOTHING, inside, found)
+
+
+def host_categories(trace: Trace, placed: Attribution) -> np.ndarray:
+    """Category of every host event while it is the innermost."""
+    found = category_of(placed.component, placed.attention, placed.kind)
+    runtime = trace.host["category"].isin(RUNTIME_CATEGORIES).to_numpy()
+    own = placed.own_kind
+    # Python between operators, and calls that only hand work to the GPU.
+    found[own == NOTHING] = INDEX["launch_and_idle"]
+    found[placed.selecting] = INDEX["expert_switching"]
+    found[own == KINDS.index(operators.ALLOCATION)] = INDEX["memory_allocation"]
+    found[runtime & (own == KINDS.index(operators.TRANSFER))] = INDEX["host_device_transfer"]
+    return found
+
+
+def waiting_categories(host_category: np.ndarray) -> np.ndarray:
+    """While the GPU waits, an operator on the host is launch overhead, whatever it computes."""
+    kept = [INDEX[name] for name in ("expert_switching", "host_device_transfer", "memory_allocation")]
+    return np.where(np.isin(host_category, kept), host_category, INDEX["launch_and_idle"])
+
+
+def kernel_categories(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np.ndarray]:
+    """Category and component of every kernel."""
+    kernels = trace.kernels
+    launch = launchers(trace.host, kernels)
+    known = launch != NOTHING
+
+    def of_launch(values: np.ndarray) -> np.ndarray:
+        return np.where(known, np.append(values, NOTHING)[launch], NOTHING)
+
+    names = kernels["name"].cat
+
+    def named(pattern: str) -> np.ndarray:
+        return np.array([bool(re.search(pattern, name)) for name in names.categories], dtype=bool)[
+            names.codes
+        ]
+
+    kind_of_name = np.array([_kind_of_kernel(name) for name in names.categories], dtype=np.int64)[names.codes]
+    kind = of_launch(placed.kind)
+    # In a compiled region or a graph no operator says what a kernel is; its own name does.
+    told = np.isin(kind, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
+    kind = np.where(told, kind, kind_of_name)
+    component = of_launch(placed.component)
+    if not placed.has_ranges:
+        component[:] = COMPONENTS.index("expert")
+    category = category_of(component, of_launch(placed.attention), kind)
+    category[of_launch(placed.selecting.astype(np.int64)) == 1] = INDEX["expert_switching"]
+    copies = named(r"Memcpy (HtoD|DtoH)")
+    expert = np.isin(component, [COMPONENTS.index(name) for name in EXPERTS])
+    category[copies] = INDEX["host_device_transfer"]
+    category[copies & expert & (kernels["size_bytes"].to_numpy() >= WEIGHTS_BYTES)] = INDEX[
+        "expert_switching"
+    ]
+    category[named(r"nccl|Memcpy PtoP")] = INDEX["communication"]
+    return category, component
+
+
+def _kind_of_kernel(name: str) -> int:
+    kind = operators.kind(name)
+    return KINDS.index(kind if kind in (operators.LINEAR, operators.ATTENTION) else operators.POINTWISE)
+
 
 GAP_US = 10.0
 
@@ -103,8 +389,6 @@ def breakdown(trace: Trace) -> Breakdown:
     A VAE or text encoder is one row, whatever its operators; inside experts an operator is told by its kind and by
     the attention module around it. Where the trace has no named ranges, everything counts as an expert's.
     """
-    import numpy as np
-
     placed = attribute(trace)
     window, kernels = trace.window_us, trace.kernels
     begins = kernels["start_us"].to_numpy()
@@ -145,8 +429,6 @@ def breakdown(trace: Trace) -> Breakdown:
 
 def _at(moments: np.ndarray, times: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """Which event is the innermost at each moment, -1 for none."""
-    import numpy as np
-
     if not len(times):
         return np.full(len(moments), NOTHING)
     place = np.searchsorted(times, moments, side="right") - 1
@@ -155,8 +437,6 @@ def _at(moments: np.ndarray, times: np.ndarray, inner: np.ndarray) -> np.ndarray
 
 def _main_thread(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np.ndarray]:
     """What the busiest host thread is at, as `stacks.innermost` gives it, with rows of `trace.host`."""
-    import numpy as np
-
     host = trace.host
     if host.empty:
         return np.zeros(0), np.zeros(0, dtype=np.int64)
@@ -171,8 +451,6 @@ def _main_thread(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np.ndar
 
 def _running(marks, begins, ends, category, component) -> tuple[np.ndarray, np.ndarray]:
     """Category and component of what the GPU runs in each stretch between marks, -1 where it waits."""
-    import numpy as np
-
     component = np.where(component == NOTHING, COMPONENTS.index(OUTSIDE), component)
     pairs, code = np.unique(category * len(COMPONENTS) + component, return_inverse=True)
     running = np.full(len(marks) - 1, NOTHING)
@@ -203,9 +481,6 @@ def _frame(
         time_us, alone_us: per category, of the wall clock and of it while its kernels ran.
         of_kernel: category of every kernel.
     """
-    import numpy as np
-    import pandas as pd
-
     n, wall_us = len(CATEGORIES), trace.wall_us
     if trace.has_gpu:
         spent_us = np.bincount(of_kernel, weights=trace.kernels["time_us"].to_numpy(), minlength=n)
@@ -246,8 +521,6 @@ def _frame(
 
 def _format(placed: Attribution, mine: np.ndarray) -> str:
     """Number format of most of the operations, or of most of the bytes where there are none."""
-    import pandas as pd
-
     weight = placed.flop if placed.flop[mine].any() else placed.moved_bytes
     totals = pd.Series(weight[mine]).groupby(placed.format[mine]).sum()
     totals = totals[(totals > 0) & (totals.index != "")]
@@ -255,9 +528,6 @@ def _format(placed: Attribution, mine: np.ndarray) -> str:
 
 
 def _parts(table_us: np.ndarray, placed: Attribution, work: np.ndarray) -> pd.DataFrame:
-    import numpy as np
-    import pandas as pd
-
     flop = np.zeros_like(table_us)
     component = np.where(placed.component == NOTHING, COMPONENTS.index(OUTSIDE), placed.component)
     np.add.at(flop, (component, work), placed.flop)
@@ -272,8 +542,6 @@ def _parts(table_us: np.ndarray, placed: Attribution, work: np.ndarray) -> pd.Da
 
 def _gpu(begins: np.ndarray, ends: np.ndarray, wall_us: float) -> dict[str, float]:
     """How full the GPU was: any kernel, copy or fill on any stream counts."""
-    import numpy as np
-
     order = np.argsort(begins, kind="stable")
     reached = np.maximum.accumulate(ends[order])
     gaps = np.maximum(begins[order][1:] - reached[:-1], 0.0)
@@ -286,3 +554,34 @@ def _gpu(begins: np.ndarray, ends: np.ndarray, wall_us: float) -> dict[str, floa
         "launch_gap_median_us": float(np.median(gaps)) if len(gaps) else 0.0,
         "launch_gap_ms": float(gaps.sum()) / 1e3,
     }
+
+
+def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
+    """The rows of a breakdown beside their bounds.
+
+    Args:
+        ceilings: of the device that the trace was taken on; None leaves the columns that need them empty.
+
+    Returns:
+        DataFrame: category, time_ms, share_percent, tflop_per_s, gb_per_s, of_roofline_percent (roofline_ms over the time
+        spent), amdahl_bound (speed-up of the whole if the row cost nothing), roofline_ms (the larger of work over rate and
+        bytes over bandwidth: no exact implementation of the same operators is faster, as far as shapes were recorded),
+        ceiling_tflop_per_s, ceiling_gb_per_s, hidden_ms, calls.
+    """
+    table = breakdown.frame.copy()
+    rates = ceilings.tflop_per_s if ceilings else {}
+    table["ceiling_tflop_per_s"] = table["format"].map(rates).astype(float).where(table["tflop"] > 0)
+    memory = ceilings.memory_gb_per_s if ceilings else np.nan
+    link = ceilings.copy_gb_per_s.get("pinned", np.nan) if ceilings else np.nan
+    bandwidth = np.where(table["category"] == "host_device_transfer", link, memory)
+    table["ceiling_gb_per_s"] = np.where(table["moved_gb"] > 0, bandwidth, np.nan)
+    arithmetic = table["tflop"] / table["ceiling_tflop_per_s"]
+    traffic = table["moved_gb"] / table["ceiling_gb_per_s"]
+    table["roofline_ms"] = 1e3 * np.fmax(arithmetic, traffic)
+    spent = table["time_ms"] + table["hidden_ms"]
+    table["of_roofline_percent"] = 100 * table["roofline_ms"] / spent
+    columns = [
+        "category", "time_ms", "share_percent", "tflop_per_s", "gb_per_s", "of_roofline_percent", "amdahl_bound",
+        "roofline_ms", "ceiling_tflop_per_s", "ceiling_gb_per_s", "hidden_ms", "calls",
+    ]  # fmt: skip
+    return table[columns]

@@ -1,23 +1,263 @@
-"""A profile of one generation as a Chrome trace: named ranges, one profiler step per denoising step, bounded size."""
+"""A profile of one generation as a Chrome trace: named ranges, one step per denoising step, bounded size."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.diagnose.ranges import ranges
-from wanlab.diagnose.trace import SUFFIX
-from wanlab.errors import WanlabError
-from wanlab.measure.entry_points import standing_in
+import torch
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
 
-if TYPE_CHECKING:
-    import torch
+from wanlab.core.errors import WanlabError
+from wanlab.diagnose.trace import (
+    HOST_CATEGORIES,
+    KERNEL_CATEGORIES,
+    NOTHING,
+    RUNTIME_CATEGORIES,
+    SUFFIX,
+    unpack,
+)
+from wanlab.models.pipeline import Model
+from wanlab.models.taps import entry_points, standing_in
 
-    from wanlab.models.generate import Model
+DEEPEST = 3
+"""Module levels below a block that get a range: `blocks.0.ffn.net.0` is the third."""
+
+_VAE_HALVES = {
+    "encoder": "vae_encoder",
+    "quant_conv": "vae_encoder.quant_conv",
+    "decoder": "vae_decoder",
+    "post_quant_conv": "vae_decoder.post_quant_conv",
+}
+_BLOCK = re.compile(r"^\w*blocks\.\d+")
+
+
+@contextmanager
+def ranges(model: Model, *, projections: bool = True) -> Iterator[list[str]]:
+    """Name the parts of a model in every profile that is taken inside the block.
+
+    Components get a range whatever runs them; modules inside get one where a component is a PyTorch module.
+
+    Args:
+        model: from `wanlab.models.load`.
+        projections: also name what is inside the blocks: attentions, linear layers, norms.
+
+    Yields:
+        The names that were given.
+    """
+    hooks = _Hooks(_named_modules(model.pipeline, projections))
+    points = entry_points(model.pipeline)
+    wrapped = {
+        attribute: {method: _ranged(component, hooks) for method, component in methods.items()}
+        for attribute, methods in points.items()
+    }
+    components = [component for methods in points.values() for component in methods.values()]
+    try:
+        with standing_in(model.pipeline, wrapped):
+            yield [*components, *hooks.modules]
+    finally:
+        hooks.remove()
+
+
+def _named_modules(pipeline, projections: bool) -> dict[str, torch.nn.Module]:
+    """Range -> module, inside the components that are PyTorch modules."""
+    found = {}
+    for attribute, methods in entry_points(pipeline).items():
+        network = vars(pipeline)[attribute]
+        if isinstance(network, torch.nn.Module):
+            for path, module in _reachable(network):
+                name = _name(methods.get("__call__"), path)
+                if name and _wanted(path, projections):
+                    found[name] = module
+    return found
+
+
+def _reachable(network: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules by path, except compiled ones and what is in them: a hook there would be compiled in."""
+    if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
+        return
+    yield path, network
+    for name, module in network.named_children():
+        yield from _reachable(module, f"{path}.{name}" if path else name)
+
+
+def _name(component: str | None, path: str) -> str | None:
+    """Range of a module inside a component; None for the component itself, whose entry point is the range."""
+    if not path:
+        return None
+    if component is not None:
+        return f"{component}.{path}"
+    head, _, rest = path.partition(".")
+    half = _VAE_HALVES.get(head)
+    return f"{half}.{rest}" if half and rest else half if half and "." in half else None
+
+
+def _wanted(path: str, projections: bool) -> bool:
+    path = path.removeprefix("encoder.").removeprefix("decoder.")
+    block = _BLOCK.match(path)
+    if block is None:
+        return "." not in path
+    inside = path[block.end() :].count(".")
+    return inside == 0 or (projections and inside <= DEEPEST)
+
+
+class _Hooks:
+    """Hooks of many modules, there or not."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module]) -> None:
+        self.modules = modules
+        self._handles: list = []
+
+    def put(self) -> None:
+        if not self._handles:
+            self._handles = [
+                handle for name, module in self.modules.items() for handle in _hook(module, name)
+            ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _ranged(component: str, hooks: _Hooks) -> Callable:
+    def wrap(call: Callable) -> Callable:
+        profiled = torch.autograd._profiler_enabled
+
+        def ranged(*args, **kwargs):
+            if not profiled():
+                hooks.remove()
+                return call(*args, **kwargs)
+            hooks.put()
+            with torch.profiler.record_function(component):
+                return call(*args, **kwargs)
+
+        return ranged
+
+    return wrap
+
+
+def _hook(module: torch.nn.Module, name: str) -> list:
+    """A range around a module's forward."""
+    opened: list = []
+
+    def enter(*_) -> None:
+        opened.append(torch.profiler.record_function(name).__enter__())
+
+    def leave(*_) -> None:
+        if opened:
+            opened.pop().__exit__(None, None, None)
+
+    # always_call: a forward that raises still closes its range.
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+_KEPT_ARGS = {
+    "cpu_op": ("Input Dims", "Input type"),
+    "kernel": ("correlation", "stream", "device"),
+    "gpu_memcpy": ("correlation", "stream", "device", "bytes"),
+    "gpu_memset": ("correlation", "stream", "device", "bytes"),
+    "cuda_runtime": ("correlation",),
+    "cuda_driver": ("correlation",),
+    "cpu_instant_event": ("Total Reserved", "Total Allocated", "Bytes", "Device Id", "Device Type", "Addr"),
+}
+
+
+def trim(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    shortest_us: float = 20.0,
+    smallest_bytes: int = 1 << 20,
+) -> Path:
+    """Write a smaller trace that says the same: kernels, launches, ranges, steps and times stay as they are.
+
+    Left out are host events that launched nothing and took less than `shortest_us` (their time becomes own time of what
+    encloses them), allocations below `smallest_bytes` (the totals beside the others still count them), flow arrows,
+    GPU annotations, the profiler's own overhead, and the arguments that no reader here uses.
+
+    Args:
+        source, target: `.json` or `.json.gz`.
+
+    Raises:
+        WanlabError: as `read_trace`.
+    """
+    content = json.loads(unpack(Path(source)))
+    events = content["traceEvents"]
+    origin = min(float(event["ts"]) for event in events if event.get("ph") == "X" and "ts" in event)
+    kept = [_slim(event, origin) for event in _kept(events, shortest_us, smallest_bytes)]
+    content = {key: value for key, value in content.items() if key not in ("traceEvents", "traceName")}
+    content["trimmed"] = {"shortest_us": shortest_us, "smallest_bytes": smallest_bytes}
+    text = json.dumps(content | {"traceEvents": kept}, separators=(",", ":"))
+    target = Path(target)
+    # No time in the header: the same trace gives the same file.
+    packed = gzip.compress(text.encode(), 9, mtime=0) if target.suffix == ".gz" else text.encode()
+    target.write_bytes(packed)
+    return target
+
+
+def _kept(events: list[dict], shortest_us: float, smallest_bytes: int) -> list[dict]:
+    launched = {
+        event["args"]["correlation"]
+        for event in events
+        if event.get("cat") in KERNEL_CATEGORIES and "correlation" in event.get("args", {})
+    }
+    needed = _needed(events, launched, shortest_us)
+    kept = []
+    for i, event in enumerate(events):
+        phase, category = event.get("ph"), event.get("cat")
+        if phase == "X" and category in HOST_CATEGORIES:
+            keep = i in needed
+        elif event.get("name") == "[memory]":
+            keep = abs(event["args"]["Bytes"]) >= smallest_bytes
+        else:
+            keep = phase == "M" or category in KERNEL_CATEGORIES
+        if keep:
+            kept.append(event)
+    return kept
+
+
+def _needed(events: list[dict], launched: set, shortest_us: float) -> set[int]:
+    """Positions of the host events that are long, are ranges, or enclose a launch."""
+    host = [i for i, e in enumerate(events) if e.get("ph") == "X" and e.get("cat") in HOST_CATEGORIES]
+    host.sort(
+        key=lambda i: (str(events[i]["pid"]), str(events[i]["tid"]), events[i]["ts"], -events[i]["dur"])
+    )
+    needed: set[int] = set()
+    stack: list[int] = []
+    thread: Any = NOTHING
+    for i in host:
+        event = events[i]
+        if (event["pid"], event["tid"]) != thread:
+            thread = (event["pid"], event["tid"])
+            stack.clear()
+        while stack and events[stack[-1]]["ts"] + events[stack[-1]]["dur"] <= event["ts"]:
+            stack.pop()
+        stack.append(i)
+        launches = event["cat"] in RUNTIME_CATEGORIES and event.get("args", {}).get("correlation") in launched
+        if launches or event["cat"] == "user_annotation" or event["dur"] >= shortest_us:
+            needed.update(stack)
+    return needed
+
+
+def _slim(event: dict, origin: float) -> dict:
+    event = {key: value for key, value in event.items() if key not in ("id", "s", "bp")}
+    if "ts" in event:
+        event["ts"] = round(float(event["ts"]) - origin, 2)
+    if "dur" in event:
+        event["dur"] = round(event["dur"], 2)
+    wanted = _KEPT_ARGS.get(event.get("cat", ""))
+    if "args" in event and event.get("ph") != "M":
+        names = (wanted or ()) + (("Concrete Inputs",) if "conv" in event["name"] else ())
+        event["args"] = {key: event["args"][key] for key in names if key in event["args"]}
+    return event
+
 
 MOST_EVENTS = 2_000_000
 """About 35 MB compressed, 10 s to read, and the most that Perfetto opens without trouble."""
@@ -61,9 +301,6 @@ def capture(
         WanlabError: as `Model.generate`, another profiler is running, not even one step of each expert fits, or
             nothing was written.
     """
-    import torch
-    from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
-
     if torch.autograd._profiler_enabled():
         raise WanlabError("another profiler is running; leave its block before capturing a trace")
     factor = (MEMORY_FACTOR if memory else 1.0) * (PYTHON_FACTOR if python else 1.0)
@@ -120,8 +357,6 @@ def expected_events(model: Model, *, steps: int, frames: int | None = None, guid
 
 
 def _leaves(module: Any) -> int:
-    import torch
-
     if not isinstance(module, torch.nn.Module):
         return 0  # an engine is one call
     return sum(1 for part in module.modules() if next(part.children(), None) is None)

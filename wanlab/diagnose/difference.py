@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import Breakdown
 from wanlab.diagnose.flame import Flame
-from wanlab.errors import WanlabError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 UNCOVERED = "(idle, or running side by side)"
 """Wall clock less the sum of all stacks: positive where nothing ran, negative where threads or streams overlapped."""
@@ -53,8 +51,6 @@ def difference(before: Flame | Breakdown, after: Flame | Breakdown, *, by: str =
     Raises:
         WanlabError: one is of the CPU and the other of the GPU, one a breakdown and the other not, or an unknown `by`.
     """
-    import pandas as pd
-
     if by not in KEYS:
         raise WanlabError(f"by is {' or '.join(map(repr, KEYS))}, not {by!r}")
     kinds = [profile.kind if isinstance(profile, Flame) else "breakdown" for profile in (before, after)]

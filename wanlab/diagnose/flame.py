@@ -8,15 +8,12 @@ Format of the exports: folded stacks (Gregg, "Flame Graphs", 2011) and speedscop
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.diagnose.stacks import NOTHING, launchers, nest
-from wanlab.diagnose.trace import STEP_PREFIX, Trace
-from wanlab.errors import WanlabError
+import numpy as np
+import pandas as pd
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
+from wanlab.core.errors import WanlabError
+from wanlab.diagnose.trace import NOTHING, STEP_PREFIX, Trace, launchers, nest
 
 NOT_LAUNCHED = "(launch not in the trace)"
 
@@ -172,9 +169,6 @@ class _Tree:
 
     def frame(self, *, inclusive: bool) -> pd.DataFrame:
         """The table of `Flame`. `inclusive`: `total` already holds a node's whole time, else its own alone."""
-        import numpy as np
-        import pandas as pd
-
         total, parents = np.array(self.total), np.array(self.parents)
         children = np.zeros_like(total)
         depth = np.zeros(len(total), dtype=int)
@@ -204,8 +198,6 @@ class _Tree:
 
 
 def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
-    import numpy as np
-
     kept = (table["total_us"] > 0).to_numpy(copy=True)
     kept[0] = True
     renumbered = np.cumsum(kept) - 1

@@ -1,18 +1,194 @@
-"""A profile that was read back: its events as tables, and what it lacks."""
+"""A profile read back: a Chrome trace file as tables of events, their stacks and launches."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.models.generate import BEGINS, ENDS
+import msgspec
+import numpy as np
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from wanlab.core.errors import WanlabError
+from wanlab.models.pipeline import BEGINS, ENDS
+
+NONE = msgspec.Raw(b"")
+DEVICE_TYPES = {0: "cpu", 1: "cuda"}
+"""c10::DeviceType, as "[memory]" events give it."""
+
+
+class Args(
+    msgspec.Struct,
+    gc=False,
+    rename={
+        "dims": "Input Dims",
+        "types": "Input type",
+        "concrete": "Concrete Inputs",
+        "size": "Bytes",
+        "copied": "bytes",
+        "allocated": "Total Allocated",
+        "reserved": "Total Reserved",
+        "device_type": "Device Type",
+        "device_id": "Device Id",
+        "address": "Addr",
+    },
+):
+    """The arguments of an event that are read. Raw ones stay text until somebody asks for them."""
+
+    correlation: int | float | None = 0
+    stream: int | str | None = -1
+    copied: int | float | None = 0
+    dims: msgspec.Raw = NONE
+    types: msgspec.Raw = NONE
+    concrete: msgspec.Raw = NONE
+    size: int | float | None = None
+    allocated: int | float | None = -1
+    reserved: int | float | None = -1
+    device_type: int | None = 0
+    device_id: int | None = -1
+    address: int | str | None = 0
+
+
+class Event(msgspec.Struct, gc=False):
+    """One event."""
+
+    ph: str = ""
+    cat: str = ""
+    name: str = ""
+    pid: int | str = 0
+    tid: int | str = 0
+    ts: float | str | None = None
+    dur: float | None = None
+    args: Args | None = None
+
+
+class File(msgspec.Struct):
+    """The parts of a trace file that are read."""
+
+    traceEvents: list[Event]
+    deviceProperties: list[dict] = []
+    distributedInfo: dict | None = None
+    wanlab: dict | None = None
+    trimmed: dict | None = None
+
+
+NO_ARGS = Args()
+
+
+def decode(path: Path) -> File:
+    """Read a trace file, `.json` or `.json.gz`.
+
+    Raises:
+        WanlabError: no such file, a truncated or empty file, or one that is no profiler trace.
+    """
+    raw = unpack(path)
+    try:
+        return msgspec.json.decode(raw, type=File, strict=False)
+    except msgspec.ValidationError as error:
+        raise WanlabError(f"{path} is not a profiler trace: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WanlabError(f"{path} is cut off or not JSON: {error}") from error
+
+
+def unpack(path: Path) -> bytes:
+    """The JSON text of a trace file; errors as `decode`."""
+    if not path.is_file():
+        raise WanlabError(f"no trace {path}; give a .json or .json.gz file of torch.profiler")
+    raw = path.read_bytes()
+    if not raw:
+        raise WanlabError(f"{path} is empty; was the profiler stopped before it wrote?")
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise WanlabError(f"{path} is cut off or damaged ({error}); copy it again") from error
+
+
+def tables(events: list[Event]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The complete events and the allocations as `Trace.events` and `Trace.memory` describe them."""
+    kept = [e for e in events if e.ph == "X" and e.ts is not None and e.dur is not None]
+    blocks = [e for e in events if e.name == "[memory]" and e.args is not None and e.args.size is not None]
+    start = np.array([float(e.ts) for e in kept])
+    origin = start.min() if len(start) else 0.0
+    thread, process, where = _places(kept)
+    args = [e.args or NO_ARGS for e in kept]
+    table = pd.DataFrame(
+        {
+            "name": pd.Categorical([e.name for e in kept]),
+            "category": pd.Categorical([e.cat for e in kept]),
+            "process": process,
+            "thread": thread,
+            "start_us": start - origin,
+            "time_us": np.array([e.dur for e in kept], dtype=float),
+            "correlation": np.array([a.correlation or 0 for a in args], dtype=np.int64),
+            "stream": np.array([a.stream if isinstance(a.stream, int) else -1 for a in args], dtype=np.int64),
+            "size_bytes": np.array([a.copied or 0 for a in args], dtype=np.int64),
+            "inputs": pd.Categorical(
+                [_inputs(e.name, a) if a.dims is not NONE else "" for e, a in zip(kept, args, strict=True)]
+            ),
+        }
+    )
+    order = np.lexsort((-table["time_us"], table["start_us"], table["thread"]))
+    return table.iloc[order].reset_index(drop=True), _memory(blocks, origin, where)
+
+
+def _places(events: list[Event]) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Codes of thread and process of each event, and {(pid, tid): codes}."""
+    threads: dict[tuple, tuple[int, int]] = {}
+    processes: dict[int | str, int] = {}
+    codes = np.empty((len(events), 2), dtype=np.int64)
+    for i, e in enumerate(events):
+        key = (e.pid, e.tid)
+        code = threads.get(key)
+        if code is None:
+            code = threads[key] = (len(threads), processes.setdefault(e.pid, len(processes)))
+        codes[i] = code
+    return codes[:, 0], codes[:, 1], threads
+
+
+def _inputs(name: str, args: Args) -> str:
+    """Shapes, types and, where strides and padding matter, values of an operator's inputs, as JSON."""
+    values = bytes(args.concrete).decode() if "conv" in name and args.concrete is not NONE else "[]"
+    types = bytes(args.types).decode() if args.types is not NONE else "[]"
+    return f"[{bytes(args.dims).decode()},{types},{values}]"
+
+
+def _memory(blocks: list[Event], origin: float, where: dict) -> pd.DataFrame:
+    args = [e.args for e in blocks]
+    unknown = (-1, -1)
+    table = pd.DataFrame(
+        {
+            "time_us": np.array([float(e.ts or 0) for e in blocks]) - origin,
+            "size_bytes": np.array([a.size for a in args], dtype=np.int64),
+            "allocated_bytes": np.array([-1 if a.allocated is None else a.allocated for a in args], np.int64),
+            "reserved_bytes": np.array([-1 if a.reserved is None else a.reserved for a in args], np.int64),
+            "device": pd.Categorical([_device(a) for a in args]),
+            "address": np.array([_address(a.address) for a in args], dtype=np.uint64),
+            "thread": np.array([where.get((e.pid, e.tid), unknown)[0] for e in blocks], dtype=np.int64),
+            "process": np.array([where.get((e.pid, e.tid), unknown)[1] for e in blocks], dtype=np.int64),
+        }
+    )
+    return table.sort_values("time_us", kind="stable").reset_index(drop=True)
+
+
+def _device(args: Args) -> str:
+    kind = DEVICE_TYPES.get(args.device_type or 0, f"device type {args.device_type}")
+    return kind if kind == "cpu" else f"{kind}:{max(args.device_id or 0, 0)}"
+
+
+def _address(value: int | str | None) -> int:
+    """Kineto writes a number, older files text in hexadecimal."""
+    try:
+        return int(value, 0) if isinstance(value, str) else int(value or 0)
+    except ValueError:
+        return 0
+
 
 SUFFIX = ".pt.trace.json.gz"
 """What TensorBoard's profiler plugin looks for in a folder."""
@@ -100,8 +276,6 @@ class Trace:
 
     def facts(self) -> pd.DataFrame:
         """What the trace is and what it lacks, a line each: fact, value."""
-        import pandas as pd
-
         facts = {
             "file": self.path.name,
             "model": self.generation.get("model"),
@@ -152,8 +326,6 @@ def _of_folder(folder: Path) -> Trace:
 
 
 def _of_file(path: Path) -> Trace:
-    from wanlab.diagnose.trace_file import decode, tables
-
     content = decode(path)
     events, memory = tables(content.traceEvents)
     if events.empty:
@@ -196,3 +368,90 @@ def _notes(events: pd.DataFrame, info: dict, generation: dict, trimmed: dict) ->
             f"one rank of {info['world_size']}: waiting for the others is inside its communication kernels"
         )
     return tuple(notes)
+
+
+NOTHING = -1
+
+
+def nest(events: pd.DataFrame) -> np.ndarray:
+    """For every event the position of the event of its thread that encloses it, -1 for the outermost.
+
+    Args:
+        events: ordered as `Trace.events`: by thread, start and falling end.
+
+    An event that outlasts the one it starts in (clocks of two sources, rounded) counts as inside it.
+    """
+    threads = events["thread"].to_numpy().tolist()
+    starts = events["start_us"].to_numpy().tolist()
+    ends = (events["start_us"] + events["time_us"]).to_numpy().tolist()
+    parents = np.full(len(starts), NOTHING, dtype=np.int64)
+    stack: list[int] = []
+    current = None
+    for i, (thread, start) in enumerate(zip(threads, starts, strict=True)):
+        if thread != current:
+            current = thread
+            stack.clear()
+        while stack and ends[stack[-1]] <= start:
+            stack.pop()
+        if stack:
+            parents[i] = stack[-1]
+        stack.append(i)
+    return parents
+
+
+def levels(parents: np.ndarray) -> list[np.ndarray]:
+    """Positions of the events by depth, the outermost first."""
+    depth = np.full(len(parents), NOTHING)
+    found, here = [], np.flatnonzero(parents == NOTHING)
+    while len(here):
+        depth[here] = len(found)
+        found.append(here)
+        above = np.where(parents == NOTHING, NOTHING, depth[parents])
+        here = np.flatnonzero((above == len(found) - 1) & (depth == NOTHING))
+    return found
+
+
+def inherit(values: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
+    """Every event's own value, or that of the nearest event above that has one; -1 is none."""
+    values = values.copy()
+    for here in by_depth[1:]:
+        values[here] = np.where(values[here] == NOTHING, values[parents[here]], values[here])
+    return values
+
+
+def launchers(host: pd.DataFrame, kernels: pd.DataFrame) -> np.ndarray:
+    """For every kernel the position among the host events of the runtime call that launched it, or -1."""
+    calls = np.flatnonzero(host["category"].isin(RUNTIME_CATEGORIES).to_numpy())
+    numbers = host["correlation"].to_numpy()[calls]
+    order = np.argsort(numbers, kind="stable")
+    calls, numbers = calls[order], numbers[order]
+    wanted = kernels["correlation"].to_numpy()
+    if not len(numbers):
+        return np.full(len(wanted), NOTHING)
+    place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+    return np.where((numbers[place] == wanted) & (wanted != 0), calls[place], NOTHING)
+
+
+def innermost(
+    events: pd.DataFrame, parents: np.ndarray, by_depth: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One thread's events as a sequence: from `times[i]` on, `events` row `which[i]` is the innermost (-1: none).
+
+    Args:
+        events: of one thread, with `parents` and `by_depth` of the same rows.
+    """
+    starts = events["start_us"].to_numpy()
+    ends = starts + events["time_us"].to_numpy()
+    depth = np.zeros(len(starts), dtype=np.int64)
+    for level, here in enumerate(by_depth):
+        depth[here] = level
+        if level:
+            ends[here] = np.minimum(ends[here], ends[parents[here]])
+    # An event of no length is never the innermost of a stretch of time.
+    lasting = np.flatnonzero(ends > starts)
+    times = np.concatenate([ends[lasting], starts[lasting]])
+    which = np.concatenate([parents[lasting], lasting])
+    opens = np.repeat([0, 1], len(lasting))
+    # At one moment ends come before starts, inner ends before outer ones, outer starts before inner ones.
+    order = np.lexsort((np.concatenate([-depth[lasting], depth[lasting]]), opens, times))
+    return times[order], which[order]

@@ -1,17 +1,16 @@
-"""Where two videos differ: maps of one frame, and the difference as a clip."""
+"""Where two videos differ: heat maps, difference clips, and the worst frames."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
+import numpy as np
+
+from wanlab.core.errors import WanlabError
 from wanlab.evaluate import lpips
 from wanlab.evaluate.metrics import device_of, same_geometry, to_tensor
+from wanlab.evaluate.scores import METRICS, Scores
 from wanlab.evaluate.video import as_video
-
-if TYPE_CHECKING:
-    import numpy as np
 
 KINDS = ("lpips", "absolute")
 BRIGHTEST_SHARE = 0.999  # of the values of a difference clip that show in full; a few pixels may be clipped
@@ -92,8 +91,6 @@ def difference_clip(original, optimized) -> DifferenceClip:
     Raises:
         WanlabError: as `compare_videos` for videos that do not match.
     """
-    import numpy as np
-
     a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
     same_geometry(a, b)
     first, second = (np.float32(v.frames) / (255 if v.frames.dtype == np.uint8 else 1) for v in (a, b))
@@ -107,3 +104,36 @@ def difference_clip(original, optimized) -> DifferenceClip:
     difference += np.float32(0.5)
     fps = a.fps if a.fps is not None else b.fps
     return DifferenceClip(np.clip(difference, 0, 1, out=difference), gain, fps)
+
+
+def worst_frames(original, optimized, scores: Scores, metrics=METRICS) -> dict[int, dict[str, np.ndarray]]:
+    """Original, optimised and their difference at the worst frame of each metric.
+
+    Args:
+        original, optimized: what was compared: anything `compare_videos` takes.
+        scores: of these two.
+        metrics: whose worst frames to show, of those that were measured.
+
+    Returns:
+        Frame -> {label: picture float32 `[H, W, 3]` in [0, 1]}, in the order of the metrics; a frame that
+        is worst in several metrics comes once. In the difference, grey is equal and the largest difference
+        of the frame is black or white; its label says by how much it was amplified.
+    """
+    a, b = (as_video(video).frames for video in (original, optimized))
+    found: dict[int, dict[str, np.ndarray]] = {}
+    summary = scores.summary
+    wanted = summary[summary["metric"].isin(metrics)]
+    for frame, names in wanted.groupby("worst_frame", sort=False)["metric"]:
+        one, two = (
+            picture.astype(np.float32) / (255 if picture.dtype == np.uint8 else 1)
+            for picture in (a[frame], b[frame])
+        )
+        largest = float(np.abs(two - one).max())
+        gain = 0.5 / largest if largest else 1.0
+        found[int(frame)] = {
+            f"original, frame {frame} (worst {', '.join(names)})": one,
+            f"optimised, frame {frame}": two,
+            f"difference, amplified {gain:,.3g} times" if largest else "difference: none": 0.5
+            + gain * (two - one),
+        }
+    return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wanlab.errors import WanlabError
-from wanlab.evaluate.bootstrap import bootstrap_mean
+import numpy as np
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.stats import bootstrap_mean
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import Scores, same_backbone
 from wanlab.evaluate.video import as_video
@@ -107,8 +109,6 @@ def quality_loss(optimized_to_truth, original_to_truth, *, seed: int = 0) -> Qua
         WanlabError: different numbers of cases, no case, a score that is negative or not finite, an
             LPIPS(O, G) of 0 (nothing to be relative to), or `Scores` of different backbones.
     """
-    import numpy as np
-
     if optimized_to_truth is None or original_to_truth is None:
         return QualityLoss.unknown()
     sides = [_as_list(optimized_to_truth), _as_list(original_to_truth)]

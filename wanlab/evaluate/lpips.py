@@ -1,10 +1,4 @@
-"""Perceptual distance (LPIPS) with backbones that are named, local and loaded once.
-
-LPIPS is Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018).
-The shift-tolerant variant is Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric" (2022):
-its weights ship with its package, so it works everywhere. Their scales differ: scores of different
-backbones must not be compared. Nothing here ever downloads.
-"""
+"""Perceptual distance (LPIPS) with backbones that are named, local and loaded once."""
 
 from __future__ import annotations
 
@@ -14,10 +8,77 @@ import pickle
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
-from wanlab.errors import WanlabError, did_you_mean, require
-from wanlab.evaluate import lpips_head
+import torch
+import torch.nn.functional as functional
+
+from wanlab.core.errors import WanlabError, did_you_mean, require
+from wanlab.evaluate.lpips_kernel import distance_kernel
+
+EPSILON = 1e-10  # of both packages' normalize_tensor
+TILE = 8192  # numbers of each side that one program of the kernel holds
+
+
+def distance_map(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Distance of two layers' features at each of their pixels.
+
+    Args:
+        first, second: `[N, C, H, W]`, of equal layout in memory.
+        weight: `[C]`.
+
+    Returns:
+        float32 `[N, H, W]`: sum over channels of weight * (first / |first| - second / |second|)^2.
+    """
+    if first.is_cuda and find_spec("triton") and not _torch_version_is_hip():
+        return _by_triton(first, second, weight)
+    return by_torch(first, second, weight)
+
+
+def by_torch(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`distance_map` in PyTorch."""
+    lengths = [torch.linalg.vector_norm(side, dim=1, keepdim=True) + EPSILON for side in (first, second)]
+    difference = (first / lengths[0]).sub_(second / lengths[1])
+    return torch.einsum("nchw,c->nhw", difference.square_(), weight)
+
+
+def _torch_version_is_hip() -> bool:
+    return torch.version.hip is not None
+
+
+def _by_triton(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if first.stride() != second.stride():
+        second = torch.empty_like(first).copy_(second)
+    if first.stride(2) != first.shape[3] * first.stride(3):  # the kernel counts pixels in one go
+        first, second = first.contiguous(), second.contiguous()
+    count, channels, height, width = first.shape
+    out = torch.empty(count, height, width, device=first.device, dtype=torch.float32)
+    wide = 1 << (channels - 1).bit_length()
+    block = max(16, TILE // wide)
+    grid = (-(-height * width // block), count)
+    with torch.cuda.device(first.device) if first.is_cuda else torch.no_grad():
+        _kernel()[grid](
+            first,
+            second,
+            weight,
+            out,
+            height * width,
+            first.stride(0),
+            first.stride(1),
+            first.stride(3),
+            CHANNELS=channels,
+            WIDE=wide,
+            BLOCK=block,
+            EPSILON=EPSILON,
+        )
+    return out
+
+
+@lru_cache(maxsize=1)
+def _kernel():
+    return distance_kernel
+
 
 DEFAULT_BACKBONE = "stlpips-alex"
 # Backbone -> file that torchvision keeps in the torch hub cache, and the call that fetches it.
@@ -43,8 +104,6 @@ class Backbone:
 
 def available_backbones() -> list[Backbone]:
     """Every backbone and whether this machine can use it, without loading any."""
-    from importlib.util import find_spec
-
     found = []
     for name in BACKBONES:
         package, install = _package(name)
@@ -108,8 +167,6 @@ def distances(original, optimized, backbone: str = "auto"):
     Raises:
         WanlabError: as `load_backbone`, or frames under 32 pixels a side.
     """
-    import torch
-
     with torch.inference_mode():
         total = sum(layer.double().mean((1, 2)) for layer in _layers(original, optimized, backbone))
         # Batched sums may round the two sides differently, but a perfect copy is perfect.
@@ -130,9 +187,6 @@ def distance_maps(original, optimized, backbone: str = "auto"):
     Raises:
         WanlabError: as `distances`.
     """
-    import torch
-    import torch.nn.functional as functional
-
     size = original.shape[-2:]
     with torch.inference_mode():
         return sum(
@@ -143,8 +197,6 @@ def distance_maps(original, optimized, backbone: str = "auto"):
 
 def _layers(original, optimized, backbone: str):
     """Distance at each pixel of each layer of the network: float32 `[N, h, w]` each."""
-    import torch
-
     height, width = original.shape[-2:]
     if min(height, width) < MIN_SIZE:
         raise WanlabError(f"LPIPS needs frames of at least {MIN_SIZE}x{MIN_SIZE}; these are {height}x{width}")
@@ -157,15 +209,13 @@ def _layers(original, optimized, backbone: str):
             linear.model[-1].weight.flatten() for linear in network.lins
         ]  # 1x1 convolutions to one channel
         return [
-            lpips_head.distance_map(features[:count], features[count:], weight)
+            distance_map(features[:count], features[count:], weight)
             for features, weight in zip(layers, weights, strict=True)
         ]
 
 
 def exact_float32(device):
     """A block in which convolutions on an NVIDIA GPU take no TF32, whose scores would move in the fourth digit."""
-    import torch
-
     if torch.device(device).type != "cuda":
         return contextlib.nullcontext()
     cudnn = torch.backends.cudnn
@@ -183,8 +233,6 @@ def _package(name: str) -> tuple[str, str]:
 
 
 def _hub_file(name: str) -> Path:
-    import torch
-
     return Path(torch.hub.get_dir()) / "checkpoints" / HUB_FILES[name][0]
 
 
@@ -218,6 +266,4 @@ def _build(name: str, device: str, path: str):
 
 
 def _layout(kind: str):
-    import torch
-
     return torch.channels_last if kind in CHANNELS_LAST else torch.contiguous_format

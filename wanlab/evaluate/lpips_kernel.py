@@ -1,8 +1,11 @@
-"""The Triton kernel of `wanlab.evaluate.lpips_head`; imported only where Triton is used."""
+"""The Triton kernel of `wanlab.evaluate.lpips`; imported only where Triton is used."""
 
-# Triton reads the source of the kernel and its annotations, so no `from __future__ import annotations` here.
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+
+# Triton reads the source of the kernel and its annotations, so no `from __future__ import annotations` here.
 
 
 @triton.jit

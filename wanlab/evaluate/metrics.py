@@ -1,20 +1,293 @@
-"""The comparison of two videos: whole clips, in batches that fit the device."""
+"""Comparison of two videos: scores per frame and over time, in batches that fit the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError, did_you_mean
-from wanlab.evaluate import lpips, temporal
-from wanlab.evaluate.catalogue import ALL_METRICS, CATALOGUE, METRICS, TEMPORAL
-from wanlab.evaluate.frames import ms_ssim, psnr, scales, ssim
-from wanlab.evaluate.scores import NO_BACKBONE, Scores, long_table
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.evaluate import lpips
+from wanlab.evaluate.scores import (
+    ALL_METRICS,
+    CATALOGUE,
+    METRICS,
+    NO_BACKBONE,
+    TEMPORAL,
+    Scores,
+    long_table,
+)
 from wanlab.evaluate.video import Video, as_video
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+_SIGMA, _RADIUS = 1.5, 5
+_C1, _C2 = 0.01**2, 0.03**2
+WINDOW = 2 * _RADIUS + 1
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of the scales of MS-SSIM, fine to coarse (Wang et al. 2003, section 3.2)."""
+
+
+def psnr(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each frame in dB, 10 log10(1 / MSE) over all pixels and channels.
+
+    Args:
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`.
+
+    Returns:
+        float64 `[N]`; infinite for equal frames.
+    """
+    error = (original.double() - optimized.double()).square().flatten(1).mean(1)
+    return -10 * error.log10()
+
+
+def ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each frame (Wang et al., 2004), mean over pixels and channels.
+
+    Gaussian window of 11 pixels with sigma 1.5, population covariance, data range 1, borders where
+    the window does not fit left out: scikit-image's `structural_similarity` with `gaussian_weights`.
+
+    Args:
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels a side.
+
+    Returns:
+        float64 `[N]`; 1 for equal frames.
+
+    Raises:
+        WanlabError: frames under 11 pixels a side.
+    """
+    _check_size(original, "SSIM")
+    luminance, structure = _similarity(original.float(), optimized.float())
+    return (luminance * structure).double().flatten(1).mean(1)
+
+
+def scales(height: int, width: int) -> int:
+    """How many scales of MS-SSIM fit frames of this size; 5 from 176 pixels a side, the published number."""
+    fitting = [level for level in range(len(SCALE_WEIGHTS)) if min(height, width) >> level >= WINDOW]
+    return len(fitting)
+
+
+def ms_ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
+    """Multi-scale structural similarity of each frame (Wang, Simoncelli and Bovik, 2003), mean over channels.
+
+    Five scales, each half of the one before. Frames under 176 pixels a side have room for fewer: the weights of
+    those that fit are scaled to add up to 1, and scores of different numbers of scales must not be compared.
+
+    Args:
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels a side.
+
+    Returns:
+        float64 `[N]`; 1 for equal frames.
+
+    Raises:
+        WanlabError: frames under 11 pixels a side.
+    """
+    _check_size(original, "MS-SSIM")
+    count = scales(*original.shape[-2:])
+    weights = [weight / sum(SCALE_WEIGHTS[:count]) for weight in SCALE_WEIGHTS[:count]]
+    x, y = original.float(), optimized.float()
+    score = torch.ones(original.shape[:2], dtype=torch.float64, device=original.device)
+    for level, weight in enumerate(weights):
+        if level:
+            odd = [side % 2 for side in x.shape[-2:]]
+            x, y = (functional.avg_pool2d(side, 2, padding=odd) for side in (x, y))
+        luminance, structure = _similarity(x, y)
+        each = luminance * structure if level == count - 1 else structure
+        # A scale that is anticorrelated counts as nothing alike: a root of it would not be a number.
+        score *= each.double().mean((2, 3)).clamp(min=0) ** weight
+    return score.mean(1)
+
+
+def _check_size(frames: torch.Tensor, name: str) -> None:
+    height, width = frames.shape[-2:]
+    if min(height, width) < WINDOW:
+        raise WanlabError(f"{name} needs frames of at least {WINDOW}x{WINDOW}; these are {height}x{width}")
+
+
+def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Luminance, and contrast times structure, where the window fits: `[N, 3, H - 10, W - 10]` each."""
+    offset = torch.arange(-_RADIUS, _RADIUS + 1, device=x.device, dtype=torch.float32)
+    window = torch.exp(-0.5 * (offset / _SIGMA) ** 2)
+    window = window / window.sum()
+
+    def blur(z: torch.Tensor) -> torch.Tensor:
+        flat = z.flatten(0, 1).unsqueeze(1)  # [N * 3, 1, H, W]
+        flat = functional.conv2d(flat, window.view(1, 1, -1, 1))
+        return functional.conv2d(flat, window.view(1, 1, 1, -1)).view(*z.shape[:2], *_inner(z))
+
+    # Variances do not change with the origin; one in the middle halves the rounding error.
+    x, y = x - 0.5, y - 0.5
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x = blur(x * x) - mean_x * mean_x
+    variance_y = blur(y * y) - mean_y * mean_y
+    covariance = blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x * mean_x + mean_y * mean_y + _C1)
+    structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    return luminance, structure
+
+
+def _inner(z: torch.Tensor) -> tuple[int, int]:
+    return z.shape[2] - 2 * _RADIUS, z.shape[3] - 2 * _RADIUS
+
+
+RADIUS, WARPS, SMALLEST_SIDE = 7, 10, 16
+DETERMINANT = 1e-14
+
+
+def optical_flow(frames: torch.Tensor, previous: torch.Tensor, *, warps: int = WARPS) -> torch.Tensor:
+    """Where each pixel of a frame was in the frame before, by iterative Lucas-Kanade on a pyramid.
+
+    The method and its constants are those of `skimage.registration.optical_flow_ilk` (Le Besnerais and Champagnat,
+    "Dense optical flow by iterative local window registration", 2005), which takes one pair at a time on the CPU.
+
+    Args:
+        frames, previous: `[N, H, W]` grey, in `[0, 1]`.
+        warps: refinements on each level of the pyramid.
+
+    Returns:
+        `[N, 2, H, W]` in pixels (y, x): `frames[n][p]` shows what `previous[n][p + flow]` showed.
+    """
+    pyramid = [(frames[:, None].float(), previous[:, None].float())]
+    while min(pyramid[-1][0].shape[-2:]) >= 2 * SMALLEST_SIDE:
+        size = [(side + 1) // 2 for side in pyramid[-1][0].shape[-2:]]
+        pyramid.append(
+            tuple(functional.interpolate(x, size, mode="bilinear", antialias=True) for x in pyramid[-1])
+        )
+    flow = torch.zeros(len(frames), 2, *pyramid[-1][0].shape[-2:], device=frames.device)
+    for reference, moving in reversed(pyramid):
+        size = reference.shape[-2:]
+        if flow.shape[-2:] != size:
+            grown = [new / old for new, old in zip(size, flow.shape[-2:], strict=True)]
+            scale = torch.tensor(grown, device=flow.device).view(1, 2, 1, 1)
+            flow = functional.interpolate(flow, size, mode="bilinear", align_corners=False) * scale
+        for _ in range(warps):
+            flow = _refined(reference, moving, flow)
+    return flow
+
+
+def _refined(reference: torch.Tensor, moving: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    warped = warp(moving, flow)
+    gy, gx = (torch.gradient(warped, dim=axis)[0] for axis in (2, 3))
+    error = gy * flow[:, :1] + gx * flow[:, 1:] + reference - warped
+    terms = torch.cat([gy * gy, gy * gx, gx * gx, gy * error, gx * error], dim=1)
+    yy, yx, xx, by, bx = _window_mean(terms).double().split(1, dim=1)
+    determinant = yy * xx - yx * yx
+    known = determinant.abs() >= DETERMINANT  # elsewhere nothing is to be seen, and nothing moves
+    determinant = torch.where(known, determinant, torch.ones_like(determinant))
+    solved = torch.cat([xx * by - yx * bx, yy * bx - yx * by], dim=1) / determinant
+    return torch.where(known, solved, torch.zeros_like(solved)).float()
+
+
+def _window_mean(x: torch.Tensor) -> torch.Tensor:
+    side = 2 * RADIUS + 1
+    x = functional.pad(x, (RADIUS,) * 4, mode="reflect")
+    return functional.avg_pool2d(functional.avg_pool2d(x, (side, 1), 1), (1, side), 1)
+
+
+def warp(frames: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Frames `[N, C, H, W]` read at `p + flow`, bilinear; outside, the nearest pixel of the edge."""
+    y, x, (height, width) = *_target(flow), frames.shape[-2:]
+    grid = _unit(x, width), _unit(y, height)
+    return functional.grid_sample(
+        frames, _stack(grid), mode="bilinear", padding_mode="border", align_corners=True
+    )
+
+
+def inside(flow: torch.Tensor) -> torch.Tensor:
+    """Which pixels come from inside the frame before: bool `[N, 1, H, W]`."""
+    y, x, (height, width) = *_target(flow), flow.shape[-2:]
+    return ((y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1))[:, None]
+
+
+def _target(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    height, width = flow.shape[-2:]
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype).view(1, -1, 1)
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype).view(1, 1, -1)
+    return y + flow[:, 0], x + flow[:, 1]
+
+
+def _unit(position: torch.Tensor, size: int) -> torch.Tensor:
+    return 2 * position / max(size - 1, 1) - 1
+
+
+def _stack(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(pair, dim=-1)
+
+
+STILL = 0.1 / 255
+"""A tenth of a step of 8 bits, added to the original's motion, so that a still original divides too."""
+
+FLOW_SIDE = 96
+"""Pixels of the shorter side at which flow is found and followed; what matters moves at this size."""
+
+VISIBILITY = 50.0
+"""alpha of Lai et al. 2018: a pixel counts by exp(-alpha |O[t] - warped O[t-1]|^2), next to nothing where uncovered."""
+
+
+def flicker(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
+    """Change from frame to frame that the original does not have: mean |(Q[t] - Q[t-1]) - (O[t] - O[t-1])|.
+
+    A difference that stays (a colour cast, a blur of a still scene) is none; one that comes and goes is.
+
+    Args:
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, frames that follow each other.
+
+    Returns:
+        float64 `[N - 1]`, in intensity, for frames 1 to N - 1.
+    """
+    error = optimized - original
+    return (error[1:] - error[:-1]).abs().double().flatten(1).mean(1)
+
+
+def motion(frames: torch.Tensor) -> torch.Tensor:
+    """Motion energy, mean |X[t] - X[t-1]|: float64 `[N - 1]` in intensity."""
+    return (frames[1:] - frames[:-1]).abs().double().flatten(1).mean(1)
+
+
+def motion_ratio(original: np.ndarray, optimized: np.ndarray) -> np.ndarray:
+    """Motion of the optimised video over that of the original, from the motion energies of a whole clip.
+
+    The mean over frames is the ratio of the clip's energies; a frame's value says what it adds to that ratio, since
+    a frame in which the original hardly moves has no ratio of its own.
+    """
+    return 1 + (optimized - original) / (original.mean() + STILL)
+
+
+def warp_errors(original: torch.Tensor, optimized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much changes along the original's motion, in the original and in the optimised video.
+
+    E_warp of Lai et al., "Learning Blind Video Temporal Consistency" (2018): each frame less the one before moved
+    along the optical flow of the original, where the mask says that the original shows the same thing in both. Root
+    mean square over pixels, at `FLOW_SIDE` pixels of the shorter side.
+
+    Args:
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, frames that follow each other.
+
+    Returns:
+        float64 `[N - 1]` in intensity, of the original and of the optimised video.
+    """
+    small = [_shrunk(frames) for frames in (original, optimized)]
+    grey = small[0].mean(1)
+    flow = optical_flow(grey[1:], grey[:-1])
+    moved = [frames[1:] - warp(frames[:-1], flow) for frames in small]
+    seen = torch.exp(-VISIBILITY * moved[0].square().sum(1, keepdim=True)) * inside(flow)
+    weight = seen.double().flatten(1).sum(1).clamp(min=1e-9)
+    first, second = (
+        ((error.square().mean(1, keepdim=True) * seen).double().flatten(1).sum(1) / weight).sqrt()
+        for error in moved
+    )
+    return first, second
+
+
+def _shrunk(frames: torch.Tensor) -> torch.Tensor:
+    shorter = min(frames.shape[-2:])
+    if shorter <= FLOW_SIDE:
+        return frames.float()
+    size = [round(side * FLOW_SIDE / shorter) for side in frames.shape[-2:]]
+    return functional.interpolate(frames.float(), size, mode="bilinear", antialias=True)
+
 
 FPS_TOLERANCE = 1e-3  # relative; containers round rates such as 30000/1001
 # Pixels scored at a time; a CPU is fastest in its cache, a GPU when it is full.
@@ -50,9 +323,6 @@ def compare_videos(
             unknown metric or backbone, backbone not on this machine, frames too small, one frame
             where a metric needs two.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     names = _metric_names(metrics)
     backbone = lpips.resolve(backbone)
     a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
@@ -95,29 +365,25 @@ def _score_frames(x: torch.Tensor, y: torch.Tensor, names: list[str], backbone: 
 def _score_pairs(x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict:
     found = {}
     if "flicker" in names:
-        found["flicker"] = temporal.flicker(x, y)
+        found["flicker"] = flicker(x, y)
     if "motion_ratio" in names:
-        found["motion of the original"], found["motion_ratio"] = temporal.motion(x), temporal.motion(y)
+        found["motion of the original"], found["motion_ratio"] = motion(x), motion(y)
     if "warp_error" in names:
-        own, error = temporal.warp_errors(x, y)
+        own, error = warp_errors(x, y)
         found["warp_error"] = error - own
     return found
 
 
 def _joined(parts: dict, names: list[str], backbone: str, scales: str) -> dict:
-    import numpy as np
-
     whole = {name: np.concatenate(values) for name, values in parts.items()}
     if "motion_ratio" in names:
-        whole["motion_ratio"] = temporal.motion_ratio(whole["motion of the original"], whole["motion_ratio"])
+        whole["motion_ratio"] = motion_ratio(whole["motion of the original"], whole["motion_ratio"])
     variant = {"lpips": backbone, "ms_ssim": scales}
     return {(name, variant.get(name, NO_BACKBONE)): whole[name] for name in names}
 
 
 def _batch(video: Video, device: torch.device, backbone: str | None) -> int:
     """Frames to score at a time: what the processor likes, and on a GPU no more than its free memory holds."""
-    import torch
-
     pixels = BATCH_PIXELS["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -173,8 +439,6 @@ def device_of(device) -> torch.device:
     Raises:
         WanlabError: unknown name, or a GPU that PyTorch does not see.
     """
-    import torch
-
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -188,9 +452,6 @@ def device_of(device) -> torch.device:
 
 def to_tensor(frames, device: torch.device) -> torch.Tensor:
     """Frames `[N, H, W, 3]`, uint8 or float, as float32 `[N, 3, H, W]` in `[0, 1]` on a device."""
-    import numpy as np
-    import torch
-
     scale = 255 if frames.dtype == np.uint8 else 1
     tensor = torch.from_numpy(np.ascontiguousarray(frames)).to(device).float() / scale
     return tensor.permute(0, 3, 1, 2).contiguous()

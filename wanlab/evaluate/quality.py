@@ -1,27 +1,23 @@
-"""The two definitions that quality rests on: divergence beside its floor, and quality loss.
-
-Divergence is the distance between the optimised and the original output for the same seed and inputs.
-It says how different, not how much worse, and is read against a floor: what the unchanged model does
-when it is run twice, or once more with another exact attention kernel. Quality loss is how much worse
-the optimised output is against the ground truth, relative to the original.
-"""
+"""Quality: divergence beside its noise floor, quality loss, and tiers of lossless and lossy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.evaluate.bootstrap import bootstrap_mean
-from wanlab.evaluate.catalogue import CATALOGUE, METRICS
+import pandas as pd
+from torch._inductor import cpp_builder, exc
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.stats import bootstrap_mean
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
-from wanlab.evaluate.scores import Scores, mean_score, same_backbone
-
-if TYPE_CHECKING:
-    import pandas as pd
+from wanlab.evaluate.scores import CATALOGUE, METRICS, Scores, mean_score, same_backbone
+from wanlab.models.variants import compile_blocks, other_attention
 
 __all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_truth", "quality_loss"]
 
@@ -98,8 +94,6 @@ def divergence(
         WanlabError: as `compare_videos`; different numbers of cases; no case; a floor that was
             scored with another backbone or lacks a metric.
     """
-    import pandas as pd
-
     floor = getattr(floor, "scores", floor) if not isinstance(floor, Scores) else floor
     options = {"metrics": metrics, "backbone": backbone, "device": device, "progress": progress}
     pairs = _pairs(original, optimized)
@@ -199,3 +193,321 @@ def _verdict(largest_error: float, times_floor: float) -> str:
     if math.isnan(times_floor):
         return "no floor"
     return "within floor" if times_floor <= 1 else "above floor"
+
+
+AGAIN, OTHER_ATTENTION, COMPILED = "run again", "other attention kernel", "compiled"
+KINDS = (AGAIN, OTHER_ATTENTION, COMPILED)
+"""What changes nothing but rounding: the same code, inputs and seed once more (0 where everything is deterministic);
+another exact attention kernel; the experts' blocks compiled, their operators fused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Floors:
+    """What the unchanged model differs from itself by.
+
+    Attributes:
+        frame: one row per floor and metric: floor, metric, backbone, cases, identical_cases, mean, low,
+            high (95 % bootstrap interval over cases, undefined for one case), worst.
+        scores: floor -> the scores of each case; `divergence` takes it as it is.
+        notes: floor -> what was run, or why it was not measured.
+    """
+
+    frame: pd.DataFrame
+    scores: dict[str, tuple[Scores, ...]]
+    notes: dict[str, str]
+
+    @property
+    def explained(self) -> pd.DataFrame:
+        """One row per kind of floor: floor, and what was run or why it was not measured."""
+        return pd.DataFrame(list(self.notes.items()), columns=["floor", "run"])
+
+
+def floors(
+    model,
+    asked: Sequence[Mapping[str, Any]],
+    *,
+    originals: Sequence[Any] | None = None,
+    kinds: Sequence[str] | None = None,
+    metrics: Sequence[str] | str = METRICS,
+    backbone: str = "auto",
+    progress: bool = True,
+    seed: int = 0,
+) -> Floors:
+    """Generate each case once more in every way that changes nothing but rounding, and score it.
+
+    Costs one generation per case and kind. The videos are not kept.
+
+    Args:
+        model: from `wanlab.models.load`, its components eager.
+        asked: what `model.generate` is called with, one dictionary per case.
+        originals: generations of the same `asked` by the unchanged model, when there are some already.
+        kinds: names of `KINDS`; by default all on a GPU; on a CPU the first two, since compiling a small model takes
+            longer there than running it.
+        metrics, backbone, progress: as `compare_videos`; scored on the model's device.
+        seed: of the bootstrap over cases.
+
+    Raises:
+        WanlabError: no case, an unknown kind, originals of other cases, a component that is not eager, no C++ compiler for
+            `"compiled"` on a CPU, or as `model.generate` and `compare_videos`.
+    """
+    on_gpu = model.device.type == "cuda"
+    kinds = [AGAIN, OTHER_ATTENTION] + [COMPILED] * on_gpu if kinds is None else list(kinds)
+    _check(model, asked, originals, kinds)
+    scores: dict[str, list[Scores]] = {kind: [] for kind in kinds}
+    notes = dict.fromkeys(kinds, "")
+    total = len(asked) * (len(kinds) + (originals is None))
+    bar = tqdm(total=total, desc="floors", unit="video", leave=False, disable=not progress)
+    options = {"metrics": metrics, "backbone": backbone, "device": model.device, "progress": False}
+    with bar:
+        if originals is None:
+            originals = [_counted(bar, model.generate(**each)) for each in asked]
+        # Kind by kind: what is compiled is compiled once.
+        for kind in kinds:
+            with _changed(model, kind) as (changed, notes[kind]):
+                for each, original in zip(asked, originals, strict=True):
+                    made = _counted(bar, changed.generate(**each))
+                    scores[kind].append(compare_videos(original, made, **options))
+    kept = {kind: tuple(found) for kind, found in scores.items()}
+    if COMPILED not in kinds:
+        notes[COMPILED] = "not measured" + ("" if on_gpu else ": left out on a CPU unless named in kinds")
+    return Floors(floor_table(kept, seed=seed), kept, notes)
+
+
+def floor_table(scores: Mapping[str, Sequence[Scores]], *, seed: int = 0) -> pd.DataFrame:
+    """`Floors.frame` of scores that are there already: floor -> the scores of each case."""
+    rows = []
+    for floor, cases in scores.items():
+        for row in cases[0].summary.itertuples():
+            facts, values = CATALOGUE[row.metric], [case.mean(row.metric) for case in cases]
+            low, high = bootstrap_mean(values, seed) or (math.nan, math.nan)
+            rows.append(
+                {
+                    "floor": floor,
+                    "metric": row.metric,
+                    "backbone": row.backbone,
+                    "cases": len(cases),
+                    "identical_cases": sum(facts.error(value) <= 0 for value in values),
+                    "mean": mean_score(values),
+                    "low": low,
+                    "high": high,
+                    "worst": max(values, key=facts.error),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _check(model, asked, originals, kinds) -> None:
+    if not asked:
+        raise WanlabError(
+            "floors of no case; give what model.generate is called with, one dictionary per case"
+        )
+    if originals is not None and len(originals) != len(asked):
+        raise WanlabError(
+            f"floors of {len(asked)} cases and {len(originals)} originals; give one of each per case"
+        )
+    for kind in kinds:
+        if kind not in KINDS:
+            raise WanlabError(f"no floor {kind!r}{did_you_mean(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if not kinds:
+        raise WanlabError(f"no kind of floor given; known: {', '.join(KINDS)}")
+    other = [name for name, engine in model.engines.items() if engine != "eager"]
+    if other:
+        raise WanlabError(
+            f"{other[0]} runs on {model.engines[other[0]]}; the floor is of the model as it was loaded"
+        )
+    if COMPILED in kinds and model.device.type == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise WanlabError(
+                f"the floor {COMPILED!r} needs a C++ compiler on a CPU, and there is none; install g++ or leave it out of"
+                " kinds"
+            ) from error
+
+
+def _counted(bar, made):
+    bar.update()
+    return made
+
+
+@contextmanager
+def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
+    """A block with a model that computes the same in another way, and what was done."""
+    if kind == OTHER_ATTENTION:
+        with other_attention(model.device) as kernel:
+            yield model, kernel
+    elif kind == COMPILED:
+        yield compile_blocks(model), "blocks of the experts by torch.compile"
+    else:
+        yield model, "the same code, inputs and seed"
+
+
+NUMERIC_PSNR_DB = 40.0  # a root mean square error of 2.55 of 255 levels
+NEAR_PSNR_DB = 30.0
+NEAR_LPIPS = 0.05
+FAITHFUL_LPIPS = 0.10
+PERCEPTUAL_TIMES_FLOOR = 2.0
+NEAR_LOSS_PERCENT = 1.0
+
+
+@dataclass(frozen=True)
+class TierRule:
+    """A tier, what must hold for it, and what that means for a user."""
+
+    name: str
+    rule: str
+    meaning: str
+
+
+TIERS = (
+    TierRule("exact", "every pixel of every case is equal", "the same files come out"),
+    TierRule(
+        "numeric",
+        f"no metric reaches further than its floor does, or PSNR is at least {NUMERIC_PSNR_DB:g} dB in every case",
+        "as far from the original as the unchanged model is from itself, or as rounding makes it",
+    ),
+    TierRule(
+        "near-lossless",
+        f"LPIPS under {NEAR_LPIPS:g} and PSNR over {NEAR_PSNR_DB:g} dB; quality loss at most {NEAR_LOSS_PERCENT:g} %",
+        "the same video; the difference is seen only side by side",
+    ),
+    TierRule(
+        "faithful",
+        f"LPIPS under {FAITHFUL_LPIPS:g}; quality loss at most {LIMIT_PERCENT:g} %",
+        "the same content and motion; details differ",
+    ),
+    TierRule(
+        "perceptual",
+        f"quality loss at most {LIMIT_PERCENT:g} %; where there is no truth: LPIPS at most"
+        f" {PERCEPTUAL_TIMES_FLOOR:g} times the floor",
+        "another video, as good as the original",
+    ),
+    TierRule(
+        "undecided",
+        f"the interval of the quality loss holds {LIMIT_PERCENT:g} %, or there is one case and no interval",
+        "more cases would say whether it is good enough",
+    ),
+    TierRule(
+        "degraded",
+        "none of the rules above holds",
+        "worse than the original, or far from it with no truth to judge by",
+    ),
+)
+"""From the strictest on. Limits are held by the unfavourable end of the 95 % interval over cases (by the worst case
+where there are too few for one), and a rule about quality loss counts only where the truth is known."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The strictest tier whose rule holds.
+
+    Attributes:
+        name: of `TIERS`.
+        rule: what must hold for it.
+        why: the measured values that decided, and what kept it from the next stricter tier.
+    """
+
+    name: str
+    rule: str
+    why: str
+
+    def row(self) -> dict:
+        return {"tier": self.name, "rule": self.rule, "why": self.why}
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+def tier(divergence: Divergence, quality_loss: QualityLoss | None = None) -> Tier:
+    """The strictest of `TIERS` whose rule holds.
+
+    Args:
+        divergence: with LPIPS and PSNR measured; with a floor where `numeric` is to be decided by it.
+        quality_loss: None or unknown where there is no truth; then the rules are about divergence alone.
+
+    Raises:
+        WanlabError: LPIPS or PSNR was not measured.
+    """
+    rows = {row["metric"]: row for row in divergence.frame.to_dict("records")}
+    for name in ("lpips", "psnr"):
+        if name not in rows:
+            raise WanlabError(f"a tier needs {name}; measured: {', '.join(rows)}")
+    loss = quality_loss if quality_loss is not None and quality_loss.known else None
+    failed = ""
+    for rule, (holds, why) in zip(TIERS, _judged(rows, _reach(divergence), loss), strict=True):
+        if holds:
+            return Tier(rule.name, rule.rule, why + (f"; not {failed}" if failed else ""))
+        failed = f"{rule.name}: {why}"
+    raise AssertionError("the last rule always holds")
+
+
+def _judged(rows: dict, reach: dict[str, float], loss: QualityLoss | None):
+    """Whether each rule holds, and the values that say so, in the order of `TIERS`."""
+    lpips, psnr = rows["lpips"], rows["psnr"]
+    far, near = _unfavourable(lpips, "high"), _unfavourable(psnr, "low")
+    at_most = _loss_text(loss)
+
+    changed = [name for name, row in rows.items() if row["verdict"] != "identical"]
+    yield not changed, "no pixel differs" if not changed else f"{changed[0]} differs"
+
+    above = [name for name, row in rows.items() if _far_error(row) > reach.get(name, 0.0)]
+    worst = f"worst PSNR {psnr['worst']:.1f} dB"
+    floor = "its floor" if reach else "no difference, and no floor is given"
+    reason = (
+        f"{above[0]} reaches further than {floor}, {worst}"
+        if above
+        else "no metric reaches further than its floor"
+    )
+    holds = psnr["worst"] >= NUMERIC_PSNR_DB
+    yield not above or holds, worst if above and holds else reason
+
+    measured = f"{_end(lpips)}LPIPS {far:.3g} ({lpips['backbone']}), PSNR {near:.1f} dB, {at_most}"
+    fine = loss is None or _loss_end(loss) <= NEAR_LOSS_PERCENT
+    yield far < NEAR_LPIPS and near > NEAR_PSNR_DB and fine, measured
+
+    good = loss is not None and _loss_end(loss) <= LIMIT_PERCENT
+    yield far < FAITHFUL_LPIPS and (loss is None or good), measured
+
+    if loss is not None:
+        yield good, at_most
+    else:
+        times = far / lpips["floor"] if lpips["floor"] > 0 else math.nan
+        reach = "no floor to hold it against" if math.isnan(times) else f"LPIPS {times:.3g} times the floor"
+        yield times <= PERCEPTUAL_TIMES_FLOOR, f"{reach}, {at_most}"
+    yield loss is not None and loss.within(LIMIT_PERCENT) == "undecided", measured
+    yield True, measured
+
+
+def _far_error(row: dict) -> float:
+    """The largest error of an interval; of the worst case where there is no interval."""
+    error = CATALOGUE[row["metric"]].error
+    ends = [row["worst"]] if math.isnan(row["low"]) else [row["low"], row["high"]]
+    return max(map(error, ends))
+
+
+def _reach(divergence: Divergence) -> dict[str, float]:
+    """Metric -> how far the loosest floor reaches: the far end of its own interval, as an error."""
+    reach: dict[str, float] = {}
+    if divergence.floors:
+        for row in floor_table(divergence.floors).to_dict("records"):
+            reach[row["metric"]] = max(reach.get(row["metric"], 0.0), _far_error(row))
+    return reach
+
+
+def _unfavourable(row: dict, side: str) -> float:
+    return row["worst"] if math.isnan(row[side]) else row[side]
+
+
+def _end(lpips: dict) -> str:
+    return "worst case " if math.isnan(lpips["high"]) else "interval's far end "
+
+
+def _loss_end(loss: QualityLoss) -> float:
+    """The upper end of the interval; the worst case where there is no interval."""
+    return (
+        max(loss.per_case_percent, default=loss.percent) if loss.high_percent is None else loss.high_percent
+    )
+
+
+def _loss_text(loss: QualityLoss | None) -> str:
+    return "quality loss unknown" if loss is None else f"quality loss up to {_loss_end(loss):+.2f} %"

@@ -1,4 +1,4 @@
-"""Scores of one video against another: tables, JSON, and no mixing of backbones."""
+"""Scores of one video against another: what each metric means, tables and JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,93 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
-from wanlab.evaluate.catalogue import CATALOGUE
+import numpy as np
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from wanlab.core.errors import WanlabError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score per frame.
+
+    Attributes:
+        name: as in tables and on the command line.
+        title: as in figures, with its unit.
+        perfect: what a perfect copy scores.
+        better: `"lower"`, `"higher"`, or `"near"`: both sides of `perfect` are a difference.
+        first_frame: 1 for a score of a frame and the one before it, so that frame 0 has none.
+        reacts_to: which changes it is for.
+        source: where it was published, or what it is.
+    """
+
+    name: str
+    title: str
+    perfect: float
+    better: str
+    first_frame: int
+    reacts_to: str
+    source: str
+
+    def error(self, value: float) -> float:
+        """A score as an error that is 0 for a perfect copy and grows with the difference."""
+        if self.name == "psnr":
+            return 10 ** (-value / 10)  # the mean squared error again
+        if self.better == "near":
+            return abs(value - self.perfect)
+        return value - self.perfect if self.better == "lower" else self.perfect - value
+
+    def text(self, value: float) -> str:
+        return f"{value:.2f} dB" if self.name == "psnr" else f"{value:.5f}"
+
+
+CATALOGUE = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "lpips", "LPIPS", 0.0, "lower", 0, "what the eye would notice in a frame", "Zhang et al. 2018"
+        ),
+        Metric("psnr", "PSNR (dB)", float("inf"), "higher", 0, "any change of a pixel", "10 log10(1 / MSE)"),
+        Metric("ssim", "SSIM", 1.0, "higher", 0, "noise, blur, contrast at one scale", "Wang et al. 2004"),
+        Metric("ms_ssim", "MS-SSIM", 1.0, "higher", 0, "structure at several scales", "Wang et al. 2003"),
+        Metric(
+            "flicker",
+            "flicker (intensity)",
+            0.0,
+            "lower",
+            1,
+            "an error that changes from frame to frame: flicker, repeated and dropped frames",
+            "mean |(Q[t] - Q[t-1]) - (O[t] - O[t-1])|",
+        ),
+        Metric(
+            "motion_ratio",
+            "motion ratio",
+            1.0,
+            "near",
+            1,
+            "a video that freezes, slows down (under 1) or trembles (over 1)",
+            "mean |Q[t] - Q[t-1]| over mean |O[t] - O[t-1]|",
+        ),
+        Metric(
+            "warp_error",
+            "warp error (intensity)",
+            0.0,
+            "near",
+            1,
+            "things that do not keep their look while they move (over 0); blur is under 0",
+            "Lai et al. 2018, less that of the original",
+        ),
+    )
+}
+METRICS = ("lpips", "psnr", "ssim")
+"""What is measured unless more is asked for."""
+
+TEMPORAL = tuple(name for name, metric in CATALOGUE.items() if metric.first_frame)
+"""Metrics that see how a video moves; they need two frames."""
+
+ALL_METRICS = tuple(CATALOGUE)
+
 
 NO_BACKBONE = "-"
 
@@ -56,8 +136,6 @@ class Scores:
         frames' scores (least squares, finite ones): what the score gains per frame, so that a
         video that comes away from the original as it goes on shows a slope towards the worse.
         """
-        import pandas as pd
-
         rows = []
         for (metric, backbone), group in self.per_frame.groupby(["metric", "backbone"], sort=False):
             values, frames = group["value"].to_numpy(), group["frame"].to_numpy()
@@ -199,8 +277,6 @@ class Scores:
 
 def mean_score(values) -> float:
     """Mean of scores; infinite ones count only when there is no other."""
-    import numpy as np
-
     values = np.asarray(values, dtype=np.float64)
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else float(values.mean())
@@ -208,8 +284,6 @@ def mean_score(values) -> float:
 
 def slope(frames, values) -> float:
     """Least squares slope of the finite values over their frames; NaN with fewer than two."""
-    import numpy as np
-
     frames, values = np.asarray(frames, dtype=np.float64), np.asarray(values, dtype=np.float64)
     frames, values = frames[np.isfinite(values)], values[np.isfinite(values)]
     if len(values) < 2:
@@ -234,8 +308,6 @@ def same_backbone(scores: Sequence[Scores]) -> str | None:
 
 def long_table(values: dict) -> pd.DataFrame:
     """`Scores.per_frame` from (metric, backbone) -> the scores of the frames that have one."""
-    import pandas as pd
-
     return pd.DataFrame(
         [
             {"frame": frame, "metric": metric, "backbone": backbone, "value": float(value)}

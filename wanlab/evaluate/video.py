@@ -7,12 +7,11 @@ import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
+import av
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+from wanlab.core.errors import WanlabError
 
 ITU709 = 1  # FFmpeg's number for BT.709 in colour matrix, primaries and transfer
 LIMITED_RANGE = 1  # FFmpeg's number for 16..235
@@ -55,9 +54,6 @@ def read_video(path: str | os.PathLike) -> Video:
     Raises:
         WanlabError: the file is missing, is no video, is damaged, or holds no frame; it is named.
     """
-    import av
-    import numpy as np
-
     path = Path(path)
     if not path.exists():
         raise WanlabError(f"video {path} does not exist; check the path")
@@ -134,8 +130,6 @@ def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool =
     Raises:
         WanlabError: wrong suffix, shape, values or rate, or FFmpeg refuses.
     """
-    import av
-
     path = Path(path)
     suffixes = (".mkv",) if lossless else (".mp4", ".mov", ".mkv")
     if path.suffix.lower() not in suffixes:
@@ -157,9 +151,6 @@ def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool =
 
 
 def _encode(path: Path, frames: np.ndarray, rate: Fraction, *, lossless: bool) -> None:
-    import av
-    import numpy as np
-
     if not lossless:
         frames = np.pad(
             frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"
@@ -206,8 +197,6 @@ def as_frames(frames, name: str = "") -> np.ndarray:
     Raises:
         WanlabError: another shape or type, no frames, or values that are not finite or out of range.
     """
-    import numpy as np
-
     label = f"video {name!r}" if name else "the video"
     frames = np.asarray(frames.detach().cpu() if hasattr(frames, "detach") else frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -225,6 +214,4 @@ def as_frames(frames, name: str = "") -> np.ndarray:
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Frames as uint8; floats in `[0, 1]` are rounded to the nearest of 256 levels."""
-    import numpy as np
-
     return frames if frames.dtype == np.uint8 else np.rint(frames * 255).astype(np.uint8)

@@ -1,19 +1,126 @@
-"""The baseline of a model: everything that a later change is compared with, taken in one go."""
+"""A model's baseline, and two models compared on the same work."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import PeakMemory, peak_memory
-from wanlab.measure.samples import AAControl, Samples
-from wanlab.measure.stages import stages
-from wanlab.measure.timing import aa_control
+from wanlab.measure.stages import COMPONENTS, OTHER, stages
+from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, compare
+from wanlab.models.pipeline import Generation, Model
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-    from wanlab.models.generate import Generation, Model
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """Whole generations of several variants, taken in turn.
+
+    Attributes:
+        control: the first variant as if it were two; its spread is the noise floor.
+        samples: every whole generation of each variant.
+        comparisons: later variant -> its speed-up over the first.
+        breakdown: component, `<variant>_ms` and `<variant>_percent` of one more, recorded generation; each
+            variant's times add up to the wall clock of its recorded generation.
+        generations: variant -> the recorded generation, with its video.
+    """
+
+    control: AAControl
+    samples: dict[str, Samples]
+    comparisons: dict[str, Comparison]
+    breakdown: pd.DataFrame
+    generations: dict[str, Generation]
+
+    @property
+    def timings(self) -> list[Samples]:
+        """Both halves of the first variant, then the others: what a figure of all samples shows."""
+        return [self.control.first, self.control.second, *list(self.samples.values())[1:]]
+
+    @property
+    def times(self) -> pd.DataFrame:
+        """A line per variant: variant, time_per_video_ms (median), time_per_frame_ms."""
+        rows = [
+            {
+                "variant": label,
+                "time_per_video_ms": samples.median,
+                "time_per_frame_ms": samples.median / self.generations[label].settings["frames"],
+            }
+            for label, samples in self.samples.items()
+        ]
+        return pd.DataFrame(rows)
+
+
+def side_by_side(
+    variants: Mapping[str, Model], image, prompt: str, *, rounds: int = 1, progress: bool = True, **settings
+) -> SideBySide:
+    """Time variants of a model against each other, then record where each one's time goes.
+
+    A round takes every variant twice, in one order and then in its reverse, and then all of this backwards:
+    four generations of each. Warm the variants up before, with one generation each.
+
+    Args:
+        variants: label -> model; the first is what the others are compared with.
+        image, prompt, settings: as `Model.generate` takes them.
+        rounds: at least 1.
+        progress: show a progress bar.
+
+    Raises:
+        WanlabError: no variant, no round, or whatever `Model.generate` refuses.
+    """
+    if not variants or rounds < 1:
+        raise WanlabError(
+            f"side_by_side of {len(variants)} variants in {rounds} rounds; give at least one of each"
+        )
+    halves = {(label, half): [] for label in variants for half in (0, 1)}
+    there = [(label, 0) for label in variants] + [(label, 1) for label in reversed(variants)]
+    order = (there + there[::-1]) * rounds
+    for label, half in tqdm(order, desc="in turn", unit="video", leave=False, disable=not progress):
+        made = variants[label].generate(image, prompt, **settings)
+        halves[label, half].append(made.wall_ms)
+    where = {label: str(getattr(model, "device", "")) for label, model in variants.items()}
+    samples = {
+        label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label]) for label in variants
+    }
+    control = _control(
+        *(Samples(label, values, where[label]) for (label, _), values in list(halves.items())[:2])
+    )
+    base, *others = samples
+    tables, generations = [], {}
+    for label, model in variants.items():
+        with stages(model) as recorder:  # after the timing, as recording waits for the device
+            generations[label] = model.generate(image, prompt, **settings)
+        table = recorder.breakdown(generations[label].wall_ms).set_index("component")
+        tables.append(
+            table[["time_ms", "share_percent"]].set_axis([f"{label}_ms", f"{label}_percent"], axis="columns")
+        )
+    return SideBySide(
+        control=control,
+        samples=samples,
+        comparisons={
+            label: compare(samples[base], samples[label], control.noise_percent, allow_different_devices=True)
+            for label in others
+        },
+        breakdown=_joined(tables),
+        generations=generations,
+    )
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table, components in the order of their use; a component that a variant lacks is left empty."""
+    joined = pd.concat(tables, axis="columns", sort=False)
+    order = [name for name in (*COMPONENTS, OTHER) if name in joined.index]
+    return joined.loc[order].rename_axis("component").reset_index()
+
+
+def _control(first: Samples, second: Samples) -> AAControl:
+    apart = compare(first, second)
+    ends = [abs(value - 1) for value in (apart.speedup, apart.low, apart.high) if math.isfinite(value)]
+    again = Samples(f"{second.label} (again)", second.values_ms, second.device)
+    return AAControl(first, again, apart.speedup, 100 * max(ends))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +192,7 @@ def baseline(
     memory beside them, then one generation with every component call recorded (which synchronises the device).
 
     Args:
-        model: from `wanlab.models.load` or `wanlab.convert.use`.
+        model: from `wanlab.models.load` or `wanlab.engines.use`.
         image, prompt, settings: as `Model.generate` takes them.
         label: name of the row.
         iterations: generations on each side of the A/A control.
@@ -134,8 +241,6 @@ def before_after(rows: list[dict], **more: list[str]) -> pd.DataFrame:
         DataFrame: measure, one column per variant, and `<variant> ratio` per later variant, above 1 where the variant
         is better (a time or size that shrank, a throughput that grew); empty where there is nothing to divide.
     """
-    import pandas as pd
-
     names = [str(row["variant"]) for row in rows]
     lines = []
     for measure in [key for key in rows[0] if key != "variant"]:

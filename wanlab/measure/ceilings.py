@@ -9,15 +9,15 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
+import torch
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.paths import data
 from wanlab.measure.timing import time_ms
 
-if TYPE_CHECKING:
-    import torch
-
-RECORDED = Path(__file__).resolve().parents[2] / "data" / "results" / "ceilings"
+RECORDED = data("results", "ceilings")
 """Ceilings of devices that this machine may not have, one JSON file each; part of the source tree."""
 
 
@@ -54,8 +54,6 @@ def ceilings(device: Any = None, *, size: int | None = None, iterations: int = 1
     Raises:
         WanlabError: as `time_ms`.
     """
-    import torch
-
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
     size = size or (8192 if on_gpu else 1024)
@@ -108,8 +106,6 @@ def _read(path: Path) -> Ceilings:
 
 def _products(device: torch.device, size: int) -> dict:
     """Number format -> a product of two random square matrices."""
-    import torch
-
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=draw) for _ in range(2))
     calls = {"fp32": lambda: a @ b}
@@ -127,8 +123,6 @@ def _products(device: torch.device, size: int) -> dict:
 
 
 def _tf32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    import torch
-
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -10,6 +10,11 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+import torch
+
+from wanlab.core.paths import CHECKOUT
+
 PACKAGES = (
     "accelerate",
     "apache-tvm",
@@ -59,9 +64,6 @@ def environment(device=None) -> dict:
         where the driver's tool answers), gpu_count, cpu, cores, cores_available, threads, ram_gib,
         platform, python, cuda, packages, git (None outside a source tree; commit, dirty).
     """
-    import psutil
-    import torch
-
     available = torch.cuda.is_available()
     device = torch.device(device or ("cuda" if available else "cpu"))
     affinity = getattr(os, "sched_getaffinity", None)
@@ -109,8 +111,6 @@ def cpu_model() -> str:
 
 
 def _gpu(device) -> dict:
-    import torch
-
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = torch.cuda.get_device_properties(index)
     found = {
@@ -145,7 +145,7 @@ def _number(text: str) -> float | str:
 
 def _git() -> dict | None:
     """Commit and state of the source tree that wanlab runs from, if it is one."""
-    root = Path(__file__).resolve().parents[2]
+    root = CHECKOUT
     if not (root / ".git").exists():
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"])

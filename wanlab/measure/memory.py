@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from wanlab.errors import WanlabError
+import psutil
+import torch
+
+from wanlab.core.errors import WanlabError
 
 GIB = 1024**3
 INTERVAL_S = 0.005  # between two looks at the memory; one look takes some tens of microseconds
@@ -56,8 +59,6 @@ class PeakMemory:
         """Take over the allocator's peak so far; on a GPU only."""
         if self.allocated_gib is None:
             return
-        import torch
-
         allocated = torch.cuda.max_memory_allocated(self.device) / GIB
         reserved = torch.cuda.max_memory_reserved(self.device) / GIB
         self.allocated_gib = max(self.allocated_gib, allocated)
@@ -91,8 +92,6 @@ def peak_memory(device=None):
                 result.peak_gib = sampler.peak()
         return
 
-    import torch
-
     torch.cuda.synchronize(device)
     _reset_allocator_peak(device)
     with _Sampler(lambda: _device_gib(device)) as sampler:
@@ -115,8 +114,6 @@ def peak_memory(device=None):
 
 
 def _resolve(device) -> str:
-    import torch
-
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -128,8 +125,6 @@ def _resolve(device) -> str:
 
 
 def _reset_allocator_peak(device: str) -> None:
-    import torch
-
     for outer in _open:
         if outer.device == device:
             outer._absorb_allocator_peak()
@@ -137,16 +132,12 @@ def _reset_allocator_peak(device: str) -> None:
 
 
 def _device_gib(device: str) -> float:
-    import torch
-
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / GIB
 
 
 @lru_cache(maxsize=1)
 def _process(pid: int):
-    import psutil
-
     return psutil.Process(pid)
 
 

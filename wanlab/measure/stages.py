@@ -7,16 +7,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
-from wanlab.measure.entry_points import entry_points, standing_in
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import peak_memory
-from wanlab.measure.standin import StandIn
 from wanlab.models.device import synchronise
-
-if TYPE_CHECKING:
-    import pandas as pd
+from wanlab.models.taps import StandIn, entry_points, standing_in
 
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
 EXPERTS = ("expert_high", "expert_low", "expert")
@@ -111,8 +108,6 @@ class StageRecorder:
 
     def frame(self) -> pd.DataFrame:
         """One row per call, in order; columns as in `StageCall` (memory only when it was asked for)."""
-        import pandas as pd
-
         columns = list(StageCall.__dataclass_fields__)
         frame = pd.DataFrame([asdict(call) for call in self.calls], columns=columns)
         frame = frame.astype({"step": "Int64", "timestep": "Float64"})
@@ -130,8 +125,6 @@ class StageRecorder:
         Raises:
             WanlabError: the wall clock is shorter than what the components took, so it is not theirs.
         """
-        import pandas as pd
-
         if wall_ms is None:
             wall_ms = self.wall_ms
         if wall_ms is None:

@@ -1,4 +1,4 @@
-"""Timing of calls on a device: CUDA events, or a monotonic clock with synchronisation."""
+"""Timing of calls on a device: all samples kept, A/A control, comparison with intervals."""
 
 from __future__ import annotations
 
@@ -6,10 +6,281 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from wanlab.errors import WanlabError
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
 from wanlab.models.device import synchronise
-from wanlab.measure.samples import AAControl, Samples, ratio_of_medians
+
+CV_LIMIT_PERCENT = 2.5  # the limit at which trtexec advises to lock the clocks
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of one timing, in milliseconds, in the order they were taken.
+
+    Percentiles interpolate linearly (numpy's default). `cv_percent` is the population standard
+    deviation over the mean, as trtexec reports it.
+
+    Attributes:
+        label: what was timed.
+        values_ms: every sample; finite and not negative.
+        device: where it ran, e.g. `"cpu"` or `"cuda:0 NVIDIA H200"`; empty when not known.
+        clock: `"CUDA events"` or `"monotonic clock"`.
+    """
+
+    label: str
+    values_ms: tuple[float, ...]
+    device: str = ""
+    clock: str = "monotonic clock"
+
+    def __post_init__(self) -> None:
+        values = tuple(float(value) for value in self.values_ms)
+        if not values:
+            raise WanlabError(f"timing {self.label!r} has no samples; time at least one iteration")
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise WanlabError(f"timing {self.label!r} has a sample that is negative or not finite")
+        object.__setattr__(self, "values_ms", values)
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return np.asarray(self.values_ms, dtype=np.float64)
+
+    @property
+    def n(self) -> int:
+        return len(self.values_ms)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self._array))
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self._array))
+
+    @property
+    def min(self) -> float:
+        return float(np.min(self._array))
+
+    @property
+    def max(self) -> float:
+        return float(np.max(self._array))
+
+    @property
+    def p90(self) -> float:
+        return float(np.percentile(self._array, 90))
+
+    @property
+    def p95(self) -> float:
+        return float(np.percentile(self._array, 95))
+
+    @property
+    def p99(self) -> float:
+        return float(np.percentile(self._array, 99))
+
+    @property
+    def cv_percent(self) -> float:
+        mean = self.mean
+        return float(np.std(self._array) / mean * 100) if mean > 0 else 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """Why these samples should be read with care, or None."""
+        if self.n < 2:
+            return "one sample: its spread is unknown"
+        if self.cv_percent > CV_LIMIT_PERCENT:
+            return (
+                f"CV {self.cv_percent:.1f} % is over {CV_LIMIT_PERCENT} %: "
+                "lock the clocks, stop other work, or take more iterations"
+            )
+        return None
+
+    def row(self) -> dict:
+        """One table row: label, n, statistics in milliseconds, CV in percent, the warning or None."""
+        return {
+            "label": self.label,
+            "n": self.n,
+            "median_ms": self.median,
+            "mean_ms": self.mean,
+            "min_ms": self.min,
+            "max_ms": self.max,
+            "p90_ms": self.p90,
+            "p95_ms": self.p95,
+            "p99_ms": self.p99,
+            "cv_percent": self.cv_percent,
+            "device": self.device,
+            "clock": self.clock,
+            "warning": self.warning,
+        }
+
+    def to_dict(self) -> dict:
+        """The row and all samples, ready for JSON; `from_dict` reads it back."""
+        return self.row() | {"values_ms": list(self.values_ms)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Samples:
+        return cls(data["label"], tuple(data["values_ms"]), data.get("device", ""), data.get("clock", ""))
+
+
+@dataclass(frozen=True)
+class AAControl:
+    """The same thing measured twice, interleaved: how far apart two equal things can look.
+
+    Attributes:
+        ratio: median of the first over median of the second; 1 when nothing disturbs.
+        noise_percent: the farther end of the ratio's 95 % bootstrap interval from 1, in percent.
+            An effect smaller than this is not an effect.
+    """
+
+    first: Samples
+    second: Samples
+    ratio: float
+    noise_percent: float
+
+    def row(self) -> dict:
+        return {
+            "label": self.first.label,
+            "first_ms": self.first.median,
+            "second_ms": self.second.median,
+            "ratio": self.ratio,
+            "noise_percent": self.noise_percent,
+        }
+
+    def frame(self) -> pd.DataFrame:
+        """Both sides with all their statistics, one row each; columns as in `Samples.row`."""
+        return pd.DataFrame([self.first.row(), self.second.row()])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much faster a candidate is than its baseline.
+
+    Attributes:
+        speedup: baseline median over candidate median; 2 means half the time.
+        low, high: 95 % bootstrap interval of the speed-up; 0 and infinity when a side has one sample.
+        verdict: `"faster"`, `"slower"` or `"not distinguishable"`.
+        noise_percent: noise floor the effect was held against.
+    """
+
+    baseline: str
+    candidate: str
+    speedup: float
+    low: float
+    high: float
+    verdict: str
+    noise_percent: float = 0.0
+    baseline_ms: float = field(default=math.nan)
+    candidate_ms: float = field(default=math.nan)
+
+    def row(self) -> dict:
+        return {
+            "baseline": self.baseline,
+            "candidate": self.candidate,
+            "baseline_ms": self.baseline_ms,
+            "candidate_ms": self.candidate_ms,
+            "speedup": self.speedup,
+            "low": self.low,
+            "high": self.high,
+            "noise_percent": self.noise_percent,
+            "verdict": self.verdict,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.candidate} against {self.baseline}: {self.speedup:.2f}x "
+            f"({self.low:.2f} to {self.high:.2f}), {self.verdict}"
+        )
+
+
+def compare(
+    baseline: Samples,
+    candidate: Samples,
+    noise_percent: float = 0.0,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    allow_different_devices: bool = False,
+) -> Comparison:
+    """Speed-up of a candidate with a 95 % interval, and whether it can be told from noise.
+
+    The interval is a percentile bootstrap (Efron and Tibshirani, 1993) of the ratio of medians.
+    The verdict is `"not distinguishable"` when the interval includes 1 or when the effect,
+    max(speedup, 1 / speedup) - 1, is within `noise_percent`.
+
+    Args:
+        noise_percent: `AAControl.noise_percent` of the baseline.
+        resamples, seed: of the bootstrap; the same seed gives the same interval.
+        allow_different_devices: compare timings taken on different devices.
+
+    Raises:
+        WanlabError: timings from different devices, a negative noise, or a timing of 0 ms.
+    """
+    if noise_percent < 0:
+        raise WanlabError(f"noise_percent is {noise_percent}; give the A/A noise, 0 or more")
+    if (
+        not allow_different_devices
+        and baseline.device
+        and candidate.device
+        and baseline.device != candidate.device
+    ):
+        raise WanlabError(
+            f"{baseline.label!r} was timed on {baseline.device} and {candidate.label!r} on "
+            f"{candidate.device}; time both on one device or pass allow_different_devices=True"
+        )
+    speedup, low, high = ratio_of_medians(baseline, candidate, resamples=resamples, seed=seed)
+    effect_percent = 100 * (max(speedup, 1 / speedup) - 1)
+    if low <= 1 <= high or effect_percent <= noise_percent:
+        verdict = "not distinguishable"
+    else:
+        verdict = "faster" if speedup > 1 else "slower"
+    return Comparison(
+        baseline.label,
+        candidate.label,
+        speedup,
+        low,
+        high,
+        verdict,
+        noise_percent,
+        baseline.median,
+        candidate.median,
+    )
+
+
+def ratio_of_medians(
+    top: Samples, bottom: Samples, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of medians and its 95 % bootstrap interval, which always contains the ratio."""
+    if top.median <= 0 or bottom.median <= 0:
+        raise WanlabError(
+            f"{(top if top.median <= 0 else bottom).label!r} took 0 ms, below the clock's "
+            "resolution; time more work per call"
+        )
+    ratio = top.median / bottom.median
+    if top.n < 2 or bottom.n < 2:
+        return ratio, 0.0, math.inf
+    generator = np.random.default_rng(seed)
+    ratios = _resampled_medians(top, resamples, generator) / _resampled_medians(bottom, resamples, generator)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return ratio, min(float(low), ratio), max(float(high), ratio)
+
+
+def _resampled_medians(samples: Samples, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    values = np.asarray(samples.values_ms)
+    # At most about 4 million drawn values at a time, whatever the number of samples.
+    chunk = max(1, 4_000_000 // samples.n)
+    medians = [
+        np.median(
+            values[generator.integers(0, samples.n, (min(chunk, resamples - start), samples.n))], axis=1
+        )
+        for start in range(0, resamples, chunk)
+    ]
+    # A resample of a timing may have a median of 0 although the timing's own median is positive.
+    return np.maximum(np.concatenate(medians), np.finfo(np.float64).tiny)
 
 
 def time_ms(
@@ -138,8 +409,6 @@ def _check_counts(warmup: int, iterations: int) -> None:
 def _bar(items: Iterable, *, label: str, progress: bool) -> Iterable:
     if not progress:
         return items
-    from tqdm.auto import tqdm
-
     return tqdm(items, desc=label or "timing", leave=False, unit="call")
 
 
@@ -151,8 +420,6 @@ class _Clock:
         self.device = None
         self.device_name, self.name = "cpu", "monotonic clock"
         if device is not None:
-            import torch
-
             self.torch, self.device = torch, torch.device(device)
             self.device_name = self.device.type
             if self.device.type == "cuda":

@@ -1,9 +1,9 @@
 """Models: their facts, their weights, and the videos they make.
 
-spec = get("wan-nano")
-latent_shape(spec, 128, 192, 17)
-model = load(spec)
-model.generate("photo.png", "the camera pans left").video   # [T, H, W, 3]
+>>> spec = models.get("wan-nano")
+>>> models.latent_shape(spec, 128, 192, 17)
+>>> model = models.load(spec)
+>>> model.generate("photo.png", "the camera pans left").video   # [T, H, W, 3]
 """
 
 import lazy_loader

@@ -1,14 +1,11 @@
-from .attention import other_attention as other_attention
-from .compiled import compile_blocks as compile_blocks
-from .flops import facts as facts
-from .generate import Generation as Generation
-from .generate import Model as Model
+from .facts import facts as facts
 from .loading import load as load
 from .loading import load_times as load_times
+from .pipeline import Generation as Generation
+from .pipeline import LoadReport as LoadReport
+from .pipeline import Model as Model
 from .registry import get as get
 from .registry import names as names
-from .report import LoadReport as LoadReport
-from .rounding import round_weights as round_weights
 from .schedule import ExpertSchedule as ExpertSchedule
 from .schedule import Prefetch as Prefetch
 from .schedule import boundary_at as boundary_at
@@ -19,3 +16,6 @@ from .shapes import nearest_size as nearest_size
 from .spec import Defaults as Defaults
 from .spec import ModelSpec as ModelSpec
 from .spec import Part as Part
+from .variants import compile_blocks as compile_blocks
+from .variants import other_attention as other_attention
+from .variants import round_weights as round_weights

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wanlab.errors import WanlabError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from wanlab.core.errors import WanlabError
 
 _TIMEOUT_S = 10
 _CONFIGS = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
@@ -33,9 +36,6 @@ def fetch_folder(hub_id: str, parts: list[str]) -> Path:
 
 
 def _fetch(hub_id: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_TIMEOUT_S))
     except GatedRepoError as error:

@@ -1,28 +1,104 @@
-"""Weights onto the device: from sharded files, or from a seed at true size."""
+"""Loading a model: where its weights are, room for them, their load time, and what was loaded."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
+import inspect
+import mmap
+import os
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError, did_you_mean
-from wanlab.models import checkpoint as ckpt
-from wanlab.models import pagecache
+import diffusers
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, BatchEncoding
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
+from wanlab.models.hub import fetch_folder
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
+from wanlab.models.pipeline import LoadReport, Model, PartLoad
 from wanlab.models.registry import get
-from wanlab.models.report import LoadReport, PartLoad
-from wanlab.models.room import check_room
 from wanlab.models.spec import ModelSpec
+from wanlab.models.weights import check_room
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
 
-    from wanlab.models.generate import Model
+def cached_fraction(files: Iterable[Path]) -> float | None:
+    """Share of the files' pages in the page cache, 0 to 1, by mincore(2); None where it cannot be known."""
+    try:
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    except (AttributeError, OSError, TypeError):
+        return None
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    held = total = 0
+    for file in files:
+        size = file.stat().st_size
+        if not size:
+            continue
+        pages = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
+        with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = np.frombuffer(mapped, dtype=np.uint8)
+            failed = mincore(view.ctypes.data, size, pages.ctypes.data)
+            del view  # the mapping cannot be closed while it is looked at
+        if failed:
+            return None
+        held += int((pages & 1).sum())
+        total += len(pages)
+    return held / total if total else None
+
+
+def drop(files: Iterable[Path]) -> bool:
+    """Ask the kernel to drop these files' pages (posix_fadvise); False where it cannot be asked.
+
+    It may refuse, for pages that another process maps: look with `cached_fraction` afterwards.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # pages not yet written back would be kept
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+class WordHashTokenizer:
+    """Hashes words into a vocabulary, with the call of a `transformers` tokenizer.
+
+    The ids mean nothing, which is what random weights make of any ids; lengths, padding and mask are right.
+    """
+
+    pad_token_id, eos_token_id, first_word_id = 0, 1, 3
+
+    def __init__(self, vocab_size: int, model_max_length: int = 512):
+        self.vocab_size = vocab_size
+        self.model_max_length = model_max_length
+
+    def __call__(
+        self, text: str | list[str], *, max_length: int | None = None, return_tensors: str = "pt", **_: object
+    ) -> BatchEncoding:
+        """`input_ids` and `attention_mask`, int64 `[B, max_length]`, truncated and padded on the right."""
+        length = min(max_length or self.model_max_length, self.model_max_length)
+        texts = [text] if isinstance(text, str) else text
+        ids = torch.full((len(texts), length), self.pad_token_id, dtype=torch.long)
+        for row, words in enumerate(item.lower().split()[: length - 1] for item in texts):
+            coded = [self._id(word) for word in words] + [self.eos_token_id]
+            ids[row, : len(coded)] = torch.tensor(coded)
+        return BatchEncoding({"input_ids": ids, "attention_mask": (ids != self.pad_token_id).long()})
+
+    def _id(self, word: str) -> int:
+        return self.first_word_id + zlib.crc32(word.encode()) % (self.vocab_size - self.first_word_id)
+
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,12 +153,12 @@ def load(
     sizes = {name: needed_bytes(module, kind) for name, module in modules.items()}
     check_room(spec.name, sizes, place, str(kind).removeprefix("torch."))
     files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
-    cached = pagecache.cached_fraction(files) if files else None
+    cached = cached_fraction(files) if files else None
 
     loads = []
     for name, module in modules.items():
         paths = checkpoints[name].files if checkpoints else ()
-        part_cached = pagecache.cached_fraction(paths) if paths else None
+        part_cached = cached_fraction(paths) if paths else None
         part_start = time.perf_counter()
         if checkpoints:
             ckpt.fill(module, checkpoints[name], device=place, dtype=kind)
@@ -98,8 +174,6 @@ def load(
     if weights == "random":
         notes.append(f"random weights from seed {seed}: right in time and memory, meaningless in content")
     report = LoadReport(weights, _ms(start), tuple(loads), cached, tuple(notes))
-
-    from wanlab.models.generate import Model
 
     return Model(spec=spec, pipeline=pipeline, device=place, dtype=kind, load=report, notes=tuple(notes))
 
@@ -120,16 +194,12 @@ def load_times(
     Raises:
         WanlabError: as `load`.
     """
-    import gc
-
-    import pandas as pd
-
     spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
     wanted = _wanted_parts(spec, components)
     folder = _folder(spec, wanted, "pretrained")
     files = [file for name in wanted for file in ckpt.open_checkpoint(folder / name).files]
     gc.collect()  # an earlier model may still map the files
-    pagecache.drop(files)
+    drop(files)
     frames = []
     for label in ("first", "second"):
         report = load(spec, device=device, dtype=dtype, components=components).load
@@ -145,8 +215,6 @@ def resolve(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch
     Raises:
         WanlabError: no such device here, or no such dtype.
     """
-    import torch
-
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -187,15 +255,11 @@ def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
         return Path(spec.source)
     if weights == "random":
         return None
-    from wanlab.models.hub import fetch_folder
-
     others = [key for key in spec.model_index if key.startswith(("tokenizer", "scheduler"))]
     return fetch_folder(spec.source, [*wanted, *others])
 
 
 def _pipeline_class(spec: ModelSpec) -> type:
-    import diffusers
-
     found = getattr(diffusers, spec.pipeline_class, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
         raise WanlabError(
@@ -224,8 +288,6 @@ def _without_weights(
                 raise WanlabError(f"{spec.source}: the installed {library} has no scheduler {class_name}")
             extras[name] = cls.from_config(dict(spec.scheduler_config))
         elif folder is None and name.startswith("tokenizer"):
-            from wanlab.models.tokenizer import WordHashTokenizer
-
             extras[name] = WordHashTokenizer(
                 spec.part(text_encoder).config["vocab_size"], spec.defaults.text_tokens
             )
@@ -239,8 +301,6 @@ def _from_files(folder: Path, library: str, cls: type | None) -> Any:
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
     if cls is None and library == "transformers":
-        from transformers import AutoTokenizer
-
         cls = AutoTokenizer
     try:
         return cls.from_pretrained(folder, local_files_only=True)
@@ -250,8 +310,6 @@ def _from_files(folder: Path, library: str, cls: type | None) -> Any:
 
 
 def _pipeline(cls: type, spec: ModelSpec, modules: dict[str, Any], extras: dict[str, Any]) -> Any:
-    import inspect
-
     accepted = inspect.signature(cls.__init__).parameters
     arguments: dict[str, Any] = dict.fromkeys(
         name

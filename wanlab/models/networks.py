@@ -5,15 +5,15 @@ Parameters cost no memory here; buffers that are computed and not stored (rotary
 
 from __future__ import annotations
 
+import importlib
 import math
 import zlib
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
+import torch
+from accelerate import init_empty_weights
+
+from wanlab.core.errors import WanlabError
 from wanlab.models.spec import Part
-
-if TYPE_CHECKING:
-    import torch
 
 RANDOM_STD = 0.02
 
@@ -24,8 +24,6 @@ def network_class(part: Part) -> type:
     Raises:
         WanlabError: the library is unknown or has no such class.
     """
-    import importlib
-
     if part.library not in ("diffusers", "transformers"):
         raise WanlabError(
             f"{part.name}: {part.class_name} comes from {part.library!r}; wanlab loads networks of diffusers"
@@ -50,9 +48,6 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
     Raises:
         WanlabError: unknown class, or a configuration that the class refuses.
     """
-    import torch
-    from accelerate import init_empty_weights
-
     cls = network_class(part)
     before = torch.get_default_dtype()
     if dtype is not None:
@@ -91,8 +86,6 @@ def stored_dtype(module: torch.nn.Module, name: str, dtype: torch.dtype) -> torc
     Follows both libraries: diffusers keeps the modules in `_keep_in_fp32_modules` in float32 always,
     transformers keeps them for float16 only, and those in `_keep_in_fp32_modules_strict` for both.
     """
-    import torch
-
     if dtype not in (torch.float16, torch.bfloat16):
         return dtype if not _kept(module, "_keep_in_fp32_modules", name) else torch.float32
     keep = _kept(module, "_keep_in_fp32_modules_strict", name)
@@ -114,8 +107,6 @@ def needed_bytes(module: torch.nn.Module, dtype: torch.dtype) -> int:
 
 def assign(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     """Put a tensor where the parameter or buffer `name` was; parameters do not ask for gradients."""
-    import torch
-
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -148,8 +139,6 @@ def fill_random(
     biases 0; modulation tables as Wan initialises them, 1/sqrt(width). The numbers depend on the seed, the
     part's name and the device type.
     """
-    import torch
-
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     for key, like in parameter_names(module).items():
         if not like.is_floating_point():

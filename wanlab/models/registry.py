@@ -6,13 +6,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wanlab.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.paths import data
+from wanlab.models.hub import fetch_configs
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
@@ -76,7 +78,7 @@ def get(name: str | os.PathLike) -> ModelSpec:
 def nano_folder() -> Path:
     """Where wan-nano lies: `$WANLAB_NANO`, or `data/wan-nano` of the source tree."""
     override = os.environ.get("WANLAB_NANO")
-    return Path(override) if override else Path(__file__).resolve().parents[2] / "data" / "wan-nano"
+    return Path(override) if override else data("wan-nano")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,12 +120,11 @@ def _from_folder(folder: Path, *, name: str) -> ModelSpec:
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         return read_json(folder / part / file)
 
-    return _assemble(name, str(folder), index, config)
+    spec = _assemble(name, str(folder), index, config)
+    return replace(spec, defaults=_stated_defaults(folder, spec.defaults))
 
 
 def _from_hub(hub_id: str) -> ModelSpec:
-    from wanlab.models.hub import fetch_configs
-
     return replace(_from_folder(fetch_configs(hub_id), name=hub_id), source=hub_id)
 
 
@@ -217,10 +218,21 @@ def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return (int(config.get("patch_size_t") or 1), int(patch or 1), int(patch or 1))
 
 
+def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
+    """The settings of `wanlab.json`, which a model may carry in its folder, over those that wanlab would take."""
+    path = folder / "wanlab.json"
+    if not path.is_file():
+        return defaults
+    stated = read_json(path).get("defaults", {})
+    known = {field.name for field in fields(Defaults)}
+    for key in stated:
+        if key not in known:
+            raise WanlabError(f"{path}: unknown default {key!r}{did_you_mean(key, known)}")
+    return replace(defaults, **stated)
+
+
 def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
     """The settings a model was made for, recognised by its denoiser, so that a local copy has them too."""
-    from wanlab.nano import architecture as nano
-
     keys = (
         "num_layers",
         "num_attention_heads",
@@ -237,14 +249,4 @@ def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
         data = _packaged_data(name)
         if same(data["configs"]["transformer"]):
             return Defaults(**data["defaults"])
-    if same(nano.EXPERT):
-        return Defaults(
-            height=nano.HEIGHT,
-            width=nano.WIDTH,
-            frames=nano.FRAMES,
-            fps=nano.FPS,
-            steps=nano.STEPS,
-            guidance_scale=nano.GUIDANCE_SCALE,
-            text_tokens=nano.TEXT_TOKENS,
-        )
     return Defaults()

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
-from wanlab.models.generate import boundary_ratio
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError
 from wanlab.models.networks import skeleton, stored_dtype
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from wanlab.models.generate import Model
+from wanlab.models.pipeline import Model, boundary_ratio
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,6 @@ class ExpertSchedule:
 
     def frame(self) -> pd.DataFrame:
         """The plan for a prefetch, one row per expert; columns as in `Prefetch`."""
-        import pandas as pd
-
         frame = pd.DataFrame([asdict(entry) for entry in self.prefetch])
         return frame.astype({"first_step": "Int64", "size_bytes": "Int64"})
 
@@ -135,8 +130,6 @@ def boundary_at(model: Model, ratio: float) -> Iterator[None]:
 
 
 def _weight_bytes(model: Model, component: str) -> int | None:
-    import torch
-
     network = model.components.get(component)
     if network is None:
         part = model.spec.part(model.spec.part_of(component))

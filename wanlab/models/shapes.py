@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from wanlab.errors import WanlabError
+from wanlab.core.errors import WanlabError
 from wanlab.models.spec import ModelSpec
 
 

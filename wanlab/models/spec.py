@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanlab.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean
 
 # The two halves of a VAE are two components: they run at different times and are converted apart.
 _VAE_HALVES = ("vae_encoder", "vae_decoder")

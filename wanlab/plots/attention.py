@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError, did_you_mean
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 TYPE_COLOURS = {"spatial": "#3d85c6", "temporal": "#3fa796", "global": "#9aa3ad"}
 STATISTICS = {
@@ -43,8 +43,6 @@ def head_map(
     Raises:
         WanlabError: the map has no such statistic, or nothing of this kind and branch.
     """
-    import plotly.graph_objects as go
-
     rows = found.of(kind, branch)
     if statistic not in rows or rows[statistic].isna().all():
         known = [name for name in STATISTICS if name in rows and rows[name].notna().any()]
@@ -131,8 +129,6 @@ def head_type_bars(found: Any, *, branch: str = "cond") -> go.Figure:
         found: `diagnose.AttentionMap`.
         branch: "cond" or "uncond".
     """
-    import plotly.graph_objects as go
-
     table = found.types()
     table = table[table["branch"] == branch]
     if table.empty:
@@ -163,8 +159,6 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
     Args:
         table: from `diagnose.layer_times`.
     """
-    from plotly.subplots import make_subplots
-
     needs(table, "layer_time_lines", "component", "kind", "layer", "median_ms", "min_ms", "max_ms")
     kinds = list(dict.fromkeys(table["kind"]))
     figure = make_subplots(
@@ -211,8 +205,6 @@ def kernel_bars(kernels: Any) -> go.Figure:
     Args:
         kernels: `diagnose.AttentionKernels`.
     """
-    import plotly.graph_objects as go
-
     table = kernels.table
     ran = table[table["time_ms"].notna()]
     figure = go.Figure(

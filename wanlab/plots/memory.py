@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
+import plotly.graph_objects as go
+
+from wanlab.core.errors import WanlabError
 from wanlab.plots.style import NAMES, OTHERS, ROW_PX, colour, theme
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 PART_NAMES = {
     "weights": "weights",
@@ -36,8 +35,6 @@ def memory_bars(account: Any) -> go.Figure:
     Args:
         account: `diagnose.MemoryAccount`.
     """
-    import plotly.graph_objects as go
-
     table, (scale, unit) = account.frame, _unit(account.peak_bytes)
     sums = table.groupby("part")["size_bytes"].sum().sort_values(ascending=False)
     figure = go.Figure()
@@ -72,8 +69,6 @@ def memory_timeline(account: Any) -> go.Figure:
     Args:
         account: `diagnose.MemoryAccount`.
     """
-    import plotly.graph_objects as go
-
     table, (scale, unit) = account.timeline, _unit(account.peak_bytes)
     seconds = table["time_ms"] / 1e3
     figure = go.Figure()
@@ -106,8 +101,6 @@ def lever_bars(table: Any) -> go.Figure:
     Raises:
         WanlabError: no lever was measured.
     """
-    import plotly.graph_objects as go
-
     measured = table[table["state"] == "measured"]
     if measured.empty:
         raise WanlabError("no lever was measured; see the reasons in the table")

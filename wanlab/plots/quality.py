@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from wanlab.core.errors import WanlabError
+from wanlab.evaluate.quality import floor_table
+from wanlab.evaluate.scores import CATALOGUE
+from wanlab.evaluate.scores import CATALOGUE as titles_of
 from wanlab.plots.style import FONT, GREY, OTHERS, ROW_PX, colour, needs, theme
 
 PANELS_A_ROW = 4
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 def per_frame_curves(scores: Any) -> go.Figure:
@@ -24,10 +28,6 @@ def per_frame_curves(scores: Any) -> go.Figure:
     Raises:
         WanlabError: LPIPS of different backbones in one figure.
     """
-    from plotly.subplots import make_subplots
-
-    from wanlab.evaluate import CATALOGUE as titles_of
-
     many = scores if isinstance(scores, Mapping) else {"": scores}
     tables = {name: getattr(item, "per_frame", item) for name, item in many.items()}
     for table in tables.values():
@@ -89,10 +89,6 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
     Raises:
         WanlabError: no floor in it.
     """
-    from plotly.subplots import make_subplots
-
-    from wanlab.evaluate import CATALOGUE, floor_table
-
     if not divergence.floors:
         raise WanlabError("floor_intervals needs a divergence with a floor; give one to evaluate.divergence")
     table = floor_table({name: divergence.scores} | divergence.floors)
@@ -162,8 +158,6 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
     Raises:
         WanlabError: no map.
     """
-    from plotly.subplots import make_subplots
-
     if not maps:
         raise WanlabError("heat_panels needs at least one map; make some with evaluate.heat_maps")
     gap = 0.12
@@ -205,8 +199,6 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
 
 def _averaged(values: Any, longest_px: int):
     """Means of squares of pixels, so that no small spot is lost between the pixels that are drawn."""
-    import numpy as np
-
     side = -(-max(values.shape) // longest_px)
     if side == 1:
         return np.asarray(values)

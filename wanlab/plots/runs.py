@@ -1,17 +1,18 @@
-"""Runs of a sweep: how they ended, and the frontier of those that finished."""
+"""Figures of runs: efficient configurations, what each technique bought, parameters as parallel lines, failures."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from wanlab.plots.style import GREY, OTHERS, colour, label, needs, theme
+import pandas as pd
+import plotly.graph_objects as go
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
+from wanlab.core.errors import WanlabError
+from wanlab.plots.style import GREY, LINE, OTHERS, ROW_PX, colour, label, needs, theme
 
 STATE_COLOURS = {
     "finished": "#5b8c5a",
@@ -42,8 +43,6 @@ def failure_bars(failures: pd.DataFrame, *, finished: int = 0) -> go.Figure:
         failures: a row per run that did not finish, with its state.
         finished: how many did.
     """
-    import plotly.graph_objects as go
-
     needs(failures, "failure_bars", "state")
     counts = {"finished": finished} | failures["state"].value_counts(sort=False).to_dict()
     figure = go.Figure()
@@ -90,8 +89,6 @@ def run_frontier(
         tint: column that gives the colour, where there is one.
         limit: of y, drawn as a line.
     """
-    import plotly.graph_objects as go
-
     needs(frame, "run_frontier", "configuration", x, y)
     known = frame[frame[x].notna() & frame[y].notna()]
     figure = go.Figure()
@@ -188,3 +185,215 @@ def _sizes(values: Sequence[float]) -> dict[Any, float]:
 def _hover(x: str, y: str, size: str | None) -> str:
     more = f"<br>{label(size)} %{{customdata[0]:.4g}}" if size else ""
     return f"%{{text}}<br>{label(x)} %{{x:,.4g}}<br>{label(y)} %{{y:.4g}}{more}<extra></extra>"
+
+
+def technique_bars(matrix: pd.DataFrame) -> go.Figure:
+    """Speed-up of each technique and combination with its interval; where there is one, the product of the single ones.
+
+    Args:
+        matrix: as `runs.comparison.technique_matrix` gives it.
+    """
+    needs(matrix, "technique_bars", "techniques", "moved", "speedup", "low", "high", "product")
+    names = [short(name.replace(" + ", ", ")).replace(", ", " + ") for name in matrix["techniques"]]
+    figure = go.Figure()
+    figure.add_bar(
+        x=matrix["speedup"].tolist(),
+        y=names,
+        orientation="h",
+        name="measured",
+        marker={"color": [colour(name.split(" + ")[0]) for name in names]},
+        error_x=_interval(matrix, "speedup", "low", "high"),
+        text=[f"{value:.2f}x" for value in matrix["speedup"]],
+        textposition="inside",
+        insidetextanchor="start",
+        textfont={"color": "white"},
+        hovertemplate="%{y}<br>%{x:.2f}x<extra>measured</extra>",
+    )
+    both = matrix[matrix["product"].notna()]
+    if len(both):
+        figure.add_scatter(
+            x=both["product"].tolist(),
+            y=[names[matrix.index.get_loc(index)] for index in both.index],
+            mode="markers",
+            name="product of the single ones",
+            marker={
+                "symbol": "diamond",
+                "size": 12,
+                "color": "#d9534f",
+                "line": {"width": 1, "color": "white"},
+            },
+            text=[plain(each) for each in both["verdict"]],
+            hovertemplate="%{y}<br>%{x:.2f}x<br>%{text}<extra>product</extra>",
+        )
+    ends = [*matrix["high"], *both["product"]]
+    top = max((end for end in ends if end == end and end != float("inf")), default=1.0)
+    figure.add_vline(x=1, line={"color": GREY, "width": 1.2, "dash": "dash"})
+    figure.update_layout(template=theme(), height=110 + ROW_PX * max(len(names), 1))
+    figure.update_xaxes(title_text="times as fast as the baseline", range=[0, 1.15 * top])
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    return figure
+
+
+def _interval(rows: pd.DataFrame, value: str, low: str, high: str) -> dict:
+    up = [
+        None if abs(end) == float("inf") else end - at
+        for at, end in zip(rows[value], rows[high], strict=True)
+    ]
+    down = (rows[value] - rows[low]).tolist()
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "color": GREY,
+        "thickness": 1.4,
+        "width": 4,
+    }
+
+
+NAMED_PARALLEL = 14  # values of one axis of words that are written out
+
+
+def parallel_lines(
+    frame: pd.DataFrame,
+    columns: Mapping[str, str | None],
+    *,
+    highlighted: Collection[str] = (),
+    baseline: str | None = None,
+    tint: str = "engine",
+) -> go.Figure:
+    """One line per configuration over one axis per column; the better end of every axis is at the top.
+
+    Args:
+        frame: a row per configuration: configuration and the columns.
+        columns: column -> `"min"` or `"max"`, whichever is better; None for an axis of words, such as a parameter.
+        highlighted: configurations that are drawn strongly, e.g. the efficient ones.
+        baseline: one that is drawn dashed.
+        tint: column that gives the colour of the others, where there is one.
+
+    Raises:
+        WanlabError: missing columns, or fewer than two.
+    """
+    needs(frame, "parallel_lines", "configuration", *columns)
+    if len(columns) < 2:
+        raise WanlabError("parallel_lines needs at least two columns")
+    figure = go.Figure()
+    heights = {
+        name: _axis(figure, place, frame[name], name, sense)
+        for place, (name, sense) in enumerate(columns.items())
+    }
+    shown = {name: [_said(value) for value in frame[name]] for name in columns}
+    strong, groups = set(highlighted), {}
+    for row, name in enumerate(frame["configuration"]):
+        if name == baseline:
+            key = ("baseline", GREY, 2.2, "dash", 1.0)
+        elif name in strong:
+            key = ("efficient", CHOSEN, 2.6, "solid", 1.0)
+        else:
+            group = str(frame[tint].iloc[row]) if tint in frame else "others"
+            key = (plain(group), colour(group), 1.0, "solid", 0.45)
+        groups.setdefault(key, []).append(row)
+    labels = [plain(name) for name in frame["configuration"]]
+    for (name, line, width, dash, opacity), rows in sorted(groups.items(), key=lambda item: item[0][2]):
+        xs, ys, texts = [], [], []
+        for row in rows:  # all lines of a kind are one trace, with a gap after each
+            xs += [*range(len(columns)), None]
+            ys += [*(heights[column][row] for column in columns), None]
+            texts += [*(f"{labels[row]}<br>{label(column)} {shown[column][row]}" for column in columns), ""]
+        figure.add_scatter(
+            x=xs,
+            y=ys,
+            text=texts,
+            mode="lines+markers" if len(frame) <= 60 else "lines",
+            name=name,
+            line={"color": line, "width": width, "dash": dash},
+            marker={"size": 5},
+            opacity=opacity,
+            connectgaps=False,
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.update_layout(
+        template=theme(),
+        height=500,
+        margin={"t": 104, "b": 60, "l": 90, "r": 60},
+        legend={"y": -0.12, "yanchor": "top"},
+    )
+    figure.update_xaxes(
+        tickvals=[],
+        showline=False,
+        showgrid=False,
+        zeroline=False,
+        range=[-0.1, len(columns) - 0.7],
+        fixedrange=True,
+    )
+    figure.update_yaxes(
+        showticklabels=False,
+        showline=False,
+        showgrid=False,
+        zeroline=False,
+        range=[-0.06, 1.06],
+        fixedrange=True,
+    )
+    return figure
+
+
+def _axis(figure: go.Figure, place: int, values: Any, name: str, sense: str | None) -> list[float | None]:
+    """Draw one axis with its title and ends; the height of each value, 0 to 1, None where there is none."""
+    figure.add_shape(
+        type="line", x0=place, x1=place, y0=0, y1=1, line={"color": LINE, "width": 1.5}, layer="below"
+    )
+    side = {"xanchor": "right", "xshift": -6} if place == 0 else {"xanchor": "left", "xshift": 6}
+    write = {"x": place, "showarrow": False, "font": {"size": 11}, **side}
+    if sense is None:
+        words = list(dict.fromkeys(map(str, values)))
+        steps = {word: 1 - (i + 0.5) / len(words) for i, word in enumerate(words)}
+        heights: list[float | None] = [steps[str(value)] for value in values]
+        if len(words) <= NAMED_PARALLEL:
+            for word, height in steps.items():
+                figure.add_annotation(y=height, text=short(_cut(word)), **write)
+        ends = ("", "" if len(words) <= NAMED_PARALLEL else f"{len(words)} values")
+    else:
+        numbers = [float(value) if _finite(value) else None for value in values]
+        known = [value for value in numbers if value is not None]
+        low, high = (min(known), max(known)) if known else (0.0, 0.0)
+        span = high - low
+        heights = [None if v is None else 0.5 if not span else (v - low) / span for v in numbers]
+        if sense == "min":
+            heights = [None if height is None else 1 - height for height in heights]
+        ends = (_said(low), _said(high)) if sense == "min" else (_said(high), _said(low))
+        ends = ends if span else (_said(low) if known else "", "")
+    figure.add_annotation(
+        x=place,
+        y=1,
+        yshift=24,
+        yanchor="bottom",
+        text=f"<b>{_wrapped(label(name))}</b>",
+        showarrow=False,
+        font={"size": 12},
+    )
+    figure.add_annotation(
+        x=place, y=1, yanchor="bottom", yshift=6, text=ends[0], showarrow=False, font={"size": 11}
+    )
+    figure.add_annotation(
+        x=place, y=0, yanchor="top", yshift=-6, text=ends[1], showarrow=False, font={"size": 11}
+    )
+    return heights
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return plain(_cut(str(value)))
+
+
+def _wrapped(words: str, width: int = 13) -> str:
+    """A title in lines that fit between two axes."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(words, width, break_long_words=False))
+
+
+def _cut(text: str, limit: int = 28) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -9,7 +9,10 @@ import functools
 import re
 from typing import Any
 
-from wanlab.errors import WanlabError
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from wanlab.core.errors import WanlabError
 
 COMPONENT_COLOURS = {
     "text_encoder": "#8b7ec8",
@@ -97,9 +100,6 @@ def label(column: str) -> str:
 @functools.cache
 def theme() -> str:
     """Register the plotly template and return its name."""
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
     axis = {
         "gridcolor": LINE,
         "zerolinecolor": LINE,

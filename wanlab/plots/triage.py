@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import plotly.graph_objects as go
 
 from wanlab.plots.style import GREY, OTHERS, theme
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 WIDTH_PX, GAP_PX, BEND_PX, LINE_PX, BETWEEN_PX, TITLE_PX = 880, 56, 11, 15, 8, 38
 LETTER_PX, WIDEST_PX = 6.2, 200
@@ -26,8 +25,6 @@ def decision_tree(triage: Any) -> go.Figure:
     Args:
         triage: `diagnose.Triage`.
     """
-    import plotly.graph_objects as go
-
     top, shapes, texts = 0.0, [], []
     drawn: dict[str, dict[str, Any]] = {}
     for tint, (root, start) in zip(TINTS * len(triage.tree.roots), triage.tree.roots.items(), strict=False):

@@ -1,10 +1,10 @@
 """Precision: which layers run in which number format, with scales measured on real inputs.
 
->>> from wanlab import convert, models, precision
+>>> from wanlab import export, models, precision
 >>> model = models.load("wan-nano")
 >>> recording = precision.record_inputs(model, precision.nano_examples(4), "recording")
 >>> calibration = precision.calibrate(model, "expert_high", recording, cache="expert_high.calibration.json")
->>> graph = convert.export(model, "expert_high", "onnx/expert_high.onnx")
+>>> graph = export.export(model, "expert_high", "onnx/expert_high.onnx")
 >>> precision.quantize(graph.path, "onnx-int8/expert_high.onnx", format="int8", calibration=calibration)
 """
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError, did_you_mean
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from wanlab.core.errors import WanlabError, did_you_mean
 
 BLOCK_SIZES = (32, 64, 128)
 GRANULARITIES = ("tensor", "channel", "block")
@@ -37,8 +36,6 @@ class Numbers:
 
     def scale(self, amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The scale that puts `amax` on the largest code, as `dtype` can hold it; of zeros 1."""
-        import torch
-
         # A scale that is subnormal in the graph's dtype is coarse, and engines may flush it to zero.
         smallest = torch.finfo(dtype).smallest_normal
         scale = torch.where(amax > 0, amax.float() / self.largest, 1.0)
@@ -52,8 +49,6 @@ class Numbers:
         Args:
             scale: broadcasts against `values`.
         """
-        import torch
-
         codes = values.float() / scale.float()
         if self.kind == "fp8":
             return codes.clamp(self.smallest, self.largest).to(torch.float8_e4m3fn)

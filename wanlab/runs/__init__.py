@@ -1,4 +1,4 @@
-"""Runs: one executed notebook is one folder with its inputs, status, numbers, figures and report."""
+"""Runs: one executed notebook is one folder; what the runs of a folder measured, compared and chosen from."""
 
 import lazy_loader
 

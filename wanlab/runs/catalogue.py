@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from wanlab.errors import WanlabError
-from wanlab.runs.files import digest, read_json
-from wanlab.runs.pages.clips import Html
-from wanlab.runs.store import load_runs
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import digest, read_json
+from wanlab.measure.environment import cpu_model
+from wanlab.runs.clips import Html
+from wanlab.runs.results import load_runs
 
 GROUPS = {  # by the first digit of a notebook's name
     "0": "start here",
@@ -61,8 +64,6 @@ def catalogue(folder: str | os.PathLike | None = None, runs: Any = None) -> Any:
     Raises:
         WanlabError: `folder` is none.
     """
-    import pandas as pd
-
     usual = Path("notebooks")
     folder = Path(folder) if folder is not None else usual if usual.is_dir() else Path()
     if not folder.is_dir():
@@ -122,8 +123,6 @@ def linked(table: Any, here: str | os.PathLike = ".") -> Html:
 
 def _minutes(runs: Any) -> dict[str, float]:
     """Notebook -> median minutes of the finished runs on this kind of processor."""
-    from wanlab.measure.environment import cpu_model
-
     done = runs[(runs["state"] == "finished") & (runs["cpu"] == cpu_model())]
     return (done["seconds"] / 60).groupby(done["notebook"].map(_stem)).median().to_dict()
 
@@ -156,8 +155,6 @@ def _kind(name: str) -> str:
 
 
 def _cell(name: str, row: dict[str, Any], here: Path) -> str:
-    import pandas as pd
-
     value = row[name]
     if name.startswith("minutes"):
         return "" if pd.isna(value) else f"{value:.1f}"

@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.runs.files import checked_name, digest, now, read_json, why, write_bytes, write_json
+import psutil
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import checked_name, digest, now, read_json, why, write_bytes, write_json
 
 HEARTBEAT_S = 5.0
 PATIENCE_BEATS = 2  # failed in a row, until a heartbeat calls it trouble
@@ -193,8 +195,6 @@ class Heartbeat:
 
 def process_id(pid: int) -> dict[str, Any]:
     """A process by number and start time, so that a recycled number is not mistaken for it."""
-    import psutil
-
     try:
         return {"pid": pid, "started": psutil.Process(pid).create_time()}
     except psutil.Error:
@@ -202,8 +202,6 @@ def process_id(pid: int) -> dict[str, Any]:
 
 
 def process_alive(who: dict[str, Any]) -> bool:
-    import psutil
-
     try:
         process = psutil.Process(int(who["pid"]))
         same = who.get("started") is None or abs(process.create_time() - float(who["started"])) < 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import sys
 import tokenize
 import types
 import typing
@@ -12,7 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from wanlab.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean
+
+GRAMMAR = "rfc3987_syntax"
+
+_hidden = GRAMMAR not in sys.modules
+if _hidden:
+    sys.modules[GRAMMAR] = None  # an import of it fails, which jsonschema expects
+try:
+    import nbformat as nbformat
+finally:
+    if _hidden:
+        del sys.modules[GRAMMAR]
+
 
 SIMPLE = {
     "int": int,
@@ -109,8 +122,6 @@ def read_schema(notebook: Path | str | Any) -> Schema:
 
 def read_notebook(path: Path) -> Any:
     """An nbformat-4 notebook; a missing or broken file gives `WanlabError`."""
-    from wanlab.runs.notebook_format import nbformat
-
     try:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError:

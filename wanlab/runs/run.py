@@ -8,17 +8,22 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.runs import identity
-from wanlab.runs.files import append_json, checked_name, now, plain, read_json, write_text
-from wanlab.paths import default_outputs
+import pandas as pd
+from IPython.display import display
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import append_json, checked_name, now, plain, read_json, write_text
+from wanlab.core.paths import default_outputs
+from wanlab.evaluate.video import write_video
+from wanlab.measure.environment import environment
+from wanlab.runs import clips, prepare
 from wanlab.runs.folder import Heartbeat, RunFolder
-from wanlab.runs.header import describe, header
-from wanlab.runs.pages import clips
 from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
+from wanlab.runs.prepare import describe, header
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
 
@@ -55,8 +60,6 @@ class Run:
 
     def save_video(self, name: str, frames: Any, fps: float) -> Path:
         """Write frames [T, H, W, 3] to `artifacts/<name>.mp4`, which browsers play."""
-        from wanlab.evaluate import write_video
-
         path = self._artifact(name, ".mp4")
         write_video(path, frames, fps)
         return path
@@ -83,8 +86,6 @@ class Run:
     def verdict(self, text: str) -> clips.Html:
         """Keep the answer of the notebook, one sentence with its number; the report opens with it."""
         self._files.update(verdict=str(text))
-        from html import escape
-
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>'
         self._answer = clips.Html(answer, str(text))
         return self._answer
@@ -96,8 +97,6 @@ class Run:
         if self._heart is not None and not self._heart.ended:
             self._heart.end("finished")
             if self._answer is not None:  # the last cell ends here, and not in the verdict
-                from IPython.display import display
-
                 display(self._answer)
             print(f"run kept in {self.folder}")
 
@@ -165,8 +164,8 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
         # JupyterLab starts a kernel in notebooks/: a relative path means by hand what it means under `wanlab run`.
         os.chdir(default_outputs().parent)
     values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
-    inputs, weights = identity.input_digests(values), identity.weights_id(values.get("model"))
-    run_id = identity.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
+    inputs, weights = prepare.input_digests(values), prepare.weights_id(values.get("model"))
+    run_id = prepare.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
     if _current is not None:
         _current._abandon("started again in the same kernel")
     stem = name or (path.stem if path else "notebook")
@@ -199,7 +198,7 @@ def _find_notebook(name: str | None, scope: Mapping[str, Any]) -> tuple[Path | N
     path = next((p for p in _candidates(name) if p.is_file()), None)
     notebook = read_notebook(path) if path else None
     history = [str(cell) for cell in scope.get("In", [])] if isinstance(scope.get("In"), list) else []
-    source = identity.notebook_source(notebook) if notebook else "\n".join(history)
+    source = prepare.notebook_source(notebook) if notebook else "\n".join(history)
     if notebook is None and not history:
         return None, None, source
     where = path.name if path else "this notebook"
@@ -227,8 +226,6 @@ def _candidates(name: str | None) -> Iterator[Path]:
 
 
 def _environment() -> dict[str, Any]:
-    from wanlab.measure import environment
-
     return plain(environment())
 
 
@@ -241,6 +238,4 @@ def _before_plotly() -> None:
 
 def _before_tables() -> None:
     """Six significant digits, so that an error of 1e-12 is not shown as zero."""
-    import pandas as pd
-
     pd.set_option("display.float_format", "{:,.6g}".format)

@@ -1,4 +1,4 @@
-"""The kernels that could do the self-attention of a model, at its shape: time, rate, error and bound of each."""
+"""The kernels that can compute a model's self-attention, at its shape: time, rate, error and bound of each."""
 
 from __future__ import annotations
 
@@ -6,21 +6,65 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.diagnose.attention.window import pair_share, window_mask
-from wanlab.errors import WanlabError
-from wanlab.measure.samples import AAControl, Samples, compare
-from wanlab.measure.timing import aa_control, time_ms
-from wanlab.models.room import GIB, free_bytes
+import pandas as pd
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.profiler import ProfilerActivity, profile
+
+from wanlab.core.errors import WanlabError
+from wanlab.measure.ceilings import Ceilings
+from wanlab.measure.timing import AAControl, Samples, aa_control, compare, time_ms
+from wanlab.models.loading import resolve
+from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
+from wanlab.models.weights import GIB, free_bytes
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
+BLOCK = 128
+"""Tokens along a side of the blocks that flex_attention computes or skips."""
 
-    from wanlab.measure.ceilings import Ceilings
-    from wanlab.models.generate import Model
+
+def pair_share(latent_frames: int, window_frames: int) -> float:
+    """Share of the pairs of query and key that are in the window."""
+    near = [
+        min(n + window_frames, latent_frames - 1) - max(n - window_frames, 0) + 1
+        for n in range(latent_frames)
+    ]
+    return sum(near) / latent_frames**2
+
+
+def window_mask(tokens: int, latent_frames: int, window_frames: int, device: Any = "cpu") -> BlockMask:
+    """A flex_attention mask that lets a query see its own latent frame and some on each side.
+
+    Built from blocks: `create_block_mask` holds tokens x tokens booleans unless it is compiled.
+
+    Args:
+        tokens: divisible by latent_frames. window_frames: on each side.
+    """
+    per_frame = tokens // latent_frames
+
+    def near(batch, head, query, key):
+        return (query // per_frame - key // per_frame).abs() <= window_frames
+
+    first = torch.arange(0, tokens, BLOCK, device=device)
+    last = (first + BLOCK - 1).clamp_max(tokens - 1)
+    low, high = first // per_frame, last // per_frame
+    nearest = torch.maximum(low[None] - high[:, None], low[:, None] - high[None])
+    farthest = torch.maximum(high[None] - low[:, None], high[:, None] - low[None])
+    whole = last - first == BLOCK - 1  # a block over the end must be masked
+    full = (farthest <= window_frames) & whole[None] & whole[:, None]
+    partial = (nearest <= window_frames) & ~full
+
+    def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
+        return blocks.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=near, seq_lengths=(tokens, tokens)
+    )
+
 
 BASELINE = "SDPA default"
 SDPA = {
@@ -104,9 +148,6 @@ def attention_kernels(
     Raises:
         WanlabError: an illegal shape, or one that does not divide into the frames.
     """
-    import pandas as pd
-    import torch
-
     tokens, heads, dim, latent_frames, place, kind = _resolved(
         shape, height, width, frames, latent_frames, device, dtype
     )
@@ -180,8 +221,6 @@ def attention_kernels(
 
 def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tuple:
     """tokens, heads, dim, latent frames, device, dtype."""
-    from wanlab.models.loading import resolve
-
     if isinstance(shape, tuple):
         sizes = (*shape, latent_frames)
         if (
@@ -207,8 +246,6 @@ def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tup
 
 def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, str]:
     """How to run a backend of SDPA, or why not."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     if q.device.type == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         return None, "needs a GPU"
     if backend == "MATH":
@@ -225,15 +262,11 @@ def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, 
 
 
 def _add_flex(add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, wanted: bool) -> None:
-    import torch
-
     window = f"flex, window of ±{window_frames} frames"
     if not wanted:
         for label in ("flex", window):
             add(label, None, "compiling takes long on a CPU; ask for it with flex=True")
         return
-    from torch.nn.attention.flex_attention import flex_attention
-
     run = torch.compile(flex_attention, dynamic=False)
     add("flex", lambda: run(q, k, v))
     if latent_frames - 1 <= window_frames:
@@ -264,8 +297,6 @@ def _measured(call, wanted, picked, samples, label, iterations, device, progress
 
 def _reference(q, k, v, picked, per_frame: int = 1, window_frames: int | None = None) -> torch.Tensor:
     """Attention of some queries in float32, head by head: `[heads, queries, dim]`."""
-    import torch
-
     outside = None
     if window_frames is not None:
         frame = torch.arange(k.shape[2], device=k.device) // per_frame
@@ -281,9 +312,6 @@ def _reference(q, k, v, picked, per_frame: int = 1, window_frames: int | None = 
 
 def _took(call: Callable, device: Any) -> str:
     """What ran, from the names in a profile of one call; not timed here."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     if torch.autograd._profiler_enabled():
         return ""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

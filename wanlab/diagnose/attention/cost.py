@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
-from wanlab.errors import WanlabError
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError
+from wanlab.diagnose.attention.maps import FORWARD, SELF, AttentionCall, AttentionMap, attention_calls
 from wanlab.models.device import synchronise
+from wanlab.models.pipeline import Model
 from wanlab.models.schedule import fewest_steps, precompute_schedule
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from wanlab.diagnose.attention.result import AttentionMap
-    from wanlab.models.generate import Model
 
 
 def attention_times(
@@ -41,8 +39,6 @@ def attention_times(
     Raises:
         WanlabError: as `attention_calls` and `Model.generate`, or repeats under 1.
     """
-    import pandas as pd
-
     if repeats < 1:
         raise WanlabError(f"repeats is {repeats}; time at least 1 generation")
     settings = settings | {"output": "latent"}
@@ -146,8 +142,6 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
     Raises:
         WanlabError: the map has no self-attention.
     """
-    import pandas as pd
-
     rows = found.of(SELF)
     if rows.empty:
         raise WanlabError("the map has no self-attention rows; make one with attention_map")
@@ -197,8 +191,6 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
 
 def _clock(device: Any) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
     """How to mark a moment, and the milliseconds between two marks."""
-    import torch
-
     if torch.device(device).type != "cuda":
         return time.perf_counter, lambda begin, end: (end - begin) * 1e3
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
+import torch
 
 LEVELS_PERCENT = (90, 95, 99)
 BLOCK_KEYS = 64
@@ -48,9 +47,6 @@ def sample_queries(grid: Grid, per_frame: int, seed: int) -> torch.Tensor:
         grid: tokens along `[frames, height, width]`.
         per_frame: how many; all of a frame if it has fewer.
     """
-    import numpy as np
-    import torch
-
     frames, positions = grid[0], grid[1] * grid[2]
     count = min(per_frame, positions)
     drawn = [
@@ -93,8 +89,6 @@ def self_statistics(
     Returns:
         Statistic -> `[heads, frames, n]`, float32.
     """
-    import torch
-
     frames, height, width = grid
     positions = height * width
     tokens = sampled.flatten().to(query.device)
@@ -169,8 +163,6 @@ def summarise(values: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch
     Returns:
         Mean and standard error, `[heads]`, float64.
     """
-    import torch
-
     kept = values[:, ~values[0].isnan().any(-1)].double()
     heads, frames, n = kept.shape
     if frames == 0:
@@ -195,8 +187,6 @@ def keys_needed(p: torch.Tensor, share: float) -> torch.Tensor:
     between (1 - share) / keys, under which all keys together hold too little to matter, and the largest; what is left
     between the last two bounds is counted at its mean.
     """
-    import torch
-
     total = p.sum(-1)
     wanted = share * total
     low = (1 - share) * total / p.shape[-1]
@@ -216,8 +206,6 @@ def keys_needed(p: torch.Tensor, share: float) -> torch.Tensor:
 
 def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, torch.Tensor]:
     """Common statistics and those of `of_rows`, each `[heads, queries]`."""
-    import torch
-
     parts: dict[str, list[list[torch.Tensor]]] = {}
     for first, rows, p in _probabilities(query, key, tokens, scale, most_bytes):
         found = {
@@ -238,8 +226,6 @@ def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, tor
 
 def _probabilities(query, key, tokens, scale, most_bytes) -> Iterator[tuple[bool, slice, torch.Tensor]]:
     """Softmax of some queries of some heads at a time: whether new heads begin, which queries, `[heads, queries, keys]`."""
-    import torch
-
     keys, heads, dim = key.shape
     scale = dim**-0.5 if scale is None else scale
     at_once = max(1, most_bytes // (BYTES_PER_PRODUCT * keys))
@@ -265,8 +251,6 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _in_blocks(p: torch.Tensor) -> torch.Tensor:
     """Mass of blocks of neighbouring keys; the last may be smaller."""
-    import torch
-
     whole = p.shape[-1] // BLOCK_KEYS * BLOCK_KEYS
     blocks = p[..., :whole].unflatten(-1, (-1, BLOCK_KEYS)).sum(-1)
     return blocks if whole == p.shape[-1] else torch.cat([blocks, p[..., whole:].sum(-1, keepdim=True)], -1)

@@ -12,21 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
-from wanlab.measure.samples import Samples
-from wanlab.measure.timing import time_ms
-from wanlab.models.host_weights import check_host_room, host_weights
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.paths import data
+from wanlab.measure.timing import Samples, time_ms
+from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
+from wanlab.models.weights import check_host_room, host_weights
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from wanlab.models.generate import Model
-
-RECORDED = Path(__file__).resolve().parents[3] / "data" / "results" / "expert_switch_h200.json"
+RECORDED = data("results", "expert_switch_h200.json")
 """A measurement on an NVIDIA H200 at true size, for machines without a GPU; part of the source tree."""
 WAYS = ("resident", "pageable", "pinned", "prefetched")
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
@@ -65,13 +65,9 @@ class SwitchCost:
         switch: median over rounds), noise_ms (largest distance in any round of two equal calls), hidden_percent (share of
         the transfer that the video did not wait for), slowdown_percent (of the forward beside the transfer).
         """
-        import pandas as pd
-
         return pd.DataFrame([row for way in WAYS if (row := self._row(way))])
 
     def _row(self, way: str) -> dict[str, Any] | None:
-        import numpy as np
-
         def values(name: str) -> np.ndarray:
             return np.array(self.samples[name].values_ms) if name in self.samples else np.zeros(0)
 
@@ -200,9 +196,6 @@ def switch_cost(
         WanlabError: a model with one expert, no GPU, an expert that is no PyTorch module, too little host or GPU memory,
             or a size that is not legal.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     leaving, entering = _both_experts(model)
     if samples < 1:
         raise WanlabError(f"samples is {samples}; take at least 1 round")
@@ -259,8 +252,6 @@ def switch_cost(
 
 def _beside(transfer: Callable, forward: Callable) -> dict[str, float]:
     """A forward with a transfer on a stream of its own beside it: the end of each, from the common start."""
-    import torch
-
     begin, loading, loaded, computed, both = (torch.cuda.Event(enable_timing=True) for _ in range(5))
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -283,8 +274,6 @@ def _beside(transfer: Callable, forward: Callable) -> dict[str, float]:
 
 
 def _both_experts(model: Model) -> tuple[torch.nn.Module, torch.nn.Module]:
-    import torch
-
     if "expert_low" not in model.spec.components:
         raise WanlabError(f"{model.spec.name} has one expert, there is nothing to switch; take one with two")
     pair = model.component("expert_high"), model.component("expert_low")
@@ -309,8 +298,6 @@ def expert_inputs(
     Raises:
         WanlabError: a size that is not legal, or an expert that is not of the Wan kind.
     """
-    import torch
-
     defaults = model.spec.defaults
     latent = latent_shape(
         model.spec, height or defaults.height, width or defaults.width, frames or defaults.frames

@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from wanlab.diagnose.triage.tree import Measurement, Tree, number, read_tree
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Parameters that every measuring notebook has.
 SETTINGS = ("model", "weights", "device", "dtype", "height", "width", "frames", "steps")
@@ -58,8 +57,6 @@ def saved_measurements(
         hardware: part of the name of the GPU or of "CPU ..."; that of the newest run of the model if not given.
         folder: where commands are to keep new runs; the project's outputs if not given.
     """
-    import pandas as pd
-
     tree = tree or read_tree()
     wanted = {quantity.notebook for quantity in tree.measurements.values()}
     rows = runs.to_dict(orient="records") if hasattr(runs, "to_dict") else list(runs)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from wanlab.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean
 
 DEFAULT = Path(__file__).with_name("tree.json")
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from wanlab.diagnose.triage.saved import Saved
 from wanlab.diagnose.triage.tree import Advice, Measurement, Tree, amdahl, number, read_tree, shown
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NOISE, TIMES = "baseline.noise_percent", ("baseline.time", "breakdown.")
 ASKED = ["root", "node", "question", "state", "what", "value", "unit", "reads", "threshold", "branch", "to"]
@@ -66,8 +65,6 @@ def triage(measured: Saved | Mapping[str, Any], tree: Tree | None = None) -> Tri
         measured: from `saved_measurements`, or numbers by name; what is no number counts as not measured.
         tree: from `read_tree`, with `Tree.having` for other thresholds; the default tree if not given.
     """
-    import pandas as pd
-
     tree = tree or read_tree()
     saved = measured if isinstance(measured, Saved) else Saved({k: _given(v) for k, v in measured.items()})
     asked, advised, visited = [], [], set()

@@ -1,24 +1,293 @@
-"""From tables to a plan that is proven: frontier, a relation of effect and loss, selection, verification, repair."""
+"""From tables to a proven plan: predicted effect to quality loss, selection, verification, repair."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from wanlab.precision.plans.plan import make_plan
-from wanlab.precision.selection.cases import Originals, for_choosing
+import numpy as np
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.stats import bootstrap_mean
+from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.costs import DEFAULT
-from wanlab.precision.selection.problem import table_of
-from wanlab.precision.selection.relation import Relation, fit_relation
-from wanlab.precision.selection.repair import Repaired, repair
-from wanlab.precision.selection.select import Frontier, Selection, frontier, select_plan
-from wanlab.precision.selection.verify import Verification, measured_effect, verify_plan
+from wanlab.precision.selection.select import Frontier, Selection, frontier, select_plan, selection_of
+from wanlab.precision.selection.solve import Limits, Solution, table_of, undominated
+from wanlab.precision.selection.verify import (
+    Originals,
+    Verification,
+    for_choosing,
+    measured_effect,
+    verify_plan,
+)
 
-if TYPE_CHECKING:
-    import pandas as pd
+FORMS = {"linear": 1.0, "square root": 0.5}
+"""Name -> exponent of the effect. A loss that grows with the square of errors is linear in the effect; one that grows with
+their size, as the spread over cases does where errors help as often as they harm, goes with its root."""
 
-    from wanlab.precision.plans.plan import Plan
+MARGIN = 0.8
+"""Of the limit, that the budget aims at: the interval of a plan moves with its noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Relation:
+    """Upper end of the quality loss as a function of the effect: `scale * effect ** exponent`.
+
+    Attributes:
+        form: a name of `FORMS`. scale: percent at an effect of 1.
+        residual_percent: root mean square distance of the fitted from the measured upper ends, in percent of quality loss.
+        points: one row per plan: plan, predicted (effect), effect (true), loss_percent, upper_percent, fitted_percent.
+    """
+
+    form: str
+    scale: float
+    residual_percent: float
+    points: pd.DataFrame
+
+    def upper_percent(self, effect: float) -> float:
+        """Predicted upper end of the quality loss of a plan of this predicted effect."""
+        return self.scale * effect ** FORMS[self.form]
+
+    def budget(self, limit_percent: float, *, margin: float = MARGIN) -> float:
+        """The effect whose predicted upper end is the limit times a margin.
+
+        It is at most the largest effect that was tried: beyond it nothing is known.
+        """
+        if limit_percent <= 0:
+            raise WanlabError(
+                f"a quality loss of at most {limit_percent} % leaves nothing to choose; give more than 0"
+            )
+        largest = float(self.points["predicted"].max())
+        if self.scale <= 0:
+            return largest
+        return min(largest, (margin * limit_percent / self.scale) ** (1 / FORMS[self.form]))
+
+    def __str__(self) -> str:
+        said = "effect" if self.form == "linear" else "the root of the effect"
+        return (
+            f"upper end of the quality loss = {self.scale:.3g} % x {said}, from {len(self.points)} plans,"
+            f" {self.residual_percent:.2g} % off in the root mean square"
+        )
+
+
+def fit_relation(predicted: Sequence[float], verifications: Sequence[Verification]) -> Relation:
+    """Fit the upper end of the quality loss to predicted effects, through the origin; the form that fits better is taken.
+
+    Args:
+        predicted: effect of each plan. verifications: of the same plans, with truths.
+
+    Raises:
+        WanlabError: fewer than two plans, no quality loss, or no effect.
+    """
+    if len(predicted) != len(verifications) or len(predicted) < 2:
+        raise WanlabError(f"{len(verifications)} verified plans make no relation; verify two or more")
+    upper = [each.upper_percent for each in verifications]
+    if any(value is None for value in upper):
+        raise WanlabError("quality loss is unknown without the truth of the cases; give held-out cases")
+    if not all(effect > 0 for effect in predicted):
+        raise WanlabError("a plan without predicted effect says nothing of the relation; leave it out")
+    form, scale, residual = fit(list(predicted), [max(0.0, value) for value in upper])
+    points = pd.DataFrame(
+        {
+            "plan": [each.plan.name for each in verifications],
+            "predicted": list(predicted),
+            "effect": [each.effect for each in verifications],
+            "loss_percent": [each.quality.percent for each in verifications],
+            "upper_percent": upper,
+            "fitted_percent": [scale * effect ** FORMS[form] for effect in predicted],
+        }
+    )
+    return Relation(form, scale, residual, points)
+
+
+def fit(effects: list[float], values: list[float]) -> tuple[str, float, float]:
+    """Form, scale and residual of the better of the forms: least squares through the origin."""
+    best = None
+    for form, exponent in FORMS.items():
+        powers = [effect**exponent for effect in effects]
+        scale = sum(p * v for p, v in zip(powers, values, strict=True)) / sum(p * p for p in powers)
+        residual = math.sqrt(
+            sum((scale * p - v) ** 2 for p, v in zip(powers, values, strict=True)) / len(values)
+        )
+        if best is None or residual < best[2]:
+            best = (form, scale, residual)
+    return best
+
+
+PAIRED = ("lpips", "loss_percent")
+
+
+def compare_plans(verifications: Sequence[Verification], *, seed: int = 0) -> pd.DataFrame:
+    """One row per plan, with its differences to the first plan on the same cases.
+
+    Args:
+        verifications: from `verify_plan`, of the same cases.
+        seed: of the bootstrap.
+
+    Returns:
+        DataFrame: the columns of `Verification.row`, and of lpips and loss_percent how much `_more` than the first plan's it
+        is, mean over cases, with the ends of its 95 % bootstrap interval `_more_low` and `_more_high` (NaN for the first).
+
+    Raises:
+        WanlabError: nothing, or other cases.
+    """
+    if not verifications:
+        raise WanlabError("no verified plan to compare; give at least one")
+    first, rows = verifications[0], []
+    for each in verifications:
+        if (each.purpose, list(each.frame["case"])) != (first.purpose, list(first.frame["case"])):
+            raise WanlabError(
+                f"{each.plan.name} was verified on other cases than {first.plan.name}; take the same originals"
+            )
+        row = each.row()
+        for metric in PAIRED if each is not first else ():
+            apart = (each.frame[metric] - first.frame[metric]).to_numpy(float)
+            low, high = bootstrap_mean(apart, seed) or (math.nan, math.nan)
+            row |= {
+                f"{metric}_more": float(apart.mean()),
+                f"{metric}_more_low": low,
+                f"{metric}_more_high": high,
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """What became of a plan.
+
+    Attributes:
+        selection: the last one. verification: its proof.
+        holds: whether the upper end of its quality loss is within the limit.
+        history: one row per round: round, plan, raised (groups that got a better format), effect (predicted), cost,
+            loss_percent, upper_percent, holds.
+        generations: that the rounds took.
+    """
+
+    selection: Selection
+    verification: Verification
+    holds: bool
+    history: pd.DataFrame
+    generations: int
+
+
+def repair(
+    model,
+    selection: Selection,
+    originals: Originals,
+    *,
+    limit_percent: float,
+    verification: Verification | None = None,
+    relation: Relation | None = None,
+    calibrations: Mapping[str, Any] | None = None,
+    max_rounds: int = 6,
+    progress: bool = True,
+    **settings: Any,
+) -> Repaired:
+    """Verify a plan; while its quality loss exceeds the limit, raise what has the largest effect per cost saved.
+
+    Each round takes the predicted effect down as far as the relation asks for, by at least one group. Limits on bits and on
+    the share of 8 bits stay kept; the one on the effect is what is being corrected.
+
+    Args:
+        selection: from `select_plan` or `frontier`. originals: cases to choose by, never those of the final set.
+        limit_percent: of the upper end of the quality loss.
+        verification: of this plan, where there is one already.
+        relation: how loss follows from effect; linear if not given.
+        max_rounds: of repairs; the history ends there even if the limit is not kept.
+        settings: of `verify_plan`.
+
+    Raises:
+        WanlabError: cases of the final set, or as `verify_plan`.
+    """
+    for_choosing(originals)
+    exponent = FORMS[relation.form] if relation else 1.0
+    options = {"calibrations": calibrations, "progress": progress} | settings
+    generations, raised, rows = 0, 0, []
+    name = selection.plan.name
+    for number in range(max_rounds + 1):
+        if verification is None:
+            verification = verify_plan(model, selection.plan, originals, **options)
+            generations += verification.generations
+        holds = verification.holds(limit_percent)
+        rows.append(
+            {
+                "round": number,
+                "plan": selection.plan.name,
+                "raised": raised,
+                "effect": selection.effect,
+                "cost": selection.cost,
+                "loss_percent": verification.quality.percent,
+                "upper_percent": verification.upper_percent,
+                "holds": holds,
+            }
+        )
+        if holds or number == max_rounds or verification.upper_percent is None:
+            break
+        target = selection.effect * (MARGIN * limit_percent / verification.upper_percent) ** (1 / exponent)
+        better, raised = raise_worst(selection, target, f"{name}-repaired-{number + 1}")
+        if better is None:
+            break
+        selection, verification = better, None
+    return Repaired(selection, verification, holds, pd.DataFrame(rows), generations)
+
+
+def raise_worst(selection: Selection, target: float, name: str) -> tuple[Selection | None, int]:
+    """The plan with formats raised until its effect is at most a target, largest effect per cost first.
+
+    Returns:
+        The plan and how many formats were raised; None and 0 where nothing is left to raise.
+    """
+    problem, limits = selection.problem, replace(selection.limits, effect=None)
+    options = problem.options
+    chosen = {(row.group, row.first_step): row.Index for row in options.loc[selection.chosen].itertuples()}
+    useful = options.loc[undominated(problem)]
+    choices = useful.groupby(["group", "first_step"]).groups
+    effects, effect, raised = options["effect"].to_numpy(), selection.effect, 0
+    # Steps up by ratio of what they save in effect to what they cost; what the limits forbid is passed over.
+    while raised == 0 or effect > target:
+        steps = sorted(_steps(options, choices, chosen), reverse=True)
+        step = next(
+            ((place, to) for _, place, to in steps if _kept(problem, limits, chosen | {place: to})), None
+        )
+        if step is None:
+            break
+        place, to = step
+        effect += effects[to] - effects[chosen[place]]
+        chosen[place] = to
+        raised += 1
+    if not raised:
+        return None, 0
+    solution = Solution(np.array(sorted(chosen.values())), None, False)
+    return selection_of(problem, limits, solution, name), raised
+
+
+def _steps(options: pd.DataFrame, choices: Mapping, chosen: Mapping):
+    """Every step to a format of less effect: effect saved per cost, where, and to what."""
+    effects, costs = options["effect"].to_numpy(), options["cost"].to_numpy()
+    for place, now in chosen.items():
+        for other in choices[place]:
+            saved = effects[other] - effects[now]
+            if saved < 0:
+                yield -saved / max(costs[other] - costs[now], 1e-12), place, other
+
+
+def _kept(problem, limits: Limits, chosen: Mapping) -> bool:
+    """Whether a choice keeps the limits on bits."""
+    rows = problem.options.loc[list(chosen.values())]
+    if limits.min_share_8bit is not None:
+        few = (rows["bits"] <= 8).groupby(rows["group"]).all()
+        weights = rows.groupby("group")["weights"].first()
+        if (weights[few].sum() + problem.rest_few) / problem.weights < limits.min_share_8bit - 1e-9:
+            return False
+    if limits.max_bits is not None:
+        held = rows.drop_duplicates(["group", "format"])["size_bytes"].sum() + problem.rest_bytes
+        if 8 * held / problem.weights > limits.max_bits + 1e-9:
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +330,6 @@ class Chosen:
 
         Columns: plan, predicted_effect, effect, predicted_upper_percent, upper_percent, loss_percent.
         """
-        import pandas as pd
-
         points = self.relation.points.rename(
             columns={"predicted": "predicted_effect", "fitted_percent": "predicted_upper_percent"}
         )

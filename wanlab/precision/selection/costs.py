@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wanlab.errors import WanlabError
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.measure.timing import time_ms
+from wanlab.models.shapes import latent_shape
+from wanlab.precision.apply import experts_of
+from wanlab.precision.assignment import operations, quantizable_layers, weight_bits, weight_bytes
 from wanlab.precision.formats import Format, check_blocks, get_format
-from wanlab.precision.layers import operations, quantizable_layers
-from wanlab.precision.plans.assignment import weight_bits, weight_bytes
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
+from wanlab.precision.quant_linear import planned
 
 DEFAULT = "default"
 """The format of a layer that stays as the model was loaded; plans call it so too."""
@@ -67,12 +70,6 @@ def layer_costs(
     Raises:
         WanlabError: an unknown format, a size that is not legal, an expert that is not as it was loaded.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    from wanlab.models.shapes import latent_shape
-    from wanlab.precision.applied.apply import experts_of
-
     defaults = model.spec.defaults
     size = (height or defaults.height, width or defaults.width, frames or defaults.frames)
     tokens = latent_shape(model.spec, *size).tokens
@@ -145,11 +142,6 @@ def _row(
 
 def _time(key: tuple, formats: dict[str, Format], device, iterations: int, compiled: bool) -> dict[str, Any]:
     """Time one layer of this shape on random input, as a plan would put it into the network."""
-    import torch
-
-    from wanlab.measure.timing import time_ms
-    from wanlab.precision.applied.linears import planned
-
     (outputs, inputs), rows, dtype, name = key
     draw = torch.Generator(device).manual_seed(0)
     layer = torch.nn.Linear(inputs, outputs, device=device, dtype=dtype)

@@ -1,15 +1,242 @@
-"""The cheapest choice under a budget, as a mixed-integer programme for HiGHS (Huangfu and Hall 2018)."""
+"""The cheapest plan under a budget as a mixed-integer program for HiGHS (Huangfu and Hall 2018)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from wanlab.errors import WanlabError
-from wanlab.precision.selection.problem import Problem
+import numpy as np
+import pandas as pd
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
 
-if TYPE_CHECKING:
-    import numpy as np
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.precision.plan import FLOATS
+from wanlab.precision.selection.costs import COUNTED, DEFAULT, MEASURED
+
+GROUPS = ("layer", "projection", "block")
+OBJECTIVES = ("memory", "time")
+TIE = 0.03
+NEEDED = ("component", "layer", "block", "projection", "format", "first_step", "last_step", "effect")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What may be chosen.
+
+    Attributes:
+        options: one row per group, range of steps and format: group (number), first_step, last_step, format, effect, cost
+            (of a generation, for time; of the weights held, for memory), default_cost, size_bytes, bits, weights.
+        members: one row per layer: group, component, layer, block, projection.
+        objective, unit: `"ms"`, `"GFLOP (counted)"` or `"bytes"`.
+        rest_weights, rest_bytes, rest_default_bytes, rest_few: elements of linear layers that are not chosen here, their
+            bytes as planned and as loaded, and elements of them in 8 bits or fewer.
+        rest: these layers, one row each: component, layer, block, projection, format.
+        rest_effect: of rounding these.
+        tie: costs that differ by less than this fraction count as equal.
+        num_steps: of the generation; by_steps: whether ranges of steps are chosen apart.
+    """
+
+    options: pd.DataFrame
+    members: pd.DataFrame
+    objective: str
+    unit: str
+    rest_weights: int
+    rest_bytes: int
+    rest_default_bytes: int
+    rest_few: int
+    rest: pd.DataFrame
+    rest_effect: float
+    num_steps: int
+    by_steps: bool
+    tie: float = TIE
+
+    @property
+    def weights(self) -> int:
+        """Elements of all linear layers."""
+        return self.rest_weights + int(self.options.groupby("group")["weights"].first().sum())
+
+
+def make_problem(
+    sensitivity,
+    costs: pd.DataFrame,
+    *,
+    objective: str,
+    formats: Sequence[str] | None = None,
+    group: str = "layer",
+    by_steps: bool = False,
+    rest: str = DEFAULT,
+    rest_effect: float = 0.0,
+    tie: float = TIE,
+) -> Problem:
+    """Tables of effects and costs as one choice; see `select_plan` for the arguments.
+
+    Raises:
+        WanlabError: tables that do not fit each other, unknown words, nothing to choose from.
+    """
+    for value, known, what in ((group, GROUPS, "group"), (objective, OBJECTIVES, "objective")):
+        if value not in known:
+            raise WanlabError(
+                f"no {what} {value!r}{did_you_mean(str(value), known)}; give {', '.join(known)}"
+            )
+    effects = table_of(sensitivity)
+    names = _formats(effects, formats)
+    effects = effects[effects["format"].isin(names)]
+    if rest != DEFAULT and rest not in set(costs["format"]):
+        raise WanlabError(
+            f"no costs of {rest}, the format of the rest; name it in layer_costs(model, formats)"
+        )
+    keys = ["component", "layer"]
+    ranges = effects.drop_duplicates([*keys, "first_step"])[[*keys, "first_step", "last_step"]]
+    num_steps = int(effects["last_step"].max()) + 1
+    zero = ranges.assign(format=DEFAULT, effect=0.0)
+    table = pd.concat(
+        [effects[[*keys, "format", "first_step", "last_step", "effect"]], zero], ignore_index=True
+    )
+    columns = ["block", "projection", "bits", "weights", "size_bytes", "source", "time_ms", "work_gflop"]
+    table = table.merge(costs[[*keys, "format", *columns]], on=[*keys, "format"], how="left")
+    lacking = table[table["bits"].isna()]
+    if len(lacking):
+        first = lacking.iloc[0]
+        raise WanlabError(
+            f"no cost of {first['layer']} of {first['component']} in {first['format']}; take layer_costs of the same model"
+            " with the formats of the sensitivity"
+        )
+    table, unit = _costed(table, objective, branches_of(sensitivity))
+    table["group"], members = _grouped(table, group)
+    spans = ["first_step", "last_step"] if by_steps else []
+    if not by_steps:
+        table = _over_steps(table, objective)
+    options = _summed(table, ["group", *spans, "format"])
+    spread = options if by_steps else options.assign(first_step=0, last_step=num_steps - 1)
+    options = _stretched(spread, steps_of(sensitivity) or num_steps)
+    rest_rows = costs.merge(members[keys], on=keys, how="left", indicator=True)
+    rest_rows = rest_rows[rest_rows["_merge"] == "left_only"]
+    held = rest_rows[rest_rows["format"] == rest]
+    whole = rest_rows[rest_rows["format"] == DEFAULT]
+    # What cannot be in the rest's format, as blocks do not fill it, stays as it is.
+    kept = whole[~whole.set_index(keys).index.isin(held.set_index(keys).index)]
+    chosen = held if rest == DEFAULT else pd.concat([held, kept])
+    return Problem(
+        options=options.reset_index(drop=True),
+        members=members,
+        objective=objective,
+        unit=unit,
+        rest_weights=int(whole["weights"].sum()),
+        rest_bytes=int(chosen["size_bytes"].sum()),
+        rest_default_bytes=int(whole["size_bytes"].sum()),
+        rest_few=int(chosen.loc[chosen["bits"] <= 8, "weights"].sum()),
+        rest=chosen[[*keys, "block", "projection", "format"]].reset_index(drop=True),
+        rest_effect=rest_effect,
+        num_steps=steps_of(sensitivity) or num_steps,
+        by_steps=by_steps,
+        tie=tie,
+    )
+
+
+def table_of(sensitivity) -> pd.DataFrame:
+    """The rows of a `Sensitivity`, or of a table with its columns.
+
+    Raises:
+        WanlabError: missing columns, or effects that are negative or not numbers.
+    """
+    frame = getattr(sensitivity, "frame", sensitivity)
+    missing = [name for name in NEEDED if name not in frame.columns]
+    if missing:
+        raise WanlabError(f"the sensitivity has no column {missing[0]!r}; it needs {', '.join(NEEDED)}")
+    wrong = frame[~(frame["effect"] >= 0)]
+    if len(wrong):
+        first = wrong.iloc[0]
+        raise WanlabError(
+            f"the effect of {first['layer']} in {first['format']} is {first['effect']}; effects are 0 or more"
+        )
+    return frame
+
+
+def branches_of(sensitivity) -> int:
+    """Calls of an expert in a step: two with guidance."""
+    generation = getattr(sensitivity, "settings", {}).get("generation", {})
+    return 2 if (generation.get("guidance_scale") or 0) > 1 else 1
+
+
+def steps_of(sensitivity) -> int | None:
+    """Steps of the generation, where the measurement says so."""
+    schedule = getattr(sensitivity, "settings", {}).get("schedule")
+    return len(schedule) if schedule else None
+
+
+def _formats(effects: pd.DataFrame, formats: Sequence[str] | None) -> list[str]:
+    known = list(dict.fromkeys(effects["format"]))
+    asked = known if formats is None else [name for name in formats if name not in (DEFAULT, *FLOATS)]
+    for name in asked:
+        if name not in known:
+            raise WanlabError(
+                f"the effect of {name!r} was not measured{did_you_mean(name, known)}; there is {', '.join(known)}"
+            )
+    if not asked:
+        raise WanlabError(f"no format to choose from; give some of {', '.join(known)}")
+    return asked
+
+
+def _costed(table: pd.DataFrame, objective: str, branches: int) -> tuple[pd.DataFrame, str]:
+    """With the cost of every row: bytes, or what a generation spends in this range of steps."""
+    if objective == "memory":
+        return table.assign(cost=table["size_bytes"].astype(float)), "bytes"
+    sources = set(table["source"])
+    if sources == {MEASURED, COUNTED}:
+        raise WanlabError("some costs are measured and some counted; take layer_costs of one device")
+    each = table["time_ms"] if sources == {MEASURED} else table["work_gflop"]
+    calls = branches * (table["last_step"] - table["first_step"] + 1)
+    return table.assign(cost=(each * calls).astype(float)), "ms" if sources == {
+        MEASURED
+    } else "GFLOP (counted)"
+
+
+def _grouped(table: pd.DataFrame, group: str):
+    """Number of every row's group, and the layers with theirs. Layers outside the blocks stand alone."""
+    layers = table.drop_duplicates(["component", "layer"])[["component", "layer", "block", "projection"]]
+    by = layers[group].astype("string").where(layers["block"].notna() | (group == "layer"), layers["layer"])
+    keys = layers["component"] + "|" + by
+    members = layers.assign(group=pd.factorize(keys)[0]).reset_index(drop=True)
+    number = members.set_index(["component", "layer"])["group"]
+    return number.loc[pd.MultiIndex.from_frame(table[["component", "layer"]])].to_numpy(), members
+
+
+def _over_steps(table: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """One row per layer and format: effects and times of all steps added, bytes once."""
+    named = {name: (name, "first") for name in ("group", "bits", "weights", "size_bytes")}
+    held = "first" if objective == "memory" else "sum"
+    return table.groupby(["component", "layer", "format"], as_index=False, sort=False).agg(
+        effect=("effect", "sum"), cost=("cost", held), **named
+    )
+
+
+def _summed(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Rows of groups; a format that one of its layers cannot have is none of the group."""
+    rows = table.groupby(by, as_index=False, sort=False).agg(
+        effect=("effect", "sum"),
+        cost=("cost", "sum"),
+        size_bytes=("size_bytes", "sum"),
+        bits=("bits", "max"),
+        weights=("weights", "sum"),
+    )
+    place = [name for name in by if name != "format"]
+    default = rows.loc[rows["format"] == DEFAULT, [*place, "cost", "weights"]]
+    rows = rows.merge(default.rename(columns={"cost": "default_cost", "weights": "whole"}), on=place)
+    return rows[rows["weights"] == rows["whole"]].drop(columns="whole")
+
+
+def _stretched(options: pd.DataFrame, num_steps: int) -> pd.DataFrame:
+    """Ranges that reach from the first to the last step: an expert is not called in steps outside its own."""
+    first, last = (
+        options.groupby("group")[name].transform(how)
+        for name, how in (("first_step", "min"), ("last_step", "max"))
+    )
+    return options.assign(
+        first_step=options["first_step"].where(options["first_step"] != first, 0).astype(int),
+        last_step=options["last_step"].where(options["last_step"] != last, num_steps - 1).astype(int),
+    )
+
 
 GAP = 1e-4
 """A choice within this fraction of the best possible cost is taken as the best."""
@@ -57,10 +284,6 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
     Raises:
         WanlabError: nothing keeps the limits (says what comes nearest), or no choice was found in time.
     """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
-
     options = problem.options
     kept = undominated(problem)
     rows = options.iloc[kept].reset_index(drop=True)
@@ -142,8 +365,6 @@ def undominated(problem: Problem) -> list[int]:
     Costs and bytes that are equal within `Problem.tie` count as equal: measured times are no more certain, and a few scales
     are no reason for another format. With a tie of 0 no best choice is lost.
     """
-    import numpy as np
-
     options = problem.options
     few = (options["bits"] > 8).astype(float)
     table = options.assign(many=few)[["cost", "effect", "size_bytes", "many"]].to_numpy(float)
@@ -166,16 +387,12 @@ def undominated(problem: Problem) -> list[int]:
 
 
 def _numbered(values):
-    import pandas as pd
-
     codes, known = pd.factorize(values)
     return codes, list(known)
 
 
 def _first(codes, places):
     """The group of every place."""
-    import pandas as pd
-
     return pd.Series(codes).groupby(places).first().to_numpy()
 
 

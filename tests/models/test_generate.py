@@ -1,0 +1,269 @@
+"""From an image and a prompt to a video, and the schedule known beforehand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+from support.models_tiny import EXPERT, save
+
+from wanlab.core.errors import WanlabError
+from wanlab.models import get, load
+from wanlab.models.loading import WordHashTokenizer
+from wanlab.models.pipeline import first_frame
+
+SIZE = dict(height=16, width=32, frames=5, steps=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small only wait for each other's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(str(save(tmp_path_factory.mktemp("tiny"))), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return np.random.default_rng(0).random((40, 50, 3))
+
+
+def test_equal_to_the_diffusers_pipeline(model, photo):
+    import torch
+    from diffusers import WanImageToVideoPipeline
+
+    ours = model.generate(photo, "the camera pans left", guidance_scale=3.0, seed=7, **SIZE)
+    reference = WanImageToVideoPipeline.from_pretrained(model.spec.source)
+    reference.set_progress_bar_config(disable=True)
+    for name in ("text_encoder", "vae", "transformer", "transformer_2"):
+        # Its weights are views of mapped files; a copy is aligned as ours are, which decides the last bit.
+        reference.register_modules(**{name: copy.deepcopy(getattr(reference, name))})
+    theirs = reference(
+        image=first_frame(photo, 16, 32),
+        prompt="the camera pans left",
+        negative_prompt="",
+        height=16,
+        width=32,
+        num_frames=5,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        max_sequence_length=24,
+    ).frames[0]
+    assert ours.video.shape == (5, 16, 32, 3)
+    assert ours.video.dtype == np.float32
+    assert np.array_equal(ours.video, theirs)
+    assert ours.video.min() >= 0
+    assert ours.video.max() <= 1
+    assert ours.wall_ms > 0
+    assert ours.settings["guidance_scale"] == 3.0
+    assert ours.settings["prompt"] == "the camera pans left"
+
+
+def test_the_seed_decides(model, photo):
+    first, again, other = (model.generate(photo, "a", seed=seed, **SIZE).video for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_latents_skip_the_decoder(model, photo):
+    latents = model.generate(photo, "a", output="latent", **SIZE).video
+    assert latents.shape == (4, 2, 4, 8)
+
+
+def test_defaults_are_the_models(model, photo):
+    small = dataclasses.replace(model.spec.defaults, height=16, width=32, frames=5, steps=2, fps=9)
+    other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, defaults=small))
+    made = other.generate(photo, "a")
+    assert made.video.shape == (5, 16, 32, 3)
+    assert (made.fps, made.settings["steps"]) == (9, 2)
+
+
+def test_progress_is_off_unless_asked_for(model, photo, capsys):
+    model.generate(photo, "a", **SIZE)
+    assert "step" not in capsys.readouterr().err
+    model.generate(photo, "a", progress=True, **SIZE)
+    assert "3/3" in capsys.readouterr().err
+    model.generate(photo, "a", **SIZE)
+    assert "step" not in capsys.readouterr().err
+
+
+def test_expanded_timesteps_make_a_video(tmp_path, photo):
+    """The form of TI2V-5B: one expert, one timestep per token, published as a text-to-video pipeline."""
+    import diffusers
+
+    expert = diffusers.WanTransformer3DModel(**EXPERT | {"in_channels": 4})
+    changes = dict(transformer=expert, transformer_2=None, boundary_ratio=None, expand_timesteps=True)
+    model = load(str(save(tmp_path, pipeline="WanPipeline", **changes)), device="cpu")
+    assert model.spec.components == ("text_encoder", "vae_encoder", "expert", "vae_decoder")
+    assert model.generate(photo, "a", **SIZE).video.shape == (5, 16, 32, 3)
+    assert set(model.schedule(4)["component"]) == {"expert"}
+
+
+def test_text_to_video(tmp_path, photo):
+    import diffusers
+
+    experts = {
+        name: diffusers.WanTransformer3DModel(**EXPERT | {"in_channels": 4})
+        for name in ("transformer", "transformer_2")
+    }
+    model = load(str(save(tmp_path, pipeline="WanPipeline", **experts)), device="cpu")
+    assert model.generate(None, "a", **SIZE).video.shape == (5, 16, 32, 3)
+    with pytest.raises(WanlabError, match="takes no image"):
+        model.generate(photo, "a", **SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_weights_make_a_finite_video(model, photo, dtype):
+    made = load(model.spec, device="cpu", dtype=dtype, weights="random").generate(
+        photo, "a", guidance_scale=4, **SIZE
+    )
+    assert np.isfinite(made.video).all()
+    assert made.video.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(height=17), "the nearest is 16x32"),
+        (dict(frames=4), "the nearest is 5"),
+        (dict(steps=0), "steps must be a whole number"),
+        (dict(steps=2.5), "steps must be a whole number"),
+        (dict(seed=-1), "seed must be"),
+        (dict(seed=0.5), "seed must be"),
+        (dict(output="gif"), "output is 'np' or 'latent', not 'gif'"),
+        (dict(prompt=["a"]), "prompt must be a string"),
+        (dict(image=None), "give one"),
+        (dict(image="no/such/photo.png"), "no image no/such/photo.png"),
+    ],
+)
+def test_wrong_arguments(model, photo, changes, says):
+    with pytest.raises(WanlabError, match=says):
+        model.generate(**dict(image=photo, prompt="a") | SIZE | changes)
+
+
+def test_a_missing_network_is_named_before_the_run(model, photo):
+    part = load(model.spec, device="cpu", components=["expert_high", "vae_decoder"])
+    with pytest.raises(WanlabError, match="text_encoder is not loaded"):
+        part.generate(photo, "a", **SIZE)
+
+
+def test_components_and_engines(model):
+    pipeline = model.pipeline
+    assert model.components == {
+        "text_encoder": pipeline.text_encoder,
+        "vae_encoder": pipeline.vae,
+        "expert_high": pipeline.transformer,
+        "expert_low": pipeline.transformer_2,
+        "vae_decoder": pipeline.vae,
+    }
+    assert model.engines == dict.fromkeys(model.spec.components, "eager")
+    swapped = dataclasses.replace(model, engines={"expert_low": "onnxruntime"})
+    assert swapped.engines["expert_low"] == "onnxruntime"
+    assert swapped.engines["expert_high"] == "eager"
+    with pytest.raises(WanlabError, match="no component 'expert_mid'"):
+        dataclasses.replace(model, engines={"expert_mid": "tvm"})
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_the_schedule_is_what_the_pipeline_does(model, photo, steps):
+    table = model.schedule(steps)
+    seen = []
+    hooks = [
+        model.component(name).register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: seen.append((name, float(kwargs["timestep"][0]))),
+            with_kwargs=True,
+        )
+        for name in ("expert_high", "expert_low")
+    ]
+    try:
+        model.generate(photo, "a", guidance_scale=1.0, **SIZE | dict(steps=steps, frames=1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert seen == list(zip(table["component"], table["timestep"], strict=True))
+    assert (table["sigma"].diff().dropna() < 0).all()
+    assert table["snr"].to_numpy() == pytest.approx(((1 - table["sigma"]) / table["sigma"]).to_numpy() ** 2)
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8", "PIL", "path", "grey", "rotated"])
+def test_images_of_every_kind(photo, kind, tmp_path):
+    from PIL import Image
+
+    pixels = np.round(photo * 255).astype(np.uint8)
+    expected = first_frame(Image.fromarray(pixels), 16, 32)
+    if kind in ("path", "rotated"):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if kind == "rotated" else 1
+        stored = Image.fromarray(np.rot90(pixels) if kind == "rotated" else pixels)
+        stored.save(tmp_path / "photo.png", exif=exif)
+    given = {
+        "float": photo,
+        "uint8": pixels,
+        "PIL": Image.fromarray(pixels),
+        "path": tmp_path / "photo.png",
+        "rotated": str(tmp_path / "photo.png"),
+        "grey": Image.fromarray(pixels).convert("L"),
+    }[kind]
+    found = first_frame(given, 16, 32)
+    assert (found.mode, found.size) == ("RGB", (32, 16))
+    assert kind == "grey" or np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_an_image_is_cropped_in_the_middle():
+    wide = np.zeros((16, 60, 3), np.uint8)
+    wide[:, 14:46] = 255
+    assert (np.asarray(first_frame(wide, 16, 32))[:, 2:-2] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4, 4)), "must be .H, W, 3."),
+        (np.zeros((4, 4, 4)), "must be .H, W, 3."),
+        (np.zeros((0, 4, 3)), "must be .H, W, 3."),
+        (np.full((4, 4, 3), 2.0), "must lie in .0, 1."),
+        (np.full((4, 4, 3), np.nan), "must lie in .0, 1."),
+        (np.zeros((4, 4, 3), int), "must be uint8, or float"),
+    ],
+)
+def test_arrays_that_are_no_image(array, says):
+    with pytest.raises(WanlabError, match=says):
+        first_frame(array, 16, 16)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    (tmp_path / "photo.png").write_text("no")
+    with pytest.raises(WanlabError, match=r"photo\.png cannot be read as an image"):
+        first_frame(tmp_path / "photo.png", 16, 16)
+
+
+def test_stand_in_tokenizer():
+    tokenizer = WordHashTokenizer(vocab_size=1000, model_max_length=512)
+    made = tokenizer(["a red ball", "word " * 900], max_length=512, padding="max_length", return_tensors="pt")
+    assert made.input_ids.shape == made.attention_mask.shape == (2, 512)
+    assert made.attention_mask.sum(1).tolist() == [4, 512]
+    assert made.input_ids.max() < 1000
+    assert made.input_ids[0, 3] == made.input_ids[1, 511] == tokenizer.eos_token_id
+    assert (made.input_ids == tokenizer(["A red  ball", "word " * 900]).input_ids).all()
+
+
+def test_random_model_of_the_hub_runs_with_the_stand_in_tokenizer(model, photo):
+    """The path of the 14B and 5B models, on a narrow network: a source that is no folder."""
+    spec = dataclasses.replace(model.spec, source="nobody/nothing")
+    made = load(spec, device="cpu", weights="random")
+    assert isinstance(made.pipeline.tokenizer, WordHashTokenizer)
+    assert any("words are hashed" in note for note in made.notes)
+    videos = [made.generate(photo, prompt, **SIZE).video for prompt in ("a red ball", "the camera pans")]
+    assert np.isfinite(videos[0]).all()
+    assert get("wan-nano").name == "wan-nano"

@@ -1,0 +1,130 @@
+"""The pieces of the recipe that can be wrong without anyone noticing: schedules, noise ranges, averages, data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from training import architecture, experts, loop, pictures, text, vae
+
+
+def test_each_expert_learns_only_its_own_noise_range():
+    high, low = (experts.draw_sigma(name, 20000, torch.device("cpu")) for name in ("high", "low"))
+    assert high.min() >= architecture.BOUNDARY_RATIO - 1e-6
+    assert low.max() <= architecture.BOUNDARY_RATIO + 1e-6
+    assert high.max() <= 1
+    assert low.min() >= 0
+    assert high.max() > 0.999
+    assert low.min() < 0.01
+
+
+def test_noise_levels_are_those_that_sampling_visits():
+    """The scheduler's own sigmas lie on the curve the training draws from."""
+    scheduler = architecture.scheduler()
+    scheduler.set_timesteps(architecture.STEPS)
+    sigmas = scheduler.sigmas[:-1]
+    drawn = torch.cat([experts.draw_sigma(name, 50000, torch.device("cpu")) for name in ("high", "low")])
+    for sigma in sigmas[sigmas < 0.999]:
+        assert (drawn - sigma).abs().min() < 1e-2
+    assert int((sigmas >= architecture.BOUNDARY_RATIO).sum()) == 4
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [loop.cosine(x / 100) for x in range(101)]
+    assert rates[0] < rates[2]
+    assert max(rates) <= 1
+    assert rates[-1] == pytest.approx(0.01)
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
+
+
+def test_average_stands_in_for_the_parameters_and_leaves():
+    module = torch.nn.Linear(2, 2)
+    average = loop.Average(module, 0.9)
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+    average.update(module)
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+    with average.in_place_of(module):
+        assert bool((module.weight != 5).all())
+    assert torch.equal(module.weight, torch.full((2, 2), 5.0))
+
+
+def trained(out, *options: str, saved_at: int | None = None) -> torch.Tensor:
+    """Averaged weights of a small regression after 12 steps, or an interruption two steps after a checkpoint."""
+    args = loop.parser("", batch=4, lr=0.1, log_every=4).parse_args(
+        ["--out", str(out), "--steps", "12", "--no-compile", *options]
+    )
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    training = loop.Loop("line", module, args, loop.Ranks(), average_decay=0.9, weight_decay=0.01)
+
+    def losses(progress: float):
+        if saved_at is not None and training.step == saved_at:
+            training.save()
+        if saved_at is not None and training.step == saved_at + 2:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(training.step))
+        return (module(x) - x.sum(dim=1, keepdim=True)).square().mean(), {"progress": progress}
+
+    training.run(losses)
+    return loop.load_weights(torch.nn.Linear(3, 1), out / "line.pt")["weights"]["weight"]
+
+
+def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "halves", saved_at=7)
+    resumed = trained(tmp_path / "halves", "--resume")
+    assert torch.equal(whole, resumed)
+    rows = [json.loads(row) for row in (tmp_path / "halves" / "line.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 4, 8]
+
+
+def test_a_new_run_begins_a_new_curve(tmp_path):
+    trained(tmp_path)
+    trained(tmp_path)
+    assert len((tmp_path / "line.jsonl").read_text().splitlines()) == 3
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        trained(tmp_path, "--resume")
+
+
+def test_a_missing_stage_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no checkpoint .*vae_joint\.pt"):
+        vae.main(["decoder", "--steps", "1", "--out", str(tmp_path)])
+
+
+def test_pictures_give_clips_and_captions_from_a_seed():
+    first, second = (pictures.Pictures(torch.device("cpu"), 7, 0).batch(3, 5) for _ in range(2))
+    assert first[0].shape == (3, 3, 5, architecture.HEIGHT, architecture.WIDTH)
+    assert first[1] == second[1]
+    assert torch.equal(first[0], second[0])
+    assert first[0].abs().max() <= 1
+
+
+def test_dead_leaves_are_pictures():
+    images = pictures.dead_leaves_images(
+        2, torch.Generator().manual_seed(0), torch.device("cpu"), size=64, leaves=30
+    )
+    assert images.shape == (2, 3, 64, 64)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.05
+
+
+def test_gradient_loss_sees_blur_and_not_brightness():
+    picture = torch.rand(1, 3, 1, 16, 16)
+    blurred = torch.nn.functional.avg_pool3d(picture, (1, 3, 3), stride=1, padding=(0, 1, 1))
+    assert vae.gradient_loss(picture + 0.5, picture) < 1e-5
+    assert vae.gradient_loss(blurred, picture) > 0.05
+
+
+def test_text_encoder_learns_the_captions_in_seconds():
+    _, accuracy = text.train(steps=120, seed=0)
+    assert accuracy > 0.9

@@ -1,0 +1,1 @@
+"""What several tests build on: tiny models, traces, engines and runs."""

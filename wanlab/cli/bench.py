@@ -1,0 +1,142 @@
+"""`wanlab bench`: any engine, the figures that trtexec prints."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wanlab import measure, models
+from wanlab.core.errors import WanlabError
+from wanlab.engines.opening import SUFFIXES, open_engine
+from wanlab.engines.torch import TorchEngine
+from wanlab.export.clip import default_shape
+from wanlab.export.components import random_feeds, recipe
+
+SIZES = ("batch", "height", "width", "frames", "text_tokens")
+UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "frames", "text_tokens": "tokens"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    add = parser.add_argument
+    add("what", help="an .onnx, .engine or .so file, or a model with --component")
+    add("--component", help="of a model: expert_high, vae_decoder, ...")
+    add("--engine", default="eager", choices=("eager", "compiled"), help="what runs a model's component")
+    add("--weights", default="pretrained", choices=("pretrained", "random"), help="of a model")
+    add("--dtype", default="auto", help="of a model: auto, float32, bfloat16, float16")
+    add("--device", default="auto", help="of a model: auto, cpu, cuda")
+    add("--provider", default="auto", help="of ONNX Runtime: auto, cpu, cuda")
+    add("--threads", type=int, help="of ONNX Runtime on the CPU")
+    add("--optimization", default="all", help="of ONNX Runtime: disabled, basic, extended, all")
+    for name in SIZES:
+        add(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            metavar=UNITS[name].upper(),
+            help=f"size in {UNITS[name]}",
+        )
+    add("--iterations", type=int, default=10, help="at least so many (default 10)")
+    add("--duration-s", type=float, default=3.0, help="at least so long (default 3)")
+    add("--warmup-ms", type=float, default=200.0, help="before the first sample (default 200)")
+    add("--no-transfers", action="store_true", help="leave copies between host and device out")
+    add("--cuda-graph", action="store_true", help="capture the engine once and replay it")
+    add("--buffers", default="auto", help="on a GPU: auto, pycuda, torch")
+    add(
+        "--check-events", action="store_true", help="on a GPU: hold the device time against events of PyTorch"
+    )
+    add("--seed", type=int, default=0, help="of the inputs")
+    add("--json", type=Path, metavar="FILE", help="write all samples")
+    add("--baseline", type=Path, metavar="FILE", help="compare with an earlier --json")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, print, write; 0 when it worked."""
+    baseline = measure.read_bench(options.baseline) if options.baseline else None
+    engine, feeds = _engine(options)
+    result = measure.bench(
+        engine,
+        feeds,
+        warmup_ms=options.warmup_ms,
+        duration_ms=options.duration_s * 1e3,
+        iterations=options.iterations,
+        transfers=not options.no_transfers,
+        cuda_graph=options.cuda_graph,
+        buffers=options.buffers,
+    )
+    print(report(result))
+    if options.check_events:
+        result = replace(result, events_ratio=measure.events_check(engine, feeds, result))
+        print(f"PyTorch's events over device time: {result.events_ratio:.4f}")
+    if options.json:
+        print(result.save(options.json))
+    if baseline is not None:
+        gain = measure.bench_table([baseline, result]).iloc[-1]
+        print(
+            f"against {baseline.engine}: {gain['speedup']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f},"
+            f" noise {gain['noise_percent']:.1f} %), {gain['verdict']}"
+        )
+    return 0
+
+
+def report(result) -> str:
+    """The table, totals and warnings of one benchmark, as text."""
+    frame = result.frame()
+    columns = ["min_ms", "max_ms", "mean_ms", "median_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"]
+    shown = frame.set_index("measure")[columns].map("{:,.4g}".format)
+    main = result.main
+    made = result.settings
+    lines = [
+        f"{result.engine}: {result.metadata.get('component', '')} of {result.metadata.get('model', 'an unnamed model')}",
+        ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in result.inputs.items()),
+        f"A/A noise of {main.label}: {result.control.noise_percent:.2f} % (measured against itself)",
+        shown.rename_axis(None).to_string(),
+        f"throughput {result.throughput_per_s:.4g} per s, {main.n} iterations, total host wall time"
+        f" {result.wall_ms / 1e3:.3f} s, total {main.label} time {result.device_total_ms / 1e3:.3f} s",
+    ]
+    if "device" in result.samples:
+        lines.append(
+            f"CUDA graph {'on' if made['cuda_graph'] else 'off'}, transfers"
+            f" {'in' if made['transfers'] else 'left out'}, buffers of {made['buffers']}"
+        )
+    lines += [f"warning: {row['hazard']}; {row['mitigation']}" for row in result.warnings()]
+    return "\n".join(lines)
+
+
+def _engine(options: argparse.Namespace):
+    """The engine, and inputs for it."""
+    sizes = {name: getattr(options, name) for name in SIZES}
+    path = Path(options.what)
+    if path.suffix in SUFFIXES:
+        if options.component:
+            raise WanlabError(f"{path} is one component already; leave --component out")
+        wanted = {}
+        if path.suffix == ".onnx":
+            wanted = {
+                "provider": options.provider,
+                "threads": options.threads,
+                "optimization": options.optimization,
+                "cuda_graph": options.cuda_graph,
+            }
+        elif path.suffix == ".so":
+            wanted = {"threads": options.threads}
+        engine = open_engine(path, **wanted)
+        return engine, random_feeds(engine, seed=options.seed, **sizes)
+    spec = models.get(options.what)
+    if not options.component:
+        raise WanlabError(f"{spec.name} is a model; give --component, one of {', '.join(spec.components)}")
+    spec.part_of(options.component)
+    model = models.load(
+        spec,
+        weights=options.weights,
+        dtype=options.dtype,
+        device=options.device,
+        components=[options.component],
+    )
+    engine = TorchEngine(model, options.component, mode=options.engine)
+    plan = recipe(model, options.component)
+    shape = default_shape(model, **sizes | {"batch": sizes["batch"] or 1})
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(options.seed))
+    return engine, dict(zip(plan.inputs, inputs, strict=True))

@@ -1,0 +1,228 @@
+"""`wanlab doctor`: what this machine can do, and the one line that would add what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+
+import av
+import psutil
+import torch
+
+from wanlab import models
+from wanlab.core.errors import WanlabError
+from wanlab.engines.tensorrt.runtime import installed
+from wanlab.evaluate.lpips import available_backbones
+from wanlab.measure.environment import environment
+
+OK, MISSING, OPTIONAL = "ok", "missing", "optional"
+GIB = 2**30
+DISK_WANTED_GIB = 20
+VIDEO_ENCODERS = {"libx264": "mp4", "ffv1": "lossless mkv"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing this machine has or lacks. `optional` is not here and not needed for the CPU path."""
+
+    what: str
+    state: str  # ok, missing or optional
+    found: str
+    add: str = ""  # the one line that would add it
+
+
+def diagnose() -> list[Row]:
+    """Every probe's rows. A probe that fails becomes a row; none can stop the others."""
+    rows: list[Row] = []
+    for probe in PROBES:
+        try:
+            found = probe()
+        except Exception as error:
+            name = probe.__name__.strip("_").replace("_", " ")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            found = [
+                Row(name, MISSING, f"cannot be asked: {reason[:160]}", "pip install --force-reinstall wanlab")
+            ]
+        rows += found
+    return rows
+
+
+def main(*, as_json: bool = False) -> int:
+    """Print the table; returns 1 when something that wanlab needs everywhere is missing, else 0."""
+    rows = diagnose()
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        width = max(len(row.what) for row in rows)
+        marks = {OK: "ok", MISSING: "MISSING", OPTIONAL: "optional"}
+        for row in rows:
+            print(f"{marks[row.state]:8}  {row.what:{width}}  {row.found}")
+            if row.add:
+                print(f"{'':8}  {'':{width}}  add: {row.add}")
+    return int(any(row.state == MISSING for row in rows))
+
+
+def _python() -> list[Row]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    state = OK if sys.version_info >= (3, 11) else MISSING
+    return [Row("Python", state, version, "" if state == OK else "conda env create -f environment.yml")]
+
+
+def _processor_and_memory() -> list[Row]:
+    facts = environment("cpu")
+    memory = psutil.virtual_memory()
+    return [
+        Row("CPU", OK, f"{facts['cpu']}, {facts['cores_available']} cores available"),
+        Row("memory", OK, f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"),
+    ]
+
+
+def _disk() -> list[Row]:
+    free = shutil.disk_usage(".").free / GIB
+    if free >= DISK_WANTED_GIB:
+        return [Row("disk", OK, f"{free:.0f} GiB free here")]
+    return [
+        Row("disk", OPTIONAL, f"{free:.1f} GiB free here", f"free {DISK_WANTED_GIB} GiB for the real models")
+    ]
+
+
+def _gpu() -> list[Row]:
+    if torch.cuda.is_available():
+        gpu = environment("cuda")["gpu"]
+        driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+        return [Row("GPU", OK, f"{gpu['name']}, {gpu['memory_gib']} GiB, CUDA {torch.version.cuda}{driver}")]
+    if torch.version.cuda is None:
+        add = "pip install --force-reinstall torch torchvision" if sys.platform == "linux" else ""
+        return [Row("GPU", OPTIONAL, "this torch is built for the CPU", add)]
+    add = "install the NVIDIA driver, if this machine has a GPU"
+    return [Row("GPU", OPTIONAL, f"no GPU is seen (torch is built for CUDA {torch.version.cuda})", add)]
+
+
+def _torch() -> list[Row]:
+    return [
+        _package("torch", "torch"),
+        _package("diffusers", "diffusers"),
+        _package("transformers", "transformers"),
+    ]
+
+
+def _onnx() -> list[Row]:
+    rows = [_package("onnx", "onnx"), _package("onnxsim", "onnxsim")]
+    if util.find_spec("onnxruntime") is None:
+        wheel = "onnxruntime-gpu" if sys.platform == "linux" else "onnxruntime"
+        return [*rows, Row("ONNX Runtime", MISSING, "not installed", f"pip install {wheel}")]
+    import onnxruntime
+
+    built = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    usable = built if torch.cuda.is_available() else [name for name in built if name == "CPU"]
+    found = f"{onnxruntime.__version__}, runs on {', '.join(usable)} here; built with {', '.join(built)}"
+    rows.append(Row("ONNX Runtime", OK, found))
+    return rows
+
+
+def _tensorrt() -> list[Row]:
+    rows = []
+    if installed("tensorrt"):
+        rows.append(
+            Row("TensorRT", OK, f"{_version('tensorrt')}, builds on the GPU that will run the engine")
+        )
+    if installed("tensorrt-rtx"):
+        version = _version("tensorrt-rtx-cu13-bindings") or _version("tensorrt-rtx")
+        rows.append(Row("TensorRT for RTX", OK, f"{version}, builds for RTX GPUs on any machine"))
+    if rows:
+        return rows
+    add = 'pip install "wanlab[rtx]" (builds on any machine), or "wanlab[gpu]"'
+    return [Row("TensorRT", OPTIONAL, "not installed", add if sys.platform == "linux" else "")]
+
+
+def _tvm() -> list[Row]:
+    return [_optional("TVM", "apache-tvm", 'pip install "wanlab[tvm]"')]
+
+
+def _pycuda() -> list[Row]:
+    return [_optional("PyCUDA", "pycuda", "pip install pycuda")]
+
+
+def _sharing() -> list[Row]:
+    return [
+        _optional("Ray", "ray", 'pip install "wanlab[ray]"'),
+        _optional("MLflow", "mlflow-skinny", 'pip install "wanlab[mlflow]"'),
+        _optional("Parquet (pyarrow)", "pyarrow", 'pip install "wanlab[parquet]"'),
+    ]
+
+
+def _lpips() -> list[Row]:
+    rows = []
+    for backbone in available_backbones():
+        default = backbone.name == "stlpips-alex"
+        state = OK if backbone.available else MISSING if default else OPTIONAL
+        found, add = (backbone.note, "") if backbone.available else ("not here", backbone.note)
+        rows.append(Row(f"LPIPS {backbone.name}", state, found, add))
+    return rows
+
+
+def _ffmpeg() -> list[Row]:
+    here = [name for name in VIDEO_ENCODERS if name in av.codecs_available]
+    lacks = [f"{name} ({VIDEO_ENCODERS[name]})" for name in VIDEO_ENCODERS if name not in here]
+    version = ".".join(map(str, av.library_versions["libavcodec"]))
+    if lacks:
+        add = "pip install --force-reinstall --only-binary av av"
+        return [Row("FFmpeg (PyAV)", MISSING, f"libavcodec {version} without {', '.join(lacks)}", add)]
+    return [Row("FFmpeg (PyAV)", OK, f"PyAV {av.__version__}, libavcodec {version}, {', '.join(here)}")]
+
+
+def _notebooks() -> list[Row]:
+    return [
+        _package("JupyterLab", "jupyterlab"),
+        _package("Papermill", "papermill"),
+        _package("ipywidgets", "ipywidgets"),
+        _package("plotly", "plotly"),
+    ]
+
+
+def _models() -> list[Row]:
+    try:
+        return [Row("wan-nano", OK, models.get("wan-nano").source)]
+    except WanlabError as error:
+        return [Row("wan-nano", MISSING, str(error), "work in a full clone of the repository")]
+
+
+def _package(name: str, package: str) -> Row:
+    version = _version(package)
+    return (
+        Row(name, OK, version) if version else Row(name, MISSING, "not installed", f"pip install {package}")
+    )
+
+
+def _optional(name: str, package: str, add: str) -> Row:
+    version = _version(package)
+    return Row(name, OK, version) if version else Row(name, OPTIONAL, "not installed", add)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "installed" if util.find_spec(package.replace("-", "_")) else ""
+
+
+PROBES: tuple[Callable[[], list[Row]], ...] = (
+    _python,
+    _processor_and_memory,
+    _disk,
+    _gpu,
+    _torch,
+    _onnx,
+    _tensorrt,
+    _tvm,
+    _pycuda,
+    _lpips,
+    _ffmpeg,
+    _notebooks,
+    _sharing,
+    _models,
+)

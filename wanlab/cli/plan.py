@@ -1,0 +1,83 @@
+"""`wanlab plan`: which plans there are, what one comes to on a model, and why a layer has its format."""
+
+from __future__ import annotations
+
+import argparse
+
+from wanlab import models
+from wanlab.core.errors import WanlabError
+from wanlab.models.networks import skeleton
+from wanlab.models.shapes import latent_shape
+from wanlab.precision.assignment import EXPERTS, Assignment, assign
+from wanlab.precision.plan import PRESETS, load_plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the plans that come with wanlab")
+    show = actions.add_parser("show", help="weights and operations by format on a model, without its weights")
+    explain = actions.add_parser("explain", help="why a layer has its format")
+    for each in (show, explain):
+        each.add_argument("plan", help="YAML file, or a plan of `wanlab plan list`")
+        each.add_argument(
+            "--model", default="wan-nano", help="registry name or local folder (default: wan-nano)"
+        )
+        each.add_argument(
+            "--default",
+            choices=("fp32", "fp16", "bf16"),
+            help="dtype of the networks, where the plan leaves it open",
+        )
+    explain.add_argument("layer", help="name of a layer, e.g. blocks.7.ffn.net.2")
+    explain.add_argument("--component", help="expert_high or expert_low (default: all)")
+    explain.add_argument("--step", type=int, help="step of the generation, from 0")
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.action == "list":
+        width = max(map(len, PRESETS))
+        for plan in PRESETS.values():
+            print(f"{plan.name:{width}}  {plan.note}")
+        return 0
+    assignment = assigned(options.plan, options.model, options.default)
+    if options.action == "explain":
+        chosen = [options.component] if options.component else list(assignment.components)
+        for component in chosen:
+            print(assignment.explain(component, options.layer, options.step))
+        return 0
+    print(
+        f"{assignment.plan.name} ({assignment.plan.hash[:12]}) on {options.model}, networks in {assignment.default}"
+    )
+    for index, rule in enumerate(assignment.plan.rules):
+        print(f"  {index}: {rule}" + (f"  # {rule.note}" if rule.note else ""))
+    print(_text(assignment, options.model))
+    return 0
+
+
+def assigned(plan: str, model: str, default: str | None = None) -> Assignment:
+    """A plan on the architecture of a model; no weight is read.
+
+    Raises:
+        WanlabError: as `load_plan`, `wanlab.models.get` and `assign`.
+    """
+    spec = models.get(model)
+    parts = {name: spec.part(spec.part_of(name)) for name in spec.components if name in EXPERTS}
+    if not parts:
+        raise WanlabError(f"{model} has no expert; plans are for transformers of a denoising loop")
+    loaded = load_plan(plan)
+    dtype = default or ("bf16" if loaded.default == "model" else None)
+    return assign(loaded, {name: skeleton(part).to("meta") for name, part in parts.items()}, default=dtype)
+
+
+def _text(assignment: Assignment, model: str) -> str:
+    spec = models.get(model)
+    usual = spec.defaults
+    tokens = latent_shape(spec, usual.height, usual.width, usual.frames).tokens
+    table = assignment.cost(tokens, usual.text_tokens)
+    rows = [
+        f"  {row.component:12} {row.format:12} {row.layers:6,} layers {row.size_bytes / 2**20:10,.1f} MiB"
+        f" {row.bits_per_weight:6.2f} bits a weight {row.weights_percent:6.1f} % of weights"
+        f" {row.flop_percent:6.1f} % of their operations"
+        for row in table.itertuples()
+    ]
+    few = f"{100 * assignment.share(8):.1f} % of linear weights at 8 bits or fewer"
+    return "\n".join([*rows, f"{few}; {usual.height}x{usual.width}x{usual.frames} pixels, {tokens:,} tokens"])

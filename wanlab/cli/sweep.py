@@ -1,0 +1,114 @@
+"""`wanlab sweep`: a grid file into runs and one page."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import why
+from wanlab.launch.grid import Task, expand, load_grid
+from wanlab.launch.ray_slots import RaySlots
+from wanlab.launch.slots import LocalSlots
+from wanlab.launch.sweep import Executor, SweepOutcome, is_done, sweep
+from wanlab.runs.parameters import read_notebook
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", type=Path, help="YAML file, e.g. recipes/sweeps/wan-nano-precision.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and start nothing")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs (default: outputs/)")
+    parser.add_argument(
+        "--slots", type=_count, metavar="N", help="runs at a time (default: one a GPU, or by cores)"
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster; without an address one is started on this machine",
+    )
+    parser.add_argument("--force", action="store_true", help="run again what has finished; it is kept")
+
+
+def main(options: argparse.Namespace) -> int:
+    file = load_grid(options.grid)
+    tasks = expand(file, output=options.output, force=options.force)
+    if options.dry_run:
+        print(table(tasks, force=options.force))
+        return 0
+    executor = make_executor(tasks, options)
+    try:
+        outcome = sweep(file, tasks, executor)
+    except OSError as error:  # a full disk
+        raise WanlabError(
+            f"the sweep was stopped: {why(error)}; what has finished is kept, and the next start goes on"
+        ) from error
+    finally:
+        executor.close()
+    print(summary(outcome))
+    print(_shown(outcome.index))
+    return outcome.exit_code
+
+
+def make_executor(tasks: list[Task], options: argparse.Namespace) -> Executor:
+    if options.ray is not None:
+        return RaySlots(options.ray or None, slots=options.slots)
+    return LocalSlots(options.slots, preload=imports(tasks))
+
+
+def imports(tasks: list[Task]) -> list[str]:
+    """Modules that the notebooks of these tasks import, with what loading a model needs."""
+    found: dict[str, None] = {}
+    for notebook in dict.fromkeys(task.notebook for task in tasks):
+        for cell in read_notebook(Path(notebook)).cells:
+            if cell.cell_type != "code":
+                continue
+            try:
+                tree = ast.parse(cell.source)
+            except SyntaxError:
+                continue  # a magic, or a mistake that the run will tell
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    found |= dict.fromkeys(alias.name for alias in node.names)
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found |= dict.fromkeys(f"{node.module}.{alias.name}" for alias in node.names)
+    if "wanlab.models" in found:
+        found |= dict.fromkeys(("wanlab.models.loading", "wanlab.models.pipeline", "diffusers.pipelines.wan"))
+    return list(found)
+
+
+def table(tasks: list[Task], *, force: bool = False) -> str:
+    """The runs as lines: what each is, how it takes the machine, whether it is done."""
+    rows = [("run", "id", "machine", "state")]
+    rows += [
+        (
+            task.label,
+            task.run_id,
+            task.machine,
+            "finished before" if not force and is_done(task) else "to run",
+        )
+        for task in tasks
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left = sum(row[3] == "to run" for row in rows)
+    return "\n".join([*lines, f"{len(tasks)} runs, {left} to run"])
+
+
+def summary(outcome: SweepOutcome) -> str:
+    known = f" ({outcome.reused} before)" if outcome.reused else ""
+    parts = [f"{outcome.counts.get('finished', 0)} finished{known}"]
+    parts += [f"{count} {state}" for state, count in sorted(outcome.counts.items()) if state != "finished"]
+    return f"{outcome.state}: {', '.join(parts)}, {outcome.seconds:.1f} s"
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots from 1 to 1024")
+    return int(text)

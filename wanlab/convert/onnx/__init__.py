@@ -1,1 +1,0 @@
-"""Networks as ONNX graphs: forms that export well, tracing, folding, simplification, check, receipts."""

@@ -1,0 +1,1 @@
+"""Errors, files, paths, digests and statistics: what every other package stands on."""

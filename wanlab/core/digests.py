@@ -1,0 +1,86 @@
+"""Digests that say whether a converted file is still current."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from wanlab import __version__
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
+
+
+def trace_key(plan, settings: dict[str, Any]) -> str:
+    """Hash of what a traced graph depends on besides the weights.
+
+    Class and configuration of the network, which half of it, tracing settings, package versions.
+    """
+    network = plan.network
+    config = network.config
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # Without where it was loaded from, and in what: the dtype of the graph is a setting of its own.
+    config = {
+        name: value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in ("dtype", "torch_dtype")
+    }
+    facts = {
+        "class": type(network).__qualname__,
+        "inputs": plan.inputs,
+        "output": plan.output,
+        "config": config,
+        "settings": settings,
+        "versions": {"wanlab": __version__} | {name: _version(name) for name in PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_key(network) -> str:
+    """Hash of the weights of a network: names, shapes, dtypes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def component_key(component: str, tracing: str, weights: str, settings: dict[str, Any]) -> str:
+    """Hash of a trace, the weights that fill it, and what is done to the graph afterwards."""
+    facts = json.dumps([component, tracing, weights, settings], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def graph_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of an ONNX file and, in the order of their names, of the files of weights that it names."""
+    path = Path(path)
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    digest = hashlib.sha256(file_sha256(path).encode())
+    for place in sorted(places):
+        digest.update(f"{place} {file_sha256(path.parent / place)}".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,39 @@
+"""The one exception that users see."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+
+
+class WanlabError(Exception):
+    """A mistake the user can mend: one line that says what, where and how to mend it.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'steps'?)"`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def require(module: str, install: str):
+    """Import an optional package, or say in one line how to get it.
+
+    Args:
+        module: import name, e.g. `"onnxruntime"`.
+        install: what to give to pip, e.g. `"onnxruntime-gpu"`.
+
+    Raises:
+        WanlabError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A broken dependency of an installed package must not be mistaken for a missing package.
+        if error.name and module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise WanlabError(f"{module} is not installed; add it with: pip install {install}") from error

@@ -1,0 +1,170 @@
+"""Files: atomic writes, strict JSON, digests, names that stay inside their folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from wanlab.core.errors import WanlabError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z")
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _umask() -> int:
+    """Read once, at import: asking means setting it, which two threads must not do at a time."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write `data` so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: with `path` as its file name; the old file is as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes private files; a shared report is not private
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _named(error, path) from error
+        raise
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`write_bytes` for text in UTF-8; lone surrogates are replaced rather than lost with the file."""
+    return write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """`write_bytes` for JSON, indented for people."""
+    return write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or broken file gives `WanlabError` with its name."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise WanlabError(f"cannot read {path}: {reason}") from error
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Append one line of JSON; see `append_bytes`."""
+    append_bytes(path, (json.dumps(plain(value), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append with one write, so that a reader sees all of it, or a torn end while it is written.
+
+    Raises:
+        OSError: with `path` as its file name; what could be written on a full disk is taken back.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size, written = os.fstat(handle).st_size, 0
+            try:
+                while written < len(data):  # a disk that fills up takes a part, and only then complains
+                    written += os.write(handle, data[written:])
+            except BaseException:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def why(error: OSError) -> str:
+    """A failed write in words: `no space left on device: outputs/...`."""
+    said = error.strerror or str(error)
+    return f"{said[:1].lower()}{said[1:]}: {error.filename}" if error.filename else said
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON types: NumPy and torch scalars, DataFrames, dataclasses and paths are unpacked.
+
+    JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan", which `float` reads.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # DataFrame: one row per record
+        return [plain(row) for row in value.to_dict(orient="records")]
+    if hasattr(value, "row") and callable(value.row):  # a timing knows its own summary
+        return plain(value.row())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if hasattr(value, "tolist"):  # NumPy arrays and scalars, torch tensors
+        return plain(value.tolist())
+    if hasattr(value, "item") and callable(value.item):
+        return plain(value.item())
+    return str(value)
+
+
+def digest(parts: Iterable[str | bytes], length: int = 64) -> str:
+    """SHA-256 over parts with their lengths, so that ("ab", "c") and ("a", "bc") differ."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "replace") if isinstance(part, str) else part
+        state.update(f"{len(data)}:".encode())
+        state.update(data)
+    return state.hexdigest()[:length]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_name(name: str, what: str = "name") -> str:
+    """`name`, if it is one plain path part; anything that could leave its folder is refused."""
+    if not isinstance(name, str) or not NAME.match(name) or ".." in name:
+        raise WanlabError(
+            f"{what} {name!r} cannot be a file name: use letters, digits, and . _ + - (no '/', no '..')"
+        )
+    return name
+
+
+def slug(text: str) -> str:
+    """A readable file name made from any text."""
+    name = re.sub(r"[^A-Za-z0-9_+-]+", "-", text).strip("-")[:60].lower()
+    return name or digest([text], 8)

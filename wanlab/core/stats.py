@@ -1,0 +1,46 @@
+"""Bootstrap intervals: of a mean, and of the ratio of two means."""
+
+from __future__ import annotations
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+def bootstrap_mean(values, seed: int) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of a mean; contains it. None when it cannot be had."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all():
+        return None
+    return _interval(_resampled(values, seed=seed)[0], values.mean())
+
+
+def bootstrap_ratio(numerator, denominator, seed: int) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of mean(numerator) / mean(denominator) over the same cases.
+
+    Cases are resampled in pairs. None when it cannot be had: fewer than two cases, or a denominator of 0.
+    """
+    pair = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
+    if pair[0].size < 2 or not all(np.isfinite(side).all() for side in pair):
+        return None
+    above, below = _resampled(*pair, seed=seed)
+    if not pair[1].mean() or not below.all():
+        return None
+    return _interval(above / below, pair[0].mean() / pair[1].mean())
+
+
+def _resampled(*columns, seed: int) -> list:
+    """Means of resampled cases, the same cases for every column: `[RESAMPLES]` each."""
+    generator, count = np.random.default_rng(seed), columns[0].size
+    chunk = max(1, 4_000_000 // count)
+    means: list[list] = [[] for _ in columns]
+    for start in range(0, RESAMPLES, chunk):
+        drawn = generator.integers(0, count, (min(chunk, RESAMPLES - start), count))
+        for column, found in zip(columns, means, strict=True):
+            found.append(column[drawn].mean(axis=1))
+    return [np.concatenate(found) for found in means]
+
+
+def _interval(resampled, value: float) -> tuple[float, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(min(low, value)), float(max(high, value))

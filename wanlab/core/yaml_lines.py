@@ -1,0 +1,95 @@
+"""YAML that people write, read into a typed record: every mistake is told with its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+import yaml
+
+from wanlab.core.errors import WanlabError, did_you_mean
+
+At = tuple[str | int, ...]  # where a value stands: ("rules", 2, "format")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a YAML text says, and the line on which each value stands."""
+
+    data: Any
+    lines: dict[At, int]
+    where: str  # begins every message
+    what: str  # the whole of it, in messages: "the plan"
+
+    def refuse(self, at: At, said: str) -> NoReturn:
+        """Raise `WanlabError` with the line of the value at `at`, or of the nearest one around it."""
+        known = at
+        while known and known not in self.lines:
+            known = known[:-1]
+        place = spell(at) or self.what
+        raise WanlabError(f"{self.where}, line {self.lines.get(known, 1)}, {place}: {said}")
+
+    def known_fields(self, data: dict, kind: type | Iterable[str], at: At = ()) -> None:
+        """Refuse a key that the record `kind` (or the list of names) does not have."""
+        fields = kind.__struct_encode_fields__ if isinstance(kind, type) else tuple(kind)
+        for name in data:
+            if name not in fields:
+                hint = did_you_mean(str(name), fields)
+                self.refuse((*at, str(name)), f"no field {str(name)!r}{hint}; there are {', '.join(fields)}")
+
+    def convert(self, kind: type) -> Any:
+        """The data as the msgspec record `kind`."""
+        try:
+            return msgspec.convert(self.data, kind)
+        except msgspec.ValidationError as error:
+            said, _, place = str(error).partition(" - at `$")
+            at = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", place))
+            self.refuse(at, said)
+
+
+def spell(at: At) -> str:
+    """A place as people write it: `rules[2].format`."""
+    text = ""
+    for part in at:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def read_yaml(text: str, where: str, what: str) -> Document:
+    """The data of a YAML text, and the line of every value.
+
+    Raises:
+        WanlabError: not YAML, or a key that is given twice.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise WanlabError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
+    lines: dict[At, int] = {}
+
+    def walk(node: Any, at: At) -> None:
+        if node is None:
+            return
+        lines.setdefault(at, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    raise WanlabError(
+                        f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice"
+                    )
+                seen.add(key.value)
+                lines[(*at, key.value)] = key.start_mark.line + 1
+                walk(value, (*at, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*at, index))
+
+    walk(root, ())
+    return Document(data, lines, where, what)

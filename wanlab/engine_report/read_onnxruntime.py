@@ -1,0 +1,309 @@
+"""ONNX Runtime's own profile and optimized graph as layers with times."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from wanlab.core.errors import WanlabError, require
+from wanlab.engine_report.layers import EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
+from wanlab.engine_report.read_onnx import read_onnx
+from wanlab.engine_report.read_tensorrt import read_json
+from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider, first_line
+
+_SUFFIX = "_kernel_time"
+_DTYPES = {
+    "float": "fp32", "double": "fp64", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "uint8",
+    "int16": "int16", "int32": "int32", "int64": "int64", "bool": "bool", "float8e4m3fn": "fp8", "float8e5m2": "fp8",
+    "int4": "int4", "uint4": "uint4", "Int4x2": "int4", "UInt4x2": "uint4",
+}  # fmt: skip
+MARK = "wanlab"
+"""Category of an event that says how a profile was taken."""
+LAUNCHES = (
+    "times of CUDA nodes are what the host spent on them: profile with CUDA_LAUNCH_BLOCKING=1 in the environment, or"
+    " they are launches and not kernels"
+)
+
+
+def read_ort_profile(
+    profile: str | os.PathLike | list,
+    onnx_path: str | os.PathLike | None = None,
+    *,
+    name: str = "",
+    warmup: int = 1,
+    blocking: bool = False,
+) -> EngineLayers:
+    """Layers of an ONNX Runtime session with their times.
+
+    Args:
+        profile: the JSON that a session with `SessionOptions.enable_profiling` writes (`OrtEngine.profile`), plain or
+            as `.gz`, or its content.
+        onnx_path: the graph that ran, best as the session optimised it (`optimised_graph`): it tells weights and
+            neighbours, so that nodes that ONNX Runtime made find their modules. The graph before optimisation tells
+            them for the nodes that stayed.
+        warmup: runs at the beginning that do not count, while there are more.
+        blocking: the profile was taken with `CUDA_LAUNCH_BLOCKING=1`, so that times of CUDA nodes are of their kernels;
+            profiles of `profile_engine` say so themselves.
+
+    Returns:
+        A layer per node in the order of the first run, its time the median over runs. `facts`: runs, run_ms (median of
+        whole runs under the profiler), load_ms, peak_arena_bytes.
+
+    Raises:
+        WanlabError: no such profile, or one without nodes.
+    """
+    events = profile if isinstance(profile, list) else read_json(profile)
+    name = name or ("onnxruntime" if isinstance(profile, list) else Path(profile).name)
+    if not isinstance(events, list) or not all(isinstance(event, Mapping) for event in events):
+        raise WanlabError(f"{name} is no profile of ONNX Runtime; write one with OrtEngine.profile")
+    nodes = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(_SUFFIX)]
+    if not nodes:
+        raise WanlabError(
+            f"{name} has no node events: the session was not run between enabling and ending its profile"
+        )
+    nodes.sort(key=lambda event: event["ts"])
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for event in nodes:
+        grouped[event["name"].removesuffix(_SUFFIX), str(event["args"].get("node_index", ""))].append(event)
+    kernels = _kernel_ms(events)
+    layers = [_layer(index, *item, warmup, kernels) for index, item in enumerate(grouped.items())]
+    wholes = [e["dur"] / 1e3 for e in events if e.get("cat") == "Session" and e.get("name") == "model_run"]
+    counts = {len(found) for found in grouped.values()}
+    facts = {"runs": float(len(wholes[warmup:] or wholes) or min(counts))}
+    if wholes:
+        facts["run_ms"] = statistics.median(wholes[warmup:] or wholes)
+    starts = [
+        e["dur"] / 1e3 for e in events if e.get("name") in ("model_loading_uri", "session_initialization")
+    ]
+    if starts:
+        facts["load_ms"] = sum(starts)
+    if arena := max((int(e["args"].get("mem_in_use_peak", 0) or 0) for e in nodes), default=0):
+        facts["peak_arena_bytes"] = float(arena)
+    blocking = blocking or any(
+        e.get("args", {}).get("launch_blocking") == "1" for e in events if e.get("cat") == MARK
+    )
+    on_gpu = any(layer.provider not in ("", "CPUExecutionProvider") for layer in layers)
+    launches = on_gpu and not kernels and not blocking
+    notes = [LAUNCHES] if launches else []
+    inputs, outputs, metadata = (), (), {}
+    if onnx_path is not None:
+        graph = read_onnx(onnx_path, source="onnxruntime", sizes={})
+        layers, missing = _with_graph(layers, graph)
+        inputs, outputs, metadata = graph.inputs, graph.outputs, graph.metadata
+        if missing:
+            notes.append(
+                f"{missing} of {len(layers)} nodes are not in {Path(onnx_path).name}, which is the graph before"
+                " optimisation: their weights are not known"
+            )
+    else:
+        notes.append(
+            "weights that ONNX Runtime packed are not in its profile: give the graph for weight bytes"
+        )
+    return EngineLayers(
+        name,
+        "onnxruntime",
+        join(layers),
+        inputs=inputs,
+        outputs=outputs,
+        metadata=metadata,
+        facts=facts,
+        times_of="launches" if launches else "layers",
+        notes=tuple(notes),
+    )
+
+
+def merged(first: EngineLayers, second: EngineLayers) -> EngineLayers:
+    """Two profiles of one engine as one, the samples of the first before those of the second.
+
+    Raises:
+        WanlabError: their layers differ.
+    """
+    if [(layer.name, layer.type) for layer in first.layers] != [
+        (layer.name, layer.type) for layer in second.layers
+    ]:
+        raise WanlabError(f"{first.name} and {second.name} are profiles of different engines")
+    layers = []
+    for one, other in zip(first.layers, second.layers, strict=True):
+        samples = one.samples_ms + other.samples_ms
+        time_ms = statistics.median(samples) if samples else (one.time_ms + other.time_ms) / 2
+        layers.append(replace(one, samples_ms=samples, time_ms=time_ms))
+    facts = {name: (value + second.facts.get(name, value)) / 2 for name, value in first.facts.items()}
+    facts["runs"] = first.facts["runs"] + second.facts["runs"]
+    latency_ms = (first.latency_ms + second.latency_ms) / 2
+    return replace(first, layers=tuple(layers), facts=facts, latency_ms=latency_ms)
+
+
+def _layer(index: int, key: tuple[str, str], found: list, warmup: int, kernels: Mapping[str, float]) -> Layer:
+    name, _ = key
+    arguments = found[0]["args"]
+    operator = str(arguments.get("op_name", ""))
+    kind = onnx_kind(operator)
+    inputs, outputs = (_tensors(arguments.get(f"{side}_type_shape")) for side in ("input", "output"))
+    samples = tuple(event["dur"] / 1e3 for event in found[warmup:] or found)
+    time_ms = statistics.median(samples)
+    if name in kernels:
+        time_ms, samples = kernels[name] / len(found), ()
+    return Layer(
+        index=index,
+        name=name,
+        type=operator,
+        kind=kind,
+        provider=str(arguments.get("provider", "")),
+        inputs=inputs,
+        outputs=outputs,
+        precision=precision_of(kind, inputs, outputs),
+        weight_bytes=int(arguments.get("parameter_size", 0) or 0),
+        time_ms=time_ms,
+        samples_ms=samples,
+    )
+
+
+def _tensors(described: Any) -> tuple[Tensor, ...]:
+    """`[{"float": [1, 24]}]`; tensors have no names in a profile."""
+    return tuple(
+        Tensor("", _DTYPES.get(kind, kind), tuple(int(size) for size in shape))
+        for one in described or ()
+        for kind, shape in one.items()
+    )
+
+
+def _kernel_ms(events: list) -> dict[str, float]:
+    """Node -> time of its GPU kernels over all runs, where this build of ONNX Runtime records kernels."""
+    total: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") == "Kernel" and (parent := str(event.get("args", {}).get("parent_name", ""))):
+            total[parent.removesuffix(_SUFFIX)] += event["dur"] / 1e3
+    return dict(total)
+
+
+def _with_graph(layers: list[Layer], graph: EngineLayers) -> tuple[list[Layer], int]:
+    """Names of tensors and weights from the graph, sizes from the run; how many nodes the graph does not have."""
+    by_name = {layer.name: layer for layer in graph.layers}
+    sizes: dict[str, Tensor] = {}
+    for layer in layers:
+        if (node := by_name.get(layer.name)) is not None and node.type == layer.type:
+            for known, ran in zip(node.outputs, layer.outputs, strict=False):
+                sizes[known.name] = replace(known, dtype=ran.dtype, shape=ran.shape)
+    made, missing, seen = [], 0, set()
+    for layer in layers:
+        node = by_name.get(layer.name)
+        if node is None or node.type != layer.type:
+            missing += 1
+            made.append(layer)
+            continue
+        inputs = tuple(sizes.get(tensor.name, tensor) for tensor in node.inputs)
+        outputs = tuple(sizes.get(tensor.name, tensor) for tensor in node.outputs)
+        fresh = [tensor for tensor in inputs if tensor.constant and tensor.name not in seen]
+        seen.update(tensor.name for tensor in fresh)
+        made.append(
+            replace(
+                layer,
+                subtype=node.subtype,
+                modules=node.modules,
+                joined_by=node.joined_by,
+                inputs=inputs,
+                outputs=outputs,
+                precision=precision_of(layer.kind, inputs, outputs),
+                weight_dtype=node.weight_dtype,
+                weight_bytes=sum(tensor.size_bytes for tensor in fresh),
+            )
+        )
+    return made, missing
+
+
+EXTERNAL_ABOVE_BYTES = 1024  # weights over this size go beside the graph
+
+
+def optimised_graph(
+    path: str | os.PathLike, out: str | os.PathLike, *, provider: str = "cpu", optimization: str = "all"
+) -> Path:
+    """The graph that ONNX Runtime makes of a file for a provider; weights go to `<out>.data` beside it.
+
+    Opens a session, which takes the memory of the weights, and writes all of them.
+
+    Args:
+        out: the `.onnx` file to write.
+        provider: `"cpu"` or `"cuda"`; fusions differ. optimization: a level of `OrtEngine`.
+
+    Raises:
+        WanlabError: as `OrtEngine`.
+    """
+    ort = require("onnxruntime", "onnxruntime-gpu")
+    out = Path(out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    provider = choose_provider(provider)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(out)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{out.name}.data"
+    )
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_ABOVE_BYTES)
+    )
+    if provider == "cuda":
+        ort.preload_dlls()
+    (out.parent / f"{out.name}.data").unlink(missing_ok=True)  # ONNX Runtime appends to it
+    try:
+        ort.InferenceSession(
+            str(path), options, providers=list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+        )
+    except Exception as error:  # onnxruntime has one exception class per failure, without a common base
+        raise WanlabError(f"ONNX Runtime cannot optimise {Path(path).name}: {first_line(error)}") from error
+    return out
+
+
+def fusions(before: EngineLayers | None, after: EngineLayers | None) -> pd.DataFrame:
+    """Operators of a graph and of what an engine made of it; no rows where one of the two is not known.
+
+    Returns:
+        type, layers_before, layers_after, change, roles (where the change is, largest first); ordered by how much
+        changed.
+    """
+    sides = (before, after) if before is not None and after is not None else ()
+    counts = [Counter((layer.type, layer.role) for layer in side.layers) for side in sides]
+    rows = []
+    for kind in dict.fromkeys(kind for side in counts for kind, _ in side):
+        roles = {role for side in counts for name, role in side if name == kind}
+        moved = {role: counts[1][kind, role] - counts[0][kind, role] for role in roles}
+        here, there = (sum(side[kind, role] for role in roles) for side in counts)
+        changed = sorted(
+            (role for role in roles if moved[role]), key=lambda role, moved=moved: -abs(moved[role])
+        )
+        rows.append(
+            (kind, here, there, there - here, ", ".join(f"{role} {moved[role]:+d}" for role in changed))
+        )
+    frame = pd.DataFrame(rows, columns=["type", "layers_before", "layers_after", "change", "roles"])
+    order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order].reset_index(drop=True)
+
+
+def fused_layers(before: EngineLayers, after: EngineLayers) -> pd.DataFrame:
+    """Layers that an engine made by fusing, and the module they stand for.
+
+    Returns:
+        name, type, modules, nodes_before: how many nodes of the same modules the graph had that the engine no longer
+        has. Only layers of a type that the graph did not have, or that name several modules.
+    """
+    kinds = {layer.type for layer in before.layers}
+    names = {layer.name for layer in after.layers}
+    gone = Counter(layer.modules for layer in before.layers if layer.name not in names)
+    rows = [
+        {
+            "name": layer.name,
+            "type": layer.type,
+            "modules": ", ".join(layer.modules),
+            "nodes_before": gone[layer.modules] if len(layer.modules) == 1 else len(layer.nodes),
+        }
+        for layer in after.layers
+        if layer.modules and (layer.type not in kinds or len(layer.modules) > 1)
+    ]
+    return pd.DataFrame(rows, columns=["name", "type", "modules", "nodes_before"])

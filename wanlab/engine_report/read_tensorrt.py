@@ -1,0 +1,264 @@
+"""TensorRT's inspector JSON and trtexec's times as layers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wanlab.core.errors import WanlabError
+from wanlab.engine_report.layers import (
+    ITEM_BYTES,
+    EngineLayers,
+    Layer,
+    Tensor,
+    join,
+    onnx_nodes,
+    precision_of,
+    tensorrt_kind,
+)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a `.json` or `.json.gz` file.
+
+    Raises:
+        WanlabError: no such file, or not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WanlabError(f"no file at {path}")
+    try:
+        raw = path.read_bytes()
+        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        return json.loads(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise WanlabError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
+
+
+def with_times(layers: EngineLayers, profile: str | os.PathLike | list) -> EngineLayers:
+    """The layers with the times that `trtexec --exportProfile` wrote, joined by the layers' names.
+
+    Args:
+        profile: a file or its content: `[{"count": n}, {"name", "timeMs", "averageMs", "medianMs", ...}, ...]`. The
+            median is taken; without one the average, or the total over all runs divided by their number.
+
+    Raises:
+        WanlabError: no such JSON, or no layer of it is in the engine.
+    """
+    data = profile if isinstance(profile, list) else read_json(profile)
+    if not isinstance(data, list) or not all(isinstance(row, Mapping) for row in data):
+        raise WanlabError("a profile is a list of objects, as trtexec --exportProfile writes it")
+    runs = next((int(row["count"]) for row in data if "count" in row), 0)
+    times = {str(row["name"]): _time(row, runs) for row in data if "name" in row}
+    there = {layer.name for layer in layers.layers}
+    matched = there & set(times)
+    if not matched:
+        raise WanlabError(
+            f"no layer of {layers.name} is in the profile; give the profile of the same engine"
+            " (trtexec --exportLayerInfo and --exportProfile of one run)"
+        )
+    notes = list(layers.notes)
+    if len(there) > len(matched):
+        notes.append(f"{len(there) - len(matched)} of {len(there)} layers have no time")
+    lost = [name for name in times if name not in there]
+    if lost:
+        lost_ms = sum(times[name] for name in lost)
+        notes.append(f"{len(lost)} timed layers, {lost_ms:.3f} ms, are not in the engine")
+    return replace(
+        layers,
+        layers=tuple(replace(layer, time_ms=times.get(layer.name, math.nan)) for layer in layers.layers),
+        facts=layers.facts | ({"runs": runs} if runs else {}),
+        notes=tuple(notes),
+    )
+
+
+def read_latency(path: str | os.PathLike) -> float:
+    """Median time of a whole run in ms, without transfers, from a file.
+
+    Args:
+        path: JSON of `trtexec --exportTimes` or of `wanlab bench`.
+
+    Raises:
+        WanlabError: neither of the two.
+    """
+    return latency_of(read_json(path), str(path))
+
+
+def latency_of(data: Any, name: str) -> float:
+    """`read_latency` of a file's content."""
+    if (
+        isinstance(data, list)
+        and data
+        and all(isinstance(row, Mapping) and "computeMs" in row for row in data)
+    ):
+        return float(statistics.median(float(row["computeMs"]) for row in data))
+    if isinstance(data, Mapping) and isinstance(data.get("samples"), Mapping):
+        samples = data["samples"].get("device") or data["samples"].get("latency")
+        values = samples.get("values_ms") if isinstance(samples, Mapping) else samples
+        if values:
+            return float(statistics.median(values))
+    raise WanlabError(f"{name} has no times of runs; give what trtexec --exportTimes or wanlab bench wrote")
+
+
+def _time(row: Mapping, runs: int) -> float:
+    for key in ("medianMs", "averageMs"):
+        if key in row:
+            return float(row[key])
+    return float(row["timeMs"]) / runs if "timeMs" in row and runs else math.nan
+
+
+REBUILD = (
+    "build the engine again with config.profiling_verbosity = ProfilingVerbosity.DETAILED"
+    " (trtexec --profilingVerbosity=detailed) and inspect that one"
+)
+# In this order: "BFloat16" ends in "Float16", "Float" begins "Float16".
+_DTYPES = (
+    ("bf16", r"bf16|bfloat16"), ("fp16", r"fp16|half|float16"), ("fp8", r"fp8|float8|e4m3|e5m2"),
+    ("fp4", r"fp4|float4|e2m1"), ("fp64", r"fp64|double|float64"), ("fp32", r"fp32|float"), ("uint8", r"uint8"),
+    ("int8", r"int8"), ("int4", r"int4"), ("int64", r"int64"), ("int32", r"int32"), ("bool", r"bool"),
+)  # fmt: skip
+_PROFILE = re.compile(r" \[profile (\d+)\]$")
+
+
+def read_inspector(
+    source: str | os.PathLike | Mapping[str, Any], *, name: str = "", profile: int = 0
+) -> EngineLayers:
+    """Layers of a TensorRT engine from what its inspector prints as JSON.
+
+    Args:
+        source: a file (`.json` or `.json.gz`) or its content: `get_engine_information(LayerInformationFormat.JSON)`,
+            what `trtexec --exportLayerInfo` wrote, or the `.layers.json` that wanlab keeps beside an engine that was
+            built without its GPU. 10.x names the engine's inputs and outputs under `Bindings`, 11.x describes them under
+            `I/O Tensors` and divides `Format/Datatype` into two fields.
+        name: for headings; the file's name if not given.
+        profile: number of the optimisation profile, where an engine has several.
+
+    Raises:
+        WanlabError: no such JSON, or an engine that was built without detailed layer information.
+    """
+    data = source if isinstance(source, Mapping) else read_json(source)
+    name = name or ("engine" if isinstance(source, Mapping) else os.path.basename(source))
+    if not isinstance(data, Mapping) or not isinstance(data.get("Layers"), list):
+        raise WanlabError(
+            f"{name} is no inspector JSON: it has no list of Layers; write it with"
+            " engine.create_engine_inspector().get_engine_information(LayerInformationFormat.JSON)"
+        )
+    raw = data["Layers"]
+    if not raw:
+        raise WanlabError(f"{name} has no layers: its profiling verbosity was NONE; {REBUILD}")
+    if not all(isinstance(layer, Mapping) and "Outputs" in layer for layer in raw):
+        raise WanlabError(f"{name} has names of layers only; {REBUILD}")
+    kept = [layer for layer in raw if _profile_of(layer.get("Name", "")) in (None, profile)]
+    if not kept or (profile and all(_profile_of(layer.get("Name", "")) is None for layer in raw)):
+        raise WanlabError(f"{name} has no optimisation profile {profile}; profile 0 is the first")
+    seen: set[str] = set()
+    layers = [_layer(index, layer, seen) for index, layer in enumerate(kept)]
+    inputs, outputs = _bindings(data, layers)
+    notes = []
+    if len(kept) < len(raw):
+        notes.append(f"{len(raw) - len(kept)} layers of other optimisation profiles are left out")
+    if not any("Constants" in layer for layer in kept):
+        notes.append("the inspector does not say the weights of every layer: weight bytes are a lower bound")
+    if any(layer.kind != "shape" and not layer.activation_bytes for layer in layers):
+        notes.append("sizes of free axes are not in an engine: activation bytes are unknown or a lower bound")
+    return EngineLayers(
+        name,
+        "tensorrt",
+        join(layers),
+        inputs=inputs,
+        outputs=outputs,
+        notes=tuple(notes),
+        metadata=_metadata(data),
+    )
+
+
+def dtype_in(text: str) -> str:
+    """`"Row major linear FP16 format"`, `"Half"` -> `"fp16"`; empty for none."""
+    return next((name for name, pattern in _DTYPES if re.search(pattern, text, re.IGNORECASE)), "")
+
+
+def _layer(index: int, raw: Mapping[str, Any], seen: set[str]) -> Layer:
+    name, kind_of = str(raw.get("Name", "")), str(raw.get("LayerType", ""))
+    tactic = str(raw.get("TacticName", raw.get("TacticValue", "")))
+    kind = tensorrt_kind(kind_of, name, tactic)
+    inputs = tuple(_tensor(tensor) for tensor in raw.get("Inputs", ()))
+    outputs = tuple(_tensor(tensor) for tensor in raw.get("Outputs", ()))
+    if kind == "reformat" and inputs and outputs and inputs[0].dtype != outputs[0].dtype:
+        kind = "cast"
+    constants = tuple(replace(_tensor(tensor), constant=True) for tensor in raw.get("Constants", ()))
+    weight_dtype, weight_bytes = _weights(raw, constants, seen)
+    return Layer(
+        index=index,
+        name=name,
+        type=kind_of,
+        kind=kind,
+        subtype=str(raw.get("ParameterType", "")),
+        tactic=tactic,
+        stream=int(raw["StreamId"]) if str(raw.get("StreamId", "")).isdigit() else None,
+        nodes=onnx_nodes(str(raw.get("Metadata", ""))),
+        inputs=inputs + constants,
+        outputs=outputs,
+        precision=precision_of(kind, inputs, outputs),
+        weight_dtype=weight_dtype if kind in ("matmul", "conv") else "",
+        weight_bytes=weight_bytes,
+    )
+
+
+def _weights(raw: Mapping[str, Any], constants: tuple[Tensor, ...], seen: set[str]) -> tuple[str, int]:
+    """Dtype of the largest weight, and bytes of those that no layer before has; from whichever field says them."""
+    if constants:
+        fresh = [tensor for tensor in constants if tensor.name not in seen]
+        seen.update(tensor.name for tensor in constants)
+        return max(constants, key=lambda tensor: tensor.size_bytes).dtype, sum(
+            tensor.size_bytes for tensor in fresh
+        )
+    described = [raw[key] for key in ("Weights", "Bias") if isinstance(raw.get(key), Mapping)]
+    dtypes = [dtype_in(str(weights.get("Type", ""))) for weights in described]
+    sizes = [ITEM_BYTES.get(d, 0.0) * int(w.get("Count", 0)) for d, w in zip(dtypes, described, strict=True)]
+    return next(iter(dtypes), ""), math.ceil(sum(sizes))
+
+
+def _tensor(raw: Any) -> Tensor:
+    if not isinstance(raw, Mapping):
+        return Tensor(str(raw))
+    # 10.x: one field for both. 11.x: two, and the type is spelt in more than one way.
+    both = str(raw.get("Format/Datatype", ""))
+    dtype = str(raw.get("DataType", raw.get("Datatype", both)))
+    form = str(raw.get("Format", both))
+    sizes = raw.get("Dimensions")
+    shape = tuple(int(size) if int(size) >= 0 else "?" for size in sizes) if isinstance(sizes, list) else None
+    return Tensor(str(raw.get("Name", "")), dtype_in(dtype) or dtype_in(form), shape, form)
+
+
+def _bindings(data: Mapping[str, Any], layers: list[Layer]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    described = data.get("I/O Tensors")
+    if described is not None:
+        sides = {"input": [], "output": []}
+        for raw in described:
+            sides.setdefault(str(raw.get("IOMode", "")).lower().removeprefix("k"), []).append(_tensor(raw))
+        return tuple(sides["input"]), tuple(sides["output"])
+    # 10.x has names only; which side they are on, and their types, is known from the layers that touch them.
+    names = [_PROFILE.sub("", str(name)) for name in data.get("Bindings", ())]
+    read = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.inputs}
+    made = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.outputs}
+    unique = list(dict.fromkeys(names))
+    outputs = tuple(made[name] for name in unique if name in made)
+    return tuple(read.get(name, Tensor(name)) for name in unique if name not in made), outputs
+
+
+def _metadata(data: Mapping[str, Any]) -> dict[str, str]:
+    found = data.get("Engine Metadata")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _profile_of(name: str) -> int | None:
+    found = _PROFILE.search(name)
+    return int(found[1]) if found else None

@@ -1,0 +1,187 @@
+"""The report card: where an engine's time and bytes are, by what its layers serve, do and compute in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from wanlab.engine_report.layers import CONVERSIONS, EngineLayers, Layer, Tensor, described
+from wanlab.engine_report.lint import Finding, lint
+
+ATTENTION = ("attn1", "attn2")
+
+
+@dataclass(frozen=True, eq=False)
+class EngineCard:
+    """What is to be known of one engine at a glance.
+
+    Attributes:
+        layers: that it was made from.
+        findings: of `lint`, by time.
+        by_role, by_kind, by_type, by_precision, by_site: tables of layers, time_ms, share_percent, weight_bytes,
+            activation_bytes; each adds up to the whole. A site is what modules of all blocks have in common.
+    """
+
+    layers: EngineLayers
+    findings: tuple[Finding, ...]
+    by_role: pd.DataFrame
+    by_kind: pd.DataFrame
+    by_type: pd.DataFrame
+    by_precision: pd.DataFrame
+    by_site: pd.DataFrame
+
+    def top(self, rows: int = 10) -> pd.DataFrame:
+        """The layers with the most time; without times, with the most bytes of outputs or, if unknown, weights."""
+        known = "activation_bytes" if self.totals["activations_written_bytes"] else "weight_bytes"
+        by = "time_ms" if self.layers.timed else known
+        frame = self.layers.frame.sort_values(by, ascending=False, kind="stable", na_position="last").head(
+            rows
+        )
+        columns = ["modules", "type", "precision", "time_ms", "share_percent", "activation_bytes"]
+        outputs = [_shown(self.layers.layers[i].outputs) for i in frame.index]
+        return frame[columns].assign(outputs=outputs, name=frame["name"]).reset_index(drop=True)
+
+    def share_percent(self, roles: Iterable[str]) -> float:
+        """Share of the time of all layers that these roles take; NaN without times."""
+        return _share(self.layers.layers, lambda layer: layer.role in roles, self.layers.total_ms)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Layers, their summed time, the whole engine's latency and what is between them, weights, conversions.
+
+        `beyond_layers_ms` is the latency less the sum of the layers. It is negative where measuring layer by layer
+        costs time, as with TensorRT, whose summed layers exceed the engine.
+        """
+        layers = self.layers.layers
+        conversions = [layer for layer in layers if layer.kind in CONVERSIONS]
+        sizes = [layer.activation_bytes for layer in layers]
+        return {
+            "layers": len(layers),
+            "layers_ms": self.layers.total_ms,
+            "latency_ms": self.layers.latency_ms,
+            "beyond_layers_ms": self.layers.latency_ms - self.layers.total_ms,
+            "attention_percent": self.share_percent(ATTENTION),
+            "conversions": len(conversions),
+            "conversions_percent": _share(
+                layers, lambda layer: layer.kind in CONVERSIONS, self.layers.total_ms
+            ),
+            "joined_percent": 100 * sum(bool(layer.modules) for layer in layers) / len(layers)
+            if layers
+            else math.nan,
+            "weight_bytes": sum(layer.weight_bytes for layer in layers),
+            # 0 where no size is known: with free axes.
+            "largest_activation_bytes": max(sizes, default=0),
+            "activations_written_bytes": sum(sizes),
+            **self.layers.facts,
+        }
+
+    def lint_frame(self) -> pd.DataFrame:
+        """A row per finding: hazard, mitigation, help, layers, time_ms, share_percent, size_bytes, example."""
+        columns = [
+            "hazard",
+            "mitigation",
+            "help",
+            "layers",
+            "time_ms",
+            "share_percent",
+            "size_bytes",
+            "example",
+        ]
+        total = self.layers.total_ms
+        rows = [finding.row() | {"share_percent": 100 * finding.time_ms / total} for finding in self.findings]
+        return pd.DataFrame(rows, columns=columns)
+
+    @property
+    def caveat(self) -> str:
+        """How the layers' sum is to be read beside the latency, in one sentence; empty without a latency."""
+        sum_ms, latency_ms = self.layers.total_ms, self.layers.latency_ms
+        if math.isnan(latency_ms) or math.isnan(sum_ms):
+            return ""
+        how = "more" if sum_ms > latency_ms else "less"
+        return (
+            f"the layers add up to {sum_ms:,.2f} ms, {abs(sum_ms / latency_ms - 1) * 100:.0f} % {how} than the"
+            f" {latency_ms:,.2f} ms of the whole engine measured apart: measuring each layer costs time, and work between"
+            " layers belongs to none; read shares, not sums"
+        )
+
+    def verdict(self) -> str:
+        """The card in a sentence."""
+        totals = self.totals
+        fused = [finding for finding in self.findings if finding.rule == "attention not fused"]
+        unfused = sum(len(finding.layers) for finding in fused)
+        launches = self.layers.times_of == "launches"
+        whole = "what the host spent on launches (no kernel was timed)" if launches else "the time"
+        attention = (
+            f"attention is {totals['attention_percent']:.0f} % of {whole}, " if self.layers.timed else ""
+        )
+        conversions = f"{totals['conversions'] or 'no'} conversions"
+        if self.layers.timed and totals["conversions"]:
+            conversions += f" take {totals['conversions_percent']:.1f} %"
+        scores = max((finding.size_bytes for finding in fused), default=0)
+        written = f" that write {scores / 2**20:,.1f} MiB of scores" if scores else ""
+        parts = f"{unfused} layers of unfused attention{written}" if unfused else "no unfused attention"
+        return f"{self.layers.name}: {totals['layers']} layers, {attention}{parts}, {conversions}"
+
+
+def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:
+    """Two engines in a sentence, made of `difference_by(match_layers(a, b), "role")`."""
+    said = f"{b.name} has {len(b.layers)} layers"
+    if not (a.timed and b.timed):
+        return f"{said}, {a.name} {len(a.layers)}."
+    change = 100 * (b.total_ms / a.total_ms - 1)
+    said += f" and takes {abs(change):.0f} % {'more' if change > 0 else 'less'} time in them"
+    told = roles[roles["told"] != "within noise"]
+    if not len(told):
+        return f"{said}; no part of it is outside the noise."
+    most = told.iloc[0]
+    return f"{said}; most of it in {most['role']} ({most['difference_ms']:+,.2f} ms, noise {most['noise_ms']:,.2f})."
+
+
+def card(
+    layers: EngineLayers, *, planned: Mapping[str, str] | None = None, minimum_percent: float = 1.0
+) -> EngineCard:
+    """The report card of an engine, or of a graph without times.
+
+    Args:
+        planned: pattern of module names (`"blocks.*.attn1.to_q"`) -> number format (`"fp16"`, `"int8"`, `"fp8"`,
+            `"int8-weight"`) that it was to compute in; later patterns win.
+        minimum_percent: share of the time from which conversions are a finding.
+    """
+    return EngineCard(
+        layers,
+        lint(layers, planned=planned, minimum_percent=minimum_percent),
+        **{f"by_{name}": grouped(layers, name) for name in ("role", "kind", "type", "precision", "site")},
+    )
+
+
+def grouped(layers: EngineLayers, by: str | list[str]) -> pd.DataFrame:
+    """Layers, time_ms, share_percent, weight_bytes and activation_bytes by columns of `EngineLayers.frame`."""
+    frame = layers.frame
+    keys = [by] if isinstance(by, str) else by
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    made = groups.agg(
+        layers=("index", "size"),
+        weight_bytes=("weight_bytes", "sum"),
+        activation_bytes=("activation_bytes", "sum"),
+    )
+    made["time_ms"] = groups["time_ms"].sum(min_count=1)
+    made["share_percent"] = 100 * made["time_ms"] / layers.total_ms
+    made = made.reset_index()[
+        [*keys, "layers", "time_ms", "share_percent", "weight_bytes", "activation_bytes"]
+    ]
+    made = made.sort_values("time_ms" if layers.timed else "layers", ascending=False, kind="stable")
+    return pd.DataFrame(made).reset_index(drop=True)
+
+
+def _shown(tensors: tuple[Tensor, ...], most: int = 2) -> str:
+    more = f" and {len(tensors) - most} more" if len(tensors) > most else ""
+    return ", ".join(described(tensor) for tensor in tensors[:most]) + more
+
+
+def _share(layers: tuple[Layer, ...], chosen, total_ms: float) -> float:
+    if not total_ms or math.isnan(total_ms):
+        return math.nan
+    return 100 * math.fsum(x.time_ms for x in layers if chosen(x) and not math.isnan(x.time_ms)) / total_ms

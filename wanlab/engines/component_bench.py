@@ -1,0 +1,285 @@
+"""One component on several engines: benchmarked, timed side by side, and measured in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from wanlab import measure
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.base import Engine
+from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.engines.parity import differences
+from wanlab.engines.torch import TorchEngine
+from wanlab.engines.tvm.build import build_tvm
+from wanlab.engines.tvm.engine import TvmEngine
+from wanlab.export.clip import ClipShape, default_shape
+from wanlab.export.components import FUSED_OPSET, check_components, components_of, recipe
+from wanlab.export.export import export
+from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
+
+
+def bench_components(
+    model,
+    engines: Mapping[str, Engine],
+    components: Sequence[str] | None = None,
+    *,
+    iterations: int = 10,
+    duration_ms: float = 1000.0,
+    warmup_ms: float = 200.0,
+    transfers: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+    **size: int | None,
+) -> pd.DataFrame:
+    """`measure.bench` of eager PyTorch and of an engine, component by component.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        engines: component -> engine. components: which of them; None takes the experts.
+        iterations, duration_ms, warmup_ms, transfers: as in `measure.bench`.
+        seed: of the inputs. size: batch (1 by default), height, width, frames, text_tokens; the model's own where None.
+
+    Returns:
+        component, and the columns of `measure.bench_table`; eager is the baseline of each component.
+
+    Raises:
+        WanlabError: a component that the model lacks, or whatever `measure.bench` refuses.
+    """
+    names = [n for n in engines if n.startswith("expert")] if components is None else list(components)
+    check_components(model, names)
+    shape = default_shape(model, **size | {"batch": size.get("batch") or 1})
+    settings = {
+        "iterations": iterations,
+        "duration_ms": duration_ms,
+        "warmup_ms": warmup_ms,
+        "transfers": transfers,
+        "progress": progress,
+    }
+    tables = []
+    for name in names:
+        plan = recipe(model, name)
+        inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+        feeds = dict(zip(plan.inputs, inputs, strict=True))
+        eager = measure.bench(TorchEngine(model, name), feeds, **settings)
+        table = measure.bench_table([eager, measure.bench(engines[name], feeds, **settings)])
+        table.insert(0, "component", name)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def provider_table(engines: Mapping[str, Engine]) -> pd.DataFrame:
+    """Where the nodes of ONNX Runtime engines run.
+
+    Args:
+        engines: component -> `OrtEngine`.
+
+    Returns:
+        component, provider, nodes, share_percent of the component's nodes, operators (the three with most nodes).
+    """
+    rows = []
+    for component, engine in engines.items():
+        counts = engine.nodes_by_provider()
+        total = counts["nodes"].sum()
+        for provider, part in counts.groupby("provider"):
+            first = ", ".join(f"{row.nodes} {row.operator}" for row in part.head(3).itertuples())
+            rows.append(
+                {
+                    "component": component,
+                    "provider": provider,
+                    "nodes": int(part["nodes"].sum()),
+                    "share_percent": 100 * part["nodes"].sum() / total,
+                    "operators": first,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+ENGINES = ("eager", "onnxruntime", "tvm")
+SMALL_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class EngineCalls:
+    """Calls of one component on the same inputs.
+
+    Attributes:
+        component: wanlab's name of it. size: height, width and frames of the clip. precision: of eager's weights.
+        calls: engine name (`"eager"`, `"onnxruntime-cpu"`, `"tvm-llvm"`) -> one forward on inputs that are in place.
+        facts: engine name -> load_ms, size_bytes, build_ms (None where there is nothing to build) and relative_l2,
+            the distance of its output from eager's.
+        left_out: engine -> why there is no call of it, one line each.
+    """
+
+    component: str
+    size: dict[str, int]
+    precision: str
+    calls: dict[str, Callable[[], object]]
+    facts: dict[str, dict[str, float | None]]
+    left_out: dict[str, str]
+
+
+def engine_calls(
+    model,
+    component: str | None,
+    folder: str | os.PathLike,
+    *,
+    engines: Sequence[str] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    **size: int | None,
+) -> EngineCalls:
+    """Export and build one component at one size, batch 1, and check every engine against eager.
+
+    An engine that cannot be had here is left out with its reason; eager is always first.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        component: wanlab's name of it; None takes the first expert.
+        folder: where graphs and libraries are kept and, while true, reused.
+        engines: of `"eager"`, `"onnxruntime"`, `"tvm"`; None takes all where the weights are under 1 GiB, and else
+            eager, as the export of a large network is a work of its own.
+        threads: on the CPU, of all of them; None takes `torch.get_num_threads()`.
+        seed: of the inputs.
+        size: height, width, frames, text_tokens; the model's defaults where not given.
+
+    Raises:
+        WanlabError: an unknown engine or component, or a size that is not legal.
+    """
+    component = component or next(name for name in components_of(model) if name.startswith("expert"))
+    for engine in engines or ():
+        if engine not in ENGINES:
+            raise WanlabError(
+                f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; give {', '.join(ENGINES)}"
+            )
+    plan = recipe(model, component)
+    shape = default_shape(model, batch=1, **size)
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def eager() -> torch.Tensor:
+        return plan.reference(*inputs)
+
+    expected, weights = eager(), sum(parameter.nbytes for parameter in plan.network.parameters())
+    calls: dict[str, Callable[[], object]] = {"eager": eager}
+    facts: dict[str, dict[str, Any]] = {"eager": _facts(None, weights, None, 0.0)}
+    left_out: dict[str, str] = {}
+    if engines is None and weights > SMALL_BYTES:
+        why = f"{component} has {weights / 2**30:.1f} GiB of weights: name it in `engines` to export and build it"
+        left_out = {engine: why for engine in ENGINES if engine != "eager"}
+    feeds = dict(zip(plan.inputs, inputs, strict=True))
+    for kind in (engine for engine in engines or ENGINES if engine != "eager" and engine not in left_out):
+        try:
+            name, engine, build_ms = _open(kind, model, component, Path(folder), threads, size)
+            made = engine.run(feeds)[plan.output]
+        except WanlabError as error:
+            left_out[kind] = str(error)
+            continue
+        calls[name] = lambda engine=engine: engine.run(feeds)
+        apart = differences(expected, made)["relative_l2"]
+        facts[name] = _facts(engine.load_ms, engine.size_bytes, build_ms, apart)
+    clip = {"height": shape.height, "width": shape.width, "frames": shape.frames}
+    precision = str(plan.network.dtype).removeprefix("torch.")
+    return EngineCalls(component, clip, precision, calls, facts, left_out)
+
+
+def _open(kind: str, model, component: str, folder: Path, threads: int | None, size: dict):
+    on_gpu = model.device.type == "cuda"
+    graph = export(model, component, folder / f"{component}.onnx", dynamic=False, **size)
+    if kind == "onnxruntime":
+        provider = "cuda" if on_gpu else "cpu"
+        return f"onnxruntime-{provider}", OrtEngine(graph.path, provider=provider, threads=threads), None
+    built = build_tvm(graph.path, target="cuda" if on_gpu else "cpu")
+    engine = TvmEngine(built.path, graph=graph.path, threads=threads)
+    return engine.name, engine, built.build_ms
+
+
+def _facts(load_ms, size_bytes, build_ms, relative_l2) -> dict[str, float | None]:
+    return {
+        "load_ms": load_ms,
+        "size_bytes": size_bytes,
+        "build_ms": build_ms,
+        "relative_l2": relative_l2,
+    }
+
+
+COUNTED = (
+    "ScatterND",
+    "ReduceMean",
+    "RMSNormalization",
+    "Softmax",
+    "Attention",
+    "RotaryEmbedding",
+    "Transpose",
+)
+
+
+def compare_forms(
+    model,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    shape: ClipShape | None = None,
+    provider: str = "auto",
+    rounds: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Export a component as it is, in friendly forms, and with fused operators; run all of them in turn.
+
+    Sizes are fixed, which exports several times faster and is the kindest to the network as it is.
+
+    Args:
+        model: eager. folder: where the graphs are kept.
+        shape: clip of the timed inputs; None takes the model's default with batch 1.
+        provider: of ONNX Runtime. rounds: each gives two samples a row, interleaved.
+
+    Returns:
+        A row for `eager` and for each graph: form, opset, nodes, nodes of the operators in `COUNTED`, notes (what
+        `onnx.graph.lint` finds), relative_l2 to eager, time_ms (median), low and high of the ratio to `original`,
+        ratio, verdict, noise_percent (A/A of `original`), samples_ms.
+    """
+    plan = recipe(model, component)
+    kind = str(plan.network.dtype).removeprefix("torch.")
+    shape = shape or default_shape(model, batch=1)
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+    feeds = dict(zip(plan.inputs, inputs, strict=True))
+    plain = BFLOAT16_OPSET if kind == "bfloat16" else DEFAULT_OPSET
+    variants = {
+        "original": (plain, "original"),
+        "friendly": (plain, "friendly"),
+        "fused": (FUSED_OPSET, "friendly"),
+    }
+    rows, calls = [], {}
+    with torch.no_grad():
+        expected = plan.reference(*inputs)
+        for label, (opset, forms) in variants.items():
+            path = Path(folder) / f"{component}.{kind}.{label}.onnx"
+            report = export(model, component, path, opset=opset, forms=forms, dynamic=False, **asdict(shape))
+            engine = OrtEngine(path, provider=provider)
+            made = engine.run(feeds)[plan.output].to(expected.device)
+            calls[label] = lambda engine=engine: engine.run(feeds)
+            rows.append(
+                {"form": label, "opset": opset, "nodes": report.nodes_after}
+                | {name: report.operators.get(name, 0) for name in COUNTED}
+                | {"notes": "; ".join(report.notes)}
+                | {"relative_l2": ((made - expected).norm() / expected.norm()).item()}
+            )
+        calls["eager"] = lambda: plan.reference(*inputs)
+        rows.append({"form": "eager"})
+        device = plan.network.device
+        samples, control = measure.in_turn(calls, warmup=2, rounds=rounds, device=device, progress=progress)
+    base = samples["original"]
+    for row in rows:
+        mine = samples[row["form"]]
+        gain = measure.compare(base, mine, control.noise_percent)
+        row |= {"time_ms": mine.median, "ratio": gain.speedup, "low": gain.low, "high": gain.high}
+        row["verdict"] = "baseline" if mine is base else gain.verdict
+        row |= {"noise_percent": control.noise_percent, "samples_ms": mine.values_ms}
+    return pd.DataFrame(rows)

@@ -1,0 +1,617 @@
+"""ONNX Runtime as an engine."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError, did_you_mean, require
+from wanlab.engines.base import check_bound, fits
+from wanlab.export.components import PARTS
+from wanlab.export.graph import file_bytes, formats_of
+
+# ONNX Runtime keeps arithmetic on sizes on the CPU on purpose: its results are needed there.
+SHAPE_OPERATORS = frozenset(
+    {
+        "Shape",
+        "Size",
+        "Gather",
+        "Squeeze",
+        "Unsqueeze",
+        "Concat",
+        "Slice",
+        "Cast",
+        "Mul",
+        "Add",
+        "Sub",
+        "Div",
+        "Mod",
+    }
+    | {
+        "Range",
+        "Equal",
+        "Where",
+        "Reshape",
+        "Min",
+        "Max",
+        "ConstantOfShape",
+        "Expand",
+        "Less",
+        "Greater",
+        "And",
+        "Or",
+    }
+    | {"Not", "ReduceProd", "Neg", "Floor", "Ceil", "Identity"}
+)
+
+
+def assigned_nodes(session) -> pd.DataFrame:
+    """Where each node of a session runs, as ONNX Runtime recorded it when it divided the graph.
+
+    Returns:
+        node (wanlab's name), operator, provider (`"CUDAExecutionProvider"`, ...).
+    """
+    rows = [
+        {"node": node.name, "operator": node.op_type, "provider": part.ep_name}
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    return pd.DataFrame(rows, columns=["node", "operator", "provider"])
+
+
+def fallen_back(nodes: pd.DataFrame, tensor_kinds: dict[str, bool]) -> pd.DataFrame:
+    """Nodes of a CUDA session that compute on the CPU.
+
+    A node that only handles sizes is none of them: an operator of `SHAPE_OPERATORS` none of whose outputs is a
+    floating-point tensor.
+
+    Args:
+        nodes: of `assigned_nodes`.
+        tensor_kinds: node -> whether it makes a floating-point tensor, as far as the graph says.
+    """
+    on_cpu = nodes[nodes["provider"] == "CPUExecutionProvider"]
+    makes_floats = on_cpu["node"].map(lambda name: tensor_kinds.get(name, False)).astype(bool)
+    return on_cpu[makes_floats | ~on_cpu["operator"].isin(SHAPE_OPERATORS)]
+
+
+def floating_nodes(path) -> dict[str, bool]:
+    """Node -> whether it makes a floating-point tensor, from the types that a graph carries."""
+
+    def floats(node) -> bool:
+        return any(value.dtype is not None and value.dtype.is_floating_point() for value in node.outputs)
+
+    return {node.name: floats(node) for node in onnx_ir.load(path).graph.all_nodes() if node.name}
+
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+LEVELS = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+"""Graph optimisation: none; folding and dead nodes; also fusions; also the layout of memory."""
+
+
+def choose_provider(provider: str) -> str:
+    """`"cpu"` or `"cuda"` for a name or `"auto"`.
+
+    Raises:
+        WanlabError: unknown, not in this ONNX Runtime, or no GPU.
+    """
+    ort = require("onnxruntime", "onnxruntime-gpu")
+    available = ort.get_available_providers()
+    if provider == "auto":
+        return "cuda" if torch.cuda.is_available() and PROVIDERS["cuda"] in available else "cpu"
+    if provider not in PROVIDERS:
+        raise WanlabError(
+            f"unknown provider {provider!r}{did_you_mean(provider, PROVIDERS)};"
+            f" give auto, {', '.join(PROVIDERS)}"
+        )
+    if PROVIDERS[provider] not in available:
+        raise WanlabError(
+            f"this onnxruntime has no {PROVIDERS[provider]}; add it with: pip install onnxruntime-gpu"
+        )
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise WanlabError("provider is cuda but PyTorch sees no GPU; use provider='cpu'")
+    return provider
+
+
+def open_session(
+    path: Path,
+    provider: str,
+    *,
+    threads: int,
+    optimization: str,
+    stream: int = 0,
+    cuda_graph: bool = False,
+    profile_prefix: str = "",
+    formats: str = "",
+) -> Any:
+    """An `onnxruntime.InferenceSession` that keeps account of where its nodes run.
+
+    Args:
+        stream: `CUstream` that all of its work goes to.
+        profile_prefix: where its profile goes when `end_profiling` is called; none when empty.
+        formats: that the graph is quantised in, as its metadata says: JSON, format -> layers.
+
+    Raises:
+        WanlabError: an option that does not exist, or a graph that cannot be loaded.
+    """
+    ort = require("onnxruntime", "onnxruntime-gpu")
+    if optimization not in LEVELS:
+        raise WanlabError(
+            f"no graph optimisation {optimization!r}{did_you_mean(optimization, LEVELS)};"
+            f" give {', '.join(LEVELS)}"
+        )
+    if threads < 1:
+        raise WanlabError(f"threads is {threads}; give 1 or more")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Idle threads of one session would otherwise keep a core busy that the next session or torch needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Layers whose weights alone are quantised would otherwise get rounded inputs too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not fuses_codes(formats, provider):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3  # errors only; they come as exceptions as well
+    if profile_prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    wanted: list[Any] = [PROVIDERS["cpu"]]
+    if provider == "cuda":
+        ort.set_default_logger_severity(3)
+        ort.preload_dlls()  # CUDA and cuDNN that came with torch
+        settings = {
+            "device_id": str(torch.cuda.current_device()),
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "enable_cuda_graph": str(int(cuda_graph)),
+            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),  # as PyTorch beside it
+        }
+        if stream:
+            settings["user_compute_stream"] = str(stream)
+        wanted.insert(0, (PROVIDERS["cuda"], settings))
+    try:
+        session = ort.InferenceSession(str(path), options, providers=wanted)
+    except Exception as error:  # onnxruntime has one exception class per failure, without a common base
+        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {why(error)}") from error
+    if PROVIDERS[provider] not in session.get_providers():
+        raise WanlabError(
+            f"{PROVIDERS[provider]} did not load for {path.name} (it runs on"
+            f" {', '.join(session.get_providers())}); check the CUDA and cuDNN versions or use provider='cpu'"
+        )
+    return session
+
+
+def fuses_codes(formats: str, provider: str) -> bool:
+    """Whether ONNX Runtime may replace Q/DQ around an operator by one that takes codes.
+
+    Those take integers only. On CUDA there is none that rounds inputs: what is left of the rewriting is biases in int32,
+    which only the CPU can decode. Weights alone in codes have theirs on both.
+    """
+    given = json.loads(formats or "{}")
+    return not any("fp8" in name for name in given) and not (provider == "cuda" and "int8" in given)
+
+
+def why(error: Exception) -> str:
+    """What ONNX Runtime says, in its words, or which operator it has no kernel for."""
+    text = first_line(error)
+    unset = re.search(r"Provider type for (\w+) node with name '([^']*)' is not set", text)
+    absent = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
+    if found := unset or absent:
+        return (
+            f"it has no kernel for {found[1]} ({found[2]}) in the type that the graph computes in;"
+            " export in float16 or float32"
+        )
+    return text
+
+
+def first_line(error: Exception) -> str:
+    text: Any = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+# Element types of ONNX Runtime, as named in its tensor types -> names in numpy and torch.
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "int64": "int64",
+    "int32": "int32",
+    "bool": "bool",
+}
+
+UNCAPTURED = -1
+"""Number of the captured graph of a run that neither captures nor replays."""
+
+
+class OrtEngine:
+    """One ONNX file in one ONNX Runtime session.
+
+    On CUDA the session has a stream of its own, which waits for PyTorch's current stream before a run and is waited
+    for after it: inputs and outputs stay on the device, and the host waits for nothing.
+
+    Attributes:
+        name: `"onnxruntime-cpu"` or `"onnxruntime-cuda"`.
+        path: the file. size_bytes: it and its external data.
+        load_ms: from the file to a session that can run.
+        provider: `"cpu"` or `"cuda"`, what was asked for or chosen.
+        providers_used: execution providers of the session, read back from it, first choice first.
+        threads: threads inside an operator on the CPU. optimization: of the graph, see `LEVELS`.
+        inputs, outputs: name -> (dtype, shape); free axes of a shape are names.
+        metadata: what the exporter wrote into the file: model, component, wanlab_version.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        optimization: str = "all",
+        cuda_graph: bool = False,
+        allow_cpu_fallback: bool = False,
+    ) -> None:
+        """Open a session.
+
+        Args:
+            path: `.onnx` file.
+            provider: `"cpu"`, `"cuda"`, or `"auto"`: CUDA when both PyTorch and ONNX Runtime have it.
+            threads: of the CPU; None takes `torch.get_num_threads()`, for fair comparisons.
+            optimization: `"disabled"`, `"basic"`, `"extended"` or `"all"`.
+            cuda_graph: let the session capture and replay what `bind` gives it; every node must be on the GPU.
+            allow_cpu_fallback: let nodes that compute run on the CPU in a CUDA session.
+
+        Raises:
+            WanlabError: no such file, not a graph this ONNX Runtime can run, the provider did not load, or nodes
+                fell back to the CPU.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise WanlabError(f"no ONNX file at {self.path}; make it with wanlab.export.export")
+        self.provider = choose_provider(provider)
+        self.name = f"onnxruntime-{self.provider}"
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.optimization, self.cuda_graph = optimization, cuda_graph
+        self._stream = torch.cuda.Stream() if self.provider == "cuda" else None
+        self._graphs = itertools.count(1)
+        begin = time.perf_counter()
+        self.session = open_session(
+            self.path,
+            self.provider,
+            threads=self.threads,
+            optimization=optimization,
+            stream=self._stream.cuda_stream if self._stream else 0,
+            cuda_graph=cuda_graph,
+            formats=formats_of(self.path),
+        )
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+        self.providers_used = tuple(self.session.get_providers())
+        if self.provider == "cuda" and not allow_cpu_fallback:
+            self._refuse_fallback()
+        self.size_bytes = file_bytes(self.path)
+        self.inputs = {value.name: _type_of(value) for value in self.session.get_inputs()}
+        self.outputs = {value.name: _type_of(value) for value in self.session.get_outputs()}
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def __repr__(self) -> str:
+        return f"OrtEngine({self.path.name!r}, provider={self.provider!r}, threads={self.threads})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs live."""
+        return torch.device(self.provider, torch.cuda.current_device() if self.provider == "cuda" else None)
+
+    def nodes_by_provider(self) -> pd.DataFrame:
+        """Rows of provider, operator, nodes: where ONNX Runtime put what, most first."""
+        counts = assigned_nodes(self.session).value_counts(["provider", "operator"])
+        return counts.rename("nodes").reset_index()
+
+    def run(self, feeds: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor | np.ndarray]:
+        """Run the graph once.
+
+        On the CPU tensors are handed over without a copy. On CUDA, inputs that are on the device stay
+        there and outputs are made there.
+
+        Args:
+            feeds: every input by name; cast to the graph's dtype where it differs.
+
+        Returns:
+            Output name -> tensor on `device`, or numpy array when all feeds are numpy arrays.
+
+        Raises:
+            WanlabError: an unknown or missing input, or a shape that the graph does not take.
+        """
+        for name in feeds:
+            if name not in self.inputs:
+                raise WanlabError(
+                    f"{self.path.name} has no input {name!r}{did_you_mean(name, self.inputs)};"
+                    f" it takes {', '.join(self.inputs)}"
+                )
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise WanlabError(f"{self.path.name} misses input {', '.join(map(repr, missing))}")
+        as_numpy = all(not isinstance(value, torch.Tensor) for value in feeds.values())
+        tensors = {
+            name: torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)).contiguous()
+            for name, (dtype, _) in self.inputs.items()
+        }
+        for name, tensor in tensors.items():
+            self._check_shape(name, tuple(tensor.shape))
+        try:
+            outputs = self._run_bound(tensors) if self.provider == "cuda" else self._run_numpy(tensors)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+            raise WanlabError(f"{self.path.name} failed on {shapes}: {first_line(error)}") from error
+        return {name: value.cpu().numpy() for name, value in outputs.items()} if as_numpy else outputs
+
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        stream: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Callable[[], None]:
+        """A call that runs the graph over memory that stays where it is; see `Engine.bind`.
+
+        With `cuda_graph`, for which the session has to be opened, the first call runs and captures, later ones replay.
+
+        Raises:
+            WanlabError: memory that does not fit, or a session that was opened for the other `cuda_graph`; from the
+                call, what ONNX Runtime refuses.
+        """
+        if cuda_graph != self.cuda_graph:
+            wanted = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
+            raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {wanted}")
+        for kinds, given in ((self.inputs, inputs), (self.outputs, outputs)):
+            check_bound(self.path.name, kinds, given, self.provider)
+        for name in self.inputs:
+            self._check_shape(name, tuple(inputs[name].shape))
+        binding = self._binding(inputs, outputs)
+        # A binding holds addresses only: the tensors have to live as long as the call.
+        memory = (dict(inputs), dict(outputs))
+        if self._stream is None:
+
+            def run(_memory=memory) -> None:
+                self._run_binding(binding)
+
+            return run
+        caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
+        # A captured graph replays its own addresses, so every binding has one of its own.
+        options = self._without_waiting(graph=next(self._graphs) if cuda_graph else UNCAPTURED)
+
+        def enqueue(_memory=memory) -> None:
+            self._stream.wait_stream(caller)
+            self._run_binding(binding, options)
+            caller.wait_stream(self._stream)
+
+        return enqueue
+
+    def profile(
+        self, feeds: Mapping[str, torch.Tensor | np.ndarray], path: str | os.PathLike, runs: int = 3
+    ) -> Path:
+        """Run in a session that profiles itself, after one warm-up; its own times of every node as JSON.
+
+        Times of this engine's own session are not touched by it.
+
+        Returns:
+            `path`.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="wanlab-profile-") as folder:
+            twin = copy.copy(self)
+            twin.session = open_session(
+                self.path,
+                self.provider,
+                threads=self.threads,
+                optimization=self.optimization,
+                stream=self._stream.cuda_stream if self._stream else 0,
+                profile_prefix=str(Path(folder) / "profile"),
+                formats=self.metadata.get("wanlab_format", ""),
+            )
+            for _ in range(runs + 1):
+                twin.run(feeds)
+            shutil.copyfile(twin.session.end_profiling(), path)
+        return path
+
+    def _refuse_fallback(self) -> None:
+        lost = fallen_back(assigned_nodes(self.session), floating_nodes(self.path))
+        if len(lost):
+            kinds = ", ".join(f"{count} {name}" for name, count in lost["operator"].value_counts().items())
+            raise WanlabError(
+                f"{len(lost)} nodes of {self.path.name} fell back to the CPU ({kinds}; the first is"
+                f" {lost['node'].iloc[0] or lost['operator'].iloc[0]}): allow_cpu_fallback=True runs it all the same"
+            )
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        wanted = self.inputs[name][1]
+        if not fits(wanted, shape):
+            raise WanlabError(
+                f"input {name!r} of {self.path.name} is {list(shape)},"
+                f" the graph takes [{', '.join(map(str, wanted))}];"
+                " give that shape or export again for yours"
+            )
+
+    def _run_numpy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        arrays = self.session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)}
+
+    def _run_bound(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs and outputs stay on the device; dlpack hands the outputs to torch without a copy."""
+        binding = self._binding(tensors, None)
+        if self._stream is None:
+            self.session.run_with_iobinding(binding)
+        else:
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            self.session.run_with_iobinding(binding, self._without_waiting())
+            current.wait_stream(self._stream)
+        return {
+            name: torch.from_dlpack(value)
+            for name, value in zip(self.outputs, binding.get_outputs(), strict=True)
+        }
+
+    def _binding(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None):
+        """Where a run reads and writes; without outputs ONNX Runtime makes them on the device."""
+        index = self.device.index or 0
+        binding = self.session.io_binding()
+
+        def place(tensor):
+            return self.provider, index, _element_type(tensor.dtype), tuple(tensor.shape), tensor.data_ptr()
+
+        for name in self.inputs:
+            binding.bind_input(name, *place(inputs[name]))
+        for name in self.outputs:
+            if outputs is None:
+                binding.bind_output(name, self.provider, index)
+            else:
+                binding.bind_output(name, *place(outputs[name]))
+        return binding
+
+    def _run_binding(self, binding, options=None) -> None:
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise WanlabError(
+                f"{self.path.name} failed on the memory it was given: {first_line(error)}"
+            ) from error
+
+    def _without_waiting(self, graph: int = UNCAPTURED):
+        """Options of a run that the host does not wait for; `graph` is the number of its captured graph."""
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+
+def load_engines(
+    folder: str | os.PathLike,
+    components: Iterable[str] | None = None,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    **options,
+) -> dict[str, OrtEngine]:
+    """Engines for the files that `export_all` wrote.
+
+    Args:
+        folder: holds `<component>.onnx`.
+        components: which; None takes every one that is there.
+        provider, threads, options: as in `OrtEngine`.
+
+    Returns:
+        Component -> engine, in the order a generation uses them.
+
+    Raises:
+        WanlabError: no file for a component, or none at all.
+    """
+    folder = Path(folder)
+    there = [name for name in PARTS if (folder / f"{name}.onnx").is_file()]
+    wanted = there if components is None else list(components)
+    for name in wanted:
+        if name not in there:
+            raise WanlabError(
+                f"no {name}.onnx in {folder}{did_you_mean(name, there)}; "
+                f"there is {', '.join(there) or 'nothing'} (make it with wanlab.export.export_all)"
+            )
+    if not wanted:
+        raise WanlabError(f"no converted component in {folder}; make them with wanlab.export.export_all")
+    options |= {"provider": provider, "threads": threads}
+    return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in wanted}
+
+
+def _type_of(value) -> tuple[str, tuple[int | str, ...]]:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    return _DTYPES.get(kind, kind), tuple(value.shape)
+
+
+def _element_type(dtype) -> int:
+    """ONNX element type, which is what a binding takes for types that numpy lacks."""
+    names = {"float32": "FLOAT", "float64": "DOUBLE", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+    name = str(dtype).removeprefix("torch.")
+    return int(getattr(onnx.TensorProto, names.get(name, name.upper())))
+
+
+KERNEL = "_kernel_time"
+"""How the events that time a node end; the node's name stands before it."""
+
+
+def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
+    """Time of every node in a profile that `OrtEngine.profile` wrote.
+
+    The nodes are those that are left after fusion, so their number is smaller than the file's. On the CPU a node's time is
+    its computation. On a GPU it is what the host takes to launch it: ONNX Runtime's CUDA build does not time kernels.
+
+    Args:
+        path: JSON of ONNX Runtime's profiler.
+        warmup: first runs to leave out.
+
+    Returns:
+        node, operator, provider, runs, time_ms (median over the runs), share_percent of the sum; longest first.
+
+    Raises:
+        WanlabError: not such a file, or no more runs in it than `warmup`.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            events = json.load(file)
+        rows = [
+            {
+                "node": event["name"].removesuffix(KERNEL),
+                "operator": event["args"]["op_name"],
+                "provider": event["args"]["provider"],
+                "start": event["ts"],
+                "time_ms": event["dur"] / 1e3,
+            }
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith(KERNEL)
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WanlabError(
+            f"{path} is no profile of ONNX Runtime ({error}); make one with OrtEngine.profile"
+        ) from error
+    frame = pd.DataFrame(rows, columns=["node", "operator", "provider", "start", "time_ms"])
+    keys = ["node", "operator", "provider"]
+    frame = frame.sort_values("start", kind="stable")
+    kept = frame[frame.groupby(keys).cumcount() >= warmup]
+    if kept.empty:
+        raise WanlabError(f"{path} holds no run of a node after {warmup} to warm up; profile more runs")
+    found = kept.groupby(keys, as_index=False).agg(runs=("time_ms", "size"), time_ms=("time_ms", "median"))
+    found["share_percent"] = 100 * found["time_ms"] / max(found["time_ms"].sum(), 1e-12)
+    return found.sort_values("time_ms", ascending=False, ignore_index=True)
+
+
+def operator_times(nodes: pd.DataFrame) -> pd.DataFrame:
+    """`node_times` by operator.
+
+    Returns:
+        operator, provider, nodes, time_ms, share_percent; longest first.
+    """
+    found = nodes.groupby(["operator", "provider"], as_index=False).agg(
+        nodes=("node", "size"), time_ms=("time_ms", "sum"), share_percent=("share_percent", "sum")
+    )
+    return found.sort_values("time_ms", ascending=False, ignore_index=True)

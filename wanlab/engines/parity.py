@@ -1,0 +1,352 @@
+"""How far an engine's outputs are from PyTorch's: by component, block by block, and where half precision overflows."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.engines.base import Engine
+from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.export.clip import ClipShape, default_shape
+from wanlab.export.components import recipe
+from wanlab.export.export import ExportReport, read_report
+from wanlab.export.graph import cut, piece_file
+from wanlab.models.shapes import size_step
+
+
+def parity(
+    model,
+    component: str,
+    onnx_path: str | os.PathLike | Engine,
+    *,
+    shapes: Sequence[ClipShape] | None = None,
+    cases: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    provider: str = "auto",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare a converted component with the network as the pipeline runs it.
+
+    The reference is the original forward (for the VAE the chunked one), in the network's own dtype, not the form
+    that was traced.
+
+    Args:
+        model: eager, the one that was exported.
+        onnx_path: file, or an engine that is open already.
+        shapes: clips to compare at; None takes the traced one and, as far as the graph's axes are free, one on its
+            side and a smaller one, both shorter and with batch 1.
+        provider: as in `OrtEngine`.
+        cases: label -> inputs by name, e.g. recorded from a generation at some step; replaces the random inputs.
+        seed: of the random inputs.
+
+    Returns:
+        One row per shape or label and output: component, shape, output, elements, max_abs, mean_abs, relative_l2
+        (||a - b|| / ||a||), cosine, psnr_db (peak = range of the reference; inf when equal).
+
+    Raises:
+        WanlabError: as `recipe` and `OrtEngine`, or a shape that the graph does not take.
+    """
+    plan = recipe(model, component)
+    engine = onnx_path if hasattr(onnx_path, "run") else OrtEngine(onnx_path, provider=provider)
+    rows = []
+    if cases is None:
+        drawn = _shapes(model, plan, engine) if shapes is None else shapes
+        cases = {str(shape): _random(plan, shape, seed) for shape in drawn}
+    training = plan.network.training
+    plan.network.eval()
+    try:
+        for label, inputs in cases.items():
+            given = [inputs[name].to(plan.network.device) for name in plan.inputs]
+            with torch.no_grad():
+                expected = plan.reference(*given)
+            made = engine.run(inputs)[plan.output]
+            row = {"component": component, "shape": label, "output": plan.output}
+            rows.append(row | differences(expected, made))
+    finally:
+        plan.network.train(training)
+    return pd.DataFrame(rows)
+
+
+def parity_all(
+    model,
+    reports: Sequence[ExportReport],
+    *,
+    cases: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]] | None = None,
+    provider: str = "auto",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`parity` of several exports, on random inputs and on recorded ones.
+
+    Args:
+        reports: from `export_all`.
+        cases: component -> label -> inputs by name; compared besides the random inputs.
+
+    Returns:
+        The rows of `parity`, with `inputs` (`"random"` or `"recorded"`).
+    """
+    tables = []
+    for report in reports:
+        engine = OrtEngine(report.path, provider=provider)
+        table = parity(model, report.component, engine, seed=seed)
+        tables.append(table.assign(inputs="random"))
+        recorded = (cases or {}).get(report.component)
+        if recorded:
+            table = parity(model, report.component, engine, cases=recorded)
+            tables.append(table.assign(inputs="recorded"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
+    """Distances between two tensors of one shape, computed in float64; keys as in `parity`."""
+    a, b = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (expected, made))
+    error = b - a
+    peak = (a.max() - a.min()).item()
+    mean_square = error.square().mean().item()
+    return {
+        "elements": a.numel(),
+        "max_abs": error.abs().max().item(),
+        "mean_abs": error.abs().mean().item(),
+        "relative_l2": (error.norm() / a.norm()).item() if a.norm() > 0 else math.inf if error.any() else 0.0,
+        "cosine": torch.nn.functional.cosine_similarity(a, b, dim=0).item(),
+        "psnr_db": 10 * math.log10(peak**2 / mean_square)
+        if mean_square and peak
+        else math.inf
+        if not mean_square
+        else -math.inf,
+    }
+
+
+def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+    return dict(zip(plan.inputs, inputs, strict=True))
+
+
+def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
+    """The traced clip, and when the graph takes other sizes too, one on its side and a smaller one."""
+    report = read_report(engine.path) if hasattr(engine, "path") else None
+    first = default_shape(model) if report is None else report.shape
+    free = all(
+        isinstance(engine.inputs[name][1][axis], str) for name, axes in plan.inputs.items() for axis in axes
+    )
+    if not free:
+        return [first]
+    spec = model.spec
+    step_h, step_w = size_step(spec)
+    few = max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1
+    turned = replace(first, batch=1, height=first.width, width=first.height, frames=few)
+    smaller = ClipShape(
+        batch=1,
+        height=max(first.height // 2 // step_h, 2) * step_h,
+        width=max(first.width // 4 // step_w, 2) * step_w,
+        frames=few,
+        text_tokens=max(first.text_tokens // 2, 2),
+    )
+    return [first, turned, smaller]
+
+
+def blockwise_parity(
+    model,
+    component: str,
+    onnx_path: str | os.PathLike,
+    *,
+    shape: ClipShape | None = None,
+    feeds: Mapping[str, torch.Tensor] | None = None,
+    reference_dtype: str = "float32",
+    provider: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Compare every transformer block of an exported expert with the same block of PyTorch.
+
+    The graph is cut where one block ends and the next begins. What comes before the first block (patches,
+    timestep and text embedding, rotary tables) runs once in the engine. Then each block runs alone on the hidden
+    states that PyTorch computed in `reference_dtype`, so that errors do not add up; at any time one block is in
+    memory in the reference dtype and one in the engine. Where the network is in the graph's dtype, its own block
+    is compared with the reference as well: that error is rounding, which no engine can avoid.
+
+    Args:
+        model: eager, the one that was exported. component: an expert of it.
+        onnx_path: from `wanlab.export.export`.
+        shape: clip of the random inputs; None takes the model's default with batch 1.
+        feeds: inputs to use instead, by name.
+        reference_dtype: of PyTorch's blocks; `"float32"` or `"float64"`.
+        provider: as in `OrtEngine`.
+
+    Returns:
+        A row per piece (`blocks.0` …, `after`): piece, relative_l2 (||a - b|| / ||a||), max_abs, mean_abs, cosine of its
+        output; update_relative_l2 of what the block adds to its input; eager_relative_l2, the same network's in
+        the graph's dtype (NaN where it is in another).
+
+    Raises:
+        WanlabError: no expert, or a graph that cannot be cut into blocks.
+    """
+    plan = recipe(model, component)
+    if not hasattr(plan.network, "blocks"):
+        raise WanlabError(
+            f"{component} has no transformer blocks; compare it whole with wanlab.engines.parity"
+        )
+    path = Path(onnx_path)
+    if feeds is None:
+        drawn = plan.inputs_for(shape or default_shape(model, batch=1), torch.Generator().manual_seed(seed))
+        feeds = dict(zip(plan.inputs, drawn, strict=True))
+    kind = getattr(torch, reference_dtype)
+    graph = onnx_ir.load(path)
+    before, *pieces = cut(graph)
+    with piece_file(graph, before, path.parent) as file:
+        made = OrtEngine(file, provider=provider).run({name: feeds[name] for name in before.inputs})
+    made |= dict(feeds)
+    rows = []
+    with torch.no_grad():
+        shell = _Shell(plan.network, kind)
+        state, *others = shell.enter(*(feeds[name].to(plan.network.device) for name in plan.inputs))
+        rows.append({"piece": "before"} | differences(state, made[pieces[0].state]))
+        for index, piece in enumerate(
+            tqdm(pieces, desc="blocks", unit="block", leave=False, disable=not progress)
+        ):
+            given = {name: state if name == piece.state else made[name] for name in piece.inputs}
+            with piece_file(graph, piece, path.parent) as file:
+                engine = OrtEngine(file, provider=provider)
+                result = engine.run(given)
+            if piece is pieces[-1]:
+                rows.append({"piece": piece.name} | differences(shell.leave(state), result[plan.output]))
+                break
+            block = plan.network.blocks[index]
+            expected = torch.nn.Module.to(copy.deepcopy(block), kind)(state, *others)
+            got = result[pieces[index + 1].state].to(state.device)
+            row = {"piece": piece.name} | differences(expected, got)
+            row["update_relative_l2"] = differences(expected - state, got.to(kind) - state)["relative_l2"]
+            dtype = engine.inputs[piece.state][0]
+            if plan.network.dtype == getattr(torch, dtype):
+                eager = block(*_cast((state, *others), plan.network.dtype))
+                row["eager_relative_l2"] = differences(expected, eager)["relative_l2"]
+            rows.append(row)
+            state = expected
+    return pd.DataFrame(rows).drop(columns=["elements", "psnr_db"])
+
+
+class _Shell:
+    """What an expert computes around its blocks, in another dtype; the blocks themselves are not copied."""
+
+    def __init__(self, network, dtype) -> None:
+        class Door(torch.nn.Module):
+            """Stands for all blocks: takes down what they are given, and hands on what it is told."""
+
+            given, answer = None, None
+
+            def forward(self, state, *others):
+                self.given = (state, *others)
+                return state if self.answer is None else self.answer
+
+        self.door, self.dtype, self.inputs = Door(), dtype, ()
+        stand_in = torch.nn.ModuleList([self.door])
+        shell = copy.deepcopy(network, {id(network.blocks): stand_in})
+        self.network = torch.nn.Module.to(shell, dtype)  # diffusers' own warns of modules kept in float32
+
+    def enter(self, *inputs) -> tuple:
+        """What the first block is given."""
+        self.inputs = _cast(inputs, self.dtype)
+        self.network(*self.inputs, return_dict=False)
+        return self.door.given
+
+    def leave(self, state):
+        """The output of the expert for the hidden states after the last block."""
+        self.door.answer = state
+        return self.network(*self.inputs, return_dict=False)[0]
+
+
+def _cast(values: tuple, dtype) -> tuple:
+    """Tensors in another dtype; rotary tables, a tuple of their own, stay in float32, as the network has them."""
+    return tuple(value if isinstance(value, tuple) else value.to(dtype) for value in values)
+
+
+FLOAT16_MAX = 65504.0
+NEAR_SHARE = 0.25  # within a factor of four: another prompt may overflow
+
+
+def value_ranges(
+    onnx_path: str | os.PathLike,
+    inputs: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    provider: str = "auto",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Largest magnitude of every floating-point tensor that a graph computes.
+
+    Every tensor gets a maximum beside it, and the graph runs as it is otherwise. Take the float32 graph to see
+    what float16 would not hold (above 65,504); the float16 graph itself shows where it does overflow.
+
+    Args:
+        onnx_path: a graph of `wanlab.export.export`.
+        inputs: feeds by name, best recorded from real generations; the largest of all is kept.
+
+    Returns:
+        One row per tensor, largest first: node (wanlab's name), operator, tensor, max_abs (inf where it overflowed),
+        float16_share (max_abs / 65,504), state (`"overflows"`, `"near"` above a quarter, or `"fits"`).
+
+    Raises:
+        WanlabError: no inputs, or as `OrtEngine`.
+    """
+    path = Path(onnx_path)
+    model = onnx_ir.load(path)
+    watched = _watch(model.graph)
+    draft = path.with_name(f".{path.stem}.ranges.{os.getpid()}.onnx")
+    largest = dict.fromkeys(watched, -1.0)
+    try:
+        onnx_ir.save(model, draft)
+        engine = OrtEngine(draft, provider=provider)
+        for feeds in tqdm(inputs, desc="ranges", unit="input", leave=False, disable=not progress):
+            made = engine.run(feeds)
+            for name in watched:
+                value = float(made[name])
+                largest[name] = max(largest[name], math.inf if math.isnan(value) else value)
+    finally:
+        draft.unlink(missing_ok=True)
+    if any(value < 0 for value in largest.values()):
+        raise WanlabError("no inputs to take ranges on; give at least one set of feeds")
+    rows = [
+        {
+            "node": node.name,
+            "operator": node.op_type,
+            "tensor": name.removesuffix(_SUFFIX),
+            "max_abs": largest[name],
+            "float16_share": largest[name] / FLOAT16_MAX,
+            "state": _state(largest[name]),
+        }
+        for name, node in watched.items()
+    ]
+    return pd.DataFrame(rows).sort_values("max_abs", ascending=False, kind="stable", ignore_index=True)
+
+
+_SUFFIX = "/max_abs"
+
+
+def _watch(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Node]:
+    """Add the largest magnitude of every floating-point tensor as an output; output -> node it belongs to."""
+    watched = {}
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype is None or not value.dtype.is_floating_point() or not value.uses():
+                continue
+            size = onnx_ir.node("Abs", [value])
+            peak = onnx_ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
+            peak.outputs[0].name = f"{value.name}{_SUFFIX}"
+            peak.outputs[0].type = onnx_ir.TensorType(value.dtype)
+            peak.outputs[0].shape = onnx_ir.Shape([])
+            graph.extend([size, peak])
+            graph.outputs.append(peak.outputs[0])
+            watched[peak.outputs[0].name] = node
+    return watched
+
+
+def _state(value: float) -> str:
+    share = value / FLOAT16_MAX
+    return "overflows" if share > 1 else "near" if share > NEAR_SHARE else "fits"

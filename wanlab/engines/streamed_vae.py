@@ -1,0 +1,238 @@
+"""The halves of the Wan VAE as engines that work chunk by chunk, in memory that does not grow with the clip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+import torch
+
+from wanlab.core.errors import WanlabError
+from wanlab.engines.base import Engine, TensorType
+from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.export.vae_streamed import HALVES, PAST, PRESENT, STEPS, half_of
+
+
+class Streamed:
+    """One half of the VAE over two engines: the first chunk of a clip, and every later one.
+
+    What the causal convolutions have seen stays where the engines put it; peak memory is that of one chunk, beside the
+    input and the output. Both engines hold the weights, so `size_bytes` counts them twice.
+
+    Attributes: as `wanlab.engines.base.Engine`, with the input and the output of the whole clip; `name` is that of the
+        engines with `-streamed` after it. path: of the first engine's file, where it has one.
+    """
+
+    component = ""
+
+    def __init__(self, first: Engine, next: Engine) -> None:
+        """Put two engines together.
+
+        Args:
+            first, next: of `<component>.first.onnx` and `<component>.next.onnx` (`wanlab.export.export_streamed`).
+
+        Raises:
+            WanlabError: engines of another component or step, of different weights, dtypes or places.
+        """
+        half = HALVES[self.component]
+        self.first, self.next = first, next
+        for engine, step in ((first, STEPS[0]), (next, STEPS[1])):
+            made = f"{engine.metadata.get('component', 'something')}.{engine.metadata.get('step', 'whole')}"
+            if made != f"{self.component}.{step}":
+                raise WanlabError(
+                    f"{_file(engine)} is {made}, not {self.component}.{step};"
+                    " make the pair with wanlab.export.export_streamed"
+                )
+        carried = {name: kind[0] for name, kind in first.outputs.items() if name.startswith(PRESENT)}
+        self.caches = tuple(name.removeprefix(PAST) for name in next.inputs if name.startswith(PAST))
+        agree = carried == {f"{PRESENT}{name}": next.inputs[f"{PAST}{name}"][0] for name in self.caches}
+        if not agree or first.metadata.get("weights") != next.metadata.get("weights"):
+            raise WanlabError(
+                f"{_file(first)} and {_file(next)} were exported from different networks or in different dtypes;"
+                " export the pair again"
+            )
+        if first.device != next.device:
+            raise WanlabError(
+                f"{_file(first)} runs on {first.device}, {_file(next)} on {next.device}; open both alike"
+            )
+        self.source, self.result = half.source, half.result
+        self.name, self.device = f"{next.name}-streamed", next.device
+        self.metadata = {name: value for name, value in next.metadata.items() if name != "step"}
+        self.size_bytes = first.size_bytes + next.size_bytes
+        self.load_ms = first.load_ms + next.load_ms
+        self.path = getattr(first, "path", None)
+        self._later = next.inputs[self.source][1][2], next.outputs[self.result][1][2]
+        self.inputs: dict[str, TensorType] = {self.source: _whole(first.inputs[self.source], half.source)}
+        self.outputs: dict[str, TensorType] = {self.result: _whole(first.outputs[self.result], half.result)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.first!r}, {self.next!r})"
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run over a whole clip; see `Engine.run`.
+
+        Args:
+            feeds: `latents` `[B, C, 1 + k, H', W']`, not normalised, or `video` `[B, 3, 1 + 4 k, H, W]` in [-1, 1].
+
+        Returns:
+            `video` in [-1, 1], or `moments`, on `device`.
+
+        Raises:
+            WanlabError: another input, or a size that does not come out even.
+        """
+        if set(feeds) != {self.source}:
+            raise WanlabError(
+                f"{self.component} takes {self.source!r}; {', '.join(feeds) or 'nothing'} was given"
+            )
+        source = torch.as_tensor(feeds[self.source])
+        chunks = self._chunks(source)
+        made = self.first.run({self.source: source[:, :, :1]})
+        frame = made.pop(self.result)
+        whole = frame.new_empty((*frame.shape[:2], 1 + self._later[1] * chunks, *frame.shape[3:]))
+        whole[:, :, :1] = frame
+        for index in range(chunks):
+            start = 1 + self._later[0] * index
+            given = {f"{PAST}{name}": made.pop(f"{PRESENT}{name}") for name in self.caches}
+            given[self.source] = source[:, :, start : start + self._later[0]]
+            made = self.next.run(given)
+            start = 1 + self._later[1] * index
+            whole[:, :, start : start + self._later[1]] = made.pop(self.result)
+        return {self.result: whole}
+
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        stream: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Callable[[], None]:
+        """A call over memory that stays where it is; see `Engine.bind`.
+
+        The caches are allocated here, twice: one set is read while the other is written.
+        """
+        if cuda_graph:
+            raise WanlabError(
+                f"{self.name} runs a clip as many calls, which one CUDA graph does not hold; leave it out"
+            )
+        source, whole = _named(inputs, self.source), _named(outputs, self.result)
+        chunks = self._chunks(source)
+        frames = 1 + self._later[1] * chunks
+        if whole.shape[2] != frames:
+            raise WanlabError(
+                f"{self.result!r} has memory for {whole.shape[2]} frames, this clip gives {frames}"
+            )
+        where = nullcontext()
+        if self.device.type == "cuda":
+            caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
+            where, stream = torch.cuda.stream(caller), caller.cuda_stream
+        sets = [self._empty_caches(source) for _ in range(min(1 + chunks, 2))]
+        taken, given = source[:, :, :1].contiguous(), torch.empty_like(whole[:, :, :1].contiguous())
+        written = {f"{PRESENT}{name}": cache for name, cache in sets[0].items()}
+        first = self.first.bind({self.source: taken}, {self.result: given} | written, stream=stream)
+        calls = [(first, taken, given)]
+        if chunks:
+            taken = source[:, :, 1 : 1 + self._later[0]].contiguous()
+            given = torch.empty_like(whole[:, :, 1 : 1 + self._later[1]].contiguous())
+        for turn in range(min(chunks, 2)):
+            read = {f"{PAST}{name}": cache for name, cache in sets[turn].items()}
+            written = {f"{PRESENT}{name}": cache for name, cache in sets[1 - turn].items()}
+            call = self.next.bind({self.source: taken} | read, {self.result: given} | written, stream=stream)
+            calls.append((call, taken, given))
+
+        def run() -> None:
+            with where:
+                at_source = at_result = 0
+                for index in range(1 + chunks):
+                    call, taken, given = calls[2 - index % 2 if index else 0]
+                    taken.copy_(source[:, :, at_source : at_source + taken.shape[2]])
+                    call()
+                    whole[:, :, at_result : at_result + given.shape[2]] = given
+                    at_source, at_result = at_source + taken.shape[2], at_result + given.shape[2]
+
+        return run
+
+    def _chunks(self, source: torch.Tensor) -> int:
+        """How many chunks follow the first."""
+        frames, step = source.shape[2] if source.ndim == 5 else 0, self._later[0]
+        if frames < 1 or (frames - 1) % step:
+            wanted = "1 or more frames" if step == 1 else f"{step}k + 1 frames"
+            raise WanlabError(f"{self.source!r} is {list(source.shape)}; give [B, C, T, H, W] with {wanted}")
+        return (frames - 1) // step
+
+    def _empty_caches(self, source: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Memory for what the convolutions have seen, at the size that `source` asks for."""
+        own = self.next.inputs[self.source][1]
+        sizes = {
+            _factor(axis)[1]: size / _factor(axis)[0] for axis, size in zip(own, source.shape, strict=True)
+        }
+        caches = {}
+        for name in self.caches:
+            dtype, axes = self.next.inputs[f"{PAST}{name}"]
+            factors = [_factor(axis) for axis in axes]
+            shape = [round(times * sizes[symbol]) if symbol else times for times, symbol in factors]
+            caches[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        return caches
+
+
+class StreamedDecoder(Streamed):
+    """The VAE's decoder chunk by chunk: `{"latents"}` to `{"video"}`, as the engine of `vae_decoder`."""
+
+    component = "vae_decoder"
+
+
+class StreamedEncoder(Streamed):
+    """The VAE's encoder chunk by chunk: `{"video"}` to `{"moments"}`, as the engine of `vae_encoder`."""
+
+    component = "vae_encoder"
+
+
+def open_streamed_decoder(folder: str | os.PathLike, **options) -> StreamedDecoder:
+    """The pair that `export_streamed` wrote for the decoder.
+
+    Args:
+        folder: holds `vae_decoder.first.onnx` and `vae_decoder.next.onnx`.
+        options: of `OrtEngine`: provider, threads and so on.
+
+    Raises:
+        WanlabError: a file is missing, or as `OrtEngine` and `StreamedDecoder`.
+    """
+    return StreamedDecoder(*_open(folder, "vae_decoder", options))
+
+
+def open_streamed_encoder(folder: str | os.PathLike, **options) -> StreamedEncoder:
+    """The pair that `export_streamed` wrote for the encoder; as `open_streamed_decoder`."""
+    return StreamedEncoder(*_open(folder, "vae_encoder", options))
+
+
+def _open(folder: str | os.PathLike, component: str, options: dict) -> list[OrtEngine]:
+    files = [half_of(component).file(folder, step) for step in STEPS]
+    for file in files:
+        if not file.is_file():
+            raise WanlabError(f"no {file.name} in {folder}; make it with wanlab.export.export_streamed")
+    return [OrtEngine(file, **options) for file in files]
+
+
+def _named(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if set(tensors) != {name}:
+        raise WanlabError(f"memory for {name!r} is needed; {', '.join(tensors) or 'nothing'} was given")
+    return tensors[name]
+
+
+def _file(engine) -> str:
+    return getattr(getattr(engine, "path", None), "name", engine.name)
+
+
+def _whole(kind: TensorType, name: str) -> TensorType:
+    """The type of a whole clip from that of its first chunk."""
+    dtype, axes = kind
+    return dtype, (*axes[:2], "frames" if name == "video" else "latent_frames", *axes[3:])
+
+
+def _factor(axis: int | str) -> tuple[int, str]:
+    """`"4*latent_height"` as 4 and the name; a fixed size as itself and no name."""
+    if isinstance(axis, int):
+        return axis, ""
+    times, _, name = axis.rpartition("*")
+    return int(times or 1), name

@@ -1,0 +1,431 @@
+"""ONNX graphs built into engines, for one GPU or several, each with its build information."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tensorrt as trt
+from tqdm.auto import tqdm
+
+from wanlab import __version__, measure
+from wanlab.core.digests import file_sha256
+from wanlab.core.errors import WanlabError
+from wanlab.engines.tensorrt import receipt as receipts
+from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
+from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
+from wanlab.engines.tensorrt.receipt import EngineReceipt, receipts_frame
+from wanlab.engines.tensorrt.runtime import Kind, Message, Runtime, open_runtime
+
+LAYERS, TENSORS, ENGINE = "Layers", "I/O Tensors", "Engine Metadata"
+TEXTS = (
+    "Name",
+    "LayerType",
+    "TacticName",
+    "Datatype",
+    "Format",
+    "Metadata",
+)  # even where they look like numbers
+_TOKEN = re.compile(r"([A-Z][\w/ ]*): ")
+
+
+def layers_from_log(messages: Sequence[Message]) -> dict[str, Any] | None:
+    """Layer information that a builder logged, as its inspector would give it; None where there is none.
+
+    Returns:
+        `"Layers"`: list of dicts (Name, LayerType, Inputs, Constants, Outputs, TacticName, StreamId, Metadata);
+        `"I/O Tensors"`: list of dicts; `"Engine Metadata"`: dict; `"Source"`: `"builder log"`. Free axes are -1.
+    """
+    text = next((text for _, text in reversed(messages) if text.startswith(f"{LAYERS}:\n")), None)
+    if text is None:
+        return None
+    sections: dict[str, list[str]] = {LAYERS: [], TENSORS: [], ENGINE: []}
+    section = LAYERS
+    for line in text.splitlines()[1:]:
+        if line.rstrip(":") in sections and line.endswith(":"):
+            section = line.rstrip(":")
+        elif line.strip():
+            sections[section].append(line.lstrip())  # an empty last field ends in its blank
+    engine = dict(line.split(": ", 1) for line in sections[ENGINE] if ": " in line)
+    return {
+        LAYERS: [parse_line(line) for line in sections[LAYERS]],
+        TENSORS: [parse_line(line) for line in sections[TENSORS]],
+        ENGINE: engine,
+        "Source": "builder log",
+    }
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """One layer or tensor: `Name: a, Inputs: [ { Name: b, Dimensions: [1,-1] }], Metadata: c`."""
+    value, end = _fields(line, 0)
+    if end != len(line):
+        raise ValueError(f"cannot read {line[end : end + 60]!r}")
+    return value
+
+
+def _fields(text: str, at: int) -> tuple[dict[str, Any], int]:
+    """`Key: value, Key: value`, until a closing brace or the end."""
+    found: dict[str, Any] = {}
+    while match := _TOKEN.match(text, at):
+        key = match[1]
+        found[key], at = _value(text, match.end(), key)
+        if text.startswith(", ", at):
+            at += 2
+    return found, at
+
+
+def _value(text: str, at: int, key: str) -> tuple[Any, int]:
+    if text.startswith("[ {", at):
+        items, at = [], at + 2
+        while text.startswith("{", at):
+            item, at = _fields(text, at + 2)
+            items.append(item)
+            at = _skip(text, at, (" }", "}"))
+            at = _skip(text, at, (", ",))
+        return items, _skip(text, at, ("]", " ]"))
+    if key != "Metadata" and (match := re.compile(r"\[([-\d, ]*)\]").match(text, at)):
+        numbers = [int(number) for number in match[1].split(",") if number.strip()]
+        return numbers, match.end()
+    # Names may hold anything but this: the next key after a comma, or the end of the item.
+    end = re.compile(r", (?=[A-Z][\w/ ]*: )| }|$").search(text, at)
+    stop = len(text) if key == "Metadata" or end is None else end.start()
+    word = text[at:stop]
+    if key not in TEXTS and re.fullmatch(r"-?\d+", word):
+        return int(word), stop
+    return {"true": True, "false": False}.get(word, word), stop
+
+
+def _skip(text: str, at: int, choices: tuple[str, ...]) -> int:
+    return next((at + len(choice) for choice in choices if text.startswith(choice, at)), at)
+
+
+def count_types(information: dict[str, Any]) -> dict[str, int]:
+    """Layer type -> how many, most first; of layers that only name themselves, nothing."""
+    layers = [layer for layer in information.get(LAYERS, ()) if isinstance(layer, dict)]
+    return dict(Counter(layer.get("LayerType", "") for layer in layers).most_common())
+
+
+def count_datatypes(information: dict[str, Any]) -> dict[str, int]:
+    """Datatypes of a layer's inputs, e.g. `"Int8"` or `"Float+Half"` -> how many layers read these, most first."""
+    counts: Counter[str] = Counter()
+    for layer in information.get(LAYERS, ()):
+        inputs = layer.get("Inputs") if isinstance(layer, dict) else None
+        kinds = {entry.get("Datatype", "") for entry in inputs or () if isinstance(entry, dict)} - {""}
+        if kinds:
+            counts["+".join(sorted(kinds))] += 1
+    return dict(counts.most_common())
+
+
+def layers_path(engine: str | os.PathLike) -> Path:
+    """Where the layer information of an engine lies."""
+    return Path(f"{os.fspath(engine)}.layers.json")
+
+
+def write_layers(engine: str | os.PathLike, information: dict[str, Any]) -> Path:
+    """Write layer information beside its engine."""
+    path = layers_path(engine)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(information), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def inspect_plan(runtime: Runtime, plan: Any) -> dict[str, Any] | None:
+    """Open a serialised engine for a look; None where it cannot be opened here.
+
+    Args:
+        plan: bytes, or what the builder gave.
+    """
+    opener: trt.Runtime | None = runtime.module.Runtime(runtime.logger)
+    engine = opener.deserialize_cuda_engine(plan) if opener else None
+    return None if engine is None else inspect_engine(runtime, engine)
+
+
+def inspect_engine(
+    runtime: Runtime, engine: trt.ICudaEngine, context: trt.IExecutionContext | None = None
+) -> dict[str, Any] | None:
+    """What the inspector says, as a dict with `"Layers"`; None where it says nothing that can be read.
+
+    Args:
+        context: with its input shapes set, tells the shapes of free axes too.
+    """
+    inspector = engine.create_engine_inspector()
+    if context is not None:
+        inspector.execution_context = context
+    try:
+        found = json.loads(
+            inspector.get_engine_information(runtime.module.LayerInformationFormat.JSON), strict=False
+        )
+    except ValueError:
+        return None
+    return found | {"Source": "inspector"} if isinstance(found, dict) and found.get(LAYERS) else None
+
+
+def build_tensorrt(
+    onnx_path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str] | None = None,
+    *,
+    profile: PixelProfile | Mapping[str, Range] | None = None,
+    workspace_gib: float | None = None,
+    level: int | None = None,
+    tf32: bool = True,
+    timing_cache: str | os.PathLike[str] | None = None,
+    compute_capabilities: Sequence[str] | None = None,
+    kind: Kind | None = None,
+    reuse: bool = True,
+    progress: bool = True,
+) -> EngineReceipt:
+    """Build an engine from an ONNX graph; engine and receipt appear only when all went well.
+
+    The network is strongly typed: it computes in the types that the graph says, quantised where the graph has
+    QuantizeLinear and DequantizeLinear. TensorRT for RTX builds ahead of time for a list of GPUs and needs none;
+    TensorRT builds for the GPU of this machine and times its kernels on it.
+
+    Args:
+        onnx_path: from `wanlab.export.export` or `wanlab.precision.quantize`; weights beside it are found.
+        engine_path: None takes `<graph>.engine` beside the graph. Beside the engine come `<engine>.json`, the
+            receipt, and `<engine>.layers.json`, what the builder made of each layer.
+        profile: sizes to build for, in pixels, or as shapes of the inputs; None takes sizes around the model's clip.
+            A graph of fixed sizes needs none.
+        workspace_gib: most device memory for a layer's scratch; None sets no limit.
+        level: builder optimisation level, 0 to 5; None takes TensorRT's own.
+        tf32: let float32 products use TF32 where the GPU has it, which TensorRT does by default.
+        timing_cache: file that kernel timings are taken from and added to; TensorRT only.
+        compute_capabilities: for TensorRT for RTX, e.g. `["8.6", "12.0"]`; None takes 8.6, 8.9 and 12.0.
+        kind: `"tensorrt"` or `"tensorrt-rtx"`; None as in `open_runtime`.
+        reuse: keep an engine that was built from the same graph, shapes, settings and version for the same GPUs.
+        progress: show a bar while the builder works.
+
+    Raises:
+        WanlabError: TensorRT is not installed, the parser or the builder refuses the graph (with the node's name),
+            the profile does not fit the graph, or a setting makes no sense.
+    """
+    runtime, source = open_runtime(kind), read_source(onnx_path)
+    path = Path(engine_path) if engine_path else source.path.with_suffix(".engine")
+    if path.suffix not in (".engine", ".plan"):
+        raise WanlabError(f"{path} does not end in .engine; give the file to write, e.g. {path.stem}.engine")
+    if level is not None and not 0 <= level <= 5:
+        raise WanlabError(f"level is {level}; give 0 (fastest build) to 5 (longest search)")
+    if workspace_gib is not None and workspace_gib <= 0:
+        raise WanlabError(f"workspace_gib is {workspace_gib}; give more than 0, or None for no limit")
+    if timing_cache is not None and runtime.builds_ahead:
+        raise WanlabError(f"{runtime.name} times nothing while it builds; leave timing_cache out")
+    shapes = network_shapes(source, profile)
+    targets, gpu = target_gpus(runtime, compute_capabilities)
+    settings = {"level": level, "workspace_gib": workspace_gib, "tf32": tf32}
+    key = receipts.build_key(
+        {
+            "graph": source.graph_sha256,
+            "shapes": shapes.inputs,
+            "settings": settings,
+            "runtime": [runtime.kind, runtime.version],
+            "targets": targets,
+            "gpu": gpu,
+        }
+    )
+    if reuse and (known := receipts.kept(path, key)) is not None:
+        return replace(known, cached=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    begin = time.perf_counter()
+    with runtime.messages() as log, measure.peak_memory("cpu") as memory:
+        plan = make_plan(runtime, source, shapes, targets, settings, timing_cache, log, progress)
+        time_ms = (time.perf_counter() - begin) * 1e3
+        try:
+            draft.write_bytes(plan)
+            made = EngineReceipt(
+                path=str(path),
+                key=key,
+                model=source.metadata.get("model", ""),
+                component=source.metadata.get("component", ""),
+                graph=os.path.relpath(source.path, path.parent),
+                graph_sha256=source.graph_sha256,
+                file_sha256=source.file_sha256,
+                engine_sha256=file_sha256(draft),
+                numbers=source.numbers,
+                kind=runtime.kind,
+                version=runtime.version,
+                compute_capabilities=targets,
+                gpu=gpu,
+                inputs=source.inputs,
+                outputs=source.outputs,
+                clips=shapes.clips,
+                shapes=shapes.inputs,
+                settings=settings,
+                size_bytes=draft.stat().st_size,
+                graph_bytes=source.size_bytes,
+                **_layers(runtime, path, plan, log),
+                activation_bytes=_logged_bytes(log, "Total Activation Memory"),
+                weights_bytes=_logged_bytes(log, "Total Weights Memory"),
+                time_ms=time_ms,
+                peak_host_gib=0.0,
+                log=tuple((severity, text) for severity, text in log if severity != "VERBOSE"),
+                notes=shapes.notes,
+                metadata=source.metadata,
+                wanlab_version=_wanlab_version(),
+            )
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    made = replace(made, peak_host_gib=memory.increase_gib)
+    receipts.write_receipt(made)
+    return made
+
+
+def _layers(runtime: Runtime, path: Path, plan: Any, log: list[Message]) -> dict[str, Any]:
+    """Layer information beside the engine: from its inspector where a GPU can open it, else from the log."""
+    found = None if runtime.builds_ahead else inspect_plan(runtime, plan)
+    found = found or layers_from_log(log)
+    if found is None:
+        return {
+            "layers": {},
+            "datatypes": {},
+            "layers_source": f"none: {runtime.last_error(log) or 'the builder logged no layers'}",
+        }
+    write_layers(path, found)
+    counts = {"layers": count_types(found), "datatypes": count_datatypes(found)}
+    return counts | {"layers_source": found["Source"]}
+
+
+def _logged_bytes(log: Sequence[Message], what: str) -> int | None:
+    pattern = re.compile(rf"{what}: (\d+) bytes")
+    found = [int(match[1]) for _, text in log if (match := pattern.search(text))]
+    return max(found, default=None)
+
+
+def _wanlab_version() -> str:
+    return __version__
+
+
+REFUSED = ["component", "numbers", "capability", "node", "operator", "reason"]
+
+
+@dataclass(frozen=True, eq=False)
+class EngineBuilds:
+    """What came of several builds.
+
+    Attributes:
+        runtime: name and version of the TensorRT that built.
+        receipts: of the engines, in the order of the graphs.
+        refused: a row per graph and GPU that it cannot be built for: component, numbers, capability, node, operator,
+            reason.
+    """
+
+    runtime: str
+    receipts: tuple[EngineReceipt, ...]
+    refused: pd.DataFrame
+
+    def frame(self) -> pd.DataFrame:
+        """One row per engine, the columns of `EngineReceipt.row`."""
+        return receipts_frame(list(self.receipts))
+
+    def refusals(self) -> pd.DataFrame:
+        """`refused` for the eye: a row per graph and reason, its capabilities joined, layer and operator in one."""
+        columns = ["component", "numbers", "capability", "layer", "reason"]
+        shown = self.refused.assign(
+            layer=[
+                f"{node.partition('/')[0]} ({operator})" if node else ""
+                for node, operator in zip(self.refused["node"], self.refused["operator"], strict=True)
+            ]
+        )
+        keys = [name for name in columns if name != "capability"]
+        rows = [
+            dict(zip(keys, values, strict=True)) | {"capability": ", ".join(group["capability"])}
+            for values, group in shown.groupby(keys, sort=False)
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    def warnings(self) -> pd.DataFrame:
+        """What the builder warned of: warning, engines (those that it was said of)."""
+        said: dict[str, list[str]] = {}
+        for receipt in self.receipts:
+            for text in receipt.warnings:
+                said.setdefault(text, []).append(Path(receipt.path).name)
+        rows = [{"warning": text, "engines": ", ".join(names)} for text, names in said.items()]
+        return pd.DataFrame(rows, columns=["warning", "engines"])
+
+    def receipts_table(self) -> pd.DataFrame:
+        """What each engine is bound to: engine, input, min, opt, max (its shapes), graph and key (hashes, shortened)."""
+        rows = [
+            {"engine": Path(receipt.path).name, "input": name}
+            | {end: "x".join(map(str, shape)) for end, shape in zip(ENDS, shapes, strict=True)}
+            | {"graph": receipt.graph_sha256[:12], "key": receipt.key[:12]}
+            for receipt in self.receipts
+            for name, shapes in receipt.shapes.items()
+        ]
+        return pd.DataFrame(rows, columns=["engine", "input", *ENDS, "graph", "key"])
+
+    def records(self) -> list[dict[str, Any]]:
+        """The receipts ready for JSON, as `EngineReceipt.record`; `51_platforms` reads them."""
+        return [receipt.record() for receipt in self.receipts]
+
+    @property
+    def notes(self) -> list[str]:
+        """Of all engines, each once."""
+        return list(dict.fromkeys(note for receipt in self.receipts for note in receipt.notes))
+
+
+def build_engines(
+    graphs: Sequence[str | os.PathLike[str]],
+    *,
+    compute_capabilities: Sequence[str] | None = None,
+    kind: Kind | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> EngineBuilds:
+    """Build every graph for as many of the GPUs as take it; what is refused is a row, not an error.
+
+    Args:
+        graphs: ONNX files; each engine comes to lie beside its graph.
+        compute_capabilities: for TensorRT for RTX; TensorRT builds for the GPU of this machine whatever is given.
+        kind, settings: as in `build_tensorrt`.
+        progress: show a bar over the graphs, and one for each build.
+
+    Raises:
+        WanlabError: as `build_tensorrt`, but for a builder that refuses.
+    """
+    runtime = open_runtime(kind)
+    receipts: list[EngineReceipt] = []
+    refused: list[dict[str, str]] = []
+    for graph in tqdm(list(graphs), desc="engines", unit="engine", leave=False, disable=not progress):
+        source = read_source(graph)
+        left = list(target_gpus(runtime, compute_capabilities if runtime.builds_ahead else None)[0])
+        while left:
+            try:
+                wanted = left if runtime.builds_ahead else None
+                receipts.append(
+                    build_tensorrt(
+                        graph,
+                        compute_capabilities=wanted,
+                        kind=runtime.kind,
+                        progress=progress,
+                        **settings,
+                    )
+                )
+                break
+            except Refused as error:
+                found = error.refusal
+                # Without a name among them it is all of them.
+                named = [target for target in left if target in found.targets] or list(left)
+                for target in named:
+                    left.remove(target)
+                    refused.append(
+                        {
+                            "component": source.metadata.get("component") or Path(graph).stem,
+                            "numbers": source.numbers,
+                            "capability": target,
+                            "node": found.node,
+                            "operator": found.operator,
+                            "reason": found.reason,
+                        }
+                    )
+    return EngineBuilds(runtime.name, tuple(receipts), pd.DataFrame(refused, columns=REFUSED))

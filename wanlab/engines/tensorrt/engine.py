@@ -1,0 +1,412 @@
+"""TensorRT as an engine, on the GPU that it was built for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tensorrt as trt
+import torch
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.base import TensorType, check_bound
+from wanlab.engines.component_bench import bench_components
+from wanlab.engines.parity import parity
+from wanlab.engines.tensorrt.build import inspect_engine
+from wanlab.engines.tensorrt.receipt import EngineReceipt, check_receipt, read_receipt
+from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
+
+SPECIALIZATIONS = ("lazy", "eager", "none")
+
+
+def deserialize(runtime: Runtime, path: Path) -> trt.ICudaEngine:
+    """Open an engine file.
+
+    Raises:
+        WanlabError: the GPU or its driver cannot run it, or the file is broken; in TensorRT's words.
+    """
+    plan = path.read_bytes()
+    with runtime.messages() as log:
+        opener = runtime.module.Runtime(runtime.logger)
+        if not opener:
+            raise WanlabError(
+                f"{runtime.name} cannot run here: {runtime.last_error(log) or 'no GPU is seen'}"
+            )
+        wrong = _invalidity(runtime, opener, plan)
+        engine = None if wrong else opener.deserialize_cuda_engine(plan)
+    if engine is None:
+        reason = "; ".join(part for part in (wrong, runtime.last_error(log)) if part)
+        raise WanlabError(f"{runtime.name} cannot open {path.name}: {reason or 'no reason given'}")
+    return engine
+
+
+def _invalidity(runtime: Runtime, opener: Any, plan: bytes) -> str:
+    """Why TensorRT for RTX calls an engine invalid on this GPU; empty when it does not."""
+    if not hasattr(opener, "get_engine_validity"):
+        return ""
+    verdict, bits = opener.get_engine_validity(plan)
+    module = runtime.module
+    if verdict != module.EngineValidity.INVALID:
+        return ""
+    causes = module.EngineInvalidityDiagnostics.__members__.items()
+    named = [name.lower().replace("_", " ") for name, value in causes if int(value) & int(bits)]
+    return ", ".join(named) or "not valid on this machine"
+
+
+def runtime_settings(
+    runtime: Runtime,
+    engine: trt.ICudaEngine,
+    cache: str | os.PathLike[str] | None,
+    specialization: str,
+    device_cuda_graphs: bool,
+) -> Any:
+    """The `IRuntimeConfig` of TensorRT for RTX, with its runtime cache; None for TensorRT, which has none of this.
+
+    Raises:
+        WanlabError: a setting that the runtime does not have.
+    """
+    if specialization not in SPECIALIZATIONS:
+        raise WanlabError(
+            f"unknown specialization {specialization!r}{did_you_mean(specialization, SPECIALIZATIONS)};"
+            f" give {', '.join(SPECIALIZATIONS)}"
+        )
+    if not runtime.builds_ahead:
+        if cache is not None:
+            raise WanlabError(f"{runtime.name} has no runtime cache; leave runtime_cache out")
+        return None
+    module = runtime.module
+    settings: Any = engine.create_runtime_config()  # more than the stubs of TensorRT 10 know
+    strategies = module.DynamicShapesKernelSpecializationStrategy
+    settings.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, specialization.upper())
+    graphs = module.CudaGraphStrategy
+    settings.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if device_cuda_graphs else graphs.DISABLED
+    kernels = settings.create_runtime_cache()
+    if cache is not None and Path(cache).is_file():
+        kernels.deserialize(
+            Path(cache).read_bytes()
+        )  # one of another GPU or driver is left aside by TensorRT
+    settings.set_runtime_cache(kernels)
+    return settings
+
+
+# TensorRT's DataType -> name in torch.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+}
+
+
+class TensorRTEngine:
+    """One engine file, opened on a GPU.
+
+    Attributes:
+        name: `"tensorrt"` or `"tensorrt-rtx"`. receipt: of its build.
+        inputs, outputs, metadata, size_bytes, load_ms, device: see `wanlab.engines.base.Engine`.
+    """
+
+    name: str
+    device: torch.device
+    inputs: Mapping[str, TensorType]
+    outputs: Mapping[str, TensorType]
+    metadata: Mapping[str, str]
+    size_bytes: int
+    load_ms: float
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cuda",
+        runtime_cache: str | os.PathLike[str] | None = None,
+        specialization: str = "lazy",
+        device_cuda_graphs: bool = False,
+    ) -> None:
+        """Open an engine.
+
+        Args:
+            path: `.engine` file from `wanlab.engines.build_tensorrt`, with its receipt beside it.
+            device: the GPU.
+            runtime_cache: file of kernels that TensorRT for RTX compiled for this GPU, read if it is there;
+                `save_runtime_cache` writes it.
+            specialization: of kernels to the shapes that are run, TensorRT for RTX: `"lazy"` (in the background),
+                `"eager"` (before the first run of a shape) or `"none"`.
+            device_cuda_graphs: let TensorRT for RTX capture and replay its own CUDA graphs.
+
+        Raises:
+            WanlabError: no GPU, a stale or foreign engine, or one that this GPU or driver cannot run; says why.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise WanlabError(f"no engine at {self.path}; build it with wanlab.engines.build_tensorrt")
+        self.receipt = read_receipt(self.path)
+        if not torch.cuda.is_available():
+            raise WanlabError(
+                f"{self.path.name} runs on compute capability {', '.join(self.receipt.compute_capabilities)} and"
+                " PyTorch sees no GPU; run the ONNX graph with wanlab.engines.OrtEngine instead"
+            )
+        self.device = torch.device(device)
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._runtime = open_runtime(self.receipt.kind)
+        major, minor = torch.cuda.get_device_capability(self.device)
+        check_receipt(
+            self.receipt,
+            kind=self._runtime.kind,
+            version=self._runtime.version,
+            capability=f"{major}.{minor}",
+            gpu=torch.cuda.get_device_name(self.device),
+        )
+        self.name, self.metadata = self.receipt.kind, dict(self.receipt.metadata)
+        self.size_bytes = self.receipt.size_bytes
+        begin = time.perf_counter()
+        with torch.cuda.device(self.device):
+            self._engine = deserialize(self._runtime, self.path)
+            self._settings = runtime_settings(
+                self._runtime, self._engine, runtime_cache, specialization, device_cuda_graphs
+            )
+            self._context: trt.IExecutionContext | None = self._new_context()
+            self._stream = torch.cuda.Stream(self.device)  # on the default one TensorRT waits for the device
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+        self.inputs, self.outputs = self._types()
+
+    def __repr__(self) -> str:
+        return f"TensorRTEngine({self.path.name!r}, {self._runtime.name}, device={str(self.device)!r})"
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run once, after what the current stream has to do and before what it gets; inputs are cast and moved.
+
+        Returns:
+            Output name -> new tensor on `device`.
+
+        Raises:
+            WanlabError: an unknown or missing input, or a shape that the engine was not built for.
+        """
+        for name in feeds:
+            if name not in self.inputs:
+                raise WanlabError(
+                    f"{self.path.name} has no input {name!r}{did_you_mean(name, self.inputs)};"
+                    f" it takes {', '.join(self.inputs)}"
+                )
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise WanlabError(f"{self.path.name} misses input {', '.join(map(repr, missing))}")
+        given = {
+            name: _aligned(torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)))
+            for name, (dtype, _) in self.inputs.items()
+        }
+        context = self._context = self._context or self._new_context()
+        shapes = self._set_shapes(context, {name: tuple(t.shape) for name, t in given.items()})
+        made = {
+            name: torch.empty(shape, dtype=getattr(torch, self.outputs[name][0]), device=self.device)
+            for name, shape in shapes.items()
+        }
+        self._set_addresses(context, given | made)
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        self._enqueue(context, self._stream.cuda_stream)
+        caller.wait_stream(self._stream)
+        for tensor in (*given.values(), *made.values()):  # whose memory may be freed and used again meanwhile
+            tensor.record_stream(self._stream)
+        return made
+
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        stream: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Callable[[], None]:
+        """A call that enqueues the engine over memory that stays where it is; see `Engine.bind`.
+
+        Every bound call has a context of its own, as a context holds one set of shapes and addresses.
+        """
+        for kinds, tensors in ((self.inputs, inputs), (self.outputs, outputs)):
+            check_bound(self.path.name, kinds, tensors, "cuda")
+        self._context = None  # a context holds all the memory of its activations; `run` makes its own anew
+        context = self._new_context()
+        shapes = self._set_shapes(context, {name: tuple(inputs[name].shape) for name in self.inputs})
+        for name, shape in shapes.items():
+            if tuple(outputs[name].shape) != shape:
+                raise WanlabError(
+                    f"{name!r} of {self.path.name} is {list(shape)} for these inputs;"
+                    f" memory for {list(outputs[name].shape)} was given"
+                )
+        memory = dict(inputs) | dict(outputs)
+        self._set_addresses(context, {name: memory[name] for name in (*self.inputs, *self.outputs)})
+        where = (
+            torch.cuda.current_stream(self.device)
+            if stream is None
+            else torch.cuda.ExternalStream(stream, device=self.device)
+        )
+        handle = where.cuda_stream
+
+        # The context holds addresses only: the tensors have to live as long as the call.
+        def enqueue(_memory: Any = memory) -> None:
+            self._enqueue(context, handle)
+
+        if not cuda_graph:
+            return enqueue
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(handle):
+            raise WanlabError(f"{self.path.name} cannot be captured for these shapes; leave cuda_graph out")
+        for _ in range(3):  # kernels are compiled and shapes are inferred on the first calls
+            enqueue()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # TensorRT for RTX compiles in threads of its own, which may allocate meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._enqueue(context, torch.cuda.current_stream(self.device).cuda_stream)
+
+        def replay(_memory: Any = memory, _context: Any = context) -> None:
+            with torch.cuda.stream(where):
+                graph.replay()
+
+        return replay
+
+    def layers(self) -> dict[str, Any] | None:
+        """What the engine's inspector says of its layers, as a dict with `"Layers"`."""
+        return inspect_engine(self._runtime, self._engine)
+
+    def save_runtime_cache(self, path: str | os.PathLike[str]) -> Path:
+        """Write the kernels that TensorRT for RTX compiled for this GPU, so that the next start has them.
+
+        Raises:
+            WanlabError: TensorRT itself, which compiles everything when it builds.
+        """
+        if self._settings is None:
+            raise WanlabError(f"{self._runtime.name} has no runtime cache; an engine holds all its kernels")
+        target = Path(path)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        draft.write_bytes(self._settings.get_runtime_cache().serialize())
+        os.replace(draft, target)
+        return target
+
+    def _new_context(self) -> trt.IExecutionContext:
+        if self._settings is None:
+            context = self._engine.create_execution_context()
+        else:
+            context = self._engine.create_execution_context(self._settings)
+        if context is None:
+            raise WanlabError(f"{self.path.name} cannot be set up to run: {self._runtime.last_error()}")
+        return context
+
+    def _types(self) -> tuple[dict[str, TensorType], dict[str, TensorType]]:
+        """Of the engine's own tensors; free axes by the names that the graph gave them."""
+        named = self.receipt.inputs | self.receipt.outputs
+        kinds: tuple[dict[str, TensorType], dict[str, TensorType]] = ({}, {})
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            shape = _sizes(self._engine.get_tensor_shape(name))
+            names = named[name][1] if name in named else tuple(f"{name}[{i}]" for i in range(len(shape)))
+            free = tuple(given if size < 0 else size for size, given in zip(shape, names, strict=True))
+            is_input = self._engine.get_tensor_mode(name).name == "INPUT"
+            dtype = DTYPES[self._engine.get_tensor_dtype(name).name]
+            kinds[0 if is_input else 1][name] = (dtype, free)
+        return kinds
+
+    def _set_shapes(
+        self, context: trt.IExecutionContext, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Set input shapes; gives those of the outputs."""
+        for name, shape in shapes.items():
+            low, _, high = self.receipt.shapes[name]
+            fits = len(shape) == len(low) and all(
+                a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
+            )
+            if not fits or not context.set_input_shape(name, shape):
+                raise WanlabError(
+                    f"input {name!r} of {self.path.name} is {list(shape)}; it was built for {list(low)} to"
+                    f" {list(high)}: build it with a profile that holds yours"
+                )
+        unknown = context.infer_shapes()
+        if unknown:
+            raise WanlabError(f"{self.path.name} does not know the shape of {', '.join(unknown)}")
+        return {name: _sizes(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def _set_addresses(self, context: trt.IExecutionContext, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise WanlabError(f"{self.path.name} refuses the memory given for {name!r}")
+
+    def _enqueue(self, context: trt.IExecutionContext, stream: int) -> None:
+        if not context.execute_async_v3(stream):
+            raise WanlabError(f"{self.path.name} failed: {self._runtime.last_error() or 'no reason given'}")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, at an address that TensorRT takes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 256 == 0 else tensor.clone()
+
+
+def _sizes(dims: trt.Dims) -> tuple[int, ...]:
+    return tuple(dims[axis] for axis in range(len(dims)))
+
+
+COLUMNS = ["component", "numbers", "executed", "reason", "clip", "relative_l2"]
+
+
+def try_engines(
+    model: Any,
+    receipts: Sequence[EngineReceipt],
+    *,
+    iterations: int = 10,
+    duration_ms: float = 1000.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Open every engine, compare it with PyTorch at the clip it was optimised for, and benchmark both.
+
+    Args:
+        model: from `wanlab.models.load`, eager, on the GPU where there is one.
+        receipts: from `build_tensorrt` or `build_engines`.
+        iterations, duration_ms: as in `measure.bench`. seed: of the inputs.
+
+    Returns:
+        A row per engine: component, numbers, executed (bool), reason (why it was not), clip, relative_l2; and for those
+        that were, the columns of `measure.bench_table` against eager PyTorch.
+    """
+    rows: list[dict[str, Any]] = []
+    for receipt in receipts:
+        row: dict[str, Any] = {"component": receipt.component, "numbers": receipt.numbers}
+        rows.append(row)
+        if not torch.cuda.is_available():
+            targets = ", ".join(receipt.compute_capabilities)
+            row |= {
+                "executed": False,
+                "reason": f"no GPU is seen here; it runs on compute capability {targets}",
+            }
+            continue
+        try:
+            engine = TensorRTEngine(receipt.path)
+        except WanlabError as error:
+            row |= {"executed": False, "reason": str(error)}
+            continue
+        clip = receipt.clip()
+        compared = parity(model, receipt.component, engine, shapes=[clip], seed=seed)
+        size = {name: getattr(clip, name) for name in ("batch", "height", "width", "frames", "text_tokens")}
+        table = bench_components(
+            model,
+            {receipt.component: engine},
+            [receipt.component],
+            iterations=iterations,
+            duration_ms=duration_ms,
+            seed=seed,
+            progress=progress,
+            **size,
+        )
+        row |= {"executed": True, "reason": "", "clip": str(clip)}
+        row |= {"relative_l2": compared["relative_l2"].max()} | dict(table.iloc[-1].drop("component"))
+    frame = pd.DataFrame(rows)
+    return frame.reindex(columns=[*COLUMNS, *(name for name in frame if name not in COLUMNS)])

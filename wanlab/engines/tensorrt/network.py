@@ -1,0 +1,328 @@
+"""An ONNX graph and settings as a serialized TensorRT engine, with errors by layer name."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tensorrt as trt
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.tensorrt.profile import PixelProfile, Range, Shapes, Source, network_shapes, read_source
+from wanlab.engines.tensorrt.runtime import SEVERE, Message, Runtime, open_runtime, plain
+
+
+@contextmanager
+def monitor(runtime: Runtime, label: str, progress: bool) -> Iterator[Any]:
+    """An `IProgressMonitor` that moves a bar along the outermost phase of a build; None without progress."""
+    if not progress or not hasattr(runtime.module, "IProgressMonitor"):
+        yield None
+        return
+    base: Any = runtime.module.IProgressMonitor
+    with tqdm(desc=label, unit="step", leave=False) as bar:
+
+        class Monitor(base):
+            def __init__(self) -> None:
+                base.__init__(self)
+                self.outermost = ""
+
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                if not parent_phase:
+                    self.outermost = phase_name
+                    bar.reset(total=num_steps)
+                bar.set_postfix_str(phase_name, refresh=False)
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                if phase_name == self.outermost:
+                    bar.update(step + 1 - bar.n)
+                return True
+
+            def phase_finish(self, phase_name: str) -> None:
+                if phase_name == self.outermost:
+                    bar.update((bar.total or bar.n) - bar.n)
+
+        yield Monitor()
+
+
+_QUOTED = re.compile(r"operation '([^']+)'")
+_UNNAMED = re.compile(r"\b(\w+) operation was not supported")
+# What was seen refused, and another way to say the same.
+MENDS = {"Attention": "export with opset=20, which says it in plain operators"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why TensorRT did not take a graph.
+
+    Attributes:
+        node: of the graph, `module path/node`; empty where TensorRT names none. operator: of ONNX.
+        reason: in TensorRT's words.
+    """
+
+    node: str
+    operator: str
+    reason: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Compute capabilities that the reason names, `"7.5"` for SM75; often none."""
+        return tuple(f"{name[:-1]}.{name[-1]}" for name in re.findall(r"(?i)\bsm_?(\d{2,3})\b", self.reason))
+
+    def __str__(self) -> str:
+        at = f"{self.node} ({self.operator}): " if self.node else ""
+        mend = f"; {MENDS[self.operator]}" if self.operator in MENDS else ""
+        return f"{at}{self.reason}{mend}"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A parsed graph; builder and parser live as long as the network."""
+
+    builder: trt.Builder
+    network: trt.INetworkDefinition
+    parser: trt.OnnxParser
+
+
+def parse(runtime: Runtime, source: Source, log: Sequence[Message]) -> Network:
+    """Parse an ONNX graph into a strongly typed network; weights beside the file are found by its path.
+
+    Args:
+        log: that the runtime's messages go to meanwhile.
+
+    Raises:
+        WanlabError: a node that the parser cannot take, with its name, operator and the parser's reason.
+    """
+    module = runtime.module
+    builder: trt.Builder | None = module.Builder(runtime.logger)
+    if not builder:
+        raise WanlabError(f"{runtime.name} cannot build here: {runtime.last_error(log) or 'no GPU is seen'}")
+    # The only kind there is from TensorRT 11 on; before, a flag.
+    flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network: trt.INetworkDefinition = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser: trt.OnnxParser = module.OnnxParser(network, runtime.logger)
+    if not parser.parse_from_file(str(source.path)):
+        faults = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        first = faults[0] if faults else Refusal("", "", runtime.last_error(log) or "no reason given")
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise WanlabError(f"{runtime.name} cannot read {source.path.name}: {first}{more}")
+    let_decompose(runtime, network)
+    return Network(builder, network, parser)
+
+
+def let_decompose(runtime: Runtime, network: trt.INetworkDefinition) -> None:
+    """Let attention that no kernel computes whole be computed as products and softmax, where TensorRT can.
+
+    The parser leaves that off, and TensorRT refuses then what it has no such kernel for: ONNX's Attention in float32.
+    """
+    module: Any = runtime.module  # newer than the stubs
+    if not hasattr(module, "IAttentionInputLayer"):
+        return
+    for index in range(network.num_layers):
+        layer: Any = network.get_layer(index)
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            layer.__class__ = module.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.attention.decomposable = True
+
+
+def _parser_error(error: trt.ParserError) -> Refusal:
+    reason = " ".join(error.desc().split())
+    return Refusal(error.node_name(), error.node_operator(), reason)
+
+
+def refusal(log: Sequence[Message], operators: Mapping[str, str]) -> Refusal:
+    """What the first error of a failed build says.
+
+    Args:
+        operators: node -> operator, of the graph.
+    """
+    text = next((text for severity, text in log if severity in SEVERE), "no reason given")
+    quoted = _QUOTED.search(text)
+    names = [quoted[1]] if quoted else []
+    node = next((name for name in names if name in operators), "") or max(
+        (name for name in operators if name and name in text), key=len, default=""
+    )
+    if not node and (unnamed := _UNNAMED.search(text)):  # only its kind is said: the first of that
+        node = next((name for name, operator in operators.items() if operator == unnamed[1]), "")
+    # The name is said already.
+    reason = plain(text).replace(f"operation '{node}' ", "") if node else plain(text)
+    return Refusal(node, operators.get(node, ""), reason)
+
+
+GIB = 2**30
+CAPABILITIES = ("8.6", "8.9", "12.0")  # Ampere, Ada and Blackwell of the RTX line
+
+
+def target_gpus(runtime: Runtime, capabilities: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """Compute capabilities to build for, and the GPU's name where the engine is for this machine's.
+
+    Raises:
+        WanlabError: a capability that the runtime does not know, or a list where there is no choice.
+    """
+    if runtime.builds_ahead:
+        known = {
+            f"{name[2:-1]}.{name[-1]}": name
+            for name in runtime.module.ComputeCapability.__members__
+            if name.startswith("SM")
+        }
+        wanted = tuple(dict.fromkeys(CAPABILITIES if capabilities is None else capabilities))
+        for one in wanted:
+            if one not in known:
+                raise WanlabError(
+                    f"{runtime.name} builds for no compute capability {one!r}{did_you_mean(str(one), known)}; it"
+                    f" knows {', '.join(known)}"
+                )
+        if not wanted:
+            raise WanlabError(f"no compute capability to build for; give some of {', '.join(known)}")
+        return wanted, ""
+    if not torch.cuda.is_available():
+        raise WanlabError(
+            f"{runtime.name} builds on the GPU that will run the engine and PyTorch sees none; build ahead of time"
+            " with kind='tensorrt-rtx'"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if capabilities is not None and tuple(capabilities) != (f"{major}.{minor}",):
+        raise WanlabError(
+            f"{runtime.name} builds for the GPU of this machine; leave compute_capabilities out"
+        )
+    return (f"{major}.{minor}",), torch.cuda.get_device_name()
+
+
+class Refused(WanlabError):
+    """The builder made no engine; `refusal` says why."""
+
+    def __init__(self, text: str, refusal: Refusal) -> None:
+        super().__init__(text)
+        self.refusal = refusal
+
+
+def make_plan(
+    runtime: Runtime,
+    source: Source,
+    shapes: Shapes,
+    targets: tuple[str, ...],
+    settings: Mapping[str, Any],
+    timing_cache: str | os.PathLike[str] | None,
+    log: list[Message],
+    progress: bool,
+) -> trt.IHostMemory:
+    """The serialised engine.
+
+    Args:
+        log: that the runtime's messages go to meanwhile; the builder's details among them.
+
+    Raises:
+        WanlabError: the parser refuses the graph. Refused: the builder does.
+    """
+    parsed = parse(runtime, source, log)
+    config = _config(runtime, parsed.builder, shapes, targets, settings)
+    cache = _load_timings(config, timing_cache, log)
+    with monitor(runtime, f"build {source.path.stem}", progress) as watching:
+        if watching is not None:
+            config.progress_monitor = watching
+        plan = parsed.builder.build_serialized_network(parsed.network, config)
+    if plan is None:
+        found = refusal(log, source.operators)
+        raise Refused(
+            f"{runtime.name} cannot build {source.path.name} for compute capability {', '.join(targets)}: {found}",
+            found,
+        )
+    if cache is not None:
+        draft = Path(f"{cache}.{os.getpid()}")
+        draft.write_bytes(config.get_timing_cache().serialize())
+        os.replace(draft, cache)
+    return plan
+
+
+def _config(
+    runtime: Runtime,
+    builder: trt.Builder,
+    shapes: Shapes,
+    targets: tuple[str, ...],
+    settings: Mapping[str, Any],
+) -> trt.IBuilderConfig:
+    module = runtime.module
+    config = builder.create_builder_config()
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # layers keep their names
+    if settings["level"] is not None:
+        config.builder_optimization_level = settings["level"]
+    if settings["workspace_gib"] is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, int(settings["workspace_gib"] * GIB))
+    if not settings["tf32"]:
+        config.clear_flag(module.BuilderFlag.TF32)
+    if runtime.builds_ahead:
+        rtx: Any = config  # not in the stubs, which are of TensorRT 10
+        rtx.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(module.ComputeCapability, f"SM{target.replace('.', '')}")
+            rtx.set_compute_capability(capability, index)
+    if shapes.free:
+        optimization = builder.create_optimization_profile()
+        for name, ends in shapes.inputs.items():
+            low, best, high = (module.Dims(shape) for shape in ends)
+            optimization.set_shape(name, low, best, high)
+        if config.add_optimization_profile(optimization) < 0:
+            raise WanlabError(f"{runtime.name} refuses the profile {shapes.inputs}")
+    return config
+
+
+def _load_timings(
+    config: trt.IBuilderConfig, file: str | os.PathLike[str] | None, log: list[Message]
+) -> Path | None:
+    if file is None:
+        return None
+    path = Path(file)
+    known = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), False):
+        log.append(("WARNING", f"{path} holds timings of another GPU or version; it is written anew"))
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    return path
+
+
+def buildable(
+    onnx_path: str | os.PathLike[str],
+    capabilities: Sequence[str] = ("7.5", "8.0", *CAPABILITIES, "12.1"),
+    *,
+    profile: PixelProfile | Mapping[str, Range] | None = None,
+    level: int | None = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Try which GPUs TensorRT for RTX builds a graph for; nothing is written and nothing is run.
+
+    Args:
+        capabilities: compute capabilities, each built for alone.
+        profile, level: as in `build_tensorrt`.
+
+    Returns:
+        A row per capability: capability, built (bool), time_ms, size_bytes (of the engine), node, operator, reason
+        (of the first node that was refused; empty when it was built).
+
+    Raises:
+        WanlabError: as `build_tensorrt`, but for a builder that refuses.
+    """
+    runtime, source = open_runtime("tensorrt-rtx"), read_source(onnx_path)
+    shapes = network_shapes(source, profile)
+    settings: dict[str, Any] = {"level": level, "workspace_gib": None, "tf32": True}
+    rows = []
+    for target in target_gpus(runtime, capabilities)[0]:
+        begin = time.perf_counter()
+        row: dict[str, Any] = {"capability": target, "built": True}
+        with runtime.messages() as log:
+            try:
+                plan = make_plan(runtime, source, shapes, (target,), settings, None, log, progress)
+                row |= {"size_bytes": memoryview(plan).nbytes, "node": "", "operator": "", "reason": ""}
+            except Refused as error:
+                found = error.refusal
+                row |= {"built": False, "size_bytes": None}
+                row |= {"node": found.node, "operator": found.operator, "reason": found.reason}
+        rows.append(row | {"time_ms": (time.perf_counter() - begin) * 1e3})
+    columns = ["capability", "built", "time_ms", "size_bytes", "node", "operator", "reason"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,379 @@
+"""Optimization profiles in pixels, and the ONNX graph that an engine is built from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from wanlab import models
+from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.errors import WanlabError
+from wanlab.engines.base import TensorType
+from wanlab.export.clip import AXES, ClipShape
+from wanlab.export.export import read_report, sidecar
+from wanlab.export.graph import file_bytes
+from wanlab.models.shapes import latent_shape, size_step
+
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]
+"""Smallest, preferred and largest shape."""
+
+ENDS = ("min", "opt", "max")
+# Axis -> the fields of a profile that say something about it.
+SAID_BY = {
+    "batch": ("batch",),
+    "text_tokens": ("text_tokens",),
+    "frames": ("frames",),
+    "latent_frames": ("frames",),
+    "height": ENDS,
+    "width": ENDS,
+    "latent_height": ENDS,
+    "latent_width": ENDS,
+    "tokens": (*ENDS, "frames"),
+}
+
+
+@dataclass(frozen=True)
+class PixelProfile:
+    """Sizes of clips that an engine is built for; None leaves a size to the model or to the graph.
+
+    >>> PixelProfile(min=(480, 854), opt=(720, 1280), max=(1080, 1920))
+
+    Attributes:
+        min, opt, max: (height, width) in pixels: smallest, the one to optimise for, largest. All or none. By
+            default half the model's clip, its clip, and one and a half times its clip.
+        frames: (smallest, preferred, largest) number of frames. By default up to the model's clip.
+        batch: of clips; by default 1, 1, 2.
+        text_tokens: by default the model's, which are padded to one length.
+    """
+
+    min: tuple[int, int] | None = None
+    opt: tuple[int, int] | None = None
+    max: tuple[int, int] | None = None
+    frames: tuple[int, int, int] | None = None
+    batch: tuple[int, int, int] | None = None
+    text_tokens: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (self.min, self.opt, self.max)
+        if any(size is None for size in sizes) and any(size is not None for size in sizes):
+            raise WanlabError(
+                "a profile needs min, opt and max as (height, width) in pixels, or none of them"
+            )
+        ranges: dict[str, tuple[int, ...] | None] = {
+            "frames": self.frames,
+            "batch": self.batch,
+            "text_tokens": self.text_tokens,
+        }
+        if self.min is not None and self.opt is not None and self.max is not None:
+            pairs = zip(self.min, self.opt, self.max, strict=True)
+            ranges |= dict(zip(("height", "width"), pairs, strict=True))
+        for name, values in ranges.items():
+            if values is None:
+                continue
+            whole = len(values) == 3 and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+            if not whole or not 1 <= values[0] <= values[1] <= values[2]:
+                raise WanlabError(
+                    f"{name} of the profile is {', '.join(map(str, values))}; give whole numbers, smallest, preferred,"
+                    " largest"
+                )
+
+    @classmethod
+    def of(cls, *sizes: str, **others: Any) -> PixelProfile:
+        """From text: `PixelProfile.of("480x854", "720x1280", "1080x1920")`, height first; nothing for the default.
+
+        Raises:
+            WanlabError: a size that is not like 480x854, or not three of them.
+        """
+        ends = []
+        for text in sizes:
+            match = re.fullmatch(r"(\d+)x(\d+)", text)
+            if not match:
+                raise WanlabError(f"{text!r} is no size; give height x width in pixels, e.g. 480x854")
+            ends.append((int(match[1]), int(match[2])))
+        if len(ends) not in (0, 3):
+            raise WanlabError(f"a profile needs three sizes, min, opt and max; {len(ends)} were given")
+        low, best, high = ends or (None, None, None)
+        return cls(low, best, high, **others)
+
+    def says(self, axis: str) -> bool:
+        """Whether the profile asks for a size along an axis, rather than leaving it open."""
+        return any(getattr(self, name) is not None for name in SAID_BY[axis])
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A profile as one network takes it.
+
+    Attributes:
+        inputs: input -> its smallest, preferred and largest shape.
+        free: whether any of them varies in the graph; a graph of fixed sizes needs no profile.
+        clips: `"min"`, `"opt"`, `"max"` -> the clip in pixels; empty where shapes were given.
+        notes: what a reader should know, each one line.
+    """
+
+    inputs: dict[str, Range]
+    free: bool
+    clips: dict[str, ClipShape]
+    notes: tuple[str, ...] = ()
+
+
+def network_shapes(
+    source: Source, profile: PixelProfile | Mapping[str, Range] | None, spec: Any = None
+) -> Shapes:
+    """Shapes of the inputs of a graph under a profile.
+
+    Args:
+        source: the graph.
+        profile: in pixels; or input -> (min, opt, max) shapes, for a graph that wanlab did not export.
+        spec: of the model; None asks the registry for the model that the graph names.
+
+    Raises:
+        WanlabError: a size that the graph has fixed or was not traced for, a graph that does not say which model it
+            is of, or shapes that do not fit.
+    """
+    inputs = {name: shape for name, (_, shape) in source.inputs.items()}
+    free = any(isinstance(size, str) for shape in inputs.values() for size in shape)
+    if isinstance(profile, Mapping):
+        return Shapes(_given(source, profile), free, {})
+    profile = profile or PixelProfile()
+    if not free and profile == PixelProfile():
+        fixed = {
+            name: tuple(size for size in shape if isinstance(size, int)) for name, shape in inputs.items()
+        }
+        return Shapes({name: (shape, shape, shape) for name, shape in fixed.items()}, False, {})
+    spec = _spec(source) if spec is None else spec
+    clips, notes = clip_range(spec, profile)
+    sizes = {end: _sizes(spec, clip) for end, clip in clips.items()}
+    resolved = {}
+    for name, shape in inputs.items():
+        ends = [
+            tuple(_size(source, name, axis, size, sizes[end], profile) for axis, size in enumerate(shape))
+            for end in ENDS
+        ]
+        resolved[name] = (ends[0], ends[1], ends[2])
+    return Shapes(resolved, free, clips, notes)
+
+
+def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], tuple[str, ...]]:
+    """The smallest, preferred and largest clip, moved to sizes that are legal for the model, and what was moved.
+
+    The smallest is made smaller and the largest larger, so that what was asked for is inside.
+    """
+    have = spec.defaults
+    sizes = {"min": profile.min, "opt": profile.opt, "max": profile.max}
+    if profile.opt is None:
+        sizes = {
+            "min": (max(have.height // 2, 1), max(have.width // 2, 1)),
+            "opt": (have.height, have.width),
+            "max": (have.height * 3 // 2, have.width * 3 // 2),
+        }
+    frames = profile.frames or ((have.frames + 1) // 2, have.frames, have.frames)
+    batch = profile.batch or (1, 1, 2)
+    text = profile.text_tokens or (have.text_tokens,) * 3
+    steps = size_step(spec)
+    frame_step = spec.temporal_factor * spec.patch[0]
+    clips, notes = {}, []
+    for index, end in enumerate(ENDS):
+        asked = sizes[end]
+        assert asked is not None  # all three are given, or none
+        size = tuple(_legal(value, step, 0, end) for value, step in zip(asked, steps, strict=True))
+        count = _legal(frames[index], frame_step, 1, end)
+        clips[end] = ClipShape(batch[index], size[0], size[1], count, text[index])
+        if size != asked and profile.opt is not None:
+            off = [f"{v} is no multiple of {s}" for v, s in zip(asked, steps, strict=True) if v % s]
+            notes.append(
+                f"{end} {asked[0]}x{asked[1]} is built as {size[0]}x{size[1]} pixels: {' and '.join(off)}"
+            )
+        if count != frames[index] and profile.frames is not None:
+            notes.append(f"{end} {frames[index]} frames are built as {count}: they must be {frame_step}k+1")
+    return clips, tuple(notes)
+
+
+def _legal(value: int, step: int, offset: int, end: str) -> int:
+    down = max((value - offset) // step * step + offset, offset or step)
+    up = -((offset - value) // step) * step + offset
+    if end == "min":
+        return down
+    if end == "max":
+        return max(up, down)
+    return down if value - down < up - value else max(up, down)
+
+
+def _sizes(spec: Any, clip: ClipShape) -> dict[str, int]:
+    latent = latent_shape(spec, clip.height, clip.width, clip.frames)
+    return {
+        "batch": clip.batch,
+        "text_tokens": clip.text_tokens,
+        "frames": clip.frames,
+        "height": clip.height,
+        "width": clip.width,
+        "latent_frames": latent.frames,
+        "latent_height": latent.height,
+        "latent_width": latent.width,
+        "tokens": latent.tokens,
+    }
+
+
+def _size(
+    source: Source, name: str, axis: int, size: int | str, sizes: dict[str, int], profile: PixelProfile
+) -> int:
+    known = AXES.get(name, {}).get(axis)
+    if isinstance(size, int):
+        if known is not None and profile.says(known) and sizes[known] != size:
+            raise WanlabError(
+                f"axis {known} of {name} is fixed at {size} in {source.path.name} and the profile asks for"
+                f" {sizes[known]}; export with dynamic=True, or give a profile of that size"
+            )
+        return size
+    if known is None:
+        raise WanlabError(
+            f"axis {axis} of {name} in {source.path.name} may vary, and a clip does not say how; give"
+            f" profile={{{name!r}: (min, opt, max)}} with whole shapes"
+        )
+    low, high = source.traced.get(known, (sizes[known], sizes[known]))
+    if not low <= sizes[known] <= high:
+        raise WanlabError(
+            f"axis {known} of {name} is {sizes[known]} in the profile and {source.path.name} was traced for"
+            f" {low} to {high}; give a profile inside"
+        )
+    return sizes[known]
+
+
+def _given(source: Source, shapes: Mapping[str, Range]) -> dict[str, Range]:
+    for name, (_, graph) in source.inputs.items():
+        if name not in shapes:
+            raise WanlabError(f"the profile has no shapes for {name}, an input of {source.path.name}")
+        for shape in shapes[name]:
+            fits = len(shape) == len(graph) and all(
+                isinstance(want, str) or want == have for want, have in zip(graph, shape, strict=True)
+            )
+            if len(shapes[name]) != 3 or not fits:
+                wanted = ", ".join(map(str, graph))
+                raise WanlabError(
+                    f"the profile gives {name} the shape {list(shape)}; {source.path.name} takes [{wanted}],"
+                    " as three shapes: min, opt, max"
+                )
+    low_high = {name: tuple(tuple(shape) for shape in shapes[name]) for name in source.inputs}
+    for name, (low, best, high) in low_high.items():
+        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+            raise WanlabError(f"the profile's shapes of {name} do not grow from min over opt to max")
+    return low_high  # type: ignore[return-value]
+
+
+def _spec(source: Source) -> Any:
+    name = source.metadata.get("model")
+    if not name:
+        raise WanlabError(
+            f"{source.path.name} does not say which model it is of; give profile={{input: (min, opt, max)}} with"
+            " whole shapes, or export it with wanlab"
+        )
+    return models.get(name)
+
+
+_TRACED = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?: \+ (\d+))?, \2 = (\d+) to (\d+)$")
+
+
+def traced_range(text: str) -> tuple[int, int] | None:
+    """Smallest and largest size that an export report gives for an axis, e.g. `"4*k + 1, k = 1 to 256"`."""
+    if plain := re.fullmatch(r"\w+ = (\d+) to (\d+)", text):
+        return int(plain[1]), int(plain[2])
+    if match := _TRACED.fullmatch(text):
+        factor, offset = int(match[1] or 1), int(match[3] or 0)
+        return factor * int(match[4]) + offset, factor * int(match[5]) + offset
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An ONNX file.
+
+    Attributes:
+        inputs, outputs: tensor -> dtype as torch names it, and shape; a free axis is its name.
+        metadata: what the exporter wrote into it: model, component, shape; and what quantising wrote.
+        traced: axis -> smallest and largest size that it was traced for, as far as a report beside it says.
+        size_bytes: of the graph and the weights that it uses.
+    """
+
+    path: Path
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
+    metadata: dict[str, str]
+    traced: dict[str, tuple[int, int]]
+    size_bytes: int
+
+    @property
+    def numbers(self) -> str:
+        """What the graph computes in, e.g. `"float16"` or `"float32, 42 x int8"`."""
+        kinds = (dtype for dtype, _ in (*self.inputs.values(), *self.outputs.values()))
+        first = next((kind for kind in kinds if "float" in kind), "")
+        quantised = json.loads(self.metadata.get("wanlab_format", "{}"))
+        return ", ".join([first, *(f"{count} x {name}" for name, count in quantised.items())])
+
+    @cached_property
+    def operators(self) -> dict[str, str]:
+        """Node -> its operator."""
+        return {node.name: node.op_type for node in onnx.load(self.path, load_external_data=False).graph.node}
+
+    @cached_property
+    def graph_sha256(self) -> str:
+        """Hash of the graph and of every file of weights that it names."""
+        return graph_sha256(self.path)
+
+    @cached_property
+    def file_sha256(self) -> str:
+        """Hash of the `.onnx` file alone, which names its weights by their hash."""
+        return file_sha256(self.path)
+
+
+def read_source(path: str | os.PathLike[str]) -> Source:
+    """Look at an ONNX file.
+
+    Raises:
+        WanlabError: no such file, or none that onnx can read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WanlabError(f"no ONNX file at {path}; make it with wanlab.export.export")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise WanlabError(f"{path} is no ONNX file ({error}); make it with wanlab.export.export") from None
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return Source(
+        path,
+        {value.name: _type_of(value) for value in model.graph.input if value.name not in weights},
+        {value.name: _type_of(value) for value in model.graph.output},
+        {entry.key: entry.value for entry in model.metadata_props},
+        _traced(path),
+        file_bytes(path),
+    )
+
+
+def _type_of(value: Any) -> TensorType:
+    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}[{axis}]"
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+    )
+    return {"float": "float32", "double": "float64"}.get(name, name), shape
+
+
+def _traced(path: Path) -> dict[str, tuple[int, int]]:
+    report = read_report(path)
+    if report is None:  # a quantised graph names the one it came from
+        try:
+            report = read_report(json.loads(sidecar(path).read_text(encoding="utf-8"))["source"])
+        except (OSError, ValueError, TypeError, KeyError):
+            report = None
+    ranges = {} if report is None else {axis: traced_range(text) for axis, text in report.ranges.items()}
+    return {axis: found for axis, found in ranges.items() if found is not None}

@@ -1,0 +1,145 @@
+"""PyTorch as an engine: a component of a loaded model, eager or compiled."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.base import TensorType, check_bound
+from wanlab.export.clip import default_shape
+from wanlab.export.components import recipe
+
+MODES = ("eager", "compiled")
+
+
+class TorchEngine:
+    """One component of a model, computed by PyTorch as the pipeline computes it.
+
+    Attributes: as `wanlab.engines.base.Engine`. `load_ms` is what wrapping took; loading is the model's.
+    """
+
+    def __init__(self, model, component: str, *, mode: str = "eager") -> None:
+        """Wrap a component.
+
+        Args:
+            model: from `wanlab.models.load`, the component eager.
+            mode: `"eager"`, or `"compiled"`: each transformer block (of a VAE: its halves) by `torch.compile`, which
+                happens at the first run.
+
+        Raises:
+            WanlabError: unknown mode or component.
+        """
+        if mode not in MODES:
+            raise WanlabError(f"no mode {mode!r}{did_you_mean(mode, MODES)}; give {' or '.join(MODES)}")
+        begin = time.perf_counter()
+        self._recipe = recipe(model, component)
+        network = self._recipe.network
+        self.name = mode
+        self.device, self.dtype = network.device, network.dtype
+        self.size_bytes = sum(parameter.nbytes for parameter in network.parameters())
+        self.metadata = {"component": component, "model": model.spec.name}
+        self.inputs: dict[str, TensorType] = {}
+        self._types(model)
+        self._call = _compiled(model, self._recipe) if mode == "compiled" else self._recipe.reference
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run once; see `Engine.run`."""
+        for name in feeds:
+            if name not in self.inputs:
+                raise WanlabError(
+                    f"{self.metadata['component']} has no input {name!r}{did_you_mean(name, self.inputs)};"
+                    f" it takes {', '.join(self.inputs)}"
+                )
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise WanlabError(f"{self.name} {self.metadata['component']} misses input {', '.join(missing)}")
+        given = [
+            torch.as_tensor(feeds[name]).to(self.device, getattr(torch, dtype))
+            for name, (dtype, _) in self.inputs.items()
+        ]
+        with torch.no_grad():
+            return {self._recipe.output: self._call(*given)}
+
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        stream: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Callable[[], None]:
+        """A call that runs over memory that stays where it is; see `Engine.bind`.
+
+        PyTorch makes its own output, which is then copied on the device into `outputs`.
+        """
+        label = f"{self.name} {self.metadata['component']}"
+        check_bound(label, self.inputs, inputs, self.device.type)
+        check_bound(label, self.outputs, outputs, self.device.type, dtypes=False)
+        given = [inputs[name] for name in self.inputs]
+        target = outputs[self._recipe.output]
+
+        @torch.no_grad()
+        def call() -> None:
+            made = self._call(*given)
+            if made.shape != target.shape or made.dtype != target.dtype:  # copying would repeat, or cast
+                raise WanlabError(
+                    f"{label} makes {list(made.shape)} in {made.dtype};"
+                    f" memory for {list(target.shape)} in {target.dtype} was given"
+                )
+            target.copy_(made)
+
+        if self.device.type != "cuda":
+            if cuda_graph:
+                raise WanlabError(
+                    f"{self.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out"
+                )
+            return call
+        where = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
+        if not cuda_graph:
+
+            def enqueue() -> None:
+                with torch.cuda.stream(where):
+                    call()
+
+            return enqueue
+        with torch.cuda.stream(where):
+            for _ in range(3):  # libraries choose and allocate on their first calls
+                call()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+
+        def replay() -> None:
+            with torch.cuda.stream(where):
+                graph.replay()
+
+        return replay
+
+    def _types(self, model) -> None:
+        """Names, dtypes and free axes of inputs and output, from a small example."""
+        example = self._recipe.inputs_for(default_shape(model, batch=1), torch.Generator().manual_seed(0))
+        for (name, axes), tensor in zip(self._recipe.inputs.items(), example, strict=True):
+            shape = tuple(axes.get(axis, size) for axis, size in enumerate(tensor.shape))
+            self.inputs[name] = (str(tensor.dtype).removeprefix("torch."), shape)
+        self.outputs = {self._recipe.output: (str(self.dtype).removeprefix("torch."), ())}
+
+
+def _compiled(model, plan) -> Callable:
+    """The component with its large parts compiled; the model's own modules stay eager."""
+    network = plan.network
+    # Parameters and buffers are shared with the original, modules are not: compiling marks a module.
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, shared)
+    halves = [getattr(twin, name, None) for name in ("encoder", "decoder")]
+    parts = [*getattr(twin, "blocks", []), *(half for half in halves if isinstance(half, torch.nn.Module))]
+    # A VAE's chunks differ in what they remember: at PyTorch's own limit of 8 its later blocks would stay eager.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for part in parts or [twin]:
+        part.compile()
+    return recipe(model, plan.component, network=twin).reference

@@ -1,0 +1,516 @@
+"""An ONNX graph of fixed sizes compiled by Apache TVM into a library."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.errors import WanlabError, did_you_mean, require
+from wanlab.engines.tvm import receipt as receipts
+from wanlab.engines.tvm.receipt import TvmReceipt
+from wanlab.export.graph import file_bytes, nodes
+
+
+def rewrite(model: onnx.ModelProto) -> dict[str, int]:
+    """Rewrite `model` in place; new nodes begin with the name of the node that they stand for.
+
+    Args:
+        model: of fixed sizes, weights loaded.
+
+    Returns:
+        How often each rewrite was made: `"patch convolution"`, `"tanh Gelu"`, `"square"`.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = [*inferred.input, *inferred.value_info, *inferred.output]
+    shapes = {v.name: [dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in values}
+    kinds = {v.name: v.type.tensor_type.elem_type for v in values}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    made = {"patch convolution": 0, "tanh Gelu": 0, "square": 0}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        found = _replacement(model.graph, node, shapes, kinds, weights)
+        if found is None:
+            nodes.append(node)
+            continue
+        kind, new = found
+        made[kind] += 1
+        nodes.extend(new)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return made
+
+
+def _replacement(graph, node, shapes, kinds, weights) -> tuple[str, list[onnx.NodeProto]] | None:
+    if node.op_type == "Conv" and _is_patch_convolution(node, shapes, weights):
+        return "patch convolution", _patch_product(graph, node, shapes, weights)
+    if node.op_type == "Gelu" and _attributes(node).get("approximate") == b"tanh":
+        return "tanh Gelu", _tanh_gelu(graph, node, kinds)
+    if node.op_type == "Pow" and node.input[1] in weights:
+        exponent = onnx.numpy_helper.to_array(weights[node.input[1]])
+        if exponent.size == 1 and float(exponent.ravel()[0]) == 2.0:
+            square = onnx.helper.make_node("Mul", [node.input[0]] * 2, [node.output[0]], name=node.name)
+            return "square", [square]
+    return None
+
+
+class _Writer:
+    """Nodes and constants that stand for one node."""
+
+    def __init__(self, graph, node) -> None:
+        self.graph, self.node, self.made = graph, node, []
+        self.prefix = node.name or node.output[0]
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(value), f"{self.prefix}/{name}")
+        self.graph.initializer.append(tensor)
+        return tensor.name
+
+    def add(self, operator: str, inputs: list[str], output: str = "", **attributes) -> str:
+        name = f"{self.prefix}/{operator}_{len(self.made)}"
+        output = output or name
+        self.made.append(onnx.helper.make_node(operator, inputs, [output], name=name, **attributes))
+        return output
+
+
+def _is_patch_convolution(node, shapes, weights) -> bool:
+    has = _attributes(node)
+    size = shapes.get(node.input[0], [])[2:]
+    kernel = list(has.get("kernel_shape", ()))
+    return (
+        node.input[1] in weights
+        and bool(kernel)
+        and kernel == list(has.get("strides", ()))
+        and not any(has.get("pads", ()))
+        and has.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+        and all(step == 1 for step in has.get("dilations", ()))
+        and has.get("group", 1) == 1
+        and len(size) == len(kernel)
+        and all(have > 0 and have % k == 0 for have, k in zip(size, kernel, strict=True))
+    )
+
+
+def _patch_product(graph, node, shapes, weights) -> list[onnx.NodeProto]:
+    """`[B, C, t*kt, h*kh, w*kw]` as `[B, t*h*w, C*kt*kh*kw]` times the flattened kernel."""
+    write = _Writer(graph, node)
+    kernel = list(_attributes(node)["kernel_shape"])
+    batch, channels, *size = shapes[node.input[0]]
+    grid = [have // k for have, k in zip(size, kernel, strict=True)]
+    weight = onnx.numpy_helper.to_array(weights[node.input[1]])
+    split = [batch, channels, *(n for pair in zip(grid, kernel, strict=True) for n in pair)]
+    axes = range(len(kernel))
+    order = [0, *(2 + 2 * axis for axis in axes), 1, *(3 + 2 * axis for axis in axes)]
+    rows = [batch, math.prod(grid), channels * math.prod(kernel)]
+    cut = write.add("Reshape", [node.input[0], write.constant("split", np.array(split, np.int64))])
+    cut = write.add("Transpose", [cut], perm=order)
+    cut = write.add("Reshape", [cut, write.constant("rows", np.array(rows, np.int64))])
+    out = write.add("MatMul", [cut, write.constant("weight", weight.reshape(len(weight), -1).T)])
+    if len(node.input) > 2 and node.input[2]:
+        out = write.add("Add", [out, node.input[2]])
+    out = write.add("Transpose", [out], perm=[0, 2, 1])
+    grid = write.constant("grid", np.array([batch, len(weight), *grid], np.int64))
+    write.add("Reshape", [out, grid], node.output[0])
+    return write.made
+
+
+def _tanh_gelu(graph, node, kinds) -> list[onnx.NodeProto]:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), as the ONNX operator defines it."""
+    write = _Writer(graph, node)
+    x = node.input[0]
+    kind = onnx.helper.tensor_dtype_to_np_dtype(kinds.get(x, onnx.TensorProto.FLOAT))
+    scale = math.sqrt(2 / math.pi)
+    square = write.add("Mul", [x, x])
+    inner = write.add("Mul", [square, write.constant("cubic", np.array(0.044715 * scale, kind))])
+    inner = write.add("Add", [inner, write.constant("linear", np.array(scale, kind))])
+    inner = write.add("Tanh", [write.add("Mul", [inner, x])])
+    inner = write.add("Add", [inner, write.constant("one", np.array(1, kind))])
+    half = write.add("Mul", [x, write.constant("half", np.array(0.5, kind))])
+    write.add("Mul", [half, inner], node.output[0])
+    return write.made
+
+
+def _attributes(node) -> dict:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+ROWS = 6
+PARALLEL_ABOVE = 16_384  # elements; below, starting the threads costs more than the loop
+CHUNKS = 32  # parallel pieces that are enough for any number of threads here
+
+
+def rules() -> list:
+    """dlight schedule rules, to be tried in order on every function of a module."""
+    from tvm.s_tir import dlight
+
+    return [_rule("Matmul", _matmul), _guarded(dlight.cpu.Reduction()), _rule("Elementwise", _elementwise)]
+
+
+def _rule(name: str, schedule):
+    """A dlight rule of a function; what cannot be scheduled stays as it is."""
+    from tvm.s_tir.dlight.base import ScheduleRule
+
+    @ScheduleRule.from_callable(name)
+    def rule(function, target, _tunable):
+        from tvm.s_tir.schedule import ScheduleError
+
+        try:
+            return schedule(function, target)
+        except ScheduleError:
+            return None
+
+    return rule
+
+
+def _guarded(rule):
+    def schedule(function, target):
+        # On a convolution it is slower than no schedule at all.
+        if any("conv" in info.name for info in _blocks(function)[1]):
+            return None
+        return rule.apply(function, target, False)
+
+    return _rule(type(rule).__name__, schedule)
+
+
+def _blocks(function):
+    from tvm import s_tir, tirx
+    from tvm.s_tir.dlight.analysis import normalize_prim_func
+
+    if not isinstance(function, tirx.PrimFunc):
+        return None, ()
+    schedule = s_tir.Schedule(function)
+    return schedule, normalize_prim_func(schedule) or ()
+
+
+def _matmul(function, target):
+    """Tile, unroll and vectorise a matrix product, with what follows it per element inside the tile."""
+    schedule, blocks = _blocks(function)
+    products = [i for i, info in enumerate(blocks) if not info.is_injective()]
+    if len(products) != 1 or "matmul" not in blocks[products[0]].name:
+        return None
+    at = products[0]
+    sizes = [iteration.dom for iteration in blocks[at].iters]
+    if not all(isinstance(size, int) for size in sizes) or not blocks[at].dom_kind().endswith("SSR"):
+        return None
+    block = blocks[at].block_rv
+    if (after := _inline(schedule, blocks, at)) is None:
+        after = schedule.cache_write(block, 0, "global")
+
+    *batch, row, column, depth = schedule.get_loops(block)
+    lanes, most = _registers(target)
+    vector = _largest_divisor(sizes[-2], lanes)
+    vectors = _largest_divisor(sizes[-2] // vector, most)
+    rows, row_in = schedule.split(row, [None, _largest_divisor(sizes[-3], ROWS)])
+    columns, column_in, lane = schedule.split(column, [None, vectors, vector])
+    schedule.reorder(*batch, rows, columns, depth, row_in, column_in, lane)
+    schedule.reverse_compute_at(after, columns)
+    _vectorise_innermost(schedule, after, vector)
+    schedule.parallel(schedule.fuse(*batch, rows, columns))
+    schedule.vectorize(lane)
+    schedule.unroll(row_in)
+    schedule.unroll(column_in)
+    start = schedule.decompose_reduction(block, depth)
+    row_in, column_in, lane = schedule.get_loops(start)[-3:]
+    schedule.vectorize(lane)
+    schedule.unroll(row_in)
+    schedule.unroll(column_in)
+    return schedule
+
+
+def _inline(schedule, blocks, at: int):
+    """Fold every block but the product and the last one away; gives the last one, if there is one."""
+    for info in blocks[:at]:
+        schedule.compute_inline(info.block_rv)
+    *between, last = [info.block_rv for info in blocks[at:]]
+    for other in between[1:]:
+        schedule.compute_inline(other)
+    return last if between else None
+
+
+def _vectorise_innermost(schedule, block, vector: int) -> None:
+    _, lane = schedule.split(schedule.get_loops(block)[-1], [None, vector])
+    schedule.vectorize(lane)
+
+
+def _elementwise(function, _target):
+    """Share the outer loops among the threads; LLVM vectorises the inner ones itself."""
+    schedule, blocks = _blocks(function)
+    if len(blocks) != 1 or not blocks[0].is_injective():
+        return None
+    sizes = [iteration.dom for iteration in blocks[0].iters]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    if math.prod(sizes) < PARALLEL_ABOVE:
+        return None
+    outer, count = 1, 0
+    while outer < CHUNKS and count < len(sizes) - 1:
+        outer *= sizes[count]
+        count += 1
+    loops = schedule.get_loops(blocks[0].block_rv)
+    if not count or len(loops) != len(sizes):
+        return None
+    schedule.parallel(schedule.fuse(*loops[:count]))
+    return schedule
+
+
+def _registers(target) -> tuple[int, int]:
+    """float32 lanes of a vector register, and how many of them a row of the tile may take."""
+    from tvm.target import codegen
+
+    features = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
+    return (16, 4) if "avx512f" in features else (8, 2) if "avx" in features else (4, 2)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+SCHEDULES = ("tiled", "plain")
+MAX_WEIGHTS_BYTES = 1536 * 2**20  # they become part of the library, and the compiler holds them several times
+INSTALL = '"wanlab[tvm]"'
+
+
+def build_tvm(
+    graph: str | os.PathLike,
+    library: str | os.PathLike | None = None,
+    *,
+    target: str = "cpu",
+    schedule: str = "tiled",
+    fast_math: bool = True,
+    reuse: bool = True,
+) -> TvmReceipt:
+    """Compile an ONNX graph; the library and its receipt appear only when all went well.
+
+    Args:
+        graph: `.onnx` file with fixed sizes (`wanlab.export.export(..., dynamic=False)`), float32 for the CPU, float32
+            or bfloat16 for CUDA.
+        library: the `.so` to write; None takes `<graph>.tvm-llvm.so` or `<graph>.tvm-cuda.so` beside the graph.
+        target: `"cpu"` (this machine's processor, with all it can do), `"cuda"` (this machine's GPU), or
+            `"cuda:9.0"` for that compute capability, which needs no GPU but nvcc.
+        schedule: of the CPU: `"tiled"`, or `"plain"` for the loop nests that TVM makes when nothing tunes them.
+        fast_math: on the CPU, polynomials for exp and tanh, and sums in another order.
+        reuse: keep a library that was built from the same graph, settings and version on such a processor.
+
+    Raises:
+        WanlabError: TVM is not installed, the graph has free sizes or an operator that TVM cannot read (with the
+            node's name), the target is unknown, or no C++ compiler links the library.
+    """
+    tvm = load_tvm()
+    graph = Path(graph)
+    if not graph.is_file():
+        raise WanlabError(f"no ONNX file at {graph}; make it with wanlab.export.export(..., dynamic=False)")
+    if schedule not in SCHEDULES:
+        raise WanlabError(
+            f"unknown schedule {schedule!r}{did_you_mean(schedule, SCHEDULES)}; give {' or '.join(SCHEDULES)}"
+        )
+    facts = target_of(tvm, target)
+    on_gpu = facts["kind"] == "cuda"
+    how = {"schedule": "default" if on_gpu else schedule, "fast_math": fast_math and not on_gpu}
+    library = Path(library) if library else graph.with_suffix(f".tvm-{facts['kind']}.so")
+    graph_hash = graph_sha256(graph)
+    key = receipts.key_of(graph_hash, {"target": facts, "tvm": tvm.__version__} | how)
+    if reuse and (known := receipts.kept(library, key)) is not None:
+        return replace(known, cached=True)
+
+    begin = time.perf_counter()
+    module, read = _read(graph, on_gpu)
+    imported = time.perf_counter()
+    executable, counts = _compile(tvm, module, facts, **how)
+    compiled = time.perf_counter()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    draft = library.with_name(f".{library.stem}.{os.getpid()}.so")
+    try:
+        _link(executable, draft)
+        linked = time.perf_counter()
+        made = TvmReceipt(
+            path=str(library),
+            key=key,
+            library_sha256=file_sha256(draft),
+            graph=graph.name,
+            graph_sha256=graph_hash,
+            target=facts,
+            tvm_version=tvm.__version__,
+            **how,
+            **read,
+            **counts,
+            size_bytes=draft.stat().st_size,
+            import_ms=(imported - begin) * 1e3,
+            compile_ms=(compiled - imported) * 1e3,
+            link_ms=(linked - compiled) * 1e3,
+        )
+        os.replace(draft, library)
+    finally:
+        draft.unlink(missing_ok=True)
+    receipts.write_receipt(made)
+    return made
+
+
+def load_tvm() -> Any:
+    """TVM, with its threads free to move: by default it ties the calling thread to one core, and PyTorch with it.
+
+    Raises:
+        WanlabError: it is not installed.
+    """
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))  # the most that an engine may ask for
+    return require("tvm", INSTALL)
+
+
+def target_of(tvm, target: str) -> dict[str, str]:
+    """What to compile for, as TVM names it.
+
+    Raises:
+        WanlabError: an unknown target, or a GPU that is not there.
+    """
+    kind, _, capability = target.partition(":")
+    if kind == "cpu" and not capability:
+        return {"kind": "llvm", "mcpu": _processor(tvm)}
+    if kind != "cuda":
+        raise WanlabError(
+            f"unknown TVM target {target!r}{did_you_mean(kind, ('cpu', 'cuda'))}; give cpu, cuda or cuda:9.0"
+        )
+    if not capability:
+        if not tvm.runtime.enabled("cuda") or not tvm.cuda(0).exist:
+            raise WanlabError(
+                "TVM sees no NVIDIA GPU here; give target='cpu', or 'cuda:9.0' to build for another machine"
+            )
+        capability = tvm.cuda(0).compute_version
+    major, dot, minor = capability.partition(".")
+    if not (dot and major.isdigit() and minor.isdigit()):
+        raise WanlabError(f"compute capability {capability!r} is not like 9.0; give target='cuda:9.0'")
+    return {"kind": "cuda", "arch": f"sm_{major}{minor}"}
+
+
+def _processor(tvm) -> str:
+    """The processor as LLVM names it; a general name where a virtual machine hides what the name promises."""
+    from tvm.target import codegen
+
+    name = codegen.llvm_get_system_cpu()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return name
+    has = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    promised = {
+        str(f) for f in codegen.llvm_get_cpu_features(tvm.target.Target({"kind": "llvm", "mcpu": name}))
+    }
+    if not has or not (promised & {"avx2", "fma", "avx512f", "avx512bw", "avx512vl"}) - has:
+        return name
+    return "x86-64-v3" if {"avx2", "fma", "bmi2"} <= has else "x86-64-v2"
+
+
+def _read(path: Path, on_gpu: bool) -> tuple[Any, dict]:
+    """The graph in Relax, and what the receipt says of it."""
+    from tvm.relax.frontend.onnx import from_onnx
+
+    if (size := file_bytes(path)) > MAX_WEIGHTS_BYTES:
+        raise WanlabError(
+            f"{path.name} has {size / 2**30:.1f} GiB of weights; TVM puts them into the library, which ends at"
+            f" {MAX_WEIGHTS_BYTES / 2**30:.1f} GiB: use onnxruntime or tensorrt for it"
+        )
+    model = onnx.load(path)
+    inputs = {value.name: _type_of(path, value) for value in model.graph.input}
+    outputs = {value.name: _type_of(path, value) for value in model.graph.output}
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    if onnx.TensorProto.FLOAT16 in kinds and on_gpu:
+        raise WanlabError(
+            f"{path.name} computes in float16, which this TVM does not finish compiling for CUDA;"
+            " export it with dtype='bfloat16' and opset=22"
+        )
+    if kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16} and not on_gpu:
+        raise WanlabError(
+            f"{path.name} computes in half precision, which TVM sums up in half precision on the CPU;"
+            " export it with dtype='float32'"
+        )
+    count = sum(1 for _ in nodes(model))
+    made = rewrite(model)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):  # the importer prints what it raises
+            module = from_onnx(model)
+    except Exception as error:
+        raise WanlabError(_refusal(path, model, error)) from error
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    return module, {"inputs": inputs, "outputs": outputs, "metadata": facts, "rewrites": made, "nodes": count}
+
+
+def _type_of(path: Path, value) -> receipts.TensorType:
+    kind = value.type.tensor_type
+    free = [dim.dim_param for dim in kind.shape.dim if not dim.HasField("dim_value")]
+    if free:
+        raise WanlabError(
+            f"{value.name!r} of {path.name} has free axes ({', '.join(free)}); TVM is given fixed sizes:"
+            " export with dynamic=False"
+        )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return dtype, tuple(dim.dim_value for dim in kind.shape.dim)
+
+
+def _refusal(path: Path, model, error: Exception) -> str:
+    """One line: which operators or which node TVM could not read."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    known = set(getattr(onnx_frontend, "_get_convert_map", dict)()) | {"If", "Constant"}
+    newer = any(entry.domain in ("", "ai.onnx") and entry.version > 22 for entry in model.opset_import)
+    mend = "export with opset 20 to 22, plain operators" if newer else "run it in onnxruntime"
+    lacking = {node.op_type: node.name for node in model.graph.node if node.op_type not in known}
+    if known > {"If", "Constant"} and lacking:
+        named = ", ".join(f"{kind} ({name})" for kind, name in sorted(lacking.items()))
+        return f"TVM has no {named} of {path.name}; {mend}"
+    step, node = error.__traceback__, None
+    while step is not None:  # the importer's frames know which node they were at
+        here = step.tb_frame.f_locals.get("node")
+        node, step = here if hasattr(here, "op_type") else node, step.tb_next
+    where = path.name if node is None else f"{node.op_type} ({node.name}) of {path.name}"
+    reason = (str(error).strip() or "no message").splitlines()[0][:200]
+    return f"TVM cannot read {where} ({type(error).__name__}: {reason}); {mend}"
+
+
+def _compile(tvm, module, facts: dict[str, str], *, schedule: str, fast_math: bool) -> tuple[Any, dict]:
+    from tvm import relax
+    from tvm.s_tir import dlight
+
+    words: dict[str, Any] = dict(facts)
+    if facts["kind"] == "cuda":
+        limits = {"max_num_threads": 1024, "thread_warp_size": 32, "max_shared_memory_per_block": 49152}
+        target = tvm.target.Target(words | limits | {"host": {"kind": "llvm"}})
+    else:
+        if fast_math:  # sums in vectors; NaN and infinity keep their meaning
+            words |= {"fast-math-reassoc": True, "fast-math-contract": True, "fast-math-nsz": True}
+        target = tvm.target.Target(words)
+    try:
+        with target:
+            if facts["kind"] == "cuda":
+                executable = tvm.compile(module, target, relax_pipeline=relax.get_default_pipeline(target))
+                return executable, {"kernels": None, "scheduled": None}  # TVM's own pipeline does not say
+            if fast_math:
+                module = relax.transform.FastMathTransform()(module)
+            module = relax.get_pipeline("zero")(module)
+            if schedule == "tiled":
+                module = dlight.ApplyDefaultSchedule(*rules())(module)
+            functions = [f for f in module.functions.values() if isinstance(f, tvm.tirx.PrimFunc)]
+            scheduled = sum("tirx.is_scheduled" in function.attrs for function in functions)
+            return tvm.compile(module, target), {"kernels": len(functions), "scheduled": scheduled}
+    except Exception as error:  # TVM raises its own and Python's exceptions, with pages of program text
+        reason = (str(error).strip() or "no message").splitlines()[0][:300]
+        raise WanlabError(
+            f"TVM cannot compile for {facts['kind']}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _link(executable, path: Path) -> None:
+    try:
+        executable.export_library(str(path))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise WanlabError(
+            f"no library from TVM: {reason} (it links with a C++ compiler; install g++, or set CXX)"
+        ) from error

@@ -1,0 +1,220 @@
+"""A library that TVM built, as an engine: named tensors in, named tensors out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.tvm import receipt as receipts
+from wanlab.engines.tvm.build import load_tvm, target_of
+
+ALIGNMENT = 64  # bytes; compiled code reads whole vectors
+_pool = threading.local()  # TVM has a pool of threads per calling thread
+
+
+class TvmEngine:
+    """One component, compiled by TVM.
+
+    Attributes:
+        path: the library. receipt: what it was built from.
+        name: `"tvm-llvm"` or `"tvm-cuda"`. device: where its inputs and outputs live.
+        threads: on the CPU, of one run.
+        inputs, outputs: tensor name -> (dtype, shape), in order.
+        metadata: of the graph: model, component, wanlab_version.
+        size_bytes: of the library, weights included.
+        load_ms: from the library to an engine that can run, its checks left out.
+    """
+
+    def __init__(
+        self,
+        library: str | os.PathLike,
+        *,
+        graph: str | os.PathLike | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Open a library that `build_tvm` wrote, after checking that it is still true.
+
+        Args:
+            library: the `.so`.
+            graph: the ONNX file that it must come from; None takes the receipt's file beside the library, if any.
+            threads: of the CPU; None takes `torch.get_num_threads()`, for fair comparisons.
+
+        Raises:
+            WanlabError: TVM is missing, there is no library or no receipt, or the library is stale or foreign:
+                changed since, from another graph, of another TVM, for another processor or GPU.
+        """
+        tvm = load_tvm()
+        self.path = Path(library)
+        if not self.path.is_file():
+            raise WanlabError(f"no TVM library at {self.path}; make it with wanlab.engines.build_tvm")
+        self.receipt = receipts.read_receipt(self.path)
+        self._check(tvm, graph)
+        kind = self.receipt.target["kind"]
+        self.name = f"tvm-{kind}"
+        self.threads = torch.get_num_threads() if threads is None else threads
+        most = int(os.environ.get("TVM_NUM_THREADS") or 1)
+        if kind == "llvm" and not 1 <= self.threads <= most:
+            raise WanlabError(f"threads is {self.threads}; give 1 to {most} (TVM_NUM_THREADS sets the most)")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+        )
+        self.inputs, self.outputs = self.receipt.inputs, self.receipt.outputs
+        self.metadata, self.size_bytes = self.receipt.metadata, self.receipt.size_bytes
+        self._tvm = tvm
+        self._place = tvm.cuda(self.device.index) if kind == "cuda" else tvm.cpu()
+        begin = time.perf_counter()
+        try:
+            module = tvm.runtime.load_module(str(self.path.resolve()))
+            self._machine = tvm.runtime.vm.VirtualMachine(module, self._place)
+            self._main = self._machine["main"]
+        except Exception as error:
+            raise WanlabError(f"TVM cannot load {self.path.name}: {_first_line(error)}") from error
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+
+    def __repr__(self) -> str:
+        return f"TvmEngine({self.path.name!r}, name={self.name!r}, threads={self.threads})"
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run once.
+
+        Args:
+            feeds: every input by name; cast and moved where it differs.
+
+        Returns:
+            Output name -> new tensor on `device`.
+
+        Raises:
+            WanlabError: an unknown or missing input, or a shape other than the library's.
+        """
+        self._check_names(feeds, self.inputs, "input")
+        tensors = {}
+        for name, (dtype, _) in self.inputs.items():
+            given = torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)).contiguous()
+            tensors[name] = given if given.data_ptr() % ALIGNMENT == 0 else given.clone()
+            self._check_fit(name, tensors[name], self.inputs[name])
+        return dict(zip(self.outputs, self._invoke(self._arguments(tensors), None), strict=True))
+
+    def bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        *,
+        stream: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Callable[[], None]:
+        """A call that runs the engine once over memory that stays where it is; see `Engine.bind`.
+
+        TVM makes its own output, which is then copied on the device into `outputs`.
+
+        Raises:
+            WanlabError: a tensor that does not fit, or `cuda_graph`, which TVM's machine cannot be captured into.
+        """
+        if cuda_graph:
+            raise WanlabError(
+                "a TVM engine cannot be captured into a CUDA graph; bind it with cuda_graph=False"
+            )
+        self._check_names(inputs, self.inputs, "input")
+        self._check_names(outputs, self.outputs, "output")
+        for given, types in ((inputs, self.inputs), (outputs, self.outputs)):
+            for name, type_ in types.items():
+                self._check_fit(name, given[name], type_, exact=True)
+        arguments = self._arguments(inputs)
+        targets = [outputs[name] for name in self.outputs]
+
+        def call() -> None:
+            self._invoke(arguments, stream, targets)
+
+        return call
+
+    def _invoke(self, arguments: list, stream: int | None, targets: list | None = None) -> list[torch.Tensor]:
+        """Run, and hand the outputs to torch without a copy, or copy them into `targets` in order."""
+        on_gpu, into = self.device.type == "cuda", nullcontext()
+        if on_gpu:
+            import tvm_ffi
+
+            stream = torch.cuda.current_stream(self.device).cuda_stream if stream is None else stream
+            into = tvm_ffi.use_raw_stream(self._place, stream)
+        elif getattr(_pool, "threads", None) != self.threads:
+            self._tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
+            _pool.threads = self.threads
+        try:
+            with into:
+                made = self._main(*arguments)
+        except Exception as error:
+            raise WanlabError(f"{self.path.name} failed: {_first_line(error)}") from error
+        made = [made] if hasattr(made, "shape") else list(made)
+        tensors = [torch.from_dlpack(value) for value in made]
+        if targets is None:
+            return tensors
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device)) if on_gpu else nullcontext():
+            for target, tensor in zip(targets, tensors, strict=True):
+                target.copy_(tensor)
+        return targets
+
+    def _arguments(self, tensors: Mapping[str, torch.Tensor]) -> list:
+        return [self._tvm.runtime.from_dlpack(tensors[name].detach()) for name in self.inputs]
+
+    def _check(self, tvm, graph: str | os.PathLike | None) -> None:
+        """Refuse a library that is stale or foreign, with what differs."""
+        known, again = self.receipt, "build again with wanlab.engines.build_tvm"
+        name = self.path.name
+        if file_sha256(self.path) != known.library_sha256:
+            raise WanlabError(
+                f"{name} is not the file that its receipt speaks of (its bytes differ); {again}"
+            )
+        if tvm.__version__ != known.tvm_version:
+            raise WanlabError(
+                f"{name} was built by TVM {known.tvm_version}, this is {tvm.__version__}; {again}"
+            )
+        on_gpu = known.target["kind"] == "cuda"
+        if on_gpu and not (tvm.runtime.enabled("cuda") and tvm.cuda(0).exist):
+            raise WanlabError(
+                f"{name} was built for {known.target['arch']}; TVM sees no NVIDIA GPU here to run it on"
+            )
+        here = target_of(tvm, "cuda" if on_gpu else "cpu")
+        if here != known.target:
+            there, this = (t.get("mcpu") or t.get("arch") for t in (known.target, here))
+            raise WanlabError(f"{name} was built for {there}, this machine is {this}; {again} here")
+        source = Path(graph) if graph is not None else self.path.with_name(known.graph)
+        if graph is not None and not source.is_file():
+            raise WanlabError(f"no ONNX file at {source} to hold {name} against")
+        if source.is_file() and graph_sha256(source) != known.graph_sha256:
+            raise WanlabError(f"{name} was not built from this {source.name}, whose content differs; {again}")
+
+    def _check_names(self, given: Mapping, wanted: Mapping, what: str) -> None:
+        for name in given:
+            if name not in wanted:
+                raise WanlabError(
+                    f"{self.path.name} has no {what} {name!r}{did_you_mean(name, wanted)};"
+                    f" it has {', '.join(wanted)}"
+                )
+        if missing := [name for name in wanted if name not in given]:
+            raise WanlabError(f"{self.path.name} misses {what} {', '.join(map(repr, missing))}")
+
+    def _check_fit(self, name: str, tensor: torch.Tensor, wanted, *, exact: bool = False) -> None:
+        dtype, shape = wanted
+        if tuple(tensor.shape) != tuple(shape):
+            raise WanlabError(
+                f"{name!r} of {self.path.name} is {list(tensor.shape)}, the library takes {list(shape)};"
+                " export and build again for your size"
+            )
+        if not exact:
+            return
+        here = tensor.device.type == self.device.type and tensor.is_contiguous()
+        if str(tensor.dtype) != f"torch.{dtype}" or not here or tensor.data_ptr() % ALIGNMENT:
+            raise WanlabError(
+                f"{name!r} is {tensor.dtype} on {tensor.device}; give contiguous {dtype} on {self.device},"
+                f" aligned to {ALIGNMENT} bytes"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,348 @@
+"""Every component as a function of named tensors: what is traced, fed to an engine, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import Dim
+
+from wanlab import models
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export.clip import AXES, ClipShape, latent_size
+from wanlab.export.friendly import (
+    decode_video,
+    encode_moments,
+    exportable_attention,
+    exportable_operators,
+    whole_clip_resampling,
+)
+from wanlab.models.shapes import latent_shape
+
+FUSED_OPSET = 23
+"""From this opset on attention, rotary embedding and root-mean-square norms are operators of ONNX."""
+
+# Component -> attribute of the diffusers pipeline that holds its network.
+PARTS = {
+    "text_encoder": "text_encoder",
+    "vae_encoder": "vae",
+    "expert_high": "transformer",
+    "expert_low": "transformer_2",
+    "expert": "transformer",
+    "vae_decoder": "vae",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one component is turned into a graph.
+
+    Attributes:
+        component: wanlab's name of it.
+        network: the module of the pipeline that computes it (the whole VAE for either half).
+        inputs: input name -> {axis: axis name} for the axes that may vary.
+        output: name of the only output.
+        inputs_for: example inputs at a `ClipShape`, drawn from a `torch.Generator`, in order of `inputs`.
+        reference: the computation as the pipeline does it.
+        traced: the same computation in the form that exports well; call inside `friendly(opset)`.
+        friendly: context in which `traced` may be called; leaves the network as it was.
+        dimensions: axis name -> `torch.export.Dim` (or expression of one) for the axes that may vary.
+    """
+
+    component: str
+    network: torch.nn.Module
+    inputs: dict[str, dict[int, str]]
+    output: str
+    inputs_for: Callable[[ClipShape, Any], tuple]
+    reference: Callable
+    traced: Callable
+    friendly: Callable
+    dimensions: Callable[[], dict[str, Any]]
+
+
+def components_of(model) -> tuple[str, ...]:
+    """Names of the components of `model` that can be converted, in the order a generation uses them.
+
+    Args:
+        model: has a diffusers pipeline as `.pipeline`.
+    """
+    pipeline = model.pipeline
+    low = getattr(pipeline, "transformer_2", None) is not None
+    # A model of two experts may be loaded with one of them only.
+    two = low or pipeline.config.get("boundary_ratio") is not None
+    experts = ("expert_high", "expert_low") if two else ("expert",)
+    names = ("text_encoder", "vae_encoder", *experts, "vae_decoder")
+    return tuple(name for name in names if getattr(pipeline, PARTS[name], None) is not None)
+
+
+def check_components(model, names) -> None:
+    """Raise a `WanlabError` for the first name that `model` has no component of."""
+    known = components_of(model)
+    for name in names:
+        if name not in known:
+            raise WanlabError(
+                f"no component {name!r} to convert{did_you_mean(name, known)};"
+                f" this model has {', '.join(known)}"
+            )
+
+
+def recipe(model, component: str, *, network=None) -> Recipe:
+    """The recipe of one component.
+
+    Args:
+        network: computes with this one of the same architecture instead of the model's own.
+
+    Raises:
+        WanlabError: the model has no such component, its network is none that wanlab can convert, or
+            the component was already swapped for an engine.
+    """
+    check_components(model, [component])
+    network = getattr(model.pipeline, PARTS[component]) if network is None else network
+    makers = {
+        "UMT5EncoderModel": _text_encoder,
+        "T5EncoderModel": _text_encoder,
+        "WanTransformer3DModel": _expert,
+        "AutoencoderKLWan": _vae_encoder if component == "vae_encoder" else _vae_decoder,
+    }
+    kind = type(network).__name__
+    if kind not in makers:
+        raise WanlabError(
+            f"{component} is a {kind}, which cannot be converted; convertible are {', '.join(sorted(makers))}"
+            " (use the model as it was loaded, before its components were swapped for engines)"
+        )
+    return makers[kind](model, component, network)
+
+
+def _text_encoder(model, component: str, network) -> Recipe:
+    def inputs_for(shape: ClipShape, generator):
+        size = (shape.batch, shape.text_tokens)
+        ids = torch.randint(0, network.config.vocab_size, size, generator=generator)
+        lengths = torch.linspace(shape.text_tokens, max(shape.text_tokens // 2, 1), shape.batch).long()
+        mask = (torch.arange(shape.text_tokens) < lengths[:, None]).long()
+        return ids.to(network.device), mask.to(network.device)
+
+    def encode(input_ids, attention_mask):
+        return network(input_ids, attention_mask).last_hidden_state
+
+    @contextmanager
+    def friendly(opset):
+        # The fused attention returns strides that the decompositions of torch.export refuse.
+        before = network.config._attn_implementation
+        network.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            network.set_attn_implementation(before)
+
+    axes = {0: "batch", 1: "text_tokens"}
+    return Recipe(
+        component,
+        network,
+        {"input_ids": axes, "attention_mask": axes},
+        "last_hidden_state",
+        inputs_for,
+        encode,
+        encode,
+        friendly,
+        lambda: _dims(batch=(1, 64), text_tokens=(2, 4096)),
+    )
+
+
+def _expert(model, component: str, network) -> Recipe:
+    config = network.config
+    if config.image_dim is not None:
+        raise WanlabError(
+            f"{component} takes CLIP image embeddings (image_dim={config.image_dim}), as Wan2.1 does; "
+            "only experts without them can be converted"
+        )
+    per_token = bool(model.pipeline.config.get("expand_timesteps", False))
+    patch_t, patch_h, patch_w = config.patch_size
+
+    def inputs_for(shape: ClipShape, generator):
+        frames, height, width = latent_size(model, shape)
+        draw = {"generator": generator}
+        latents = torch.randn(shape.batch, config.in_channels, frames, height, width, **draw)
+        tokens = (frames // patch_t) * (height // patch_h) * (width // patch_w)
+        timestep = torch.linspace(900.0, 100.0, shape.batch)
+        if per_token:
+            timestep = timestep[:, None].repeat(1, tokens)
+        text = torch.randn(shape.batch, shape.text_tokens, config.text_dim, **draw)
+        to = {"device": network.device, "dtype": network.dtype}
+        return latents.to(**to), timestep.to(network.device), text.to(**to)
+
+    def denoise(hidden_states, timestep, encoder_hidden_states):
+        return network(hidden_states, timestep, encoder_hidden_states, return_dict=False)[0]
+
+    def dimensions():
+        dims = _dims(batch=(1, 64), latent_frames=(2, 256), text_tokens=(2, 4096))
+        dims |= {
+            "latent_height": patch_h * _dim("token_rows", 2, 1024),
+            "latent_width": patch_w * _dim("token_columns", 2, 1024),
+        }
+        return dims
+
+    latent_axes = {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"}
+    return Recipe(
+        component,
+        network,
+        {
+            "hidden_states": latent_axes,
+            "timestep": {0: "batch", 1: "tokens"} if per_token else {0: "batch"},
+            "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+        },
+        "velocity",
+        inputs_for,
+        denoise,
+        denoise,
+        lambda opset: exportable_attention(network, fused=opset >= FUSED_OPSET),
+        dimensions,
+    )
+
+
+def _vae_encoder(model, component: str, network) -> Recipe:
+    def inputs_for(shape: ClipShape, generator):
+        latent_size(model, shape)  # refuses an illegal size
+        size = (shape.batch, 3, shape.frames, shape.height, shape.width)
+        video = torch.rand(size, generator=generator) * 2 - 1
+        return (video.to(network.device, network.dtype),)
+
+    def dimensions():
+        config = network.config
+        dims = _dims(batch=(1, 64))
+        dims |= {
+            "frames": config.scale_factor_temporal * _dim("later_latents", 1, 256) + 1,
+            "height": config.scale_factor_spatial * _dim("rows", 2, 512),
+            "width": config.scale_factor_spatial * _dim("columns", 2, 512),
+        }
+        return dims
+
+    return Recipe(
+        component,
+        network,
+        {"video": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
+        "moments",
+        inputs_for,
+        lambda video: network.encode(video).latent_dist.parameters,
+        lambda video: encode_moments(network, video),
+        lambda opset: _whole_clip(network),
+        dimensions,
+    )
+
+
+def _vae_decoder(model, component: str, network) -> Recipe:
+    def inputs_for(shape: ClipShape, generator):
+        config = network.config
+        size = (shape.batch, config.z_dim, *latent_size(model, shape))
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)
+        )
+        latents = torch.randn(size, generator=generator) * std + mean
+        return (latents.to(network.device, network.dtype),)
+
+    def dimensions():
+        # From 3 latent frames on: with 2 a single frame follows the first, which tracing tells apart.
+        return _dims(batch=(1, 64), latent_frames=(3, 256), latent_height=(2, 512), latent_width=(2, 512))
+
+    return Recipe(
+        component,
+        network,
+        {"latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"}},
+        "video",
+        inputs_for,
+        lambda latents: network.decode(latents, return_dict=False)[0],
+        lambda latents: decode_video(network, latents).clamp(-1.0, 1.0),
+        lambda opset: _whole_clip(network),
+        dimensions,
+    )
+
+
+@contextmanager
+def _whole_clip(network):
+    with ExitStack() as stack:
+        stack.enter_context(whole_clip_resampling(network))
+        stack.enter_context(exportable_operators(network))
+        yield
+
+
+def _dim(name: str, low: int, high: int):
+    return Dim(name, min=low, max=high)
+
+
+def _dims(**ranges: tuple[int, int]) -> dict[str, Any]:
+    return {name: _dim(name, low, high) for name, (low, high) in ranges.items()}
+
+
+DEFAULT_BATCH = 1
+
+
+def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, torch.Tensor]:
+    """Random inputs for an engine that was made by `wanlab.export.export`.
+
+    Args:
+        engine: its metadata names the model, the component and the clip that it was traced with.
+        changes: batch (1 by default), height, width, frames (pixels), text_tokens; None keeps the traced size.
+
+    Returns:
+        Input name -> tensor on the CPU in the engine's dtype: normal latents and text, pixels in [-1, 1], timesteps from
+        900 to 100, tokens without padding.
+
+    Raises:
+        WanlabError: an engine that does not say what it was made from, or sizes that its graph does not take.
+    """
+    facts = engine.metadata
+    if "model" not in facts or "shape" not in facts:
+        raise WanlabError(
+            "the engine does not say which model and clip it was made for; export it with wanlab"
+        )
+    spec = models.get(facts["model"])
+    traced = json.loads(facts["shape"]) | {"batch": DEFAULT_BATCH}
+    clip = ClipShape(**traced | {name: value for name, value in changes.items() if value is not None})
+    latent = latent_shape(spec, clip.height, clip.width, clip.frames)
+    sizes = {
+        "batch": clip.batch,
+        "text_tokens": clip.text_tokens,
+        "tokens": latent.tokens,
+        "frames": clip.frames,
+        "height": clip.height,
+        "width": clip.width,
+        "latent_frames": latent.frames,
+        "latent_height": latent.height,
+        "latent_width": latent.width,
+    }
+    asked = {name for name, value in changes.items() if value is not None}
+    generator = torch.Generator().manual_seed(seed)
+    feeds = {}
+    for name, (dtype, axes) in engine.inputs.items():
+        shape = [_size(name, axis, size, sizes, asked) for axis, size in enumerate(axes)]
+        feeds[name] = _draw(name, shape, getattr(torch, dtype), generator)
+    return feeds
+
+
+def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], asked: set[str]) -> int:
+    known = AXES.get(tensor, {}).get(axis, size)
+    if isinstance(size, int):  # the graph was exported for this size only
+        if str(known).removeprefix("latent_") in asked and sizes[known] != size:
+            raise WanlabError(
+                f"axis {axis} of {tensor} ({known}) is fixed at {size} and {sizes[known]} was asked for;"
+                " leave the size out or export again with it"
+            )
+        return size
+    if known not in sizes:
+        raise WanlabError(f"axis {axis} of {tensor} is {known}, which no clip has; give the inputs yourself")
+    return sizes[known]
+
+
+def _draw(name: str, shape: list[int], dtype, generator):
+    if name == "input_ids":
+        return torch.randint(0, 16, shape, generator=generator).to(dtype)
+    if name == "attention_mask":
+        return torch.ones(shape, dtype=dtype)
+    if name == "timestep":
+        steps = torch.linspace(900.0, 100.0, shape[0])
+        return steps.view(-1, *[1] * (len(shape) - 1)).expand(shape).to(dtype).contiguous()
+    values = torch.randn(shape, generator=generator)
+    return (values.clamp(-1, 1) if name == "video" else values).to(dtype)

@@ -1,0 +1,346 @@
+"""What came of an export, kept beside its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from wanlab import __version__
+from wanlab.core.digests import component_key, trace_key, weights_key
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export import graph as graphs
+from wanlab.export.clip import ClipShape, default_shape
+from wanlab.export.components import check_components, components_of, recipe
+from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, trace
+from wanlab.export.weights import WeightsFile
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What came of one export.
+
+    Attributes:
+        path: the ONNX file; a `.json` with this report lies beside it, and `weights_file` if any.
+        key: hash of everything that the file depends on; the file is reused while it stays the same.
+        nodes_before: nodes as traced, without any folding.
+        nodes_after: nodes in the file.
+        operators: operator -> how many nodes of it are in the file.
+        dtype: that the graph computes in. stored_dtype: that its large weights have in the file.
+        forms: `"friendly"`, or `"original"` where the network was traced as it is.
+        dynamic_axes: input -> {axis: name} of the axes that may vary.
+        fixed_axes: input -> {axis: size} of the axes that were asked to vary and do not.
+        ranges: axis name -> sizes it was traced for, e.g. `"4*k + 1, k >= 1"`.
+        shape: the clip that the example inputs were made for.
+        size_bytes: the graph and the weights that it uses. weights_file: their file, empty when they are in the
+            graph; other graphs may use it too. weights_written_bytes: of it by this export.
+        time_ms: the whole export, or looking it up when `cached`.
+        simplified: whether onnxsim went over the graph.
+        cached: the file was there already and still true.
+        shared_trace: the graph of an equal network was taken, with this one's weights.
+        notes: what a reader should know, each one line.
+    """
+
+    path: str
+    component: str
+    key: str
+    opset: int
+    nodes_before: int
+    nodes_after: int
+    operators: dict[str, int]
+    dtype: str
+    stored_dtype: str
+    forms: str
+    dynamic_axes: dict[str, dict[int, str]]
+    fixed_axes: dict[str, dict[int, int]]
+    ranges: dict[str, str]
+    shape: ClipShape
+    size_bytes: int
+    time_ms: float
+    weights_file: str
+    weights_written_bytes: int
+    simplified: bool
+    cached: bool = False
+    shared_trace: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def external_data(self) -> bool:
+        """Whether the weights are in a file of their own."""
+        return bool(self.weights_file)
+
+    def row(self) -> dict[str, Any]:
+        """One flat row of a table."""
+        axes = sorted({name for axes in self.dynamic_axes.values() for name in axes.values()})
+        fixed = sorted(
+            {
+                f"{name}[{axis}]={size}"
+                for name, axes in self.fixed_axes.items()
+                for axis, size in axes.items()
+            }
+        )
+        return {
+            "component": self.component,
+            "opset": self.opset,
+            "dtype": self.dtype,
+            "stored_dtype": self.stored_dtype,
+            "forms": self.forms,
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "dynamic_axes": ", ".join(axes),
+            "fixed_axes": ", ".join(fixed),
+            "size_bytes": self.size_bytes,
+            "time_ms": self.time_ms,
+            "simplified": self.simplified,
+            "external_data": self.external_data,
+            "cached": self.cached,
+            "shared_trace": self.shared_trace,
+            "notes": "; ".join(self.notes),
+        }
+
+
+def report_frame(reports: list[ExportReport]) -> pd.DataFrame:
+    """One row per export, the columns of `ExportReport.row`."""
+    return pd.DataFrame([report.row() for report in reports])
+
+
+def read_report(path: str | os.PathLike) -> ExportReport | None:
+    """The report beside an ONNX file; None when there is none that can be read."""
+    try:
+        data = json.loads(sidecar(Path(path)).read_text(encoding="utf-8"))
+        data["shape"] = ClipShape(**data["shape"])
+        data["notes"] = tuple(data["notes"])
+        for name in ("dynamic_axes", "fixed_axes"):
+            data[name] = {k: {int(axis): v for axis, v in axes.items()} for k, axes in data[name].items()}
+        return ExportReport(**data)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_report(report: ExportReport) -> None:
+    """Write the report beside its file, in one step."""
+    path = sidecar(Path(report.path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sidecar(path: Path) -> Path:
+    """Where the report of an ONNX file lies."""
+    return path.with_suffix(".json")
+
+
+@dataclass
+class _Traces:
+    """Traced graphs by what they depend on besides the weights."""
+
+    programs: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = field(default_factory=dict)
+
+
+def export(
+    model,
+    component: str,
+    path: str | os.PathLike,
+    *,
+    opset: int | None = None,
+    dtype: str | None = None,
+    stored_dtype: str | None = None,
+    simplify: bool = True,
+    dynamic: bool = True,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    text_tokens: int | None = None,
+    batch: int | None = None,
+    external_data: bool | None = None,
+    forms: str = "friendly",
+    reuse: bool = True,
+    traces: _Traces | None = None,
+) -> ExportReport:
+    """Write one component as an ONNX file and a report beside it.
+
+    The graph is traced without its weights by torch.export, translated by the dynamo exporter of torch.onnx,
+    folded, simplified by onnxsim, filled with the weights one at a time, and checked by onnx.checker. Beside
+    the network itself this takes memory for the graph and the largest weight, whatever the size. Node names
+    begin with the module path; the file's metadata names model, component and wanlab version. The network
+    itself is not changed.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        component: `"text_encoder"`, `"vae_encoder"`, `"expert_high"`, `"expert_low"` (`"expert"` where
+            there is one), or `"vae_decoder"`.
+        path: the `.onnx` file; its folder is made.
+        opset: 17 to 24; None takes 20, or 23 in bfloat16. From 23 on attention, rotary embedding and
+            root-mean-square norms are operators of their own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"` that the graph computes in; None takes the network's.
+            Modules that the library keeps in float32 stay so.
+        stored_dtype: of the large weights in the file, with a Cast after each; None takes `dtype`. Graphs with
+            one `stored_dtype` in one folder share a file of weights.
+        simplify: let onnxsim go over the graph.
+        dynamic: let batch, frames, height, width and text tokens vary; False fixes all of them.
+        height, width, frames, text_tokens, batch: of the example clip, in pixels; None takes the model's
+            defaults, and for the batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
+        external_data: weights in a file of their own; None does so above 1.5 GiB, as protobuf ends at 2.
+        forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
+        reuse: keep the file when it was made from the same weights, settings and versions.
+        traces: shared between calls, lets networks of the same architecture share one trace.
+
+    Raises:
+        WanlabError: unknown component, dtype or form, a component that is not convertible, an illegal size or
+            opset.
+    """
+    begin = time.perf_counter()
+    if forms not in FORMS:
+        raise WanlabError(f"unknown forms {forms!r}{did_you_mean(forms, FORMS)}; give {' or '.join(FORMS)}")
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise WanlabError(
+            f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
+        )
+    plan = recipe(model, component)
+    batch = batch or (2 if dynamic else 1)
+    shape = default_shape(
+        model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
+    )
+    kind = chosen_dtype(dtype, plan.network.dtype)
+    stored = chosen_dtype(stored_dtype, kind)
+    opset = chosen_opset(opset, str(kind))
+    settings = {
+        "opset": opset,
+        "dynamic": dynamic,
+        "shape": asdict(shape),
+        "dtype": str(kind),
+        "forms": forms,
+    }
+    tracing = trace_key(plan, settings)
+    weights = weights_key(plan.network)
+    how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
+    key = component_key(component, tracing, weights, how)
+    if reuse and (kept := kept_report(path, key)) is not None:
+        return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+
+    traces = _Traces() if traces is None else traces
+    shared = tracing in traces.programs
+    if not shared:
+        traces.programs[tracing] = trace(
+            model, component, shape, opset=opset, dynamic=dynamic, dtype=kind, forms=forms
+        )
+    program, ranges, notes = traces.programs[tracing]
+    before = read_report(path)
+    file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
+    finished = graphs.finish(
+        program,
+        plan.network,
+        path,
+        axis_names=plan.inputs if dynamic else {},
+        simplify=simplify,
+        weights=WeightsFile(file, weights),
+        external_data=external_data,
+        stored=stored,
+        metadata=_metadata(model, component, shape),
+    )
+    asked = plan.inputs if dynamic else {}
+    report = ExportReport(
+        path=str(path),
+        component=component,
+        key=key,
+        opset=opset,
+        nodes_before=finished.nodes_before,
+        nodes_after=finished.nodes_after,
+        operators=finished.operators,
+        dtype=str(kind).removeprefix("torch."),
+        stored_dtype=str(stored).removeprefix("torch."),
+        forms=forms,
+        dynamic_axes={
+            name: {a: n for a, n in axes.items() if a in finished.free_axes[name]}
+            for name, axes in asked.items()
+        },
+        fixed_axes={
+            name: left
+            for name, axes in asked.items()
+            if (left := {a: finished.sizes[name][a] for a in axes if a not in finished.free_axes[name]})
+        },
+        ranges=ranges,
+        shape=shape,
+        size_bytes=finished.size_bytes,
+        time_ms=(time.perf_counter() - begin) * 1e3,
+        weights_file=finished.weights_file,
+        weights_written_bytes=finished.weights_written_bytes,
+        simplified=finished.simplified,
+        shared_trace=shared,
+        notes=(*notes, *finished.notes),
+    )
+    write_report(report)
+    if before is not None and before.weights_file not in ("", report.weights_file):
+        _drop_unused(path.parent / before.weights_file)
+    return report
+
+
+def export_all(
+    model,
+    folder: str | os.PathLike,
+    components: tuple[str, ...] | None = None,
+    *,
+    dynamic: bool | Collection[str] = True,
+    progress: bool = True,
+    **settings,
+) -> list[ExportReport]:
+    """Export components to `folder/<component>.onnx`, in the order a generation uses them.
+
+    Networks of equal architecture (the two experts) share one trace: the second costs its weights only.
+
+    Args:
+        components: which; None takes all that the model has.
+        dynamic: let sizes vary, for all or for the components named. Fixed sizes export several times faster.
+        progress: show a progress bar.
+        settings: as in `export`.
+
+    Raises:
+        WanlabError: as `export`; unknown names are refused before any work is done.
+    """
+    names = components_of(model) if components is None else tuple(components)
+    check_components(model, names)
+    free = names if dynamic is True else () if dynamic is False else tuple(dynamic)
+    check_components(model, free)
+    traces, reports = _Traces(), []
+    bar = tqdm(names, desc="export", unit="component", leave=False, disable=not progress)
+    for name in bar:
+        bar.set_postfix_str(name)
+        reports.append(
+            export(
+                model, name, Path(folder) / f"{name}.onnx", dynamic=name in free, traces=traces, **settings
+            )
+        )
+    return reports
+
+
+def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
+    return {
+        "wanlab_version": __version__,
+        "model": model.spec.name,
+        "component": component,
+        "shape": json.dumps(asdict(shape)),
+    }
+
+
+def kept_report(path: Path, key: str) -> ExportReport | None:
+    """The report of a file that is still whole and true."""
+    report = read_report(path)
+    if report is None or report.key != key or graphs.file_bytes(path) != report.size_bytes:
+        return None
+    return replace(report, path=str(path))
+
+
+def _drop_unused(weights: Path) -> None:
+    """Remove a file of weights that an export left behind, unless another graph of the folder uses it."""
+    others = [read_report(file.with_suffix(".onnx")) for file in weights.parent.glob("*.json")]
+    if not any(report is not None and report.weights_file == weights.name for report in others):
+        for file in (weights, weights.with_name(f"{weights.name}.json")):
+            file.unlink(missing_ok=True)

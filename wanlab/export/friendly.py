@@ -1,0 +1,262 @@
+"""Networks in forms that export well: rotary attention in plain operators, the VAE over a whole clip."""
+
+from __future__ import annotations
+
+import types
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AvgDown3D,
+    DupUp3D,
+    WanResample,
+    WanRMS_norm,
+    WanUpsample,
+    patchify,
+    unpatchify,
+)
+from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of neighbouring channels, bit for bit what diffusers computes.
+
+    The original writes the even and the odd channels into an empty tensor, which exports to ScatterND
+    (slow everywhere, and no engine fuses it). Stacking the two and flattening is the same tensor.
+
+    Args:
+        x: `[B, S, H, D]`.
+        cos, sin: `[1, S, 1, D]`, every value twice.
+
+    Returns:
+        `[B, S, H, D]`, dtype of `x`.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class ExportableAttention:
+    """Attention processor for `WanAttention` without in-place writes or backend dispatch.
+
+    For experts without CLIP image embeddings (all of Wan2.2), with `attention_mask=None`.
+
+    Attributes:
+        fused: say rotary embedding and attention as the operators of ONNX opset 23. They take heads inside the
+            last axis, so that nothing needs to be transposed.
+    """
+
+    def __init__(self, *, fused: bool) -> None:
+        self.fused = fused
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ) -> torch.Tensor:
+        """`[B, S, C]` to `[B, S, C]`, as `WanAttnProcessor.__call__`."""
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        mix = self._with_operators if self.fused else self._with_arithmetic
+        mixed = mix(query, key, value, attn.heads, rotary_emb).type_as(query)
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+    def _with_operators(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:
+        operators = torch.onnx.ops
+        if rotary_emb is not None:
+            # The operator wants every value once, and one dtype: that of the tables, as the original computes.
+            cos, sin = (
+                table[:, :, 0, first::2].expand(query.shape[0], -1, -1)  # [B, S, D / 2]
+                for first, table in enumerate(rotary_emb)
+            )
+            query, key = (
+                operators.rotary_embedding(
+                    tensor.to(cos.dtype), cos, sin, interleaved=True, num_heads=heads
+                ).type_as(value)
+                for tensor in (query, key)
+            )
+        return operators.attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
+
+    def _with_arithmetic(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:
+        query, key, value = (tensor.unflatten(2, (heads, -1)) for tensor in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2, 3)
+
+
+def plain_root_mean_square_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.RMSNorm.forward` as the chain of operators that ONNX Runtime fuses into one kernel."""
+    return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
+
+
+@contextmanager
+def exportable_attention(expert, *, fused: bool):
+    """Give every `WanAttention` of `expert` the exportable processor while the context lasts.
+
+    Args:
+        fused: for opsets from 23 on, which have operators for attention, rotary embedding and norms; before,
+            the norms of queries and keys are written as plain operators too.
+    """
+    attentions = [module for module in expert.modules() if isinstance(module, WanAttention)]
+    norms = [] if fused else [norm for module in attentions for norm in (module.norm_q, module.norm_k)]
+    before = [module.processor for module in attentions]
+    for module in attentions:
+        module.processor = ExportableAttention(fused=fused)
+    for norm in norms:
+        norm.forward = types.MethodType(plain_root_mean_square_norm, norm)
+    try:
+        yield expert
+    finally:
+        for module, processor in zip(attentions, before, strict=True):
+            module.processor = processor
+        for norm in norms:
+            del norm.forward
+
+
+@contextmanager
+def whole_clip_resampling(vae):
+    """Let the temporal resamplers of `vae` work on whole clips while the context lasts.
+
+    Everything else in `AutoencoderKLWan` already computes the whole clip when it gets no feature cache.
+    """
+    resamplers = [module for module in vae.modules() if isinstance(module, WanResample)]
+    for module in resamplers:
+        module.forward = types.MethodType(_resample_whole_clip, module)
+    try:
+        yield vae
+    finally:
+        for module in resamplers:
+            del module.forward
+
+
+def encode_moments(vae, video: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance of the latents; call inside `whole_clip_resampling`.
+
+    Args:
+        vae: an `AutoencoderKLWan`.
+        video: `[B, 3, T, H, W]` in [-1, 1], T = 4k + 1.
+
+    Returns:
+        `[B, 2 * C, 1 + (T - 1) / 4, H / 8, W / 8]`, mean first, not normalised.
+    """
+    if vae.config.patch_size is not None:
+        video = patchify(video, patch_size=vae.config.patch_size)
+    return vae.quant_conv(vae.encoder(video))
+
+
+def decode_video(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Video from latents; call inside `whole_clip_resampling`.
+
+    Args:
+        vae: an `AutoencoderKLWan`.
+        latents: `[B, C, T', H', W']`, not normalised.
+
+    Returns:
+        `[B, 3, 1 + 4 (T' - 1), 8 H', 8 W']`, not clamped.
+    """
+    video = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
+    if vae.config.patch_size is not None:
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    return video
+
+
+def _resample_whole_clip(self, x: torch.Tensor, feat_cache=None, feat_idx=None) -> torch.Tensor:
+    """`WanResample.forward` over `[B, C, T, H, W]`: the first frame passes the temporal convolution by."""
+    if self.mode == "upsample3d" and x.shape[2] > 1:
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        pairs = self.time_conv(rest).unflatten(1, (2, x.shape[1]))  # [B, 2, C, T - 1, H, W]
+        # Frame t of the input becomes frames 2t and 2t + 1 of the output.
+        rest = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        x = torch.cat([first, rest], dim=2)
+    frames = x.shape[2]
+    x = self.resample(x.transpose(1, 2).flatten(0, 1))
+    x = x.unflatten(0, (-1, frames)).transpose(1, 2)
+    if self.mode == "downsample3d" and frames > 1:
+        # No padding: the first output looks at frames 0 to 2, and frame 0 itself goes through unchanged.
+        x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+    return x
+
+
+@contextmanager
+def exportable_operators(vae):
+    """Give parts of `vae` forms that trace with free sizes and run fast in an engine; the same function.
+
+    For whole clips of 4k + 1 frames, so together with `whole_clip_resampling`. Four things change: the
+    norms sum squares over channels by a convolution (a reduction over an axis in the middle is slow in
+    ONNX Runtime), a downsampling shortcut becomes average pooling with a constant padding, an upsampling
+    shortcut copies pixels instead of permuting eight axes, and nearest-exact upsampling by 2 becomes
+    nearest, which is equal.
+    """
+    forms = {
+        AvgDown3D: _average_down,
+        DupUp3D: _duplicate_up,
+        WanRMS_norm: _root_mean_square_norm,
+        WanUpsample: _upsample,
+    }
+    changed = [(module, forms[type(module)]) for module in vae.modules() if type(module) in forms]
+    for module, form in changed:
+        module.forward = types.MethodType(form, module)
+    try:
+        yield vae
+    finally:
+        for module, _ in changed:
+            del module.forward
+
+
+def _root_mean_square_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """`WanRMS_norm.forward` for `[B, C, T, H, W]` or `[B, C, H, W]`."""
+    if not self.channel_first:
+        return type(self).forward(self, x)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    channels = x.shape[1]
+    ones = torch.ones((1, channels) + (1,) * (x.ndim - 2), dtype=wide.dtype, device=x.device)
+    squares = (F.conv3d if x.ndim == 5 else F.conv2d)(wide.square(), ones)
+    normal = wide * squares.clamp_min(1e-24).rsqrt()  # the original keeps the norm above 1e-12
+    return normal.to(x.dtype) * (self.gamma * self.scale) + self.bias
+
+
+def _average_down(self, x: torch.Tensor) -> torch.Tensor:
+    """`AvgDown3D.forward` for `[B, C, T, H, W]` with T = 1 more than a multiple of the temporal factor.
+
+    The original folds every factor into channels and averages groups of those. Where a group covers whole
+    windows, that is average pooling, which also traces several times faster than splitting free axes.
+    """
+    t, s, group = self.factor_t, self.factor_s, self.group_size
+    padding = (0, 0, 0, 0, t - 1, 0)
+    if group == s * s and t > 1:  # one frame of a channel becomes one output channel
+        # Padded after pooling: ONNX Runtime folds a padding into a pooling that it is too wide for.
+        x = F.pad(F.avg_pool3d(x, (1, s, s)), padding).unflatten(2, (-1, t))  # [B, C, T, t, H, W]
+        return x.transpose(2, 3).flatten(1, 2)
+    if t > 1:
+        x = F.pad(x, padding)
+    if group % self.factor == 0:  # whole windows of one or more channels
+        x = F.avg_pool3d(x, (t, s, s)) if self.factor > 1 else x
+        return x if group == self.factor else x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+    x = x.unflatten(4, (-1, s)).unflatten(3, (-1, s)).unflatten(2, (-1, t))  # [B, C, T, t, H, s, W, s]
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)  # [B, C * factor, T, H, W]
+    return x.unflatten(1, (self.out_channels, group)).mean(dim=2)
+
+
+def _duplicate_up(self, x: torch.Tensor, first_chunk: bool = False) -> torch.Tensor:
+    """`DupUp3D.forward` for `[B, C, T, H, W]`."""
+    t, s = self.factor_t, self.factor_s
+    copies = self.repeats // (s * s)  # copies of a frame in time
+    if copies * s * s != self.repeats or t % copies:
+        # Neighbouring pixels come from different channels: the general form.
+        return type(self).forward(self, x, first_chunk)
+    x = x.unflatten(1, (self.out_channels, t // copies)).transpose(2, 3)  # [B, C', T, t / copies, H, W]
+    if copies > 1:
+        x = x.unsqueeze(4).expand(-1, -1, -1, -1, copies, -1, -1).flatten(3, 4)
+    x = x.flatten(2, 3)  # [B, C', T * t, H, W]
+    if first_chunk:
+        x = x[:, :, t - 1 :]
+    return _nearest(x.flatten(1, 2), s).unflatten(1, (self.out_channels, -1))
+
+
+def _upsample(self, x: torch.Tensor) -> torch.Tensor:
+    """`WanUpsample.forward` for `[B, C, H, W]` and whole factors."""
+    return _nearest(x, int(self.scale_factor[0]))
+
+
+def _nearest(x: torch.Tensor, factor: int) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=(float(factor), float(factor)), mode="nearest")

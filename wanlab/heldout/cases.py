@@ -1,0 +1,216 @@
+"""The held-out examination of wan-nano: photographs never trained on, with the true clip known for every case.
+
+Two sets are fixed in files. `selection` is for every choice: which layers, which format, which plan. `final` is for the
+numbers that are reported once the choice is made; its photographs, captions' order and seeds are others, and what
+chooses refuses it (`for_selection`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.paths import data
+from wanlab.heldout import clips, motion
+from wanlab.heldout.clips import CAMERA_MOTIONS, FRAMES, HEIGHT, WIDTH
+
+SMALLEST_TEXTURE = 0.01
+"""Mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures no motion can be measured."""
+
+MOST_DRAWS = 200
+"""Of a clip on one photograph, until one is found whose first frame has texture."""
+
+FOLDER = data("heldout")
+FINAL_PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
+"""Photographs of `data/heldout/photographs`, in no package that this one needs; only the set `final` shows them."""
+
+SETS = {"selection": (7301, clips.HELD_OUT_PHOTOGRAPHS), "final": (9127, FINAL_PHOTOGRAPHS)}
+"""Name of a fixed set -> the seed that it was drawn with, its photographs."""
+
+SET_SIZE = 72
+EXAMINATION, SELECTION, FINAL = "examination", "selection", "final"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One held-out question: a photograph, a clip of it (which fixes the caption), and the seed of the noise.
+
+    `purpose` is the set that the case is of: "selection", "final", or "examination" for cases drawn at will.
+    """
+
+    photograph: str
+    clip: clips.Clip
+    seed: int
+    purpose: str = EXAMINATION
+
+    @property
+    def caption(self) -> str:
+        return self.clip.caption
+
+    def truth(self, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+        """The true video, float32 `[T, H, W, 3]` in [0, 1]; its first frame is the model's input.
+
+        A smaller picture shows the middle of the clip's, at the same scale.
+        """
+        return render_clip(self.photograph, self.clip, frames, height, width)
+
+
+def render_clip(
+    photograph: str, clip: clips.Clip, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH
+) -> np.ndarray:
+    """A clip of a photograph, float32 `[T, H, W, 3]` in [0, 1]."""
+    image = torch.from_numpy(picture(photograph)).permute(2, 0, 1)
+    made = clips.render(image, [clip], frames=frames, height=height, width=width)
+    return made[0].permute(1, 2, 3, 0).numpy()
+
+
+@lru_cache(maxsize=8)
+def picture(name: str) -> np.ndarray:
+    """A photograph by name, of `data/heldout` or of the scikit-image package: as `clips.photograph`.
+
+    Raises:
+        WanlabError: a photograph of the final set is not there.
+    """
+    if name not in FINAL_PHOTOGRAPHS:
+        return clips.photograph(name)
+    path = FOLDER / "photographs" / name
+    if not path.is_file():
+        raise WanlabError(f"photograph {path} is missing; work in a source checkout that has data/heldout")
+    with Image.open(path) as opened:
+        return clips.prepare_photograph(opened)
+
+
+def is_held_out(photograph: str) -> bool:
+    """Whether quality is judged on a photograph, so that nothing may be trained or calibrated on it."""
+    return any(photograph in photographs for _, photographs in SETS.values())
+
+
+def draw_cases(
+    count: int = 72, *, seed: int = 2026, photographs=clips.HELD_OUT_PHOTOGRAPHS, purpose: str = EXAMINATION
+) -> list[Case]:
+    """Cases that go round the motions and photographs, every other round with a moving object.
+
+    72 cases of three photographs are each motion about three times on each photograph, half of them with an object.
+    """
+    generator, cases, motions = np.random.default_rng(seed), [], list(CAMERA_MOTIONS)
+    for i in range(count):
+        motion, round_ = motions[i % len(motions)], i // len(motions)
+        name = photographs[(i + round_) % len(photographs)]
+        size = picture(name).shape[:2]
+        for _ in range(MOST_DRAWS):
+            clip = clips.draw_clip(size, generator, motion=motion, with_object=bool(round_ % 2))
+            still = render_clip(name, dataclasses.replace(clip, motion="still", moving_object=None), 1)[0]
+            if has_texture(still):
+                break
+        else:
+            raise WanlabError(f"{name} is too flat for cases: no part of it shows how it moves; leave it out")
+        cases.append(Case(name, clip, seed * 1000 + i, purpose))
+    return cases
+
+
+def draw_set(name: str) -> list[Case]:
+    """Draw a fixed set anew: what its file holds, and a test holds the two together.
+
+    The order is shuffled, so that the first cases of a set already are of several motions, photographs and objects.
+
+    Raises:
+        WanlabError: no such set.
+    """
+    seed, photographs = SETS[_set_name(name)]
+    cases = draw_cases(SET_SIZE, seed=seed, photographs=photographs, purpose=name)
+    return [cases[i] for i in np.random.default_rng(seed).permutation(len(cases))]
+
+
+def load_cases(name: str, count: int | None = None) -> list[Case]:
+    """The cases of a fixed set, from `data/heldout/<name>.json`; the first `count` of them.
+
+    Raises:
+        WanlabError: no such set, more cases than it has, or a file that is missing or damaged.
+    """
+    path = FOLDER / f"{_set_name(name)}.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        cases = [_case(row, name) for row in rows]
+    except FileNotFoundError as error:
+        raise WanlabError(f"{path} is missing; work in a source checkout that has data/heldout") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WanlabError(
+            f"{path} holds no cases; make it again with wanlab.heldout.cases.write_sets"
+        ) from error
+    if count is not None and not 1 <= count <= len(cases):
+        raise WanlabError(f"set {name} has {len(cases)} cases; ask for 1 to {len(cases)}, not {count}")
+    return cases[:count]
+
+
+def for_selection(cases: Iterable[Case]) -> list[Case]:
+    """The same cases, when something may be chosen by them: whatever chooses a plan calls this first.
+
+    Raises:
+        WanlabError: a case is of the final set, or shows one of its photographs.
+    """
+    cases = list(cases)
+    for case in cases:
+        if case.purpose == FINAL or case.photograph in FINAL_PHOTOGRAPHS:
+            raise WanlabError(
+                f"{case.photograph} ({case.caption}) is of the final set, which nothing may be chosen by; take"
+                ' wanlab.heldout.cases.load_cases("selection")'
+            )
+    return cases
+
+
+def write_sets(folder: Path = FOLDER) -> list[Path]:
+    """Write the files of the fixed sets; returns their paths."""
+    paths = []
+    for name, (seed, photographs) in SETS.items():
+        cases = [dataclasses.asdict(case) | {"caption": case.caption} for case in draw_set(name)]
+        for case in cases:
+            del case["purpose"]
+        content = {"set": name, "drawn_with_seed": seed, "photographs": list(photographs), "cases": cases}
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return paths
+
+
+def _set_name(name: str) -> str:
+    if name not in SETS:
+        raise WanlabError(f"no held-out set {name!r}{did_you_mean(name, SETS)}; known: {', '.join(SETS)}")
+    return name
+
+
+def _case(row: dict, purpose: str) -> Case:
+    found = dict(row["clip"])
+    if found["moving_object"] is not None:
+        found["moving_object"] = clips.MovingObject(**found["moving_object"])
+    return Case(row["photograph"], clips.Clip(**found), row["seed"], purpose)
+
+
+def example_case() -> Case:
+    """The case that demonstrations use: the camera pans over a spoon beside a cup of coffee."""
+    cases = draw_cases()
+    return next(c for c in cases if (c.clip.motion, c.photograph) == ("pan_right", "coffee.png"))
+
+
+def has_texture(image: np.ndarray) -> bool:
+    """Whether a picture `[H, W, 3]` in [0, 1] has enough of it that motion can be measured."""
+    return _texture(image) >= SMALLEST_TEXTURE
+
+
+def _texture(frame: np.ndarray) -> float:
+    grey = frame.mean(axis=-1)
+    return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2
+
+
+def follows_caption(video: np.ndarray, case: Case) -> bool:
+    """Whether the camera, and the object if there is one, do what the caption says."""
+    seen, _ = motion.camera_motion(video)
+    if seen != case.clip.motion:
+        return False
+    return case.clip.moving_object is None or motion.object_moved_as_told(video, case.clip.moving_object)

@@ -1,0 +1,5 @@
+"""Notebooks started, watched and ended: one by `wanlab run`, many by `wanlab sweep`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

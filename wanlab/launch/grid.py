@@ -1,0 +1,370 @@
+"""The grid file of a sweep and its runs: every combination checked before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import NAME, plain
+from wanlab.core.paths import default_outputs
+from wanlab.core.yaml_lines import Document, read_yaml
+from wanlab.runs.folder import RunFolder
+from wanlab.runs.parameters import Schema, checked, read_schema
+from wanlab.runs.prepare import prepare
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to run, where, and how much of the machine it needs.
+
+    Attributes:
+        label: how people know it: the varied parameters. axes: the same as data.
+        overrides: parameters given to the notebook. expected: its run_id when the sweep started.
+        output, name: `output/name/run_id/` is its folder; absolute, as workers may start elsewhere. cwd: where it runs.
+    """
+
+    label: str
+    notebook: str
+    overrides: dict[str, Any]
+    axes: dict[str, Any]
+    output: str
+    name: str
+    run_id: str
+    cwd: str
+    repeat: int = 1
+    machine: str = "shared"
+    limit_s: float | None = None
+    memory_limit_gib: float | None = None
+    output_limit_mib: float = 256.0
+    cpus: float = 1.0
+    gpus: float | None = None
+    force: bool = False
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder.of(Path(self.output), self.name, self.run_id)
+
+    @property
+    def log(self) -> Path:
+        """What the worker itself says; a run's own output is in its folder."""
+        return Path(self.output) / self.name / "logs" / f"{self.run_id}.log"
+
+    @property
+    def alone(self) -> bool:
+        return self.machine == "alone"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        return cls(**json.loads(text))
+
+
+Machine = Literal["shared", "alone"]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Above0 = Annotated[float, msgspec.Meta(gt=0)]
+From0 = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Part(msgspec.Struct, forbid_unknown_fields=True):
+    """One notebook of a grid; what it leaves out is the grid's.
+
+    Attributes:
+        notebook: path, from the working folder or else from the grid file's.
+        parameters: fixed for all its runs. axes: name -> values, see `values_of`.
+        only, exclude: mappings of axis -> value or list of values; a run is made if it fits one of `only` (where there is
+            one) and none of `exclude`.
+        repeats: equal runs of each configuration, each with a folder of its own.
+        machine: `"alone"` for timings, which nothing else may disturb; `"shared"` for the rest.
+        limit_s, memory_limit_gib, output_limit_mib: of one run, see `execute`.
+        cpus, gpus: what one run takes on a cluster.
+    """
+
+    notebook: str
+    parameters: dict[str, Any] | None = None
+    axes: dict[str, Any] | None = None
+    only: list[dict[str, Any]] | None = None
+    exclude: list[dict[str, Any]] | None = None
+    repeats: Count | None = None
+    machine: Machine | None = None
+    limit_s: Above0 | None = None
+    memory_limit_gib: Above0 | None = None
+    output_limit_mib: Above0 | None = None
+    cpus: Above0 | None = None
+    gpus: From0 | None = None
+
+
+class Grid(msgspec.Struct, forbid_unknown_fields=True):
+    """A sweep: one notebook or several, and what all of them share.
+
+    Attributes:
+        name: folder below `outputs/`. title: of its page.
+        notebook, or notebooks: what is run. The other fields of a `Part` hold for all of them.
+        baseline: axis -> value of the configuration that the others are compared with.
+        show: columns that the page opens with.
+    """
+
+    name: str
+    title: str = ""
+    notebook: str | None = None
+    notebooks: list[Part] | None = None
+    parameters: dict[str, Any] = {}
+    axes: dict[str, Any] = {}
+    only: list[dict[str, Any]] = []
+    exclude: list[dict[str, Any]] = []
+    repeats: Count = 1
+    machine: Machine = "shared"
+    limit_s: Above0 | None = None
+    memory_limit_gib: Above0 | None = None
+    output_limit_mib: Above0 = 256.0
+    cpus: Above0 = 1.0
+    gpus: From0 | None = None
+    baseline: dict[str, Any] = {}
+    show: list[str] = []
+
+    def parts(self) -> list[Part]:
+        """Every notebook with the grid's fields filled in."""
+        merged = []
+        for part in self.notebooks or [Part(self.notebook or "")]:
+            own = {name: getattr(part, name) for name in Part.__struct_fields__}
+            for name, value in own.items():
+                if name in ("parameters", "axes"):
+                    own[name] = {**getattr(self, name), **(value or {})}
+                elif value is None:
+                    own[name] = getattr(self, name)
+            merged.append(Part(**own))
+        return merged
+
+
+class GridFile(msgspec.Struct):
+    """A grid and where each of its values stands, so that later mistakes can be told with their line too."""
+
+    grid: Grid
+    path: Path
+    document: Document
+
+
+def load_grid(path: str | os.PathLike) -> GridFile:
+    """A grid from a YAML file.
+
+    Raises:
+        WanlabError: no such file, YAML that cannot be read, an unknown field, a value of another type, no notebook. The
+            message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise WanlabError(f"no grid at {path}{did_you_mean(path.name, near)}")
+    document = read_yaml(path.read_text("utf-8"), str(path), "the grid")
+    data, refuse = document.data, document.refuse
+    if not isinstance(data, dict):
+        refuse((), "a grid is a mapping with name, notebook, parameters and axes")
+    document.known_fields(data, Grid)
+    for index, part in enumerate(data["notebooks"] if isinstance(data.get("notebooks"), list) else ()):
+        if isinstance(part, dict):
+            document.known_fields(part, Part, ("notebooks", index))
+    grid = document.convert(Grid)
+    if not NAME.match(grid.name) or ".." in grid.name:
+        refuse(("name",), f"{grid.name!r} cannot be a folder's name: use letters, digits, and . _ + -")
+    if (grid.notebook is None) == (not grid.notebooks):
+        refuse((), "give either `notebook: PATH` or a list `notebooks:`")
+    return GridFile(grid, path, document)
+
+
+def values_of(axis: Any, at: tuple, file: GridFile) -> list[Any]:
+    """The values of an axis: a list, `{from, to, by}` with both ends, or `{files: pattern}`.
+
+    Files are found from the working folder or else from the grid file's, and given as one would type them. A list may hold
+    any of the two other forms among its values.
+    """
+    refuse = file.document.refuse
+    if isinstance(axis, dict):
+        if set(axis) == {"files"} and isinstance(axis["files"], str):
+            return _files(axis["files"], (*at, "files"), file)
+        if {"from", "to"} <= set(axis) <= {"from", "to", "by"}:
+            return _range(axis, at, file)
+        refuse(at, "an axis is a list of values, {from: 2, to: 10, by: 2}, or {files: plans/*.yaml}")
+    if not isinstance(axis, list):
+        refuse(at, f"an axis is a list of values, here {axis!r}; a fixed value belongs under parameters")
+    values: list[Any] = []
+    for index, value in enumerate(axis):
+        values += values_of(value, (*at, index), file) if isinstance(value, dict) else [value]
+    if not values:
+        refuse(at, "no values")
+    for index, value in enumerate(values):
+        if any(type(value) is type(earlier) and value == earlier for earlier in values[:index]):
+            refuse(at, f"{value!r} is given twice; `repeats:` makes equal runs")
+    return values
+
+
+def find(path: str, file: GridFile) -> Path | None:
+    """A file named in a grid: from the working folder, else from the grid file's folder and the one above it."""
+    for root in (Path(), file.path.parent, file.path.parent.parent):
+        if (root / path).is_file():
+            return root / path
+    return None
+
+
+def _files(pattern: str, at: tuple, file: GridFile) -> list[str]:
+    for root in (Path(), file.path.parent, file.path.parent.parent):
+        try:
+            found = sorted(str(p) for p in root.glob(pattern) if p.is_file())
+        except (ValueError, NotImplementedError) as error:
+            file.document.refuse(at, f"{pattern!r} is no pattern of relative paths: {error}")
+        if found:
+            return found
+    file.document.refuse(at, f"no file fits {pattern!r} from here or from {file.path.parent}")
+
+
+def _range(axis: dict, at: tuple, file: GridFile) -> list[Any]:
+    first, last, step = axis["from"], axis["to"], axis.get("by", 1)
+    numbers = [first, last, step]
+    if (
+        not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)
+        or step <= 0
+        or last < first
+    ):
+        file.document.refuse(at, f"from {first!r} to {last!r} by {step!r} is no range of numbers")
+    count = int((last - first) / step + 1e-9) + 1
+    if count > 10_000:
+        file.document.refuse(at, f"{count:,} values; 10,000 is the limit")
+    return [first + index * step for index in range(count)]
+
+
+MOST_RUNS = 100_000
+
+
+def expand(file: GridFile, *, output: str | os.PathLike | None = None, force: bool = False) -> list[Task]:
+    """All runs of a grid, in the order of its axes; the first axis changes slowest.
+
+    Raises:
+        WanlabError: a notebook that is not there, an unknown parameter or a value of another type, a parameter that is
+            fixed and varied, two equal runs, a filter or baseline that fits nothing. Nothing was started then.
+    """
+    tasks: list[Task] = []
+    root = str((Path(output) if output else default_outputs()).resolve())
+    parts = file.grid.parts()
+    for index, part in enumerate(parts):
+        at = ("notebooks", index) if file.grid.notebooks else ()
+        tasks += _runs(part, at, file, root, several=len(parts) > 1, force=force)
+    if not tasks:
+        file.document.refuse((), "no run is left after `only` and `exclude`")
+    seen: dict[str, Task] = {}
+    for task in tasks:
+        if other := seen.get(task.run_id):
+            raise WanlabError(f"{file.path}: {task.label} and {other.label} are the same run")
+        seen[task.run_id] = task
+    baseline = file.grid.baseline
+    if baseline and not any(fits(task.axes, baseline) for task in tasks):
+        file.document.refuse(("baseline",), f"no run has {_words(baseline)}")
+    return tasks
+
+
+def varied(tasks: list[Task]) -> list[str]:
+    """Names of the axes, in the order of the grid."""
+    return list(dict.fromkeys(name for task in tasks for name in task.axes))
+
+
+def fits(axes: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run has the wanted value, or one of a list of them, on every axis that is named."""
+    return all(
+        name in axes
+        and any(plain(axes[name]) == plain(v) for v in (value if isinstance(value, list) else [value]))
+        for name, value in wanted.items()
+    )
+
+
+def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, force: bool) -> Iterator[Task]:
+    refuse = file.document.refuse
+    notebook = find(part.notebook, file)
+    if notebook is None:
+        read_schema(Path(part.notebook))  # says which name is near
+    schema = Schema(read_schema(notebook).parameters, str(notebook))
+    here = ("axes",) if not at else (*at, "axes")
+    axes = {}
+    for name, axis in part.axes.items():
+        place = (*_owner(here, name, file), name)
+        if name in part.parameters:
+            refuse(place, f"{name!r} is fixed under parameters and varied under axes; keep one")
+        axes[name] = [_value(schema, name, value, place, file) for value in values_of(axis, place, file)]
+    here = ("parameters",) if not at else (*at, "parameters")
+    fixed = {
+        name: _value(schema, name, value, (*_owner(here, name, file), name), file)
+        for name, value in part.parameters.items()
+    }
+    for filters, field in ((part.only, "only"), (part.exclude, "exclude")):
+        for index, wanted in enumerate(filters):
+            for name in wanted:
+                if name not in axes:
+                    refuse(
+                        (field, index, name),
+                        f"{name!r} is not an axis; there are {', '.join(axes) or 'none'}",
+                    )
+    count = 1
+    for values in axes.values():
+        count *= len(values)
+    if count * part.repeats > MOST_RUNS:
+        refuse(at, f"{count * part.repeats:,} runs; {MOST_RUNS:,} is the limit")
+    for chosen in itertools.product(*axes.values()):
+        point = dict(zip(axes, chosen, strict=True))
+        if part.only and not any(fits(point, wanted) for wanted in part.only):
+            continue
+        if any(fits(point, wanted) for wanted in part.exclude):
+            continue
+        for repeat in range(1, part.repeats + 1):
+            ready = prepare(notebook, fixed | point, output=root, name=file.grid.name, repeat=repeat)
+            yield Task(
+                label=label(
+                    point, notebook.stem if several or not point else "", repeat if part.repeats > 1 else 0
+                ),
+                notebook=str(notebook),
+                overrides=plain(fixed | point),
+                axes=plain(point),
+                output=root,
+                name=file.grid.name,
+                run_id=ready.run_id,
+                cwd=os.getcwd(),
+                repeat=repeat,
+                machine=part.machine,
+                limit_s=part.limit_s,
+                memory_limit_gib=part.memory_limit_gib,
+                output_limit_mib=part.output_limit_mib,
+                cpus=part.cpus,
+                gpus=part.gpus,
+                force=force,
+            )
+
+
+def label(point: Mapping[str, Any], notebook: str = "", repeat: int = 0) -> str:
+    """`"41_configuration engine=eager plan=mine #2"`: a file is shown by its name alone."""
+    words = [notebook] if notebook else []
+    for name, value in point.items():
+        text = str(value)
+        path = Path(text)
+        words.append(f"{name}={path.stem if path.suffix and path.is_file() else text}")
+    return " ".join([*words, f"#{repeat}"] if repeat else words)
+
+
+def _value(schema: Schema, name: str, value: Any, at: tuple, file: GridFile) -> Any:
+    try:
+        return checked(schema[name], value, schema.where)
+    except WanlabError as error:
+        file.document.refuse(at, str(error))
+
+
+def _owner(at: tuple, name: str, file: GridFile) -> tuple:
+    """Where a value stands: in the part itself, or in the grid around it."""
+    return at if (*at, name) in file.document.lines else at[-1:]
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())

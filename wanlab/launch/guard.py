@@ -1,0 +1,604 @@
+"""Limits beside a run: its processes, memory and output watched; how it ended; orphans ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback as tracebacks
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import strip_color
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import append_bytes, now, read_json, why, write_json
+from wanlab.pages.report import render
+from wanlab.runs.folder import Heartbeat, RunFolder, host_id, process_alive, process_id
+
+RAISED = re.compile(r"(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\Z")
+SAID = re.compile(
+    r"""
+    (?:CUDA|HIP|XPU|MPS)(?:\ error:|\ backend)?\ out\ of\ memory    # PyTorch
+    | can't\ allocate\ memory:\ you\ tried                           # PyTorch on a CPU
+    | (?:CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED
+    | Failed\ to\ allocate\ memory\ for\ requested\ buffer           # ONNX Runtime
+    | (?:std::)?bad_alloc\b | \bbad\ allocation\b                    # C++
+    | Cuda\ Runtime\ \(out\ of\ memory\)                             # TensorRT
+    | cuMem\w+\ failed:\ out\ of\ memory                             # PyCUDA
+    | \[Errno\ 12\]\ Cannot\ allocate\ memory
+    """,
+    re.VERBOSE,
+)
+# The last line of an exception's account, also of one that was the cause of another.
+CAUSE = re.compile(r"^(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\b(?::|$)", re.MULTILINE)
+CHILD_KILLED = re.compile(r"SIGKILL|signal: Killed|killed by signal 9|exit code:? -9")
+
+
+def ran_out(name: str, text: str, traceback: str = "") -> bool:
+    """Whether an exception tells of an allocation that failed.
+
+    Args:
+        name: its class. text: its message. traceback: as it was printed, without colours.
+    """
+    return bool(RAISED.match(name) or SAID.search(text) or CAUSE.search(traceback))
+
+
+def counter(pid: int, root: Path = Path("/")) -> Path | None:
+    """The file in which the system counts what it kills for want of memory: of the control group of a process (v2, then
+    v1), else of the whole machine.
+
+    Source: `oom_kill` in memory.events, memory.oom_control and /proc/vmstat; Linux documentation of cgroups v2 and v1.
+    """
+    groups = root / "sys" / "fs" / "cgroup"
+    candidates: list[Path] = []
+    for line in _lines(root / "proc" / str(pid) / "cgroup"):
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        inside = path.lstrip("/")
+        # In a container the path can be the host's, and the mount its own: then the top of the mount is right.
+        if not controllers:
+            candidates += [groups / inside / "memory.events", groups / "memory.events"]
+        elif "memory" in controllers.split(","):
+            mounted = groups / "memory"
+            candidates += [mounted / inside / "memory.oom_control", mounted / "memory.oom_control"]
+    candidates.append(root / "proc" / "vmstat")
+    return next((file for file in candidates if count(file) is not None), None)
+
+
+def count(file: Path | None) -> int | None:
+    """Processes killed for want of memory so far; None where that is not known."""
+    for line in _lines(file) if file else []:
+        word, _, number = line.partition(" ")
+        if word == "oom_kill" and number.strip().isdigit():
+            return int(number)
+    return None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+
+
+def descendants(pids: Iterable[int], every_thread: bool = True) -> set[int]:
+    """Process numbers of all that descend from `pids`, without these.
+
+    Args:
+        every_thread: ask each thread of a process for its children, not only the first.
+    """
+    found: set[int] = set()
+    waiting = list(pids)
+    while waiting:
+        new = set(_children(waiting.pop(), every_thread)) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether this very process still runs: not a zombie, and not another one with its number."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def recorded(who: Any) -> psutil.Process | None:
+    """The living process that `folder.process_id` described; None where number or start time differ."""
+    try:
+        process = psutil.Process(int(who["pid"]))
+        same = abs(process.create_time() - float(who["started"])) < 1.0
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return process if same and alive(process) else None
+
+
+def kill(processes: Iterable[psutil.Process], wait_s: float = 3.0) -> list[int]:
+    """SIGKILL to processes and all that descends from them, until none is left or `wait_s` is over.
+
+    Returns:
+        The numbers of those that were killed.
+    """
+    mine = {process.pid: process for process in processes}
+    killed: set[int] = set()
+    deadline = time.monotonic() + wait_s
+    while living := [process for process in mine.values() if alive(process)]:
+        for pid in descendants(process.pid for process in living):
+            with contextlib.suppress(psutil.Error):
+                mine.setdefault(pid, psutil.Process(pid))
+        for process in mine.values():
+            with contextlib.suppress(psutil.Error):
+                if alive(process):
+                    process.kill()
+                    killed.add(process.pid)
+        # Never psutil's own wait: it would take the kernel's exit status away from who started the kernel.
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return sorted(killed)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL to what is left of a kernel's process group (the kernel leads its own session)."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _children(pid: int, every_thread: bool) -> list[int]:
+    """Direct children of a process; none where it is gone."""
+    if not _listed():
+        try:
+            return [child.pid for child in psutil.Process(pid).children()]
+        except psutil.Error:
+            return []
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task") if every_thread else [pid]:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+@functools.cache
+def _listed() -> bool:
+    """Whether this system lists children (most Linux kernels do): else each process is asked for its parent."""
+    return os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+
+TEXT_LIMIT_CHARS = 200_000  # printed text of a cell that the notebook keeps; console.log has all of it
+RICH_LIMIT_BYTES = (
+    16 * 2**20
+)  # figures, tables and clips of a cell that the notebook keeps, besides the last one kept
+RICH_LIMIT = 200  # of them
+LARGEST_BYTES = 64 * 2**20  # of one
+ERROR_LIMIT_CHARS, ERROR_LIMIT_LINES = 20_000, 200  # message and lines of a traceback
+
+
+class Console:
+    """Takes the output messages of a run's cells.
+
+    Attributes:
+        cut: indices of cells whose output the notebook does not hold in full.
+        total_bytes: written so far, printed and shown together, without what was cleared again.
+    """
+
+    def __init__(self, path: Path, limit_mib: float, end: Callable[[str, str], None]):
+        """`end` is called once with state and reason, where the limit is passed or the disk is full."""
+        self.path, self.limit_mib, self.end = path, limit_mib, end
+        self.cut: set[int] = set()
+        self.total_bytes = 0
+        self._ended = False
+        self._text: dict[int, int] = {}
+        self._rich: dict[int, list[int]] = {}
+
+    def keeps(self, message: dict[str, Any], index: int) -> bool:
+        """Take an output of cell `index`; whether the notebook is to keep it, perhaps shortened in place."""
+        if self._ended:
+            return False
+        kind = message["msg_type"]
+        if kind == "error":
+            _shorten(message["content"])
+            return True
+        return self._printed(message["content"], index) if kind == "stream" else self._shown(message, index)
+
+    def cleared(self, index: int) -> None:
+        """A cell takes back what it has shown, as live plots and progress displays do."""
+        self._text.pop(index, None)
+        self.total_bytes -= sum(self._rich.pop(index, []))
+
+    def _printed(self, content: dict[str, Any], index: int) -> bool:
+        text = content["text"]
+        data = text.encode("utf-8", "replace")
+        try:
+            append_bytes(self.path, data)
+        except OSError as error:
+            self._end("failed", why(error))
+            return False
+        self._add(len(data), index)
+        before = self._text.get(index, 0)
+        self._text[index] = before + len(text)
+        if before + len(text) > TEXT_LIMIT_CHARS:
+            self.cut.add(index)
+            kept = text[: max(0, TEXT_LIMIT_CHARS - before)]
+            content["text"] = f"{kept}\n... output continues in {self.path.name}\n"
+        return before <= TEXT_LIMIT_CHARS
+
+    def _shown(self, message: dict[str, Any], index: int) -> bool:
+        data = message["content"].get("data") or {}
+        size = len(json.dumps(data, default=str))
+        kept = self._rich.setdefault(index, [])
+        full = sum(kept) >= RICH_LIMIT_BYTES or len(kept) >= RICH_LIMIT or size > LARGEST_BYTES
+        self._add(size, index)
+        if not full:
+            kept.append(size)
+        elif index not in self.cut:
+            self.cut.add(index)
+            message["content"]["data"] = {"text/plain": "... this cell shows more than the notebook keeps"}
+            return True
+        return not full
+
+    def _add(self, size: int, index: int) -> None:
+        self.total_bytes += size
+        if self.total_bytes > self.limit_mib * 2**20:
+            self._end("flooded", flood(self.total_bytes / 2**20, index + 1, self.limit_mib))
+
+    def _end(self, state: str, reason: str) -> None:
+        self._ended = True
+        self.end(state, reason)
+
+
+def flood(written_mib: float, cell: int, limit_mib: float) -> str:
+    """The reason of a run that is ended for what it wrote."""
+    return f"wrote {math.ceil(written_mib * 10) / 10:g} MiB of output by cell {cell}, over its limit of {limit_mib:g} MiB"
+
+
+def _shorten(content: dict[str, Any]) -> None:
+    """An exception can carry a flood too."""
+    content["evalue"] = str(content.get("evalue", ""))[:ERROR_LIMIT_CHARS]
+    lines = [str(line)[:ERROR_LIMIT_CHARS] for line in content.get("traceback", [])]
+    half = ERROR_LIMIT_LINES // 2
+    content["traceback"] = lines if len(lines) <= 2 * half else [*lines[:half], "...", *lines[-half:]]
+
+
+EVERY_S = 0.25
+THOROUGH = (
+    4  # each so-manieth sample looks at every thread for children, at the log and at the count of kills
+)
+GRACE_S = 3.0  # past its deadline, a run that nothing else has ended is ended here
+KILLS_S = 10  # so long a large process can take to go once the system has killed it
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take. `timeout_s` for the whole notebook, `memory_gib` resident in the kernel and its descendants,
+    `output_mib` printed and shown."""
+
+    timeout_s: float | None = None
+    memory_gib: float | None = None
+    output_mib: float = 256.0
+
+    @property
+    def late(self) -> str:
+        return f"not done after {self.timeout_s:g} s" if self.timeout_s else "a cell gave no answer"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run was ended from outside."""
+
+    state: str
+    reason: str
+
+
+class Watch:
+    """Guards one run from the moment its kernel is there.
+
+    Attributes:
+        ending: set once, by whoever ends the run first; the kernel is killed then, and the client sees it die.
+        peak_bytes: largest resident memory of the kernel and its descendants in one sample. Pages that processes share
+            count in each of them.
+    """
+
+    def __init__(self, heart: Heartbeat, limits: Limits, log: Path | None = None):
+        """
+        Args:
+            heart: its status gets `kernel`, `processes` (descendants that live) and `peak_memory_gib`.
+            log: what the kernel's process itself writes; it can be a flood too.
+        """
+        self.heart, self.limits, self.log = heart, limits, log
+        self.deadline = None if limits.timeout_s is None else time.monotonic() + limits.timeout_s
+        self.ending: Ending | None = None
+        self.peak_bytes = 0
+        self._kernel: psutil.Process | None = None
+        self._others: dict[int, psutil.Process] = {}
+        self._told: set[int] = set()
+        self._told_at = 0.0
+        self._counter: Path | None = None
+        self._kills: deque[int | None] = deque(maxlen=KILLS_S)  # one a second, oldest first
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="wanlab-watch", daemon=True)
+
+    def begin(self, pid: int) -> None:
+        """The kernel is process `pid`."""
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone already: the client finds that out
+            self._kernel = psutil.Process(pid)
+        self._counter = counter(pid)
+        self._kills.append(count(self._counter))
+        self.heart.write(kernel=process_id(pid))
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def end(self, state: str, reason: str) -> None:
+        """End the run with this state, unless it is being ended already."""
+        with self._lock:
+            if self.ending is None:
+                self.ending = Ending(state, reason)
+                self._kill()
+
+    def close(self) -> None:
+        """Stop watching; nothing that the kernel started stays."""
+        self._stop.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._lock:
+            self._kill()
+            self.heart.note(processes=self._records())
+
+    def look(self, thorough: bool = True) -> None:
+        """Take one sample: what descends from the kernel, and how much memory all of them hold."""
+        with self._lock:
+            if self._kernel is None or self._stop.is_set() or not self._kernel.is_running():
+                return
+            if thorough:
+                self._kills.append(count(self._counter))
+            self._find(thorough)
+            held = {process: _resident(process) for process in (self._kernel, *self._others.values())}
+            self.peak_bytes = max(self.peak_bytes, sum(held.values()))
+            self.heart.note(peak_memory_gib=round(self.peak_bytes / GIB, 3))
+            self._tell()
+            self._judge(sum(held.values()), thorough)
+
+    def killed_by_system(self) -> bool | None:
+        """Whether the system has just killed something for want of memory; None where it does not say."""
+        before, after = next(iter(self._kills), None), count(self._counter)
+        return None if before is None or after is None else after > before
+
+    def _find(self, thorough: bool) -> None:
+        if thorough:
+            self._others = {pid: process for pid, process in self._others.items() if alive(process)}
+        # Those whose parent went are asked as well: they are nobody's descendants now.
+        asked = (
+            [self._kernel.pid, *(self._others if thorough else ())] if alive(self._kernel) else self._others
+        )
+        for pid in descendants(asked, thorough) - {self._kernel.pid, *self._others}:
+            with contextlib.suppress(psutil.Error):
+                self._others[pid] = psutil.Process(pid)
+
+    def _tell(self) -> None:
+        """Keep the living in status.json, at most once a second: they are found there if this process is killed."""
+        if self._told != set(self._others) and time.monotonic() - self._told_at > 1.0:
+            self._told, self._told_at = set(self._others), time.monotonic()
+            try:
+                self.heart.write(processes=self._records())
+            except OSError as error:
+                self.heart.on_trouble(error)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"pid": p.pid, "started": p.create_time()} for p in self._others.values() if alive(p)]
+
+    def _judge(self, held_bytes: int, thorough: bool) -> None:
+        limit = self.limits.memory_gib
+        if (
+            limit is not None
+            and held_bytes > limit * GIB
+            and (held := self._unshared(held_bytes)) > limit * GIB
+        ):
+            cell = self.heart.fields["progress"]["cell"]
+            taken = math.ceil(held / GIB * 10) / 10  # never less than the limit
+            self.end("memory", f"took {taken:g} GiB in cell {cell}, over its limit of {limit:g} GiB")
+        if self.deadline is not None and time.monotonic() > self.deadline + GRACE_S:
+            self.end("timeout", self.limits.late)
+        if thorough and self.log is not None and self.log.is_file():
+            written, limit = self.log.stat().st_size / 2**20, self.limits.output_mib
+            if written > limit:
+                self.end("flooded", flood(written, self.heart.fields["progress"]["cell"], limit))
+
+    def _unshared(self, held_bytes: int) -> int:
+        """`held_bytes`, with pages that forked processes share counted once: too slow for every sample."""
+        if not self._others:
+            return held_bytes
+        total = 0
+        for process in (self._kernel, *self._others.values()):
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.Error, AttributeError):
+                total += _resident(process)
+        return total
+
+    def _kill(self) -> None:
+        if self._kernel is not None:
+            self._find(True)
+            kill([self._kernel, *self._others.values()])
+            kill_group(self._kernel.pid)
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stop.wait(EVERY_S):
+            with contextlib.suppress(psutil.Error, OSError):  # a sample is lost, not the guard
+                self.look(number % THOROUGH == 0)
+            number += 1
+
+
+def _resident(process: psutil.Process) -> int:
+    """Bytes in RAM; 0 for a process that is gone or a zombie."""
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
+
+
+EXIT_CODES = {
+    "finished": 0,
+    "failed": 1,  # 2 is a mistake of the user, and nothing has run
+    "died": 3,
+    "timeout": 4,
+    "memory": 5,
+    "flooded": 6,
+    "aborted": 130,
+}
+# Errors of a disk: full, over quota, read-only.
+DISK = re.compile(r"\[Errno (?:28|122|30)\] (?P<what>[^:]+)(?:: '(?P<path>.*)')?\Z")
+
+
+def completed(done: Any, folder: RunFolder, watch: Watch) -> tuple[str, dict[str, Any]]:
+    """Papermill raised nothing; believe it only if all cells completed and `run.finish()` was reached."""
+    if watch.ending is not None:
+        return watch.ending.state, {"reason": watch.ending.reason}
+    for index, cell in enumerate(done.cells):
+        if cell.metadata.get("papermill", {}).get("status") != "completed":
+            return "failed", {"reason": "the notebook stopped early (SystemExit)", "cell": index + 1}
+    record = read_json(folder.run_json)
+    if "environment" in record and "finished" not in record:
+        return "failed", {"reason": "the notebook ended without run.finish()"}
+    return "finished", {}
+
+
+def raised(error: BaseException, watch: Watch, log: Path) -> tuple[str, dict[str, Any]]:
+    """State, and what went wrong as fields of status.json.
+
+    Args:
+        error: what came out of Papermill.
+        log: what the kernel's process itself wrote.
+    """
+    if watch.ending is not None:  # whatever was raised came of that
+        return watch.ending.state, {"reason": watch.ending.reason}
+    if isinstance(error, papermill.PapermillExecutionError):
+        return _cell(error, watch)
+    if isinstance(error, DeadKernelError):
+        return _death(one_line(str(error)), watch, _last_words(log))
+    if isinstance(error, TimeoutError):
+        return "timeout", {"reason": watch.limits.late}
+    if isinstance(error, KeyboardInterrupt):
+        return "aborted", {"reason": one_line(str(error)) or "interrupted by Ctrl-C"}
+    if isinstance(error, OSError):
+        return "failed", {"reason": one_line(why(error))}
+    if isinstance(error, RuntimeError):
+        return "died", {"reason": one_line(f"the kernel did not start: {error}"), **_last_words(log)}
+    reason = one_line(f"the runner failed: {type(error).__name__}: {error}")
+    return "failed", {"reason": reason, "traceback": "".join(tracebacks.format_exception(error))}
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """The first line, without colours."""
+    lines = strip_color(text).strip().splitlines()
+    return lines[0][:limit] if lines else ""
+
+
+def _cell(error: Any, watch: Watch) -> tuple[str, dict[str, Any]]:
+    """A cell raised."""
+    said = strip_color(error.evalue or "")
+    account = strip_color("\n".join(error.traceback))
+    found = SAID.search(said)
+    # ONNX Runtime names its source files first; what was short comes at the end.
+    telling = said[found.start() :] if found and found.end() > 200 else said
+    reason = one_line(f"{error.ename}: {telling}".removesuffix(": "))
+    if disk := DISK.match(one_line(said)):
+        what, path = disk["what"], disk["path"]
+        reason = f"{what[:1].lower()}{what[1:]}" + (f": {path}" if path else "")
+    child_killed = CHILD_KILLED.search(said) and watch.killed_by_system()
+    state = "memory" if child_killed or ran_out(error.ename, said, account) else "failed"
+    return state, {
+        "reason": reason,
+        "cell": error.cell_index + 1,
+        "traceback": "\n".join(error.traceback),
+    }
+
+
+def _death(reason: str, watch: Watch, words: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """The kernel is gone, and nobody here has killed it."""
+    if SAID.search(words.get("traceback", "")):
+        return "memory", {"reason": f"memory ran out, and {reason}", **words}
+    if "SIGKILL" not in reason:
+        return "died", {"reason": reason, **words}
+    by_system = watch.killed_by_system()
+    if by_system:
+        peak = f" at {watch.peak_bytes / 2**30:.1f} GiB" if watch.peak_bytes else ""
+        return "memory", {"reason": f"memory ran out{peak}: the system killed the kernel", **words}
+    hint = "; the system does that when memory runs out" if by_system is None else ""
+    return "died", {"reason": reason + hint, **words}
+
+
+def _last_words(log: Path, lines: int = 60) -> dict[str, str]:
+    """What a dying kernel wrote, such as the Python stack of a segmentation fault."""
+    text = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
+    return {"traceback": "\n".join(text.splitlines()[-lines:])} if text else {}
+
+
+def reap(folder: str | os.PathLike) -> list[Path]:
+    """End the runs below `folder` whose runner is gone: kill what they record, and say that they died.
+
+    Only runs of this machine since it was started, and only processes that a run's status.json names by number and
+    start time (and what descends from them).
+
+    Returns:
+        The folders of those runs.
+    """
+    return [run.path for run in _running(Path(folder)) if _reaped(run)]
+
+
+def _running(root: Path) -> Iterator[RunFolder]:
+    for path, below, files in os.walk(root):
+        below.sort()
+        if "status.json" in files:
+            below.clear()  # attempts and artifacts of this run
+            yield RunFolder(Path(path))
+
+
+def _reaped(run: RunFolder) -> bool:
+    status = _left(run)
+    if status is None:
+        return False
+    named = [status.get("kernel"), *(status.get("processes") or [])]
+    kill(process for who in named if (process := recorded(who)))
+    if _left(run) != status:  # somebody else has just done it, or has started the run again
+        return False
+    run.release()
+    reason = "the process that ran it is gone"
+    write_json(
+        run.status_json,
+        {**status, "state": "died", "exit": EXIT_CODES["died"], "reason": reason, "ended": now()}
+        | {
+            key: status["progress"][key] for key in ("cell", "title") if key in (status.get("progress") or {})
+        },
+    )
+    render(run.path)
+    return True
+
+
+def _left(run: RunFolder) -> dict[str, Any] | None:
+    """The status of a run that says it is running on this machine, and is not."""
+    try:
+        status = read_json(run.status_json)
+    except WanlabError:
+        return None
+    if not isinstance(status, dict) or status.get("state") != "running" or status.get("host") != host_id():
+        return None
+    return None if process_alive(status.get("writer") or {}) else status

@@ -1,0 +1,101 @@
+"""What runs one task in a process of its own: `python -m wanlab.launch.worker < task.json`, or a warm fork."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from wanlab.core.errors import WanlabError
+from wanlab.launch import seed
+from wanlab.launch.execute import execute
+from wanlab.launch.grid import Task
+from wanlab.launch.kernel import die_with_parent
+from wanlab.runs.prepare import prepare
+
+MISTAKE = 2  # exit status for what the user can mend; the last line of the log says what
+WAIT_S = 30.0  # for an earlier attempt to let go of the run's folder
+WAIT_EVERY_S = 0.2
+
+
+def run_warm(task: Task) -> int:
+    """Run a task in a process that was just forked; its kernel will be forked too. Returns its exit status."""
+    os.setsid()
+    die_with_parent(signal.SIGTERM)
+    with _log(task):
+        seed.plant()
+        return run(task)
+
+
+def run(task: Task) -> int:
+    """Execute the task's notebook in this process; returns its exit status."""
+    try:
+        os.chdir(task.cwd)
+        where = {"output": task.output, "name": task.name, "repeat": task.repeat}
+        now = prepare(task.notebook, task.overrides, **where).run_id
+        if now != task.run_id:
+            raise WanlabError(
+                f"{task.notebook}, a file it names, or wanlab was changed while the sweep ran: this run would be {now}; "
+                "start the sweep again"
+            )
+        _wait_for(task)
+        return execute(
+            task.notebook,
+            task.overrides,
+            force=task.force,
+            timeout_s=task.limit_s,
+            memory_limit_gib=task.memory_limit_gib,
+            output_limit_mib=task.output_limit_mib,
+            progress=False,
+            **where,
+        ).exit_code
+    except (WanlabError, OSError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _wait_for(task: Task) -> None:
+    """An earlier attempt that was told to stop may still be writing its end."""
+    deadline = time.monotonic() + WAIT_S
+    while task.folder.status().get("state") == "running" and time.monotonic() < deadline:
+        time.sleep(WAIT_EVERY_S)
+
+
+@contextlib.contextmanager
+def _log(task: Task):
+    """Everything that this process says goes to the task's log."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a worker said, or an empty string."""
+    try:
+        lines = log.read_text("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:500] if lines else ""
+
+
+def main() -> int:
+    die_with_parent(signal.SIGTERM)
+    task = Task.from_json(sys.stdin.read())
+    with _log(task):
+        return run(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""Benchmark of any engine, with the figures that trtexec prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.measure.buffers import buffers as make_buffers
+from wanlab.measure.environment import environment
+from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare, control_of, time_ms
+
+SCHEMA = 1
+ENQUEUE_LIMIT = 0.8
+"""Of the device time: with more, trtexec warns that the host cannot feed the GPU."""
+ORDER = ("latency", "h2d", "device", "d2h", "enqueue")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One benchmark of one engine.
+
+    Attributes:
+        engine: its name. metadata: what it knows of itself, its size_bytes and load_ms.
+        inputs, outputs: tensor name -> dtype and shape.
+        settings: warmup_ms, duration_ms, iterations, transfers, cuda_graph, buffers.
+        samples: `latency`, and on a GPU `device`, `enqueue`, and with transfers `h2d` and `d2h`.
+        control: the device time (on the CPU the latency) as if it were of two engines.
+        wall_ms: from the first iteration to the end of the last.
+        events_ratio: device time by other events over this one, where `events_check` was asked for.
+    """
+
+    engine: str
+    metadata: dict[str, Any]
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
+    settings: dict[str, Any]
+    samples: dict[str, Samples]
+    control: AAControl
+    wall_ms: float
+    environment: dict[str, Any]
+    events_ratio: float | None = None
+
+    @property
+    def main(self) -> Samples:
+        """What engines are compared by: device time, on the CPU latency."""
+        return self.samples.get("device", self.samples["latency"])
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Inferences per second of wall time, one at a time."""
+        return self.main.n / self.wall_ms * 1e3
+
+    @property
+    def device_total_ms(self) -> float:
+        return sum(self.main.values_ms)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per measure with the statistics of `Samples.row`."""
+        rows = [self.samples[name].row() for name in ORDER if name in self.samples]
+        return pd.DataFrame(rows).rename(columns={"label": "measure"}).drop(columns="warning")
+
+    def warnings(self) -> list[dict[str, str]]:
+        """What to read the figures with: hazard, mitigation and help, at the limits at which trtexec warns."""
+        found = []
+        main = self.main
+        if main.cv_percent > CV_LIMIT_PERCENT:
+            found.append(
+                {
+                    "hazard": f"{main.label} varies: CV {main.cv_percent:.1f} % is over {CV_LIMIT_PERCENT} %",
+                    "mitigation": "lock the clocks, stop other work, or run for longer",
+                    "help": "medians of such a series move from run to run; compare within the A/A noise",
+                }
+            )
+        enqueue = self.samples.get("enqueue")
+        if enqueue and enqueue.median > ENQUEUE_LIMIT * main.median:
+            found.append(
+                {
+                    "hazard": f"bound by the host: enqueue {enqueue.median:.3g} ms of {main.median:.3g} ms on the device",
+                    "mitigation": "capture a CUDA graph, or give the engine more work a call",
+                    "help": f"over {ENQUEUE_LIMIT:g} of the device time the GPU waits for launches",
+                }
+            )
+        for name in ("h2d", "d2h"):
+            copy = self.samples.get(name)
+            if copy and copy.median >= main.median:
+                found.append(
+                    {
+                        "hazard": f"bound by transfers: {name} {copy.median:.3g} ms, device {main.median:.3g} ms",
+                        "mitigation": "keep the tensor on the device between calls, or overlap the copy",
+                        "help": "without transfers (--no-transfers) the engine alone is measured",
+                    }
+                )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; `read_bench` reads it back. Times in milliseconds."""
+        return {
+            "schema": SCHEMA,
+            "engine": self.engine,
+            "metadata": self.metadata,
+            "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.inputs.items()},
+            "outputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.outputs.items()},
+            "settings": self.settings,
+            "samples": {name: samples.to_dict() for name, samples in self.samples.items()},
+            "control": [self.control.first.to_dict(), self.control.second.to_dict()],
+            "noise_percent": self.control.noise_percent,
+            "wall_ms": self.wall_ms,
+            "throughput_per_s": self.throughput_per_s,
+            "events_ratio": self.events_ratio,
+            "warnings": self.warnings(),
+            "environment": self.environment,
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the JSON in one step."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1, default=str), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+def read_bench(path: str | os.PathLike) -> Bench:
+    """A saved benchmark.
+
+    Raises:
+        WanlabError: no such file, not a benchmark, or of another schema.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise WanlabError(
+                f"{path} has schema {data['schema']}, this wanlab reads {SCHEMA}; measure it again"
+            )
+        samples = {name: Samples.from_dict(row) for name, row in data["samples"].items()}
+        if "latency" not in samples:
+            raise ValueError("it has no samples of the latency")
+        first, second = (Samples.from_dict(row) for row in data["control"])
+        types = {
+            key: {name: (dtype, tuple(shape)) for name, (dtype, shape) in data[key].items()}
+            for key in ("inputs", "outputs")
+        }
+        return Bench(
+            data["engine"],
+            data["metadata"],
+            types["inputs"],
+            types["outputs"],
+            data["settings"],
+            samples,
+            control_of(first, second),
+            data["wall_ms"],
+            data["environment"],
+            data.get("events_ratio"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WanlabError(
+            f"{path} is no saved benchmark ({error}); make one with wanlab bench --json"
+        ) from error
+
+
+def bench_table(results: Sequence[Bench], *, allow_different: bool = False) -> pd.DataFrame:
+    """Engines side by side; the first is the baseline.
+
+    Returns:
+        engine, medians of every measure in ms, p99_ms, cv_percent, throughput_per_s, speedup with low and high
+        (95 % interval), noise_percent of the baseline, verdict.
+
+    Raises:
+        WanlabError: nothing to compare, or inputs, device, transfers or graph capture differ (unless allowed).
+    """
+    if not results:
+        raise WanlabError("no benchmark to tabulate; give at least one")
+    base = results[0]
+    rows = []
+    for result in results:
+        different = _difference(base, result)
+        if different and not allow_different:
+            raise WanlabError(
+                f"{result.engine} and {base.engine} differ in {different};"
+                " measure both alike or pass allow_different=True"
+            )
+        gain = compare(
+            base.main, result.main, base.control.noise_percent, allow_different_devices=allow_different
+        )
+        row: dict[str, Any] = {"engine": result.engine}
+        row |= {f"{name}_ms": result.samples[name].median for name in ORDER if name in result.samples}
+        row |= {"p99_ms": result.main.p99, "cv_percent": result.main.cv_percent}
+        row |= {"throughput_per_s": result.throughput_per_s}
+        row |= {"speedup": gain.speedup, "low": gain.low, "high": gain.high}
+        row |= {"noise_percent": base.control.noise_percent}
+        row["verdict"] = "baseline" if result is base else gain.verdict
+        row["differs_in"] = different
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    return frame if allow_different else frame.drop(columns="differs_in")
+
+
+def _difference(base: Bench, other: Bench) -> str:
+    """What makes two benchmarks incomparable, with both values; empty when nothing does."""
+    shapes = [{name: shape for name, (_, shape) in result.inputs.items()} for result in (base, other)]
+    if shapes[0] != shapes[1]:
+        return f"shapes ({shapes[1]} against {shapes[0]})"
+    if base.main.device != other.main.device:
+        return f"device ({other.main.device} against {base.main.device})"
+    for key in ("transfers", "cuda_graph"):
+        if base.settings[key] != other.settings[key]:
+            return f"{key} ({other.settings[key]} against {base.settings[key]})"
+    kind = "CPU" if base.main.device == "cpu" else "GPU"
+    both = [result.environment for result in (base, other)]
+    names = [one.get("cpu") if kind == "CPU" else (one.get("gpu") or {}).get("name") for one in both]
+    return f"{kind} ({names[1]} against {names[0]})" if names[0] != names[1] else ""
+
+
+EFFECT_LIMIT = 0.02
+"""Relative L2 between an engine run and the same engine over fixed memory; rounding in bfloat16 stays below it."""
+
+
+def bench(
+    engine,
+    feeds: Mapping[str, torch.Tensor],
+    *,
+    warmup_ms: float = 200.0,
+    duration_ms: float = 3000.0,
+    iterations: int = 10,
+    transfers: bool = True,
+    cuda_graph: bool = False,
+    buffers: str = "auto",
+    progress: bool = True,
+) -> Bench:
+    """Time an engine as trtexec does, one inference in flight at a time.
+
+    On a GPU every iteration copies the inputs from page-locked memory, enqueues the engine, and copies the outputs
+    back, on one stream with an event before and after each: `h2d`, `device`, `d2h`, together `latency`; `enqueue` is
+    what the call that puts the work there takes on the host. On the CPU there is only `latency`, by a monotonic
+    clock. Iterations go on until both `iterations` and `duration_ms` are reached. They fall alternately on two sides
+    (A B B A ...), which are the A/A control.
+
+    Args:
+        engine: see `wanlab.engines.base.Engine`.
+        feeds: every input by name; cast to the engine's dtypes.
+        warmup_ms: at least one call, and at least this long.
+        transfers: copy in every iteration; without, once before all.
+        cuda_graph: capture the engine once and replay it.
+        buffers: `"pycuda"`, `"torch"` or `"auto"`; on a GPU only.
+
+    Raises:
+        WanlabError: figures that make no sense, inputs that do not fit, an engine that cannot do it, or one that
+            computes something else over fixed memory than when it is run.
+    """
+    if iterations < 2 or min(warmup_ms, duration_ms) < 0:
+        raise WanlabError(
+            f"iterations is {iterations}, warm-up {warmup_ms:g} ms, duration {duration_ms:g} ms; give at least 2"
+            " iterations (two sides are compared) and no negative times"
+        )
+    given, shapes, expected = _prepared(engine, feeds)
+    on_gpu = engine.device.type == "cuda"
+    if on_gpu:
+        held = make_buffers(buffers, given, shapes, engine.device)
+        one = _GpuIteration(engine, held, transfers, cuda_graph)
+    else:
+        if cuda_graph:
+            raise WanlabError(
+                f"{engine.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out"
+            )
+        held, transfers = None, False
+        one = _CpuIteration(engine, given, shapes)
+    try:
+        until = time.perf_counter() + warmup_ms / 1e3
+        one()
+        while time.perf_counter() < until:
+            one()
+        _check_effect(engine.name, expected, one.results())
+        del expected
+        taken: list[dict[str, float]] = []
+        begin = time.perf_counter()
+        bar = _Bar(engine.name, iterations, duration_ms, progress)
+        while len(taken) < iterations or (time.perf_counter() - begin) * 1e3 < duration_ms:
+            taken.append(one())
+            bar.show(len(taken), (time.perf_counter() - begin) * 1e3)
+        wall_ms = (time.perf_counter() - begin) * 1e3
+        bar.close()
+    finally:
+        if held is not None:
+            held.close()
+    clock = ("CUDA events", str(engine.device)) if on_gpu else ("monotonic clock", "cpu")
+    samples = {
+        name: Samples(
+            name,
+            tuple(row[name] for row in taken),
+            clock[1],
+            "monotonic clock" if name == "enqueue" else clock[0],
+        )
+        for name in taken[0]
+    }
+    return Bench(
+        engine=engine.name,
+        metadata={**engine.metadata, "size_bytes": engine.size_bytes, "load_ms": engine.load_ms},
+        inputs={name: _type(tensor) for name, tensor in given.items()},
+        outputs=shapes,
+        settings={
+            "warmup_ms": warmup_ms,
+            "duration_ms": duration_ms,
+            "iterations": iterations,
+            "transfers": transfers,
+            "cuda_graph": cuda_graph,
+            "buffers": held.backend if held is not None else None,
+        },
+        samples=samples,
+        control=_sides(samples["device" if on_gpu else "latency"]),
+        wall_ms=wall_ms,
+        environment=environment(engine.device),
+    )
+
+
+def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, iterations: int = 10) -> float:
+    """Device time by PyTorch's events on PyTorch's stream and memory, over what `bench` measured.
+
+    A second way to the same figure, sharing neither buffers, stream nor events with the first; 1.00 when they agree.
+
+    Raises:
+        WanlabError: an engine on the CPU, which has no events.
+    """
+    if engine.device.type != "cuda":
+        raise WanlabError(f"{engine.name} runs on the CPU; there are no events to check its times with")
+    given, shapes, _ = _prepared(engine, feeds)
+    inputs = {name: tensor.to(engine.device) for name, tensor in given.items()}
+    outputs = _memory(shapes, engine.device)
+    call = engine.bind(inputs, outputs, cuda_graph=result.settings["cuda_graph"])
+    again = time_ms(call, warmup=3, iterations=iterations, device=engine.device, progress=False)
+    torch.cuda.synchronize(engine.device)
+    return again.median / result.samples["device"].median
+
+
+class _GpuIteration:
+    """One iteration on a GPU; returns its times in ms."""
+
+    def __init__(self, engine, held, transfers: bool, cuda_graph: bool) -> None:
+        self.held, self.transfers = held, transfers
+        held.upload()
+        self.call = engine.bind(held.inputs, held.outputs, stream=held.stream, cuda_graph=cuda_graph)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the last call made."""
+        first = self.held.mark()
+        self.held.download()
+        self.held.elapsed_ms(first, self.held.mark())  # waits
+        return self.held.results()
+
+    def __call__(self) -> dict[str, float]:
+        held = self.held
+        marks = [held.mark()]
+        if self.transfers:
+            held.upload()
+            marks.append(held.mark())
+        begin = time.perf_counter()
+        self.call()
+        enqueue_ms = (time.perf_counter() - begin) * 1e3
+        marks.append(held.mark())
+        if self.transfers:
+            held.download()
+            marks.append(held.mark())
+        stretches = [held.elapsed_ms(first, last) for first, last in pairwise(marks)]
+        names = ("h2d", "device", "d2h") if self.transfers else ("device",)
+        return {"latency": sum(stretches), **dict(zip(names, stretches, strict=True)), "enqueue": enqueue_ms}
+
+
+class _CpuIteration:
+    """One iteration on the CPU; returns its time in ms."""
+
+    def __init__(self, engine, given, shapes) -> None:
+        self.outputs = _memory(shapes, engine.device)
+        self.call = engine.bind(given, self.outputs)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the last call made."""
+        return self.outputs
+
+    def __call__(self) -> dict[str, float]:
+        begin = time.perf_counter()
+        self.call()
+        return {"latency": (time.perf_counter() - begin) * 1e3}
+
+
+def _prepared(engine, feeds):
+    """Inputs in the engine's dtypes, the types of what it makes of them, and that on the host; all by name."""
+    made = engine.run(feeds)  # refuses what does not fit, and tells the sizes of the outputs
+    given = {
+        name: torch.as_tensor(feeds[name]).to(engine.device, getattr(torch, dtype)).contiguous()
+        for name, (dtype, _) in engine.inputs.items()
+    }
+    expected = {name: tensor.cpu() for name, tensor in made.items()}
+    return given, {name: _type(tensor) for name, tensor in made.items()}, expected
+
+
+def _check_effect(
+    engine: str, expected: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor]
+) -> None:
+    """A call whose outputs do not arrive, or that reads other memory, has no time worth telling."""
+    for name, want in expected.items():
+        # Random weights may overflow; what is not finite has to be so in both.
+        a, b = (torch.nan_to_num(tensor.float(), 1.0, 2.0, -2.0) for tensor in (want, made[name]))
+        scale = a.abs().max().clamp_min(1e-30)  # squares of large values would overflow
+        apart = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
+        if not apart <= EFFECT_LIMIT:
+            raise WanlabError(
+                f"{engine} over fixed memory is {apart:.1g} (relative L2) from its own run in {name!r}: its times would"
+                " be of something else; open the engine anew, without cuda_graph if it has one"
+            )
+
+
+def _memory(shapes, device) -> dict[str, Any]:
+    return {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def _type(tensor) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def _sides(samples: Samples) -> AAControl:
+    """The series as two, taken alternately A B B A."""
+    sides = ([], [])
+    for index, value in enumerate(samples.values_ms):
+        sides[(index + 1) // 2 % 2].append(value)
+    first, second = (
+        Samples(name, tuple(values), samples.device, samples.clock)
+        for name, values in zip((samples.label, f"{samples.label} (again)"), sides, strict=True)
+    )
+    return control_of(first, second)
+
+
+class _Bar:
+    """Progress towards whichever of iterations and duration is farther away."""
+
+    def __init__(self, label: str, iterations: int, duration_ms: float, progress: bool) -> None:
+        self.wanted = (iterations, max(duration_ms, 1e-9))
+        self.bar = tqdm(total=100, desc=f"bench {label}", unit="%", leave=False, disable=not progress)
+
+    def show(self, count: int, elapsed_ms: float) -> None:
+        done = min(count / self.wanted[0], elapsed_ms / self.wanted[1])
+        self.bar.update(min(int(100 * done), 100) - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()

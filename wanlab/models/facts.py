@@ -1,0 +1,182 @@
+"""Size and work of every component, from its configuration: no weights, no device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wanlab.models.networks import parameter_names, skeleton
+from wanlab.models.registry import get
+from wanlab.models.shapes import LatentShape, latent_shape
+from wanlab.models.spec import ModelSpec, Part
+
+_KINDS = ("linear", "attention", "convolution", "other")
+_DECODER_HALF = ("decoder.", "post_quant_conv.")
+# From the third latent frame on, every frame of the causal VAE costs the same, so two counts give all.
+_COUNTED_FRAMES = (3, 4)
+
+
+def facts(
+    spec: str | ModelSpec, *, height: int | None = None, width: int | None = None, frames: int | None = None
+) -> pd.DataFrame:
+    """Per component: class, parameters, bytes per dtype, and the work of one forward at a video size.
+
+    Columns: component, class_name, parameters, size_fp32_bytes, size_bf16_bytes (fp16 alike), size_fp8_bytes
+    (int8 alike), linear_tflop, attention_tflop, convolution_tflop, other_tflop, total_tflop, input_shape.
+    A forward is one call as the pipeline makes it, batch 1: the text encoder on one prompt, the encoder on
+    the whole conditioning video (on one frame if `expand_timesteps`), an expert on one step of one branch,
+    the decoder on the whole video. Sizes are parameters times bytes; loading keeps some layers in
+    float32 and needs a little more.
+
+    Operations are those of matrix products and convolutions, a multiply-add counted as two, as
+    `torch.utils.flop_counter` does. It counts everything here on meta tensors but the Wan experts, for
+    which `wan_expert_flop` has the formula. Work is NaN where a network's call is not known.
+
+    Args:
+        spec: the model.
+        height, width: pixels; default of the model if None. frames: of the video.
+
+    Raises:
+        WanlabError: unknown model, or a size that is not legal.
+    """
+    spec = spec if isinstance(spec, ModelSpec) else get(spec)
+    defaults = spec.defaults
+    height = defaults.height if height is None else height
+    width = defaults.width if width is None else width
+    frames = defaults.frames if frames is None else frames
+    latent = latent_shape(spec, height, width, frames)
+    modules: dict[str, torch.nn.Module] = {}
+    rows = []
+    for component in spec.components:
+        part = spec.part(spec.part_of(component))
+        if part.name not in modules:
+            modules[part.name] = skeleton(part).to("meta")
+        module = modules[part.name]
+        parameters = _parameters(module, component)
+        shape, work = _work(spec, component, part, module, latent, (height, width, frames))
+        rows.append(
+            {
+                "component": component,
+                "class_name": part.class_name,
+                "parameters": parameters,
+                "size_fp32_bytes": 4 * parameters,
+                "size_bf16_bytes": 2 * parameters,
+                "size_fp8_bytes": parameters,
+                **{f"{kind}_tflop": work.get(kind, math.nan) / 1e12 for kind in _KINDS},
+                "total_tflop": sum(work.get(kind, math.nan) for kind in _KINDS) / 1e12,
+                "input_shape": shape,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def wan_expert_flop(
+    config: dict[str, Any], tokens: int, text_tokens: int, *, timestep_tokens: int = 1
+) -> dict[str, float]:
+    """Operations of one forward of a WanTransformer3DModel, batch 1, as linear, attention and other.
+
+    With N tokens, S text tokens, width d, feed-forward width f, and two operations per multiply-add:
+    linear per block = 2 N (4 d^2 + 2 d^2 + 2 d f) + 4 S d^2, that is q, k, v, o of self-attention, q and o
+    of cross-attention, the feed-forward, and k and v of the text; attention per block = 4 N^2 d + 4 N S d,
+    the two products of self- and cross-attention; other = patch embedding, text and timestep embedding,
+    output projection. Counted as Kaplan et al. 2020 (arXiv:2001.08361, table 1) do, for this network.
+
+    Args:
+        config: of the transformer.
+        tokens: of the video, see `latent_shape`.
+        text_tokens: of the prompt, with padding.
+        timestep_tokens: timesteps embedded: 1, or as many as tokens with `expand_timesteps`.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = math.prod(config["patch_size"])
+    per_token = 6 * width**2 + 2 * width * config["ffn_dim"]
+    linear = config["num_layers"] * 2 * (tokens * per_token + 2 * text_tokens * width**2)
+    attention = config["num_layers"] * 4 * width * tokens * (tokens + text_tokens)
+    ends = tokens * patch * width * (config["in_channels"] + config["out_channels"])
+    text = text_tokens * width * (config["text_dim"] + width)
+    time = timestep_tokens * width * (config["freq_dim"] + width + 6 * width)
+    return {"linear": linear, "attention": attention, "convolution": 0, "other": 2 * (ends + text + time)}
+
+
+def _work(
+    spec: ModelSpec,
+    component: str,
+    part: Part,
+    module: torch.nn.Module,
+    latent: LatentShape,
+    size: tuple[int, int, int],
+) -> tuple[str, dict[str, float]]:
+    """Shape of the input as text, and operations by kind; no operations where the call is not known."""
+    height, width, frames = size
+    if part.class_name == "WanTransformer3DModel" and part.config.get("image_dim") is None:
+        shape = (1, part.config["in_channels"], latent.frames, latent.height, latent.width)
+        times = latent.tokens if spec.expand_timesteps else 1
+        config = dict(part.config)
+        return str(list(shape)), wan_expert_flop(
+            config, latent.tokens, spec.defaults.text_tokens, timestep_tokens=times
+        )
+    if component == "vae_encoder":
+        count = 1 if spec.expand_timesteps else frames
+        colours = 3
+        shape = (1, colours, count, height, width)
+
+        def encode(latent_frames: int) -> object:
+            video = (latent_frames - 1) * spec.temporal_factor + 1
+            return module.encode(torch.empty(1, colours, video, height, width, device="meta"))
+
+        return str(list(shape)), _over_time(encode, 1 if spec.expand_timesteps else latent.frames)
+    if component == "vae_decoder":
+        shape = (1, latent.channels, latent.frames, latent.height, latent.width)
+        return str(list(shape)), _over_time(
+            lambda count: module.decode(torch.empty(1, latent.channels, count, *shape[3:], device="meta")),
+            latent.frames,
+        )
+    if component.startswith("text_encoder"):
+        ids = torch.zeros(1, spec.defaults.text_tokens, dtype=torch.long, device="meta")
+        return str(list(ids.shape)), _count(lambda: module(ids))
+    return "", {}
+
+
+def _over_time(call: Callable[[int], object], latent_frames: int) -> dict[str, float]:
+    """Operations of a VAE over time, counted for a few latent frames and continued."""
+    few, more = _COUNTED_FRAMES
+    if latent_frames <= more:
+        return _count(lambda: call(latent_frames))
+    first, second = _count(lambda: call(few)), _count(lambda: call(more))
+    return {kind: value + (latent_frames - few) * (second[kind] - value) for kind, value in first.items()}
+
+
+def _count(call: Callable[[], object]) -> dict[str, float]:
+    """Operations by kind of a call on meta tensors."""
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return {}  # a network of another family, called in another way
+    counts = dict.fromkeys(_KINDS, 0.0)
+    for operator, operations in counter.get_flop_counts().get("Global", {}).items():
+        counts[_kind(str(operator))] += operations
+    return counts
+
+
+def _kind(operator: str) -> str:
+    if "convolution" in operator:
+        return "convolution"
+    if "bmm" in operator or "attention" in operator:
+        return "attention"
+    return "linear" if "mm" in operator else "other"
+
+
+def _parameters(module: torch.nn.Module, component: str) -> int:
+    sizes = {
+        name: tensor.numel()
+        for name, tensor in parameter_names(module).items()
+        if component not in ("vae_encoder", "vae_decoder")
+        or name.startswith(_DECODER_HALF) == (component == "vae_decoder")
+    }
+    return sum(sizes.values())

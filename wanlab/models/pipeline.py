@@ -1,0 +1,361 @@
+"""A loaded model, and the videos it generates."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+
+from wanlab.core.errors import WanlabError
+from wanlab.models.device import synchronise
+from wanlab.models.shapes import latent_shape
+from wanlab.models.spec import ModelSpec
+
+COLD_BELOW, WARM_ABOVE = 0.05, 0.95
+
+
+@dataclass(frozen=True)
+class PartLoad:
+    """Load of one part: bytes in its files, bytes on the device, and the share that was cached before."""
+
+    part: str
+    time_ms: float
+    read_bytes: int
+    memory_bytes: int
+    cached_fraction: float | None
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Bytes of the files per second, in 1e9; None when no file was read."""
+        return self.read_bytes / self.time_ms / 1e6 if self.read_bytes and self.time_ms else None
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Load of a model: `weights` "pretrained" or "random", `time_ms` to a ready pipeline."""
+
+    weights: str
+    time_ms: float
+    parts: tuple[PartLoad, ...]
+    cached_fraction: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(part.read_bytes for part in self.parts)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of weights and buffers on the device."""
+        return sum(part.memory_bytes for part in self.parts)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Bytes of the files per second of the whole load, in 1e9; None when no file was read."""
+        return self.read_bytes / self.time_ms / 1e6 if self.read_bytes and self.time_ms else None
+
+    @property
+    def state(self) -> str:
+        """ "cold", "warm" or "partly cached", by what the page cache held before; "unknown"; "no files"."""
+        if not self.read_bytes:
+            return "no files"
+        if self.cached_fraction is None:
+            return "unknown"
+        if self.cached_fraction < COLD_BELOW:
+            return "cold"
+        return "warm" if self.cached_fraction > WARM_ABOVE else "partly cached"
+
+    def frame(self) -> pd.DataFrame:
+        """One row per part and a row "total": time_ms, read_bytes, memory_bytes, gb_per_s, cached_percent.
+
+        The total also counts tokenizer, scheduler and checks, so it is more than the sum; imports of packages
+        are not counted.
+        """
+        rows = [_row(part.part, part) for part in self.parts] + [_row("total", self)]
+        return pd.DataFrame(rows)
+
+
+def _row(name: str, load: PartLoad | LoadReport) -> dict[str, object]:
+    cached = load.cached_fraction
+    unknown = float("nan")
+    return {
+        "part": name,
+        "time_ms": load.time_ms,
+        "read_bytes": load.read_bytes,
+        "memory_bytes": load.memory_bytes,
+        "gb_per_s": unknown if load.gb_per_s is None else load.gb_per_s,
+        "cached_percent": unknown if cached is None else 100 * cached,
+    }
+
+
+def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int, width: int) -> Image.Image:
+    """An RGB image of exactly this size: scaled to cover it (Lanczos), then cropped in the middle.
+
+    Args:
+        image: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1].
+        height, width: pixels.
+
+    Raises:
+        WanlabError: missing or unreadable file, or an array of another form.
+    """
+    if isinstance(image, str | os.PathLike):
+        image = _opened(image)
+    elif not isinstance(image, Image.Image):
+        image = _from_array(image)
+    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+
+def _opened(path: str | os.PathLike) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError as error:
+        raise WanlabError(f"no image {os.fspath(path)}; check the path") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise WanlabError(f"{os.fspath(path)} cannot be read as an image; give a PNG or JPEG") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    values = np.asarray(array)
+    if values.ndim != 3 or values.shape[2] != 3 or not values.size:
+        raise WanlabError(f"an image array must be [H, W, 3], not {list(values.shape)}")
+    if values.dtype == np.uint8:
+        return Image.fromarray(values)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise WanlabError(f"an image array must be uint8, or float in [0, 1], not {values.dtype}")
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise WanlabError("a float image array must lie in [0, 1]; divide by 255, or give uint8")
+    return Image.fromarray(np.round(values * 255).astype(np.uint8))
+
+
+OUTPUTS = ("np", "latent")
+BEGINS, ENDS = "generation begins", "generation ends"
+"""Ranges of no length in a profile, around what `Generation.wall_ms` measures."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated video.
+
+    Attributes:
+        video: float32 `[T, H, W, 3]` in [0, 1]; with `output="latent"` the latents, float32 `[C, T, H, W]`.
+        fps: frames per second at which it is meant to be shown.
+        seed: of the initial noise.
+        settings: everything that was chosen or taken from the defaults.
+        wall_ms: from prompt and image to video, the device waited for.
+    """
+
+    video: np.ndarray
+    fps: int
+    seed: int
+    settings: dict[str, Any]
+    wall_ms: float
+
+
+@dataclass
+class Model:
+    """A diffusers pipeline with its facts; `engines` names what runs each component ("eager" at first)."""
+
+    spec: ModelSpec
+    pipeline: DiffusionPipeline
+    device: torch.device
+    dtype: torch.dtype
+    load: LoadReport
+    notes: tuple[str, ...] = ()
+    engines: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.engines:
+            self.spec.part_of(name)
+        self.engines = dict.fromkeys(self.spec.components, "eager") | self.engines
+
+    def component(self, name: str) -> Any:
+        """What runs a component: `pipeline.transformer` for expert_high, the whole VAE for either half.
+
+        Raises:
+            WanlabError: the model has no such component, or it was not loaded.
+        """
+        found = getattr(self.pipeline, self.spec.part_of(name), None)
+        if found is None:
+            raise WanlabError(f"{self.spec.name}: {name} is not loaded; name it in load(..., components=...)")
+        return found
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Component name -> what runs it, for those that are loaded, in the order of their use."""
+        loaded = {
+            name: getattr(self.pipeline, self.spec.part_of(name), None) for name in self.spec.components
+        }
+        return {name: module for name, module in loaded.items() if module is not None}
+
+    def schedule(self, steps: int | None = None) -> pd.DataFrame:
+        """What each denoising step will be, known before the run: step, timestep, sigma, snr, component.
+
+        The scheduler is a copy, its state stays untouched. The expert is chosen as the pipeline does it:
+        expert_high while timestep >= boundary_ratio * training timesteps. snr is ((1 - sigma) / sigma)**2 for
+        flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds.
+        """
+        return pd.DataFrame(
+            step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps))
+        )
+
+    def generate(
+        self,
+        image: Image.Image | str | os.PathLike | np.ndarray | None,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        output: str = "np",
+        progress: bool = False,
+    ) -> Generation:
+        """Make a video from an image and a prompt; what is not given comes from `spec.defaults`.
+
+        The noise is drawn on the CPU, so that a seed means the same on every device.
+
+        Args:
+            image: first frame: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1]. Scaled to
+                cover the video (Lanczos) and cropped in the middle. None for text-to-video pipelines.
+            prompt: what happens.
+            negative_prompt: what guidance steers away from.
+            height, width: pixels. frames: of the video, with the first.
+            steps: of denoising.
+            guidance_scale: 1 or less runs without guidance, in half the time.
+            seed: of the initial noise.
+            output: "np" for the video, "latent" to skip the decoder.
+            progress: show a bar over the steps.
+
+        Raises:
+            WanlabError: a size that is not legal, an unreadable image, a network that is not loaded, or a
+                wrong option.
+        """
+        defaults = self.spec.defaults
+        if output not in OUTPUTS:
+            raise WanlabError(f"output is {' or '.join(map(repr, OUTPUTS))}, not {output!r}")
+        if not isinstance(prompt, str):
+            raise WanlabError(f"prompt must be a string, not {type(prompt).__name__}")
+        settings = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": defaults.height if height is None else height,
+            "width": defaults.width if width is None else width,
+            "frames": defaults.frames if frames is None else frames,
+            "steps": _whole("steps", steps, defaults.steps),
+            "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            "output": output,
+        }
+        latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
+        self._check_loaded(output)
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise WanlabError(f"seed must be a whole number of at least 0, not {seed!r}")
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        arguments = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": settings["height"],
+            "width": settings["width"],
+            "num_frames": settings["frames"],
+            "num_inference_steps": settings["steps"],
+            "guidance_scale": settings["guidance_scale"],
+            "generator": torch.Generator("cpu").manual_seed(int(seed)),
+            "output_type": output,
+            "max_sequence_length": self._text_tokens(),
+        }
+        arguments = {key: value for key, value in arguments.items() if key in accepted}
+        if "image" in accepted:
+            if image is None:
+                raise WanlabError(
+                    f"{self.spec.name} makes a video from an image; give one (PIL, path or array)"
+                )
+            arguments["image"] = first_frame(image, settings["height"], settings["width"])
+        elif image is not None:
+            raise WanlabError(
+                f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
+            )
+
+        self.pipeline.set_progress_bar_config(disable=not progress, desc=self.spec.name, unit="step")
+        try:
+            synchronise(self.device)
+            with torch.profiler.record_function(BEGINS):
+                start = time.perf_counter()
+            made = self.pipeline(**arguments).frames
+            synchronise(self.device)
+            with torch.profiler.record_function(ENDS):
+                wall_ms = (time.perf_counter() - start) * 1e3
+        finally:
+            self.pipeline.set_progress_bar_config(disable=True)
+        return Generation(_array(made), defaults.fps, int(seed), settings, wall_ms)
+
+    def _check_loaded(self, output: str) -> None:
+        for name in self.spec.components:
+            # Both halves of the VAE are one part; without a decoder there is no image latent either.
+            if not (output == "latent" and name == "vae_decoder"):
+                self.component(name)
+
+    def _text_tokens(self) -> int:
+        longest = getattr(getattr(self.pipeline, "tokenizer", None), "model_max_length", None)
+        return int(min(512, longest or 512))
+
+
+def _whole(name: str, value: int | None, otherwise: int) -> int:
+    value = otherwise if value is None else value
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+        raise WanlabError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _array(made: Any) -> np.ndarray:
+    """First video of the batch as float32."""
+    first = made[0]
+    if hasattr(first, "detach"):
+        first = first.detach().float().cpu().numpy()
+    return np.ascontiguousarray(first, dtype=np.float32)
+
+
+def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list[dict[str, object]]:
+    """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
+    # Not `type`: while it is recorded, a stand-in takes its place.
+    scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps, device="cpu")
+    config = scheduler.config
+    training_steps = config.get("num_train_timesteps", 1000)
+    flow = bool(config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
+    sigmas = getattr(scheduler, "sigmas", None)
+    experts = [name for name in spec.components if name.startswith("expert")]
+    ratio = boundary_ratio(pipeline, spec)
+    boundary = -math.inf if ratio is None else ratio * training_steps
+    rows = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
+        rows.append(
+            {
+                "step": step,
+                "timestep": float(timestep),
+                "sigma": sigma,
+                "snr": ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf,
+                # Compared as a tensor, as the pipeline does it, so that rounding falls the same way.
+                "component": experts[0] if timestep >= boundary else experts[-1],
+            }
+        )
+    return rows
+
+
+def boundary_ratio(pipeline: DiffusionPipeline, spec: ModelSpec) -> float | None:
+    """What the pipeline will decide by; its configuration may have been changed since it was loaded."""
+    config = getattr(pipeline, "config", None) or {}
+    return config.get("boundary_ratio", spec.boundary_ratio)

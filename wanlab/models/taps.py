@@ -1,0 +1,75 @@
+"""Where a pipeline calls its components, and wrappers that observe those calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+
+class StandIn:
+    """Passes for the object it stands for, except that some entry points are measured.
+
+    `isinstance` sees the original's class, attributes are read from and written to the original.
+    """
+
+    def __init__(self, original, calls: dict[str, Callable]) -> None:
+        measured = {name: wrap(getattr(original, name)) for name, wrap in calls.items()}
+        object.__setattr__(self, "_wanlab_original", original)
+        object.__setattr__(self, "_wanlab_measured", measured)
+
+    def __getattribute__(self, name: str):
+        if name in ("_wanlab_original", "_wanlab_measured"):
+            return object.__getattribute__(self, name)
+        measured = object.__getattribute__(self, "_wanlab_measured")
+        if name in measured:
+            return measured[name]
+        return getattr(object.__getattribute__(self, "_wanlab_original"), name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self._wanlab_original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._wanlab_original, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._wanlab_measured.get("__call__", self._wanlab_original)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._wanlab_original)
+
+
+def entry_points(pipeline) -> dict[str, dict[str, str]]:
+    """Pipeline attribute -> {method: component}, for the components that are there.
+
+    A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` `expert_low`.
+    """
+    has = {name for name, value in getattr(pipeline, "__dict__", {}).items() if value is not None}
+    high, low = (
+        ("expert_high", "expert_low") if {"transformer", "transformer_2"} <= has else ("expert", "expert")
+    )
+    points = {
+        "text_encoder": {"__call__": "text_encoder"},
+        "transformer": {"__call__": high},
+        "transformer_2": {"__call__": low},
+        "vae": {"encode": "vae_encoder", "decode": "vae_decoder"},
+    }
+    return {name: methods for name, methods in points.items() if name in has}
+
+
+@contextmanager
+def standing_in(pipeline, calls: dict[str, dict[str, Callable]]) -> Iterator[None]:
+    """Inside the block the pipeline's attributes are stand-ins, whose methods are wrapped.
+
+    The components themselves are not touched (compiled modules stay compiled).
+
+    Args:
+        calls: attribute -> {method: wrapper maker}, as `StandIn` takes it.
+    """
+    attributes = vars(pipeline)
+    with ExitStack() as stack:
+        for name, wrappers in calls.items():
+            original = attributes[name]
+            stack.callback(attributes.__setitem__, name, original)
+            # Past the pipeline's own __setattr__, which would write the stand-in to its config.
+            attributes[name] = StandIn(original, wrappers)
+        yield

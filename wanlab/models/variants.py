@@ -1,0 +1,105 @@
+"""The same model computed another way: another exact attention kernel, compiled blocks, rounded weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.models.pipeline import Model
+
+
+@contextmanager
+def other_attention(device: torch.device) -> Iterator[str]:
+    """Inside the block PyTorch's scaled dot product attention takes a kernel that is not its first choice.
+
+    On a GPU that is the memory-efficient kernel (flash attention is the first choice), on a CPU the plain
+    product, softmax, product. Engines outside PyTorch are not touched.
+
+    Yields:
+        Name of the kernel.
+    """
+    # The plain form would hold tokens x tokens numbers per head: tens of GiB for a real clip on a GPU. There it only
+    # stands in where the other cannot: for a text encoder's bias, whose rows may not be aligned.
+    backends = [SDPBackend.EFFICIENT_ATTENTION] * (device.type == "cuda") + [SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        yield backends[0].name.lower()
+
+
+VERSIONS = 64
+"""Of a block's code that the compiler keeps before it gives up: a plan makes a version of every kind of block."""
+
+
+def compile_blocks(model: Model) -> Model:
+    """The experts' blocks by torch.compile, each kind of block compiled once, at its first call.
+
+    Regional compilation, as in https://docs.pytorch.org/tutorials/recipes/regional_compilation.html. The given model stays
+    eager; both share every weight.
+
+    Raises:
+        WanlabError: no expert that is loaded has repeated blocks.
+    """
+    twin = copy.copy(model)
+    twin.pipeline = copy.copy(model.pipeline)
+    twin.pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
+    found = False
+    for name, network in model.components.items():
+        if not name.startswith("expert") or not hasattr(network, "blocks"):
+            continue
+        # Compiling marks a module, so it is done on a copy that shares every tensor.
+        shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        other = copy.deepcopy(network, shared)
+        for block in other.blocks:
+            block.compile()
+        setattr(twin.pipeline, model.spec.part_of(name), other)
+        found = True
+    if not found:
+        raise WanlabError(f"{model.spec.name} has no repeated blocks to compile")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
+    return twin
+
+
+FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+def round_weights(model: Model, format: str) -> dict[str, float]:
+    """Round every weight matrix of a model to a format, in place; sums are computed as before.
+
+    Biases, scales and other vectors stay as they are. There is no scaling per tensor or channel, so an
+    8-bit format does worse here than where it is used with scales.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        format: one of `FORMATS`.
+
+    Returns:
+        Component -> percent of its weights that the format changed; 0 means no effect.
+
+    Raises:
+        WanlabError: unknown format, or a component that runs on an engine.
+    """
+    if format not in FORMATS:
+        raise WanlabError(f"no format {format!r}{did_you_mean(format, FORMATS)}; use {', '.join(FORMATS)}")
+    for name, engine in model.engines.items():
+        if engine != "eager":
+            raise WanlabError(
+                f"{name} runs on {engine}, whose weights are in its file; round it before it is exported"
+            )
+    kind, moved = getattr(torch, format), {}
+    for name, module in {
+        model.spec.part_of(name): module for name, module in model.components.items()
+    }.items():
+        changed = total = 0
+        for weight in module.parameters():
+            if weight.ndim > 1:
+                largest = torch.finfo(kind).max  # formats without infinity turn what is larger into NaN
+                rounded = weight.detach().clamp(-largest, largest).to(kind).to(weight.dtype)
+                changed += int((rounded != weight).sum())
+                total += weight.numel()
+                weight.data.copy_(rounded)
+        moved[name] = 100.0 * changed / max(total, 1)
+    return moved

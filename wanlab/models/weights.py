@@ -1,0 +1,307 @@
+"""Weights: read from checkpoints in any layout, and moved between host and device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+
+from wanlab.core.errors import WanlabError
+from wanlab.models.device import synchronise
+from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
+from wanlab.models.registry import read_json
+
+GIB = 2**30
+# Left over for the context and workspaces of CUDA libraries, or for Python and its packages.
+RESERVE_BYTES = {"cuda": GIB, "cpu": GIB // 4}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now: free GPU memory, or available host memory.
+
+    Host memory is bounded by the control group, where there is one.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([psutil.virtual_memory().available, *_control_group()])
+
+
+def check_room(name: str, needed: Mapping[str, int], device: torch.device, dtype: str) -> None:
+    """Refuse what cannot fit.
+
+    Args:
+        name: model, for the message.
+        needed: part -> bytes of its weights.
+        device: where they go.
+        dtype: what they are in, for the message.
+
+    Raises:
+        WanlabError: too little is free; gives both figures in GiB and what to do.
+    """
+    reserve = RESERVE_BYTES.get(device.type, GIB)
+    free, total = free_bytes(device), sum(needed.values())
+    if total + reserve <= free:
+        return
+    parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in needed.items())
+    smaller = "" if dtype in ("bfloat16", "float16") else ' use dtype="bfloat16",'
+    raise WanlabError(
+        f"{name} in {dtype} needs {(total + reserve) / GIB:.1f} GiB on {device} ({parts}, reserve"
+        f" {reserve / GIB:.2f}) and {free / GIB:.1f} GiB are free;{smaller} load fewer networks with"
+        " components=(...), or take a smaller model (wan2.2-ti2v-5b, wan-nano)"
+    )
+
+
+def _control_group() -> list[int]:
+    """What is left of the memory limit of this process's control group (version 2), if there is one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [limit - used + int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))]
+
+
+_CAST_ON_HOST_BYTES = 2**29
+_BASENAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of one part: which tensor lies in which file."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    where: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+    size_bytes: int
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Find and check the weight files of one part, reading headers only.
+
+    Takes one file, or shards named by an index. A file must be as long as its header says.
+
+    Raises:
+        WanlabError: no weights, a missing shard, a truncated or corrupt file, or an index that promises
+            what is not there.
+    """
+    if not folder.is_dir():
+        raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
+    index, files = _files(folder)
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with _opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118, the handle is no mapping
+                where[name] = file
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+    for name, file in index.items():
+        if where.get(name) != folder / file:
+            raise WanlabError(
+                f"{folder / file} lacks tensor {name} that the index promises; fetch the file again"
+            )
+    return Checkpoint(folder, tuple(files), where, shapes, sum(file.stat().st_size for file in files))
+
+
+def check(checkpoint: Checkpoint, module: torch.nn.Module) -> tuple[str, ...]:
+    """Compare a checkpoint with the network it is for, before anything is allocated.
+
+    Returns:
+        Names of tensors in the files that the network does not use.
+
+    Raises:
+        WanlabError: a tensor is missing or has another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in parameter_names(module).items()}
+    tied = tied_names(module)
+    sources = _sources(checkpoint, module)
+    missing = [name for name in wanted if name not in sources]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WanlabError(
+            f"{checkpoint.folder} lacks tensor {missing[0]}{more} of {type(module).__name__};"
+            " is it another model's? Else fetch it again"
+        )
+    for name, shape in wanted.items():
+        found = checkpoint.shapes[sources[name]]
+        if found != shape:
+            raise WanlabError(
+                f"{checkpoint.where[sources[name]]}: tensor {sources[name]} has shape {list(found)},"
+                f" config.json asks for {list(shape)}; weights and config.json belong to two models"
+            )
+    return tuple(sorted(set(checkpoint.where) - set(sources.values()) - set(tied)))
+
+
+def fill(
+    module: torch.nn.Module, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Read every tensor of a checkpoint into a skeleton, cast, straight to the device.
+
+    One tensor at a time: the host holds a single tensor besides what the kernel caches of the file.
+
+    Raises:
+        WanlabError: a file became unreadable since it was checked.
+    """
+    names = {source: name for name, source in _sources(checkpoint, module).items()}
+    wanted = parameter_names(module)
+    for source, value in _tensors(checkpoint, names):
+        name = names[source]
+        kind = stored_dtype(module, name, dtype) if value.is_floating_point() else value.dtype
+        # A GPU casts faster than the host, but would need room for both copies of a very large tensor.
+        moved = value.to(kind).to(device) if value.nbytes > _CAST_ON_HOST_BYTES else value.to(device).to(kind)
+        if moved.data_ptr() == value.data_ptr():
+            moved = value.clone()  # else the weight would stay a view of the file
+        assign(module, name, moved.contiguous() if wanted[name].is_contiguous() else moved)
+    return finish(module, device)
+
+
+def _tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in checkpoint.files:
+        with _opened(file) as handle:
+            for source in handle.offset_keys():
+                if source in names and checkpoint.where[source] == file:
+                    yield source, handle.get_tensor(source)
+
+
+def _sources(checkpoint: Checkpoint, module: torch.nn.Module) -> dict[str, str]:
+    """Parameter name -> name in the files; a tied weight may be stored under either of its names."""
+    aliases = {source: target for target, source in tied_names(module).items()}
+    sources = {}
+    for name in parameter_names(module):
+        found = next((key for key in (name, aliases.get(name)) if key in checkpoint.where), None)
+        if found is not None:
+            sources[name] = found
+    return sources
+
+
+def _files(folder: Path) -> tuple[dict[str, str], list[Path]]:
+    for base in _BASENAMES:
+        index = folder / f"{base}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise WanlabError(f"{index} has no weight_map; fetch the file again")
+            names = sorted({str(name) for name in weight_map.values()})
+            absent = [name for name in names if not (folder / name).is_file()]
+            if absent:
+                raise WanlabError(
+                    f"{folder / absent[0]} is missing ({len(names) - len(absent)} of {len(names)} shards"
+                    " are there); fetch it again"
+                )
+            return weight_map, [folder / name for name in names]
+        if (folder / base).is_file():
+            return {}, [folder / base]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    hint = f"; found only {', '.join(others[:3])}" if others else ""
+    raise WanlabError(f"{folder} has no weights ({' or '.join(_BASENAMES)}, or its .index.json){hint}")
+
+
+def _opened(file: Path):
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WanlabError(
+            f"{file} is truncated or corrupt ({file.stat().st_size if file.exists() else 0} bytes: {reason});"
+            " fetch it again"
+        ) from error
+
+
+CHUNK_BYTES, ALIGNMENT_BYTES = 1 << 30, 512
+HOST_RESERVE_BYTES = 2 << 30
+"""Of host memory, left to other work beside a copy of an expert."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostWeights:
+    """Weights of a network on the host, beside the parameters that they belong to.
+
+    Attributes:
+        pairs: (parameter, its copy), one per parameter.
+        lock_ms, fill_ms: to allocate the memory, and to copy the weights there.
+    """
+
+    pairs: list[tuple[torch.nn.Parameter, torch.Tensor]]
+    lock_ms: float
+    fill_ms: float
+
+    def refill(self) -> None:
+        """Copy the weights back into their place, on the current stream; from pinned memory without waiting."""
+        for parameter, copy in self.pairs:
+            parameter.data.copy_(copy, non_blocking=True)
+
+
+@contextmanager
+def host_weights(module: torch.nn.Module, *, pinned: bool) -> Iterator[HostWeights]:
+    """A copy of a network's weights on the host, page-locked if wanted; its memory is given back with the block.
+
+    Raises:
+        WanlabError: the network has no weights of its own, or the memory cannot be had.
+    """
+    parameters = list(module.parameters())
+    if not parameters:
+        raise WanlabError(
+            f"{type(module).__name__} has no weights of its own; an engine keeps them to itself"
+        )
+    places, sizes = _places([parameter.nbytes for parameter in parameters])
+    begin = time.perf_counter()
+    try:
+        chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:120]
+        raise WanlabError(f"host memory cannot be had ({reason}); free some, or raise ulimit -l") from error
+    locked = time.perf_counter()
+    pairs = []
+    for parameter, (chunk, start) in zip(parameters, places, strict=True):
+        copy = chunks[chunk][start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        pairs.append((parameter, copy.copy_(parameter.data)))
+    device = parameters[0].device
+    synchronise(device)
+    try:
+        yield HostWeights(pairs, (locked - begin) * 1e3, (time.perf_counter() - locked) * 1e3)
+    finally:
+        synchronise(device)  # a copy may be under way
+        pairs.clear()
+        chunks.clear()
+        del copy
+        if pinned and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
+
+
+def _places(sizes: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Where arrays lie, as (chunk, start), and the bytes of each chunk.
+
+    The allocator of pinned memory rounds every request up to a power of two: full chunks of one lose little.
+    """
+    most = max([CHUNK_BYTES, *sizes])
+    places, chunks = [], [0]
+    for size in sizes:
+        room = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if chunks[-1] and chunks[-1] + room > most:
+            chunks.append(0)
+        places.append((len(chunks) - 1, chunks[-1]))
+        chunks[-1] += room
+    return places, chunks
+
+
+def check_host_room(name: str, size_bytes: int) -> None:
+    """Refuse a copy of weights that the host cannot hold.
+
+    Raises:
+        WanlabError: gives both figures.
+    """
+    free = free_bytes(torch.device("cpu"))
+    if size_bytes + HOST_RESERVE_BYTES > free:
+        raise WanlabError(
+            f"{name}: a copy of one expert on the host needs {(size_bytes + HOST_RESERVE_BYTES) / GIB:.1f} GiB with a reserve"
+            f" of {HOST_RESERVE_BYTES / GIB:.0f}, {free / GIB:.1f} GiB are free; stop other work or take a larger host"
+        )

@@ -1,0 +1,604 @@
+"""What a sweep page shows: runs in order, columns, baselines, clips, values for its script."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import digest, plain, read_json
+from wanlab.pages import templates
+from wanlab.pages.templates import WORDS, duration, shown
+from wanlab.plots.style import ENGINE_COLOURS, FORMAT_COLOURS, OTHERS, UNITS, colour
+from wanlab.runs.folder import RunFolder
+from wanlab.runs.results import better, differences, is_ratio, known, load_runs, machine_of, ratio, work_of
+
+MAIN = 8  # metrics that a table shows without being asked
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of runs, as people read it."""
+
+    name: str  # as in `wanlab.load_runs`: "m.summary.time_per_video_ms"
+    title: str  # "time per video"
+    unit: str = ""  # "ms"
+    better: str | None = None  # "min" or "max", where one is
+    about: str = ""  # latency, memory, load or quality
+    low: str | None = None  # columns of its interval
+    high: str | None = None
+
+    @property
+    def ratio(self) -> bool:
+        """Whether a quotient of two values means anything: of times and bytes yes, of percentages and decibels no."""
+        return self.better is not None and is_ratio(self.name)
+
+
+# Most telling first: (ending of the name, title, unit, what it is about).
+KNOWN = (
+    ("time_per_video_ms", "time per video", "ms", "latency"),
+    ("p95_ms", "95th percentile", "ms", "latency"),
+    ("peak_memory_gib", "peak memory", "GiB", "memory"),
+    ("weights_gib", "weights", "GiB", "memory"),
+    ("load_ms", "load time", "ms", "load"),
+    ("quality_loss_percent", "quality loss", "%", "quality"),
+    ("divergence_lpips", "divergence", "LPIPS", "quality"),
+    ("psnr_db", "PSNR", "dB", "quality"),
+    ("time_per_frame_ms", "time per frame", "ms", "latency"),
+)
+# What is recorded to judge the others by: kept in the data, not shown beside them.
+ASIDE = ("divergence_floor_lpips", "noise_percent", "cv_percent", "_low_percent", "_high_percent")
+NOT_MEASURED = ("m.work.", "m.samples.")
+# Endings by which a figure that nobody listed is known to have a better and a worse.
+ABOUT = (
+    ("_ms", "latency"),
+    ("_s", "latency"),
+    ("_per_s", "latency"),
+    ("_fps", "latency"),
+    ("_gib", "memory"),
+    ("_mib", "memory"),
+    ("_bytes", "memory"),
+    ("lpips", "quality"),
+    ("loss_percent", "quality"),
+    ("_db", "quality"),
+    ("ssim", "quality"),
+)
+
+
+def describe(name: str, having: Sequence[str] = ()) -> Column:
+    """Title, unit and direction of a column, by its name alone; `having` are the columns it stands among."""
+    bare = name[2:] if name[:2] in ("p.", "m.") else name
+    bare = bare.removeprefix("summary.")
+    if name.startswith("p."):
+        words, unit = _words(bare)
+        return Column(name, words, unit)
+    for ending, title, unit, about in KNOWN:
+        if bare == ending or bare.endswith("." + ending):
+            owner = bare[: -len(ending)].rstrip(".").replace("_", " ")
+            title = f"{owner}: {title}" if owner else title
+            return Column(name, title, unit, better(name), about, *_interval(name, having))
+    words, unit = _words(bare)
+    about = next((about for ending, about in ABOUT if bare.endswith(ending)), "")
+    return Column(name, words, unit, better(name) if about else None, about, *_interval(name, having))
+
+
+def metrics(frame: Any, show: Sequence[str] | None = None) -> list[Column]:
+    """Metric columns worth a place in a table, best known first.
+
+    Args:
+        frame: as `wanlab.load_runs` gives it.
+        show: names to show instead, with or without `m.` and `summary.`; those that no run recorded are left out.
+    """
+    names = [name for name in frame.columns if name.startswith("m.") and _numbers(frame[name]) >= 1]
+    if show:
+        wanted = [_found(each, names) for each in show]
+        return [describe(name, list(frame.columns)) for name in dict.fromkeys(filter(None, wanted))]
+    names = [n for n in names if not n.startswith(NOT_MEASURED) and not n.endswith(ASIDE)]
+    summary = [n for n in names if n.startswith("m.summary.")]
+    described = [describe(name, list(frame.columns)) for name in summary or names]
+    known = [_rank(column) for column in described]
+    order = sorted(range(len(described)), key=lambda i: (known[i], -_numbers(frame[described[i].name]), i))
+    return [described[i] for i in order][:MAIN]
+
+
+def _found(wanted: str, names: Sequence[str]) -> str | None:
+    """The column that a short name means: that of the summary before any other that ends so."""
+    for name in (wanted, f"m.summary.{wanted}", f"m.{wanted}"):
+        if name in names:
+            return name
+    return next((name for name in names if name.endswith("." + wanted)), None)
+
+
+def axes(frame: Any, columns: Sequence[Column]) -> list[Column]:
+    """Columns that a frontier can be drawn over: a known direction, and numbers in at least two runs."""
+    return [c for c in columns if c.better and _numbers(frame[c.name]) >= 2]
+
+
+def default_axes(columns: Sequence[Column]) -> tuple[str, str] | None:
+    """Latency against quality, else against memory, else the first two."""
+    if len(columns) < 2:
+        return None
+    x = next((c for c in columns if c.about == "latency"), columns[0])
+    others = [c for c in columns if c is not x]
+    for about in ("quality", "memory", "load"):
+        for column in others:
+            if column.about == about:
+                return x.name, column.name
+    return x.name, others[0].name
+
+
+def varied(frame: Any, first: Sequence[str] = ()) -> list[str]:
+    """Parameters (`p.<name>`) with more than one value among the runs; those in `first` come first."""
+    named = [f"p.{name}" for name in first if f"p.{name}" in frame.columns]
+    rest = [n for n in frame.columns if n.startswith("p.") and n not in named]
+    return named + [n for n in rest if len({_key(v) for v in frame[n] if not missing(v)}) > 1]
+
+
+def missing(value: Any) -> bool:
+    """None and NaN, which is what pandas puts where a run has no value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def number(value: Any) -> float | None:
+    """A measured value as a float; None for text, truth values and what is missing."""
+    if isinstance(value, bool) or missing(value):
+        return None
+    try:
+        return float(value) if not isinstance(value, str) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _numbers(series: Any) -> int:
+    return sum(found is not None and math.isfinite(found) for found in map(number, series))
+
+
+def _rank(column: Column) -> int:
+    bare = column.name.rsplit(".", 1)[-1]
+    return next((i for i, row in enumerate(KNOWN) if row[0] == bare), len(KNOWN))
+
+
+def _interval(name: str, having: Sequence[str]) -> tuple[str | None, str | None]:
+    """`quality_loss_percent` has its interval in `quality_loss_low_percent` and `quality_loss_high_percent`."""
+    stem, _, unit = name.rpartition("_")
+    low, high = f"{stem}_low_{unit}", f"{stem}_high_{unit}"
+    return (low, high) if low in having and high in having else (None, None)
+
+
+def _words(name: str) -> tuple[str, str]:
+    """A name as words and its unit: "peak_memory_gib" -> ("peak memory", "GiB")."""
+    owner, _, last = name.rpartition(".")
+    words = last.split("_")
+    unit = ""
+    if len(words) > 2 and words[-2:] == ["per", "s"]:
+        words, unit = words[:-3] or words[:1], f"{words[-3]}/s"
+    elif len(words) > 1 and words[-1] in UNITS:
+        unit = UNITS[words.pop()]
+    title = " ".join(words)
+    return (f"{owner.replace('_', ' ').replace('.', ': ')}: {title}" if owner else title), unit
+
+
+def _key(value: Any) -> str:
+    return f"{type(value).__name__}:{value!r}"
+
+
+UNMEASURED = ("pending", "running")
+FILES = (
+    ".yaml",
+    ".yml",
+    ".ipynb",
+    ".json",
+    ".png",
+    ".jpg",
+    ".mp4",
+)  # a value that names one is shown by its stem
+
+
+@dataclass
+class Entry:
+    """One run as the page shows it; the paths are inside the folder, or None."""
+
+    run_id: str
+    label: str  # as the sweep calls it
+    title: str  # short: values alone where they speak for themselves
+    state: str
+    baseline: bool = False
+    repeat: int = 1
+    machine: str | None = None  # "shared" or "alone"
+    folder: Path | None = None
+    where: str | None = None
+    reason: str | None = None
+    clips: dict[str, Path] = field(default_factory=dict)  # "video", "original", "truth"
+
+    @property
+    def failed(self) -> bool:
+        return self.state not in ("finished", *UNMEASURED)
+
+
+@dataclass
+class Board:
+    """All of it. `frame` has one row per entry, in the same order."""
+
+    root: Path
+    title: str
+    sweep: dict[str, Any]
+    entries: list[Entry]
+    frame: Any
+    axes: list[str]  # names of the varying parameters, "p.<name>"
+    metrics: list[Column]
+    problems: list[str]
+
+    @property
+    def measured(self) -> list[bool]:
+        return [entry.state == "finished" for entry in self.entries]
+
+
+def gather(folder: str | Path) -> Board:
+    """Read a sweep's folder, or any folder of runs.
+
+    Raises:
+        WanlabError: no such folder, or no run in it.
+    """
+    root = Path(folder).resolve()
+    frame = load_runs(root)
+    problems: list[str] = []
+    sweep = _sweep(root, problems)
+    listed = [run for run in sweep.get("runs") or [] if isinstance(run, Mapping)]
+    if not listed and frame.empty:
+        raise WanlabError(f"no runs in {folder}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
+    if listed:
+        frame, others = _in_order(frame, listed, root)
+        if others:
+            lie = "1 more run lies" if others == 1 else f"{others} more runs lie"
+            problems.append(f"{lie} in this folder, not part of the sweep")
+    rows = frame.to_dict(orient="records")
+    axes = [str(name) for name in sweep.get("axes") or []]
+    varying = varied(frame, axes)
+    titles = _titles(rows, listed, varying)
+    baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else None
+    entries = []
+    for i, row in enumerate(rows):
+        told = listed[i] if listed else {}
+        entry = Entry(
+            run_id=str(row["run_id"]),
+            label=str(told.get("label") or titles[i]),
+            title=titles[i],
+            state=str(row["state"]),
+            baseline=bool(baseline) and _fits(row, told, baseline),
+            repeat=told.get("repeat") if isinstance(told.get("repeat"), int) else 1,
+            machine=told.get("machine"),
+            folder=Path(row["folder"]) if not missing(row["folder"]) else None,
+            reason=None if missing(row["reason"]) else str(row["reason"]),
+        )
+        if entry.folder is not None:
+            entry.clips = _clips(entry.folder, root)
+            entry.where = _where(entry) if entry.failed else None
+        entries.append(entry)
+    show = sweep.get("show") if isinstance(sweep.get("show"), list) else None
+    finished = frame[[entry.state == "finished" for entry in entries]]
+    return Board(
+        root,
+        str(sweep.get("title") or sweep.get("name") or root.name),
+        sweep,
+        entries,
+        frame,
+        varying,
+        metrics(finished, [str(name) for name in show] if show else None),
+        problems,
+    )
+
+
+def verdict(board: Board) -> str:
+    """One sentence: how many finished, how the others ended, where, and how long it took."""
+    counts = Counter(entry.state for entry in board.entries)
+    total, done = len(board.entries), counts.pop("finished", 0)
+    head = f"{done} of {total} runs finished" if done != total else f"All {total} runs finished"
+    if total == 1:
+        head = "The run finished" if done else "The run did not finish"
+    order = [state for state in WORDS if state in counts] + [state for state in counts if state not in WORDS]
+    ends = ", ".join(f"{counts[state]} {WORDS.get(state, state)}" for state in order)
+    seconds = board.sweep.get("seconds")
+    whole = isinstance(seconds, int | float)
+    took = duration(seconds if whole else float(board.frame["seconds"].sum()))
+    where = machine(board)
+    on = f" on {where}" if where else ""
+    spent = f" in {took}{on}" if whole else f"{on}, {took} in all"
+    return f"{head}{spent}{f'; {ends}' if ends else ''}."
+
+
+def machine(board: Board) -> str:
+    """The GPU or else the CPU of the runs; several are counted."""
+    found = [
+        str(gpu if not missing(gpu) else cpu)
+        for gpu, cpu in zip(board.frame["gpu"], board.frame["cpu"], strict=True)
+        if not (missing(gpu) and missing(cpu))
+    ]
+    kinds = list(dict.fromkeys(found))
+    return " and ".join(kinds) if len(kinds) <= 2 else f"{len(kinds)} kinds of machine"
+
+
+def href(path: Path | None, root: Path) -> str | None:
+    """Relative address of a file that really lies inside `root`, else None; a link that leads out is none."""
+    if path is None or not path.is_file() or not path.resolve().is_relative_to(root):
+        return None
+    # "./" first: a name with a colon would be read as a scheme.
+    return "./" + quote(path.absolute().relative_to(root).as_posix())
+
+
+def _sweep(root: Path, problems: list[str]) -> dict[str, Any]:
+    path = root / "sweep.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = read_json(path)
+        if isinstance(found, dict):
+            return found
+        problems.append(f"cannot read {path.name}: not a JSON object")
+    except WanlabError as error:
+        problems.append(str(error).replace(str(root) + "/", ""))
+    return {}
+
+
+def _in_order(frame: Any, listed: Sequence[Mapping], root: Path) -> tuple[Any, int]:
+    """Rows in the order of the sweep, one for each of its runs, whether it has a folder or not; and how many others."""
+    have = {Path(folder).name: i for i, folder in enumerate(frame["folder"]) if Path(folder).parent == root}
+    rows = []
+    for run in listed:
+        at = have.pop(str(run.get("run_id")), None)
+        row = (
+            frame.iloc[at].to_dict()
+            if at is not None
+            else {"run_id": run.get("run_id"), "state": run.get("state")}
+        )
+        if at is None and row["state"] not in WORDS:
+            row["state"] = "pending"
+        for name, value in (run.get("parameters") or {}).items():
+            if missing(row.get(f"p.{name}")):
+                row[f"p.{name}"] = tuple(value) if isinstance(value, list) else value
+        rows.append(row)
+    columns = [*frame.columns, *dict.fromkeys(key for row in rows for key in row if key not in frame.columns)]
+    return pd.DataFrame(rows, columns=columns), len(frame) - (
+        len(listed) - sum("folder" not in row for row in rows)
+    )
+
+
+def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varying: Sequence[str]) -> list[str]:
+    """A short name of each run; where two would be the same, the full one."""
+    several = len({run.get("notebook") for run in listed} or {row.get("name") for row in rows}) > 1
+    found, full = [], []
+    for i, row in enumerate(rows):
+        told = listed[i] if listed else {}
+        if listed:
+            values = dict(told.get("parameters") or {})
+            owner = Path(str(told.get("notebook"))).stem
+        else:
+            values = {name[2:]: row[name] for name in varying if not missing(row.get(name))}
+            owner = str(row.get("name"))
+        repeat = told.get("repeat")
+        words = [owner] if several or not values else []
+        words += [_spoken(name, value) for name, value in list(values.items())[:5]]
+        words += [f"#{repeat}"] if isinstance(repeat, int) and repeat > 1 else []
+        found.append(" · ".join(words))
+        full.append(str(told.get("label") or f"{found[-1]} · {str(row['run_id'])[:6]}"))
+    twice = Counter(found)
+    return [full[i] if twice[name] > 1 else name for i, name in enumerate(found)]
+
+
+def _spoken(name: str, value: Any) -> str:
+    text = shown(list(value) if isinstance(value, tuple) else value)
+    if not isinstance(value, str):
+        return f"{name}={text}"
+    return Path(text).stem if text.lower().endswith(FILES) else text
+
+
+def _fits(row: Mapping, told: Mapping, baseline: Mapping) -> bool:
+    have = {**{k[2:]: v for k, v in row.items() if str(k).startswith("p.")}, **(told.get("parameters") or {})}
+    return all(name in have and shown(have[name]) == shown(value) for name, value in baseline.items())
+
+
+def _where(entry: Entry) -> str | None:
+    try:
+        return RunFolder(entry.folder).status().get("title")
+    except (WanlabError, AttributeError):
+        return None
+
+
+def _clips(folder: Path, root: Path) -> dict[str, Path]:
+    """The clip that a run made, and what it is read against."""
+    have = {path.stem: path for path in sorted((folder / "artifacts").glob("*.mp4")) if href(path, root)}
+    found = {name: have.pop(name) for name in ("video", "original", "truth") if name in have}
+    if "video" not in found and have:
+        found["video"] = next(iter(have.values()))
+    return found
+
+
+def baseline_rows(board: Board) -> list[int | None]:
+    """For each row the row of its baseline: the one that agrees with it on all axes that the baseline leaves open."""
+    fixed = {f"p.{name}" for name in board.sweep.get("baseline") or {}}
+    others = [name for name in board.axes if name not in fixed]
+    rows = board.frame[others].to_dict(orient="records") if others else [{}] * len(board.entries)
+    keys = [tuple(repr(value) for value in row.values()) for row in rows]
+    bases: dict[tuple, int] = {}
+    for i, (entry, key) in enumerate(zip(board.entries, keys, strict=True)):
+        if entry.baseline and entry.state == "finished":
+            bases.setdefault(key, i)
+    return [bases.get(key) for key in keys]
+
+
+def work(board: Board) -> list[dict[str, Any]]:
+    """What each run did and on what, as far as it recorded it; {} for those that did not finish."""
+    names = {prefix: [n for n in board.frame.columns if n.startswith(prefix)] for prefix in ("m.work.", "p.")}
+    rows = board.frame[[*names["m.work."], *names["p."]]].to_dict(orient="records")
+    device = board.frame.get("m.samples.device")
+    found: list[dict[str, Any]] = []
+    for i, (entry, row) in enumerate(zip(board.entries, rows, strict=True)):
+        told = {
+            prefix: {name[len(prefix) :]: row[name] for name in own if not missing(row[name])}
+            for prefix, own in names.items()
+        }
+        if entry.state != "finished" or entry.folder is None:
+            found.append({})
+            continue
+        at = device.iloc[i] if device is not None and not missing(device.iloc[i]) else ""
+        done = work_of({"work": told["m.work."]}, told["p."])
+        found.append(done | machine_of(_environment(entry.folder), at))
+    return found
+
+
+def differing(board: Board, rows: list[int | None]) -> list[list[str]]:
+    """For each row the fields in which its work or its machine is not its baseline's."""
+    done = work(board)
+    return [
+        [name for name, *_ in differences(done[i], done[base])] if base is not None and done[i] else []
+        for i, base in enumerate(rows)
+    ]
+
+
+def mixed(board: Board) -> list[str]:
+    """Fields in which the runs that finished differ from one another."""
+    done = [one for one in work(board) if one]
+    found = [name for one in done[1:] for name, *_ in differences(one, done[0])]
+    return list(dict.fromkeys(found))
+
+
+def ratios(board: Board) -> tuple[dict[str, list[float | None]], list[list[str]]]:
+    """Times better than its baseline for each metric and row, and in what a row's work differs: it has no ratio then."""
+    rows = baseline_rows(board)
+    apart = differing(board, rows)
+    found = {}
+    for column in board.metrics:
+        if not column.ratio or not any(base is not None for base in rows):
+            continue
+        values = [number(value) for value in board.frame[column.name]]
+        found[column.name] = [
+            _times(column.name, values, i, base) if not apart[i] and not board.entries[i].baseline else None
+            for i, base in enumerate(rows)
+        ]
+    return found, apart
+
+
+def _times(name: str, values: list[float | None], i: int, base: int | None) -> float | None:
+    if base is None or not known(values[i]) or not known(values[base]):
+        return None
+    times = ratio(name, values[i], values[base])
+    return times if known(times) and abs(times) != float("inf") else None
+
+
+def _environment(folder: Any) -> Mapping[str, Any]:
+    try:
+        record = read_json(folder / "run.json")
+        environment = record.get("environment")
+    except (WanlabError, AttributeError):
+        return {}
+    return environment if isinstance(environment, Mapping) else {}
+
+
+FEW = 12  # a parameter with more values is searched for, not picked from a list
+ALWAYS = ("name", "notebook", "state", "reason", "started", "seconds", "gpu", "cpu", "wanlab", "verdict")
+
+
+def columns_of(board: Board, axes: list[Column]) -> list[dict[str, Any]]:
+    """Columns of the table: what was varied, then what was measured; few values get a colour and a filter each."""
+    several = len(set(board.frame["name"])) > 1
+    named = (["name"] if several else []) + board.axes
+    found = []
+    for name in named:
+        column = Column("name", "notebook") if name == "name" else describe(name)
+        values = list(dict.fromkeys(_text(v) for v in board.frame[name] if not missing(v)))
+        few = values if len(values) <= FEW else None
+        found.append(
+            {
+                "key": name,
+                "title": column.title,
+                "unit": column.unit,
+                "kind": "parameter",
+                "few": few,
+                "colours": _colours(values) if few else None,
+            }
+        )
+    measured = {column.name for column in axes}
+    for column in board.metrics:
+        found.append(
+            {
+                "key": column.name,
+                "title": column.title,
+                "unit": column.unit,
+                "kind": "metric",
+                "better": column.better,
+                "about": column.about,
+                "axis": column.name in measured,
+                "low": column.low,
+                "high": column.high,
+                "signed": column.unit == "%" and column.about == "quality",
+            }
+        )
+    return found
+
+
+def _colours(values: list[Any]) -> list[str]:
+    """The house colour of an engine or a format, where all values have one of their own; else one after the other."""
+    known = ENGINE_COLOURS | FORMAT_COLOURS
+    own = [colour(str(value)) for value in values]
+    if len(set(own)) == len(own) and all(
+        any(word in known for word in _parts(str(value))) for value in values
+    ):
+        return own
+    return [OTHERS[i % len(OTHERS)] for i in range(len(values))]
+
+
+def _parts(value: str) -> list[str]:
+    return value.lower().replace("_", "-").replace(" ", "-").split("-")
+
+
+def _text(value: Any) -> Any:
+    """A cell for the page: numbers stay numbers, everything else is text."""
+    if missing(value):
+        return None
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return plain(value)  # infinity has no number in JSON; the page reads "inf"
+    return templates.shown(list(value) if isinstance(value, tuple) else plain(value))
+
+
+def table_of(board: Board) -> dict[str, list[Any]]:
+    """Every column, for the page and for its CSV."""
+    names = [*ALWAYS, *(name for name in board.frame.columns if name[:2] in ("p.", "m."))]
+    return {name: [_text(value) for value in board.frame[name]] for name in names}
+
+
+BUDGET_CHARS = 8 * 2**20  # of base64, in one page
+
+
+class Shelf:
+    """Clips by the hash of their bytes. `inside` goes into the page, `outside` stays where it is.
+
+    Attributes:
+        inside: hash -> base64.
+        outside: files that the page plays from their relative address.
+    """
+
+    def __init__(self, root: Path, budget_chars: int = BUDGET_CHARS):
+        self.root, self.left = root, budget_chars
+        self.inside: dict[str, str] = {}
+        self.outside: list[Path] = []
+
+    def put(self, path: Path) -> dict[str, str]:
+        """Where the page finds a clip: `{"clip": hash}` or `{"href": "./..."}`."""
+        if 4 * path.stat().st_size / 3 <= self.left:
+            data = path.read_bytes()
+            name = digest([data], 16)
+            if name not in self.inside:
+                self.inside[name] = base64.b64encode(data).decode()
+                self.left -= len(self.inside[name])
+            return {"clip": name}
+        self.outside.append(path)
+        return {"href": href(path, self.root) or ""}

@@ -1,0 +1,92 @@
+"""What all pages share: the template, the look, words for how a run ended, JSON that is safe inside a page."""
+
+from __future__ import annotations
+
+import functools
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+TEMPLATE = Path(__file__).with_name("template")
+WORDS = {
+    "finished": "finished",
+    "failed": "failed",
+    "died": "kernel died",
+    "timeout": "timed out",
+    "memory": "ran out of memory",
+    "flooded": "too much output",
+    "aborted": "aborted",
+    "running": "running",
+    "pending": "not started",
+    "unreadable": "unreadable",
+}
+
+
+def fill(name: str, **values: Any) -> str:
+    """The template of this name as text; whatever is not Markup is escaped."""
+    return _environment().get_template(name).render(**values)
+
+
+@functools.cache
+def _environment() -> Any:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def asset(*names: str) -> Any:
+    """Files of the template, one after the other, to stand in a style or script element."""
+    return Markup("\n".join((TEMPLATE / name).read_text("utf-8") for name in names))
+
+
+@functools.cache
+def plotly_script() -> Any:
+    """plotly.js, 4.8 MB; a page holds it once."""
+    return Markup(get_plotlyjs().replace("</script", "<\\/script"))
+
+
+def json_script(value: Any) -> Any:
+    """JSON that can stand in a script element: no tag and no line separator can end it early."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character, escaped in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("&", "\\u0026"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
+        text = text.replace(character, escaped)
+    return Markup(text)
+
+
+def shown(value: Any) -> str:
+    """A parameter's value as one would type it."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{value:.1f}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def readable(moment: Any) -> str | None:
+    """An ISO 8601 time for people, in UTC."""
+    try:
+        return datetime.fromisoformat(str(moment)).strftime("%-d %B %Y, %H:%M UTC")
+    except ValueError:
+        return str(moment) if moment else None
+
+
+def duration(seconds: Any) -> str | None:
+    """Seconds as hours, minutes and seconds."""
+    if not isinstance(seconds, int | float) or seconds != seconds:
+        return None
+    minutes, rest = divmod(float(seconds), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest:.0f} s" if minutes else f"{rest:.1f} s"

@@ -1,0 +1,451 @@
+"""Figures of engines: benchmark bars, layers by role, builds, platforms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
+
+STRETCHES = ("h2d", "device", "d2h")
+COPIES = {"h2d": "copy to the device", "d2h": "copy back"}
+
+
+def bench_bars(df: pd.DataFrame) -> go.Figure:
+    """One bar per benchmark: its median latency, on a GPU in its stretches, with the speed-up over the baseline.
+
+    Args:
+        df: columns engine, latency_ms and, where they were measured, h2d_ms, device_ms, d2h_ms, speedup, verdict,
+            component; as `measure.bench_table` and `engines.bench_components` give.
+    """
+    needs(df, "bench_bars", "engine", "latency_ms")
+    rows = df.to_dict(orient="records")
+    places = [_names(rows, "component"), _names(rows, "engine")]
+    y = places if "component" in df else places[1]
+    figure = go.Figure()
+    parts = [name for name in STRETCHES if f"{name}_ms" in df] or ["latency"]
+    for name in parts:
+        copies = name in COPIES
+        figure.add_bar(
+            x=[row[f"{name}_ms"] for row in rows],
+            y=y,
+            orientation="h",
+            name=COPIES.get(name, "computing" if name == "device" else "latency"),
+            marker={"color": GREY if copies else [colour(row["engine"]) for row in rows]},
+            hovertemplate="%{x:,.3f} ms<extra>%{fullData.name}</extra>",
+            text=[_text(row) for row in rows] if name == parts[-1] else None,
+            textposition="outside",
+            cliponaxis=False,
+        )
+    longest = max(row["latency_ms"] for row in rows)
+    figure.update_layout(
+        template=theme(), barmode="stack", height=80 + ROW_PX * len(rows), showlegend=False, margin={"r": 20}
+    )
+    # Room for the text behind the longest bar.
+    figure.update_xaxes(title_text="latency (ms), median", range=[0, longest * 1.5 or 1.0])
+    figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
+    return figure
+
+
+def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
+    """Operators that an engine spends most time in, as bars with their share and number of nodes.
+
+    Args:
+        df: columns operator, nodes, time_ms, share_percent, longest first; as `engines.operator_times` gives.
+        top: bars; what is left is one more, named "others".
+    """
+    needs(df, "operator_bars", "operator", "nodes", "time_ms", "share_percent")
+    shown, rest = df.head(top), df.iloc[top:]
+    if len(rest):
+        sums = rest[["nodes", "time_ms", "share_percent"]].sum().to_dict()
+        shown = pd.concat([shown, pd.DataFrame([{"operator": f"{len(rest)} others"} | sums])])
+    texts = [
+        f"{row.time_ms:,.2f} ms · {row.share_percent:.1f} % · {row.nodes:,.0f} node{'s' * (row.nodes != 1)}"
+        for row in shown.itertuples()
+    ]
+    figure = go.Figure(
+        go.Bar(
+            x=shown["time_ms"].tolist(),
+            y=shown["operator"].tolist(),
+            orientation="h",
+            text=texts,
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": colour("onnxruntime")},
+            hovertemplate="%{y}<br>%{text}<extra></extra>",
+        )
+    )
+    figure.update_layout(template=theme(), height=70 + 28 * len(shown), showlegend=False)
+    longest = float(shown["time_ms"].max()) if len(shown) else 1.0
+    figure.update_xaxes(title_text=label("time_ms"), range=[0, longest * 1.5 or 1.0])
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _names(rows: list[dict], key: str) -> list[str]:
+    return [NAMES.get(row.get(key), str(row.get(key, ""))) for row in rows]
+
+
+def _text(row: dict) -> str:
+    shown = f"{row['latency_ms']:,.2f} ms"
+    if "speedup" not in row or row.get("verdict") == "baseline":
+        return shown
+    return f"{shown} · {row['speedup']:.2f}x, {row['verdict']}"
+
+
+ROLE_NAMES = {
+    "attn1": "self-attention",
+    "attn2": "cross-attention",
+    "ffn": "feed-forward",
+    "norm": "norm, modulation",
+    "embeddings": "embeddings, output",
+    "convolution": "convolution",
+    "reformat_cast": "conversions",
+    "other": "other",
+    "several": "fused across these",
+}
+ROLE_COLOURS = {
+    "attn1": "#3d85c6",
+    "attn2": "#8b7ec8",
+    "ffn": "#e07b39",
+    "norm": "#3fa796",
+    "embeddings": "#e8a33d",
+    "convolution": "#b0679b",
+    "reformat_cast": "#d9534f",
+    "other": "#9aa3ad",
+    "several": "#6c7885",
+}
+
+
+UNKNOWN = "rgba(128,138,149,0.35)"
+
+
+def role_bars(layers: pd.DataFrame) -> go.Figure:
+    """Time by role, divided by number format; the number of layers where nothing was timed.
+
+    Args:
+        layers: `EngineLayers.frame`; columns role, precision, time_ms.
+    """
+    needs(layers, "role_bars", "role", "precision", "time_ms")
+    timed = bool(layers["time_ms"].notna().any())
+    table = layers.assign(value=layers["time_ms"].fillna(0.0) if timed else 1.0)
+    totals = table.groupby("role")["value"].sum().sort_values(ascending=False)
+    whole = float(totals.sum()) or 1.0
+    order = [role for role in totals.index if totals[role] > 0] or list(totals.index)
+    figure = go.Figure()
+    for precision in _widest_first(table["precision"].unique()):
+        mine = table[table["precision"] == precision].groupby("role")["value"].agg(["sum", "size"])
+        mine = mine.reindex(order).dropna()
+        figure.add_bar(
+            x=mine["sum"].tolist(),
+            y=[ROLE_NAMES.get(role, role) for role in mine.index],
+            orientation="h",
+            name=str(precision).upper() if precision in FORMAT_COLOURS else precision or "unknown",
+            marker={"color": colour(precision) if precision in FORMAT_COLOURS else UNKNOWN},
+            customdata=mine["size"].astype(int).tolist(),
+            hovertemplate="%{y}, %{fullData.name}: %{x:,.3f}"
+            + (" ms" if timed else "")
+            + ", %{customdata} layers<extra></extra>",
+        )
+    for role in order:
+        amount = _ms(totals[role]) if timed else f"{totals[role]:,.0f}"
+        figure.add_annotation(
+            x=totals[role], y=ROLE_NAMES.get(role, role), text=f"{amount} · {100 * totals[role] / whole:.1f} %",
+            xanchor="left", xshift=4, showarrow=False,
+        )  # fmt: skip
+    figure.update_layout(
+        template=theme(), barmode="stack", height=110 + ROW_PX * len(order), margin={"t": 40}
+    )
+    figure.update_layout(showlegend=True)
+    title = "sum of layers (ms)" if timed else "layers"
+    figure.update_xaxes(title_text=title, range=[0, 1.3 * float(totals.max() or 1.0)])
+    figure.update_yaxes(
+        categoryorder="array",
+        categoryarray=[ROLE_NAMES.get(role, role) for role in order][::-1],
+        showgrid=False,
+    )
+    return figure
+
+
+def module_treemap(layers: pd.DataFrame) -> go.Figure:
+    """Modules as areas, nested as their names are, in the colour of their role.
+
+    An area is time; without times bytes of outputs, or layers where those are not known.
+
+    Args:
+        layers: `EngineLayers.frame`; columns modules, role, time_ms, activation_bytes. A layer of several modules lies in
+            what their names share.
+    """
+    needs(layers, "module_treemap", "modules", "role", "time_ms", "activation_bytes")
+    timed = bool(layers["time_ms"].notna().any())
+    sized = bool(layers["activation_bytes"].sum())
+    values, unit = (
+        (layers["time_ms"].fillna(0.0), "ms") if timed else (layers["activation_bytes"] / 2**20, "MiB")
+    )
+    if not (timed or sized):
+        values, unit = layers["time_ms"].isna().astype(float), "layers"
+    own: dict[tuple[str, ...], float] = {}
+    roles: dict[tuple[str, ...], dict[str, float]] = {}
+    for modules, role, value in zip(layers["modules"], layers["role"], values, strict=True):
+        path = _common([_parts(module) for module in modules.split(", ")])
+        own[path] = own.get(path, 0.0) + float(value)
+        for depth in range(len(path) + 1):
+            held = roles.setdefault(path[:depth], {})
+            held[role] = held.get(role, 0.0) + float(value)
+    paths = sorted(roles, key=lambda path: (len(path), path))
+    total = {path: sum(roles[path].values()) for path in paths}
+    figure = go.Figure(
+        go.Treemap(
+            ids=["/".join(path) or "engine" for path in paths],
+            labels=[path[-1] if path else "engine" for path in paths],
+            parents=[("/".join(path[:-1]) or "engine") if path else "" for path in paths],
+            values=[total[path] for path in paths],
+            branchvalues="total",
+            marker={
+                "colors": [
+                    ROLE_COLOURS.get(max(roles[path], key=roles[path].__getitem__), GREY)
+                    if len(path) > 1 or (path and len(roles[path]) == 1)
+                    else "rgba(128,138,149,0.15)"
+                    for path in paths
+                ]
+            },
+            customdata=[own.get(path, 0.0) for path in paths],
+            hovertemplate=f"%{{id}}: %{{value:,.3f}} {unit}, of its own %{{customdata:,.3f}} {unit}<extra></extra>",
+            texttemplate="%{label}<br>%{percentRoot:.1%}",
+            tiling={"pad": 1},
+            maxdepth=4,
+        )
+    )
+    figure.update_layout(template=theme(), height=520, margin={"t": 10, "l": 0, "r": 0, "b": 0})
+    figure.update_layout(uniformtext={"minsize": 9, "mode": "hide"})
+    return figure
+
+
+def difference_waterfall(differences: pd.DataFrame, a: str, b: str) -> go.Figure:
+    """From the time of one engine to that of another, role by role, each with its noise.
+
+    Args:
+        differences: as `difference_by(matched, "role")` gives: role, time_a_ms, time_b_ms, difference_ms, noise_ms.
+        a, b: names of the two.
+    """
+    needs(differences, "difference_waterfall", "role", "time_a_ms", "time_b_ms", "difference_ms", "noise_ms")
+    steps = differences.to_dict(orient="records")
+    first, last = float(differences["time_a_ms"].sum()), float(differences["time_b_ms"].sum())
+    names = [a, *(ROLE_NAMES.get(step["role"], step["role"]) for step in steps), b if b != a else f"{b} "]
+    figure = go.Figure(
+        go.Waterfall(
+            orientation="h",
+            y=names,
+            x=[first, *(step["difference_ms"] for step in steps), last],
+            measure=["absolute", *("relative" for _ in steps), "total"],
+            text=[_ms(first), *(_signed(step) for step in steps), _ms(last)],
+            textposition="outside",
+            cliponaxis=False,
+            increasing={"marker": {"color": "#d9534f"}},
+            decreasing={"marker": {"color": "#3fa796"}},
+            totals={"marker": {"color": GREY}},
+            connector={"line": {"color": GREY, "width": 1}},
+            hovertemplate="%{y}: %{text}<extra></extra>",
+        )
+    )
+    levels, at = [first, last], first
+    for step in steps:
+        at += step["difference_ms"]
+        levels.append(at)
+    figure.update_layout(template=theme(), height=110 + ROW_PX * len(names), showlegend=False)
+    figure.update_xaxes(title_text="sum of layers (ms)", range=[0, 1.2 * max(levels)])
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    return figure
+
+
+def site_dumbbells(differences: pd.DataFrame, a: str, b: str, top: int = 12) -> go.Figure:
+    """The parts of a network that changed most, blocks together: time in one engine and in the other.
+
+    Args:
+        differences: as `difference_by(matched, "site")` gives: site, time_a_ms, time_b_ms, difference_ms. a, b: names of
+            the two. top: rows shown.
+    """
+    needs(differences, "site_dumbbells", "site", "time_a_ms", "time_b_ms", "difference_ms")
+    rows = differences.head(top).to_dict(orient="records")
+    names = [_short(row["site"], 48) or "no module" for row in rows]
+    figure = go.Figure()
+    for name, row in zip(names, rows, strict=True):
+        figure.add_scatter(
+            x=[row["time_a_ms"], row["time_b_ms"]], y=[name, name], mode="lines", showlegend=False, hoverinfo="skip",
+            line={"color": "#d9534f" if row["difference_ms"] > 0 else "#3fa796", "width": 3},
+        )  # fmt: skip
+    for engine, column, symbol in ((a, "time_a_ms", "circle-open"), (b, "time_b_ms", "circle")):
+        figure.add_scatter(
+            x=[row[column] for row in rows], y=names, mode="markers", name=engine,
+            marker={"symbol": symbol, "size": 10, "color": GREY if column == "time_a_ms" else "#3d85c6"},
+            hovertemplate="%{y}: %{x:,.3f} ms<extra>" + engine + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(template=theme(), height=130 + 26 * max(len(rows), 1), margin={"t": 40})
+    figure.update_xaxes(title_text="time (ms)", rangemode="tozero")
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], tickfont={"size": 11})
+    return figure
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _parts(module: str) -> tuple[str, ...]:
+    """`blocks.7.attn1.to_q` -> ("blocks.7", "attn1", "to_q"): a number stays with what it counts."""
+    parts: list[str] = []
+    for part in module.split(".") if module else ["no module"]:
+        if part.isdigit() and parts:
+            parts[-1] += f".{part}"
+        else:
+            parts.append(part)
+    return tuple(parts)
+
+
+def _common(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
+    shared = paths[0]
+    for path in paths[1:]:
+        same = [one == other for one, other in zip(shared, path, strict=False)]
+        shared = shared[: same.index(False) if False in same else len(same)]
+    return shared or ("several modules",)
+
+
+def _widest_first(precisions: Any) -> list[str]:
+    known = [name for name in FORMAT_COLOURS if name in set(precisions)]
+    return [*known, *sorted(set(precisions) - set(known))]
+
+
+def _signed(step: dict[str, Any]) -> str:
+    noise = step["noise_ms"]
+    return f"{step['difference_ms']:+,.2f}" + (f" ± {noise:,.2f} ms" if noise == noise else " ms")
+
+
+def _ms(time_ms: float) -> str:
+    return f"{time_ms / 1e3:,.2f} s" if time_ms >= 1e4 else f"{time_ms:,.2f} ms"
+
+
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def build_bars(df: pd.DataFrame) -> go.Figure:
+    """Two panels over the same rows: time of each build, and size of each engine with a mark for its ONNX graph.
+
+    Args:
+        df: columns component, numbers, build_ms, size_mib, onnx_mib; as `engines.EngineBuilds.frame` gives.
+    """
+    needs(df, "build_bars", "component", "numbers", "build_ms", "size_mib", "onnx_mib")
+    rows = df.to_dict(orient="records")
+    places = [f"{NAMES.get(row['component'], row['component'])}, {row['numbers']}" for row in rows]
+    colours = [colour(format_of(row["numbers"])) for row in rows]
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        horizontal_spacing=0.06,
+        subplot_titles=["build time (s)", "size (MiB)"],
+    )
+    seconds = [row["build_ms"] / 1e3 for row in rows]
+    sizes = [row["size_mib"] for row in rows]
+    onnx = [row["onnx_mib"] for row in rows]
+    for column, values in ((1, seconds), (2, sizes)):
+        figure.add_bar(
+            x=values,
+            y=places,
+            orientation="h",
+            marker={"color": colours},
+            text=[f"{value:,.3g}" for value in values],
+            textposition="outside",
+            cliponaxis=False,
+            showlegend=False,
+            hovertemplate="%{y}<br>%{text}<extra></extra>",
+            row=1,
+            col=column,
+        )
+    figure.add_scatter(
+        x=onnx,
+        y=places,
+        mode="markers",
+        name="its ONNX graph",
+        marker={"symbol": "diamond", "size": 11, "color": GREY, "line": {"width": 1.5, "color": "white"}},
+        hovertemplate="ONNX graph %{x:,.3g} MiB<extra></extra>",
+        row=1,
+        col=2,
+    )
+    figure.update_layout(
+        template=theme(),
+        height=120 + ROW_PX * max(len(rows), 1),
+        margin={"t": 40, "r": 30},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.12, "yanchor": "top"},
+    )
+    # Room for the numbers behind the longest bars.
+    figure.update_xaxes(range=[0, max(seconds, default=1.0) * 1.25], row=1, col=1)
+    figure.update_xaxes(range=[0, max(sizes + onnx, default=1.0) * 1.25], row=1, col=2)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def format_of(numbers: str) -> str:
+    """The format that names a row's colour: the quantised one where there is one, else the graph's dtype."""
+    last = numbers.split(", ")[-1].split(" x ")[-1]
+    return SHORT.get(last, last.removesuffix("-channel").removesuffix("-weight"))
+
+
+def platform_bars(df: pd.DataFrame) -> go.Figure:
+    """Latency per machine and engine as bars on a logarithmic axis; engines that were only built have no bar.
+
+    Args:
+        df: columns machine, engine, precision, state, latency_ms, ratio_to_eager and build_ms, as
+            `measure.platform_table` gives.
+    """
+    needs(df, "platform_bars", "machine", "engine", "precision", "state", "latency_ms", "ratio_to_eager")
+    rows = df.to_dict(orient="records")
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    rows.sort(key=lambda row: machines.index(row["machine"]))
+    figure = go.Figure()
+    places = [[row["machine"] for row in rows], [f"{row['engine']} {row['precision']}" for row in rows]]
+    texts = [_text_platforms(row) for row in rows]
+    known = [row["latency_ms"] for row in rows if not math.isnan(row["latency_ms"])]
+    low, high = (min(known), max(known)) if known else (1.0, 10.0)
+    floor = low / 3
+    figure.add_bar(
+        x=[floor * 1.05 if math.isnan(row["latency_ms"]) else row["latency_ms"] for row in rows],
+        y=places,
+        orientation="h",
+        text=texts,
+        textposition="outside",
+        cliponaxis=False,
+        marker={
+            "color": [
+                "rgba(0,0,0,0)" if math.isnan(row["latency_ms"]) else colour(row["engine"]) for row in rows
+            ]
+        },
+        hovertemplate="%{text}<extra></extra>",
+    )
+    figure.update_layout(
+        template=theme(), height=110 + ROW_PX * max(len(rows), 1), showlegend=False, margin={"r": 20}
+    )
+    # Room for the text behind the longest bar.
+    reach = (math.log10(high) - math.log10(floor)) * 2.0
+    figure.update_xaxes(
+        type="log",
+        range=[math.log10(floor), math.log10(floor) + max(reach, 0.5)],
+        title_text="latency (ms), logarithmic",
+        dtick="D2" if high / floor < 100 else 1,  # 1, 2, 5 where the axis is short
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
+    return figure
+
+
+def _text_platforms(row: dict) -> str:
+    if row["latency_ms"] != row["latency_ms"]:
+        build = row.get("build_ms")
+        took = f" in {build / 1e3:,.1f} s" if build == build and build else ""
+        return f"built{took}, not executed"
+    ratio = row["ratio_to_eager"]
+    if row["engine"] == "eager" or ratio != ratio:
+        return f"{row['latency_ms']:,.1f} ms"
+    said = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower than eager"
+    return f"{row['latency_ms']:,.1f} ms · {said}"

@@ -1,0 +1,499 @@
+"""Figures of precision: sensitivity, agreement, tolerance, frontier and format maps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from wanlab.core.errors import WanlabError
+from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, needs, theme
+
+SHOWN = {
+    "effect": "effect on the final latents",
+    "velocity_error": "error of the velocity",
+    "local_error": "error of the layer's output",
+}
+KIND_SYMBOLS = {
+    "layer": "circle",
+    "block": "square",
+    "projection": "diamond",
+    "several": "triangle-up",
+    "expert": "star",
+}
+
+
+def sensitivity_map(
+    frame: pd.DataFrame, component: str, value: str = "effect", *, first_step: int | None = None
+) -> go.Figure:
+    """Block x projection of one expert, a panel per format; one logarithmic scale for all experts of the frame.
+
+    Args:
+        frame: `Sensitivity.frame`.
+        value: `"effect"`, `"velocity_error"` or `"local_error"`; effects of several ranges of steps are added, errors
+            averaged as squares.
+        first_step: of one range of steps; None takes all.
+
+    Raises:
+        WanlabError: missing columns, an unknown value, or nothing of this expert and range.
+    """
+    needs(
+        frame, "sensitivity_map", "component", "layer", "block", "projection", "format", "first_step", value
+    )
+    if value not in SHOWN:
+        raise WanlabError(f"draw {', '.join(SHOWN)}, not {value!r}")
+    rows = frame[frame["component"] == component]
+    rows = rows if first_step is None else rows[rows["first_step"] == first_step]
+    if rows.empty:
+        raise WanlabError(f"nothing of {component} in this range of steps")
+    formats = list(dict.fromkeys(rows["format"]))
+    projections = sorted(set(rows["projection"]), key=lambda name: (name.split(".")[0], name))
+    blocks = sorted(set(rows["block"].astype(int)))
+    tables = [_table(rows[rows["format"] == name], value, projections, blocks) for name in formats]
+    low, high = _scale(frame if first_step is None else rows, value)
+    figure = make_subplots(
+        rows=1, cols=len(formats), subplot_titles=formats, shared_yaxes=True, horizontal_spacing=0.03
+    )
+    for column, table in enumerate(tables, 1):
+        figure.add_heatmap(
+            x=[str(block) for block in blocks],
+            y=projections,
+            z=table,
+            coloraxis="coloraxis",
+            customdata=[[None if v is None else 10**v for v in line] for line in table],
+            hovertemplate=f"block %{{x}}, %{{y}}<br>{SHOWN[value]} %{{customdata:.3g}}<extra>{formats[column - 1]}</extra>",
+            row=1,
+            col=column,
+        )
+    ticks = list(range(math.ceil(low), math.floor(high) + 1)) or [low, high]
+    figure.update_layout(
+        template=theme(),
+        height=160 + 26 * len(projections),
+        margin={"t": 72},
+        title={"text": NAMES.get(component, component), "x": 0, "xanchor": "left", "font": {"size": 15}},
+        coloraxis={
+            "colorscale": "Viridis",
+            "cmin": low,
+            "cmax": high,
+            "colorbar": {"thickness": 12, "tickvals": ticks, "ticktext": [f"1e{tick:g}" for tick in ticks]},
+        },
+    )
+    figure.update_xaxes(title_text="block", type="category", nticks=10)
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def sensitivity_bars(frame: pd.DataFrame, count: int = 12, value: str = "effect") -> go.Figure:
+    """The most sensitive rows with their intervals, in the colour of their expert.
+
+    Args:
+        frame: `Sensitivity.frame` or `Sensitivity.ranked()`.
+        value: as in `sensitivity_map`; `local_error` has no interval.
+    """
+    needs(frame, "sensitivity_bars", "component", "layer", "format", "first_step", "last_step", value)
+    rows = frame.sort_values(value, ascending=False).head(count)
+    names = [f"{row.layer} · {row.format} · {_steps(row)}" for row in rows.itertuples()]
+    ends = {"effect": ("effect_low", "effect_high"), "velocity_error": ("low", "high")}.get(value)
+    figure = go.Figure()
+    for component in dict.fromkeys(rows["component"]):
+        inside = [i for i, name in enumerate(rows["component"]) if name == component]
+        own = rows.iloc[inside]
+        bars = {"type": "data", "symmetric": False, "color": GREY, "thickness": 1.3, "width": 3}
+        if ends is not None:
+            bars["array"] = (own[ends[1]] - own[value]).tolist()
+            bars["arrayminus"] = (own[value] - own[ends[0]]).tolist()
+        figure.add_scatter(
+            x=own[value].tolist(),
+            y=[names[i] for i in inside],
+            mode="markers",
+            marker={"color": colour(component), "size": 10},
+            error_x=bars if ends is not None else None,
+            name=NAMES.get(component, component),
+            hovertemplate="%{y}<br>%{x:.3g}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_layout(template=theme(), height=110 + 0.75 * ROW_PX * len(rows), showlegend=True)
+    figure.update_xaxes(title_text=SHOWN[value], type="log", exponentformat="e", dtick=1)
+    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    return figure
+
+
+def tolerance_bars(tolerance: Any) -> go.Figure:
+    """Velocity error and effect of each expert rounded whole, format by format, with intervals.
+
+    Args:
+        tolerance: as `precision.expert_tolerance` gives it.
+    """
+    frame = tolerance.frame
+    panels = [
+        ("velocity_error", "velocity_low", "velocity_high", "velocity error"),
+        ("effect", "effect_low", "effect_high", "effect on the final latents"),
+    ]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=[panel[-1] for panel in panels])
+    for component, part in frame.groupby("component", sort=False):
+        for column, (value, low, high, _) in enumerate(panels, 1):
+            figure.add_scatter(
+                x=part["format"].tolist(),
+                y=part[value].tolist(),
+                mode="markers",
+                marker={"color": colour(component), "size": 11},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": (part[high] - part[value]).tolist(),
+                    "arrayminus": (part[value] - part[low]).tolist(),
+                    "color": colour(component),
+                    "thickness": 1.6,
+                },
+                name=NAMES.get(component, component),
+                legendgroup=component,
+                showlegend=column == 1,
+                hovertemplate="%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
+                row=1,
+                col=column,
+            )
+    figure.update_layout(template=theme(), height=340, margin={"t": 60}, legend={"y": 1.12})
+    figure.update_yaxes(type="log", exponentformat="e", dtick=1)
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
+    """Predicted effect against what generations show, one mark per choice, with the rank correlation.
+
+    Args:
+        agreement: as `precision.end_to_end_agreement` gives it.
+        truth: `"true"` (final latents) or `"lpips"`.
+    """
+    found, frame = agreement.correlation(truth), agreement.frame
+    figure, named = go.Figure(), set()
+    for (component, kind), part in frame.groupby(["component", "kind"], sort=True):
+        whole = NAMES.get(component, component)
+        figure.add_scatter(
+            x=part["predicted"].tolist(),
+            y=part[truth].tolist(),
+            mode="markers",
+            marker={"color": colour(component), "symbol": KIND_SYMBOLS.get(kind, "circle"), "size": 10},
+            name=whole,
+            legendgroup=component,
+            showlegend=component not in named,
+            customdata=part[["format", "layers", "steps", "layer"]].to_numpy().tolist(),
+            hovertemplate=f"{kind}: %{{customdata[1]}} layer(s) %{{customdata[3]}}, %{{customdata[0]}}, steps"
+            f" %{{customdata[2]}}<br>predicted %{{x:.3g}}, true %{{y:.3g}}<extra>{whole}</extra>",
+        )
+        named.add(component)
+    for kind in dict.fromkeys(frame["kind"]):
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            marker={"color": GREY, "symbol": KIND_SYMBOLS.get(kind, "circle"), "size": 9},
+            name={"layer": "one layer", "projection": "one projection", "several": "several layers"}.get(
+                kind, kind
+            ),
+        )
+    positive = [*frame["predicted"], *(frame["true"] if truth == "true" else ())]
+    ends = [min(v for v in positive if v > 0), max(positive)] if any(v > 0 for v in positive) else [0.1, 1]
+    if truth == "true":
+        figure.add_scatter(
+            x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot", "width": 1.2}, name="equal"
+        )
+    floor = agreement.floor if truth == "true" else agreement.floor_lpips
+    least = frame[truth].min()
+    if floor and floor > least / 30:
+        figure.add_hline(y=floor, line={"color": GREY, "dash": "dash", "width": 1.2})
+        figure.add_annotation(
+            x=1,
+            xref="x domain",
+            y=math.log10(floor),
+            text="floor",
+            showarrow=False,
+            yanchor="bottom",
+            xanchor="right",
+        )
+    figure.add_annotation(
+        x=0.02,
+        y=0.98,
+        xref="x domain",
+        yref="y domain",
+        text=f"rank correlation {found}",
+        showarrow=False,
+        xanchor="left",
+        yanchor="top",
+        font={"size": 14},
+    )
+    words = {"true": "true effect on the final latents", "lpips": "LPIPS to the unrounded video"}
+    figure.update_layout(template=theme(), height=460)
+    figure.update_xaxes(title_text="predicted effect", type="log", exponentformat="e", dtick=1)
+    figure.update_yaxes(title_text=words[truth], type="log", exponentformat="e", dtick=1)
+    return figure
+
+
+def _steps(row: Any) -> str:
+    return (
+        f"step {row.first_step}"
+        if row.first_step == row.last_step
+        else f"steps {row.first_step}-{row.last_step}"
+    )
+
+
+def _scale(frame: pd.DataFrame, value: str) -> tuple[float, float]:
+    """Ends of the colours: six decades below the largest at most."""
+    groups = frame.groupby(["component", "format", "layer"])[value]
+    values = groups.sum() if value == "effect" else groups.max()
+    values = values[values > 0]
+    if values.empty:
+        return 0.0, 1.0
+    low, high = math.log10(values.min()), math.log10(values.max())
+    return max(low, high - 6), high if high > low else low + 1
+
+
+def _table(rows: pd.DataFrame, value: str, projections: list[str], blocks: list[int]) -> list[list]:
+    """Logarithms of the values, projections down and blocks across; None where there is nothing."""
+    groups = rows.groupby(["projection", rows["block"].astype(int)])[value]
+    values = groups.sum() if value == "effect" else groups.agg(lambda each: (each**2).mean() ** 0.5)
+    known = {place: float(v) for place, v in values.items() if v > 0}
+    return [
+        [math.log10(known[name, block]) if (name, block) in known else None for block in blocks]
+        for name in projections
+    ]
+
+
+CHOSEN = "#3d85c6"
+OTHER = "#e07b39"
+BITS = "bits_per_weight"
+TITLES = {
+    BITS: "bits per linear weight",
+    "saved_percent": "saved (%)",
+    "effect": "predicted effect on the final latents",
+}
+
+
+def frontier_plot(
+    frontier: Any,
+    presets: pd.DataFrame | None = None,
+    *,
+    selected: Any = None,
+    budget: float | None = None,
+    cost: str = BITS,
+) -> go.Figure:
+    """Predicted effect over cost of the frontier's plans, of presets, and of the plan that was chosen.
+
+    Args:
+        frontier: as `precision.frontier` gives it, or its table.
+        presets: as `precision.predict` gives them.
+        selected: a `Selection`, or its row.
+        budget: of the effect, drawn as a line.
+        cost: `"bits_per_weight"` or `"saved_percent"`.
+
+    Raises:
+        WanlabError: missing columns.
+    """
+    frame = getattr(frontier, "frame", frontier)
+    needs(frame, "frontier_plot", "plan", "effect", cost)
+    figure = go.Figure()
+    shown = frame[frame["effect"] > 0].sort_values(cost)
+    hover = f"%{{text}}<br>{TITLES[cost]} %{{x:.2f}}<br>effect %{{y:.2g}}<extra></extra>"
+    figure.add_scatter(
+        x=shown[cost].tolist(),
+        y=shown["effect"].tolist(),
+        text=shown["plan"].tolist(),
+        mode="lines+markers",
+        line={"color": CHOSEN, "width": 2},
+        marker={"size": 7},
+        name="cheapest within a budget",
+        hovertemplate=hover,
+    )
+    if presets is not None and len(presets):
+        needs(presets, "frontier_plot", "plan", "effect", cost)
+        own = presets[presets["effect"] > 0].sort_values([cost, "effect"])
+        figure.add_scatter(
+            x=own[cost].tolist(),
+            y=own["effect"].tolist(),
+            text=own["plan"].tolist(),
+            mode="markers+text",
+            textposition=_sides(own[cost].tolist(), own["effect"].tolist()),
+            textfont={"size": 11},
+            marker={"color": OTHER, "size": 9, "symbol": "diamond"},
+            name="picked by hand",
+            hovertemplate=hover,
+        )
+    if selected is not None:
+        row = selected.row() if hasattr(selected, "row") else dict(selected)
+        figure.add_scatter(
+            x=[row[cost]],
+            y=[row["effect"]],
+            text=[row["plan"]],
+            mode="markers",
+            marker={"color": CHOSEN, "size": 16, "symbol": "star", "line": {"color": GREY, "width": 1}},
+            name="chosen",
+            hovertemplate=hover,
+        )
+    if budget:
+        figure.add_hline(y=budget, line={"color": GREY, "dash": "dash", "width": 1.2})
+        figure.add_annotation(
+            x=0.55, xref="x domain", y=math.log10(budget), text="budget", showarrow=False, yanchor="bottom"
+        )
+    figure.update_layout(template=theme(), height=440)
+    figure.update_xaxes(title_text=TITLES[cost])
+    figure.update_yaxes(title_text=TITLES["effect"], type="log", exponentformat="e", minexponent=1, dtick=1)
+    return figure
+
+
+def relation_plot(
+    relation: Any, predictions: pd.DataFrame | None = None, limit_percent: float | None = None
+) -> go.Figure:
+    """Upper end of the quality loss over the predicted effect: plans that were tried, the fit, and the limit.
+
+    Args:
+        relation: as `precision.fit_relation` gives it.
+        predictions: `Chosen.predictions()`, whose last row is the chosen plan.
+    """
+    points = relation.points
+    largest = points["predicted"].max()
+    least = min(
+        points["predicted"].min(),
+        *(predictions["predicted_effect"] if predictions is not None else [largest]),
+    )
+    xs = [least * (largest / least) ** (i / 60) for i in range(61)] if largest > least else [largest]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=xs,
+        y=[relation.upper_percent(x) for x in xs],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        name=f"fit: {relation.form}, {relation.residual_percent:.2g} % off",
+        hoverinfo="skip",
+    )
+    hover = "%{text}<br>effect %{x:.2g}<br>upper end %{y:.2f} %<extra></extra>"
+    figure.add_scatter(
+        x=points["predicted"].tolist(),
+        y=points["upper_percent"].tolist(),
+        text=points["plan"].tolist(),
+        mode="markers",
+        marker={"color": CHOSEN, "size": 10},
+        name="plans tried",
+        hovertemplate=hover,
+    )
+    if predictions is not None:
+        last = predictions.iloc[-1]
+        figure.add_scatter(
+            x=[last["predicted_effect"]],
+            y=[last["upper_percent"]],
+            text=[last["plan"]],
+            mode="markers",
+            marker={"color": CHOSEN, "size": 16, "symbol": "star", "line": {"color": GREY, "width": 1}},
+            name="chosen",
+            hovertemplate=hover,
+        )
+    if limit_percent:
+        figure.add_hline(y=limit_percent, line={"color": GREY, "dash": "dash", "width": 1.2})
+        figure.add_annotation(
+            x=0,
+            xref="x domain",
+            y=limit_percent,
+            text="limit",
+            showarrow=False,
+            yanchor="bottom",
+            xanchor="left",
+        )
+    figure.update_layout(template=theme(), height=360)
+    figure.update_xaxes(title_text=TITLES["effect"], type="log", exponentformat="e", minexponent=1, dtick=1)
+    figure.update_yaxes(title_text="quality loss, upper end (%)")
+    return figure
+
+
+def format_map(selection: Any) -> go.Figure:
+    """The format of every layer: projections down, blocks across, a panel per expert; steps in the hover text.
+
+    Args:
+        selection: from `precision.select_plan`.
+    """
+    frame = selection.frame.dropna(subset=["block"])
+    components = list(dict.fromkeys(frame["component"]))
+    formats = sorted(set(frame["format"]), key=lambda name: (name != "default", name))
+    projections = sorted(set(frame["projection"]))
+    blocks = sorted(set(frame["block"].astype(int)))
+    figure = make_subplots(
+        rows=1,
+        cols=len(components),
+        subplot_titles=[NAMES.get(name, name) for name in components],
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+    )
+    shades = {name: _shade(name, index) for index, name in enumerate(formats)}
+    for column, component in enumerate(components, 1):
+        own = frame[frame["component"] == component]
+        table = [[None] * len(blocks) for _ in projections]
+        words = [[""] * len(blocks) for _ in projections]
+        for (projection, block), rows in own.groupby(["projection", "block"]):
+            line, place = projections.index(projection), blocks.index(int(block))
+            # Where the format changes with the step, the first is drawn.
+            table[line][place] = formats.index(rows["format"].iloc[0])
+            words[line][place] = ", ".join(dict.fromkeys(rows["format"]))
+        steps = [
+            [i / len(formats) + at, shades[name]]
+            for i, name in enumerate(formats)
+            for at in (0, 1 / len(formats))
+        ]
+        figure.add_heatmap(
+            x=[str(block) for block in blocks],
+            y=projections,
+            z=table,
+            customdata=words,
+            zmin=-0.5,
+            zmax=len(formats) - 0.5,
+            colorscale=steps,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            hovertemplate="block %{x}, %{y}<br>%{customdata}<extra></extra>",
+            row=1,
+            col=column,
+        )
+    for name in formats:
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            marker={"color": shades[name], "symbol": "square", "size": 11},
+            name=name,
+        )
+    figure.update_layout(
+        template=theme(),
+        height=150 + int(0.7 * ROW_PX * len(projections)),
+        margin={"t": 70},
+        legend={"y": 1.1},
+    )
+    figure.update_xaxes(title_text="block", type="category", nticks=10)
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def _shade(name: str, index: int) -> str:
+    """A format's own colour; weight-only and per-channel forms paler, as they share their numbers' colour."""
+    if name == "default":
+        return "#9aa3ad"
+    base = colour(name)
+    if "-" not in name:
+        return base
+    red, green, blue = (int(base[i : i + 2], 16) for i in (1, 3, 5))
+    mix = 0.4 if "weight" in name and "int4" not in name else 0.0 if "int4" in name else 0.35
+    return f"rgb({', '.join(str(round(c + (255 - c) * mix)) for c in (red, green, blue))})"
+
+
+def _sides(xs: list[float], ys: list[float]) -> list[str]:
+    """Where each name goes: above and below in turn where marks are near each other."""
+    middle = (min(xs) + max(xs)) / 2 if xs else 0
+    made: list[str] = []
+    for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        near = (
+            index and abs(x - xs[index - 1]) < 0.15 * (max(xs) - min(xs) or 1) and 0.5 < y / ys[index - 1] < 2
+        )
+        up = "bottom" if near and made[-1].startswith("top") else "top"
+        made.append(f"{up} {'right' if x <= middle else 'left'}")
+    return made

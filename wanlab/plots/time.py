@@ -1,0 +1,439 @@
+"""Figures of time: breakdown, categories, flame graphs, samples, before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from wanlab.core.errors import WanlabError
+from wanlab.plots.style import COMPONENT_COLOURS, NAMES, ROW_PX, colour, label, needs, theme
+
+CATEGORY_NAMES = {
+    "self_attention": "self-attention",
+    "cross_attention": "cross-attention",
+    "linear": "linear layers",
+    "norm_modulation_rotary": "norm, modulation, rotary",
+    "expert_switching": "expert selection, switching",
+    "vae_encoder": "VAE encoder",
+    "vae_decoder": "VAE decoder",
+    "text_encoder": "text encoder",
+    "communication": "between GPUs",
+    "host_device_transfer": "host-device transfer",
+    "memory_allocation": "memory allocation",
+    "launch_and_idle": "launch overhead, idle",
+    "other": "other",
+}
+
+
+def category_bars(breakdown: Any) -> go.Figure:
+    """Where the wall clock went: a bar per category, divided by component; what ran beside it behind, hatched.
+
+    Args:
+        breakdown: `diagnose.Breakdown`.
+    """
+    table, parts = breakdown.frame, breakdown.parts
+    order = [CATEGORY_NAMES.get(name, name) for name in table["category"]]
+    figure = go.Figure()
+    for component in parts["component"].unique():
+        mine = parts[parts["component"] == component]
+        shown = "other" if component == "outside" else component
+        figure.add_bar(
+            x=mine["time_ms"].tolist(),
+            y=[CATEGORY_NAMES.get(name, name) for name in mine["category"]],
+            orientation="h",
+            name="outside of all" if component == "outside" else NAMES.get(component, component),
+            marker={"color": colour(shown)},
+            hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
+        )
+    hidden = table[table["hidden_ms"] > 0.001 * breakdown.wall_ms]
+    if len(hidden):
+        figure.add_bar(
+            x=hidden["hidden_ms"].tolist(),
+            y=[CATEGORY_NAMES.get(name, name) for name in hidden["category"]],
+            orientation="h",
+            name="beside other work",
+            marker={"color": "rgba(128,138,149,0.25)", "pattern": {"shape": "/"}},
+            hovertemplate="%{y}: %{x:,.2f} ms more, beside other work<extra></extra>",
+        )
+    ends = table["time_ms"] + hidden["hidden_ms"].reindex(table.index, fill_value=0.0)
+    for name, end, time_ms, share in zip(order, ends, table["time_ms"], table["share_percent"], strict=True):
+        figure.add_annotation(
+            x=end, y=name, text=f"{_time(time_ms)} · {share:.1f} %", xanchor="left", xshift=4, showarrow=False
+        )
+    figure.update_layout(
+        template=theme(), barmode="stack", height=110 + ROW_PX * len(order), margin={"t": 40}
+    )
+    figure.update_xaxes(title_text="wall clock (ms)", range=[0, 1.3 * float(ends.max())])
+    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
+    return figure
+
+
+def _time(time_ms: float) -> str:
+    return f"{time_ms / 1e3:,.2f} s" if time_ms >= 1e4 else f"{time_ms:,.1f} ms"
+
+
+def flame_icicle(flame: Any, *, smallest_percent: float = 0.1) -> go.Figure:
+    """A flame graph that opens where it is clicked: width is time, below a frame stands what it called.
+
+    Frames take the colour of the component they run in. In a report it has a search box.
+
+    Args:
+        flame: `diagnose.Flame`.
+        smallest_percent: frames with less of the whole are left out; their time stays in the frame above.
+    """
+    table = flame.frame.assign(component=_components_of(flame.frame))
+    # A child is never larger than what is above it, so what is kept hangs together.
+    kept = table[(table["total_us"] >= flame.total_us * smallest_percent / 100) | (table.index == 0)]
+    figure = go.Figure(
+        go.Icicle(
+            ids=[str(i) for i in kept.index],
+            parents=["" if parent < 0 else str(parent) for parent in kept["parent"]],
+            labels=[
+                # What stands above need not be said again.
+                name.removeprefix(f"{table['name'][parent]}.") if parent > 0 else name
+                for name, parent in zip(kept["name"], kept["parent"], strict=True)
+            ],
+            values=kept["total_us"].tolist(),
+            branchvalues="total",
+            sort=False,
+            tiling={"orientation": "v"},
+            marker={
+                "colors": [colour(component) for component in kept["component"]],
+                "line": {"width": 0.5, "color": "rgba(255,255,255,0.35)"},
+            },
+            customdata=[
+                [name, total / 1e3, own / 1e3, count]
+                for name, total, own, count in zip(
+                    kept["name"], kept["total_us"], kept["self_us"], kept["count"], strict=True
+                )
+            ],
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]:,.3f} ms, own %{customdata[2]:,.3f} ms, "
+            "%{customdata[3]} times<br>%{percentRoot:.1%} of all, %{percentParent:.1%} of the frame above"
+            "<extra></extra>",
+            textposition="middle left",
+            pathbar={"thickness": 20},
+        )
+    )
+    figure.update_layout(template=theme(), height=90 + 26 * (2 + int(kept["depth"].max())), margin={"t": 30})
+    return figure
+
+
+def _components_of(table: pd.DataFrame) -> list[str]:
+    """For every frame of a flame graph the component it runs in, "other" outside of all."""
+    found: list[str] = []
+    for name, parent in zip(table["name"], table["parent"], strict=True):
+        own = str(name).partition(".")[0]
+        above = found[parent] if parent >= 0 else "other"
+        found.append(own if own in COMPONENT_COLOURS else above)
+    return found
+
+
+GREW, SHRANK = "#d9534f", "#1d7a46"
+LONGEST_NAME = 48
+
+
+def short_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """A frame's name without template arguments and parameters, its middle left out if it is still too long.
+
+    Of PyTorch's elementwise kernels, which are one template, what they compute is kept: "elementwise_kernel MulFunctor".
+    """
+    plain = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
+    while (less := re.sub(r"<[^<>]*>|\([^()]*\)", "", plain)) != plain:
+        plain = less
+    plain = (plain.strip() or name).removeprefix("at::native::")
+    functor = re.search(r"\w*Functor\w*|\w+_kernel_(?:cuda|impl)\w*", name)
+    if functor and functor[0] not in plain:
+        plain = f"{plain} {functor[0]}"
+    half = (longest - 1) // 2
+    return plain if len(plain) <= longest else f"{plain[:half]}…{plain[-half:]}"
+
+
+def difference_bars(difference: Any, *, rows: int = 14) -> go.Figure:
+    """The rows that changed most between two profiles, in milliseconds; the rest as one bar.
+
+    Args:
+        difference: `diagnose.Difference`.
+        rows: how many to name.
+    """
+    table = difference.frame
+    shown, rest = table.head(rows), table.iloc[rows:]
+    more = [f"{len(rest)} more"] * bool(len(rest))
+    names = [_row_name(path) for path in shown["path"]] + more
+    changes = [*shown["change_us"], *([rest["change_us"].sum()] if len(rest) else [])]
+    notes = [*shown["status"], *([""] if len(rest) else [])]
+    figure = go.Figure(
+        go.Bar(
+            x=[change / 1e3 for change in changes],
+            y=list(range(len(names))),
+            orientation="h",
+            marker={"color": [SHRANK if change < 0 else GREW for change in changes]},
+            text=[f"{change / 1e3:+,.1f} ms {note}" for change, note in zip(changes, notes, strict=True)],
+            textposition="outside",
+            cliponaxis=False,
+            customdata=[[" › ".join(path)] for path in shown["path"]] + [[""]] * bool(len(rest)),
+            hovertemplate="%{customdata[0]}<br>%{text}<extra></extra>",
+        )
+    )
+    figure.update_layout(template=theme(), height=80 + ROW_PX * len(names), showlegend=False)
+    low, high = min([0.0, *changes]) / 1e3, max([0.0, *changes]) / 1e3
+    room = 0.55 * (high - low or 1.0)
+    figure.update_xaxes(
+        title_text=f"change (ms); all rows together {difference.change_us / 1e3:+,.2f} ms",
+        range=[low - room, high + room],
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, autorange="reversed", showgrid=False
+    )
+    return figure
+
+
+def _row_name(path: tuple[str, ...]) -> str:
+    if len(path) == 1:
+        return CATEGORY_NAMES.get(path[0], short_name(path[0]))
+    above = path[0] if len(path) == 2 else path[-2]
+    return f"{short_name(above, 20)} › {short_name(path[-1])}"
+
+
+def difference_icicle(difference: Any, *, smallest_percent: float = 0.2) -> go.Figure:
+    """Both flame graphs in one: a frame is as wide as the longer of its two times, red where it grew, green where it shrank.
+
+    After Gregg, "Differential Flame Graphs" (2014), with what vanished kept in its place.
+
+    Args:
+        difference: `diagnose.Difference` by stack.
+        smallest_percent: frames with less of the whole are left out.
+    """
+    nodes: dict[tuple[str, ...], list[float]] = {(): [0.0, 0.0, 0.0]}
+    for row in difference.frame.itertuples():
+        if len(row.path) == 1 and row.path[0].startswith("("):
+            continue
+        for depth in range(len(row.path) + 1):
+            node = nodes.setdefault(row.path[:depth], [0.0, 0.0, 0.0])
+            node[0] += row.before_us
+            node[1] += row.after_us
+            node[2] += max(row.before_us, row.after_us)
+    least = nodes[()][2] * smallest_percent / 100
+    kept = {path: node for path, node in nodes.items() if node[2] >= least or not path}
+    figure = go.Figure(
+        go.Icicle(
+            ids=["/".join(path) or "all" for path in kept],
+            parents=["" if not path else "/".join(path[:-1]) or "all" for path in kept],
+            labels=[_below(path) for path in kept],
+            values=[node[2] for node in kept.values()],
+            branchvalues="total",
+            sort=False,
+            tiling={"orientation": "v"},
+            marker={
+                "colors": [_change_colour(before, after) for before, after, _ in kept.values()],
+                "line": {"width": 0.5, "color": "rgba(255,255,255,0.35)"},
+            },
+            customdata=[
+                [path[-1] if path else "all", before / 1e3, after / 1e3, (after - before) / 1e3]
+                for path, (before, after, _) in kept.items()
+            ],
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]:,.2f} ms before, %{customdata[2]:,.2f} ms after: "
+            "%{customdata[3]:+,.2f} ms<extra></extra>",
+            textposition="middle left",
+            pathbar={"thickness": 20},
+        )
+    )
+    depth = max(len(path) for path in kept)
+    figure.update_layout(template=theme(), height=90 + 26 * (2 + depth), margin={"t": 30})
+    return figure
+
+
+def _below(path: tuple[str, ...]) -> str:
+    """What stands above need not be said again."""
+    if not path:
+        return "all"
+    return path[-1].removeprefix(f"{path[-2]}.") if len(path) > 1 else path[-1]
+
+
+def _change_colour(before: float, after: float) -> str:
+    """Grey where nothing changed, full red or green where a frame is new or gone."""
+    most = max(before, after)
+    change = (after - before) / most if most else 0.0
+    full = (217, 83, 79) if change > 0 else (29, 122, 70)
+    share = min(1.0, abs(change))
+    mixed = [round(160 + share * (channel - 160)) for channel in full]
+    return f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
+
+
+def breakdown_bar(df: pd.DataFrame) -> go.Figure:
+    """Time per component as bars, each with its milliseconds and its share.
+
+    Args:
+        df: columns component, time_ms and, if known, share_percent and calls; as `StageRecorder.breakdown`
+            gives.
+    """
+    needs(df, "breakdown_bar", "component", "time_ms")
+    total = float(df["time_ms"].sum())
+    share = df["share_percent"] if "share_percent" in df else 100.0 * df["time_ms"] / (total or 1.0)
+    calls = df["calls"] if "calls" in df else [None] * len(df)
+    names = [NAMES.get(name, str(name)) for name in df["component"]]
+    texts = [f"{ms:,.1f} ms · {part:.1f} %" for ms, part in zip(df["time_ms"], share, strict=True)]
+    figure = go.Figure(
+        go.Bar(
+            x=df["time_ms"].tolist(),
+            y=names,
+            orientation="h",
+            text=texts,
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": [colour(name) for name in df["component"]]},
+            customdata=[["" if c is None else f"<br>{c} calls"] for c in calls],
+            hovertemplate="%{y}<br>%{text}%{customdata[0]}<extra></extra>",
+        )
+    )
+    longest = float(df["time_ms"].max()) if len(df) else 1.0
+    figure.update_layout(template=theme(), height=70 + ROW_PX * max(len(df), 1), showlegend=False)
+    # Room for the text behind the longest bar.
+    figure.update_xaxes(title_text="time (ms)", range=[0, longest * 1.32 or 1.0])
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def samples_strip(samples: Sequence[Any]) -> go.Figure:
+    """Every sample of each timing as a dot, in order, with the median as a line.
+
+    Args:
+        samples: `Samples`, each with `label`, `values_ms` and `median`.
+    """
+    if not samples:
+        raise WanlabError("samples_strip needs at least one timing")
+    figure = go.Figure()
+    for row, sample in enumerate(samples):
+        tint = colour(sample.label)
+        n = len(sample.values_ms)
+        # Spread by order, so that a drift shows as a slope.
+        spread = [row + 0.5 * ((i + 0.5) / n - 0.5) for i in range(n)]
+        figure.add_trace(
+            go.Scatter(
+                x=list(sample.values_ms),
+                y=spread,
+                mode="markers",
+                name=sample.label,
+                marker={"color": tint, "size": 7, "opacity": 0.7},
+                customdata=[[i + 1, n] for i in range(n)],
+                hovertemplate="%{x:.3f} ms<br>sample %{customdata[0]} of %{customdata[1]}"
+                "<extra>%{fullData.name}</extra>",
+            )
+        )
+        figure.add_shape(
+            type="line",
+            x0=sample.median,
+            x1=sample.median,
+            y0=row - 0.36,
+            y1=row + 0.36,
+            line={"color": tint, "width": 3},
+        )
+        figure.add_annotation(
+            x=sample.median, y=row - 0.42, text=f"{sample.median:,.2f} ms", showarrow=False, yanchor="bottom"
+        )
+    figure.update_layout(template=theme(), height=80 + 64 * len(samples), showlegend=False)
+    figure.update_xaxes(title_text="time (ms), median marked")
+    figure.update_yaxes(
+        tickvals=list(range(len(samples))),
+        ticktext=[sample.label for sample in samples],
+        range=[len(samples) - 0.5, -0.7],
+        showgrid=False,
+        zeroline=False,
+    )
+    return figure
+
+
+def before_after_bars(df: pd.DataFrame) -> go.Figure:
+    """One small panel per measure, one bar per row, with the ratio to the first row.
+
+    Args:
+        df: the first column names what is compared ("eager", "onnxruntime", ...), the first row is the
+            baseline; each numeric column is a measure with its unit in its name (frame_ms, load_ms).
+    """
+    measures = [c for c in df.columns[1:] if pd.api.types.is_numeric_dtype(df[c]) and df[c].notna().any()]
+    if df.empty or not measures:
+        raise WanlabError(
+            "before_after_bars needs a column of names, at least one row and one numeric column"
+        )
+    across = len(measures) if len(measures) <= 4 else 3
+    down = -(-len(measures) // across)
+    figure = make_subplots(
+        rows=down,
+        cols=across,
+        subplot_titles=[label(measure) for measure in measures],
+        vertical_spacing=0.32 / down,
+        horizontal_spacing=0.07,
+    )
+    names = [str(name) for name in df.iloc[:, 0]]
+    for index, measure in enumerate(measures):
+        values = [float(value) for value in df[measure]]
+        place = {"row": index // across + 1, "col": index % across + 1}
+        figure.add_bar(
+            x=names,
+            y=values,
+            text=[_with_ratio(value, values[0]) for value in values],
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": [colour(name) for name in names]},
+            hovertemplate="%{x}<br>%{text}<extra></extra>",
+            showlegend=False,
+            **place,
+        )
+        top = max((value for value in values if value == value), default=1.0)
+        figure.update_yaxes(range=[0, top * 1.3 or 1.0], showticklabels=False, showgrid=False, **place)
+    figure.update_layout(template=theme(), height=60 + 240 * down, margin={"t": 40})
+    figure.update_annotations(font={"size": 13})
+    return figure
+
+
+def _with_ratio(value: float, baseline: float) -> str:
+    if value != value:
+        return ""
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if value == baseline or not value or not baseline:
+        return shown
+    ratio = baseline / value
+    return f"{shown}<br>{ratio:.2f}× less" if ratio > 1 else f"{shown}<br>{1 / ratio:.2f}× more"
+
+
+def schedule_timeline(df: pd.DataFrame) -> go.Figure:
+    """Which component ran when, as a bar from its start to its end.
+
+    Args:
+        df: columns component, start_ms, time_ms and, for experts, step, timestep and branch; as
+            `StageRecorder.frame` gives.
+    """
+    needs(df, "schedule_timeline", "component", "start_ms", "time_ms")
+    names = list(dict.fromkeys(df["component"]))
+    figure = go.Figure()
+    for name in names:
+        part = df[df["component"] == name]
+        notes = []
+        for row in part.to_dict(orient="records"):
+            known = [(key, row.get(key)) for key in ("step", "timestep", "branch")]
+            notes.append(
+                "".join(f"<br>{key} {_number(v)}" for key, v in known if v is not None and not pd.isna(v))
+            )
+        figure.add_bar(
+            x=part["time_ms"].tolist(),
+            base=part["start_ms"].tolist(),
+            y=[NAMES.get(name, str(name))] * len(part),
+            orientation="h",
+            name=NAMES.get(name, str(name)),
+            marker={"color": colour(name), "line": {"width": 0.5, "color": "rgba(255,255,255,0.35)"}},
+            customdata=[[note] for note in notes],
+            hovertemplate="%{x:.1f} ms from %{base:.0f} ms%{customdata[0]}<extra>%{fullData.name}</extra>",
+            showlegend=False,
+        )
+    figure.update_layout(template=theme(), height=80 + ROW_PX * max(len(names), 1), barmode="overlay")
+    figure.update_xaxes(title_text="time since the start (ms)")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

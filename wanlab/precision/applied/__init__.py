@@ -1,1 +1,0 @@
-"""Plans in PyTorch: layers replaced, kernels chosen, steps counted."""

@@ -1,0 +1,428 @@
+"""A plan resolved to one format per layer of a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export.components import recipe
+from wanlab.precision.formats import check_blocks, get_format
+from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float
+
+DEFAULT_LAYERS = ("blocks.*.attn?.to_[qkv]", "blocks.*.attn?.to_out.0", "blocks.*.ffn.net.*")
+"""Linear layers of a Wan expert's blocks: projections of both attentions, and feed-forward."""
+
+REGEX = "re:"
+_BLOCK = re.compile(r"(?:^|\.)\w*blocks?\.(\d+)\.")
+_TEXT = re.compile(r"(\.attn2\.to_[kv]|text_embedder\.linear_\d)$")
+_ONCE = re.compile(r"(time_embedder\.linear_\d|time_proj)$")
+
+
+def quantizable_layers(
+    network: torch.nn.Module, *, tokens: int | None = None, text_tokens: int = 512
+) -> pd.DataFrame:
+    """Every linear and convolution layer of a network, in the order of their names.
+
+    Args:
+        tokens: of the video, to count operations of the linear layers: two per multiply-add, for every token
+            (text token for the keys and values of cross-attention, once for the timestep), batch 1.
+        text_tokens: of the prompt, with padding.
+
+    Returns:
+        DataFrame: layer, kind, shape (weight, outputs first), parameters, block (None outside the blocks),
+        projection (the name inside the block); with `tokens` also flop and share_percent.
+    """
+    rows = []
+    for name, module in _layers(network).items():
+        block = _BLOCK.search(name)
+        rows.append(
+            {
+                "layer": name,
+                "kind": next(kind for kind in ("Linear", "Conv2d", "Conv3d") if _is(module, kind)),
+                "shape": tuple(module.weight.shape),
+                "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
+                "block": int(block[1]) if block else None,
+                "projection": name[block.end() :] if block else name,
+            }
+        )
+    frame = pd.DataFrame(rows, columns=["layer", "kind", "shape", "parameters", "block", "projection"])
+    frame["block"] = frame["block"].astype("Int64")
+    if tokens is not None:
+        sizes = zip(frame["layer"], frame["shape"], strict=True)
+        frame["flop"] = [operations(layer, shape, tokens, text_tokens) for layer, shape in sizes]
+        frame["share_percent"] = 100 * frame["flop"] / frame["flop"].sum()
+    return frame
+
+
+def operations(layer: str, shape: tuple[int, ...], tokens: int, text_tokens: int = 512) -> int:
+    """Operations of one layer in one forward of batch 1, counted as `quantizable_layers` does; `shape` is its weight's."""
+    return 2 * _count(layer, tokens, text_tokens) * math.prod(shape)
+
+
+def choose_layers(
+    network: torch.nn.Module | Iterable[str],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> tuple[str, ...]:
+    """Names of the layers that patterns choose, sorted with numbers as numbers.
+
+    Args:
+        network: or the names to choose from.
+        include: names, globs (`blocks.*.ffn.net.2`; `*` crosses dots), or regular expressions after `re:`, which
+            must match whole names. None takes `DEFAULT_LAYERS`.
+        exclude: the same, taken away afterwards.
+
+    Raises:
+        WanlabError: a pattern that matches nothing, or nothing left.
+    """
+    known = _layers(network) if hasattr(network, "named_modules") else dict.fromkeys(network)
+    include = DEFAULT_LAYERS if include is None else include
+    chosen = {name for pattern in _list(include) for name in _matches(pattern, known)}
+    chosen -= {name for pattern in _list(exclude) for name in _matches(pattern, known)}
+    if not chosen:
+        raise WanlabError("no layer is left; give patterns that include more or exclude less")
+    return tuple(sorted(chosen, key=natural))
+
+
+def layer_set_key(layers: Iterable[str]) -> str:
+    """Hash of a set of layers, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(set(layers))).encode()).hexdigest()
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorting key that puts `blocks.2` before `blocks.10`."""
+    return [(0, int(piece)) if piece.isdigit() else (1, piece) for piece in name.split(".")]
+
+
+def _layers(network) -> dict[str, torch.nn.Module]:
+    found = {
+        name: module
+        for name, module in network.named_modules()
+        if name and any(_is(module, kind) for kind in ("Linear", "Conv2d", "Conv3d"))
+    }
+    return {name: found[name] for name in sorted(found, key=natural)}
+
+
+def _is(module, kind: str) -> bool:
+    return isinstance(module, getattr(torch.nn, kind))
+
+
+def _count(layer: str, tokens: int, text_tokens: int) -> int:
+    return text_tokens if _TEXT.search(layer) else 1 if _ONCE.search(layer) else tokens
+
+
+def _list(patterns: str | Sequence[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _matches(pattern: str, known) -> list[str]:
+    if pattern in known:
+        return [pattern]
+    if pattern.startswith(REGEX):
+        try:
+            compiled = re.compile(pattern.removeprefix(REGEX))
+        except re.error as error:
+            raise WanlabError(f"layer pattern {pattern!r} is no regular expression: {error}") from error
+        found = [name for name in known if compiled.fullmatch(name)]
+    else:
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise WanlabError(
+            f"no layer matches {pattern!r}{did_you_mean(pattern, known)};"
+            " see wanlab.precision.quantizable_layers for the names"
+        )
+    return found
+
+
+EXPERTS = ("expert_high", "expert_low", "expert")
+FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What a plan comes to on one model.
+
+    Attributes:
+        plan: that was assigned.
+        default: the dtype of the networks, resolved: `"bf16"`, `"fp16"` or `"fp32"`.
+        frame: one row per layer and range of steps: component, layer, block (None outside the blocks), projection, kind,
+            shape (outputs first), parameters, first_step, last_step (inclusive; None where nothing
+            changes with the step), format, rule (index in the plan; None is its default).
+    """
+
+    plan: Plan
+    default: str
+    frame: pd.DataFrame
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.frame["component"]))
+
+    def formats(self, component: str, step: int | None = None) -> dict[str, str]:
+        """Layer -> format, floats included.
+
+        Raises:
+            WanlabError: an unknown component; formats that change with the step, and no step is given; no such step.
+        """
+        rows = self._at(component, step)
+        return dict(zip(rows["layer"], rows["format"], strict=True))
+
+    def bands(self, component: str) -> list[tuple[int | None, int | None]]:
+        """Ranges of steps, inclusive, in which nothing changes; `[(None, None)]` where nothing ever does."""
+        rows = self._of(component).dropna(subset=["first_step"])
+        if rows.empty:
+            return [(None, None)]
+        starts = sorted({0, *rows["first_step"].astype(int)})
+        ends = [start - 1 for start in starts[1:]] + [self.plan.num_steps - 1]
+        return list(zip(starts, ends, strict=True))
+
+    def explain(self, component: str, layer: str, step: int | None = None) -> str:
+        """Why a layer has its format, in a sentence.
+
+        Raises:
+            WanlabError: as `formats`, or no such layer.
+        """
+        rows = self._of(component)
+        if layer not in set(rows["layer"]):
+            raise WanlabError(f"{component} has no layer {layer!r}{did_you_mean(layer, rows['layer'])}")
+        rows = rows[rows["layer"] == layer]
+        if step is not None:
+            rows = rows[
+                rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))
+            ]
+        return "; ".join(_sentence(self, row) for row in rows.itertuples())
+
+    def cost(self, tokens: int | None = None, text_tokens: int = 512) -> pd.DataFrame:
+        """Weights and work by component and format.
+
+        A layer that changes with the step keeps the weights of each of its formats, and its work is spread over the steps
+        alike. Scales of blocks and channels are counted, biases are not: they stay as they are.
+
+        Args:
+            tokens, text_tokens: as `quantizable_layers`; without tokens there is no count of operations.
+
+        Returns:
+            DataFrame: component, format, layers, parameters, size_bytes, bits_per_weight, weights_percent (share of the
+            component's parameters), and with tokens flop and flop_percent.
+        """
+        return _cost(self, tokens, text_tokens)
+
+    def share(self, most_bits: int = 8) -> float:
+        """Fraction of linear weights held in formats of at most so many bits, at every step."""
+        rows = self.frame[self.frame["kind"] == "Linear"]
+        few = rows["format"].map(weight_bits) <= most_bits
+        always = few.groupby([rows["component"], rows["layer"]]).all()
+        parameters = rows.groupby(["component", "layer"])["parameters"].first()
+        return float(parameters[always].sum() / parameters.sum())
+
+    def _of(self, component: str) -> pd.DataFrame:
+        rows = self.frame[self.frame["component"] == component]
+        if rows.empty:
+            raise WanlabError(
+                f"plan {self.plan.name} covers no {component!r}{did_you_mean(component, self.components)};"
+                f" it covers {', '.join(self.components)}"
+            )
+        return rows
+
+    def _at(self, component: str, step: int | None) -> pd.DataFrame:
+        rows = self._of(component)
+        if step is None:
+            if rows["first_step"].notna().any():
+                raise WanlabError(
+                    f"{component}'s formats change with the step in plan {self.plan.name}; give step="
+                )
+            return rows
+        steps = self.plan.num_steps
+        if steps is not None and not 0 <= step < steps:
+            raise WanlabError(f"plan {self.plan.name} has steps 0 to {steps - 1}, not {step}")
+        return rows[rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))]
+
+
+def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
+    """Hold a plan against a model.
+
+    Args:
+        plan: from `load_plan`, `make_plan`, or a search.
+        model: from `wanlab.models.load`, whose loaded experts count, or component -> network. Rules for an expert that is
+            not loaded wait for it.
+        default: dtype of the networks, for networks without a model and plans that leave it open.
+
+    Raises:
+        WanlabError: a rule that fits no layer, a layer that cannot be in its format, no expert.
+    """
+    networks, absent = _networks(model)
+    dtype = default or (plan.default if plan.default != AS_LOADED else _dtype(networks))
+    reached: set[int] = set()
+    tables = []
+    for component, network in networks.items():
+        layers = quantizable_layers(network)
+        count = int(layers["block"].max()) + 1 if layers["block"].notna().any() else 0
+        fits = [_matching(rule, component, layers, count) for rule in plan.rules]
+        reached |= {index for index, names in enumerate(fits) if names}
+        rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
+        tables.append(pd.DataFrame(rows).assign(component=component))
+    for index, rule in enumerate(plan.rules):
+        elsewhere = any(fnmatch.fnmatchcase(component, rule.component) for component in absent)
+        if index not in reached and not (elsewhere and not _meant(rule, networks)):
+            raise WanlabError(_unmatched(plan, index, rule, networks))
+    frame = pd.concat(tables, ignore_index=True)
+    for row in frame[~frame["format"].map(is_float)].itertuples():
+        check_blocks(row.shape, get_format(row.format).weight, f"{row.component}'s {row.layer}")
+    columns = [
+        "component", "layer", "block", "projection", "kind", "shape", "parameters",
+        "first_step", "last_step", "format", "rule",
+    ]  # fmt: skip
+    types = {"block": "Int64", "first_step": "Int64", "last_step": "Int64", "rule": "Int64"}
+    return Assignment(plan, dtype, frame[columns].astype(types))
+
+
+def weight_bits(format: str) -> int:
+    """Bits of one weight in a format, floats included; scales apart."""
+    return FLOAT_BITS[format] if is_float(format) else get_format(format).weight.bits
+
+
+def weight_bytes(shape: tuple[int, ...], format: str, scale_bytes: int = 2) -> int:
+    """Bytes of a weight `[outputs, inputs, ...]` in a format, its scales included."""
+    size = math.prod(shape) * weight_bits(format)
+    if is_float(format):
+        return size // 8
+    numbers = get_format(format).weight
+    scales = {"tensor": 1, "channel": shape[0], "block": math.prod(shape) // (numbers.block or 1)}
+    return -(-size // 8) + scales[numbers.granularity] * scale_bytes
+
+
+def _networks(model) -> tuple[dict, list[str]]:
+    """The experts by component, and those of the model that are not loaded."""
+    if isinstance(model, Mapping):
+        found, absent = dict(model), []
+    else:
+        experts = [name for name in model.spec.components if name in EXPERTS]
+        found = {name: recipe(model, name).network for name in experts if name in model.components}
+        absent = [name for name in experts if name not in found]
+    if not found:
+        raise WanlabError("no expert to assign a plan to; plans are for transformers of a denoising loop")
+    return found, absent
+
+
+def _meant(rule: Rule, networks: Mapping) -> bool:
+    return any(fnmatch.fnmatchcase(component, rule.component) for component in networks)
+
+
+def _dtype(networks: Mapping) -> str:
+    names = {getattr(torch, name): short for short, name in FLOATS.items()}
+    for component, network in networks.items():
+        # Of the layers in the blocks: others, and modulation, stay in float32 in a bfloat16 network.
+        layers = quantizable_layers(network)
+        inside = [network.get_submodule(name) for name in layers["layer"][layers["block"].notna()]]
+        kinds = {names[layer.weight.dtype] for layer in inside if layer.weight.dtype in names}
+        if len(kinds) == 1:
+            return kinds.pop()
+        raise WanlabError(
+            f"{component} has weights in {', '.join(sorted(kinds)) or 'no float'}; give default="
+        )
+    raise WanlabError("no network; give default=")
+
+
+def _matching(rule: Rule, component: str, layers: pd.DataFrame, count: int) -> set[str]:
+    if not fnmatch.fnmatchcase(component, rule.component):
+        return set()
+    numbers = rule.block_numbers(count)
+    return {
+        row.layer
+        for row in layers.itertuples()
+        if (numbers is None or row.block in numbers)
+        and any(
+            fnmatch.fnmatchcase(name, glob) for glob in rule.layers for name in (row.layer, row.projection)
+        )
+    }
+
+
+def _ranges(plan: Plan, layer: dict, fits: list[set[str]], dtype: str) -> Iterable[dict]:
+    """The layer once, or once per range of steps with one format."""
+    applying = [index for index, names in enumerate(fits) if layer["layer"] in names]
+
+    def at(step: int | None) -> tuple[str, int | None]:
+        chosen = [i for i in applying if (s := plan.rules[i].step_numbers()) is None or step in s]
+        if not chosen:
+            return dtype, None
+        format = plan.rules[chosen[-1]].format
+        return dtype if format == KEEP else format, chosen[-1]
+
+    if all(plan.rules[index].steps is None for index in applying):
+        format, rule = at(None)
+        yield layer | {"first_step": None, "last_step": None, "format": format, "rule": rule}
+        return
+    ranges: list[list] = []
+    for step in range(plan.num_steps):
+        found = at(step)
+        if ranges and ranges[-1][2:] == [*found]:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step, *found])
+    if len({format for _, _, format, _ in ranges}) == 1 and len(ranges) == 1:
+        ranges[0][:2] = [None, None]
+    for first, last, format, rule in ranges:
+        yield layer | {"first_step": first, "last_step": last, "format": format, "rule": rule}
+
+
+def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:
+    if not _meant(rule, networks):
+        return (
+            f"rule {index} of plan {plan.name} ({rule}) is for no component of this model"
+            f"{did_you_mean(rule.component, networks)}; it has {', '.join(networks)}"
+        )
+    names = list(quantizable_layers(next(iter(networks.values())))["layer"])
+    short = sorted(
+        {name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in names}, key=natural
+    )
+    hint = next((said for glob in rule.layers if (said := did_you_mean(glob, [*short, *names]))), "")
+    return (
+        f"rule {index} of plan {plan.name} ({rule}) fits no layer{hint};"
+        " names are those of wanlab.precision.quantizable_layers"
+    )
+
+
+def _sentence(assignment: Assignment, row) -> str:
+    when = "" if pd.isna(row.first_step) else f" at steps {row.first_step} to {row.last_step}"
+    said = f"{row.layer} of {row.component} is {row.format}{when}"
+    if pd.isna(row.rule):
+        return f"{said} because no rule names it: the plan's default"
+    rule = assignment.plan.rules[row.rule]
+    return f"{said} because of rule {row.rule} ({rule})" + (f": {rule.note}" if rule.note else "")
+
+
+def _cost(assignment: Assignment, tokens: int | None, text_tokens: int) -> pd.DataFrame:
+    frame = assignment.frame
+    steps = assignment.plan.num_steps or 1
+    spans = (frame["last_step"] - frame["first_step"] + 1).fillna(steps).astype(float) / steps
+    held = frame.assign(part=spans).groupby(["component", "layer", "format"], as_index=False, sort=False)
+    rows = held.agg(shape=("shape", "first"), parameters=("parameters", "first"), part=("part", "sum"))
+    weights = rows["shape"].map(lambda shape: pd.Series(shape).prod())
+    rows["weights"] = weights
+    rows["size_bytes"] = [
+        weight_bytes(shape, name) for shape, name in zip(rows["shape"], rows["format"], strict=True)
+    ]
+    if tokens is not None:
+        rows["flop"] = [
+            operations(layer, shape, tokens, text_tokens) * part
+            for layer, shape, part in zip(rows["layer"], rows["shape"], rows["part"], strict=True)
+        ]
+    named = {"layers": ("layer", "count"), "weights": ("weights", "sum"), "size_bytes": ("size_bytes", "sum")}
+    if tokens is not None:
+        named["flop"] = ("flop", "sum")
+    table = rows.groupby(["component", "format"], as_index=False, sort=False).agg(**named)
+    table["bits_per_weight"] = 8 * table["size_bytes"] / table["weights"]
+    totals = rows.drop_duplicates(["component", "layer"]).groupby("component")["weights"].sum()
+    table["weights_percent"] = 100 * table["weights"] / table["component"].map(totals)
+    if tokens is not None:
+        table["flop_percent"] = 100 * table["flop"] / table.groupby("component")["flop"].transform("sum")
+    return table

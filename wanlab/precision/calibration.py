@@ -1,0 +1,599 @@
+"""Ranges of layer inputs for quantization: methods, observers, and a cache that is refused when stale."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load, save
+from tqdm.auto import tqdm
+
+from wanlab import __version__
+from wanlab.core.digests import weights_key
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export.components import recipe
+from wanlab.precision.assignment import choose_layers, layer_set_key
+from wanlab.precision.recording import RecordedCall, Recording
+
+BINS = 4096
+SMALLEST_EXPONENT = -126
+_CHUNK = 2**24  # elements in float32 at a time
+
+
+@dataclass(eq=False)
+class Histogram:
+    """Counts of magnitudes in equal bins from 0 to `2**exponent`.
+
+    The range is always a power of two, and grows by adding neighbouring bins, so that counts are exact and do not
+    depend on the order in which tensors came.
+
+    Attributes:
+        counts: int64 `[BINS]`, on the CPU.
+        exponent: the smallest for which all magnitudes lie below `2**exponent`.
+        amax: largest magnitude.
+    """
+
+    counts: torch.Tensor
+    exponent: int
+    amax: float
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        return cls(torch.zeros(BINS, dtype=torch.int64), SMALLEST_EXPONENT, 0.0)
+
+    @property
+    def bin_width(self) -> float:
+        return 2.0**self.exponent / BINS
+
+    def add(self, other: Histogram) -> None:
+        """Count what the other counted."""
+        exponent = max(self.exponent, other.exponent)
+        self.counts = _widened(self, exponent) + _widened(other, exponent)
+        self.exponent, self.amax = exponent, max(self.amax, other.amax)
+
+
+def histogram_of(tensor: torch.Tensor, elements: int = 2**22) -> Histogram:
+    """Histogram of the magnitudes of a tensor, on its device.
+
+    Args:
+        elements: count at most about this many, evenly spread; the largest magnitude is of all.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    flat = tensor.detach().flatten()
+    if not flat.numel():
+        return Histogram.empty()
+    low, high = torch.aminmax(flat)
+    amax = max(-float(low), float(high))
+    if not math.isfinite(amax):
+        raise ValueError("values are not finite")
+    exponent = max(math.frexp(amax)[1], SMALLEST_EXPONENT) if amax else SMALLEST_EXPONENT
+    step = max(1, flat.numel() // elements)
+    while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:
+        step += 1  # or the same channels would be seen again and again
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for piece in flat[::step].split(_CHUNK):
+        magnitudes = piece.float().abs()
+        # histc counts in float32 and is exact up to 2**24, which is the size of a piece.
+        counts += torch.histc(magnitudes, BINS, min=0.0, max=2.0**exponent).to(torch.int64).cpu()
+    return Histogram(counts, exponent, amax)
+
+
+class Observer:
+    """Histograms of the inputs of layers, and the largest magnitude of every call.
+
+    Attributes:
+        histograms: layer -> histogram of its input over all calls so far.
+        call_amax: layer -> largest magnitude of its input in each call.
+    """
+
+    def __init__(self, network: torch.nn.Module, layers: Sequence[str], *, elements: int = 2**22) -> None:
+        self.histograms = {layer: Histogram.empty() for layer in layers}
+        self.call_amax: dict[str, list[float]] = {layer: [] for layer in layers}
+        self._network = network
+        self._elements = elements
+        self._seen: dict[int, tuple[weakref.ref, int, Histogram]] = {}
+        self._now: dict[str, float] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[Observer]:
+        """Inside the block each forward of the network counts as one call, to be ended by `end_call`."""
+        handles = [
+            self._network.get_submodule(layer).register_forward_pre_hook(self._hook(layer))
+            for layer in self.histograms
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_call(self) -> None:
+        """One call of the network is over.
+
+        Raises:
+            WanlabError: a layer was not run.
+        """
+        idle = [layer for layer in self.histograms if layer not in self._now]
+        if idle:
+            raise WanlabError(f"{idle[0]} is not run by this component; leave it out of the layers")
+        for layer, amax in self._now.items():
+            self.call_amax[layer].append(amax)
+        self._now, self._seen = {}, {}
+
+    def _hook(self, layer: str):
+        def look(module, args) -> None:
+            try:
+                histogram = self._of(args[0])
+            except ValueError as error:
+                raise WanlabError(
+                    f"the input of {layer} is not finite; nothing can be calibrated on it"
+                ) from error
+            self.histograms[layer].add(histogram)
+            self._now[layer] = max(self._now.get(layer, 0.0), histogram.amax)
+
+        return look
+
+    def _of(self, tensor: torch.Tensor) -> Histogram:
+        """The histogram of a tensor; queries, keys and values read the same one, which is counted once."""
+        found = self._seen.get(id(tensor))
+        if found is not None and found[0]() is tensor and found[1] == _version(tensor):
+            return found[2]
+        histogram = histogram_of(tensor, self._elements)
+        self._seen[id(tensor)] = (weakref.ref(tensor), _version(tensor), histogram)
+        return histogram
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Changes when a tensor is written to; of inference tensors nothing is known."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _widened(histogram: Histogram, exponent: int) -> torch.Tensor:
+    """The counts over a range of `2**exponent`."""
+    doublings = min(exponent - histogram.exponent, int(math.log2(BINS)))
+    if not doublings:
+        return histogram.counts
+    sums = histogram.counts.view(-1, 2**doublings).sum(dim=1)
+    return torch.cat([sums, torch.zeros(BINS - len(sums), dtype=torch.int64)])
+
+
+METHODS = ("max", "percentile", "entropy")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a range is chosen.
+
+    Attributes:
+        name: `"max"` (the largest magnitude seen), `"percentile"`, or `"entropy"` (the range whose codes lose least
+            information, by the Kullback-Leibler divergence: S. Migacz, 8-bit Inference with TensorRT, GTC 2017).
+        percentile: of the magnitudes that the range covers, with `"percentile"`.
+        levels: codes of one sign, with `"entropy"`: 128 for INT8.
+    """
+
+    name: str = "max"
+    percentile: float = 99.99
+    levels: int = 128
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise WanlabError(
+                f"no calibration method {self.name!r}{did_you_mean(self.name, METHODS)};"
+                f" give {', '.join(METHODS)}"
+            )
+        if not 0 < self.percentile <= 100:
+            raise WanlabError(f"percentile is {self.percentile}; give more than 0 and at most 100")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and what it depends on, without what it does not."""
+        uses = {"max": (), "percentile": ("percentile",), "entropy": ("levels",)}[self.name]
+        return {key: value for key, value in asdict(self).items() if key == "name" or key in uses}
+
+    def amax(self, histogram: Histogram) -> float:
+        """The largest magnitude that the codes reach."""
+        counts = histogram.counts.numpy()
+        if self.name == "max" or not counts.sum():
+            return histogram.amax
+        if self.name == "percentile":
+            found = _percentile(counts, self.percentile) * histogram.bin_width
+        else:
+            pairs = counts.reshape(-1, 2).sum(axis=1)  # half the bins, a quarter of the time
+            found = _entropy(pairs, self.levels) * 2 * histogram.bin_width
+        return min(found, histogram.amax)
+
+
+def _percentile(counts: np.ndarray, percentile: float) -> float:
+    """Bins below which `percentile` of the counts lie, spread evenly inside a bin."""
+    total = np.cumsum(counts)
+    wanted = total[-1] * percentile / 100
+    index = int(np.searchsorted(total, wanted))
+    below = total[index - 1] if index else 0
+    return index + float(wanted - below) / max(int(counts[index]), 1)
+
+
+def _entropy(counts: np.ndarray, levels: int) -> float:
+    """Bins up to which the range goes.
+
+    For every range P is the histogram with all that lies outside put on its last bin, and Q what is left of P's
+    inside when it is said in `levels` codes: each code's counts spread over those of its bins that are not empty.
+    The range with the smallest KL(P || Q) is taken.
+    """
+    last = int(np.flatnonzero(counts)[-1]) + 1
+    if last <= levels:
+        return float(last)
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    filled = np.concatenate([[0], np.cumsum(counts > 0)])
+    best, best_loss = last, np.inf
+    for bins in range(levels, last + 1):
+        inside = counts[:bins].astype(np.float64)
+        target = inside.copy()
+        target[-1] += sums[-1] - sums[bins]
+        edges = np.arange(levels + 1) * bins // levels
+        per_code = np.diff(sums[edges]) / np.maximum(np.diff(filled[edges]), 1)
+        spread = np.repeat(per_code, np.diff(edges)) * (inside > 0)
+        loss = _divergence(target, spread)
+        if loss < best_loss:
+            best, best_loss = bins, loss
+    return float(best)
+
+
+def _divergence(target: np.ndarray, other: np.ndarray) -> float:
+    """KL(P || Q) of two histograms; where only Q is empty it counts as one in a million."""
+    p, q = target / target.sum(), other / max(other.sum(), 1e-30)
+    there = p > 0
+    return float(np.sum(p[there] * np.log(p[there] / np.maximum(q[there], 1e-6 / len(p)))))
+
+
+FORMAT = 1
+MEND = "delete it, give another path, or calibrate with force=True"
+
+# Fields of `Identity` in the order in which a difference is told, and what they are called then.
+_PARTS = {
+    "model": "model",
+    "component": "component",
+    "weights": "weights",
+    "layers": "layer set",
+    "data": "data",
+    "method": "method",
+    "elements": "number of counted values",
+    "version": "wanlab version",
+}
+
+
+def check(path: Path, found: Calibration, wanted: Identity, layers: Sequence[str]) -> None:
+    """Raise a `WanlabError` that names every part in which a cached calibration is not what is wanted."""
+    differing = [name for name in _PARTS if getattr(found.identity, name) != getattr(wanted, name)]
+    if differing:
+        reasons = "; ".join(_reason(name, found, wanted, layers) for name in differing)
+        raise WanlabError(f"calibration cache {path} does not fit: {reasons}; {MEND}")
+
+
+def _reason(name: str, found: Calibration, wanted: Identity, layers: Sequence[str]) -> str:
+    what, had, want = _PARTS[name], getattr(found.identity, name), getattr(wanted, name)
+    if name == "layers":
+        more, fewer = set(layers) - set(found.layers), set(found.layers) - set(layers)
+        parts = [f"{len(more)} more, e.g. {min(more)}"] if more else []
+        parts += [f"{len(fewer)} fewer, e.g. without {min(fewer)}"] if fewer else []
+        return f"another {what} ({', '.join(parts)})"
+    if name in ("weights", "data"):
+        return f"other {what} ({had[:8]} there, {want[:8]} here)"
+    return f"another {what} ({_said(had)} there, {_said(want)} here)"
+
+
+def _said(value) -> str:
+    return ", ".join(str(v) for v in value.values()) if isinstance(value, dict) else str(value)
+
+
+def write(path: Path, calibration: Calibration) -> None:
+    """Write a calibration as JSON and, beside it, its histograms as safetensors; whole or not at all."""
+    if path.suffix != ".json":
+        raise WanlabError(f"{path} does not end in .json; a calibration cache does")
+    histograms = list(calibration.histograms.values())
+    tensors = save(
+        {
+            "counts": torch.stack([histogram.counts for histogram in histograms]),
+            "call_amax": torch.tensor(list(calibration.call_amax.values()), dtype=torch.float64),
+        }
+    )
+    data = {
+        "format": FORMAT,
+        "key": calibration.key,
+        "identity": vars(calibration.identity),
+        "tensors": hashlib.sha256(tensors).hexdigest(),
+        "layers": [
+            {"layer": layer, "amax": amax, "max": histogram.amax, "exponent": histogram.exponent}
+            for (layer, amax), histogram in zip(calibration.amax.items(), histograms, strict=True)
+        ],
+        "calls": calibration.calls,
+    }
+    data["sha256"] = _digest(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The JSON comes last: until it is there, and says their hash, the tensors count for nothing.
+    _replace(path.with_suffix(".safetensors"), tensors)
+    _replace(path, json.dumps(data, indent=1).encode())
+
+
+def read(path: Path) -> Calibration:
+    """A calibration from its files.
+
+    Raises:
+        WanlabError: missing, truncated or changed since they were written.
+    """
+    if not path.is_file():
+        raise WanlabError(
+            f"no calibration cache at {path}; make it with wanlab.precision.calibrate(cache=...)"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise WanlabError(f"calibration cache {path} is of another wanlab; {MEND}")
+        identity = Identity(**data["identity"])
+        tensors = path.with_suffix(".safetensors").read_bytes()
+        if hashlib.sha256(tensors).hexdigest() != data["tensors"]:
+            raise ValueError(f"{path.with_suffix('.safetensors').name} is not the file that was written")
+        if data.pop("sha256") != _digest(data):
+            raise ValueError("it was changed since it was written")
+        held = load(tensors)
+        layers = [entry["layer"] for entry in data["layers"]]
+        return Calibration(
+            identity=identity,
+            amax={entry["layer"]: float(entry["amax"]) for entry in data["layers"]},
+            histograms={
+                entry["layer"]: Histogram(counts, int(entry["exponent"]), float(entry["max"]))
+                for entry, counts in zip(data["layers"], held["counts"], strict=True)
+            },
+            calls=tuple(data["calls"]),
+            call_amax={
+                layer: tuple(values) for layer, values in zip(layers, held["call_amax"].tolist(), strict=True)
+            },
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        missing = isinstance(error, KeyError) and f"no {error}"
+        reason = missing or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise WanlabError(f"calibration cache {path} is broken ({reason}); {MEND}") from error
+
+
+def _digest(data: dict) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a calibration is true for.
+
+    Attributes:
+        model, component: names.
+        weights: hash of the component's weights.
+        data: hash of the recorded calls.
+        layers: hash of the set of layers.
+        method: name and parameters of the method.
+        elements: at most about this many values of a tensor were counted.
+        version: of wanlab.
+    """
+
+    model: str
+    component: str
+    weights: str
+    data: str
+    layers: str
+    method: dict[str, Any]
+    elements: int
+    version: str
+
+    @property
+    def key(self) -> str:
+        """Hash of all of it."""
+        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Ranges of the inputs of a component's layers.
+
+    Attributes:
+        identity: what it is true for.
+        amax: layer -> largest magnitude that codes should reach, by the method.
+        histograms: layer -> histogram of the magnitudes of its input over all calls.
+        calls: example, step, timestep, sigma and branch of every call, in order.
+        call_amax: layer -> largest magnitude in each of them.
+        time_ms: of the pass over the calls, or of reading the cache.
+        cached: read from a cache.
+    """
+
+    identity: Identity
+    amax: dict[str, float]
+    histograms: dict[str, Histogram]
+    calls: tuple[dict[str, Any], ...]
+    call_amax: dict[str, tuple[float, ...]]
+    time_ms: float = 0.0
+    cached: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.identity.key
+
+    @property
+    def model(self) -> str:
+        return self.identity.model
+
+    @property
+    def component(self) -> str:
+        return self.identity.component
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.amax)
+
+    def with_method(self, name: str, **parameters: Any) -> Calibration:
+        """The same measurements with ranges by another method; see `Method`. Nothing is run again."""
+        method = Method(name, **parameters)
+        amax = {layer: method.amax(histogram) for layer, histogram in self.histograms.items()}
+        return replace(self, identity=replace(self.identity, method=method.to_dict()), amax=amax)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer.
+
+        Columns: layer, amax (by the method), max (seen), percentile, entropy (by the methods' defaults),
+        clipped_percent (of the counted values that lie above amax), values (counted).
+        """
+        rows = []
+        for layer, histogram in self.histograms.items():
+            counts = histogram.counts
+            total = int(counts.sum())
+            inside = min(int(self.amax[layer] / histogram.bin_width) + 1, len(counts))
+            rows.append(
+                {
+                    "layer": layer,
+                    "amax": self.amax[layer],
+                    "max": histogram.amax,
+                    "percentile": Method("percentile").amax(histogram),
+                    "entropy": Method("entropy").amax(histogram),
+                    "clipped_percent": 100 * int(counts[inside:].sum()) / max(total, 1),
+                    "values": total,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def drift(self) -> pd.DataFrame:
+        """Largest magnitude of every layer in every call.
+
+        Columns: layer, example, step, timestep, sigma, branch, amax.
+        """
+        rows = [
+            {"layer": layer, **call, "amax": value}
+            for layer, values in self.call_amax.items()
+            for call, value in zip(self.calls, values, strict=True)
+        ]
+        frame = pd.DataFrame(rows)
+        return frame.astype({"step": "Int64", "timestep": "Float64", "sigma": "Float64"})
+
+
+def calibrate(
+    model,
+    component: str,
+    recording: Recording,
+    *,
+    layers: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    method: str | Method = "percentile",
+    percentile: float = 99.99,
+    elements: int = 2**22,
+    cache: str | os.PathLike | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Ranges of the inputs of a component's layers over the calls that were recorded of it.
+
+    The component computes every recorded call once, as it is, and each layer's input is counted on its device while
+    it passes; nothing but histograms is kept. One pass serves all methods (`Calibration.with_method`).
+
+    Args:
+        model: from `wanlab.models.load`, the component eager.
+        component: e.g. `"expert_high"`. Every expert needs its own.
+        recording: from `record_inputs`; of this model.
+        layers, exclude: patterns as in `choose_layers`.
+        method: `"max"`, `"percentile"` or `"entropy"`, or a `Method`.
+        percentile: of the magnitudes that ranges cover, with that method.
+        elements: count at most about this many values of a tensor, evenly spread; the largest is of all.
+        cache: a `.json` file, with a `.safetensors` file beside it. Read when it is true for the same weights, data,
+            layers and method; written when there is none.
+        force: measure again and replace the cache.
+        progress: show a bar over the calls.
+
+    Raises:
+        WanlabError: a cache that is true for something else (says what), or broken; an unknown component, layer or
+            method; a component that runs on an engine; nothing recorded of it; inputs that are not finite.
+    """
+    begin = time.perf_counter()
+    method = method if isinstance(method, Method) else Method(method, percentile=percentile)
+    plan = recipe(model, component)
+    chosen = choose_layers(plan.network, layers, exclude)
+    calls = recording.of(component)
+    if recording.model != model.spec.name:
+        raise WanlabError(
+            f"{recording.folder} was recorded with {recording.model}, this model is {model.spec.name};"
+            " record its own inputs"
+        )
+    identity = Identity(
+        model=model.spec.name,
+        component=component,
+        weights=weights_key(plan.network),
+        data=recording.key(component),
+        layers=layer_set_key(chosen),
+        method=method.to_dict(),
+        elements=elements,
+        version=_version_calibration(),
+    )
+    if cache is not None and not force and Path(cache).exists():
+        found = read(Path(cache))
+        check(Path(cache), found, identity, chosen)
+        return replace(found, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+
+    observer = _observe(plan, recording, calls, chosen, elements, progress)
+    made = Calibration(
+        identity=identity,
+        amax={layer: method.amax(histogram) for layer, histogram in observer.histograms.items()},
+        histograms=observer.histograms,
+        calls=tuple(
+            {
+                "example": call.example,
+                "step": call.step,
+                "timestep": call.timestep,
+                "sigma": call.sigma,
+                "branch": call.branch,
+            }
+            for call in calls
+        ),
+        call_amax={layer: tuple(values) for layer, values in observer.call_amax.items()},
+        time_ms=(time.perf_counter() - begin) * 1e3,
+    )
+    if cache is not None:
+        write(Path(cache), made)
+    return made
+
+
+def read_calibration(path: str | os.PathLike) -> Calibration:
+    """A calibration from its cache, whatever it is true for.
+
+    Raises:
+        WanlabError: there is none, or it is broken.
+    """
+    return replace(read(Path(path)), cached=True)
+
+
+def _observe(
+    plan, recording: Recording, calls: Sequence[RecordedCall], layers, elements: int, progress: bool
+) -> Observer:
+    parameter = next(plan.network.parameters())
+    observer = Observer(plan.network, layers, elements=elements)
+    bar = tqdm(calls, desc=f"calibrate {plan.component}", unit="call", leave=False, disable=not progress)
+    with torch.no_grad(), observer.watching():
+        for call in bar:
+            given = recording.inputs(call)
+            plan.reference(*[given[name].to(parameter.device) for name in plan.inputs])
+            observer.end_call()
+    return observer
+
+
+def _version_calibration() -> str:
+    return __version__

@@ -1,1 +1,0 @@
-"""What layers are really fed: recordings, ranges, and their caches."""

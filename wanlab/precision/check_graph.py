@@ -1,0 +1,273 @@
+"""Whether a written graph computes an expert as a plan says: read from its nodes and initializers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError
+from wanlab.precision.apply import AS_LOADED, asked
+from wanlab.precision.assignment import Assignment
+from wanlab.precision.check_torch import Effect, Fault, at_step, raise_weights, summary
+from wanlab.precision.formats import Format, decode_weight, encode_weight, get_format
+from wanlab.precision.layer_state import near
+from wanlab.precision.linear_nodes import OPERATORS, find_sites, sites_of
+from wanlab.precision.plan import FLOATS, is_float
+
+KINDS = {"INT8": "int8", "INT4": "int4", "FLOAT8E4M3FN": "fp8"}
+NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+PASSING = ("Cast", "Transpose", "Reshape", "Identity")
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """What comes into a node.
+
+    Attributes:
+        kind: `"int8"`, `"int4"`, `"fp8"` behind a DequantizeLinear; empty for a float.
+        dtype: float that it is multiplied in, as PyTorch calls it; empty where the graph does not say.
+        stored: initializer of the codes or of the float; None where it is computed.
+        scale: initializer; None of a float.
+        late: a float initializer that is rounded at every run.
+    """
+
+    kind: str
+    dtype: str
+    stored: onnx_ir.Value | None = None
+    scale: onnx_ir.Value | None = None
+    late: bool = False
+
+
+def graph_effect_check(
+    assignment: Assignment,
+    component: str,
+    onnx_path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    source: str | os.PathLike | None = None,
+) -> Effect:
+    """Prove that a graph computes an expert by a plan, or fail.
+
+    Every node of every layer is read: the type of its weight's initializer, whether its input is rounded to codes, and
+    the float that it computes in. Engines that are built strongly typed (TensorRT) and ONNX Runtime take these types as
+    they are.
+
+    Args:
+        assignment: of the plan on the model that the graph was exported from.
+        component: which expert the graph is.
+        onnx_path: a graph of `wanlab.precision.quantize` or with its names: nodes begin with their layer's.
+        step: of a plan that changes with the step: which one the graph is for.
+        source: the float graph it was made from; with it codes are compared with the weights.
+
+    Returns:
+        As `effect_check`; products are nodes with the types of their operands, and there are no kernels.
+
+    Raises:
+        WanlabError: a graph of another component, and what `effect_check` fails on.
+    """
+    path = Path(onnx_path)
+    if not path.is_file():
+        raise WanlabError(f"no ONNX file at {path}; write it with wanlab.precision.quantize")
+    model = onnx_ir.load(path)
+    said = model.metadata_props.get("component", component)
+    if said != component:
+        raise WanlabError(f"{path.name} is a graph of {said}, not of {component}; give its own graph")
+    if step is None:
+        assignment.formats(component)  # fails where the formats need a step
+    wanted = asked(assignment, component)
+    wanted = wanted if step is None else wanted[at_step(wanted, step)]
+    nodes: dict[str, list] = {}
+    for node in model.graph:
+        if node.op_type in OPERATORS and "/" in (node.name or ""):
+            nodes.setdefault(node.name.partition("/")[0], []).append(node)
+    missing = [r.layer for r in wanted.itertuples() if r.wanted != AS_LOADED and r.layer not in nodes]
+    if missing:
+        raise WanlabError(
+            f"plan {assignment.plan.name}: {path.name} has no node of {missing[0]}"
+            f"{f' and of {len(missing) - 1} more layers' if missing[1:] else ''}: the name matches none of its layers;"
+            " export the graph again"
+        )
+    weights = _weights_of(source, [r.layer for r in wanted.itertuples() if r.wanted != AS_LOADED])
+    rows: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    for row in wanted.itertuples():
+        if row.layer not in nodes:
+            continue  # as loaded: folded away, or without a constant weight
+        found, wrong = _read(nodes[row.layer], row, assignment, weights)
+        rows.append(
+            {
+                "component": component,
+                "layer": row.layer,
+                "format": row.wanted,
+                "found": wrong is None,
+                **found,
+            }
+        )
+        if wrong is not None:
+            faults.append(Fault(component, row.layer, *wrong))
+    raise_weights(assignment, rows, faults, "write the graph again with precision.quantize by this plan")
+    layers = pd.DataFrame(rows)
+    frame = summary(layers)
+    kernels = pd.DataFrame(columns=["component", "operator", "kernel", "calls", "share_percent"])
+    parts = [
+        f"{row.layers_found} of {row.layers_asked} layers in {row.format}"
+        for row in frame[frame["format"] != AS_LOADED].itertuples()
+    ]
+    verdict = f"{path.name} computes {component} by plan {assignment.plan.name}: {'; '.join(parts) or 'all floats'}."
+    return Effect(verdict, frame, layers, kernels)
+
+
+def _read(nodes: list, row, assignment: Assignment, weights: Mapping) -> tuple[dict, tuple[str, str] | None]:
+    """What a layer's nodes take, and kind and words of what is wrong with it."""
+    name = (
+        FLOATS[row.format] if is_float(row.format) and row.wanted != AS_LOADED else FLOATS[assignment.default]
+    )
+    held, products, size, wrong = [], [], 0, None
+    for node in nodes:
+        left, right = operand(node.inputs[0]), operand(node.inputs[1])
+        for value in (right.stored, right.scale):
+            size += value.const_value.nbytes if value is not None else 0
+        held.append(right.kind or right.dtype)
+        products.append(f"{node.op_type} {left.kind or left.dtype or 'float'} x {right.kind or right.dtype}")
+        wrong = wrong or _fault(node, left, right, row, name, weights.get(row.layer))
+    found = {
+        "held": ", ".join(dict.fromkeys(held)),
+        "weight_before_bytes": None,
+        "weight_bytes": size,
+        "product": ", ".join(dict.fromkeys(products)),
+    }
+    return found, wrong
+
+
+def _fault(node, left: Operand, right: Operand, row, dtype: str, weight) -> tuple[str, str] | None:
+    quantised = row.wanted != AS_LOADED and not is_float(row.wanted)
+    # diffusers keeps the timestep's embedder in float32 whatever the rest is in.
+    kept = "time_embedder" in row.layer and (row.wanted == AS_LOADED or quantised)
+    if right.dtype and right.dtype != dtype and not (kept and right.dtype == "float32"):
+        said = f"computes in {right.dtype}, where the plan asks for {row.wanted if not quantised else dtype}"
+        return ("fp32", f"{said}: FP32 fallback") if right.dtype == "float32" else ("wrong", said)
+    if not quantised:
+        for which, side in (("weight", right), ("input", left)):
+            if side.kind:
+                return "wrong", f"has its {which} in {side.kind}, though the plan asks for {row.wanted}"
+        return None
+    format = get_format(row.wanted)
+    if right.late:
+        return (
+            "dequantised",
+            f"holds its weight in {right.dtype} and rounds it at every run, instead of codes",
+        )
+    if not right.kind:
+        return _float_fault(node, right, format, weight)
+    activation = format.activation.kind if format.activation else ""
+    if right.kind != format.weight.kind:
+        return "wrong", f"has its weight in {right.kind}, where the plan asks for {format.name}"
+    if left.kind != activation:
+        if not left.kind:
+            return "no-op", f"takes its input as it comes, where {format.name} rounds it to codes"
+        return "wrong", f"has its input in {left.kind}, where the plan asks for {format.name}"
+    return None if weight is None else _codes_fault(node, right, format, weight)
+
+
+def _float_fault(node, right: Operand, format: Format, weight) -> tuple[str, str]:
+    """A float where codes were asked for: what is it?"""
+    if right.stored is None:
+        return "wrong", f"computes its weight, where the plan asks for {format.name}"
+    held = _values(node, right)
+    if weight is None or not torch.equal(held, weight):
+        fresh = decode_weight(*encode_weight(held, format.weight, held.dtype), format.weight, held.dtype)
+        if near(fresh, held):
+            return (
+                "dequantised",
+                f"holds {right.dtype}, though its values are those of {format.name}: it was dequantised once",
+            )
+    return "unquantised", f"holds its weight in {right.dtype}, where the plan asks for {format.name}"
+
+
+def _codes_fault(node, right: Operand, format: Format, weight) -> tuple[str, str] | None:
+    codes, scale = encode_weight(weight, format.weight, getattr(torch, right.dtype or "float32"))
+    held = _values(node, right)
+    steps = torch.from_numpy(np.array(right.scale.const_value.numpy(), dtype=np.float32))
+    # Sorted, as scales of blocks lie transposed in some nodes.
+    alike = torch.equal(steps.flatten().sort().values, scale.float().flatten().sort().values)
+    if alike and torch.equal(held, codes.float()):
+        return None
+    if steps.numel() == 1 and torch.equal(held * steps, weight.float()):
+        return (
+            "no-op",
+            f"is said to be {format.name}, but its weight is bitwise the original's: nothing was rounded",
+        )
+    return "wrong", f"holds codes that are not the original's weight in {format.name}"
+
+
+def operand(value: onnx_ir.Value | None) -> Operand:
+    """What a value is, looked for behind casts and changes of form."""
+    dtype = ""
+    while value is not None:
+        node = value.producer()
+        dtype = dtype or _name(value.dtype)
+        if node is None:
+            return Operand("", dtype, value if value.const_value is not None else None)
+        if node.op_type == "DequantizeLinear":
+            codes, scale = node.inputs[0], node.inputs[1]
+            before = codes.producer()
+            kind = KINDS.get(codes.dtype.name, "") if codes.dtype is not None else ""
+            dtype = dtype or _name(scale.dtype)
+            if before is None:
+                return Operand(kind, dtype, codes, scale)
+            if before.op_type == "QuantizeLinear":
+                first = before.inputs[0]
+                if first.producer() is None and first.const_value is not None:
+                    return Operand("", dtype, first, late=True)
+                return Operand(kind or _zero_kind(before), dtype, scale=scale)
+            return Operand(kind, dtype, scale=scale)
+        if node.op_type not in PASSING:
+            return Operand("", dtype)
+        value = node.inputs[0]
+    return Operand("", dtype)
+
+
+def _zero_kind(quantize) -> str:
+    zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    return KINDS.get(zero.dtype.name, "") if zero is not None and zero.dtype is not None else ""
+
+
+def _name(dtype) -> str:
+    return NAMES.get(dtype.name, "") if dtype is not None else ""
+
+
+def _values(node, right: Operand) -> torch.Tensor:
+    """Stored numbers of a weight in float32, outputs first."""
+    tensor = right.stored.const_value
+    value = torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32))
+    if hasattr(tensor, "release"):
+        tensor.release()  # the mapping of the file, which would add up over a large graph
+    flag = node.attributes.get("transB")
+    transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not (flag and flag.as_int()))
+    turned = node.inputs[1].producer()
+    if turned is not None and turned.op_type == "Transpose":
+        transposed = not transposed
+    return value.t() if transposed else value
+
+
+def _weights_of(source, layers: list[str]) -> dict[str, torch.Tensor]:
+    """Layer -> weight of the float graph, in float32, outputs first; read one by one when asked."""
+    if source is None:
+        return {}
+    sites = sites_of(find_sites(onnx_ir.load(source).graph), layers, Path(source).name)
+    return _Lazy(sites)
+
+
+class _Lazy(dict):
+    """Weights read at each look, so that a large graph is never held whole."""
+
+    def get(self, layer, default=None):
+        return self[layer][0].weight() if layer in self else default

@@ -1,0 +1,479 @@
+"""Effect check in PyTorch: whether a plan was applied, read from weights, operators and kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wanlab.core.errors import WanlabError
+from wanlab.export.clip import default_shape
+from wanlab.export.components import recipe
+from wanlab.models.networks import stored_dtype
+from wanlab.models.pipeline import Model
+from wanlab.precision.apply import AS_LOADED, Applied, asked, experts_of
+from wanlab.precision.assignment import Assignment
+from wanlab.precision.layer_state import Held, read_held
+from wanlab.precision.plan import FLOATS, is_float
+from wanlab.precision.quant_linear import FEWEST_ROWS
+from wanlab.precision.steps import SteppedLayer
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with one layer: `kind` as in `Held.fault`, `said` without the layer's name."""
+
+    component: str
+    layer: str
+    kind: str
+    said: str
+
+
+def raise_weights(
+    assignment: Assignment, rows: list[dict], faults: list[Fault], remedy: str | None = None
+) -> None:
+    """The faults that only show over many layers, then the first of the others; `remedy` for layers left as they were."""
+    name, default = assignment.plan.name, f"torch.{FLOATS[assignment.default]}"
+    changes = [row for row in rows if row["format"] != AS_LOADED]
+    recast = any(row["weight_before_bytes"] not in (None, row["weight_bytes"]) for row in rows)
+    if not changes and not recast:
+        raise WanlabError(
+            f"plan {name} changed nothing: every layer is in {default} as it was loaded; give it rules that name a format"
+        )
+    left = {(fault.component, fault.layer) for fault in faults if fault.kind == "unquantised"}
+    by_component: dict[str, list[bool]] = {}
+    for row in changes:
+        by_component.setdefault(row["component"], []).append((row["component"], row["layer"]) in left)
+    untouched = [component for component, missing in by_component.items() if all(missing)]
+    if untouched and len(untouched) == len(by_component):
+        raise WanlabError(
+            f"plan {name} changed nothing: none of its {len(changes)} layers in {', '.join(untouched)} is held as asked;"
+            f" {remedy or _REMEDIES['unquantised']}"
+        )
+    if untouched:
+        done = [component for component in by_component if component not in untouched]
+        raise WanlabError(
+            f"plan {name}: only {', '.join(done)} was quantised; none of {len(by_component[untouched[0]])} layers of"
+            f" {', '.join(untouched)} is held as asked; apply the plan to every expert it names"
+        )
+    raise_first(name, faults, remedy)
+
+
+def raise_first(name: str, faults: list[Fault], remedy: str | None = None) -> None:
+    """The first fault as an error, with how many there are like it; nothing without one."""
+    if not faults:
+        return
+    first = faults[0]
+    alike = sum(fault.kind == first.kind for fault in faults) - 1
+    raise WanlabError(
+        f"plan {name}: {first.layer} of {first.component} {first.said}"
+        f"{f' ({alike} more like it)' if alike else ''}; {remedy or _REMEDIES[first.kind]}"
+    )
+
+
+_REMEDIES = {
+    "unquantised": "apply the plan with precision.apply_plan and use the model that it returns",
+    "dequantised": "keep the codes in memory and decode them at use",
+    "fp32": "load the model in the plan's dtype, and look for a cast that was left in",
+    "no-op": "the quantiser does nothing: give it the format's scale and rounding",
+    "wrong": "apply the plan again to the model as it was loaded",
+    "product": "look at applied.frame for the kernel that was meant",
+}
+
+
+PRODUCTS = {
+    "mm": 0,
+    "addmm": 1,
+    "_scaled_mm": 0,
+    "_int_mm": 0,
+    "bmm": 0,
+    "baddbmm": 1,
+    "convolution": 0,
+    "linear": 0,
+}
+"""Operators that multiply -> position of their first operand; the weight follows."""
+
+
+EXPECTED = {"scaled_mm": ("_scaled_mm", "float8_e4m3fn"), "int_mm": ("_int_mm", "int8")}
+"""How a layer computes -> its operator and the dtype of both operands."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a layer.
+
+    Attributes:
+        operator: e.g. `"_scaled_mm"`. left, right: dtypes of input and weight as they are multiplied.
+        rows: of the input.
+        few: every value of the input is one of at most 256 (of the first row, where rows have scales of their own).
+        decoded: the weight is, bitwise, what the layer's codes stand for.
+    """
+
+    operator: str
+    left: str
+    right: str
+    rows: int
+    few: bool
+    decoded: bool
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.left} x {self.right}"
+
+
+def watch(call: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> dict[str, list[Product]]:
+    """Run a forward and note what every layer multiplies; compiled parts run eagerly meanwhile.
+
+    Args:
+        call: one forward.
+        layers: name -> module, of those to note.
+
+    Returns:
+        Layer -> its products, in order; empty for a layer that was not called.
+    """
+    running: list[str] = []
+    seen: dict[str, list[Product]] = {name: [] for name in layers}
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if running and name in PRODUCTS:
+                seen[running[-1]].append(_product(name, args, layers[running[-1]]))
+            return func(*args, **(kwargs or {}))
+
+    with _named(layers, running), torch.no_grad(), torch.compiler.set_stance("force_eager"), Watching():
+        call()
+    return seen
+
+
+def kernels(call: Callable[[], object], device: torch.device) -> pd.DataFrame:
+    """Kernels of one forward by the operator that launched them; the profiler's times are not to be quoted as latency.
+
+    Returns:
+        DataFrame: operator, kernel (on the CPU the operator itself), calls, share_percent (of the time of these kernels).
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        call()  # libraries choose their kernels on the first call
+        with profile(activities=activities) as profiler:
+            call()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    counts: Counter[tuple[str, str]] = Counter()
+    times: Counter[tuple[str, str]] = Counter()
+    for event in profiler.events():
+        operator = event.name.removeprefix("aten::")
+        if not event.name.startswith("aten::") or operator not in PRODUCTS or operator == "linear":
+            continue
+        found = _kernels(event) if on_gpu else [(operator, event.time_range.elapsed_us())]
+        for name, duration in found:
+            counts[operator, name] += 1
+            times[operator, name] += duration
+    total = sum(times.values()) or 1.0
+    rows = [
+        {
+            "operator": operator,
+            "kernel": name,
+            "calls": count,
+            "share_percent": 100 * times[operator, name] / total,
+        }
+        for (operator, name), count in counts.items()
+    ]
+    frame = pd.DataFrame(rows, columns=["operator", "kernel", "calls", "share_percent"])
+    return frame.sort_values("share_percent", ascending=False, ignore_index=True)
+
+
+def small_forward(model: Model, component: str):
+    """A call of an expert on random inputs of a clip of 8 x 8 tokens and two latent frames."""
+    side = 8 * model.spec.spatial_factor * model.spec.patch[1]
+    wide = 8 * model.spec.spatial_factor * model.spec.patch[2]
+    frames = 1 + (2 * model.spec.patch[0] - 1) * model.spec.temporal_factor
+    plan = recipe(model, component)
+    shape = default_shape(model, batch=1, height=side, width=wide, frames=frames)
+    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
+    return lambda: plan.reference(*inputs)
+
+
+def product_fault(module, wanted: str, kernel: str, products: list[Product]) -> tuple[str, str] | None:
+    """Kind and words of what is wrong with how a layer multiplied; None if nothing is."""
+    if not products:
+        return (
+            None
+            if wanted == AS_LOADED
+            else ("product", "was not called in a forward, so its format has no effect")
+        )
+    for product in products:
+        if kernel == "int_mm" and product.rows < FEWEST_ROWS:
+            operator, kind = None, str(module.dtype).removeprefix("torch.")
+        elif kernel in EXPECTED:
+            operator, kind = EXPECTED[kernel]
+        else:
+            operator, kind = None, _float_of(module, wanted)
+        if {product.left, product.right} != {kind}:
+            fallback = "float32" in (product.left, product.right)
+            said = f"computes {product} where {operator or kind} is meant" + (
+                ": FP32 fallback" if fallback else ""
+            )
+            return ("fp32" if fallback else "product"), said
+        if operator and product.operator != operator:
+            return "product", f"computes {product} where {operator} is meant"
+        if operator is None and not product.decoded:
+            return "no-op", "multiplies with another weight than the one that it holds"
+        if operator is None and getattr(module, "activation", None) is not None and not product.few:
+            return "no-op", f"takes its input as it comes, where {wanted} rounds it to codes"
+    return None
+
+
+def _float_of(module, wanted: str) -> str:
+    """The float that a layer's product is meant to be in."""
+    kind = module.weight.dtype if wanted == AS_LOADED or is_float(wanted) else module.dtype
+    return str(kind).removeprefix("torch.")
+
+
+def _kernels(event) -> list[tuple[str, float]]:
+    """Kernels of an operator and of what it calls."""
+    found = [(kernel.name, kernel.duration) for kernel in event.kernels]
+    for child in event.cpu_children:
+        found += _kernels(child)
+    return [(name, duration) for name, duration in found if not name.startswith(("Memcpy", "Memset"))]
+
+
+@contextmanager
+def _named(layers: Mapping[str, torch.nn.Module], running: list[str]) -> Iterator[None]:
+    """Inside the block `running` ends with the name of the innermost of these layers that is under way."""
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            before = module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
+            after = module.register_forward_hook(
+                lambda module, args, made: running.pop() and None, always_call=True
+            )
+            stack.callback(before.remove), stack.callback(after.remove)
+        yield
+
+
+def _product(name: str, args: tuple, module) -> Product:
+    left, right = args[PRODUCTS[name] : PRODUCTS[name] + 2]
+    codes = getattr(module, "decoded", None)
+    weight = codes() if codes is not None else module.weight
+    given = right if name == "convolution" else right.mT
+    given = given[0] if given.ndim > weight.ndim else given
+    same = given.shape == weight.shape and given.dtype == weight.dtype and torch.equal(given, weight)
+    one = left[:1] if getattr(module, "per_token", False) else left
+    few = left.dtype.itemsize > 1 and torch.unique(one.detach().flatten()[: 2**20]).numel() <= 256
+    rows = left.numel() // (left.shape[1] if name == "convolution" else left.shape[-1])
+    return Product(name, *(str(t.dtype).removeprefix("torch.") for t in (left, right)), rows, few, same)
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What was found of a plan.
+
+    Attributes:
+        verdict: one sentence.
+        frame: one row per component and format: component, format (`"as-loaded"` where the plan changes nothing),
+            layers_asked, layers_found, weight_before_bytes, weight_bytes, held (dtypes of the weights in memory), products
+            (operators with the dtypes of their operands; of a graph its nodes), kernels (on a GPU, most time first).
+        layers: one row per layer and format: component, layer, format, held, weight_before_bytes, weight_bytes, product.
+        kernels: of one forward: component, operator, kernel, calls, share_percent; empty without a profile.
+    """
+
+    verdict: str
+    frame: pd.DataFrame
+    layers: pd.DataFrame
+    kernels: pd.DataFrame
+
+    def __str__(self) -> str:
+        return self.verdict
+
+
+def effect_check(original: Model | None, applied: Applied, *, profile: bool | None = None) -> Effect:
+    """Prove that a plan did what it says, or fail.
+
+    Every layer's tensors are read: dtypes, bytes, and whether its codes are those of the original's weight by the
+    definition of the format. Then every expert computes one small forward (of every range of steps) in which the operands
+    of each layer's product are looked at, with compiled parts running eagerly; on a GPU it is also profiled.
+
+    Args:
+        original: the model before the plan; None, or the same model after `in_place=True`, where it is gone: then weights
+            are not compared with it.
+        applied: from `apply_plan`.
+        profile: name the kernels too; None does on a GPU.
+
+    Raises:
+        WanlabError: a plan that changed nothing; an expert that was left out; a layer that is not in the network; weights
+            or products in float32 where the plan says otherwise; weights that were dequantised once at load; a quantiser
+            that rounded nothing; a layer in another format than asked.
+    """
+    assignment, model = applied.assignment, applied.model
+    name = assignment.plan.name
+    networks = {component: model.component(component) for component in assignment.components}
+    before = _originals(original, applied)
+    faults: list[Fault] = []
+    rows: list[dict[str, Any]] = []
+    kernels = []
+    for component, network in networks.items():
+        wanted = asked(assignment, component)
+        modules = dict(network.named_modules())
+        missing = [layer for layer in dict.fromkeys(wanted["layer"]) if layer not in modules]
+        if missing:
+            raise WanlabError(
+                f"plan {name}: {component} has no layer {missing[0]!r}"
+                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: the name matches none of its layers; assign"
+                " the plan to this model"
+            )
+        held = _weights(component, network, modules, wanted, assignment, before.get(component))
+        faults += [Fault(component, one.layer, one.fault, one.said) for one in held.values() if one.fault]
+        rows += [_row(component, one, applied) for one in held.values()]
+    raise_weights(assignment, rows, faults)
+
+    for component in networks:
+        products, found, table = _products(applied, component, profile)
+        faults += found
+        for row in rows:
+            if row["component"] == component:
+                row["product"] = ", ".join(
+                    dict.fromkeys(map(str, products.get((row["layer"], row["format"]), ())))
+                )
+        kernels.append(table.assign(component=component))
+    raise_first(name, faults)
+    layers = pd.DataFrame(rows)
+    named = pd.concat(kernels, ignore_index=True)[
+        ["component", "operator", "kernel", "calls", "share_percent"]
+    ]
+    frame = summary(layers, named)
+    return Effect(_verdict(name, frame, applied.kernels), frame, layers, named)
+
+
+def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rows of layers by component and format; see `Effect.frame`."""
+
+    def joined(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(value for value in values if value))
+
+    rows = []
+    for (component, format), group in layers.groupby(["component", "format"], sort=False):
+        operators = {said.split()[0] for value in group["product"] for said in value.split(", ") if said}
+        names = ()
+        if kernels is not None and len(kernels):
+            mine = (kernels["component"] == component) & kernels["operator"].isin(operators)
+            names = kernels.loc[mine, "kernel"]
+        rows.append(
+            {
+                "component": component,
+                "format": format,
+                "layers_asked": group["layer"].nunique(),
+                "layers_found": group.loc[group["found"], "layer"].nunique(),
+                "weight_before_bytes": group["weight_before_bytes"].sum(min_count=1),
+                "weight_bytes": int(group["weight_bytes"].sum()),
+                "held": joined(group["held"]),
+                "products": joined(part for value in group["product"] for part in value.split(", ")),
+                "kernels": joined(names),
+            }
+        )
+    return pd.DataFrame(rows).astype({"weight_before_bytes": "Int64"})
+
+
+def _originals(original: Model | None, applied: Applied) -> dict[str, torch.nn.Module]:
+    """The networks before the plan, where there are any."""
+    if original is None or applied.in_place:
+        return {}
+    found = experts_of(original)
+    return {name: found[name] for name in applied.assignment.components}
+
+
+def _weights(
+    component: str, network, modules: dict, wanted, assignment: Assignment, before
+) -> dict[tuple[str, str], Held]:
+    """Every layer in every format it is asked in, as it is held."""
+    default = getattr(torch, FLOATS[assignment.default])
+    made = {}
+    for row in wanted.itertuples():
+        module = _variant(modules[row.layer], row.wanted)
+        kind = stored_dtype(network, f"{row.layer}.weight", default)
+        original = None if before is None else before.get_submodule(row.layer).weight
+        key = (row.layer, row.wanted)
+        if key in made:
+            continue
+        if module is None:
+            said = f"has no variant in {row.wanted} for steps {row.first_step} to {row.last_step}"
+            made[key] = Held(row.layer, row.wanted, "", None, 0, "unquantised", said)
+        else:
+            made[key] = read_held(module, row.layer, row.wanted, kind, original)
+    return made
+
+
+def _variant(module, wanted: str):
+    """What computes a layer in a format: one of several where the format changes with the step."""
+    if not isinstance(module, SteppedLayer):
+        return module
+    return module.variants[wanted] if wanted in module.variants else None  # noqa: SIM401  torch 2.11 has no get
+
+
+def _row(component: str, one: Held, applied: Applied) -> dict[str, Any]:
+    before = one.weight_before_bytes
+    if before is None:  # the original is gone; its size was noted when it was replaced
+        noted = applied.frame[
+            (applied.frame["component"] == component) & (applied.frame["layer"] == one.layer)
+        ]
+        before = int(noted["weight_before_bytes"].iloc[0])
+    return {
+        "component": component,
+        "layer": one.layer,
+        "format": one.wanted,
+        "held": one.dtype,
+        "weight_before_bytes": before,
+        "weight_bytes": one.weight_bytes,
+        "found": not one.fault,
+        "product": "",
+    }
+
+
+def _products(applied: Applied, component: str, profile: bool | None):
+    """Products of every layer and format in a small forward, what is wrong with them, and the kernels."""
+    model, assignment = applied.model, applied.assignment
+    call = small_forward(model, component)
+    on_gpu = model.device.type == "cuda"
+    named = dict(model.component(component).named_modules())
+    wanted = asked(assignment, component)
+    seen: dict[tuple[str, str], list[Product]] = {}
+    faults: list[Fault] = []
+    table = pd.DataFrame(columns=["operator", "kernel", "calls", "share_percent"])
+    meant = applied.frame[applied.frame["component"] == component]
+    for first, _ in assignment.bands(component):
+        with applied.at(first or 0):
+            rows = wanted if first is None else wanted[at_step(wanted, first)]
+            formats = dict(zip(rows["layer"], rows["wanted"], strict=True))
+            modules = {layer: _variant(named[layer], format) for layer, format in formats.items()}
+            kinds = meant if first is None else meant[at_step(meant, first)]
+            ways = dict(zip(kinds["layer"], kinds["kernel"], strict=True))
+            for layer, products in watch(call, modules).items():
+                format = formats[layer]
+                if said := product_fault(modules[layer], format, ways[layer], products):
+                    faults.append(Fault(component, layer, *said))
+                seen.setdefault((layer, format), []).extend(products)
+            if profile or (profile is None and on_gpu):
+                table = pd.concat([table, kernels(call, model.device)], ignore_index=True)
+    return seen, faults, table
+
+
+def at_step(rows: pd.DataFrame, step: int) -> pd.Series:
+    """Which rows hold at a step."""
+    return rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))
+
+
+def _verdict(name: str, frame: pd.DataFrame, kernels: str) -> str:
+    changed = frame[frame["format"] != AS_LOADED]
+    parts = [
+        f"{row.layers_found} of {row.layers_asked} layers of {row.component} in {row.format}"
+        for row in changed.itertuples()
+    ]
+    before, after = frame["weight_before_bytes"].sum(), frame["weight_bytes"].sum()
+    size = f"; {after / 2**20:,.1f} MiB of weights" + (f" instead of {before / 2**20:,.1f}" if before else "")
+    return f"Plan {name} took effect: {'; '.join(parts) or 'everything cast'}{size}; {kernels}."

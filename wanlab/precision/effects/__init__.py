@@ -1,1 +1,0 @@
-"""Whether a plan did what it says, read from weights, operators, kernels and graphs."""

@@ -1,1 +1,0 @@
-"""Plans as explicit Q/DQ graphs for ONNX Runtime and TensorRT."""

@@ -1,0 +1,323 @@
+"""A precision plan as data: ordered rules that give layers a number format; YAML files and presets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.yaml_lines import read_yaml
+from wanlab.precision.formats import FORMATS, get_format
+
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Float formats of plans, and what PyTorch calls them."""
+
+AS_LOADED = "model"
+"""Default of a plan over a network in whatever dtype it was loaded in."""
+
+KEEP = "default"
+"""Format of a rule that leaves layers as the plan's default has them."""
+
+_BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
+_STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Layers and the format they get.
+
+    Attributes:
+        format: `"fp32"`, `"fp16"`, `"bf16"`, one of `FORMATS` (fp8, fp8-channel, int8, int8-weight, int4-weight), or
+            `"default"`: the plan's own, to take layers out of an earlier rule.
+        component: glob of `"expert_high"`, `"expert_low"`, or `"expert"` of a model that has one.
+        blocks: `"0-2"`, `"7"`, `"first 3"`, `"last 3"`, several of them between commas; None is every layer, also
+            those outside the blocks.
+        layers: globs of the name inside the block (`"attn1.to_q"`, `"ffn.net.*"`) or of the whole name
+            (`"proj_out"`, `"blocks.7.ffn.net.2"`).
+        steps: of the generation, from 0 and inclusive: `"0-3"`, `"5"`, several between commas; None is every step.
+        note: why, for those who read the plan.
+    """
+
+    format: str
+    component: str = "*"
+    blocks: str | None = None
+    layers: tuple[str, ...] = ("*",)
+    steps: str | None = None
+    note: str = ""
+
+    def block_numbers(self, count: int) -> set[int] | None:
+        """The blocks of this rule in a network of `count` blocks; None is no choice of blocks."""
+        if self.blocks is None:
+            return None
+        chosen: set[int] = set()
+        for first, last, end, size in _parts(self.blocks, _BLOCKS):
+            if end:
+                whole = range(count)
+                chosen |= set(whole[: int(size)] if end == "first" else whole[max(0, count - int(size)) :])
+            else:
+                chosen |= set(range(int(first), int(last or first) + 1))
+        return chosen
+
+    def step_numbers(self) -> set[int] | None:
+        """The steps of this rule; None is every step."""
+        if self.steps is None:
+            return None
+        return {i for a, b in _parts(self.steps, _STEPS) for i in range(int(a), int(b or a) + 1)}
+
+    def __str__(self) -> str:
+        parts = [f"{self.component}:" if self.component != "*" else "", ", ".join(self.layers)]
+        parts += [
+            f"in blocks {self.blocks}" if self.blocks else "",
+            f"at steps {self.steps}" if self.steps else "",
+        ]
+        return f"{' '.join(part for part in parts if part)} -> {self.format}"
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What every layer of the experts computes in.
+
+    Attributes:
+        name: for tables and files.
+        default: the dtype of the whole network: `"bf16"`, `"fp16"`, `"fp32"`, or `"model"`: as the model was loaded. What
+            no rule names stays in it, and so does everything that is no linear layer or convolution.
+        rules: in order; where several fit a layer, the last one counts.
+        num_steps: of the generation that steps in rules are counted in; needed when a rule names steps.
+        note: where the plan comes from.
+    """
+
+    name: str
+    default: str = AS_LOADED
+    rules: tuple[Rule, ...] = ()
+    num_steps: int | None = None
+    note: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Of what the plan does: name and notes do not count."""
+        said = self.to_dict()
+        said.pop("name"), said.pop("note", None)
+        for rule in said.get("rules", ()):
+            rule.pop("note", None)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data that JSON and YAML can hold; what has its default is left out."""
+        return msgspec.to_builtins(self) | {"default": self.default}
+
+    def check(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """What is wrong with the values: where in the plan, and what. Empty when nothing is."""
+        wrong: list[tuple[tuple[str | int, ...], str]] = []
+        if not re.fullmatch(r"[\w.+-]+", self.name):
+            wrong.append((("name",), f"{self.name!r} is no name for a file; use letters, digits and . _ + -"))
+        if self.default not in (AS_LOADED, *FLOATS):
+            known = ", ".join((AS_LOADED, *FLOATS))
+            wrong.append((("default",), f"{self.default!r} is no dtype of a network; give {known}"))
+        if self.num_steps is not None and self.num_steps < 1:
+            wrong.append((("num_steps",), f"{self.num_steps} steps; give 1 or more"))
+        for index, rule in enumerate(self.rules):
+            for field, said in _rule_faults(rule, self.num_steps):
+                wrong.append((("rules", index, field), said))
+        return wrong
+
+
+def make_plan(
+    name: str, default: str = AS_LOADED, rules=(), *, num_steps: int | None = None, note: str = ""
+) -> Plan:
+    """A checked plan; rules may be `Rule`s or dictionaries.
+
+    Raises:
+        WanlabError: unknown fields, formats, dtypes; ranges that cannot be read; steps without `num_steps`.
+    """
+    made = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules)
+    plan = Plan(name=name, default=default, rules=made, num_steps=num_steps, note=note)
+    for where, said in plan.check():
+        raise WanlabError(f"plan {name}, {spell(where)}: {said}")
+    return plan
+
+
+def merge_plans(first: Plan, *later: Plan, name: str | None = None) -> Plan:
+    """One plan that does what the first does, then what the later ones say instead.
+
+    Raises:
+        WanlabError: plans with different defaults or numbers of steps.
+    """
+    plans = (first, *later)
+    steps = {plan.num_steps for plan in plans} - {None}
+    if len(steps) > 1:
+        raise WanlabError(
+            f"these plans count {' and '.join(map(str, sorted(steps)))} steps; merge those of equal steps"
+        )
+    defaults = {plan.default for plan in plans}
+    if len(defaults) > 1:
+        raise WanlabError(
+            f"these plans are over networks in {' and '.join(sorted(defaults))}; give them one default"
+        )
+    rules = tuple(rule for plan in plans for rule in plan.rules)
+    return make_plan(
+        name or "+".join(plan.name for plan in plans), first.default, rules, num_steps=next(iter(steps), None)
+    )
+
+
+def check_steps(plan: Plan, num_steps: int) -> None:
+    """Raise a `WanlabError` where a plan counts other steps than a generation has."""
+    if plan.num_steps is not None and plan.num_steps != num_steps:
+        raise WanlabError(
+            f"plan {plan.name} is for {plan.num_steps} steps, this generation has {num_steps};"
+            f" generate with steps={plan.num_steps} or give a plan without step ranges"
+        )
+
+
+def is_float(format: str) -> bool:
+    """Whether a layer in this format computes in floating point with its own weights."""
+    return format in FLOATS
+
+
+def spell(where: tuple[str | int, ...]) -> str:
+    """`("rules", 2, "format")` as `rules[2].format`."""
+    said = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return said.removeprefix(".") or "the plan"
+
+
+def _rule_faults(rule: Rule, num_steps: int | None):
+    if rule.format not in (KEEP, *FLOATS):
+        try:
+            get_format(rule.format)
+        except WanlabError:
+            known = [*FLOATS, *FORMATS, KEEP]
+            yield (
+                "format",
+                f"no format {rule.format!r}{did_you_mean(rule.format, known)}; give {', '.join(known)}",
+            )
+    if not rule.layers:
+        yield "layers", "no layer is named; give patterns, or leave the line out for all"
+    for field, read, form in (
+        (
+            "blocks",
+            lambda: rule.block_numbers(10_000),
+            "'0-2', '7', 'first 3', 'last 3', with commas between",
+        ),
+        ("steps", rule.step_numbers, "'0-3' or '5', with commas between"),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            yield field, f"{error} is no choice of {field}; write {form}"
+            return
+    steps = rule.step_numbers()
+    if steps is not None and num_steps is None:
+        yield "steps", "steps of how many? give the plan num_steps"
+    elif steps is not None and max(steps) >= num_steps:
+        yield "steps", f"step {max(steps)} of {num_steps}; steps count from 0 to {num_steps - 1}"
+
+
+def _parts(text: str, form: re.Pattern) -> list[tuple[str, ...]]:
+    found = [(part.strip(), form.fullmatch(part.strip())) for part in str(text).split(",")]
+    for part, match in found:
+        if match is None or (match[1] and match[2] and int(match[1]) > int(match[2])):
+            raise ValueError(repr(part))
+    return [match.groups() for _, match in found]
+
+
+LINEAR = ("blocks.*", "condition_embedder.*", "proj_out")
+"""Every linear layer of a Wan expert; its patch embedding is a convolution."""
+
+
+def _uniform(format: str) -> Plan:
+    rules = [{"format": format, "layers": LINEAR}]
+    return make_plan(f"uniform-{format}", rules=rules, note="every linear layer of every expert")
+
+
+def _blocks(format: str) -> Plan:
+    rules = [{"format": format, "layers": ("blocks.*",), "note": "embedders and proj_out are kept"}]
+    return make_plan(f"blocks-{format}", rules=rules, note="hand-picked: every block, nothing else")
+
+
+def inner_blocks(format: str, ends: int = 3) -> Plan:
+    """All linear layers of the blocks but the first and last few, which published lists keep as they are.
+
+    Args:
+        ends: blocks kept at each end; three of a network of thirty or forty is the common choice.
+    """
+    rules = [
+        {"format": format, "layers": ("blocks.*",), "note": "embedders and proj_out are kept"},
+        {"format": KEEP, "blocks": f"first {ends}, last {ends}", "note": "first and last blocks are kept"},
+    ]
+    name = f"inner-{format}" if ends == 3 else f"inner-{ends}-{format}"
+    return make_plan(name, rules=rules, note=f"hand-picked: all but the first and last {ends} blocks")
+
+
+def _ffn(format: str) -> Plan:
+    rules = [{"format": format, "layers": ("ffn.*",)}]
+    return make_plan(f"ffn-{format}", rules=rules, note="hand-picked: feed-forward layers alone")
+
+
+PRESETS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        *(make_plan(f"all-{name}", name, note=f"everything in {name}") for name in FLOATS),
+        *(_uniform(name) for name in ("int8", "fp8", "fp8-channel", "int8-weight")),
+        _blocks("int4-weight"),
+        *(make(name) for make in (_blocks, inner_blocks, _ffn) for name in ("int8", "fp8")),
+    )
+}
+"""Plans by name, as baselines for those that are chosen by measurement."""
+
+
+def load_plan(source: str | os.PathLike | Plan) -> Plan:
+    """A plan from a YAML file, or a preset by its name.
+
+    Raises:
+        WanlabError: no such file or preset; YAML that cannot be read; unknown or missing fields, values of another type,
+            formats or ranges that do not exist. The message names the line.
+    """
+    if isinstance(source, Plan):
+        return source
+    if str(source) in PRESETS:
+        return PRESETS[str(source)]
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise WanlabError(f"no plan at {path}; give a YAML file or one of {', '.join(PRESETS)}")
+        raise WanlabError(
+            f"no plan {str(source)!r}{did_you_mean(str(source), PRESETS)}; give a YAML file or {', '.join(PRESETS)}"
+        )
+    return parse_plan(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_plan(text: str, where: str = "the plan") -> Plan:
+    """A plan from YAML text; `where` begins the messages. Raises as `load_plan`."""
+    document = read_yaml(text, where, "the plan")
+    data, refuse = document.data, document.refuse
+    if not isinstance(data, dict):
+        refuse((), "a plan is a mapping with name, default and rules")
+    document.known_fields(data, Plan)
+    for index, rule in enumerate(data["rules"] if isinstance(data.get("rules"), list) else ()):
+        if isinstance(rule, dict):
+            document.known_fields(rule, Rule, ("rules", index))
+            # One pattern, block or step needs no list or quotes.
+            if isinstance(rule.get("layers"), str):
+                rule["layers"] = [rule["layers"]]
+            for field in ("blocks", "steps"):
+                if isinstance(rule.get(field), int) and not isinstance(rule[field], bool):
+                    rule[field] = str(rule[field])
+    plan = document.convert(Plan)
+    for path, said in plan.check():
+        refuse(path, said)
+    return plan
+
+
+def save_plan(plan: Plan, path: str | os.PathLike) -> Path:
+    """Write a plan as YAML that `load_plan` reads back; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path

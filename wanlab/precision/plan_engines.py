@@ -1,0 +1,432 @@
+"""Engines that compute a plan: one per expert, which changes its graph with the step of the generation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pandas as pd
+import torch
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engine_report.layers import CODES, FLOATS, PRODUCTS, Layer, precision_of
+from wanlab.engine_report.read_tensorrt import read_inspector
+from wanlab.engines.base import Engine, TensorType
+from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.engines.tensorrt.build import EngineBuilds, build_engines, layers_path
+from wanlab.engines.tensorrt.engine import TensorRTEngine
+from wanlab.engines.tensorrt.profile import read_source
+from wanlab.precision.check_torch import Fault, raise_first
+from wanlab.precision.formats import get_format
+from wanlab.precision.linear_nodes import OPERATORS
+from wanlab.precision.plan import is_float
+from wanlab.precision.plan_graphs import PlanGraphs, files_of, read_plan_graphs
+from wanlab.precision.steps import StepClock, stepped_scheduler
+
+COLUMNS = ["layer", "asked", "built", "as_asked", "engine_layers"]
+
+
+def built_formats(
+    engine: str | os.PathLike, graph: str | os.PathLike, formats: Mapping[str, str]
+) -> pd.DataFrame:
+    """What the builder made of each layer, from the layer information beside an engine; no GPU is needed.
+
+    A layer is as asked when the kernels that hold its product multiply codes (formats that round inputs), keep its weight
+    as codes (weight-only formats: decoded at use, not folded to floats when it was built), or multiply in its float.
+    Where several GPUs were built for, the builder describes the last of them.
+
+    Args:
+        engine: from `build_tensorrt`. graph: that it was built from.
+        formats: layer -> format, floats included, e.g. of `PlanGraphs.formats`.
+
+    Returns:
+        A row per layer: layer, asked, built (number format of the product; with `" x "` and that of the weight, where
+        that is another), as_asked, engine_layers (how many kernels hold its product).
+
+    Raises:
+        WanlabError: no layer information, or a layer that the graph does not have.
+    """
+    if not layers_path(engine).is_file():
+        raise WanlabError(
+            f"{Path(engine).name} has no {layers_path(engine).name} beside it; build it with wanlab.engines.build_tensorrt"
+        )
+    layers = read_inspector(layers_path(engine)).layers
+    products: dict[str, list[str]] = {}
+    for node in onnx.load(graph, load_external_data=False).graph.node:
+        layer = node.name.partition("/")[0]
+        if node.op_type in OPERATORS and layer in formats:
+            products.setdefault(layer, []).append(node.name)
+    missing = [layer for layer in formats if layer not in products]
+    if missing:
+        raise WanlabError(f"{Path(graph).name} has no layer {missing[0]!r}; give the formats of this graph")
+    return pd.DataFrame(
+        [_row(layer, asked, products[layer], layers) for layer, asked in formats.items()], columns=COLUMNS
+    )
+
+
+def _row(layer: str, asked: str, products: Iterable[str], layers: Iterable[Layer]) -> dict[str, object]:
+    layers, products = list(layers), set(products)
+    holding = [found for found in layers if products & set(found.nodes)]
+    # A product of few rows may be written as a sum, and what follows one may carry its name.
+    kernels = [found for found in holding if found.kind in PRODUCTS] or holding
+    computed = sorted({_computed(found) for found in kernels} - {""})
+    of_layer = [found for found in layers if any(node.partition("/")[0] == layer for node in found.nodes)]
+    constants = {
+        tensor.dtype for found in (*kernels, *of_layer) for tensor in found.inputs if tensor.constant
+    }
+    codes = sorted(constants & set(CODES))
+    if is_float(asked):
+        weight, right = "", asked in computed
+        # Beside others, a small product may be in a kernel of several dtypes: then its weight tells.
+        right = right or (not any(found.kind in PRODUCTS for found in kernels) and asked in constants)
+    else:
+        wanted = get_format(asked)
+        weight = wanted.weight.kind if wanted.weight.kind in codes else ""
+        right = bool(weight) and (wanted.activation is None or wanted.activation.kind in computed)
+    product = "+".join(computed) or "not found"
+    return {
+        "layer": layer,
+        "asked": asked,
+        "built": product if weight in ("", *computed) else f"{product} x {weight}",
+        "as_asked": bool(holding) and right,
+        "engine_layers": len(kernels),
+    }
+
+
+def _computed(layer: Layer) -> str:
+    if layer.kind in PRODUCTS:
+        return layer.precision
+    found = precision_of("matmul", layer.inputs, layer.outputs)
+    return found if found in FLOATS or found in CODES else ""
+
+
+REMEDY = "build it again from its own graph with precision.build_plan, for GPUs that multiply these codes"
+
+
+def engine_effect_check(
+    graphs: PlanGraphs, graph: str, engine: str | os.PathLike | None = None
+) -> pd.DataFrame:
+    """Fail where a builder computes in floats what a plan asked for in codes; no GPU is needed.
+
+    Read is the builder's own account of its layers (`built_formats`). Layers that it does not name, and floats in another
+    float, stand in the table and are no error: a builder may compute a small layer in the float of its neighbours.
+
+    Args:
+        graphs: from `export_plan`. graph: name of one of them, e.g. of `graphs.graphs_of(component)`.
+        engine: built from it; None takes the one that `build_plan` put beside it.
+
+    Returns:
+        As `built_formats`.
+
+    Raises:
+        WanlabError: a layer in 8 bits or fewer that falls back to a float, or whose codes were folded to floats when the
+            engine was built; as `built_formats`.
+    """
+    path = graphs.folder / graph
+    engine = path.with_suffix(".engine") if engine is None else Path(engine)
+    component = next(
+        name for name, bands in graphs.bands.items() if any(each == graph for _, _, each in bands)
+    )
+    frame = built_formats(engine, path, graphs.formats[graph])
+    faults = [
+        Fault(component, row.layer, *_fault(row.asked, row.built))
+        for row in frame[~frame["as_asked"]].itertuples()
+        if not is_float(row.asked) and set(row.built.split("+")) <= set(FLOATS)
+    ]
+    raise_first(graphs.plan.name, faults, REMEDY)
+    return frame
+
+
+def _fault(asked: str, built: str) -> tuple[str, str]:
+    if get_format(asked).activation is None:
+        return "dequantised", f"keeps its weight in {built} in the engine, where the plan asks for {asked}"
+    fallback = ": FP32 fallback" if built == "fp32" else ""
+    return (
+        "fp32" if fallback else "wrong",
+        f"computes in {built} in the engine, where the plan asks for {asked}{fallback}",
+    )
+
+
+RECORD = "engines.json"
+TARGETS = ("8.9", "12.0")
+COLUMNS_BUILD = [
+    "component", "first_step", "last_step", "graph", "numbers", "capability", "built", "engine", "size_bytes",
+    "build_ms", "layers", "layers_as_asked", "differing", "node", "operator", "reason",
+]  # fmt: skip
+
+
+def build_plan(
+    folder: str | os.PathLike | PlanGraphs,
+    targets: Sequence[str] = TARGETS,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Build every graph of a plan for every GPU that takes it; what is refused is a row, not an error.
+
+    Each engine lies beside its graph; ranges of steps with one graph share one engine. The builder's own account of its
+    layers is held against the plan (`built_formats`). The table is kept as `engines.json` in the folder.
+
+    Args:
+        folder: that `export_plan` wrote.
+        targets: compute capabilities. TensorRT for RTX builds for them on any machine; TensorRT builds for the GPU of
+            this one, whatever is given. FP8 needs 8.9 or more.
+        progress: show bars.
+        settings: as in `wanlab.engines.build_tensorrt`: profile (for graphs with free sizes), level, workspace_gib.
+
+    Returns:
+        One row per component, range of steps and GPU: component, first_step, last_step, graph, numbers, capability, built,
+        engine (relative to the folder), size_bytes, build_ms (both of the engine for all its GPUs), layers, layers_as_asked
+        (how many compute in the format of the plan), differing (the first that does not, and what it computes in), node,
+        operator and reason of a refusal.
+
+    Raises:
+        WanlabError: no graphs, or such as were changed; TensorRT is not installed; as `build_tensorrt`, but for a
+            builder that refuses.
+    """
+    graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
+    outcomes = {}
+    for component in graphs.components:
+        for graph in graphs.graphs_of(component):
+            made = build_engines(
+                [graphs.folder / graph], compute_capabilities=targets, progress=progress, **settings
+            )
+            outcomes[graph] = _outcome(graphs, graph, made)
+    rows = [
+        {"component": component, "first_step": first, "last_step": last, "graph": graph} | row
+        for component, bands in graphs.bands.items()
+        for first, last, graph in bands
+        for row in outcomes[graph]
+    ]
+    (graphs.folder / f".{RECORD}.{os.getpid()}").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    os.replace(graphs.folder / f".{RECORD}.{os.getpid()}", graphs.folder / RECORD)
+    return _frame(pd.DataFrame(rows, columns=COLUMNS_BUILD))
+
+
+def read_plan_builds(folder: str | os.PathLike) -> pd.DataFrame:
+    """What `build_plan` kept in a folder.
+
+    Raises:
+        WanlabError: nothing was built there.
+    """
+    path = Path(folder) / RECORD
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WanlabError(
+            f"no engines of a plan in {folder}; build them with wanlab.precision.build_plan"
+        ) from error
+    return _frame(pd.DataFrame(rows, columns=COLUMNS_BUILD))
+
+
+def _outcome(graphs: PlanGraphs, graph: str, made: EngineBuilds) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for receipt in made.receipts:
+        layers = built_formats(receipt.path, graphs.folder / graph, graphs.formats[graph])
+        off = layers[~layers["as_asked"]]
+        first = next(off.itertuples(), None)
+        rows += [
+            {
+                "numbers": receipt.numbers,
+                "capability": capability,
+                "built": True,
+                "engine": Path(receipt.path).relative_to(graphs.folder).as_posix(),
+                "size_bytes": receipt.size_bytes,
+                "build_ms": receipt.time_ms,
+                "layers": len(layers),
+                "layers_as_asked": int(layers["as_asked"].sum()),
+                "differing": ""
+                if first is None
+                else f"{first.layer} was asked in {first.asked}, computes in {first.built}",
+            }
+            for capability in receipt.compute_capabilities
+        ]
+    for refused in made.refused.to_dict("records"):
+        rows.append({key: refused[key] for key in ("numbers", "capability", "node", "operator", "reason")})
+        rows[-1] |= {"built": False}
+    return rows
+
+
+def _frame(rows: pd.DataFrame) -> pd.DataFrame:
+    whole = ("first_step", "last_step", "size_bytes", "layers", "layers_as_asked")
+    frame = rows.astype(dict.fromkeys(whole, "Int64"))
+    words = ["engine", "differing", "node", "operator", "reason"]
+    frame[words] = frame[words].astype(object).where(frame[words].notna(), "")
+    return frame
+
+
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+
+
+class SteppedEngine:
+    """One expert whose graph changes with the step; `wanlab.engines.use` takes it as any engine.
+
+    The step is counted by the scheduler of the pipeline it is used in: a generation with another number of steps than the
+    plan's is refused when it begins, before anything is computed.
+
+    Attributes:
+        name, inputs, outputs, metadata, device: see `wanlab.engines.base.Engine`.
+        path: the folder of the graphs. bands: first step, last step (inclusive), graph.
+        size_bytes: of its graphs, weights that they share once. load_ms: of the engines opened so far.
+    """
+
+    def __init__(
+        self,
+        component: str,
+        bands: tuple[tuple[int, int, str], ...],
+        graphs: PlanGraphs,
+        clock: StepClock,
+        opener: Callable[[Path], Engine],
+        resident: bool = True,
+    ) -> None:
+        self.path, self.bands, self.clock = graphs.folder, bands, clock
+        self._component, self._plan = component, graphs.plan.name
+        self._opener, self._resident = opener, resident
+        self._open: dict[str, Engine] = {}
+        self.load_ms = 0.0
+        source = read_source(graphs.folder / bands[0][2])
+        self.inputs: Mapping[str, TensorType] = source.inputs
+        self.outputs: Mapping[str, TensorType] = source.outputs
+        self.metadata: Mapping[str, str] = source.metadata
+        self.size_bytes = sum(
+            graphs.files[name][1] for name in files_of(graphs.folder, [b[2] for b in bands])
+        )
+        for _, _, graph in bands if resident else bands[:1]:
+            self._engine(graph)
+        self.name = next(iter(self._open.values())).name
+
+    def __repr__(self) -> str:
+        return f"SteppedEngine({self._component!r}, {len(self.bands)} ranges of steps, {self.name})"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._open.values())).device
+
+    def band(self, step: int) -> Engine:
+        """The engine of a step.
+
+        Raises:
+            WanlabError: the expert has no graph for it.
+        """
+        for first, last, graph in self.bands:
+            if first <= step <= last:
+                return self._engine(graph)
+        ranges = ", ".join(f"{first}-{last}" for first, last, _ in self.bands)
+        raise WanlabError(
+            f"plan {self._plan} has no graph of {self._component} for step {step}, only for {ranges}: it does not run"
+            " there with the boundary that the graphs were made for; make them again with wanlab.precision.export_plan"
+        )
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Inside the block it is this step; a generation counts its steps itself.
+
+        Raises:
+            WanlabError: the plan has no such step.
+        """
+        with self.clock.at(step):
+            yield
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the graph of the step that it is now.
+
+        Raises:
+            WanlabError: no generation is under way; as `band` and the engine's own `run`.
+        """
+        if self.clock.step is None:
+            raise WanlabError(
+                f"plan {self._plan} changes with the step, and no generation is under way; call inside"
+                " `with engine.at(step)`"
+            )
+        return self.band(self.clock.step).run(feeds)
+
+    def bind(self, *_: Any, **__: Any) -> Callable[[], None]:
+        """There is no one graph to bind.
+
+        Raises:
+            WanlabError: always.
+        """
+        raise WanlabError(f"{self._component} has a graph for every range of steps; bind engine.band(step)")
+
+    def follow(self, pipeline) -> None:
+        """Let the scheduler of a pipeline, which becomes a copy, tell the steps.
+
+        Raises:
+            WanlabError: it tells them to another plan already.
+        """
+        told = getattr(pipeline.scheduler, "wanlab_clock", None)
+        if told is None:
+            pipeline.scheduler = stepped_scheduler(pipeline.scheduler, self.clock)
+        elif told is not self.clock:
+            raise WanlabError(
+                f"this model's steps are counted for plan {told.plan.name} already; use the engines of one"
+                " load_plan_engines together, on the model as it was loaded"
+            )
+
+    def _engine(self, graph: str) -> Engine:
+        if graph not in self._open:
+            if not self._resident:
+                self._open.clear()
+            self._open[graph] = self._opener(self.path / graph)
+            self.load_ms += self._open[graph].load_ms
+        return self._open[graph]
+
+
+def load_plan_engines(
+    folder: str | os.PathLike | PlanGraphs,
+    provider: str = "auto",
+    *,
+    components: tuple[str, ...] | None = None,
+    resident: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Engines for the graphs of a plan, as `wanlab.engines.use` takes them.
+
+    Args:
+        folder: that `export_plan` wrote.
+        provider: `"cpu"`, `"cuda"` or `"auto"` for ONNX Runtime; `"tensorrt"` for the engines of `build_plan`.
+        components: which; None takes all.
+        resident: keep the graphs of all steps open; False holds one of each expert, and opens the next when its step comes.
+        options: as `wanlab.engines.OrtEngine`, or `TensorRTEngine`, takes them.
+
+    Returns:
+        Component -> engine: of one graph where nothing changes with the step, else a `SteppedEngine`.
+
+    Raises:
+        WanlabError: no graphs, or such as were changed; an unknown provider or component; a TensorRT engine that computes
+            in floats what the plan asked for in codes (`engine_effect_check`); as the engines.
+    """
+    graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
+    if provider not in PROVIDERS:
+        raise WanlabError(
+            f"unknown provider {provider!r}{did_you_mean(provider, PROVIDERS)}; give {', '.join(PROVIDERS)}"
+        )
+    for name in components or ():
+        if name not in graphs.bands:
+            raise WanlabError(
+                f"no graph of {name!r} in {graphs.folder}{did_you_mean(name, graphs.bands)};"
+                f" there is {', '.join(graphs.bands)}"
+            )
+
+    def opener(path: Path) -> Engine:
+        if provider == "tensorrt":
+            engine_effect_check(graphs, path.relative_to(graphs.folder).as_posix())
+            return TensorRTEngine(path.with_suffix(".engine"), **options)
+        return OrtEngine(path, provider=provider, **options)
+
+    clock = None
+    if graphs.changes_with_step:
+        clock = StepClock(graphs.plan, [(0, graphs.plan.num_steps - 1)])
+    engines: dict[str, Any] = {}
+    for name in components or graphs.components:
+        bands = graphs.bands[name]
+        if bands[0][0] is None:
+            engines[name] = opener(graphs.folder / bands[0][2])
+        else:
+            engines[name] = SteppedEngine(name, bands, graphs, clock, opener, resident)
+    return engines

@@ -1,0 +1,440 @@
+"""A plan as ONNX graphs: one per expert and range of steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import pandas as pd
+
+from wanlab import __version__
+from wanlab.core.digests import file_sha256
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export.components import components_of, recipe
+from wanlab.export.export import ExportReport, export_all
+from wanlab.export.graph import file_bytes
+from wanlab.export.trace import BFLOAT16_OPSET, chosen_opset
+from wanlab.export.weights import WeightsFile
+from wanlab.precision.apply import AS_LOADED, asked
+from wanlab.precision.assignment import EXPERTS, Assignment, assign
+from wanlab.precision.calibration import Calibration
+from wanlab.precision.formats import get_format
+from wanlab.precision.linear_nodes import find_sites
+from wanlab.precision.plan import FLOATS, Plan, is_float, load_plan, make_plan
+from wanlab.precision.qdq import quantize
+
+RECORD = "plan.json"
+FORMAT = 1
+AGAIN = "make it with wanlab.precision.export_plan"
+
+
+@dataclass(frozen=True, eq=False)
+class PlanGraphs:
+    """The graphs of a plan on one model.
+
+    Attributes:
+        folder: where they lie, with `plan.json`, their record.
+        plan: that they compute by. model: name of the model.
+        facts: what they were made from: hashes of plan, weights and calibrations by component, settings, version.
+        bands: component -> first step, last step (inclusive; None where nothing changes with the step), graph.
+        formats: graph -> layer -> format that it computes in, floats included.
+        files: every file, weights too, relative to the folder -> SHA-256 and size in bytes.
+        reused: they were there already and still true. reason: why they were made anew; empty where they were not there.
+        time_ms: exporting, rounding, writing and checking, or looking them up.
+    """
+
+    folder: Path
+    plan: Plan
+    model: str
+    facts: dict[str, Any]
+    bands: dict[str, tuple[tuple[int | None, int | None, str], ...]]
+    formats: dict[str, dict[str, str]]
+    files: dict[str, tuple[str, int]]
+    reused: bool = False
+    reason: str = ""
+    time_ms: float = 0.0
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(self.bands)
+
+    @property
+    def changes_with_step(self) -> bool:
+        return any(first is not None for bands in self.bands.values() for first, _, _ in bands)
+
+    def graphs_of(self, component: str) -> tuple[str, ...]:
+        """Graphs of a component, each once, relative to the folder."""
+        return tuple(dict.fromkeys(graph for _, _, graph in self.bands[component]))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per component and range of steps: component, first_step, last_step, graph, formats (how many layers of
+        each), size_bytes (of the graph with the weights that it uses)."""
+        sizes = {graph: file_bytes(self.folder / graph) for graph in self.formats}
+        rows = [
+            {
+                "component": component,
+                "first_step": first,
+                "last_step": last,
+                "graph": graph,
+                "formats": counted(self.formats[graph]),
+                "size_bytes": sizes[graph],
+            }
+            for component, bands in self.bands.items()
+            for first, last, graph in bands
+        ]
+        return pd.DataFrame(rows).astype({"first_step": "Int64", "last_step": "Int64"})
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files, weights that several graphs use once."""
+        return sum(size for _, size in self.files.values())
+
+
+def counted(formats: Mapping[str, str]) -> str:
+    """`"60 int8, 7 bf16"`."""
+    counts: dict[str, int] = {}
+    for name in formats.values():
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def write_record(graphs: PlanGraphs) -> Path:
+    """Write the record, in one step."""
+    path = graphs.folder / RECORD
+    data = {
+        "format": FORMAT,
+        "plan": graphs.plan.to_dict(),
+        "plan_hash": graphs.plan.hash,
+        "model": graphs.model,
+        "facts": graphs.facts,
+        "bands": graphs.bands,
+        "formats": graphs.formats,
+        "files": graphs.files,
+        "time_ms": graphs.time_ms,
+    }
+    draft = path.with_name(f".{RECORD}.{os.getpid()}")
+    draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def read_plan_graphs(folder: str | os.PathLike, *, check: bool = True) -> PlanGraphs:
+    """The graphs in a folder, by their record.
+
+    Args:
+        check: hash every graph, and look at the size of every file.
+
+    Raises:
+        WanlabError: there is no record, it cannot be read, or a file is not what it says.
+    """
+    folder = Path(folder)
+    path = folder / RECORD
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise WanlabError(f"{path} is of another wanlab; {AGAIN}")
+        plan = data["plan"]
+        rules = [dict(rule) for rule in plan.pop("rules", ())]
+        graphs = PlanGraphs(
+            folder,
+            _plan(plan, rules),
+            data["model"],
+            data["facts"],
+            {name: tuple(tuple(band) for band in bands) for name, bands in data["bands"].items()},
+            data["formats"],
+            {name: (sha256, size) for name, (sha256, size) in data["files"].items()},
+            reused=True,
+            time_ms=data["time_ms"],
+        )
+    except FileNotFoundError as error:
+        raise WanlabError(f"no graphs of a plan in {folder}; {AGAIN}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WanlabError(f"{path} cannot be read ({type(error).__name__}); {AGAIN}") from error
+    if check and (wrong := damage(graphs, hashed=graphs.formats)):
+        raise WanlabError(f"the graphs in {folder} are not what their record says: {wrong}; {AGAIN}")
+    return graphs
+
+
+def files_of(folder: Path, graphs: Iterable[str]) -> tuple[str, ...]:
+    """The graphs and the files of weights that they name, relative to the folder, each once."""
+    found: dict[str, None] = {}
+    for graph in graphs:
+        found[graph] = None
+        for tensor in onnx.load(folder / graph, load_external_data=False).graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    found[(Path(graph).parent / entry.value).as_posix()] = None
+    return tuple(found)
+
+
+def damage(graphs: PlanGraphs, *, hashed: Mapping[str, Any] | None = None) -> str:
+    """What is wrong with the files, in a few words; empty when nothing is.
+
+    Args:
+        hashed: files to hash; None hashes all. Of the others the size is looked at.
+    """
+    for name, (sha256, size) in graphs.files.items():
+        path = graphs.folder / name
+        if not path.is_file():
+            return f"{name} is gone"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, it was written with {size:,}"
+        if (hashed is None or name in hashed) and file_sha256(path) != sha256:
+            return f"{name} was changed"
+    return ""
+
+
+def staleness(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first fact that differs, in words; empty when all are the same."""
+    for name, value in now.items():
+        was = before.get(name)
+        if was == value:
+            continue
+        if isinstance(value, dict) and isinstance(was, dict):
+            for part in dict.fromkeys((*value, *was)):
+                if was.get(part) != value.get(part):
+                    return f"{name.replace('_', ' ')}: {part} {_changed(was.get(part), value.get(part))}"
+        return f"{name.replace('_', ' ')} {_changed(was, value)}"
+    return ""
+
+
+def _changed(was: Any, now: Any) -> str:
+    def short(value: Any) -> str:
+        return str(value)[:12] if isinstance(value, str) else str(value)
+
+    return f"was {short(was)}, is {short(now)}"
+
+
+def _plan(fields: dict[str, Any], rules: list[dict[str, Any]]) -> Plan:
+    for rule in rules:
+        if "layers" in rule:
+            rule["layers"] = tuple(rule["layers"])
+    name, default = fields.pop("name"), fields.pop("default")
+    return make_plan(name, default, rules, **fields)
+
+
+SOURCE = "source"  # folder of the graphs as exported
+Band = tuple[int | None, int | None]
+
+
+def export_plan(
+    model,
+    plan: Plan | str | os.PathLike,
+    folder: str | os.PathLike,
+    calibrations: Mapping[str, Calibration] | None = None,
+    *,
+    opset: int | None = None,
+    dynamic: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    progress: bool = True,
+) -> PlanGraphs:
+    """Write the graphs by which the experts of a model compute a plan.
+
+    Every expert is exported in the plan's default dtype. Then, for every range of steps in which nothing changes, the
+    layers become what the plan says: quantised by QuantizeLinear and DequantizeLinear, in another float between two
+    Casts, or left as they are. The graphs are typed: an engine computes in the types that they name. Ranges with the same
+    formats share a graph, graphs of one expert share a file of weights, and ranges in which an expert never runs get
+    none. What a plan leaves alone altogether is the exported graph itself.
+
+    Beside them `plan.json` says what they were made from and holds a hash of every file: while both are true, they are
+    reused; otherwise they are made anew, and `reason` says why.
+
+    Args:
+        model: from `wanlab.models.load`, the experts eager.
+        plan: or a preset's name, or a file.
+        folder: is made.
+        calibrations: component -> ranges of its layers' inputs, which formats that round inputs need.
+        opset: 17 to 24; None takes the oldest that suits, of 20, 21 (4-bit weights) and 23 (bfloat16).
+        dynamic: let batch and sizes vary; fixed sizes export several times faster, at batch 1.
+        height, width, frames: of the clip, in pixels; None takes the model's defaults.
+        progress: show bars.
+
+    Raises:
+        WanlabError: a plan that does not fit the model; no calibration, or one without a layer; as `export` and
+            `quantize`.
+    """
+    begin = time.perf_counter()
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    folder, calibrations = Path(folder), dict(calibrations or {})
+    experts = {name: recipe(model, name).network for name in components_of(model) if name in EXPERTS}
+    assignment = assign(plan, experts)
+    _check_calibrations(assignment, calibrations)
+    settings = {
+        "opset": opset or _opset(assignment),
+        "dynamic": dynamic,
+        "height": height,
+        "width": width,
+        "frames": frames,
+    }
+    sources = export_all(
+        model,
+        folder / SOURCE,
+        assignment.components,
+        dtype=FLOATS[assignment.default],
+        progress=progress,
+        **settings,
+    )
+    facts = {
+        "plan": plan.hash,
+        "sources": {report.component: report.key for report in sources},
+        "calibrations": {name: calibrations[name].key for name in sorted(calibrations)},
+        "settings": settings | {"default": assignment.default},
+        "steps": {name: sorted(steps) for name, steps in _steps(model, plan).items()},
+        "wanlab": {"version": _version()},
+    }
+    kept, reason = _kept(folder, facts)
+    if kept is not None:
+        return _timed(kept, begin, reused=True)
+    steps = _steps(model, plan)
+    bands: dict[str, tuple[tuple[int | None, int | None, str], ...]] = {}
+    formats: dict[str, dict[str, str]] = {}
+    for report in sources:
+        name = report.component
+        made = _component(assignment, folder, report, calibrations.get(name), steps.get(name), progress)
+        bands[name] = made[0]
+        formats |= made[1]
+    graphs = PlanGraphs(
+        folder,
+        plan,
+        getattr(model.spec, "name", ""),
+        facts,
+        bands,
+        formats,
+        _files(folder, formats),
+        reason=reason,
+    )
+    graphs = _timed(graphs, begin, reused=False)
+    write_record(graphs)
+    return graphs
+
+
+def _component(
+    assignment: Assignment,
+    folder: Path,
+    report: ExportReport,
+    calibration: Calibration | None,
+    running: set[int] | None,
+    progress: bool,
+) -> tuple[tuple[tuple[int | None, int | None, str], ...], dict[str, dict[str, str]]]:
+    """Graphs of one component: by range of steps, and what each computes in."""
+    name = report.component
+    own = {layer: _short(sites[0]) for layer, sites in find_sites(onnx_ir.load(report.path).graph).items()}
+    wanted = {
+        band: _wanted(assignment, name, band[0], own)
+        for band in assignment.bands(name)
+        if running is None or band[0] is None or running & set(range(band[0], band[1] + 1))
+    }
+    distinct = list({tuple(formats.items()): formats for formats in wanted.values()}.values())
+    shared = WeightsFile(folder / f"{name}.weights", report.key) if len(distinct) > 1 else None
+    names: dict[tuple, str] = {}
+    for formats in distinct:
+        first = next(band for band, found in wanted.items() if found == formats)
+        changed = {layer: format for layer, format in formats.items() if format != own.get(layer)}
+        if not changed:
+            names[tuple(formats.items())] = f"{SOURCE}/{Path(report.path).name}"
+            continue
+        graph = f"{name}.onnx" if len(distinct) == 1 else f"{name}.{first[0]}-{first[1]}.onnx"
+        quantize(
+            report.path,
+            folder / graph,
+            layers=changed,
+            calibration=calibration,
+            external_data=True if shared else None,
+            weights=shared,
+            progress=progress,
+        )
+        names[tuple(formats.items())] = graph
+    bands = tuple((*band, names[tuple(formats.items())]) for band, formats in wanted.items())
+    return bands, {names[tuple(formats.items())]: formats for formats in distinct}
+
+
+def _wanted(assignment: Assignment, component: str, step: int | None, own: dict[str, str]) -> dict[str, str]:
+    """Layer -> format at a step; a layer that no rule names computes as it was exported."""
+    rows = asked(assignment, component)
+    if step is not None:
+        rows = rows[rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))]
+    wanted = dict(zip(rows["layer"], rows["wanted"], strict=True))
+    for layer in wanted:
+        if layer not in own:
+            raise WanlabError(
+                f"the exported {component} does not compute {layer} as one product; leave it out of the plan"
+            )
+    return {layer: own[layer] if format == AS_LOADED else format for layer, format in wanted.items()}
+
+
+def _short(site) -> str:
+    """`"bf16"` for what a site computes in."""
+    name = str(site.dtype).removeprefix("torch.")
+    return next((short for short, long in FLOATS.items() if long == name), name)
+
+
+def _check_calibrations(assignment: Assignment, calibrations: Mapping[str, Calibration]) -> None:
+    for name, given in calibrations.items():
+        if name not in assignment.components:
+            raise WanlabError(
+                f"a calibration is given for {name!r}{did_you_mean(name, assignment.components)};"
+                f" planned are {', '.join(assignment.components)}"
+            )
+        if not hasattr(given, "key"):
+            raise WanlabError(f"the calibration of {name} is none of wanlab.precision.calibrate; give that")
+    for row in assignment.frame.itertuples():
+        rounds = not is_float(row.format) and get_format(row.format).activation is not None
+        if rounds and row.layer not in getattr(calibrations.get(row.component), "amax", ()):
+            raise WanlabError(
+                f"{row.layer} of {row.component} is {row.format}, which needs the range of its input; give"
+                f" calibrations={{{row.component!r}: ...}} from wanlab.precision.calibrate(..., layers='*')"
+            )
+
+
+def _opset(assignment: Assignment) -> int:
+    used = set(assignment.frame["format"])
+    found = chosen_opset(None, f"torch.{FLOATS[assignment.default]}")
+    needed = [get_format(name).opset for name in used if not is_float(name)]
+    convolution = (assignment.frame["kind"] != "Linear") & (assignment.frame["format"] == "bf16")
+    return max([found, *needed, BFLOAT16_OPSET if convolution.any() else 0])
+
+
+def _steps(model, plan: Plan) -> dict[str, set[int]]:
+    """Component -> the steps that it runs in a generation of the plan's; empty where steps do not matter."""
+    if plan.num_steps is None or not hasattr(model, "schedule"):
+        return {}
+    table = model.schedule(plan.num_steps)
+    return {name: set(rows["step"].astype(int)) for name, rows in table.groupby("component")}
+
+
+def _kept(folder: Path, facts: dict[str, Any]) -> tuple[PlanGraphs | None, str]:
+    """The graphs that are there, if still true; else what is not."""
+    try:
+        there = read_plan_graphs(folder, check=False)
+    except WanlabError as error:
+        return None, "" if "no graphs of a plan" in str(error) else "the record cannot be read"
+    reason = staleness(there.facts, facts) or damage(there)
+    if not reason:
+        return there, ""
+    for name in there.files:  # of an older plan; what was exported is looked after by the export
+        if not name.startswith(f"{SOURCE}/"):
+            (folder / name).unlink(missing_ok=True)
+    return None, reason
+
+
+def _files(folder: Path, graphs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Every file that the graphs need -> hash and size."""
+    names = files_of(folder, list(graphs))
+    return {name: (file_sha256(folder / name), (folder / name).stat().st_size) for name in names}
+
+
+def _timed(graphs: PlanGraphs, begin: float, *, reused: bool) -> PlanGraphs:
+    return replace(graphs, reused=reused, time_ms=(time.perf_counter() - begin) * 1e3)
+
+
+def _version() -> str:
+    return __version__

@@ -1,1 +1,0 @@
-"""Precision as data: rules, files, presets, and what they come to on a model."""

@@ -1,0 +1,635 @@
+"""Explicit Q/DQ graphs: stored weight codes, rounded inputs, mixed floats, and their verification."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import pandas as pd
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+
+from wanlab import __version__
+from wanlab.core.errors import WanlabError
+from wanlab.export.export import read_report
+from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes
+from wanlab.export.weights import WeightsFile
+from wanlab.precision.assignment import choose_layers, layer_set_key, natural
+from wanlab.precision.calibration import Calibration
+from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.linear_nodes import (
+    OPERATORS,
+    Rewriter,
+    Site,
+    common_module,
+    find_sites,
+    raise_opset,
+    sites_of,
+)
+from wanlab.precision.plan import FLOATS, is_float
+
+
+def chosen_formats(
+    found: Iterable[str],
+    layers: str | Sequence[str] | Mapping[str, str | Format] | None,
+    format: str | Format | None,
+    exclude: str | Sequence[str] = (),
+) -> dict[str, Format | str]:
+    """Layer -> format, or the name of a float, for the layers asked for, in the order of their names.
+
+    Args:
+        found: layers that there are.
+        layers, format, exclude: as in `wanlab.precision.quantize`.
+
+    Raises:
+        WanlabError: no format or too many, an unknown one, or patterns that match nothing or leave nothing.
+    """
+    found = list(found)
+    if not isinstance(layers, Mapping):
+        if format is None:
+            raise WanlabError("which format? give format=, or layers= as a mapping from layer to format")
+        include = [layers] if layers is None or isinstance(layers, str) else list(layers)
+        return dict.fromkeys(_chosen(found, include, exclude), _wanted(format))
+    if format is not None:
+        raise WanlabError("layers gives a format to each layer already; leave format out")
+    by_name: dict[str, Format | str] = {}
+    for pattern, name in layers.items():
+        by_name |= dict.fromkeys(_chosen(found, [pattern]), _wanted(name))
+    return {layer: by_name[layer] for layer in _chosen(found, list(layers), exclude)}
+
+
+def is_norm(layer: str) -> bool:
+    """Whether a layer is a norm, which graphs of the VAE write as a convolution."""
+    return layer.rpartition(".")[2].startswith("norm")
+
+
+def _wanted(format: str | Format) -> Format | str:
+    return format if isinstance(format, str) and is_float(format) else get_format(format)
+
+
+def _chosen(
+    found: Sequence[str], include: Sequence[str | None], exclude: str | Sequence[str] = ()
+) -> tuple[str, ...]:
+    """As `choose_layers`, but norms are taken only by patterns that speak of norms; None is its default."""
+    plain = [layer for layer in found if not is_norm(layer)]
+    taken = {
+        layer
+        for pattern in include
+        for layer in choose_layers(found if pattern and "norm" in pattern else plain, pattern)
+    }
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        taken -= set(choose_layers(found, pattern))
+    if not taken:
+        raise WanlabError("no layer is left; give patterns that include more or exclude less")
+    return tuple(sorted(taken, key=natural))
+
+
+BFLOAT16_CONV_OPSET = 22
+"""The first whose Conv takes bfloat16."""
+
+
+def islands_among(sites: Mapping[str, Sequence[Site]], floats: Mapping[str, str]) -> dict[str, str]:
+    """The layers of `floats` (layer -> `"fp32"`, `"fp16"` or `"bf16"`) that compute in another float now."""
+    return {
+        layer: name
+        for layer, name in floats.items()
+        if any(site.dtype != float_dtype(name) for site in sites[layer])
+    }
+
+
+def needed_opset(sites: Mapping[str, Sequence[Site]], islands: Mapping[str, str]) -> int:
+    """The first opset whose operators take these layers in these floats."""
+    narrow = any(
+        site.node.op_type == "Conv"
+        for layer, name in islands.items()
+        if name == "bf16"
+        for site in sites[layer]
+    )
+    return BFLOAT16_CONV_OPSET if narrow else 13
+
+
+def compute_in(rewriter: Rewriter, sites: Mapping[str, Sequence[Site]], islands: Mapping[str, str]) -> None:
+    """Let layers compute in the floats given: weight and bias in that dtype, input and output cast.
+
+    Layers that read one tensor in one float share the Cast.
+    """
+    groups: dict[tuple[int, str], list[Site]] = {}
+    for layer, name in islands.items():
+        for site in sites[layer]:
+            groups.setdefault((id(site.activation), name), []).append(site)
+    order = {id(node): index for index, node in enumerate(rewriter.graph)}
+    weights: dict[tuple[str, str], onnx_ir.Value] = {}
+    for (_, name), group in groups.items():
+        group.sort(key=lambda site: order[id(site.node)])
+        kind = float_dtype(name)
+        module = common_module([site.layer for site in group])
+        source = group[0].activation
+        given = _cast(rewriter, source, kind, f"{module}/input_cast", f"{source.name}.{name}", group[0].node)
+        for site in group:
+            _narrow(rewriter, site, kind, name, given, weights)
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """`"bf16"` as PyTorch knows it."""
+    return getattr(torch, FLOATS[name])
+
+
+def _narrow(rewriter: Rewriter, site: Site, kind, name: str, given, weights) -> None:
+    around, node = site.dtype, site.node
+    key = (site.stored.name, name)
+    if key not in weights:
+        weights[key] = _weight(rewriter, site, kind, name)
+    rewriter.weight_bytes[site.layer] = weights[key].const_value.nbytes
+    bias_node, index = _bias_of(site)
+    node.replace_input_with(0, given)
+    node.replace_input_with(1, weights[key])
+    rewriter.replaced(site.stored)
+    if bias_node is not None:
+        bias = bias_node.inputs[index]
+        bias_node.replace_input_with(index, _bias(rewriter, bias, kind, name))
+        rewriter.replaced(bias)
+    last = bias_node or node
+    for changed in dict.fromkeys((node, last)):
+        changed.outputs[0].type = onnx_ir.TensorType(_onnx_type(kind))
+    _cast_back(rewriter, last, around, f"{site.layer}/output_cast")
+
+
+def _weight(rewriter: Rewriter, site: Site, kind, name: str) -> onnx_ir.Value:
+    """The weight in another float, cast when it is written."""
+    called = f"{site.stored.name}.{name}"
+
+    def read():
+        value = site.weight()
+        return TorchTensor((value.t() if site.transposed else value).to(kind).contiguous(), name=called)
+
+    shape = onnx_ir.Shape(site.shape[::-1] if site.transposed else site.shape)
+    return rewriter.initializer(onnx_ir.LazyTensor(read, _onnx_type(kind), shape, name=called))
+
+
+def _bias(rewriter: Rewriter, bias: onnx_ir.Value, kind, name: str) -> onnx_ir.Value:
+    values = torch.from_numpy(np.array(bias.const_value.numpy(), dtype=np.float32)).to(kind)
+    return rewriter.initializer(TorchTensor(values, name=f"{bias.name}.{name}"))
+
+
+def _bias_of(site: Site) -> tuple[onnx_ir.Node | None, int]:
+    """The node that adds a layer's bias, and which of its inputs that is; (None, 0) without one."""
+    node = site.node
+    if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is not None:
+        return node, 2
+    uses = list(node.outputs[0].uses())
+    if node.op_type != "MatMul" or len(uses) != 1:
+        return None, 0
+    add = uses[0].node
+    if add.op_type != "Add" or (add.name or "").partition("/")[0] != site.layer:
+        return None, 0
+    other = 1 - uses[0].idx
+    return (add, other) if add.inputs[other].const_value is not None else (None, 0)
+
+
+def _cast_back(rewriter: Rewriter, last: onnx_ir.Node, kind, name: str) -> None:
+    value = last.outputs[0]
+    after = onnx_ir.node("Cast", [value], {"to": int(_onnx_type(kind))}, name=rewriter.name(name))
+    rewriter.finish(after, f"{value.name}.back", kind, value.shape)
+    made = after.outputs[0]
+    for use in list(value.uses()):
+        if use.node is not after:
+            use.node.replace_input_with(use.idx, made)
+    if value.is_graph_output():  # which keeps its name
+        outputs = rewriter.graph.outputs
+        outputs[[output is value for output in outputs].index(True)] = made
+        value.name, made.name = f"{value.name}.{_onnx_type(kind).name.lower()}", value.name
+    rewriter.graph.insert_after(last, after)
+
+
+def _cast(rewriter: Rewriter, value: onnx_ir.Value, kind, name: str, called: str, before: onnx_ir.Node):
+    node = onnx_ir.node("Cast", [value], {"to": int(_onnx_type(kind))}, name=rewriter.name(name))
+    rewriter.finish(node, called, kind, value.shape)
+    rewriter.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _onnx_type(kind: torch.dtype) -> onnx_ir.DataType:
+    return from_torch_dtype(kind)
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer of a quantised graph.
+
+    Attributes:
+        layer: module path.
+        format: name of its format.
+        nodes: of the graph that compute it.
+        activation_amax: largest magnitude that its input's codes reach; None where the input is not quantised.
+        activation_scale: of its input, as stored. shared_with: layers that read the same codes.
+        weight_bytes: of codes and scales. weight_before_bytes: in the graph that was read.
+    """
+
+    layer: str
+    format: str
+    nodes: int
+    activation_amax: float | None
+    activation_scale: float | None
+    shared_with: tuple[str, ...]
+    weight_bytes: int
+    weight_before_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizedReport:
+    """What came of quantising a graph; read back from the written file.
+
+    Attributes:
+        path, source: the graph written and the graph read.
+        model, component: as the source's metadata says; empty where it does not.
+        key: hash of source, formats by layer, scales and package version.
+        layers: every layer that was asked for.
+        quantized: format -> layers of it found in the written file with weight and input as asked.
+        layer_set: hash of the set of layers. calibration: key of the calibration; empty without.
+        opset_before, opset: of source and result.
+        dtype: that the graph computes in outside the codes.
+        size_before_bytes, size_bytes: of source and result, weights included.
+        weights_file: file of the weights beside the graph; empty when they are in it.
+        time_ms: reading, rounding, writing and checking.
+    """
+
+    path: str
+    source: str
+    model: str
+    component: str
+    key: str
+    layers: tuple[QuantizedLayer, ...]
+    quantized: dict[str, int]
+    layer_set: str
+    calibration: str
+    opset_before: int
+    opset: int
+    dtype: str
+    size_before_bytes: int
+    size_bytes: int
+    weights_file: str
+    time_ms: float
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """Format -> layers asked for."""
+        return dict(Counter(layer.format for layer in self.layers))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer, columns as in `QuantizedLayer`."""
+        return pd.DataFrame([asdict(layer) for layer in self.layers])
+
+    def row(self) -> dict[str, object]:
+        """One flat row of a table."""
+        return {
+            "component": self.component,
+            "formats": ", ".join(f"{count} {name}" for name, count in self.quantized.items()),
+            "dtype": self.dtype,
+            "opset": self.opset,
+            "size_before_bytes": self.size_before_bytes,
+            "size_bytes": self.size_bytes,
+            "calibration": self.calibration[:12],
+            "time_ms": self.time_ms,
+        }
+
+    def write(self) -> Path:
+        """Keep the report beside its file, in one step."""
+        path = Path(self.path).with_suffix(".json")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+def read_quantized_report(path: str | os.PathLike) -> QuantizedReport | None:
+    """The report beside a quantised ONNX file; None when there is none that can be read."""
+    try:
+        data = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
+        data["layers"] = tuple(
+            QuantizedLayer(**layer | {"shared_with": tuple(layer["shared_with"])}) for layer in data["layers"]
+        )
+        return QuantizedReport(**data)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def verify(
+    path: Path, asked: Mapping[str, Format], islands: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Read a graph back, without its weights, and count the layers of each format.
+
+    Args:
+        islands: layers that compute in another float, by its name in plans.
+
+    Raises:
+        WanlabError: a layer is missing, or its weight or input is not quantised, or cast, as asked.
+    """
+    islands = islands or {}
+    model = onnx.load(path, load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    counts: Counter[str] = Counter()
+    seen = set()
+    for node in model.graph.node:
+        layer = node.name.partition("/")[0]
+        if node.op_type not in OPERATORS or (layer not in asked and layer not in islands):
+            continue
+        if layer in islands:
+            wanted_float = islands[layer]
+            _compare(path, layer, "weight", _KINDS.get(kinds.get(node.input[1], 0), ""), wanted_float)
+            _compare(path, layer, "input", _cast_kind(makers.get(node.input[0])), wanted_float)
+            if layer not in seen:
+                counts[wanted_float] += 1
+            seen.add(layer)
+            continue
+        wanted = asked[layer]
+        weight = _weight_kind(makers.get(node.input[1]), kinds)
+        taken = _input_kind(makers.get(node.input[0]), makers, kinds)
+        _compare(path, layer, "weight", weight, wanted.weight.kind)
+        _compare(path, layer, "input", taken, wanted.activation.kind if wanted.activation else "")
+        if layer not in seen:
+            counts[wanted.name] += 1
+        seen.add(layer)
+    missing = [layer for layer in (*asked, *islands) if layer not in seen]
+    if missing:
+        raise WanlabError(f"{path.name} was written without {missing[0]}; this is a mistake of wanlab")
+    return dict(counts)
+
+
+def _weight_kind(maker, kinds: dict[str, int]) -> str:
+    if maker is None or maker.op_type != "DequantizeLinear":
+        return ""
+    return _KINDS.get(kinds.get(maker.input[0], 0), "")
+
+
+def _input_kind(maker, makers, kinds: dict[str, int]) -> str:
+    if maker is None or maker.op_type != "DequantizeLinear":
+        return ""
+    before = makers.get(maker.input[0])
+    if before is None or before.op_type != "QuantizeLinear" or before.input[1] != maker.input[1]:
+        return ""
+    return _KINDS.get(kinds.get(before.input[2], 0), "")
+
+
+def _cast_kind(maker) -> str:
+    if maker is None or maker.op_type != "Cast":
+        return ""
+    return _KINDS.get(next(attribute.i for attribute in maker.attribute if attribute.name == "to"), "")
+
+
+def _compare(path: Path, layer: str, what: str, got: str, wanted: str) -> None:
+    if got != wanted:
+        raise WanlabError(
+            f"{path.name}: the {what} of {layer} came out as {got or 'not quantised'}, asked was"
+            f" {wanted or 'not quantised'}; this is a mistake of wanlab"
+        )
+
+
+_KINDS = {3: "int8", 22: "int4", 17: "fp8", 1: "fp32", 10: "fp16", 16: "bf16"}  # onnx.TensorProto data types
+
+
+IR_VERSION = 10  # the first that knows INT4
+
+
+def quantize(
+    onnx_path: str | os.PathLike,
+    out_path: str | os.PathLike,
+    *,
+    layers: str | Sequence[str] | Mapping[str, str | Format] | None = None,
+    format: str | Format | None = None,
+    exclude: str | Sequence[str] = (),
+    calibration: Calibration | None = None,
+    external_data: bool | None = None,
+    weights: WeightsFile | None = None,
+    progress: bool = True,
+) -> QuantizedReport:
+    """Write a graph whose chosen layers compute in a number format, said by QuantizeLinear and DequantizeLinear.
+
+    Weights become codes and scales, taken from the weights in the graph. Inputs of layers whose format has an
+    activation are rounded to codes of the calibration's range; layers that read one tensor in one format share the
+    codes, with the largest of their ranges. A layer of another float computes in it between two Casts, with weight and
+    bias in that dtype. All other biases, and everything else, stay as they are. Weights are read, rounded
+    and written one at a time, so a graph of any size needs room for its largest. The file is checked by
+    onnx.checker and read back: a layer that did not come out as asked is an error.
+
+    Args:
+        onnx_path: from `wanlab.export.export`, in float32, float16 or bfloat16.
+        out_path: the `.onnx` file to write; its folder is made. A report lies beside it as `.json`.
+        layers: patterns as in `choose_layers`, None for its default; or pattern -> format, for a mixture, where
+            later patterns win and `"fp32"`, `"fp16"` and `"bf16"` are formats too. Norms that are written as
+            convolutions, as in the VAE, are taken by patterns with `norm` in them only.
+        format: of all the layers that `layers` chooses: a name of `FORMATS`, a `Format`, or a float.
+        exclude: patterns of layers to leave as they are.
+        calibration: ranges of the layers' inputs; of the same component. Needed by formats with an activation.
+        external_data: weights in a file of their own; None does so above 1.5 GiB.
+        weights: the file that they go to then, in the folder of `out_path`; other graphs made from the same source may
+            use it too. None takes one for this graph alone.
+        progress: show a bar while weights are written.
+
+    Raises:
+        WanlabError: a layer that is not in the graph, no calibration for a layer or one of another component, blocks
+            that do not fill a layer, an opset that cannot be raised, or a graph that onnx.checker refuses.
+    """
+    begin = time.perf_counter()
+    source, path = Path(onnx_path), Path(out_path)
+    if not source.is_file():
+        raise WanlabError(f"no ONNX file at {source}; make it with wanlab.export.export")
+    if path.suffix != ".onnx" or path.resolve() == source.resolve():
+        raise WanlabError(f"{path} is no other .onnx file than the one read; give a name of its own")
+    model = onnx_ir.load(source)
+    metadata = dict(model.metadata_props)
+    if "wanlab_quantized" in metadata:
+        raise WanlabError(f"{source.name} is quantised already; start from the file that was exported")
+    found = find_sites(model.graph)
+    wanted_of = chosen_formats(found, layers, format, exclude)
+    asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, Format)}
+    floats = {layer: name for layer, name in wanted_of.items() if layer not in asked}
+    calibration = _needed(calibration, asked, metadata, source.name)
+    sites = sites_of(found, wanted_of, source.name)
+    islands = islands_among(sites, floats)
+    if not asked and not islands:
+        raise WanlabError(
+            f"{source.name} computes these layers in these floats already; nothing is to be written"
+        )
+    named = {layer: asked[layer].name if layer in asked else islands[layer] for layer in (*asked, *islands)}
+    for layer, wanted in asked.items():
+        check_blocks(sites[layer][0].shape, wanted.weight, layer)
+    # Read here, as rewriting replaces the weights.
+    before_bytes = {layer: sites[layer][0].stored.const_value.nbytes for layer in named}
+    dtypes = Counter(str(site.dtype).removeprefix("torch.") for all_ in sites.values() for site in all_)
+
+    opset_before = model.opset_imports[""]
+    # Scales of other types than float32 came with opset 19.
+    needed = max(
+        19 if asked and set(dtypes) != {"float32"} else 0,
+        needed_opset(sites, islands),
+        *(wanted.opset for wanted in asked.values()),
+    )
+    if opset_before < needed:
+        model = raise_opset(model, needed, source.name)
+        sites = sites_of(find_sites(model.graph), named, source.name)
+    rewriter = Rewriter(model.graph, model.opset_imports[""])
+    for layer, wanted in asked.items():
+        for site in sites[layer]:
+            rewriter.weight(site, wanted.weight)
+    inputs = [(site, asked[layer].activation) for layer in asked for site in sites[layer]]
+    amax = calibration.amax if calibration is not None else {}
+    scales = rewriter.activations([(site, numbers) for site, numbers in inputs if numbers], amax)
+    compute_in(rewriter, sites, islands)
+    rewriter.clear()
+
+    model.ir_version = max(model.ir_version or 0, IR_VERSION)
+    key = _key(source, asked, islands, scales, calibration)
+    model.metadata_props.update(
+        {
+            "wanlab_format": json.dumps(dict(Counter(named.values()))),
+            "wanlab_layers": layer_set_key(named),
+            "wanlab_calibration": calibration.key if calibration is not None else "",
+            "wanlab_quantized": key,
+        }
+    )
+    weights_file = _write(model, path, key, external_data, weights, progress)
+    quantized = verify(path, asked, islands)
+    report = QuantizedReport(
+        path=str(path),
+        source=str(source),
+        model=metadata.get("model", ""),
+        component=metadata.get("component", ""),
+        key=key,
+        layers=tuple(
+            _layer(layer, name, sites[layer], scales.get(layer), rewriter, before_bytes[layer])
+            for layer, name in named.items()
+        ),
+        quantized=quantized,
+        layer_set=layer_set_key(named),
+        calibration=calibration.key if calibration is not None else "",
+        opset_before=opset_before,
+        opset=model.opset_imports[""],
+        dtype=dtypes.most_common(1)[0][0],
+        size_before_bytes=file_bytes(source),
+        size_bytes=file_bytes(path),
+        weights_file=weights_file,
+        time_ms=(time.perf_counter() - begin) * 1e3,
+    )
+    report.write()
+    return report
+
+
+def _layer(layer, name, sites, scale, rewriter, before_bytes: int) -> QuantizedLayer:
+    return QuantizedLayer(
+        layer=layer,
+        format=name,
+        nodes=len(sites),
+        activation_amax=scale.amax if scale else None,
+        activation_scale=scale.scale if scale else None,
+        shared_with=scale.shared_with if scale else (),
+        weight_bytes=rewriter.weight_bytes[layer],
+        weight_before_bytes=before_bytes,
+    )
+
+
+def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibration | None:
+    """The calibration, checked; None when no layer's input is rounded."""
+    wanting = [layer for layer, wanted in asked.items() if wanted.activation is not None]
+    if not wanting:
+        return None
+    if calibration is None:
+        raise WanlabError(
+            f"{asked[wanting[0]].name} rounds inputs and needs their ranges; give calibration= from"
+            " wanlab.precision.calibrate, or a weight-only format"
+        )
+    for what in ("model", "component"):
+        here, there = metadata.get(what), getattr(calibration, what)
+        if here and there != here:
+            raise WanlabError(
+                f"the calibration is of {what} {there}, {name} of {here}; give the one of {here}"
+            )
+    missing = [layer for layer in wanting if layer not in calibration.amax]
+    if missing:
+        raise WanlabError(
+            f"the calibration has no range for {missing[0]}"
+            f"{f' and {len(missing) - 1} more layers' if len(missing) > 1 else ''};"
+            " calibrate with these layers, or exclude them"
+        )
+    return calibration
+
+
+def _key(source: Path, asked: dict[str, Format], islands: dict[str, str], scales, calibration) -> str:
+    with open(source, "rb") as file:
+        graph = hashlib.file_digest(file, "sha256").hexdigest()
+    exported = read_report(source)
+    facts: dict[str, Any] = {
+        "graph": graph,
+        "weights": exported.key if exported is not None else "",
+        "formats": {layer: wanted.to_dict() for layer, wanted in asked.items()},
+        "islands": islands,
+        "scales": {layer: entry.scale for layer, entry in scales.items()},
+        "calibration": calibration.key if calibration is not None else "",
+        "wanlab": __version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class _Stored:
+    """An initializer, as a `WeightsFile` takes it."""
+
+    def __init__(self, tensor: onnx_ir.TensorProtocol) -> None:
+        self.tensor = tensor
+        self.shape = list(tensor.shape.numpy())
+
+    def lazy(self, name: str) -> onnx_ir.LazyTensor:
+        return onnx_ir.LazyTensor(lambda: self.tensor, self.tensor.dtype, self.tensor.shape, name=name)
+
+
+def _write(
+    model, path: Path, key: str, external_data: bool | None, shared: WeightsFile | None, progress: bool
+) -> str:
+    """Write graph and weights; the graph appears under `path` when it is whole. Returns the weights' file."""
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    large = {name: tensor for name, tensor in held.items() if tensor.nbytes >= 1024}
+    size = sum(tensor.nbytes for tensor in large.values())
+    external = size > EXTERNAL_ABOVE_BYTES if external_data is None else external_data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = shared or WeightsFile(path.with_name(f"{path.stem}.weights"), key)
+    manifest = weights.path.with_name(f"{weights.path.name}.json")
+    for tensor in held.values():
+        if (
+            isinstance(tensor, onnx_ir.ExternalTensor)
+            and Path(tensor.path).resolve() == weights.path.resolve()
+        ):
+            raise WanlabError(
+                f"{weights.path} holds the weights that are read; give {path.name} another name"
+            )
+    if shared is None:
+        manifest.unlink(missing_ok=True)  # no tensor of an earlier file is kept
+    if external:
+        weights.add({name: _Stored(tensor) for name, tensor in large.items()}, progress=progress)
+        weights.refer(model.graph)
+    elif shared is None:
+        weights.path.unlink(missing_ok=True)
+    for name, tensor in held.items():
+        # What stays in the graph may lie in the source's file, which is not found from another folder.
+        if isinstance(tensor, onnx_ir.ExternalTensor) and not (external and name in large):
+            copy = np.array(tensor.numpy())
+            model.graph.initializers[name].const_value = onnx_ir.Tensor(copy, dtype=tensor.dtype, name=name)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
+    try:
+        onnx.save(onnx_ir.to_proto(model), draft)
+        try:
+            onnx.checker.check_model(str(draft), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise WanlabError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return weights.path.name if external else ""

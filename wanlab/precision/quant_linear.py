@@ -1,0 +1,306 @@
+"""Quantized linear layers for PyTorch, and fake quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.precision.formats import Format, Numbers, check_blocks, decode_weight, encode_weight, get_format
+
+
+def fake_quantize(values: torch.Tensor, scale: torch.Tensor, numbers: Numbers) -> torch.Tensor:
+    """`values` rounded to codes and back, in their own dtype; `scale` broadcasts against them."""
+    return numbers.decode(numbers.encode(values, scale), scale, values.dtype)
+
+
+@contextmanager
+def fake_quantized(
+    network: torch.nn.Module,
+    formats: Mapping[str, str | Format],
+    amax: Mapping[str, float] | None = None,
+) -> Iterator[torch.nn.Module]:
+    """Inside the block layers of a network compute with rounded weights and inputs, as `quantize` would have it.
+
+    The originals of the weights stay in memory and come back at the end.
+
+    Args:
+        network: eager; its own dtype is that of the scales.
+        formats: layer -> format.
+        amax: layer -> largest magnitude of its input's codes, e.g. `Calibration.amax`.
+
+    Raises:
+        WanlabError: an unknown layer or format, a missing range, or blocks that do not fill a layer.
+    """
+    modules = dict(network.named_modules())
+    plan = {layer: get_format(name) for layer, name in formats.items()}
+    for layer, wanted in plan.items():
+        if not hasattr(modules.get(layer), "weight"):
+            raise WanlabError(f"the network has no layer {layer!r}{did_you_mean(layer, modules)}")
+        if wanted.activation is not None and layer not in (amax or {}):
+            raise WanlabError(
+                f"no range for the input of {layer}; give amax= from a calibration of this layer"
+            )
+        check_blocks(tuple(modules[layer].weight.shape), wanted.weight, layer)
+    originals, handles = {}, []
+    try:
+        for layer, wanted in plan.items():
+            module = modules[layer]
+            originals[layer] = module.weight.data
+            codes, scale = encode_weight(module.weight.data, wanted.weight, module.weight.dtype)
+            module.weight.data = decode_weight(codes, scale, wanted.weight, module.weight.dtype)
+            if wanted.activation is not None:
+                range_ = torch.tensor(amax[layer], device=module.weight.device)
+                step = wanted.activation.scale(range_, module.weight.dtype)
+                handles.append(module.register_forward_pre_hook(_rounding(step, wanted.activation)))
+        yield network
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, weight in originals.items():
+            modules[layer].weight.data = weight
+
+
+def _rounding(scale: torch.Tensor, numbers: Numbers):
+    def rounded(module, args):
+        return (fake_quantize(args[0], scale, numbers), *args[1:])
+
+    return rounded
+
+
+SCALED, INTEGER, DECODED, SIMULATED, CAST = "scaled_mm", "int_mm", "decoded", "simulated", "cast"
+"""How a layer computes: `torch._scaled_mm`, `torch._int_mm`, weight decoded at use and a float product, the same with the
+input rounded to its codes and back, or another float between two casts."""
+
+# Hopper then sums 8-bit floats in fewer than float32's bits, in less time: what inference commonly takes.
+FAST_ACCUMULATION = True
+FEWEST_ROWS = 17  # that torch._int_mm takes on a GPU
+
+
+class PlannedLinear(torch.nn.Module):
+    """A linear layer in one of the formats of `wanlab.precision.formats`.
+
+    The weight is nowhere but in `codes` and `scale`, so what is held is what is paid for. The bias is the original's own.
+
+    Attributes:
+        format: name of the format. kernel: `SCALED`, `INTEGER`, `DECODED` or `SIMULATED`.
+        dtype: of the layer it stands for: of its output, its scales, and of the product where nothing multiplies codes.
+        codes: buffer `[outputs, inputs]`, float8_e4m3fn or int8; uint8 `[outputs, inputs / 2]` of two 4-bit codes each.
+        scale: buffer, `[]`, `[outputs]` or `[outputs, inputs / block]`.
+        input_scale: buffer `[]` from a calibration; None scales every input by itself: per tensor, or per token (a row of
+            the input) in fp8-channel.
+    """
+
+    def __init__(
+        self, layer: torch.nn.Module, format: Format, *, kernel: str, amax: float | None = None
+    ) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        check_blocks(tuple(weight.shape), format.weight)
+        codes, scale = encode_weight(weight, format.weight, weight.dtype)
+        self.format, self.kernel, self.dtype = format.name, kernel, weight.dtype
+        self.numbers, self.activation = format.weight, format.activation
+        self.per_token = format.name == "fp8-channel" and amax is None and weight.ndim == 2
+        self.shape = tuple(weight.shape)
+        self.register_buffer("codes", pack(codes) if format.weight.bits == 4 else codes)
+        self.register_buffer("scale", scale)
+        given = format.activation is not None and amax is not None
+        self.register_buffer(
+            "input_scale",
+            format.activation.scale(torch.tensor(amax, device=weight.device), weight.dtype)
+            if given
+            else None,
+        )
+        self.bias = layer.bias
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """`[..., inputs]` to `[..., outputs]`."""
+        rows = values.reshape(-1, self.shape[1])
+        if self.kernel == SCALED:
+            made = self._scaled(rows)
+        elif self.kernel == INTEGER and rows.shape[0] >= FEWEST_ROWS:
+            made = self._integer(rows)
+        else:
+            made = F.linear(self._rounded(rows), self.decoded(), self.bias)
+        return made.reshape(*values.shape[:-1], self.shape[0])
+
+    def decoded(self) -> torch.Tensor:
+        """The weight that the codes stand for, in the layer's dtype."""
+        codes = unpack(self.codes) if self.numbers.bits == 4 else self.codes
+        return decode_weight(codes, self.scale, self.numbers, self.dtype)
+
+    def extra_repr(self) -> str:
+        said = "" if self.activation is None else f", input {self.scaling}"
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.format}, {self.kernel}{said}"
+
+    @property
+    def scaling(self) -> str:
+        """How inputs are scaled: `"static"`, `"per token"`, `"per tensor"`, or `""` where they stay as they are."""
+        if self.activation is None:
+            return ""
+        return "static" if self.input_scale is not None else "per token" if self.per_token else "per tensor"
+
+    def _step(self, values: torch.Tensor) -> torch.Tensor:
+        """Scale of the input, `[]` or `[rows, 1]`."""
+        if self.input_scale is not None:
+            return self.input_scale
+        size = values.abs()
+        amax = size.amax(dim=-1, keepdim=True) if self.per_token else size.amax()
+        return self.activation.scale(amax, self.dtype)
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        if self.activation is None:
+            return values
+        return fake_quantize(values, self._step(values), self.activation)
+
+    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
+        step = self._step(rows)
+        return scaled_mm(
+            self.activation.encode(rows, step), step, self.codes, self.scale, self.bias, self.dtype
+        )
+
+    def _integer(self, rows: torch.Tensor) -> torch.Tensor:
+        step = self._step(rows)
+        sums = torch._int_mm(self.activation.encode(rows, step), self.codes.t())
+        made = sums.float() * (step.float() * self.scale.float())
+        return (made if self.bias is None else made + self.bias.float()).to(self.dtype)
+
+
+class PlannedConv(PlannedLinear):
+    """A convolution in a format: decoded at use, its input rounded; no kernel multiplies codes here."""
+
+    def __init__(
+        self, layer: torch.nn.Module, format: Format, *, kernel: str, amax: float | None = None
+    ) -> None:
+        if layer.padding_mode != "zeros":
+            raise WanlabError(
+                f"a convolution with {layer.padding_mode} padding cannot be planned; leave it out of the plan"
+            )
+        super().__init__(layer, format, kernel=kernel, amax=amax)
+        self.convolve, self.settings = _convolution(layer)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """`[B, C, ...]` to `[B, outputs, ...]`."""
+        return self.convolve(self._rounded(values), self.decoded(), self.bias, **self.settings)
+
+
+class FloatIsland(torch.nn.Module):
+    """A layer that computes in another float than the network, between two casts.
+
+    Attributes:
+        format: `"fp32"`, `"fp16"` or `"bf16"`. weight: buffer, so that the network's parameters keep telling its dtype.
+    """
+
+    kernel, scaling = CAST, ""
+
+    def __init__(self, layer: torch.nn.Module, format: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format, self.dtype = format, layer.weight.dtype
+        self.shape = tuple(layer.weight.shape)
+        self.register_buffer("weight", layer.weight.detach().to(dtype))
+        self.bias = layer.bias
+        self.product, self.settings = (F.linear, {}) if layer.weight.ndim == 2 else _convolution(layer)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        kind = self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(kind)
+        return self.product(values.to(kind), self.weight, bias, **self.settings).to(values.dtype)
+
+    def decoded(self) -> torch.Tensor:
+        """The weight, in the float it is held in."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{' x '.join(map(str, self.shape))}, {self.format}"
+
+
+def scaled_mm(
+    codes: torch.Tensor,
+    step: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`(codes * step) @ (weight * scale).T + bias` by `torch._scaled_mm`, summed in float32.
+
+    Args:
+        codes: float8_e4m3fn `[rows, inputs]`, with `step` `[]` or `[rows, 1]`.
+        weight: float8_e4m3fn `[outputs, inputs]`, with `scale` `[]` or `[outputs]`.
+        dtype: of the result.
+    """
+    step, scale = step.float(), scale.float()
+    inside = bias is not None and dtype != torch.float32 and bias.dtype == dtype
+    if step.ndim or scale.ndim:
+        # Rows and columns with scales of their own: the kernel wants both, and writes bfloat16 only.
+        step = step.expand(codes.shape[0], 1).contiguous()
+        scale = scale.expand(weight.shape[0]).reshape(1, -1).contiguous()
+        if dtype != torch.bfloat16:
+            one = torch.ones((), device=codes.device)
+            made = torch._scaled_mm(codes, weight.t(), one, one, out_dtype=torch.float32)
+            made = made * step * scale
+            return (made if bias is None else made + bias.float()).to(dtype)
+    made = torch._scaled_mm(
+        codes,
+        weight.t(),
+        step,
+        scale,
+        bias=bias if inside else None,
+        out_dtype=dtype,
+        use_fast_accum=FAST_ACCUMULATION,
+    )
+    return made if bias is None or inside else made + bias.to(dtype)
+
+
+def kernel_for(format: Format, shape: tuple[int, ...], device: torch.device, native: bool) -> str:
+    """How a layer of this weight computes in a format, in words of this module.
+
+    Weight-only formats decode at use everywhere: at tens of thousands of rows a product is bound by arithmetic, and
+    PyTorch's own weight-only kernels are made for a few rows.
+
+    Args:
+        native: whether products of codes may be used at all.
+    """
+    if format.activation is None:
+        return DECODED
+    if not native or len(shape) != 2:
+        return SIMULATED
+    multiple = 1 if device.type == "cpu" else 16 if format.weight.kind == "fp8" else 8
+    if any(size % multiple for size in shape):
+        return SIMULATED
+    if format.weight.kind == "fp8":
+        return SCALED if device.type == "cpu" or capability(device) >= (8, 9) else SIMULATED
+    return INTEGER if device.type == "cpu" or capability(device) >= (8, 0) else SIMULATED
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) off NVIDIA GPUs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes in int8 `[outputs, inputs]` to uint8 `[outputs, inputs / 2]`, the first in the low half."""
+    return (codes[:, 0::2] & 15).view(torch.uint8) | (codes[:, 1::2] << 4).view(torch.uint8)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """What `pack` was given."""
+    pairs = torch.stack((packed << 4, packed), dim=-1).view(torch.int8) >> 4  # arithmetic: it brings the sign
+    return pairs.flatten(1)
+
+
+def planned(
+    layer: torch.nn.Module, format: Format, *, native: bool, amax: float | None = None
+) -> PlannedLinear:
+    """The layer in a format, its weight encoded on its own device."""
+    kernel = kernel_for(format, tuple(layer.weight.shape), layer.weight.device, native)
+    kind = PlannedLinear if isinstance(layer, torch.nn.Linear) else PlannedConv
+    return kind(layer, format, kernel=kernel, amax=amax)
+
+
+def _convolution(layer: torch.nn.Module):
+    settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return getattr(F, f"conv{layer.weight.ndim - 2}d"), settings

@@ -1,0 +1,343 @@
+"""Inputs of layers recorded from real generations, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.export.components import check_components, components_of, recipe
+from wanlab.heldout import cases, clips
+from wanlab.measure.stages import stages
+from wanlab.models.taps import entry_points, standing_in
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One generation: what `Model.generate` takes. `name` says in tables which one it was."""
+
+    image: Image.Image | str | os.PathLike | np.ndarray | None
+    prompt: str
+    seed: int = 0
+    negative_prompt: str = ""
+    name: str = ""
+
+
+def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
+    """Cases of the kind that wan-nano learnt from, on photographs it learnt from: none is held out.
+
+    They go round the motions and photographs, every other round with a moving object, as
+    `wanlab.heldout.cases.draw_cases` does; photographs that are too flat to show motion are left out.
+    """
+    photographs = [name for name in clips.TRAINING_PHOTOGRAPHS if cases.has_texture(cases.picture(name))]
+    return as_examples(cases.draw_cases(count, seed=seed, photographs=photographs))
+
+
+def as_examples(cases: Iterable[Any]) -> list[Example]:
+    """Examples from examples, `wanlab.heldout.cases.Case`s, or (image, prompt) pairs.
+
+    Raises:
+        WanlabError: something else, nothing, or a photograph that quality is judged on.
+    """
+    examples = []
+    for index, case in enumerate(cases):
+        if isinstance(case, cases.Case):
+            if cases.is_held_out(case.photograph):
+                raise WanlabError(
+                    f"{case.photograph} is held out to judge quality, so nothing may be calibrated on it; take"
+                    " wanlab.precision.nano_examples"
+                )
+            first = case.truth()[0]
+            case = Example(first, case.caption, case.seed, name=f"{case.photograph} {case.clip.motion}")
+        elif isinstance(case, tuple | list) and len(case) == 2:
+            case = Example(case[0], case[1], seed=index)
+        if not isinstance(case, Example):
+            raise WanlabError(f"example {index} is {type(case).__name__}; give Example or (image, prompt)")
+        examples.append(case)
+    if not examples:
+        raise WanlabError("no example to record; give at least one Example or (image, prompt)")
+    return examples
+
+
+def keep(folder: Path, tensor: torch.Tensor) -> str:
+    """Write a tensor under the hash of its content, once."""
+    # A clone, as `contiguous` keeps the strides of a broadcast axis of size 1.
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    content = _digest(tensor)
+    path = tensor_file(folder, content)
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.safetensors")
+        save_file({"tensor": tensor}, temporary)
+        os.replace(temporary, path)
+    return content
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """Hash of dtype, shape and every byte of a contiguous tensor on the CPU."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read(folder: Path, content: str) -> torch.Tensor:
+    """The tensor of this content, on the CPU.
+
+    Raises:
+        WanlabError: its file is missing or broken.
+    """
+    try:
+        tensor = load_file(tensor_file(folder, content))["tensor"]
+        if _digest(tensor) != content:
+            raise ValueError("its content was changed")
+        return tensor
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WanlabError(
+            f"{tensor_file(folder, content)} of the recording is missing or broken ({reason}); record it again"
+        ) from error
+
+
+def tensor_file(folder: Path, content: str) -> Path:
+    """Where the tensor of this content lies."""
+    return folder / f"{content[:32]}.safetensors"
+
+
+MANIFEST = "recording.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of one component.
+
+    Attributes:
+        example: which example, from 0.
+        component: wanlab's name.
+        step: denoising step from 0, timestep 0 to 1000, sigma; None outside the experts.
+        branch: `"cond"` or `"uncond"`; None outside the experts.
+        tensors: input name -> name of the file that holds it, the hash of its content.
+    """
+
+    example: int
+    component: str
+    step: int | None
+    timestep: float | None
+    sigma: float | None
+    branch: str | None
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Inputs of components, one file per distinct tensor.
+
+    Attributes:
+        folder: where the files and the manifest lie.
+        model: registry name or folder of the model they were recorded with.
+        settings: of the generations, and the examples' names, prompts and seeds.
+        calls: in the order in which they were made.
+    """
+
+    folder: Path
+    model: str
+    settings: dict[str, Any]
+    calls: tuple[RecordedCall, ...]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(call.component for call in self.calls))
+
+    def of(self, component: str) -> tuple[RecordedCall, ...]:
+        """The calls of one component.
+
+        Raises:
+            WanlabError: none was recorded.
+        """
+        if component not in self.components:
+            raise WanlabError(
+                f"nothing of {component!r} is recorded in {self.folder}{did_you_mean(component, self.components)};"
+                f" there is {', '.join(self.components)}"
+            )
+        return tuple(call for call in self.calls if call.component == component)
+
+    def key(self, component: str) -> str:
+        """Hash of everything that one component was called with, in order."""
+        facts = [[call.step, call.branch, call.timestep, call.tensors] for call in self.of(component)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def inputs(self, call: RecordedCall) -> dict[str, torch.Tensor]:
+        """The tensors of a call, on the CPU, in the dtypes they had.
+
+        Raises:
+            WanlabError: a file is missing or broken.
+        """
+        return {name: read(self.folder, content) for name, content in call.tensors.items()}
+
+    def frame(self) -> pd.DataFrame:
+        """One row per call: example, component, step, timestep, sigma, branch."""
+        rows = [{k: v for k, v in asdict(call).items() if k != "tensors"} for call in self.calls]
+        return pd.DataFrame(rows).astype({"step": "Int64", "timestep": "Float64", "sigma": "Float64"})
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors on disk."""
+        files = {content for call in self.calls for content in call.tensors.values()}
+        return sum(tensor_file(self.folder, content).stat().st_size for content in files)
+
+    def only(self, **wanted: Any) -> Recording:
+        """The calls whose fields have these values, e.g. `only(branch="cond", step=[0, 1])`."""
+        for name in wanted:
+            if name not in RecordedCall.__dataclass_fields__:
+                raise WanlabError(
+                    f"a call has no {name!r}{did_you_mean(name, RecordedCall.__dataclass_fields__)}"
+                )
+        calls = tuple(c for c in self.calls if all(_is(getattr(c, k), v) for k, v in wanted.items()))
+        return replace(self, calls=calls)
+
+
+def record_inputs(
+    model,
+    cases: Sequence,
+    folder: str | os.PathLike,
+    *,
+    components: Sequence[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Recording:
+    """Generate, and keep what the components are called with.
+
+    Every step and both branches of guidance are kept. Tensors go to disk as soon as they are seen, each content
+    once, so memory is that of a generation.
+
+    Args:
+        model: from `wanlab.models.load`.
+        cases: `Example`s, (image, prompt) pairs, or cases of `wanlab.heldout.cases` whose photograph is not held out.
+        folder: is made, and must be empty or hold an older recording, which is replaced.
+        components: which to listen to; None takes the experts.
+        progress: show a bar over the examples.
+        settings: of `Model.generate`: steps, height, width, frames, guidance_scale.
+
+    Raises:
+        WanlabError: no case, a held-out photograph, an unknown component, or a folder with other files in it.
+    """
+    examples = as_examples(cases)
+    wanted = _wanted(model, components)
+    output = settings.pop("output", "np" if "vae_decoder" in wanted else "latent")
+    folder = _empty(Path(folder))
+    names = {component: tuple(recipe(model, component).inputs) for component in wanted}
+    calls: list[RecordedCall] = []
+    made = None
+    bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
+    for index, example in enumerate(bar):
+        with _listening(model, names, folder, index, calls):
+            made = model.generate(
+                example.image,
+                example.prompt,
+                negative_prompt=example.negative_prompt,
+                seed=example.seed,
+                output=output,
+                **settings,
+            )
+    kept = {key: value for key, value in made.settings.items() if key not in ("prompt", "negative_prompt")}
+    kept["examples"] = [[example.name, example.prompt, example.seed] for example in examples]
+    sigmas = dict(enumerate(model.schedule(made.settings["steps"])["sigma"].tolist()))
+    calls = [replace(call, sigma=sigmas.get(call.step)) for call in calls]
+    recording = Recording(folder, model.spec.name, kept, tuple(calls))
+    manifest = {
+        "format": FORMAT,
+        "model": recording.model,
+        "settings": kept,
+        "calls": [asdict(call) for call in calls],
+    }
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest), encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+    return recording
+
+
+def read_recording(folder: str | os.PathLike) -> Recording:
+    """A recording from its folder.
+
+    Raises:
+        WanlabError: there is none, or it cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise WanlabError(f"the recording in {folder} is of another wanlab; record it again")
+        calls = tuple(RecordedCall(**call) for call in data["calls"])
+        return Recording(folder, data["model"], data["settings"], calls)
+    except FileNotFoundError as error:
+        raise WanlabError(f"no recording in {folder}; make it with wanlab.precision.record_inputs") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WanlabError(f"{folder / MANIFEST} cannot be read ({error}); record it again") from error
+
+
+def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:
+    known = components_of(model)
+    if components is None:
+        return tuple(name for name in known if name.startswith("expert"))
+    components = (components,) if isinstance(components, str) else tuple(components)
+    check_components(model, components)
+    return components
+
+
+def _empty(folder: Path) -> Path:
+    """The folder, with nothing in it; only recordings are removed."""
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    if there and not (folder / MANIFEST).is_file() and any(p.suffix != ".safetensors" for p in there):
+        raise WanlabError(f"{folder} holds other files; give a folder for the recording alone")
+    for path in there:
+        if path.suffix == ".safetensors" or path.name.lstrip(".").startswith(MANIFEST):
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _listening(
+    model, names: dict[str, tuple[str, ...]], folder: Path, example: int, calls: list[RecordedCall]
+) -> Iterator[None]:
+    """Inside the block every call of the components named is written down."""
+    with stages(model) as stage:
+
+        def kept(component: str):
+            def wrap(call):
+                def listen(*args, **kwargs):
+                    given = dict(zip(names[component], args, strict=False)) | kwargs
+                    tensors = {name: keep(folder, given[name]) for name in names[component]}
+                    result = call(*args, **kwargs)
+                    at = stage.calls[-1]
+                    made = RecordedCall(example, component, at.step, at.timestep, None, at.branch, tensors)
+                    calls.append(made)
+                    return result
+
+                return listen
+
+            return wrap
+
+        points = {
+            attribute: {method: kept(name) for method, name in methods.items() if name in names}
+            for attribute, methods in entry_points(model.pipeline).items()
+        }
+        with standing_in(model.pipeline, {key: made for key, made in points.items() if made}):
+            yield
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, list | tuple | set | range) else value == wanted

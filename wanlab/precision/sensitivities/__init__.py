@@ -1,1 +1,0 @@
-"""Which layers of which expert tolerate fewer bits, and when: predicted from few forwards, and held against the truth."""

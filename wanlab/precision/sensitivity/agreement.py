@@ -1,0 +1,385 @@
+"""Predicted effects held against generations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.evaluate.metrics import compare_videos
+from wanlab.heldout.cases import Case, for_selection
+from wanlab.models.variants import other_attention
+from wanlab.precision.quant_linear import fake_quantized
+from wanlab.precision.recording import Example, as_examples
+from wanlab.precision.sensitivity.result import Sensitivity
+
+KINDS = ("layer", "layer", "block", "projection", "several", "expert")
+
+TRIES = 20
+"""Draws for a choice that is not there yet; of few layers and formats some may come twice."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers of one expert that are rounded to one format in a range of steps.
+
+    Attributes:
+        kind: `"layer"`, `"block"`, `"projection"` (one of all blocks), `"several"` or `"expert"` (all of them).
+        steps: ranges of the measurement, inclusive.
+        predicted: sum of the effects of these layers, of neighbouring ranges taken together.
+    """
+
+    kind: str
+    component: str
+    layers: tuple[str, ...]
+    format: str
+    steps: tuple[tuple[int, int], ...]
+    predicted: float
+
+
+def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[Choice]:
+    """Choices of wide range: single layers evenly over the ranking, blocks, projections, random sets, whole experts.
+
+    Experts, formats and ranges of steps take turns.
+    """
+    if samples < 3:
+        raise WanlabError(f"samples must be at least 3, not {samples}: fewer have no rank correlation")
+    generator = np.random.default_rng(seed)
+    frame = sensitivity.frame
+    # Over all its steps a layer's errors add up before they are squared, as they do within a range.
+    joined = sensitivity.with_bands(
+        [(bands[0][0], bands[-1][1]) for bands in sensitivity.bands.values()]
+    ).frame
+    singles = frame.sort_values("effect", ignore_index=True)
+    kinds = [KINDS[i % len(KINDS)] for i in range(samples)]
+    places = iter((np.arange(count := kinds.count("layer")) + generator.random(count)) / max(count, 1))
+    choices: list[Choice] = []
+    for kind in kinds:
+        if kind == "layer":
+            row = singles.iloc[int(next(places) * len(singles))]
+            steps = ((int(row["first_step"]), int(row["last_step"])),)
+            choices.append(_choice(frame, kind, row["component"], [row["layer"]], row["format"], steps))
+            continue
+        for _ in range(TRIES):
+            component = str(generator.choice(sensitivity.components))
+            format = str(generator.choice(sensitivity.formats))
+            names = _layers(kind, frame[frame["component"] == component], generator)
+            bands = sensitivity.bands[component]
+            one = int(generator.integers(len(bands) + 1))
+            steps = tuple(bands) if one == len(bands) else (bands[one],)
+            together = len(steps) > 1 and "," not in spell_steps(steps)
+            made = _choice(joined if together else frame, kind, component, names, format, steps)
+            if made not in choices:
+                break
+        choices.append(made)
+    return choices
+
+
+@contextmanager
+def rounded_in_steps(model, choice: Choice, amax: Mapping[str, float], steps: int) -> Iterator[None]:
+    """Inside the block generations of so many steps compute a choice's layers rounded, in its ranges of steps only."""
+    network = model.component(choice.component)
+    timesteps = model.schedule(steps)["timestep"].to_numpy()
+    formats = dict.fromkeys(choice.layers, choice.format)
+    stack, on = ExitStack(), False
+
+    def begin(module, args, kwargs) -> None:
+        nonlocal on
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        step = int(np.abs(timesteps - float(timestep.max())).argmin())
+        inside = any(first <= step <= last for first, last in choice.steps)
+        if inside and not on:
+            stack.enter_context(fake_quantized(network, formats, amax))
+        elif on and not inside:
+            stack.close()
+        on = inside
+
+    handle = network.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        stack.close()
+
+
+def spell_steps(ranges: Sequence[tuple[int, int]]) -> str:
+    """`((3, 4), (5, 5))` as `"3-5"`, neighbours joined."""
+    joined: list[list[int]] = []
+    for first, last in sorted(ranges):
+        if joined and joined[-1][1] + 1 == first:
+            joined[-1][1] = last
+        else:
+            joined.append([first, last])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in joined)
+
+
+def ranges_of(sensitivity: Sensitivity, component: str) -> dict[str, float]:
+    """Layer -> range of its input, as it was measured with."""
+    part = next(part for part in sensitivity.parts if part.component == component)
+    return {name: amax for name, amax in zip(part.layers, part.amax, strict=True) if amax is not None}
+
+
+def _choice(frame, kind: str, component: str, names: Sequence[str], format: str, steps) -> Choice:
+    rows = frame[
+        (frame["component"] == component)
+        & (frame["format"] == format)
+        & frame["layer"].isin(names)
+        & frame["first_step"].isin([first for first, _ in steps])
+    ]
+    return Choice(kind, component, tuple(names), format, tuple(steps), float(rows["effect"].sum()))
+
+
+def _layers(kind: str, own, generator) -> list[str]:
+    names = list(dict.fromkeys(own["layer"]))
+    if kind == "expert":
+        return names
+    if kind == "several":
+        size = round(len(names) ** generator.random())
+        return sorted(generator.choice(names, max(2, min(size, len(names))), replace=False).tolist())
+    value = generator.choice(sorted(set(own[kind])))
+    return list(dict.fromkeys(own.loc[own[kind] == value, "layer"]))
+
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation with its 95 % bootstrap interval over choices; None where it cannot be had."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    choices: int
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"unknown of {self.choices} choices"
+        return f"{self.value:.3f} (95 % {self.low:.3f} to {self.high:.3f}, {self.choices} choices)"
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Predicted beside true effects.
+
+    Attributes:
+        frame: one row per choice: kind, component, layers (count), layer (its name where it is one), format, steps,
+            predicted, true (squared relative L2 of the final latents' change, mean over cases), true_low, true_high
+            (smallest and largest case), and with `lpips` lpips (mean over cases and frames, against the unrounded
+            video).
+        floor: what another exact attention kernel does to the latents of the first case, floor_lpips to its video;
+            choices whose true effect is not above it say nothing.
+        floor_name: of that kernel.
+        generations: that were run, the originals and the floor included.
+        per_case: true effect of every choice in every case, in the order of `frame`.
+    """
+
+    frame: pd.DataFrame
+    floor: float
+    floor_lpips: float | None
+    floor_name: str
+    generations: int
+    per_case: tuple[tuple[float, ...], ...] = ()
+
+    def correlation(self, truth: str = "true", kind: str | None = None) -> Correlation:
+        """Rank correlation of predicted effects with `"true"` or `"lpips"`, of one kind of choices or all.
+
+        Raises:
+            WanlabError: LPIPS was not measured.
+        """
+        if truth not in self.frame or truth not in ("true", "lpips"):
+            raise WanlabError(f"no {truth!r} was measured; take 'true', or measure with lpips=True")
+        frame = self.frame if kind is None else self.frame[self.frame["kind"] == kind]
+        return rank_correlation(frame["predicted"].tolist(), frame[truth].tolist())
+
+    def between_cases(self) -> Correlation:
+        """Rank correlation of the true effects in the first case with those in the others: what no prediction can
+        exceed by much. Unknown with one case.
+        """
+        rows = [row for row in self.per_case if len(row) > 1]
+        return rank_correlation([row[0] for row in rows], [sum(row[1:]) / (len(row) - 1) for row in rows])
+
+    def row(self) -> dict[str, Any]:
+        """Its numbers: rank_correlation, low, high, layer_rank_correlation, between_cases, scale, floor, generations."""
+        whole = self.correlation()
+        return {
+            "rank_correlation": whole.value,
+            "low": whole.low,
+            "high": whole.high,
+            "layer_rank_correlation": self.correlation(kind="layer").value,
+            "between_cases": self.between_cases().value,
+            "scale": self.scale,
+            "floor": self.floor,
+            "generations": self.generations,
+        }
+
+    def __str__(self) -> str:
+        said = f"rank correlation with generations {self.correlation()}; of single layers {self.correlation(kind='layer')}"
+        between = self.between_cases()
+        return said + (f"; of one case with the others {between}" if between.value is not None else "")
+
+    @property
+    def scale(self) -> float:
+        """Median of true over predicted; 1 where the prediction is right in size."""
+        return float((self.frame["true"] / self.frame["predicted"]).median())
+
+
+def end_to_end_agreement(
+    model,
+    sensitivity: Sensitivity,
+    cases: Sequence,
+    *,
+    samples: int = 24,
+    lpips: bool = False,
+    backbone: str = "auto",
+    progress: bool = True,
+    seed: int = 0,
+    **settings: Any,
+) -> Agreement:
+    """Generate with drawn sets of layers rounded, and compare what happens with what was predicted.
+
+    Args:
+        model: that was measured. cases: `Example`s or (image, prompt) pairs, e.g. those of the recording, or cases of
+            `wanlab.heldout.cases` to select on; never those of the final examination.
+        samples: choices of layers, format and steps; each costs one generation per case.
+        lpips: decode the videos and compare these too.
+        settings: of `Model.generate`; by default those of the recording. The number of steps cannot differ.
+
+    Raises:
+        WanlabError: no case, too few samples, another model or number of steps.
+    """
+    if sensitivity.settings["model"] != model.spec.name:
+        raise WanlabError(
+            f"sensitivity is of {sensitivity.settings['model']}, this model is {model.spec.name}"
+        )
+    generation = dict(sensitivity.settings["generation"])
+    if settings.get("steps", generation["steps"]) != generation["steps"]:
+        raise WanlabError(f"sensitivity is of {generation['steps']} steps; generate with as many")
+    generation |= settings
+    examples = _examples(cases)
+    choices = draw_choices(sensitivity, samples, seed)
+    judge = _Judge(model, generation, lpips, backbone)
+    bar = tqdm(
+        total=(1 + len(choices)) * len(examples) + 1,
+        desc="end to end",
+        unit="generation",
+        leave=False,
+        disable=not progress,
+    )
+    with bar:
+        originals = [judge.generate(example, bar) for example in examples]
+        with other_attention(model.device) as floor_name:
+            floor, floor_lpips = judge.apart(originals[0], judge.generate(examples[0], bar))
+        rows, truths = [], []
+        for choice in choices:
+            with rounded_in_steps(
+                model, choice, ranges_of(sensitivity, choice.component), generation["steps"]
+            ):
+                made = [judge.generate(example, bar) for example in examples]
+            found = [judge.apart(*pair) for pair in zip(originals, made, strict=True)]
+            moved = [latent for latent, _ in found]
+            truths.append(moved)
+            row = {
+                "kind": choice.kind,
+                "component": choice.component,
+                "layers": len(choice.layers),
+                "layer": choice.layers[0] if len(choice.layers) == 1 else "",
+                "format": choice.format,
+                "steps": spell_steps(choice.steps),
+                "predicted": choice.predicted,
+                "true": sum(moved) / len(moved),
+                "true_low": min(moved),
+                "true_high": max(moved),
+            }
+            if lpips:
+                row["lpips"] = sum(score for _, score in found) / len(found)
+            rows.append(row)
+    frame = pd.DataFrame(rows).sort_values("true", ascending=False)
+    return Agreement(
+        frame=frame.reset_index(drop=True),
+        floor=floor,
+        floor_lpips=floor_lpips,
+        floor_name=floor_name,
+        generations=(1 + len(choices)) * len(examples) + 1,
+        per_case=tuple(tuple(truths[index]) for index in frame.index),
+    )
+
+
+def rank_correlation(predicted: Sequence[float], true: Sequence[float], seed: int = 0) -> Correlation:
+    """Spearman's rank correlation (Spearman 1904), ties at their mean rank, with a percentile bootstrap over pairs."""
+
+    def of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of every row of `[rows, choices]`; NaN where one side does not vary."""
+        sides = [pd.DataFrame(side).rank(axis=1).to_numpy() for side in (a, b)]
+        sides = [side - side.mean(axis=1, keepdims=True) for side in sides]
+        spread = np.sqrt((sides[0] ** 2).sum(axis=1) * (sides[1] ** 2).sum(axis=1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (sides[0] * sides[1]).sum(axis=1) / spread
+
+    first, second = np.asarray(predicted, float), np.asarray(true, float)
+    count = len(first)
+    value = float(of(first[None], second[None])[0]) if count >= 3 else float("nan")
+    if value != value:
+        return Correlation(None, None, None, count)
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    low, high = np.nanpercentile(of(first[drawn], second[drawn]), [2.5, 97.5])
+    return Correlation(value, min(float(low), value), max(float(high), value), count)
+
+
+class _Judge:
+    """Makes latents and, where asked for, videos, and says how far apart two are."""
+
+    def __init__(self, model, generation: dict[str, Any], lpips: bool, backbone: str) -> None:
+        self._model, self._generation, self._lpips, self._backbone = model, generation, lpips, backbone
+
+    def generate(self, example: Example, bar) -> tuple:
+        """Latents, and the video or None."""
+        made = self._model.generate(
+            example.image,
+            example.prompt,
+            negative_prompt=example.negative_prompt,
+            seed=example.seed,
+            output="latent",
+            **self._generation,
+        )
+        bar.update()
+        return made.video, self._decode(made.video) if self._lpips else None
+
+    def apart(self, original: tuple, other: tuple) -> tuple[float, float | None]:
+        """Squared relative distance of the latents, and LPIPS of the videos or None."""
+        latent = float(((other[0] - original[0]) ** 2).sum() / (original[0] ** 2).sum())
+        if not self._lpips:
+            return latent, None
+        scores = compare_videos(
+            original[1], other[1], "lpips", self._backbone, self._model.device, progress=False
+        )
+        return latent, float(scores.mean("lpips"))
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        """The video of latents, as the pipeline makes it: `[T, H, W, 3]` in [0, 1]."""
+        vae = self._model.pipeline.vae
+        given = torch.from_numpy(latents)[None].to(self._model.device, vae.dtype)
+        shape = (1, -1, 1, 1, 1)
+        std, mean = (
+            torch.tensor(values, device=given.device, dtype=given.dtype).view(shape)
+            for values in (vae.config.latents_std, vae.config.latents_mean)
+        )
+        with torch.no_grad():
+            video = vae.decode(given * std + mean, return_dict=False)[0]
+        return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _examples(cases: Sequence) -> list[Example]:
+    """Examples from cases; nothing is calibrated on them, so cases to select by serve, those of the final set never."""
+    for_selection(case for case in cases if isinstance(case, Case))
+    return as_examples(
+        Example(case.truth()[0], case.caption, case.seed) if isinstance(case, Case) else case
+        for case in cases
+    )

@@ -1,0 +1,510 @@
+"""How sensitive a model is to the rounding of each layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from wanlab.core.errors import WanlabError
+from wanlab.export.components import recipe
+from wanlab.models.device import synchronise
+from wanlab.precision.formats import Format
+from wanlab.precision.quant_linear import fake_quantized
+from wanlab.precision.recording import Recording
+from wanlab.precision.sensitivity.forward import (
+    Passage,
+    Projected,
+    blocks_of,
+    frozen,
+    project,
+    sampler_weights,
+)
+from wanlab.precision.sensitivity.result import Sensitivity, make_bands
+from wanlab.precision.sensitivity.work import (
+    DEFAULT_FORMATS,
+    Cost,
+    Part,
+    Row,
+    Setting,
+    Target,
+    Unit,
+    check_known,
+    check_shard,
+    digest,
+    make_formats,
+    make_parts,
+    make_target,
+    make_units,
+    read_part,
+    write_part,
+)
+
+
+def free_latents(given: Sequence[torch.Tensor], velocity: torch.Tensor) -> torch.Tensor:
+    """1, or 0 in the first frame where it is given to the model (at timestep 0) and put back after the last step."""
+    timestep = given[1]
+    mask = torch.ones(1, 1, velocity.shape[2], 1, 1, device=velocity.device)
+    if timestep.ndim == 2 and bool((timestep == 0).any()):
+        mask[:, :, 0] = 0.0
+    return mask
+
+
+def final_norm_sq(given: Sequence[torch.Tensor], velocity: torch.Tensor, sigma: float | None) -> float:
+    """Squared norm of the latents that a call's velocity leads to at once: x - sigma v, exact at the last step."""
+    latents = given[0][:, : velocity.shape[1]].float()
+    ended = latents - free_latents(given, velocity) * (sigma or 0.0) * velocity
+    return float((ended**2).sum().double()) or 1.0
+
+
+def draw(like: torch.Tensor, count: int, *seeds: object) -> list[torch.Tensor]:
+    """Standard normal directions, the same on every device."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seeds).encode()))
+    return [torch.randn(like.shape, generator=generator).to(like.device) for _ in range(count)]
+
+
+def probe_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[str, Part]:
+    """Measure a unit, from its last step to its first; one part per component.
+
+    Directions r ~ N(0, I) on the final latents are carried back through the sampler and the networks: for step k and
+    a layer, g = (d final / d output of the layer)^T r, so that g . error is what the layer's error changes along r,
+    and its square is in expectation the squared norm of the change of the final latents (Hutchinson 1989,
+    doi:10.1080/03610918908812806; used to choose precisions in HAWQ-V2, Dong et al. 2020, arXiv:1911.03852). First
+    order in the error, as AdaRound (Nagel et al. 2020, arXiv:2004.10568) begins. Other directions, on the velocity of
+    a call alone, give the error of that velocity.
+    """
+    rows: dict[str, list[Row]] = {}
+    pulled: dict[int, list[torch.Tensor]] = {}  # step -> gradient by the latents that the step is given
+    ends: list[torch.Tensor] = []
+    norm_sq, cost, forward_ms = 1.0, Cost(), []
+    for call in unit.calls:
+        begin = time.perf_counter()
+        target, network = setting.targets.get(call.component), setting.networks[call.component]
+        given = setting.tensors(call)
+        with frozen(network):
+            passage = Passage(network, given)
+            velocity = passage.velocity.float()
+            synchronise(velocity.device)
+            forward_ms.append((time.perf_counter() - begin) * 1e3)
+            free = free_latents(given, velocity)
+            if not ends:
+                norm_sq = final_norm_sq(given, velocity, call.sigma)
+                ends = [free * each for each in draw(velocity, setting.probes, setting.seed, unit.example)]
+            scale = setting.guidance(call, unit)
+            seeds = [scale * each for each in _pull(call.step, ends, pulled, setting)]
+            place = (setting.seed, unit.example, call.step, call.branch)
+            single = draw(velocity, max(1, setting.probes // 2), *place) if target else []
+            found: dict[str, list[Projected]] = {}
+            visit = _visitor(setting, target, found) if target else _nothing
+            grads = passage.backward([*seeds, *single], target.layers if target else (), visit)
+        if setting.follow:
+            mine = [free * each[:, : velocity.shape[1]].float() for each in grads[: len(seeds)]]
+            before = pulled.get(call.step)
+            pulled[call.step] = (
+                [a + b for a, b in zip(before, mine, strict=True)] if before is not None else mine
+            )
+        del passage, grads
+        synchronise(velocity.device)
+        products = setting.products(target) if target else 0.0
+        cost += Cost(2.0, float(len(seeds) + len(single)), products, (time.perf_counter() - begin) * 1e3)
+        if target:
+            size = float((velocity**2).sum().double())
+            rows.setdefault(call.component, []).append(_row(call, target, found, len(seeds), size, norm_sq))
+        tick()
+    cost += Cost(forward_ms=statistics.median(forward_ms) * len(forward_ms))
+    return make_parts(setting, unit, rows, coherent=True, cost=cost)
+
+
+def _visitor(setting: Setting, target: Target, found: dict[str, list[Projected]]) -> Callable:
+    def visit(name: str, given: torch.Tensor, slopes: list[torch.Tensor]) -> None:
+        module, amax = target.network.get_submodule(name), target.amax.get(name)
+        found[name] = project(module, given, slopes, setting.formats, amax, setting.weights)
+
+    return visit
+
+
+def _nothing(*_) -> None:
+    """A component that is only passed through."""
+
+
+def _pull(step: int, ends: list, pulled: Mapping[int, list], setting: Setting) -> list[torch.Tensor]:
+    """Gradient by a step's velocity: by the sampler's weights, directly and through the latents of later steps."""
+    weights = setting.sampler.weights
+    seeds = [weights[-1, step] * each for each in ends]
+    for later, grads in pulled.items():
+        if later > step:
+            seeds = [a + weights[later, step] * b for a, b in zip(seeds, grads, strict=True)]
+    return seeds
+
+
+def _row(
+    call, target: Target, found: dict[str, list[Projected]], paths: int, size: float, norm_sq: float
+) -> Row:
+    layers = [found[name] for name in target.layers]
+    dots = np.array([[each.dots.numpy() for each in layer] for layer in layers])
+    return Row(
+        {"example": call.example, "step": call.step, "branch": call.branch, "velocity_sq": size},
+        np.array([[each.relative_sq for each in layer] for layer in layers]),
+        (dots[..., paths:] ** 2).mean(axis=-1) / (size or 1.0),
+        dots[..., :paths] / norm_sq**0.5,
+    )
+
+
+def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[str, Part]:
+    """Measure the velocity's error exactly: every layer and format alone, from the saved input of its block on.
+
+    Needs no gradients, so it fits where a forward fits. A layer and format cost (blocks - block) / blocks forwards.
+    Later steps are taken not to react. In a 16-bit dtype the rounding of the network's own outputs is part of the
+    error.
+    """
+    rows: dict[str, list[Row]] = {}
+    cost, norm_sq = Cost(), 0.0
+    for call in unit.calls:
+        target = setting.targets.get(call.component)
+        if target is None:
+            tick()
+            continue
+        begin, given = time.perf_counter(), setting.tensors(call)
+        with torch.no_grad():
+            passage = Passage(target.network, given)
+        velocity = passage.velocity.float()
+        synchronise(velocity.device)
+        forward_ms = (time.perf_counter() - begin) * 1e3
+        norm_sq = norm_sq or final_norm_sq(given, velocity, call.sigma)
+        local, moved_sq, forwards = _layers(passage, target, setting)
+        synchronise(velocity.device)
+        spent = (time.perf_counter() - begin) * 1e3
+        cost += Cost(forwards + 1.0, 0.0, setting.products(target), spent, forward_ms)
+        size = float((velocity**2).sum().double())
+        weight = abs(setting.sampler.final[call.step] * setting.guidance(call, unit))
+        facts = {"example": call.example, "step": call.step, "branch": call.branch, "velocity_sq": size}
+        path = weight * np.sqrt(moved_sq / norm_sq)[..., None]
+        rows.setdefault(call.component, []).append(Row(facts, local, moved_sq / (size or 1.0), path))
+        tick()
+    return make_parts(setting, unit, rows, coherent=False, cost=cost)
+
+
+def _layers(passage: Passage, target: Target, setting: Setting):
+    """Relative squared error of every layer's output, squared norm of the velocity's, and forwards spent."""
+    shape = (len(target.layers), len(setting.formats))
+    local, moved_sq, forwards = np.zeros(shape), np.zeros(shape), 0.0
+    places = {name: place for place, name in enumerate(target.layers)}
+    network, reference = target.network, passage.velocity.float()
+    blocks = len(network.blocks)
+    for index, names in blocks_of(target.layers).items():
+        inputs = passage.layer_inputs(index, names)
+        forwards += 1 / blocks
+        for name in names:
+            module, amax = network.get_submodule(name), target.amax.get(name)
+            errors = project(module, inputs[name], [], setting.formats, amax, setting.weights)
+            local[places[name]] = [each.relative_sq for each in errors]
+            for column, each in enumerate(setting.formats):
+                with fake_quantized(network, {name: each}, target.amax):
+                    moved = passage.resume(index).float() - reference
+                moved_sq[places[name], column] = float((moved**2).sum().double())
+                forwards += (blocks - index) / blocks
+    return local, moved_sq, forwards
+
+
+SUFFIX = ".sensitivity.json"
+
+
+def save_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> Path:
+    """Write a measurement into a folder, beside what is there, so that `read_sensitivity` finds it. Returns the folder."""
+    folder = Path(folder)
+    for part in sensitivity.parts:
+        write_part(part_file(folder, sensitivity.settings, part.component, part.unit, part.key), part)
+    keys = {part.component: part.key for part in sensitivity.parts}
+    write_manifest(folder, sensitivity.settings, sensitivity.bands, sensitivity.wanted, keys)
+    return folder
+
+
+def read_sensitivity(folder: str | os.PathLike, *, key: str | None = None) -> Sensitivity:
+    """A measurement from its folder, all shards and components that are finished.
+
+    Args:
+        key: of the settings, where the folder holds measurements with several.
+
+    Raises:
+        WanlabError: there is none, or several and no key, or a broken file.
+    """
+    folder = Path(folder)
+    found = sorted(folder.glob(f"{key or '*'}{SUFFIX}"))
+    if not found:
+        raise WanlabError(
+            f"no sensitivity in {folder}; measure it with wanlab.precision.sensitivity(..., folder=...)"
+        )
+    if len(found) > 1:
+        keys = ", ".join(path.name.removesuffix(SUFFIX) for path in found)
+        raise WanlabError(f"{folder} holds measurements with different settings; give key= one of {keys}")
+    try:
+        data = json.loads(found[0].read_text(encoding="utf-8"))
+        settings, keys, wanted = data["settings"], data["keys"], tuple(data["wanted"])
+        bands = {name: [tuple(band) for band in ranges] for name, ranges in data["bands"].items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise WanlabError(f"{found[0]} cannot be read ({error}); delete it and measure again") from error
+    parts = []
+    for component, part_key in keys.items():
+        pattern = part_file(folder, settings, component, "*", part_key).name
+        parts += [read_part(path) for path in sorted(folder.glob(pattern))]
+    return Sensitivity(settings, tuple(parts), bands, wanted, reused=len({part.unit for part in parts}))
+
+
+def merge_sensitivity(shards: Sequence[Sensitivity | str | os.PathLike]) -> Sensitivity:
+    """Shards of one measurement as one: other components, other shards, or other examples of the same recording.
+
+    Args:
+        shards: measurements or their folders.
+
+    Raises:
+        WanlabError: nothing, other settings, or one component with different weights, ranges or recordings.
+    """
+    loaded = [each if isinstance(each, Sensitivity) else read_sensitivity(each) for each in shards]
+    if not loaded:
+        raise WanlabError("no shard to merge; give at least one")
+    first = loaded[0]
+    parts: dict[tuple[str, str], Part] = {}
+    for shard in loaded:
+        for name, value in shard.settings.items():
+            if value != first.settings.get(name):
+                raise WanlabError(
+                    f"these shards differ in {name}: {first.settings.get(name)} and {value}; merge shards of one measurement"
+                )
+        for part in shard.parts:
+            parts.setdefault((part.component, part.unit), part)
+    keys: dict[str, str] = {}
+    for part in (part for shard in loaded for part in shard.parts):
+        if keys.setdefault(part.component, part.key) != part.key:
+            raise WanlabError(
+                f"these shards of {part.component} have other weights, ranges, layers or recordings; measure one again"
+            )
+    wanted = tuple(dict.fromkeys(name for shard in loaded for name in shard.wanted))
+    return replace(first, parts=tuple(parts.values()), wanted=wanted, reused=0)
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """Short hash of settings: the beginning of the names of all files."""
+    return digest(settings)[:12]
+
+
+def part_file(folder: Path, settings: dict[str, Any], component: str, unit: str, key: str) -> Path:
+    """Where a part lies."""
+    return folder / f"{settings_key(settings)}-{component}-{unit}-{key[:12]}.npz"
+
+
+def write_manifest(
+    folder: Path, settings: dict[str, Any], bands: dict, wanted: Sequence[str], keys: dict[str, str]
+) -> None:
+    """Say what the parts belong to; keys of components that another shard measures stay."""
+    path = folder / f"{settings_key(settings)}{SUFFIX}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before: dict[str, Any] = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+    data = {
+        "settings": settings,
+        "bands": bands,
+        "wanted": list(dict.fromkeys([*before.get("wanted", ()), *wanted])),
+        "keys": before.get("keys", {}) | keys,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+METHODS = ("probes", "direct")
+
+
+def sensitivity(
+    model,
+    recording: Recording,
+    calibrations: Mapping[str, Any] | None = None,
+    *,
+    components: str | Sequence[str] | None = None,
+    formats: Sequence[str | Format] = DEFAULT_FORMATS,
+    layers: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    bands: int | Sequence[tuple[int, int]] = 2,
+    calls: int | None = None,
+    probes: int = 4,
+    method: str = "probes",
+    shard: tuple[int, int] = (0, 1),
+    folder: str | os.PathLike | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Sensitivity:
+    """What rounding each layer alone does to velocities and final latents, in every format, from few forwards.
+
+    Teacher-forced: every recorded call is computed once on the inputs it had in a real generation. A layer's own
+    error q(W) q(x) - W x is taken where the layer runs; random directions on the output, carried back once for all
+    layers, tell what of it arrives (see `probes.probe_unit` for the method and its sources). Directions on the final
+    latents are carried on through the sampler's weights and through all later steps, so that effects of early and
+    late steps compare. Both branches of guidance count with their weights.
+
+    Memory: of the experts that are needed, the inputs of one expert's blocks, and one block's graph.
+
+    Args:
+        model: from `wanlab.models.load`, eager.
+        recording: from `record_inputs`; of this model, with both branches.
+        calibrations: component -> `Calibration`, or layer -> largest magnitude of its input; needed by formats that
+            round it.
+        components: experts to measure; None takes all that were recorded and are loaded.
+        formats: names as in `FORMATS`.
+        layers, exclude: patterns as in `choose_layers`; linear layers of blocks.
+        bands: ranges of steps that the table keeps apart: how many per expert, or `[(first, last), ...]`, inclusive.
+            `Sensitivity.with_bands` cuts again without measuring.
+        calls: None measures all steps of every example and follows errors to the end; needs the later experts loaded.
+            A number takes so many steps per expert and example, evenly spread, and supposes that later steps do not
+            react (amplification 1): for experts that are loaded alone, and for long clips.
+        probes: random directions per example at the final latents, and half as many per call on its velocity.
+        method: `"probes"`, or `"direct"`: every layer and format alone, with `calls`; exact, needs no gradients, and
+            costs about half a forward for each.
+        shard: (index, count): every count-th unit of work, from index on. A unit is an example, or with `calls` a
+            step of it.
+        folder: finished units are kept there and not measured again for the same weights, recording, ranges and
+            settings.
+        seed: of the directions.
+
+    Raises:
+        WanlabError: a recording of another model or without needed steps, a missing or foreign calibration, an
+            unknown component, format or layer, an expert that is not loaded, a shard without work.
+    """
+    check_known([method], METHODS, "method")
+    check_shard(shard)
+    if probes < 1:
+        raise WanlabError(f"probes must be at least 1, not {probes}")
+    if method == "direct" and calls is None:
+        raise WanlabError("the direct method does not follow errors through later steps; give calls=")
+    made = make_formats(formats)
+    setting = _setting(
+        model, recording, calibrations or {}, components, (layers, exclude), made, calls is None, probes, seed
+    )
+    settings = _settings(model, recording, setting, calls, method)
+    units = make_units(recording, tuple(setting.targets), calls, settings["schedule"])
+    for call in (call for unit in units for call in unit.calls):
+        if call.component not in setting.networks:
+            raise WanlabError(
+                f"{call.component} is not loaded, and errors are followed through its steps; load it, or give calls="
+            )
+    keys = {name: target.key for name, target in setting.targets.items()}
+    ranges = make_bands(settings["schedule"], bands)
+    mine = units[shard[0] :: shard[1]]
+    if not mine:
+        raise WanlabError(
+            f"nothing is left for shard {shard[0]} of {shard[1]}: there are {len(units)} units of work"
+            f" ({'an example each' if calls is None else 'a step of an example each'}); take as many shards at most"
+        )
+    folder = Path(folder) if folder is not None else None
+    if folder is not None:
+        write_manifest(folder, settings, ranges, [unit.name for unit in units], keys)
+    parts: list[Part] = []
+    reused = 0
+    measure = direct_unit if method == "direct" else probe_unit
+    with tqdm(
+        total=sum(len(unit.calls) for unit in mine),
+        desc="sensitivity",
+        unit="call",
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        for unit in mine:
+            found = _finished(folder, settings, unit, setting)
+            if found is not None:
+                reused += 1
+                bar.update(len(unit.calls))
+            else:
+                found = measure(unit, setting, bar.update)
+                if folder is not None:
+                    for name, part in found.items():
+                        write_part(part_file(folder, settings, name, unit.name, part.key), part)
+            parts += found.values()
+    names = tuple(unit.name for unit in units)
+    return Sensitivity(settings, tuple(parts), ranges, names, reused)
+
+
+def _setting(
+    model,
+    recording: Recording,
+    calibrations,
+    components,
+    chosen,
+    formats,
+    follow: bool,
+    probes: int,
+    seed: int,
+) -> Setting:
+    if recording.model != model.spec.name:
+        raise WanlabError(
+            f"{recording.folder} was recorded with {recording.model}, this model is {model.spec.name};"
+            " record its own inputs"
+        )
+    recorded = [name for name in recording.components if name.startswith("expert")]
+    loaded = [name for name in recorded if name in model.components]
+    names = [components] if isinstance(components, str) else list(components or loaded)
+    check_known(names, recorded, "recorded expert")
+    check_known(names, loaded, "loaded expert")
+    check_known(list(calibrations), recorded, "recorded expert to calibrate")
+    networks = {name: recipe(model, name).network for name in loaded}
+    return Setting(
+        recording=recording,
+        targets={
+            name: make_target(name, networks, recording, calibrations.get(name), chosen, formats, follow)
+            for name in names
+        },
+        networks=networks,
+        inputs={name: tuple(recipe(model, name).inputs) for name in loaded},
+        formats=formats,
+        sampler=sampler_weights(model, recording.settings["steps"]),
+        guidance_scale=recording.settings["guidance_scale"],
+        probes=probes,
+        follow=follow,
+        seed=seed,
+    )
+
+
+def _settings(
+    model, recording: Recording, setting: Setting, calls: int | None, method: str
+) -> dict[str, Any]:
+    """What a measurement is true for, besides weights, ranges and layers, which every part names."""
+    kept = ("height", "width", "frames", "steps", "guidance_scale")
+    return {
+        "model": model.spec.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "generation": {name: recording.settings[name] for name in kept},
+        "schedule": model.schedule(recording.settings["steps"])["component"].tolist(),
+        "weights": setting.sampler.final.tolist(),
+        "formats": [each.name for each in setting.formats],
+        "probes": setting.probes,
+        "calls": calls,
+        "method": method,
+        "seed": setting.seed,
+    }
+
+
+def _finished(
+    folder: Path | None, settings: dict[str, Any], unit: Unit, setting: Setting
+) -> dict[str, Part] | None:
+    """The parts of a unit, where all are there."""
+    if folder is None:
+        return None
+    needed = {call.component for call in unit.calls} & set(setting.targets)
+    found = {}
+    for name in sorted(needed):
+        path = part_file(folder, settings, name, unit.name, setting.targets[name].key)
+        if not path.exists():
+            return None
+        found[name] = read_part(path)
+    return found

@@ -1,0 +1,433 @@
+"""The result of a sensitivity measurement: tables for any ranges of steps, with intervals."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from wanlab.core.errors import WanlabError
+from wanlab.precision.sensitivity.work import Cost, Part
+
+RESAMPLES = 1000
+
+
+def band_rows(
+    parts: Sequence[Part], first: int, last: int, weights: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `Sensitivity.frame` of one component and range of steps."""
+    picked = calls_between(parts, first, last)
+    if not len(picked["velocity"]):
+        return
+    part = parts[0]
+    local = np.sqrt(picked["local"].mean(axis=0))
+    velocity = np.sqrt(picked["velocity"].mean(axis=0))
+    low, high = interval(picked["velocity"], over_calls(len(picked["velocity"])), np.sqrt)
+    samples, groups = effect_samples(parts, first, last, weights)
+    effect = samples.mean(axis=0)
+    effect_low, effect_high = interval(samples, over_groups(groups))
+    for index, layer in enumerate(part.layers):
+        _, block, projection = layer.split(".", 2)
+        for column, format in enumerate(part.formats):
+            at = (index, column)
+            yield {
+                "component": part.component,
+                "layer": layer,
+                "block": int(block),
+                "projection": projection,
+                "format": format,
+                "first_step": first,
+                "last_step": last,
+                "local_error": float(local[at]),
+                "velocity_error": float(velocity[at]),
+                "low": float(low[at]),
+                "high": float(high[at]),
+                "effect": float(effect[at]),
+                "effect_low": float(effect_low[at]),
+                "effect_high": float(effect_high[at]),
+                "parameters": part.parameters[index],
+                "calls": len(picked["velocity"]),
+            }
+
+
+def calls_between(parts: Sequence[Part], first: int, last: int) -> dict[str, np.ndarray]:
+    """`local` and `velocity` of the calls in a range of steps, `[calls, layers, formats]`."""
+    found: dict[str, list] = {"local": [], "velocity": []}
+    for part in parts:
+        inside = [i for i, call in enumerate(part.calls) if first <= call["step"] <= last]
+        for name, rows in found.items():
+            rows.append(getattr(part, name)[inside])
+    return {name: np.concatenate(rows) for name, rows in found.items()}
+
+
+def effect_samples(
+    parts: Sequence[Part], first: int, last: int, weights: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared relative change of the final latents, once per example and direction.
+
+    What a layer does in the calls of an example is added along each direction before it is squared. Where only some
+    steps of a range were measured they stand for the others, by the weights of the velocities.
+
+    Returns:
+        `[samples, layers, formats]`, and the example of each sample.
+    """
+    sums: dict[int, Any] = {}
+    steps: dict[int, set[int]] = {}
+    coherent = all(part.coherent for part in parts)
+    for part in parts:
+        for call, paths in zip(part.calls, part.paths, strict=True):
+            if first <= call["step"] <= last:
+                example = call["example"]
+                sums[example] = sums.get(example, 0.0) + (paths if coherent else paths**2)
+                steps.setdefault(example, set()).add(call["step"])
+    samples, groups = [], []
+    size = np.abs(np.asarray(weights, dtype=np.float64)) ** (1 if coherent else 2)
+    for example, total in sums.items():
+        factor = size[first : last + 1].sum() / max(size[sorted(steps[example])].sum(), 1e-300)
+        total = (total * factor) ** 2 if coherent else total * factor
+        samples.append(np.moveaxis(total, -1, 0))
+        groups += [example] * total.shape[-1]
+    return np.concatenate(samples), np.array(groups)
+
+
+def over_calls(count: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights `[RESAMPLES, count]`: how often each call was drawn, over the number of calls."""
+    return np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES) / count
+
+
+def over_groups(groups: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights `[RESAMPLES, samples]`: examples are drawn, then directions within each."""
+    generator = np.random.default_rng(seed)
+    names = np.unique(groups)
+    drawn = generator.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)
+    weights = np.zeros((RESAMPLES, len(groups)))
+    for column, name in enumerate(names):
+        inside = np.flatnonzero(groups == name)
+        share = generator.multinomial(len(inside), [1 / len(inside)] * len(inside), size=RESAMPLES)
+        weights[:, inside] = drawn[:, column : column + 1] * share / (len(names) * len(inside))
+    # By the number of samples, not of examples, as the mean is.
+    sizes = np.array([np.sum(groups == name) for name in groups]) / len(groups) * len(names)
+    weights = weights * sizes
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def interval(samples: np.ndarray, weights: np.ndarray, then=lambda values: values):
+    """95 % percentile interval of a mean over the first axis; holds the mean itself. With one sample it is that."""
+    flat = samples.reshape(len(samples), -1)
+    means = then(weights @ flat)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    value = then(flat.mean(axis=0))
+    shape = samples.shape[1:]
+    return np.minimum(low, value).reshape(shape), np.maximum(high, value).reshape(shape)
+
+
+COLUMNS = (
+    "component", "layer", "block", "projection", "format", "first_step", "last_step", "local_error",
+    "velocity_error", "low", "high", "effect", "effect_low", "effect_high", "parameters", "calls",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """How much every layer's rounding changes velocities and final latents.
+
+    Attributes:
+        settings: model, generation (settings of the recording), schedule (component of every step), weights (of every
+            step's velocity in the final latents), formats, probes, calls, method, seed.
+        parts: finished pieces.
+        bands: component -> ranges of steps, inclusive, one row each in `frame`.
+        wanted: units of work that there are in all, by name; fewer parts were measured where this is a shard.
+        reused: units that were found finished in the folder.
+    """
+
+    settings: dict[str, Any]
+    parts: tuple[Part, ...]
+    bands: dict[str, list[tuple[int, int]]]
+    wanted: tuple[str, ...] = ()
+    reused: int = field(default=0, compare=False)
+
+    @functools.cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row per component, layer, format and range of steps.
+
+        Columns: component, layer, block, projection, format, first_step, last_step, local_error (relative L2 of the
+        layer's output, root mean square over calls), velocity_error (relative L2 of the velocity by this layer
+        alone), low, high (its 95 % bootstrap interval over calls), effect (predicted squared L2 of the change of the
+        final latents when this layer is rounded in these steps, over their own), effect_low, effect_high (95 %, over
+        examples and directions), parameters, calls. Effects of layers and of ranges add up to that of a plan as far
+        as their errors are uncorrelated.
+        """
+        rows = [row for component in self.components for row in self._rows(component)]
+        frame = pd.DataFrame(rows, columns=list(COLUMNS))
+        return frame.astype({"block": "Int64", "first_step": "Int64", "last_step": "Int64"})
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(
+            sorted({part.component for part in self.parts}, key=lambda c: self.settings["schedule"].index(c))
+        )
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(self.settings["formats"])
+
+    @property
+    def cost(self) -> Cost:
+        """Of all parts, those included that were found finished."""
+        return sum((part.cost for part in self.parts), Cost())
+
+    @property
+    def calls(self) -> int:
+        """Calls of experts whose layers were measured."""
+        return sum(len(part.calls) for part in self.parts)
+
+    @property
+    def forwards(self) -> float:
+        """Passes of a whole expert; running blocks again for their gradients counts, gradients are counted apart."""
+        return self.cost.forwards
+
+    @property
+    def brute_force(self) -> int:
+        """Forwards of rounding one layer at a time: one per layer, format and call, and one of each call as it is."""
+        return sum(len(part.calls) * (1 + len(part.layers) * len(part.formats)) for part in self.parts)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Units of work that are in."""
+        return tuple(dict.fromkeys(part.unit for part in self.parts))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit of work is in."""
+        return set(self.wanted) <= set(self.units)
+
+    def costs(self) -> pd.DataFrame:
+        """What was spent beside brute force.
+
+        Columns: calls, forwards, backwards, products (of a layer's size, in forwards), forward_equivalents (forwards
+        and products as one each, a backward as two), time_in_forwards (measured time over that of a forward),
+        brute_force, percent_of_brute_force (of forward_equivalents), time_percent_of_brute_force.
+        """
+        cost, brute = self.cost, self.brute_force
+        spent = cost.forwards + 2 * cost.backwards + cost.products
+        timed = cost.time_ms / (cost.forward_ms / self.passes) if cost.forward_ms else float("nan")
+        return pd.DataFrame(
+            [
+                {
+                    "calls": self.calls,
+                    "forwards": cost.forwards,
+                    "backwards": cost.backwards,
+                    "products": cost.products,
+                    "forward_equivalents": spent,
+                    "time_in_forwards": timed,
+                    "brute_force": brute,
+                    "percent_of_brute_force": 100 * spent / brute,
+                    "time_percent_of_brute_force": 100 * timed / brute,
+                }
+            ]
+        )
+
+    @property
+    def passes(self) -> int:
+        """Calls that were passed, whether or not their layers were measured."""
+        return sum(part.passes for part in self.parts)
+
+    def ranked(self, count: int | None = None, *, by: str = "effect") -> pd.DataFrame:
+        """The rows of `frame`, most sensitive first.
+
+        Raises:
+            WanlabError: no such column.
+        """
+        if by not in ("effect", "velocity_error", "local_error"):
+            raise WanlabError(f"rank by effect, velocity_error or local_error, not {by!r}")
+        frame = self.frame.sort_values(by, ascending=False, ignore_index=True)
+        return frame if count is None else frame.head(count)
+
+    def __str__(self) -> str:
+        """The most sensitive row, and what the measurement cost."""
+        top, cost = self.ranked(1).iloc[0], self.costs().iloc[0]
+        first, last = top["first_step"], top["last_step"]
+        when = f"step {first}" if first == last else f"steps {first} to {last}"
+        return (
+            f"most sensitive is {top['layer']} of {top['component']} in {top['format']} at {when}, effect"
+            f" {top['effect']:.2g} ({top['effect_low']:.2g} to {top['effect_high']:.2g}); found with"
+            f" {cost['forward_equivalents']:,.0f} forwards' worth, {cost['percent_of_brute_force']:.1f} % of the"
+            f" {cost['brute_force']:,.0f} of rounding one layer at a time"
+        )
+
+    def with_bands(self, bands: int | Sequence[tuple[int, int]]) -> Sensitivity:
+        """The same measurement over other ranges of steps; see `sensitivity`. Nothing is run again.
+
+        Errors within a range are added before they are squared, those of two ranges after. Where a layer keeps one format
+        throughout, one range (`with_bands(1)`) is the better prediction.
+        """
+        return replace(self, bands=make_bands(self.settings["schedule"], bands))
+
+    def _rows(self, component: str):
+        parts = [part for part in self.parts if part.component == component]
+        for first, last in self.bands.get(component, ()):
+            yield from band_rows(parts, first, last, self.settings["weights"])
+
+
+def make_bands(
+    schedule: Sequence[str], bands: int | Sequence[tuple[int, int]]
+) -> dict[str, list[tuple[int, int]]]:
+    """Ranges of steps of every component: a number of equal ones, or those given, cut where the expert changes.
+
+    Raises:
+        WanlabError: no range, or one that is outside the schedule.
+    """
+    made: dict[str, list[tuple[int, int]]] = {}
+    for component in dict.fromkeys(schedule):
+        own = [step for step, name in enumerate(schedule) if name == component]
+        if isinstance(bands, int):
+            if bands < 1:
+                raise WanlabError(f"bands must be at least 1, not {bands}")
+            count = min(bands, len(own))
+            edges = [round(i * len(own) / count) for i in range(count + 1)]
+            made[component] = [(own[a], own[b - 1]) for a, b in pairwise(edges) if b > a]
+            continue
+        for first, last in bands:
+            if not 0 <= first <= last < len(schedule):
+                raise WanlabError(f"steps {first} to {last} are no range of steps 0 to {len(schedule) - 1}")
+            inside = [step for step in own if first <= step <= last]
+            if inside:
+                made.setdefault(component, []).append((inside[0], inside[-1]))
+    return made
+
+
+QUANTITIES = ("velocity_error", "effect")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTolerance:
+    """What rounding all measured layers of an expert does, format by format.
+
+    Attributes:
+        frame: one row per expert and format: component, format, velocity_error (relative L2, errors of layers taken
+            as uncorrelated), velocity_low, velocity_high (95 % bootstrap over calls), effect (squared relative change
+            of the final latents), effect_low, effect_high (95 %, over examples and directions), layers, calls.
+        ratios: one row per format and quantity: format, quantity (`"velocity_error"`, `"effect"`), ratio (high-noise
+            expert over low-noise expert), low, high (95 %), less_tolerant (the expert, or `"neither"` where the
+            interval holds 1). Empty with one expert.
+    """
+
+    frame: pd.DataFrame
+    ratios: pd.DataFrame
+
+    def less_tolerant(self, format: str, quantity: str = "effect") -> str | None:
+        """The expert that tolerates this format less, `"neither"`, or None with one expert.
+
+        Raises:
+            WanlabError: no such format or quantity.
+        """
+        if self.ratios.empty:
+            return None
+        rows = self.ratios[(self.ratios["format"] == format) & (self.ratios["quantity"] == quantity)]
+        if rows.empty:
+            raise WanlabError(
+                f"no {quantity} of {format!r} was measured; there is {', '.join(set(self.ratios['format']))}"
+            )
+        return rows["less_tolerant"].iloc[0]
+
+    def sentence(self, format: str, quantity: str = "effect") -> str:
+        """The answer in words, with its interval."""
+        said = self.less_tolerant(format, quantity)
+        if said is None:
+            return f"{format}: one expert, nothing to compare"
+        row = self.ratios[(self.ratios["format"] == format) & (self.ratios["quantity"] == quantity)].iloc[0]
+        ratio, low, high = row["ratio"], row["low"], row["high"]
+        if said == "neither":
+            return (
+                f"{format}: neither expert clearly tolerates less ({label(quantity)} of the high-noise expert over"
+                f" that of the low-noise expert {ratio:.3g}, 95 % {low:.3g} to {high:.3g})"
+            )
+        if said == "expert_low":
+            ratio, low, high = 1 / ratio, 1 / high, 1 / max(low, 1e-300)
+        names = ["high-noise expert", "low-noise expert"]
+        less, more = names if said == "expert_high" else names[::-1]
+        return (
+            f"{format}: the {less} tolerates less, its {label(quantity)} is {ratio:.3g} times the {more}'s"
+            f" (95 % {low:.3g} to {high:.3g})"
+        )
+
+
+def label(quantity: str) -> str:
+    """A quantity in words."""
+    return {"velocity_error": "velocity error", "effect": "effect on the final latents"}[quantity]
+
+
+def expert_tolerance(sensitivity: Sensitivity) -> ExpertTolerance:
+    """Compare the experts when all their measured layers are rounded, over all their steps.
+
+    The velocity's error is that of one call, the effect is what all steps of an expert do to the final latents. A row
+    of two experts is decided where the 95 % interval of their ratio leaves out 1.
+    """
+    rows, samples = [], {}
+    for component in sensitivity.components:
+        parts = [part for part in sensitivity.parts if part.component == component]
+        last = len(sensitivity.settings["schedule"]) - 1
+        calls = calls_between(parts, 0, last)["velocity"].sum(axis=1)
+        first = sensitivity.settings["schedule"].index(component)
+        end = max(i for i, name in enumerate(sensitivity.settings["schedule"]) if name == component)
+        effect, groups = effect_samples(parts, first, end, sensitivity.settings["weights"])
+        effect = effect.sum(axis=1)
+        samples[component] = {"velocity_error": calls, "effect": effect, "groups": groups}
+        seed = len(samples)
+        velocity_low, velocity_high = interval(calls, over_calls(len(calls), seed), np.sqrt)
+        effect_low, effect_high = interval(effect, over_groups(groups, seed))
+        for column, format in enumerate(sensitivity.formats):
+            rows.append(
+                {
+                    "component": component,
+                    "format": format,
+                    "velocity_error": float(np.sqrt(calls[:, column].mean())),
+                    "velocity_low": float(velocity_low[column]),
+                    "velocity_high": float(velocity_high[column]),
+                    "effect": float(effect[:, column].mean()),
+                    "effect_low": float(effect_low[column]),
+                    "effect_high": float(effect_high[column]),
+                    "layers": len(parts[0].layers),
+                    "calls": len(calls),
+                }
+            )
+    ratios = _ratios(samples, sensitivity.formats) if len(samples) == 2 else []
+    columns = ["format", "quantity", "ratio", "low", "high", "less_tolerant"]
+    return ExpertTolerance(pd.DataFrame(rows), pd.DataFrame(ratios, columns=columns))
+
+
+def _ratios(samples: dict, formats) -> list[dict]:
+    high, low = samples["expert_high"], samples["expert_low"]
+    rows = []
+    for quantity in QUANTITIES:
+        if quantity == "effect":
+            # The same examples and directions end both: drawn together.
+            paired = np.array_equal(high["groups"], low["groups"])
+            weights = [over_groups(high["groups"], 1), over_groups(low["groups"], 1 if paired else 2)]
+        else:
+            weights = [over_calls(len(side[quantity]), seed) for seed, side in enumerate((high, low), 1)]
+        power = 0.5 if quantity == "velocity_error" else 1.0
+        for column, format in enumerate(formats):
+            above, below = high[quantity][:, column], low[quantity][:, column]
+            drawn = [w @ values for w, values in zip(weights, (above, below), strict=True)]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = float((above.mean() / below.mean()) ** power)
+                ends = np.nanpercentile((drawn[0] / drawn[1]) ** power, [2.5, 97.5])
+            least, most = min(float(ends[0]), ratio), max(float(ends[1]), ratio)
+            less = "expert_high" if least > 1 else "expert_low" if most < 1 else "neither"
+            rows.append(
+                {
+                    "format": format,
+                    "quantity": quantity,
+                    "ratio": ratio,
+                    "low": least,
+                    "high": most,
+                    "less_tolerant": less,
+                }
+            )
+    return rows

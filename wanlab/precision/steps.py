@@ -1,0 +1,144 @@
+"""Formats that change inside a generation: the step is counted by the scheduler, and layers look it up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+
+from wanlab.core.errors import WanlabError
+from wanlab.precision.plan import Plan, check_steps
+
+
+class StepClock:
+    """Which range of steps a generation is in.
+
+    Both branches of guidance come before the scheduler's step, so they fall into one step. The range is a string, which
+    compiled code is specialised on: one version of a block per range, not per step.
+
+    Attributes:
+        bands: ranges of steps, inclusive, in which nothing changes in any component.
+        band: the one that holds now, as `"0-3"`; None outside a generation.
+    """
+
+    def __init__(self, plan: Plan, bands: list[tuple[int, int]]) -> None:
+        self.plan, self.bands = plan, bands
+        self.step: int | None = None
+        self.band: str | None = None
+
+    def begin(self, num_steps: int) -> None:
+        """A generation of so many steps.
+
+        Raises:
+            WanlabError: the plan counts others.
+        """
+        check_steps(self.plan, num_steps)
+        self._set(0)
+
+    def advance(self) -> None:
+        """The next step; behind the last one there is none."""
+        if self.step is not None:
+            self._set(self.step + 1 if self.step + 1 < self.plan.num_steps else None)
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Inside the block it is this step.
+
+        Raises:
+            WanlabError: the plan has no such step.
+        """
+        if not 0 <= step < self.plan.num_steps:
+            raise WanlabError(f"plan {self.plan.name} has steps 0 to {self.plan.num_steps - 1}, not {step}")
+        before = self.step
+        self._set(step)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, step: int | None) -> None:
+        self.step = step
+        self.band = None if step is None else next(spell(b) for b in self.bands if b[0] <= step <= b[1])
+
+    def __deepcopy__(self, memo) -> StepClock:
+        """Copies of a network or of its scheduler go by the same clock."""
+        return self
+
+
+class SteppedLayer(torch.nn.Module):
+    """A layer with a format for every range of steps; each is held.
+
+    Attributes:
+        variants: format -> layer; `"as-loaded"` is the original.
+        by_band: range of steps -> its variant.
+    """
+
+    def __init__(
+        self, variants: Mapping[str, torch.nn.Module], by_band: dict[str, str], clock: StepClock
+    ) -> None:
+        super().__init__()
+        self.variants = torch.nn.ModuleDict(variants)
+        self.by_band, self.clock = by_band, clock
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        band = self.clock.band
+        if band is None:
+            raise WanlabError(
+                "this plan changes with the step, and no generation is under way; call inside `with applied.at(step)`"
+            )
+        return self.variants[self.by_band[band]](values)
+
+
+def all_bands(assignment) -> list[tuple[int, int]]:
+    """Ranges of steps in which nothing changes in any component; empty where nothing ever does."""
+    found = [band for name in assignment.components for band in assignment.bands(name) if band[0] is not None]
+    if not found:
+        return []
+    starts = sorted({first for first, _ in found})
+    return list(
+        zip(starts, [start - 1 for start in starts[1:]] + [assignment.plan.num_steps - 1], strict=True)
+    )
+
+
+def spell(band: tuple[int, int]) -> str:
+    """`(0, 3)` as `"0-3"`."""
+    return f"{band[0]}-{band[1]}"
+
+
+def stepped_scheduler(scheduler, clock: StepClock | None):
+    """A copy of a scheduler, which keeps state between steps; with a clock it also tells the steps."""
+    twin = copy.deepcopy(scheduler)
+    if clock is not None:
+        twin.__class__ = _telling(type(twin))
+        twin.wanlab_clock = clock
+    return twin
+
+
+def _telling(base: type) -> type:
+    class Telling(base):
+        @wraps(base.set_timesteps)
+        def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
+            made = super().set_timesteps(num_inference_steps, *args, **kwargs)
+            # Schedulers made from this one's configuration have no clock.
+            if (clock := getattr(self, "wanlab_clock", None)) is not None:
+                count = len(self.timesteps) if num_inference_steps is None else num_inference_steps
+                clock.begin(count)
+            return made
+
+        @wraps(base.step)
+        def step(self, *args, **kwargs):
+            made = super().step(*args, **kwargs)
+            if (clock := getattr(self, "wanlab_clock", None)) is not None:
+                clock.advance()
+            return made
+
+    # diffusers finds schedulers by the name of their class.
+    Telling.__name__, Telling.__qualname__, Telling.__module__ = (
+        base.__name__,
+        base.__qualname__,
+        base.__module__,
+    )
+    return Telling

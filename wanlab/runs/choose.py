@@ -1,0 +1,480 @@
+"""Which configuration to use: Pareto efficiency, the fastest within a quality limit, what each technique bought."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.paths import data
+from wanlab.runs.compare import BASELINE, SAME, Comparisons
+from wanlab.runs.platforms import RESULTS, PlatformRecord, read_platforms
+from wanlab.runs.results import TIMED, Configuration, better, is_ratio, known, ratio, shown
+
+SENSES = ("min", "max")
+NO_EFFECT = "no effect"
+
+
+def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
+    """Which rows are efficient: no other row is at least as good in every column and better in one.
+
+    Rows that are equal in every column stand or fall together. A row that lacks one of the values is not efficient and
+    beats nobody.
+
+    Args:
+        frame: one row per candidate.
+        goals: column -> `"min"` where less is better, `"max"` where more is.
+
+    Returns:
+        Booleans with the frame's index.
+
+    Raises:
+        WanlabError: no goal, an unknown column, or another sense.
+    """
+    if not goals:
+        raise WanlabError('pareto needs at least one column, e.g. {"time_ms": "min"}')
+    for column, sense in goals.items():
+        if column not in frame.columns:
+            raise WanlabError(f"no column {column!r}{did_you_mean(column, map(str, frame.columns))}")
+        if sense not in SENSES:
+            raise WanlabError(f'{column} is to be "min" or "max", not {sense!r}')
+    costs = np.column_stack(
+        [
+            pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+            * (1.0 if sense == "min" else -1.0)
+            for column, sense in goals.items()
+        ]
+    )
+    known = ~np.isnan(costs).any(axis=1)
+    rows = costs[known] + 0.0  # no -0.0, which is another row than 0.0
+    # Of equal rows one is looked at. Sorted, a row can only be beaten by one before it.
+    points, of_row = np.unique(rows, axis=0, return_inverse=True)
+    efficient = np.zeros(len(points), dtype=bool)
+    best = np.empty((0, points.shape[1]))
+    for index, point in enumerate(points):
+        if not (best <= point).all(axis=1).any():
+            efficient[index] = True
+            best = np.vstack([best, point])
+    made = np.zeros(len(frame), dtype=bool)
+    made[known] = efficient[of_row.reshape(-1)]
+    return pd.Series(made, index=frame.index, name="efficient")
+
+
+def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
+    """`pareto` among the rows whose `effect` is not "no effect": those are another configuration than their name says."""
+    real = frame["effect"] != NO_EFFECT if "effect" in frame else frame.index == frame.index
+    return pareto(frame[real], goals).reindex(frame.index, fill_value=False)
+
+
+DRIFT = "the baseline was run once, so drift between runs is not known"
+QUALITY = ("quality_loss_high_percent", "quality_loss_percent")
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The configuration to use.
+
+    Attributes:
+        label: its name; the baseline's where nothing better is within the limit.
+        row: of the comparison's frame.
+        within: labels that are within the limit, the baseline among them.
+        alike: of these, those that cannot be told apart from the fastest; the choice loses least of them.
+        text: the answer in a sentence or two.
+    """
+
+    label: str
+    row: pd.Series
+    within: tuple[str, ...]
+    alike: tuple[str, ...]
+    text: str
+
+
+def choose(found: Comparisons, limit_percent: float = 3.0) -> Choice:
+    """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
+
+    Of those that cannot be told apart from the best, the one that loses least: noise does not choose.
+    A configuration that had no effect, or whose loss is not known, is not chosen.
+    """
+    frame = found.frame.set_index("configuration")
+    within, without = [], 0
+    for row in found.rows:
+        loss = _loss(row.results)
+        fits = loss is not None and loss <= limit_percent
+        without += loss is None
+        if row is found.baseline or (fits and row.results.get("effect") != NO_EFFECT):
+            within.append(row.label)
+    ahead = [
+        label
+        for label in within
+        if frame.loc[label, "verdict"] not in (SAME, BASELINE, "slower", "worse", "")
+    ]
+    pick = min if better(found.by) == "min" else max
+    alike = []
+    if ahead:
+        first = found.row(pick(ahead, key=lambda label: frame.loc[label, found.by]))
+        alike = [
+            label
+            for label in ahead
+            if label == first.label or found.verdict(first, found.row(label)) in (SAME, "")
+        ]
+    best = min(alike, key=lambda label: _loss(found.row(label).results)) if alike else found.baseline.label
+    row = frame.loc[best]
+    text = _text(found, best, row, within, alike, without, limit_percent)
+    return Choice(best, row, tuple(within), tuple(alike), text)
+
+
+def _loss(values: dict[str, Any]) -> float | None:
+    """Upper end of the quality loss in percent, or the loss where it has no interval."""
+    return next((float(values[name]) for name in QUALITY if known(values.get(name))), None)
+
+
+def _text(
+    found: Comparisons,
+    best: str,
+    row: Any,
+    within: list[str],
+    alike: list[str],
+    without: int,
+    limit: float,
+) -> str:
+    beside = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
+    beside += [f"{len(within)} of {len(found.rows)} configurations within {limit:g} % of quality loss"]
+    beside += [f"{without} of unknown loss"] if without else []
+    beside += [f"{found.refused['configuration'].nunique()} refused"] if len(found.refused) else []
+    beside += [f"{len(found.failures)} not finished"] if len(found.failures) else []
+    beside += [DRIFT] if found.baseline.repeats == 1 else []
+    tail = f" ({'; '.join(beside)})."
+    if best == found.baseline.label:
+        floor = f"the noise and the threshold of {found.threshold_percent:g} %"
+        return f"Keep {best}: nothing within the limit is better by {found.by} than {floor}{tail}"
+    timed = found.by.endswith("_ms")
+    interval = "" if row["low"] != row["low"] else f", 95 % interval {row['low']:.2f} to {row['high']:.2f}"
+    how = "times as fast as" if timed else f"times as good by {found.by} as"
+    gain = row.get("ratio", float("nan"))
+    said = (
+        f"Use {best}: {gain:.2f} {how} {found.baseline.label}{interval} (noise {row['noise_percent']:.1f} %)"
+    )
+    results = found.row(best).results
+    if known(loss := results.get(QUALITY[1])):
+        ends = [results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
+        span = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(known, ends)) else ""
+        said += f", quality loss {_signed(loss)} %{span}"
+    return f"{said}{tail}"
+
+
+def _signed(percent: float) -> str:
+    return f"{round(percent, 2) + 0.0:+.2f}"
+
+
+COLUMNS = (
+    "techniques", "moved", "speedup", "low", "high", "product", "product_low", "product_high", "of_product", "of_low",
+    "of_high", "noise_percent", "verdict",
+)  # fmt: skip
+MULTIPLY = "gains multiply"
+RESAMPLES = 4_000
+
+
+def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
+    """Techniques alone and combined.
+
+    A technique is a parameter moved off its value in the baseline, e.g. `engine=onnxruntime`; one that had no effect is left
+    out. Intervals are percentile bootstraps (95 %) over all samples of all configurations involved at once, so that the
+    baseline, which stands in every ratio, is drawn once.
+
+    Args:
+        found: from `compare`, by a time with samples.
+
+    Returns:
+        One row per configuration but the baseline, fewest techniques first: techniques (joined by " + "), moved (how many),
+        speedup, low, high; and where each of its techniques was measured alone too: product of their speed-ups, with
+        product_low and product_high; of_product (measured over product, 1 where gains multiply), with of_low and of_high;
+        noise_percent (of all of them); verdict, which says what became of the product.
+
+    Raises:
+        WanlabError: compared by something without samples, or nothing was moved.
+    """
+    if found.by.rpartition(".")[2] not in TIMED:
+        raise WanlabError(f"a technique matrix is of times; compare by {TIMED[0]}, not by {found.by}")
+    base, moved = found.baseline, {}
+    for row in found.rows[1:]:
+        applied = row.samples is not None and row.results.get("effect") != NO_EFFECT
+        if applied and (names := _moved(row, base, found.axes)):
+            moved.setdefault(names, row)
+    if not moved or base.samples is None:
+        raise WanlabError(
+            f"no technique beside the baseline {base.label}: no other configuration with samples"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = {id(row): _medians(row, generator) for row in (base, *moved.values())}
+    rows = []
+    for names, row in sorted(moved.items(), key=lambda item: (len(item[0]), item[1].results[found.by])):
+        gain = _Ratio(base.samples.median / row.samples.median, drawn[id(base)] / drawn[id(row)])
+        alone = [moved.get((name,)) for name in names]
+        made = {"techniques": " + ".join(names), "moved": len(names), **gain.named("speedup", "low", "high")}
+        if len(names) > 1 and all(alone):
+            gains = [
+                _Ratio(base.samples.median / one.samples.median, drawn[id(base)] / drawn[id(one)])
+                for one in alone
+            ]
+            product = math.prod(gains[1:], start=gains[0])
+            part = gain / product
+            noise = found.noise_percent(row, *alone)
+            made |= product.named("product", "product_low", "product_high")
+            made |= part.named("of_product", "of_low", "of_high")
+            made |= {"noise_percent": noise, "verdict": _verdict(part, noise) + _simulated(names, alone)}
+        rows.append(made)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return frame.assign(verdict=frame["verdict"].astype(object).where(frame["verdict"].notna(), ""))
+
+
+def told(matrix: pd.DataFrame) -> str:
+    """The matrix in two sentences: the best technique alone, and the best combination beside its product."""
+    said = []
+    for moved, word in ((matrix["moved"] == 1, "alone"), (matrix["moved"] > 1, "combined")):
+        if not moved.any():
+            continue
+        best = matrix[moved].sort_values("speedup", ascending=False).iloc[0]
+        span = f"{best['speedup']:.2f}x ({best['low']:.2f} to {best['high']:.2f})"
+        said.append(f"Best {word}: {best['techniques']}, {span}")
+        if best["product"] == best["product"]:
+            said[-1] += f", beside a product of {best['product']:.2f}x: {best['verdict']}"
+        said[-1] += "."
+    return " ".join(said)
+
+
+class _Ratio:
+    """A ratio with its bootstrap distribution."""
+
+    def __init__(self, value: float, drawn: np.ndarray) -> None:
+        self.value, self.drawn = value, drawn
+
+    def __mul__(self, other: _Ratio) -> _Ratio:
+        return _Ratio(self.value * other.value, self.drawn * other.drawn)
+
+    def __truediv__(self, other: _Ratio) -> _Ratio:
+        return _Ratio(self.value / other.value, self.drawn / other.drawn)
+
+    def ends(self) -> tuple[float, float]:
+        low, high = np.percentile(self.drawn, [2.5, 97.5])
+        return min(float(low), self.value), max(float(high), self.value)
+
+    def named(self, *names: str) -> dict[str, float]:
+        return dict(zip(names, (self.value, *self.ends()), strict=True))
+
+
+def _moved(row: Configuration, base: Configuration, axes) -> tuple[str, ...]:
+    return tuple(
+        f"{axis}={shown(row.parameters.get(axis))}"
+        for axis in axes
+        if row.parameters.get(axis) != base.parameters.get(axis)
+    )
+
+
+def _medians(row: Configuration, generator: np.random.Generator) -> np.ndarray:
+    values = np.asarray(row.samples.values_ms)
+    return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
+
+
+def _simulated(names: tuple[str, ...], alone) -> str:
+    """Of a technique that was only simulated alone the gain is not known, nor is the product."""
+    only = [
+        name for name, one in zip(names, alone, strict=True) if "simulated" in str(one.results.get("kernels"))
+    ]
+    return f" ({', '.join(only)} alone is simulated, so its own gain is not known)" if only else ""
+
+
+def _verdict(part: _Ratio, noise_percent: float) -> str:
+    low, high = part.ends()
+    off = 100 * (part.value - 1)
+    if low <= 1 <= high or max(part.value, 1 / part.value) - 1 <= noise_percent / 100:
+        return f"{MULTIPLY} within noise"
+    if off < 0:
+        return f"gains do not multiply: {-off:.0f} % less than their product"
+    return f"more than multiply: {off:.0f} % over their product"
+
+
+NAMES = {
+    "eager": "PyTorch, eager",
+    "compiled": "PyTorch, compiled",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "tvm": "TVM",
+}
+FIGURES = ("time_per_frame_ms", "time_per_video_ms", "peak_memory_gib", "load_ms", "weights_gib")
+MEASURED, BUILT = "measured", "built, not executed"
+
+
+def engine_table(
+    found: Comparisons, built: Sequence[PlatformRecord] = (), *, axis: str = "engine"
+) -> pd.DataFrame:
+    """One row per engine, everything else as in the baseline; engines that were built only are rows without figures.
+
+    Args:
+        found: from `compare`, with the original as its baseline.
+        built: records of engines that no machine here could run, as `measure.read_platforms` reads them.
+        axis: the parameter that names the engine.
+
+    Returns:
+        engine, state, then each figure with `<figure>_ratio` to the baseline (above 1 is better), note.
+    """
+    base = found.baseline
+    rows = []
+    for row in found.rows:
+        moved = [name for name in found.axes if row.parameters.get(name) != base.parameters.get(name)]
+        if moved not in ([], [axis]):
+            continue
+        engine = str(row.parameters.get(axis, row.label))
+        made: dict[str, Any] = {"engine": NAMES.get(engine, engine), "state": MEASURED}
+        for name in FIGURES:
+            value = row.results.get(name)
+            made[name] = math.nan if value is None else value
+            made[f"{name}_ratio"] = ratio(name, made[name], base.results.get(name))
+        verdict = found.frame.loc[found.frame["configuration"] == row.label, "verdict"].iloc[0]
+        rows.append(made | {"note": verdict})
+    rows += _built(built)
+    columns = [column for name in FIGURES for column in (name, f"{name}_ratio")]
+    frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "note"])
+    empty = [name for name in FIGURES if frame[name].isna().all()]
+    return frame.drop(columns=[column for name in empty for column in (name, f"{name}_ratio")])
+
+
+def _built(records: Sequence[PlatformRecord]) -> list[dict[str, Any]]:
+    """One row per engine, whatever it was built for."""
+    groups: dict[str, list[PlatformRecord]] = {}
+    for record in records:
+        if record.state == "built only":
+            groups.setdefault(record.engine, []).append(record)
+    rows = []
+    for engine, found in groups.items():
+        parts = ", ".join(dict.fromkeys(record.component for record in found if record.component))
+        where = ", ".join(dict.fromkeys(record.machine for record in found))
+        took = sum({record.source: record.build_ms or 0.0 for record in found}.values())
+        note = f"{parts or 'a network'} for {where}; built in {took / 1e3:,.0f} s, no such GPU here"
+        rows.append({"engine": NAMES.get(engine, engine), "state": BUILT, "note": note})
+    return rows
+
+
+def readable(found: Comparisons, *, apart: bool = False) -> pd.DataFrame:
+    """Words only: configuration, the compared figure, its ratio with interval, noise and verdict, the other figures.
+
+    Args:
+        apart: a column for each varied parameter in place of the configuration's name.
+    """
+    gain = "ratio" if is_ratio(found.by) else "difference"
+    others = [name for name in found.shown if name != found.by]
+    rows = []
+    for row in found.frame.to_dict(orient="records"):
+        known = row["low"] == row["low"]
+        named = {axis: shown(row[axis]) for axis in found.axes} if apart and found.axes else None
+        made = (named or {"configuration": row["configuration"]}) | {
+            found.by: figure(row[found.by]),
+            gain: figure(row[gain], gain),
+            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if known else "",
+            "noise %": figure(row["noise_percent"]),
+            "verdict": row["verdict"] + (f", {NO_EFFECT}" if row.get("effect") == NO_EFFECT else ""),
+        }
+        for name in others:
+            kind = "ratio" if is_ratio(name) else "difference"
+            first = row["configuration"] == found.baseline.label
+            change = "" if first else figure(row[f"{name}_{kind}"], kind)
+            made[name] = figure(row[name]) + (f" ({change})" if change else "")
+        rows.append(made | ({"effect": row["effect"]} if "effect" in row else {}))
+    return pd.DataFrame(rows)
+
+
+def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
+    """Words only: technique, speed-up with its interval, the product of the single ones, what became of it."""
+    rows = []
+    for row in matrix.to_dict(orient="records"):
+        both = row["product"] == row["product"]
+        rows.append(
+            {
+                "techniques": row["techniques"],
+                "speed-up": f"{figure(row['speedup'], 'ratio')} ({row['low']:.2f} to {row['high']:.2f})",
+                "product of the single ones": figure(row["product"], "ratio") if both else "",
+                "of the product": f"{row['of_product']:.2f} ({row['of_low']:.2f} to {row['of_high']:.2f})"
+                if both
+                else "",
+                "verdict": row["verdict"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
+    """Words only: a line per measure, a column per engine, the ratio to the first behind each figure."""
+    names = [name for name in table.columns if f"{name}_ratio" in table.columns]
+    lines: list[dict[str, str]] = []
+    for name in ["state", *names, "note"]:
+        line = {"measure": name}
+        for place, row in enumerate(table.to_dict(orient="records")):
+            if name in names:
+                change = figure(row[f"{name}_ratio"], "ratio") if place else ""
+                line[row["engine"]] = figure(row[name]) + (f" ({change})" if change else "")
+            else:
+                line[row["engine"]] = str(row[name])
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def figure(value: Any, kind: str = "") -> str:
+    """A number in few digits; nothing for NaN."""
+    if value is None or value != value:
+        return ""
+    if kind == "ratio":
+        return f"{value:.2f}x" if value < 100 else f"{value:,.0f}x"
+    if kind == "difference":
+        return f"{value:+.3g}" if value else "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+SWEEPS = data("sweeps")
+
+
+def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
+    """The folder of a sweep that was given, else of a recorded one.
+
+    Raises:
+        WanlabError: it is not there.
+    """
+    if given is not None:
+        path = Path(given)
+        if not path.is_dir():
+            raise WanlabError(f"no folder of a sweep at {path}; give the folder that holds its sweep.json")
+        return path
+    path = SWEEPS / recorded
+    if not (path / "sweep.json").is_file():
+        raise WanlabError(
+            f"the recorded sweep {recorded} is not in data/sweeps; work in a source checkout, or give the folder of a sweep"
+            " (sweep=outputs/<name>, made by `wanlab sweep`)"
+        )
+    return path
+
+
+def built_records(folder: str | os.PathLike | None, sweep: Path):
+    """Receipts of engines that were only built, from a folder.
+
+    None looks for `built/` beside the sweep's runs, and for a sweep of the project in its recorded results.
+
+    Raises:
+        WanlabError: the folder that was given is not there.
+    """
+    own = RESULTS if sweep.parent == SWEEPS else sweep / "built"
+    path = own if folder is None else Path(folder)
+    if folder is not None and not path.is_dir():
+        raise WanlabError(
+            f"no folder of build receipts at {path}; 22_tensorrt leaves them beside its engines"
+        )
+    return (
+        [record for record in read_platforms([path])[0] if record.state == "built only"]
+        if path.is_dir()
+        else []
+    )

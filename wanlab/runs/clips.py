@@ -1,0 +1,114 @@
+"""Clips side by side: one HTML fragment with the videos inside, playing in step."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import digest, slug
+from wanlab.evaluate.video import write_video
+
+# Stands alone in a notebook. The report strips it and brings its own, which does the same and adds speeds.
+PLAY_IN_STEP = """
+(() => {
+  const group = document.getElementById(ID), all = [...group.querySelectorAll("video")];
+  const restart = () => all.every(v => v.ended) && all.forEach(v => { v.currentTime = 0; v.play(); });
+  all.forEach(v => { v.loop = false; v.addEventListener("ended", restart); });
+  group.addEventListener("click", () => {
+    const paused = all.every(v => v.paused);
+    all.forEach(v => paused ? v.play() : v.pause());
+  });
+})();
+"""
+
+
+class Html:
+    """A fragment that a notebook shows as HTML and a terminal as a short text."""
+
+    def __init__(self, html_text: str, text: str):
+        self.html, self.text = html_text, text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def side_by_side(items: Mapping[str, Any], folder: Path, fps: float | None = None) -> Html:
+    """Labelled clips and pictures in one row.
+
+    Args:
+        items: label -> clip (a path, anything with `.video` or `.frames` and `.fps`, or an array
+            [T, H, W, 3]) or still (a PIL image, or an array [H, W, 3]).
+        folder: where clips that are not files yet are written, as `<label>.mp4`.
+        fps: frame rate of bare arrays.
+
+    Raises:
+        WanlabError: nothing to show, a file that is not there, or an array without a frame rate.
+    """
+    if not items:
+        raise WanlabError("show_videos needs at least one clip")
+    cells = [_figure(label, item, folder, fps) for label, item in items.items()]
+    group = "clips-" + digest(cells, 10)
+    script = f"<script>{PLAY_IN_STEP.replace('ID', repr(group))}</script>"
+    style = "display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:12px;max-width:1100px"
+    body = f'<div class="wl-clips" id="{group}" style="{style}">{"".join(cells)}</div>{script}'
+    return Html(body, "clips side by side: " + ", ".join(items))
+
+
+def _figure(label: str, item: Any, folder: Path, fps: float | None) -> str:
+    caption = f'<figcaption style="font-size:90%;padding-top:4px">{html.escape(str(label))}</figcaption>'
+    kind, data = _media(label, item, folder, fps)
+    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    if kind.startswith("video/"):
+        media = (
+            f'<video src="{source}" autoplay loop muted playsinline style="width:100%;display:block"></video>'
+        )
+    else:
+        words = html.escape(str(label), quote=True)
+        media = f'<img src="{source}" alt="{words}" style="width:100%;display:block">'
+    return f'<figure style="margin:0">{media}{caption}</figure>'
+
+
+def _media(label: str, item: Any, folder: Path, fps: float | None) -> tuple[str, bytes]:
+    if isinstance(item, str | Path):
+        path = Path(item)
+        kinds = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg"}
+        kind = kinds.get(path.suffix.lower().replace(".jpeg", ".jpg"))
+        if kind is None or not path.is_file():
+            raise WanlabError(f"show_videos: {path} is not an mp4, webm, png or jpg file that exists")
+        return kind, path.read_bytes()
+    if hasattr(item, "save") and hasattr(item, "mode"):  # PIL image
+        return "image/png", _png(item)
+    frames = getattr(item, "video", None)
+    frames = getattr(item, "frames", item) if frames is None else frames
+    if getattr(frames, "ndim", 0) == 3:
+        return "image/png", _png(_image(frames))
+    rate = getattr(item, "fps", fps)
+    if rate is None:
+        raise WanlabError(f"show_videos: give fps= for {label!r}, an array has no frame rate")
+    path = folder / f"{slug(str(label))}.mp4"
+    write_video(path, frames, rate)
+    return "video/mp4", path.read_bytes()
+
+
+def _image(frame: Any) -> Any:
+    array = np.asarray(frame)
+    if array.dtype != np.uint8:
+        array = (np.clip(array, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return Image.fromarray(array)
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

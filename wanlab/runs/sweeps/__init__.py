@@ -1,1 +1,0 @@
-"""Sweeps: many runs from one grid, on this machine or on a cluster, with the truth about each of them."""

@@ -114,7 +114,7 @@ def memory() -> str:
     return markdown(["at the peak", *found], rows)
 
 
-def levers() -> str:
+def memory_options() -> str:
     record = read("memory_levers_h200")
     rows = []
     for model, table in record["levers"].items():
@@ -179,6 +179,6 @@ def captures() -> str:
 
 
 TABLES = {
-    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "levers": levers,
+    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "levers": memory_options,
     "ranges": ranges, "captures": captures, "reading": reading,
 }  # fmt: skip

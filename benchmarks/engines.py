@@ -100,10 +100,10 @@ def prepare(arguments) -> dict:
 
     from wanlab import export, measure
     from wanlab.export import vae_streamed as vae_export
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
 
     model = load(arguments)
-    plan = recipe(model, arguments.component)
+    plan = component_spec(model, arguments.component)
     inputs = plan.inputs_for(shape(arguments), torch.Generator().manual_seed(arguments.seed))
     torch.save({n: t.cpu() for n, t in zip(plan.inputs, inputs, strict=True)}, arguments.folder / "inputs.pt")
     if "onnxruntime" not in arguments.engines:
@@ -124,12 +124,12 @@ def prepare(arguments) -> dict:
 def torch_engine(arguments, *, compiled: bool) -> dict:
     import torch
 
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
 
     begin = time.perf_counter()
     model = load(arguments)
     load_ms = (time.perf_counter() - begin) * 1e3
-    plan = recipe(model, arguments.component)
+    plan = component_spec(model, arguments.component)
     inputs = torch.load(arguments.folder / "inputs.pt", weights_only=True)
     given = [inputs[name].to(plan.network.device) for name in plan.inputs]
     if compiled:

@@ -54,10 +54,10 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
     from wanlab.core.errors import WanlabError
     from wanlab.engines.parity import differences
     from wanlab.export.clip import default_shape
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
     from wanlab.measure import timing
 
-    plan = recipe(model, arguments.component)
+    plan = component_spec(model, arguments.component)
     shape = default_shape(model, batch=1)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
@@ -85,7 +85,7 @@ def measured(arguments, model, dtype: str, folder: Path) -> list[dict]:
             "size_bytes": engine.size_bytes,
             "relative_l2": off,
         } | facts
-    samples, control = measure.in_turn(calls, warmup=5, rounds=arguments.rounds, device=arguments.device)
+    samples, control = measure.interleaved(calls, warmup=5, rounds=arguments.rounds, device=arguments.device)
     base = next(iter(samples.values()))
     for name, mine in samples.items():
         gain = {} if mine is base else measure.compare(base, mine, control.noise_percent).row()

@@ -80,7 +80,7 @@ def main() -> int:
         } | ladder(pair, backbone, device)
         found = {name: call() for name, call in calls.items()}
         found["per frame, no TF32"] = plainly(per_frame)()
-        samples, control = measure.in_turn(calls, warmup=1, rounds=arguments.rounds, device=device)
+        samples, control = measure.interleaved(calls, warmup=1, rounds=arguments.rounds, device=device)
     reference = found["per frame, no TF32"]
     differences = {
         name: max(abs(a - b) for a, b in zip(reference, values, strict=False))

@@ -37,7 +37,7 @@ def main() -> int:
     }
     videos = [model.generate(**asked) for model in variants.values()]  # also the warm-up
     psnr_db = evaluate.compare_videos(*videos, metrics=("psnr",), progress=False).mean("psnr")
-    pair = measure.side_by_side(variants, rounds=arguments.rounds, **asked)
+    pair = measure.compare_models(variants, rounds=arguments.rounds, **asked)
     gain = pair.comparisons["onnxruntime"]
 
     pd.set_option("display.width", 160, "display.float_format", "{:,.2f}".format)

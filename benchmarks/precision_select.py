@@ -129,10 +129,10 @@ def synthetic(model, component: str, size: dict[str, int], folder: Path):
     import torch
 
     from wanlab.export import ClipShape
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
     from wanlab.precision.recording import RecordedCall, Recording, keep
 
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     shape = ClipShape(1, **size, text_tokens=model.spec.defaults.text_tokens)
     schedule = model.schedule(STEPS)
     calls = []

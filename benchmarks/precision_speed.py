@@ -45,12 +45,12 @@ def main(words: list[str] | None = None) -> int:
     from wanlab import measure
     from wanlab.core.errors import WanlabError
     from wanlab.core.files import write_json
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
 
     torch._dynamo.config.recompile_limit = 64  # every kind of block of a plan is a version of its own
     begin = time.perf_counter()
     model = load(arguments)
-    plan = recipe(model, arguments.component)
+    plan = component_spec(model, arguments.component)
     inputs = plan.inputs_for(shape(arguments), torch.Generator().manual_seed(arguments.seed))
     seen, reference = observe(plan.network, lambda: plan.reference(*inputs))
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "resume")}
@@ -220,7 +220,7 @@ def variant(arguments, model, inputs, seen, reference, plan, mode: str, dynamic:
 
     from wanlab import precision
     from wanlab.core.errors import WanlabError
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
 
     component = arguments.component
     begin, facts, applied = time.perf_counter(), {}, None
@@ -243,7 +243,7 @@ def variant(arguments, model, inputs, seen, reference, plan, mode: str, dynamic:
     if mode == "compiled":
         for block in network.blocks:
             block.compile()
-    call = recipe(model, component, network=network).reference
+    call = component_spec(model, component, network=network).reference
     if applied is None or applied.clock is None:
         return {
             "": facts | measured(arguments, lambda: call(*inputs), reference) | planned(applied, component)

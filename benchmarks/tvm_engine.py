@@ -26,7 +26,7 @@ def main() -> int:
     from wanlab.core.files import write_json
     from wanlab.engines.parity import differences
     from wanlab.export.clip import ClipShape, default_shape
-    from wanlab.export.components import recipe
+    from wanlab.export.components import component_spec
 
     torch.set_num_threads(arguments.threads)
     model = models.load(arguments.model, device="cpu")
@@ -41,7 +41,7 @@ def main() -> int:
         name: engines.TvmEngine(build.path, graph=graph, threads=arguments.threads)
         for name, build in builds.items()
     }
-    plan = recipe(model, arguments.component)
+    plan = component_spec(model, arguments.component)
     shape: ClipShape = default_shape(model, batch=1)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(arguments.seed))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
@@ -63,7 +63,9 @@ def main() -> int:
 
     calls = {name: (lambda engine=engine: engine.run(feeds)) for name, engine in opened.items()}
     plain = calls.pop(PLAIN)
-    samples, control = measure.in_turn({"eager": eager} | calls, rounds=arguments.rounds // 2, device="cpu")
+    samples, control = measure.interleaved(
+        {"eager": eager} | calls, rounds=arguments.rounds // 2, device="cpu"
+    )
     samples[PLAIN] = measure.time_ms(plain, iterations=arguments.plain_rounds, device="cpu", label=PLAIN)
     both = samples.pop("eager")
     gains = [measure.compare(both, one, control.noise_percent) for one in samples.values()]

@@ -168,7 +168,9 @@ def test_levers_are_measured_and_let_go(nano):
     vae, attention = nano.pipeline.vae, torch.nn.functional.scaled_dot_product_attention
     before = {name: value for name, value in vars(vae).items() if "til" in name}
     weights = {name: tensor.clone() for name, tensor in nano.component("expert_low").state_dict().items()}
-    table = diagnose.levers(nano, case.truth()[0], case.caption, progress=False, **TINY).set_index("lever")
+    table = diagnose.memory_options(nano, case.truth()[0], case.caption, progress=False, **TINY).set_index(
+        "lever"
+    )
     assert {name: value for name, value in vars(vae).items() if "til" in name} == before
     assert torch.nn.functional.scaled_dot_product_attention is attention
     for name, tensor in nano.component("expert_low").state_dict().items():
@@ -181,6 +183,6 @@ def test_levers_are_measured_and_let_go(nano):
     assert not table.loc["attention in query slices", "psnr_db"] < 80
     assert "GPU" in table.loc["expert offload", "reason"]
     assert np.isnan(table.loc["expert offload", "saved_gib"])
-    assert len(plots.lever_bars(table.reset_index()).data[0].x) == 3
+    assert len(plots.memory_option_bars(table.reset_index()).data[0].x) == 3
     with pytest.raises(WanlabError, match="no lever"):
-        plots.lever_bars(table.reset_index().head(2))
+        plots.memory_option_bars(table.reset_index().head(2))

@@ -12,7 +12,7 @@ from support import convert_tiny as tiny
 
 from wanlab import engines, export
 from wanlab.core.errors import WanlabError
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.export.graph import cut
 
 BLOCKS = ["before", "blocks.0", "blocks.1", "after"]
@@ -95,7 +95,7 @@ def test_what_has_no_blocks_is_refused(model, path):
 
 
 def test_ranges_name_the_tensor_that_half_precision_would_not_hold(model, path, tmp_path):
-    plan = recipe(model, "expert_high")
+    plan = component_spec(model, "expert_high")
     shape = export.ClipShape(1, 32, 48, 9, 24)
     inputs = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
     healthy = engines.value_ranges(path, [inputs], provider="cpu", progress=False)
@@ -118,7 +118,7 @@ def test_ranges_of_a_graph_in_half_precision_show_where_it_does_overflow(model, 
     path = tmp_path / "half.onnx"
     export.export(model, "expert_high", path, dtype="float16")
     change(path, "blocks.0.attn1.to_v.weight", lambda weight: weight * 6e4)
-    plan = recipe(model, "expert_high")
+    plan = component_spec(model, "expert_high")
     shape = export.ClipShape(1, 32, 48, 9, 24)
     inputs = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
     table = engines.value_ranges(path, [inputs], provider="cpu", progress=False)

@@ -149,10 +149,10 @@ def test_ranges_of_a_report(text, found):
 
 def test_every_axis_that_a_component_leaves_free_is_known_here():
     model = models.load("wan-nano", device="cpu")
-    from wanlab.export.components import components_of, recipe
+    from wanlab.export.components import component_spec, components_of
 
     for component in components_of(model):
-        for name, axes in recipe(model, component).inputs.items():
+        for name, axes in component_spec(model, component).inputs.items():
             assert axes.items() <= AXES[name].items(), (component, name)
 
 
@@ -193,7 +193,7 @@ def test_an_engine_comes_with_all_that_is_known_of_it(built):
     assert len(built.notes) == 2
     assert read_receipt(built.path) == dataclasses.replace(built, cached=False)
     assert not [severity for severity, _ in built.log if severity in ("VERBOSE", "ERROR")]
-    assert engines.receipts_frame([built])["layers"][0] >= 1
+    assert engines.builds_frame([built])["layers"][0] >= 1
 
 
 def test_layers_are_known_without_a_gpu_and_by_wanlabs_names(built):

@@ -22,7 +22,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.parity import differences
 from wanlab.engines.tvm.build import rewrite
 from wanlab.engines.tvm.receipt import read_receipt, receipt_path, write_receipt
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 
 SIZE = dict(height=48, width=80, frames=9, text_tokens=7)  # 45 tokens: no tile divides them
 SHAPE = export.ClipShape(1, 48, 80, 9, 7)
@@ -52,7 +52,7 @@ def engine(built):
 
 @pytest.fixture(scope="module")
 def feeds(model):
-    plan = recipe(model, "expert_high")
+    plan = component_spec(model, "expert_high")
     inputs = plan.inputs_for(SHAPE, torch.Generator().manual_seed(0))
     return dict(zip(plan.inputs, inputs, strict=True))
 
@@ -60,7 +60,7 @@ def feeds(model):
 @pytest.fixture(scope="module")
 def expected(model, feeds):
     with torch.no_grad():
-        return recipe(model, "expert_high").reference(*feeds.values())
+        return component_spec(model, "expert_high").reference(*feeds.values())
 
 
 def small(path, nodes, inputs, outputs, constants=(), opset=20):
@@ -159,7 +159,7 @@ def test_the_pipeline_runs_on_it(model, engine):
     changed = engines.use(model, {"expert_high": engine})
     assert changed.pipeline.transformer is not model.pipeline.transformer
     with torch.no_grad():
-        inputs = recipe(model, "expert_high").inputs_for(SHAPE, torch.Generator().manual_seed(3))
+        inputs = component_spec(model, "expert_high").inputs_for(SHAPE, torch.Generator().manual_seed(3))
         made = changed.pipeline.transformer(*inputs, return_dict=False)[0]
         eager = model.pipeline.transformer(*inputs, return_dict=False)[0]
     assert differences(eager, made)["relative_l2"] < 1e-5

@@ -145,7 +145,7 @@ def test_parity_at_several_sizes(model, opened, component):
 def test_the_experts_share_a_trace_but_not_their_weights(model, reports, opened):
     assert reports["expert_low"].shared_trace
     assert not reports["expert_high"].shared_trace
-    plan = components.recipe(model, "expert_low")
+    plan = components.component_spec(model, "expert_low")
     inputs = plan.inputs_for(export.ClipShape(1, 32, 32, 5, 8), torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     high, low = (opened[name].run(feeds)["velocity"] for name in ("expert_high", "expert_low"))

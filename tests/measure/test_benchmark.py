@@ -15,7 +15,7 @@ from support import convert_tiny as tiny
 
 from wanlab import engines, export, measure
 from wanlab.core.errors import WanlabError
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.measure.bench import Bench
 from wanlab.measure.buffers import buffers
 
@@ -36,7 +36,7 @@ def engine(model, tmp_path_factory):
 
 
 def feeds(model, shape=SHAPE):
-    plan = recipe(model, "expert_high")
+    plan = component_spec(model, "expert_high")
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
     return dict(zip(plan.inputs, inputs, strict=True))
 
@@ -323,7 +323,7 @@ def test_on_a_gpu_device_times_agree_with_other_events(tmp_path, backend, cuda_g
 
     model = models.load("wan-nano", components=["expert_high"], device="cuda", dtype="float16")
     engine = engines.TorchEngine(model, "expert_high")
-    plan = recipe(model, "expert_high")
+    plan = component_spec(model, "expert_high")
     # Clips enough that the device, not the host's launches, sets the pace.
     shape = export.ClipShape(128, 128, 192, 17, 24)
     given = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))

@@ -10,7 +10,7 @@ import torch
 
 from wanlab import evaluate, measure
 from wanlab.core import WanlabError
-from wanlab.models import other_attention, round_weights
+from wanlab.models import alternate_sdpa, round_weights
 
 
 class Fake:
@@ -36,7 +36,7 @@ def forever(*values):
 def test_every_variant_is_taken_forwards_and_backwards():
     log = []
     variants = {"a": Fake("a", forever(100.0), log), "b": Fake("b", forever(50.0), log)}
-    seen = measure.side_by_side(variants, None, "", rounds=1, progress=False)
+    seen = measure.compare_models(variants, None, "", rounds=1, progress=False)
     assert log == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]  # the last two are recorded, not timed
     assert seen.comparisons["b"].speedup == 2
     assert seen.comparisons["b"].verdict == "faster"
@@ -52,7 +52,7 @@ def test_a_gain_within_the_noise_of_the_first_is_no_gain():
         "a": Fake("a", forever(100.0, 180.0, 100.0, 180.0), log),
         "b": Fake("b", forever(90.0), log),
     }
-    seen = measure.side_by_side(variants, None, "", progress=False)
+    seen = measure.compare_models(variants, None, "", progress=False)
     assert seen.control.noise_percent >= 40
     assert seen.comparisons["b"].verdict == "not distinguishable"
 
@@ -60,7 +60,7 @@ def test_a_gain_within_the_noise_of_the_first_is_no_gain():
 @pytest.mark.parametrize(("variants", "rounds"), [({}, 1), ({"a": None}, 0)])
 def test_nothing_to_measure_is_refused(variants, rounds):
     with pytest.raises(WanlabError, match="at least one"):
-        measure.side_by_side(variants, None, "", rounds=rounds)
+        measure.compare_models(variants, None, "", rounds=rounds)
 
 
 def model_of(module, engine="eager"):
@@ -95,7 +95,7 @@ def test_rounding_refuses_unknown_formats_and_engines():
 def test_other_attention_is_exact_and_names_its_kernel():
     q = torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0))
     usual = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    with other_attention(torch.device("cpu")) as name:
+    with alternate_sdpa(torch.device("cpu")) as name:
         other = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert name == "math"
     assert torch.allclose(usual, other, atol=1e-5)

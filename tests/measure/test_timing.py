@@ -163,7 +163,7 @@ def test_comparisons_that_mean_nothing_are_refused():
 def test_in_turn_interleaves_the_calls_forwards_and_backwards():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    samples, control = measure.in_turn(calls, warmup=1, rounds=2, progress=False)
+    samples, control = measure.interleaved(calls, warmup=1, rounds=2, progress=False)
     assert "".join(order) == "abc" + "abccba" * 2
     assert {label: timing.n for label, timing in samples.items()} == dict.fromkeys("abc", 4)
     assert (control.first.n, control.second.n) == (2, 2)
@@ -173,4 +173,4 @@ def test_in_turn_interleaves_the_calls_forwards_and_backwards():
 @pytest.mark.parametrize(("calls", "rounds"), [({}, 1), ({"a": print}, 0)])
 def test_in_turn_refuses_nothing_to_do(calls, rounds):
     with pytest.raises(WanlabError):
-        measure.in_turn(calls, rounds=rounds, progress=False)
+        measure.interleaved(calls, rounds=rounds, progress=False)

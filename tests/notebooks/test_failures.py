@@ -23,7 +23,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 import wanlab
-from wanlab.diagnose.triage.saved import saved_measurements
+from wanlab.diagnose.triage.saved import run_measurements
 from wanlab.launch import guard as memory
 from wanlab.launch.execute import execute
 from wanlab.launch.guard import reap
@@ -187,7 +187,7 @@ def test_memory_limit(run, tmp_path, in_child):
     assert 1.2 < done.status["peak_memory_gib"] < 2.5
     assert done.status["title"] == "Growing"
     assert cell_states(done)[-3:] == ["completed", "failed", "pending"]
-    saved = saved_measurements(
+    saved = run_measurements(
         wanlab.load_runs(tmp_path / "outputs").assign(**{"notebook": "10_baseline", "p.model": "wan-nano"})
     )
     assert saved.measured["runs.out_of_memory"].value == 1

@@ -11,7 +11,7 @@ from wanlab.cli.main import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.pages import publish, render_index
 from wanlab.pages import sweep_table as columns
-from wanlab.pages.sweep_table import Shelf, gather, href, ratios, verdict
+from wanlab.pages.sweep_table import ClipEmbedder, gather, href, ratios, verdict
 
 WORK = {
     "model": "m",
@@ -203,7 +203,7 @@ def test_addresses_stay_inside(tmp_path):
 def test_clips_are_kept_once_and_within_the_budget(tmp_path):
     for name, data in (("a", b"1" * 300), ("b", b"1" * 300), ("c", b"2" * 300), ("d", b"3" * 30)):
         (tmp_path / f"{name}.mp4").write_bytes(data)
-    shelf = Shelf(tmp_path, budget_chars=850)
+    shelf = ClipEmbedder(tmp_path, budget_chars=850)
     kept = [shelf.put(tmp_path / f"{name}.mp4") for name in "abcd"]
     assert kept[0] == kept[1]
     assert kept[2] != kept[0]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.export import ClipShape
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.precision.formats import encode_weight, get_format
-from wanlab.precision.quant_linear import FloatIsland, PlannedLinear, kernel_for, pack, planned, unpack
+from wanlab.precision.quant_linear import CastLinear, QuantLinear, kernel_for, pack, planned, unpack
 from wanlab.precision.steps import SteppedLayer
 
 SIZE = dict(height=64, width=64, frames=5, output="latent")
@@ -38,7 +38,7 @@ def example():
 
 
 def forward(model, component="expert_high"):
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     shape = ClipShape(1, 64, 64, 5, model.spec.defaults.text_tokens)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_a_float_island_computes_between_two_casts(model):
     network = applied.model.component("expert_high")
     island = network.get_submodule("blocks.2.ffn.net.2")
     original = model.component("expert_high").get_submodule("blocks.2.ffn.net.2")
-    assert isinstance(island, FloatIsland)
+    assert isinstance(island, CastLinear)
     values = torch.randn(1, 20, 512)
     with torch.no_grad():
         expected = torch.nn.functional.linear(
@@ -425,4 +425,4 @@ def test_a_plan_on_the_gpu_takes_effect():
         effect = precision.effect_check(model, applied)
         assert (effect.frame["layers_found"] == effect.frame["layers_asked"]).all()
         assert len(effect.kernels)
-        assert isinstance(applied.model.component("expert_low").blocks[0].attn1.to_q, PlannedLinear)
+        assert isinstance(applied.model.component("expert_low").blocks[0].attn1.to_q, QuantLinear)

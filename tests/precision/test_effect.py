@@ -15,7 +15,7 @@ from wanlab import models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.precision.apply import AS_LOADED
 from wanlab.precision.formats import decode_weight, encode_weight, get_format
-from wanlab.precision.quant_linear import PlannedLinear
+from wanlab.precision.quant_linear import QuantLinear
 
 LAYER = "blocks.2.ffn.net.2"
 
@@ -198,7 +198,7 @@ def test_fp32_weights_where_the_plan_says_otherwise(narrow):
     fails("held in float32, where the plan asks for fp16: FP32 fallback", narrow, applied)
 
 
-class InFloat32(PlannedLinear):
+class InFloat32(QuantLinear):
     """Computes in float32 whatever it was asked for."""
 
     def forward(self, values):
@@ -207,14 +207,14 @@ class InFloat32(PlannedLinear):
         )
 
 
-class Unrounded(PlannedLinear):
+class Unrounded(QuantLinear):
     """Takes its input as it comes."""
 
     def _rounded(self, values):
         return values
 
 
-class Cached(PlannedLinear):
+class Cached(QuantLinear):
     """Multiplies with another weight than its codes'."""
 
     def decoded(self):

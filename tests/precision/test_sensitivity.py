@@ -24,7 +24,7 @@ from wanlab.precision.sensitivity.agreement import (
     rounded_in_steps,
     spell_steps,
 )
-from wanlab.precision.sensitivity.forward import Passage, WeightErrors, frozen, project
+from wanlab.precision.sensitivity.forward import CheckpointedForward, WeightErrors, frozen, project
 from wanlab.precision.sensitivity.measure import free_latents
 from wanlab.precision.sensitivity.result import make_bands
 from wanlab.precision.sensitivity.work import spread
@@ -78,7 +78,7 @@ def passage_of(model, recording, component="expert_low"):
     inputs = [tensors[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")]
     network = model.component(component)
     with frozen(network):
-        return network, inputs, Passage(network, inputs)
+        return network, inputs, CheckpointedForward(network, inputs)
 
 
 # ---- the sampler

@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.opening import SUFFIXES, open_engine
 from wanlab.engines.torch import TorchEngine
 from wanlab.export.clip import default_shape
-from wanlab.export.components import random_feeds, recipe
+from wanlab.export.components import random_feeds, component_spec
 
 SIZES = ("batch", "height", "width", "frames", "text_tokens")
 UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "frames", "text_tokens": "tokens"}
@@ -136,7 +136,7 @@ def _engine(options: argparse.Namespace):
         components=[options.component],
     )
     engine = TorchEngine(model, options.component, mode=options.engine)
-    plan = recipe(model, options.component)
+    plan = component_spec(model, options.component)
     shape = default_shape(model, **sizes | {"batch": sizes["batch"] or 1})
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(options.seed))
     return engine, dict(zip(plan.inputs, inputs, strict=True))

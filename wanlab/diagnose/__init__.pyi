@@ -30,13 +30,13 @@ from .flame import cpu_flame as cpu_flame
 from .flame import gpu_flame as gpu_flame
 from .memory.account import MemoryAccount as MemoryAccount
 from .memory.account import memory_account as memory_account
-from .memory.options import levers as levers
+from .memory.options import memory_options as memory_options
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace
 from .trace_tables import attention_layers as attention_layers
 from .trace_tables import expert_calls as expert_calls
 from .trace_tables import traced_measurements as traced_measurements
-from .triage.saved import saved_measurements as saved_measurements
+from .triage.saved import run_measurements as run_measurements
 from .triage.tree import Measurement as Measurement
 from .triage.tree import Tree as Tree
 from .triage.tree import amdahl as amdahl

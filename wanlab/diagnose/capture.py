@@ -24,7 +24,7 @@ from wanlab.diagnose.trace import (
     unpack,
 )
 from wanlab.models.pipeline import Model
-from wanlab.models.taps import entry_points, standing_in
+from wanlab.models.taps import component_calls, intercept_calls
 
 DEEPEST = 3
 """Module levels below a block that get a range: `blocks.0.ffn.net.0` is the third."""
@@ -52,14 +52,14 @@ def ranges(model: Model, *, projections: bool = True) -> Iterator[list[str]]:
         The names that were given.
     """
     hooks = _Hooks(_named_modules(model.pipeline, projections))
-    points = entry_points(model.pipeline)
+    points = component_calls(model.pipeline)
     wrapped = {
         attribute: {method: _ranged(component, hooks) for method, component in methods.items()}
         for attribute, methods in points.items()
     }
     components = [component for methods in points.values() for component in methods.values()]
     try:
-        with standing_in(model.pipeline, wrapped):
+        with intercept_calls(model.pipeline, wrapped):
             yield [*components, *hooks.modules]
     finally:
         hooks.remove()
@@ -68,7 +68,7 @@ def ranges(model: Model, *, projections: bool = True) -> Iterator[list[str]]:
 def _named_modules(pipeline, projections: bool) -> dict[str, torch.nn.Module]:
     """Range -> module, inside the components that are PyTorch modules."""
     found = {}
-    for attribute, methods in entry_points(pipeline).items():
+    for attribute, methods in component_calls(pipeline).items():
         network = vars(pipeline)[attribute]
         if isinstance(network, torch.nn.Module):
             for path, module in _reachable(network):
@@ -418,4 +418,4 @@ def _after_each_step(pipeline, note: Callable[[], None]):
 
     if vars(pipeline).get("scheduler") is None:
         return nullcontext()
-    return standing_in(pipeline, {"scheduler": {"step": wrap}})
+    return intercept_calls(pipeline, {"scheduler": {"step": wrap}})

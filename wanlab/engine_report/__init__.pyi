@@ -17,7 +17,7 @@ from .read_onnxruntime import read_ort_profile as read_ort_profile
 from .read_tensorrt import read_inspector as read_inspector
 from .read_tensorrt import read_latency as read_latency
 from .read_tensorrt import with_times as with_times
-from .report import EngineCard as EngineCard
+from .report import EngineReport as EngineReport
 from .report import card as card
 from .report import compared as compared
 from .report import grouped as grouped

@@ -19,7 +19,7 @@ from wanlab.engine_report.layers import EngineLayers
 from wanlab.engine_report.read_onnx import read_onnx
 from wanlab.engine_report.read_onnxruntime import MARK, merged, optimised_graph, read_ort_profile
 from wanlab.engines.onnxruntime import OrtEngine, choose_provider
-from wanlab.export.components import random_feeds, recipe
+from wanlab.export.components import component_spec, random_feeds
 from wanlab.export.export import export
 from wanlab.export.graph import file_bytes
 
@@ -65,7 +65,7 @@ def profile_levels(
     component = component or next(name for name in spec.components if name.startswith("expert"))
     loaded = models.load(spec, device=device, dtype=dtype, weights=weights, seed=seed, components=[component])
     provider = "cuda" if loaded.device.type == "cuda" else "cpu"
-    kind = str(recipe(loaded, component).network.dtype).removeprefix("torch.")
+    kind = str(component_spec(loaded, component).network.dtype).removeprefix("torch.")
     folder = Path(folder) / spec.name
     path = folder / f"{component}.{kind}.onnx"
     export(loaded, component, path, dynamic=False, height=height, width=width, frames=frames)

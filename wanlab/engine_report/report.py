@@ -15,7 +15,7 @@ ATTENTION = ("attn1", "attn2")
 
 
 @dataclass(frozen=True, eq=False)
-class EngineCard:
+class EngineReport:
     """What is to be known of one engine at a glance.
 
     Attributes:
@@ -142,7 +142,7 @@ def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:
 
 def card(
     layers: EngineLayers, *, planned: Mapping[str, str] | None = None, minimum_percent: float = 1.0
-) -> EngineCard:
+) -> EngineReport:
     """The report card of an engine, or of a graph without times.
 
     Args:
@@ -150,7 +150,7 @@ def card(
             `"int8-weight"`) that it was to compute in; later patterns win.
         minimum_percent: share of the time from which conversions are a finding.
     """
-    return EngineCard(
+    return EngineReport(
         layers,
         lint(layers, planned=planned, minimum_percent=minimum_percent),
         **{f"by_{name}": grouped(layers, name) for name in ("role", "kind", "type", "precision", "site")},

@@ -3,7 +3,7 @@ from .component_bench import bench_components as bench_components
 from .component_bench import compare_forms as compare_forms
 from .component_bench import engine_calls as engine_calls
 from .component_bench import provider_table as provider_table
-from .isolated import isolated_cost as isolated_cost
+from .isolated import measure_isolated as measure_isolated
 from .onnxruntime import OrtEngine as OrtEngine
 from .onnxruntime import load_engines as load_engines
 from .onnxruntime import node_times as node_times
@@ -25,9 +25,9 @@ from .tensorrt.engine import TensorRTEngine as TensorRTEngine
 from .tensorrt.engine import try_engines as try_engines
 from .tensorrt.network import buildable as buildable
 from .tensorrt.profile import PixelProfile as PixelProfile
-from .tensorrt.receipt import EngineReceipt as EngineReceipt
-from .tensorrt.receipt import receipts_frame as receipts_frame
+from .tensorrt.receipt import BuildInfo as BuildInfo
+from .tensorrt.receipt import builds_frame as builds_frame
 from .torch import TorchEngine as TorchEngine
 from .tvm.build import build_tvm as build_tvm
 from .tvm.engine import TvmEngine as TvmEngine
-from .tvm.receipt import TvmReceipt as TvmReceipt
+from .tvm.receipt import TvmBuildInfo as TvmBuildInfo

@@ -20,7 +20,7 @@ from wanlab.engines.torch import TorchEngine
 from wanlab.engines.tvm.build import build_tvm
 from wanlab.engines.tvm.engine import TvmEngine
 from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import FUSED_OPSET, check_components, components_of, recipe
+from wanlab.export.components import FUSED_OPSET, check_components, component_spec, components_of
 from wanlab.export.export import export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
 
@@ -64,7 +64,7 @@ def bench_components(
     }
     tables = []
     for name in names:
-        plan = recipe(model, name)
+        plan = component_spec(model, name)
         inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
         feeds = dict(zip(plan.inputs, inputs, strict=True))
         eager = measure.bench(TorchEngine(model, name), feeds, **settings)
@@ -158,7 +158,7 @@ def engine_calls(
             raise WanlabError(
                 f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; give {', '.join(ENGINES)}"
             )
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     shape = default_shape(model, batch=1, **size)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
 
@@ -245,7 +245,7 @@ def compare_forms(
         `onnx.graph.lint` finds), relative_l2 to eager, time_ms (median), low and high of the ratio to `original`,
         ratio, verdict, noise_percent (A/A of `original`), samples_ms.
     """
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     kind = str(plan.network.dtype).removeprefix("torch.")
     shape = shape or default_shape(model, batch=1)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
@@ -274,7 +274,9 @@ def compare_forms(
         calls["eager"] = lambda: plan.reference(*inputs)
         rows.append({"form": "eager"})
         device = plan.network.device
-        samples, control = measure.in_turn(calls, warmup=2, rounds=rounds, device=device, progress=progress)
+        samples, control = measure.interleaved(
+            calls, warmup=2, rounds=rounds, device=device, progress=progress
+        )
     base = samples["original"]
     for row in rows:
         mine = samples[row["form"]]

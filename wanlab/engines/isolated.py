@@ -22,7 +22,7 @@ from wanlab.engines.pipeline import use
 from wanlab.models.loading import resolve
 
 
-def isolated_cost(
+def measure_isolated(
     model: str,
     image,
     prompt: str,

@@ -18,7 +18,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.export.export import ExportReport, read_report
 from wanlab.export.graph import cut, piece_file
 from wanlab.models.shapes import size_step
@@ -53,9 +53,9 @@ def parity(
         (||a - b|| / ||a||), cosine, psnr_db (peak = range of the reference; inf when equal).
 
     Raises:
-        WanlabError: as `recipe` and `OrtEngine`, or a shape that the graph does not take.
+        WanlabError: as `component_spec` and `OrtEngine`, or a shape that the graph does not take.
     """
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     engine = onnx_path if hasattr(onnx_path, "run") else OrtEngine(onnx_path, provider=provider)
     rows = []
     if cases is None:
@@ -189,7 +189,7 @@ def blockwise_parity(
     Raises:
         WanlabError: no expert, or a graph that cannot be cut into blocks.
     """
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     if not hasattr(plan.network, "blocks"):
         raise WanlabError(
             f"{component} has no transformer blocks; compare it whole with wanlab.engines.parity"
@@ -237,7 +237,7 @@ class _Shell:
     """What an expert computes around its blocks, in another dtype; the blocks themselves are not copied."""
 
     def __init__(self, network, dtype) -> None:
-        class Door(torch.nn.Module):
+        class BlockTap(torch.nn.Module):
             """Stands for all blocks: takes down what they are given, and hands on what it is told."""
 
             given, answer = None, None
@@ -246,7 +246,7 @@ class _Shell:
                 self.given = (state, *others)
                 return state if self.answer is None else self.answer
 
-        self.door, self.dtype, self.inputs = Door(), dtype, ()
+        self.door, self.dtype, self.inputs = BlockTap(), dtype, ()
         stand_in = torch.nn.ModuleList([self.door])
         shell = copy.deepcopy(network, {id(network.blocks): stand_in})
         self.network = torch.nn.Module.to(shell, dtype)  # diffusers' own warns of modules kept in float32

@@ -11,7 +11,7 @@ import torch
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.base import TensorType, check_bound
 from wanlab.export.clip import default_shape
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 
 MODES = ("eager", "compiled")
 
@@ -36,7 +36,7 @@ class TorchEngine:
         if mode not in MODES:
             raise WanlabError(f"no mode {mode!r}{did_you_mean(mode, MODES)}; give {' or '.join(MODES)}")
         begin = time.perf_counter()
-        self._recipe = recipe(model, component)
+        self._recipe = component_spec(model, component)
         network = self._recipe.network
         self.name = mode
         self.device, self.dtype = network.device, network.dtype
@@ -142,4 +142,4 @@ def _compiled(model, plan) -> Callable:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for part in parts or [twin]:
         part.compile()
-    return recipe(model, plan.component, network=twin).reference
+    return component_spec(model, plan.component, network=twin).reference

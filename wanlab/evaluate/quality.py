@@ -17,7 +17,7 @@ from wanlab.core.stats import bootstrap_mean
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import CATALOGUE, METRICS, Scores, mean_score, same_backbone
-from wanlab.models.variants import compile_blocks, other_attention
+from wanlab.models.variants import alternate_sdpa, compile_blocks
 
 __all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_truth", "quality_loss"]
 
@@ -334,7 +334,7 @@ def _counted(bar, made):
 def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
     """A block with a model that computes the same in another way, and what was done."""
     if kind == OTHER_ATTENTION:
-        with other_attention(model.device) as kernel:
+        with alternate_sdpa(model.device) as kernel:
             yield model, kernel
     elif kind == COMPILED:
         yield compile_blocks(model), "blocks of the experts by torch.compile"

@@ -38,7 +38,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ComponentSpec:
     """How one component is turned into a graph.
 
     Attributes:
@@ -90,7 +90,7 @@ def check_components(model, names) -> None:
             )
 
 
-def recipe(model, component: str, *, network=None) -> Recipe:
+def component_spec(model, component: str, *, network=None) -> ComponentSpec:
     """The recipe of one component.
 
     Args:
@@ -117,7 +117,7 @@ def recipe(model, component: str, *, network=None) -> Recipe:
     return makers[kind](model, component, network)
 
 
-def _text_encoder(model, component: str, network) -> Recipe:
+def _text_encoder(model, component: str, network) -> ComponentSpec:
     def inputs_for(shape: ClipShape, generator):
         size = (shape.batch, shape.text_tokens)
         ids = torch.randint(0, network.config.vocab_size, size, generator=generator)
@@ -139,7 +139,7 @@ def _text_encoder(model, component: str, network) -> Recipe:
             network.set_attn_implementation(before)
 
     axes = {0: "batch", 1: "text_tokens"}
-    return Recipe(
+    return ComponentSpec(
         component,
         network,
         {"input_ids": axes, "attention_mask": axes},
@@ -152,7 +152,7 @@ def _text_encoder(model, component: str, network) -> Recipe:
     )
 
 
-def _expert(model, component: str, network) -> Recipe:
+def _expert(model, component: str, network) -> ComponentSpec:
     config = network.config
     if config.image_dim is not None:
         raise WanlabError(
@@ -186,7 +186,7 @@ def _expert(model, component: str, network) -> Recipe:
         return dims
 
     latent_axes = {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"}
-    return Recipe(
+    return ComponentSpec(
         component,
         network,
         {
@@ -203,7 +203,7 @@ def _expert(model, component: str, network) -> Recipe:
     )
 
 
-def _vae_encoder(model, component: str, network) -> Recipe:
+def _vae_encoder(model, component: str, network) -> ComponentSpec:
     def inputs_for(shape: ClipShape, generator):
         latent_size(model, shape)  # refuses an illegal size
         size = (shape.batch, 3, shape.frames, shape.height, shape.width)
@@ -220,7 +220,7 @@ def _vae_encoder(model, component: str, network) -> Recipe:
         }
         return dims
 
-    return Recipe(
+    return ComponentSpec(
         component,
         network,
         {"video": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
@@ -233,7 +233,7 @@ def _vae_encoder(model, component: str, network) -> Recipe:
     )
 
 
-def _vae_decoder(model, component: str, network) -> Recipe:
+def _vae_decoder(model, component: str, network) -> ComponentSpec:
     def inputs_for(shape: ClipShape, generator):
         config = network.config
         size = (shape.batch, config.z_dim, *latent_size(model, shape))
@@ -247,7 +247,7 @@ def _vae_decoder(model, component: str, network) -> Recipe:
         # From 3 latent frames on: with 2 a single frame follows the first, which tracing tells apart.
         return _dims(batch=(1, 64), latent_frames=(3, 256), latent_height=(2, 512), latent_width=(2, 512))
 
-    return Recipe(
+    return ComponentSpec(
         component,
         network,
         {"latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"}},

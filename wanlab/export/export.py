@@ -18,7 +18,7 @@ from wanlab.core.digests import component_key, trace_key, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export import graph as graphs
 from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import check_components, components_of, recipe
+from wanlab.export.components import check_components, component_spec, components_of
 from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, trace
 from wanlab.export.weights import WeightsFile
 
@@ -204,7 +204,7 @@ def export(
         raise WanlabError(
             f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
         )
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     batch = batch or (2 if dynamic else 1)
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens

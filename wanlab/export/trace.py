@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export.clip import ClipShape
-from wanlab.export.components import FUSED_OPSET, recipe
+from wanlab.export.components import FUSED_OPSET, component_spec
 from wanlab.models.loading import DTYPES
 from wanlab.models.networks import stored_dtype
 
@@ -51,7 +51,7 @@ def chosen_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
     return getattr(torch, name)
 
 
-def weightless(network: torch.nn.Module, dtype: torch.dtype):
+def meta_copy(network: torch.nn.Module, dtype: torch.dtype):
     """A twin of `network` in `dtype` whose parameters and buffers have sizes but no memory.
 
     The twin lies on the CPU as far as tracing is concerned, wherever the network is. Modules that the library
@@ -87,8 +87,8 @@ def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool,
     Returns:
         The `torch.onnx.ONNXProgram`, axis name -> range it was traced for, and notes for the report.
     """
-    twin, mode = weightless(recipe(model, component).network, dtype)
-    plan = recipe(model, component, network=twin)
+    twin, mode = meta_copy(component_spec(model, component).network, dtype)
+    plan = component_spec(model, component, network=twin)
     inputs = tuple(
         mode.from_tensor(tensor) for tensor in plan.inputs_for(shape, torch.Generator().manual_seed(0))
     )

@@ -29,7 +29,7 @@ from wanlab.core.digests import component_key, trace_key, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export import graph as graphs
 from wanlab.export.clip import ClipShape, default_shape, latent_size
-from wanlab.export.components import Recipe, recipe
+from wanlab.export.components import ComponentSpec, component_spec
 from wanlab.export.export import ExportReport, kept_report, write_report
 from wanlab.export.friendly import exportable_operators
 from wanlab.export.trace import (
@@ -37,9 +37,9 @@ from wanlab.export.trace import (
     DEFAULT_OPSET,
     chosen_dtype,
     chosen_opset,
+    meta_copy,
     quiet,
     tied_reason,
-    weightless,
 )
 from wanlab.export.weights import WeightsFile
 
@@ -268,7 +268,7 @@ def export_streamed(
         WanlabError: no such half, a VAE that is not Wan's, an illegal size, dtype or opset.
     """
     half = half_of(component)
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     shape = default_shape(model, batch=batch or (2 if dynamic else 1), height=height, width=width)
     latent_size(model, shape)  # refuses an illegal size
     kind = chosen_dtype(dtype, plan.network.dtype)
@@ -298,7 +298,7 @@ class _Job:
     """What both graphs of a half are made from."""
 
     model: Any
-    plan: Recipe
+    plan: ComponentSpec
     half: Half
     folder: Path
     shape: ClipShape
@@ -376,9 +376,9 @@ class _Job:
     def _trace(self, step: str):
         """The ONNX program of a step; names of the free axes of its source, their ranges, and notes."""
         half = self.half
-        twin, mode = weightless(self.plan.network, self.dtype)
+        twin, mode = meta_copy(self.plan.network, self.dtype)
         period = twin.config.scale_factor_temporal
-        plan = recipe(self.model, half.component, network=twin)
+        plan = component_spec(self.model, half.component, network=twin)
         (example,) = plan.inputs_for(replace(self.shape, frames=1 + period), torch.Generator().manual_seed(0))
         frames = period if (step, half.source) == ("next", "video") else 1
         source = mode.from_tensor(example[:, :, :frames].contiguous())

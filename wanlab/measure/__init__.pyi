@@ -1,8 +1,8 @@
 from .baseline import Baseline as Baseline
-from .baseline import SideBySide as SideBySide
+from .baseline import ModelComparison as ModelComparison
 from .baseline import baseline as baseline
 from .baseline import before_after as before_after
-from .baseline import side_by_side as side_by_side
+from .baseline import compare_models as compare_models
 from .bench import Bench as Bench
 from .bench import bench as bench
 from .bench import bench_table as bench_table
@@ -25,5 +25,5 @@ from .timing import Comparison as Comparison
 from .timing import Samples as Samples
 from .timing import aa_control as aa_control
 from .timing import compare as compare
-from .timing import in_turn as in_turn
+from .timing import interleaved as interleaved
 from .timing import time_ms as time_ms

@@ -17,7 +17,7 @@ from wanlab.models.pipeline import Generation, Model
 
 
 @dataclass(frozen=True, eq=False)
-class SideBySide:
+class ModelComparison:
     """Whole generations of several variants, taken in turn.
 
     Attributes:
@@ -54,9 +54,9 @@ class SideBySide:
         return pd.DataFrame(rows)
 
 
-def side_by_side(
+def compare_models(
     variants: Mapping[str, Model], image, prompt: str, *, rounds: int = 1, progress: bool = True, **settings
-) -> SideBySide:
+) -> ModelComparison:
     """Time variants of a model against each other, then record where each one's time goes.
 
     A round takes every variant twice, in one order and then in its reverse, and then all of this backwards:
@@ -97,7 +97,7 @@ def side_by_side(
         tables.append(
             table[["time_ms", "share_percent"]].set_axis([f"{label}_ms", f"{label}_percent"], axis="columns")
         )
-    return SideBySide(
+    return ModelComparison(
         control=control,
         samples=samples,
         comparisons={

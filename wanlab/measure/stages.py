@@ -13,7 +13,7 @@ import pandas as pd
 from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import peak_memory
 from wanlab.models.device import synchronise
-from wanlab.models.taps import StandIn, entry_points, standing_in
+from wanlab.models.taps import CallProxy, component_calls, intercept_calls
 
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
 EXPERTS = ("expert_high", "expert_low", "expert")
@@ -93,10 +93,10 @@ class StageRecorder:
             raise WanlabError(
                 "the model has no pipeline with components; give the object that wanlab.models.load returns"
             )
-        if any(isinstance(vars(self._pipeline)[name], StandIn) for name in targets):
+        if any(isinstance(vars(self._pipeline)[name], CallProxy) for name in targets):
             raise WanlabError("this model is being recorded already; leave the outer stages() block first")
         self._stack = ExitStack()
-        self._stack.enter_context(standing_in(self._pipeline, targets))
+        self._stack.enter_context(intercept_calls(self._pipeline, targets))
         synchronise(self._device)
         self._begin_ns = time.perf_counter_ns()
         return self
@@ -160,7 +160,7 @@ class StageRecorder:
         """Pipeline attribute -> {entry point: wrapper maker}, for the attributes that are there."""
         targets = {
             attribute: {method: self._timed(component) for method, component in methods.items()}
-            for attribute, methods in entry_points(self._pipeline).items()
+            for attribute, methods in component_calls(self._pipeline).items()
         }
         if targets and vars(self._pipeline).get("scheduler") is not None:
             targets["scheduler"] = {
@@ -238,7 +238,7 @@ class StageRecorder:
 
     def _place(self, timestep: float | None) -> tuple[int, str]:
         """Step and branch of an expert call that has just returned."""
-        scheduled = isinstance(vars(self._pipeline).get("scheduler"), StandIn)
+        scheduled = isinstance(vars(self._pipeline).get("scheduler"), CallProxy)
         last = next((call for call in reversed(self.calls) if call.component in EXPERTS), None)
         # Without a scheduler to listen to, another timestep means another step.
         if not scheduled and self._denoised and last is not None and last.timestep != timestep:

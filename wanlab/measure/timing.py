@@ -345,7 +345,7 @@ def aa_control(
     return control_of(first, second)
 
 
-def in_turn(
+def interleaved(
     calls: Mapping[str, Callable[[], object]],
     *,
     warmup: int = 1,

@@ -16,6 +16,6 @@ from .shapes import nearest_size as nearest_size
 from .spec import Defaults as Defaults
 from .spec import ModelSpec as ModelSpec
 from .spec import Part as Part
+from .variants import alternate_sdpa as alternate_sdpa
 from .variants import compile_blocks as compile_blocks
-from .variants import other_attention as other_attention
 from .variants import round_weights as round_weights

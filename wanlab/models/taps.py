@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 
-class StandIn:
+class CallProxy:
     """Passes for the object it stands for, except that some entry points are measured.
 
     `isinstance` sees the original's class, attributes are read from and written to the original.
@@ -38,7 +38,7 @@ class StandIn:
         return repr(self._wanlab_original)
 
 
-def entry_points(pipeline) -> dict[str, dict[str, str]]:
+def component_calls(pipeline) -> dict[str, dict[str, str]]:
     """Pipeline attribute -> {method: component}, for the components that are there.
 
     A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` `expert_low`.
@@ -57,13 +57,13 @@ def entry_points(pipeline) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def standing_in(pipeline, calls: dict[str, dict[str, Callable]]) -> Iterator[None]:
+def intercept_calls(pipeline, calls: dict[str, dict[str, Callable]]) -> Iterator[None]:
     """Inside the block the pipeline's attributes are stand-ins, whose methods are wrapped.
 
     The components themselves are not touched (compiled modules stay compiled).
 
     Args:
-        calls: attribute -> {method: wrapper maker}, as `StandIn` takes it.
+        calls: attribute -> {method: wrapper maker}, as `CallProxy` takes it.
     """
     attributes = vars(pipeline)
     with ExitStack() as stack:
@@ -71,5 +71,5 @@ def standing_in(pipeline, calls: dict[str, dict[str, Callable]]) -> Iterator[Non
             original = attributes[name]
             stack.callback(attributes.__setitem__, name, original)
             # Past the pipeline's own __setattr__, which would write the stand-in to its config.
-            attributes[name] = StandIn(original, wrappers)
+            attributes[name] = CallProxy(original, wrappers)
         yield

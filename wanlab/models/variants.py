@@ -14,7 +14,7 @@ from wanlab.models.pipeline import Model
 
 
 @contextmanager
-def other_attention(device: torch.device) -> Iterator[str]:
+def alternate_sdpa(device: torch.device) -> Iterator[str]:
     """Inside the block PyTorch's scaled dot product attention takes a kernel that is not its first choice.
 
     On a GPU that is the memory-efficient kernel (flash attention is the first choice), on a CPU the plain

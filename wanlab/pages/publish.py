@@ -13,7 +13,7 @@ from typing import Any
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import now, read_json, write_bytes, write_json, write_text
 from wanlab.pages import report, sweep_page, templates
-from wanlab.pages.sweep_table import Board, gather, missing
+from wanlab.pages.sweep_table import SweepTable, gather, missing
 from wanlab.pages.templates import shown
 
 PLOTLY = "plotly.min.js"
@@ -81,7 +81,7 @@ def _lighter(text: str, depth: int) -> tuple[str, bool]:
     return text.replace(whole, shared, 1).replace(scripts, f"{scripts} 'self'", 1), True
 
 
-def table(board: Board) -> str:
+def table(board: SweepTable) -> str:
     """runs.csv: one row per run with everything that was asked and measured; text cannot start a formula."""
     out = io.StringIO()
     names = [n for n in board.frame.columns if n not in ("folder", "run_id", "state")]
@@ -109,7 +109,7 @@ def _cell(value: Any) -> Any:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
-def _boards(board: Board) -> Iterator[Board]:
+def _boards(board: SweepTable) -> Iterator[SweepTable]:
     """The folder's own page, and that of each sweep inside it."""
     yield board
     for path in sorted(board.root.glob("*/sweep.json")):
@@ -121,7 +121,7 @@ def _boards(board: Board) -> Iterator[Board]:
             continue  # a sweep that has no runs yet
 
 
-def _files(board: Board, wanted: set[str]) -> Iterator[Path]:
+def _files(board: SweepTable, wanted: set[str]) -> Iterator[Path]:
     for entry in board.entries:
         if entry.folder is None:
             continue

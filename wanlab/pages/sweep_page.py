@@ -15,7 +15,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import sweep_table, templates
 from wanlab.pages import sweep_table as wanted
-from wanlab.pages.sweep_table import Board, Entry, Shelf, gather, href, verdict
+from wanlab.pages.sweep_table import ClipEmbedder, RunRow, SweepTable, gather, href, verdict
 from wanlab.plots.style import theme
 from wanlab.runs.choose import choose, pareto
 from wanlab.runs.compare import compare
@@ -38,14 +38,14 @@ def render_index(folder: str | Path) -> Path:
     return write_text(board.root / "index.html", text)
 
 
-def page_of(board: Board, linked: Linked = lambda path: True) -> tuple[str, list[Path]]:
+def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str, list[Path]]:
     """The page as text, and the clips that it plays from files. `linked` says which reports and notebooks may be."""
     axes = wanted.axes(board.frame[board.measured], board.metrics)
     start = wanted.default_axes(axes)
     pairs = _frontiers(board, axes)
     best = _efficient(pairs, axes, start)
     ratios, apart = sweep_table.ratios(board)
-    shelf = Shelf(board.root)
+    shelf = ClipEmbedder(board.root)
     runs = [_run(*each, board, linked) for each in zip(board.entries, apart, strict=True)]
     first = [i for i, entry in enumerate(board.entries) if entry.baseline]
     selected = [i for i in dict.fromkeys(first + best) if board.measured[i]]
@@ -106,7 +106,7 @@ def page_of(board: Board, linked: Linked = lambda path: True) -> tuple[str, list
     return text, shelf.outside
 
 
-def _run(entry: Entry, apart: list[str], board: Board, linked: Linked) -> dict[str, Any]:
+def _run(entry: RunRow, apart: list[str], board: SweepTable, linked: Linked) -> dict[str, Any]:
     """One run for the page's script. Labels are text there, addresses were made by `href`."""
     folder = entry.folder
     files = {"report": folder and folder / "report.html", "notebook": folder and folder / "executed.ipynb"}
@@ -122,7 +122,7 @@ def _run(entry: Entry, apart: list[str], board: Board, linked: Linked) -> dict[s
     }
 
 
-def _reference(board: Board, selected: list[int], shelf: Shelf) -> dict[str, Any] | None:
+def _reference(board: SweepTable, selected: list[int], shelf: ClipEmbedder) -> dict[str, Any] | None:
     """What the clips are read against: the ground truth, or else the original where no run is the baseline."""
     for i in selected or range(len(board.entries)):
         clips = board.entries[i].clips
@@ -132,7 +132,7 @@ def _reference(board: Board, selected: list[int], shelf: Shelf) -> dict[str, Any
     return None
 
 
-def _frontiers(board: Board, axes: list[wanted.Column]) -> dict[str, list[int]]:
+def _frontiers(board: SweepTable, axes: list[wanted.Column]) -> dict[str, list[int]]:
     """For each pair of axes "i,j", i < j: the rows that no other row beats on both."""
     found = {}
     for (i, one), (j, two) in combinations(enumerate(axes), 2):
@@ -152,7 +152,7 @@ def _efficient(
     return pairs[f"{i},{j}"]
 
 
-def _caution(board: Board) -> list[str]:
+def _caution(board: SweepTable) -> list[str]:
     fields = sweep_table.mixed(board) if board.metrics else []
     if not fields:
         return []
@@ -161,7 +161,7 @@ def _caution(board: Board) -> list[str]:
 
 
 def _lead(
-    board: Board,
+    board: SweepTable,
     axes: list[wanted.Column],
     start: tuple[str, str] | None,
     best: list[int],
@@ -186,7 +186,7 @@ def _lead(
     )
 
 
-def _answer(board: Board) -> str | None:
+def _answer(board: SweepTable) -> str | None:
     """The answer of `60_sweep`, over all samples and repeats; None where no baseline or no quality loss was recorded."""
     if not board.sweep.get("baseline") or QUALITY not in board.frame.columns:
         return None
@@ -196,7 +196,7 @@ def _answer(board: Board) -> str | None:
         return None
 
 
-def _state(board: Board, states: list[str]) -> tuple[str, str]:
+def _state(board: SweepTable, states: list[str]) -> tuple[str, str]:
     """Class and words of the pill in the head."""
     failed = sum(state not in ("finished", "pending", "running") for state in states)
     whole = board.sweep.get("state")
@@ -209,7 +209,7 @@ def _state(board: Board, states: list[str]) -> tuple[str, str]:
     return "finished", "finished"
 
 
-def _facts(board: Board) -> list[tuple[str, str]]:
+def _facts(board: SweepTable) -> list[tuple[str, str]]:
     sweep = board.sweep
     executor = sweep.get("executor") if isinstance(sweep.get("executor"), dict) else {}
     slots = f"{executor.get('kind')}, {executor.get('slots')} at a time" if executor else None

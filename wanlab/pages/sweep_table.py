@@ -203,7 +203,7 @@ FILES = (
 
 
 @dataclass
-class Entry:
+class RunRow:
     """One run as the page shows it; the paths are inside the folder, or None."""
 
     run_id: str
@@ -224,13 +224,13 @@ class Entry:
 
 
 @dataclass
-class Board:
+class SweepTable:
     """All of it. `frame` has one row per entry, in the same order."""
 
     root: Path
     title: str
     sweep: dict[str, Any]
-    entries: list[Entry]
+    entries: list[RunRow]
     frame: Any
     axes: list[str]  # names of the varying parameters, "p.<name>"
     metrics: list[Column]
@@ -241,7 +241,7 @@ class Board:
         return [entry.state == "finished" for entry in self.entries]
 
 
-def gather(folder: str | Path) -> Board:
+def gather(folder: str | Path) -> SweepTable:
     """Read a sweep's folder, or any folder of runs.
 
     Raises:
@@ -267,7 +267,7 @@ def gather(folder: str | Path) -> Board:
     entries = []
     for i, row in enumerate(rows):
         told = listed[i] if listed else {}
-        entry = Entry(
+        entry = RunRow(
             run_id=str(row["run_id"]),
             label=str(told.get("label") or titles[i]),
             title=titles[i],
@@ -284,7 +284,7 @@ def gather(folder: str | Path) -> Board:
         entries.append(entry)
     show = sweep.get("show") if isinstance(sweep.get("show"), list) else None
     finished = frame[[entry.state == "finished" for entry in entries]]
-    return Board(
+    return SweepTable(
         root,
         str(sweep.get("title") or sweep.get("name") or root.name),
         sweep,
@@ -296,7 +296,7 @@ def gather(folder: str | Path) -> Board:
     )
 
 
-def verdict(board: Board) -> str:
+def verdict(board: SweepTable) -> str:
     """One sentence: how many finished, how the others ended, where, and how long it took."""
     counts = Counter(entry.state for entry in board.entries)
     total, done = len(board.entries), counts.pop("finished", 0)
@@ -314,7 +314,7 @@ def verdict(board: Board) -> str:
     return f"{head}{spent}{f'; {ends}' if ends else ''}."
 
 
-def machine(board: Board) -> str:
+def machine(board: SweepTable) -> str:
     """The GPU or else the CPU of the runs; several are counted."""
     found = [
         str(gpu if not missing(gpu) else cpu)
@@ -404,7 +404,7 @@ def _fits(row: Mapping, told: Mapping, baseline: Mapping) -> bool:
     return all(name in have and shown(have[name]) == shown(value) for name, value in baseline.items())
 
 
-def _where(entry: Entry) -> str | None:
+def _where(entry: RunRow) -> str | None:
     try:
         return RunFolder(entry.folder).status().get("title")
     except (WanlabError, AttributeError):
@@ -420,7 +420,7 @@ def _clips(folder: Path, root: Path) -> dict[str, Path]:
     return found
 
 
-def baseline_rows(board: Board) -> list[int | None]:
+def baseline_rows(board: SweepTable) -> list[int | None]:
     """For each row the row of its baseline: the one that agrees with it on all axes that the baseline leaves open."""
     fixed = {f"p.{name}" for name in board.sweep.get("baseline") or {}}
     others = [name for name in board.axes if name not in fixed]
@@ -433,7 +433,7 @@ def baseline_rows(board: Board) -> list[int | None]:
     return [bases.get(key) for key in keys]
 
 
-def work(board: Board) -> list[dict[str, Any]]:
+def work(board: SweepTable) -> list[dict[str, Any]]:
     """What each run did and on what, as far as it recorded it; {} for those that did not finish."""
     names = {prefix: [n for n in board.frame.columns if n.startswith(prefix)] for prefix in ("m.work.", "p.")}
     rows = board.frame[[*names["m.work."], *names["p."]]].to_dict(orient="records")
@@ -453,7 +453,7 @@ def work(board: Board) -> list[dict[str, Any]]:
     return found
 
 
-def differing(board: Board, rows: list[int | None]) -> list[list[str]]:
+def differing(board: SweepTable, rows: list[int | None]) -> list[list[str]]:
     """For each row the fields in which its work or its machine is not its baseline's."""
     done = work(board)
     return [
@@ -462,14 +462,14 @@ def differing(board: Board, rows: list[int | None]) -> list[list[str]]:
     ]
 
 
-def mixed(board: Board) -> list[str]:
+def mixed(board: SweepTable) -> list[str]:
     """Fields in which the runs that finished differ from one another."""
     done = [one for one in work(board) if one]
     found = [name for one in done[1:] for name, *_ in differences(one, done[0])]
     return list(dict.fromkeys(found))
 
 
-def ratios(board: Board) -> tuple[dict[str, list[float | None]], list[list[str]]]:
+def ratios(board: SweepTable) -> tuple[dict[str, list[float | None]], list[list[str]]]:
     """Times better than its baseline for each metric and row, and in what a row's work differs: it has no ratio then."""
     rows = baseline_rows(board)
     apart = differing(board, rows)
@@ -505,7 +505,7 @@ FEW = 12  # a parameter with more values is searched for, not picked from a list
 ALWAYS = ("name", "notebook", "state", "reason", "started", "seconds", "gpu", "cpu", "wanlab", "verdict")
 
 
-def columns_of(board: Board, axes: list[Column]) -> list[dict[str, Any]]:
+def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
     """Columns of the table: what was varied, then what was measured; few values get a colour and a filter each."""
     several = len(set(board.frame["name"])) > 1
     named = (["name"] if several else []) + board.axes
@@ -569,7 +569,7 @@ def _text(value: Any) -> Any:
     return templates.shown(list(value) if isinstance(value, tuple) else plain(value))
 
 
-def table_of(board: Board) -> dict[str, list[Any]]:
+def table_of(board: SweepTable) -> dict[str, list[Any]]:
     """Every column, for the page and for its CSV."""
     names = [*ALWAYS, *(name for name in board.frame.columns if name[:2] in ("p.", "m."))]
     return {name: [_text(value) for value in board.frame[name]] for name in names}
@@ -578,7 +578,7 @@ def table_of(board: Board) -> dict[str, list[Any]]:
 BUDGET_CHARS = 8 * 2**20  # of base64, in one page
 
 
-class Shelf:
+class ClipEmbedder:
     """Clips by the hash of their bytes. `inside` goes into the page, `outside` stays where it is.
 
     Attributes:

@@ -17,8 +17,8 @@ from .experts import expert_diagram as expert_diagram
 from .experts import expert_steps as expert_steps
 from .experts import switch_bars as switch_bars
 from .memory import PART_NAMES as PART_NAMES
-from .memory import lever_bars as lever_bars
 from .memory import memory_bars as memory_bars
+from .memory import memory_option_bars as memory_option_bars
 from .memory import memory_timeline as memory_timeline
 from .precision import agreement_scatter as agreement_scatter
 from .precision import format_map as format_map

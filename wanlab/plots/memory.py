@@ -92,11 +92,11 @@ def memory_timeline(account: Any) -> go.Figure:
     return figure
 
 
-def lever_bars(table: Any) -> go.Figure:
+def memory_option_bars(table: Any) -> go.Figure:
     """What each lever saves, beside what it costs in time; levers within the noise are grey.
 
     Args:
-        table: as `diagnose.levers` gives it.
+        table: as `diagnose.memory_options` gives it.
 
     Raises:
         WanlabError: no lever was measured.

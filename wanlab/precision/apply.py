@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.calibration import Calibration
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import FLOATS, KEEP, Plan, is_float, load_plan
-from wanlab.precision.quant_linear import FEWEST_ROWS, INTEGER, FloatIsland, PlannedLinear, planned
+from wanlab.precision.quant_linear import FEWEST_ROWS, INTEGER, CastLinear, QuantLinear, planned
 from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, spell, stepped_scheduler
 
 AS_LOADED = "as-loaded"
@@ -75,7 +75,7 @@ def _variant(original, wanted: str, layer: str, ranges, native: bool):
         return original
     if is_float(wanted):
         dtype = getattr(torch, FLOATS[wanted])
-        return original if original.weight.dtype == dtype else FloatIsland(original, wanted, dtype)
+        return original if original.weight.dtype == dtype else CastLinear(original, wanted, dtype)
     format = get_format(wanted)
     amax = ranges[layer] if ranges is not None and format.activation is not None else None
     return planned(original, format, native=native, amax=amax)
@@ -246,15 +246,13 @@ def experts_of(model: Model) -> dict[str, torch.nn.Module]:
     Raises:
         WanlabError: there is none, or one has a plan already or runs on an engine.
     """
-    networks = {name: recipe(model, name).network for name in model.components if name in EXPERTS}
+    networks = {name: component_spec(model, name).network for name in model.components if name in EXPERTS}
     if not networks:
         raise WanlabError(
             f"{model.spec.name} has no expert loaded to plan; name one in load(..., components=...)"
         )
     for name, network in networks.items():
-        if any(
-            isinstance(module, PlannedLinear | FloatIsland | SteppedLayer) for module in network.modules()
-        ):
+        if any(isinstance(module, QuantLinear | CastLinear | SteppedLayer) for module in network.modules()):
             raise WanlabError(
                 f"{name} computes by a plan already; merge the plans (precision.merge_plans) or load it again"
             )

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.precision.formats import check_blocks, get_format
 from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float
 
@@ -306,7 +306,7 @@ def _networks(model) -> tuple[dict, list[str]]:
         found, absent = dict(model), []
     else:
         experts = [name for name in model.spec.components if name in EXPERTS]
-        found = {name: recipe(model, name).network for name in experts if name in model.components}
+        found = {name: component_spec(model, name).network for name in experts if name in model.components}
         absent = [name for name in experts if name not in found]
     if not found:
         raise WanlabError("no expert to assign a plan to; plans are for transformers of a denoising loop")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from wanlab import __version__
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.precision.assignment import choose_layers, layer_set_key
 from wanlab.precision.recording import RecordedCall, Recording
 
@@ -526,7 +526,7 @@ def calibrate(
     """
     begin = time.perf_counter()
     method = method if isinstance(method, Method) else Method(method, percentile=percentile)
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     chosen = choose_layers(plan.network, layers, exclude)
     calls = recording.of(component)
     if recording.model != model.spec.name:

@@ -17,7 +17,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.precision.apply import AS_LOADED, asked
 from wanlab.precision.assignment import Assignment
 from wanlab.precision.check_torch import Effect, Fault, at_step, raise_weights, summary
-from wanlab.precision.formats import Format, decode_weight, encode_weight, get_format
+from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.layer_state import near
 from wanlab.precision.linear_nodes import OPERATORS, find_sites, sites_of
 from wanlab.precision.plan import FLOATS, is_float
@@ -177,7 +177,7 @@ def _fault(node, left: Operand, right: Operand, row, dtype: str, weight) -> tupl
     return None if weight is None else _codes_fault(node, right, format, weight)
 
 
-def _float_fault(node, right: Operand, format: Format, weight) -> tuple[str, str]:
+def _float_fault(node, right: Operand, format: QuantFormat, weight) -> tuple[str, str]:
     """A float where codes were asked for: what is it?"""
     if right.stored is None:
         return "wrong", f"computes its weight, where the plan asks for {format.name}"
@@ -192,7 +192,7 @@ def _float_fault(node, right: Operand, format: Format, weight) -> tuple[str, str
     return "unquantised", f"holds its weight in {right.dtype}, where the plan asks for {format.name}"
 
 
-def _codes_fault(node, right: Operand, format: Format, weight) -> tuple[str, str] | None:
+def _codes_fault(node, right: Operand, format: QuantFormat, weight) -> tuple[str, str] | None:
     codes, scale = encode_weight(weight, format.weight, getattr(torch, right.dtype or "float32"))
     held = _values(node, right)
     steps = torch.from_numpy(np.array(right.scale.const_value.numpy(), dtype=np.float32))

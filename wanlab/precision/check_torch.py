@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanlab.core.errors import WanlabError
 from wanlab.export.clip import default_shape
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.precision.apply import AS_LOADED, Applied, asked, experts_of
 from wanlab.precision.assignment import Assignment
-from wanlab.precision.layer_state import Held, read_held
+from wanlab.precision.layer_state import LayerState, read_held
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.quant_linear import FEWEST_ROWS
 from wanlab.precision.steps import SteppedLayer
@@ -195,7 +195,7 @@ def small_forward(model: Model, component: str):
     side = 8 * model.spec.spatial_factor * model.spec.patch[1]
     wide = 8 * model.spec.spatial_factor * model.spec.patch[2]
     frames = 1 + (2 * model.spec.patch[0] - 1) * model.spec.temporal_factor
-    plan = recipe(model, component)
+    plan = component_spec(model, component)
     shape = default_shape(model, batch=1, height=side, width=wide, frames=frames)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
     return lambda: plan.reference(*inputs)
@@ -390,7 +390,7 @@ def _originals(original: Model | None, applied: Applied) -> dict[str, torch.nn.M
 
 def _weights(
     component: str, network, modules: dict, wanted, assignment: Assignment, before
-) -> dict[tuple[str, str], Held]:
+) -> dict[tuple[str, str], LayerState]:
     """Every layer in every format it is asked in, as it is held."""
     default = getattr(torch, FLOATS[assignment.default])
     made = {}
@@ -403,7 +403,7 @@ def _weights(
             continue
         if module is None:
             said = f"has no variant in {row.wanted} for steps {row.first_step} to {row.last_step}"
-            made[key] = Held(row.layer, row.wanted, "", None, 0, "unquantised", said)
+            made[key] = LayerState(row.layer, row.wanted, "", None, 0, "unquantised", said)
         else:
             made[key] = read_held(module, row.layer, row.wanted, kind, original)
     return made
@@ -416,7 +416,7 @@ def _variant(module, wanted: str):
     return module.variants[wanted] if wanted in module.variants else None  # noqa: SIM401  torch 2.11 has no get
 
 
-def _row(component: str, one: Held, applied: Applied) -> dict[str, Any]:
+def _row(component: str, one: LayerState, applied: Applied) -> dict[str, Any]:
     before = one.weight_before_bytes
     if before is None:  # the original is gone; its size was noted when it was replaced
         noted = applied.frame[

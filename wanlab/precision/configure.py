@@ -43,7 +43,7 @@ SIZES = ("height", "width", "frames", "steps", "guidance_scale")
 
 
 @dataclass(frozen=True)
-class Kept:
+class CalibrationData:
     """Inputs of experts and the ranges of their layers, in a folder of their own.
 
     Attributes:
@@ -73,7 +73,7 @@ def keep_inputs(
     layers: str | Sequence[str] | None = None,
     progress: bool = True,
     **settings: Any,
-) -> Kept:
+) -> CalibrationData:
     """Record the experts' inputs and calibrate on them, or find both as an earlier run left them.
 
     A lock lets several runs begin together: one records, the others wait and find it done.
@@ -114,7 +114,7 @@ def keep_inputs(
             name: calibrate(model, name, recording, layers=layers, cache=path, progress=progress)
             for name, path in files.items()
         }
-    return Kept(place, recording, ranges, files, reused)
+    return CalibrationData(place, recording, ranges, files, reused)
 
 
 def _key(model, examples: Sequence[Example], settings: dict[str, Any]) -> str:
@@ -176,7 +176,7 @@ class Configured:
         frame: of the plan's effect check: a row per component and format; None without a plan.
         weight_bytes: of all components as this configuration holds them, or keeps them in its files.
         prepare_ms: converting, rounding, calibrating, compiling; little where it was done before.
-        files: what a fresh process needs to come to the same configuration; see `cost_alone`.
+        files: what a fresh process needs to come to the same configuration; see `measure_configured`.
     """
 
     model: Model

@@ -15,7 +15,7 @@ GRANULARITIES = ("tensor", "channel", "block")
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumericType:
     """One tensor as codes times a scale, without a zero point.
 
     Attributes:
@@ -60,7 +60,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Format:
+class QuantFormat:
     """How a layer computes: its weight's numbers and its input's; `activation` None leaves the input as it is.
 
     Attributes:
@@ -69,8 +69,8 @@ class Format:
     """
 
     name: str
-    weight: Numbers
-    activation: Numbers | None
+    weight: NumericType
+    activation: NumericType | None
     opset: int
 
     @property
@@ -83,31 +83,31 @@ class Format:
         return asdict(self)
 
 
-_INT8 = Numbers("int8", 8, "tensor", -128.0, 127.0)
-_INT4 = Numbers("int4", 4, "block", -8.0, 7.0, 64)
-_FP8 = Numbers("fp8", 8, "tensor", -448.0, 448.0)
+_INT8 = NumericType("int8", 8, "tensor", -128.0, 127.0)
+_INT4 = NumericType("int4", 4, "block", -8.0, 7.0, 64)
+_FP8 = NumericType("fp8", 8, "tensor", -448.0, 448.0)
 _PER_CHANNEL = {"granularity": "channel"}
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, QuantFormat] = {
     made.name: made
     for made in (
-        Format("int8", replace(_INT8, **_PER_CHANNEL), _INT8, 13),
-        Format("fp8", _FP8, _FP8, 19),
-        Format("fp8-channel", replace(_FP8, **_PER_CHANNEL), _FP8, 19),
-        Format("int8-weight", replace(_INT8, **_PER_CHANNEL), None, 13),
-        Format("int4-weight", _INT4, None, 21),
+        QuantFormat("int8", replace(_INT8, **_PER_CHANNEL), _INT8, 13),
+        QuantFormat("fp8", _FP8, _FP8, 19),
+        QuantFormat("fp8-channel", replace(_FP8, **_PER_CHANNEL), _FP8, 19),
+        QuantFormat("int8-weight", replace(_INT8, **_PER_CHANNEL), None, 13),
+        QuantFormat("int4-weight", _INT4, None, 21),
     )
 }
 """The formats by name; `"int4-weight-32"` and `"int4-weight-128"` are `"int4-weight"` with another block."""
 
 
-def get_format(name: str | Format) -> Format:
+def get_format(name: str | QuantFormat) -> QuantFormat:
     """The format of this name.
 
     Raises:
         WanlabError: unknown name or block size.
     """
-    if isinstance(name, Format):
+    if isinstance(name, QuantFormat):
         return name
     if name in FORMATS:
         return FORMATS[name]
@@ -120,7 +120,7 @@ def get_format(name: str | Format) -> Format:
 
 
 def encode_weight(
-    weight: torch.Tensor, numbers: Numbers, dtype: torch.dtype
+    weight: torch.Tensor, numbers: NumericType, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight as codes and scales.
 
@@ -149,7 +149,7 @@ def encode_weight(
 
 
 def decode_weight(
-    codes: torch.Tensor, scale: torch.Tensor, numbers: Numbers, dtype: torch.dtype
+    codes: torch.Tensor, scale: torch.Tensor, numbers: NumericType, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight that the codes of `encode_weight` stand for, `[outputs, inputs, ...]`."""
     if numbers.granularity == "channel":
@@ -159,7 +159,7 @@ def decode_weight(
     return numbers.decode(codes, scale, dtype)
 
 
-def check_blocks(shape: tuple[int, ...], numbers: Numbers, layer: str = "the weight") -> None:
+def check_blocks(shape: tuple[int, ...], numbers: NumericType, layer: str = "the weight") -> None:
     """Raise a `WanlabError` unless blocks fill the inputs of a `[outputs, inputs]` weight."""
     if numbers.granularity != "block":
         return

@@ -23,7 +23,7 @@ from wanlab.precision.plan import save_plan
 from wanlab.precision.plan_engines import load_plan_engines
 
 
-def cost_alone(configured: Configured, image, prompt: str, **settings: Any) -> dict[str, float]:
+def measure_configured(configured: Configured, image, prompt: str, **settings: Any) -> dict[str, float]:
     """Come to a configuration from its files in a fresh process, and generate once.
 
     Args:

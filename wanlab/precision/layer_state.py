@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from wanlab.precision.apply import AS_LOADED, held_bytes
-from wanlab.precision.formats import Format, decode_weight, encode_weight, get_format
+from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.plan import FLOATS, is_float
-from wanlab.precision.quant_linear import FloatIsland, PlannedLinear
+from wanlab.precision.quant_linear import CastLinear, QuantLinear
 
 CODES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}
 """Kind of numbers -> dtype of the tensor that holds their codes."""
@@ -19,7 +19,7 @@ _NO_OP = "is said to be {}, but its weight is bitwise the original's: nothing wa
 
 
 @dataclass(frozen=True)
-class Held:
+class LayerState:
     """One layer as it is in memory.
 
     Attributes:
@@ -40,7 +40,9 @@ class Held:
     said: str = ""
 
 
-def read_held(module: torch.nn.Module, layer: str, wanted: str, dtype: torch.dtype, original=None) -> Held:
+def read_held(
+    module: torch.nn.Module, layer: str, wanted: str, dtype: torch.dtype, original=None
+) -> LayerState:
     """Read one layer.
 
     Args:
@@ -49,7 +51,7 @@ def read_held(module: torch.nn.Module, layer: str, wanted: str, dtype: torch.dty
         dtype: that its weight has where the plan leaves it alone.
         original: weight of the layer before the plan; None if it is gone.
     """
-    quantised = isinstance(module, PlannedLinear)
+    quantised = isinstance(module, QuantLinear)
     tensor = module.codes if quantised else module.weight
     asked = "" if wanted == AS_LOADED or is_float(wanted) else wanted
     if asked and quantised and tensor.dtype == _dtype(CODES[get_format(asked).weight.kind]):
@@ -69,19 +71,19 @@ def read_held(module: torch.nn.Module, layer: str, wanted: str, dtype: torch.dty
                 "wrong",
                 "has another weight than the original, though its format only rounds to a float",
             )
-    hidden = _hidden(module) if quantised or isinstance(module, FloatIsland) else 0
+    hidden = _hidden(module) if quantised or isinstance(module, CastLinear) else 0
     if not fault and hidden:
         fault, said = (
             "dequantised",
             f"keeps {hidden:,} bytes of floats beside its {wanted} codes: it was dequantised once at load",
         )
     before = None if original is None else original.nbytes
-    return Held(
+    return LayerState(
         layer, wanted, str(tensor.dtype).removeprefix("torch."), before, held_bytes(module), fault, said
     )
 
 
-def _codes_fault(module, format: Format, original) -> tuple[str, str]:
+def _codes_fault(module, format: QuantFormat, original) -> tuple[str, str]:
     """Codes of the right dtype: do they stand for the original's weight, by the format's definition?"""
     scales = {"tensor": 0, "channel": 1, "block": 2}[format.weight.granularity]
     blocks = module.shape[1] // format.weight.block if format.weight.block else None
@@ -101,7 +103,7 @@ def _codes_fault(module, format: Format, original) -> tuple[str, str]:
     return "wrong", f"holds codes that are not the original's weight in {format.name}"
 
 
-def _float_fault(held, kept, format: Format, dtype, original) -> tuple[str, str]:
+def _float_fault(held, kept, format: QuantFormat, dtype, original) -> tuple[str, str]:
     """A float where codes were asked for: what is it?"""
     name = str(kept).removeprefix("torch.")
     if original is not None and held.dtype.is_floating_point and torch.equal(held.float(), original.float()):

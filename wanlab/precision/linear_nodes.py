@@ -13,13 +13,13 @@ from onnxscript.version_converter import convert_version
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export.trace import quiet
-from wanlab.precision.formats import Numbers, encode_weight
+from wanlab.precision.formats import NumericType, encode_weight
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class LinearNode:
     """One node that computes a layer.
 
     Attributes:
@@ -58,9 +58,9 @@ class Site:
         return value.t() if self.transposed else value
 
 
-def find_sites(graph: onnx_ir.Graph) -> dict[str, list[Site]]:
+def find_sites(graph: onnx_ir.Graph) -> dict[str, list[LinearNode]]:
     """Layer -> the nodes that compute it with a constant weight, in the order of the graph."""
-    found: dict[str, list[Site]] = {}
+    found: dict[str, list[LinearNode]] = {}
     for node in graph:
         layer, slash, _ = (node.name or "").partition("/")
         if node.op_type not in OPERATORS or not slash or len(node.inputs) < 2:
@@ -69,11 +69,13 @@ def find_sites(graph: onnx_ir.Graph) -> dict[str, list[Site]]:
         if stored is None or len(stored.const_value.shape) < 2:
             continue
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flag(node, "transB"))
-        found.setdefault(layer, []).append(Site(layer, node, stored, transposed))
+        found.setdefault(layer, []).append(LinearNode(layer, node, stored, transposed))
     return found
 
 
-def sites_of(found: dict[str, list[Site]], layers: Iterable[str], where: str) -> dict[str, list[Site]]:
+def sites_of(
+    found: dict[str, list[LinearNode]], layers: Iterable[str], where: str
+) -> dict[str, list[LinearNode]]:
     """The sites of these layers.
 
     Raises:
@@ -119,11 +121,11 @@ class Rewriter:
         self.graph = graph
         self.opset = opset
         self.weight_bytes: dict[str, int] = {}
-        self._stored: dict[tuple[str, Numbers, torch.dtype], onnx_ir.Value] = {}
+        self._stored: dict[tuple[str, NumericType, torch.dtype], onnx_ir.Value] = {}
         self._replaced: dict[str, onnx_ir.Value] = {}
         self._names: set[str] = {node.name for node in graph if node.name}
 
-    def weight(self, site: Site, numbers: Numbers) -> None:
+    def weight(self, site: LinearNode, numbers: NumericType) -> None:
         """Let a site take its weight from codes and scales."""
         key = (site.stored.name, numbers, site.dtype)
         if key not in self._stored:
@@ -144,14 +146,14 @@ class Rewriter:
         self.replaced(site.stored)
 
     def activations(
-        self, sites: Sequence[tuple[Site, Numbers]], amax: dict[str, float]
+        self, sites: Sequence[tuple[LinearNode, NumericType]], amax: dict[str, float]
     ) -> dict[str, ActivationScale]:
         """Let sites take their inputs through codes; those of one tensor in one format share them.
 
         Returns:
             Layer -> scale.
         """
-        groups: dict[tuple[int, Numbers], list[Site]] = {}
+        groups: dict[tuple[int, NumericType], list[LinearNode]] = {}
         for site, numbers in sites:
             groups.setdefault((id(site.activation), numbers), []).append(site)
         order = {id(node): index for index, node in enumerate(self.graph)}
@@ -181,7 +183,7 @@ class Rewriter:
             if not value.uses() and not value.is_graph_output():
                 self.graph.initializers.pop(name, None)
 
-    def _codes(self, site: Site, numbers: Numbers) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    def _codes(self, site: LinearNode, numbers: NumericType) -> tuple[onnx_ir.Value, onnx_ir.Value]:
         """Codes, rounded when they are written, and scales, now."""
         kind = _code_type(numbers)
         # Graphs of one component share a file of weights, where a name must mean one content.
@@ -201,7 +203,7 @@ class Rewriter:
         codes_value = self.initializer(onnx_ir.LazyTensor(read, kind, shape, name=name))
         return codes_value, self.initializer(TorchTensor(scale, name=f"{name}.scale"))
 
-    def _quantize_input(self, group: list[Site], numbers: Numbers, scale: torch.Tensor) -> None:
+    def _quantize_input(self, group: list[LinearNode], numbers: NumericType, scale: torch.Tensor) -> None:
         first, value = group[0], group[0].activation
         kind, name = _code_type(numbers), f"{value.name}.{numbers.kind}"
         step = self.initializer(TorchTensor(scale, name=f"{name}.scale"))
@@ -220,7 +222,7 @@ class Rewriter:
         for site in group:
             site.node.replace_input_with(0, dequantize.outputs[0])
 
-    def _zero_point(self, numbers: Numbers) -> onnx_ir.Value:
+    def _zero_point(self, numbers: NumericType) -> onnx_ir.Value:
         """Zero of the codes' type: without it QuantizeLinear makes uint8."""
         name = f"zero_point.{numbers.kind}"
         if name in self.graph.initializers:
@@ -296,14 +298,14 @@ def _packed(codes: torch.Tensor):
     return ((flat[0::2] & 15) | (flat[1::2] << 4)).view(torch.uint8).numpy()
 
 
-def _sharing(numbers: Numbers) -> list[str]:
+def _sharing(numbers: NumericType) -> list[str]:
     """What tells codes from others of their kind, where they are not the usual ones."""
     usual = {"int8": ("channel", None), "fp8": ("tensor", None), "int4": ("block", 64)}
     same = usual[numbers.kind] == (numbers.granularity, numbers.block)
     return [] if same else [str(numbers.block or numbers.granularity)]
 
 
-def _code_type(numbers: Numbers) -> onnx_ir.DataType:
+def _code_type(numbers: NumericType) -> onnx_ir.DataType:
     return {
         "int8": onnx_ir.DataType.INT8,
         "int4": onnx_ir.DataType.INT4,

@@ -19,7 +19,7 @@ import torch
 from wanlab.core.errors import WanlabError
 from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.engines.tensorrt.runtime import installed
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.precision.apply import Applied, apply_plan
 from wanlab.precision.assignment import natural
 from wanlab.precision.calibration import Calibration
@@ -65,7 +65,7 @@ def layer_distances(
     rows: list[dict] = []
     chosen = _sample(list(formats))
     for start in range(0, len(chosen), AT_ONCE):
-        with _telling(graph, chosen[start : start + AT_ONCE]) as (path, places):
+        with _step_tracking(graph, chosen[start : start + AT_ONCE]) as (path, places):
             engine = OrtEngine(path, provider=provider)
             made = engine.run(feeds)
             kinds = {name: getattr(torch, kind) for name, (kind, _) in engine.inputs.items()}
@@ -96,7 +96,7 @@ def _sample(layers: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _telling(graph: Path, layers: Sequence[str]) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:
+def _step_tracking(graph: Path, layers: Sequence[str]) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:
     """The graph with inputs and outputs of layers as outputs, and their names; beside the graph, as its weights are."""
     model = onnx.load(graph, load_external_data=False)
     places = _places(model.graph, layers)
@@ -197,7 +197,7 @@ def reference_outputs(model, inputs: Inputs) -> Outputs:
     """By the networks in float32, unquantised; one expert is copied at a time."""
     made: Outputs = {}
     for component in dict.fromkeys(key[0] for key in inputs):
-        network = recipe(model, component).network
+        network = component_spec(model, component).network
         # A copy takes what it finds under an object's id: parameters in float32, buffers as they are.
         twins: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
         for parameter in network.parameters():
@@ -220,7 +220,7 @@ def planned_outputs(applied: Applied, inputs: Inputs, nudged: int | None = None)
     """
     made: Outputs = {}
     for key, given in inputs.items():
-        network = recipe(applied.model, key[0]).network
+        network = component_spec(applied.model, key[0]).network
         outputs = []
         for step, feeds in given:
             if nudged is not None:
@@ -274,7 +274,7 @@ def _nudging(applied: Applied, component: str, network, seed: int | None) -> Ite
 
 
 def _forward(model, component: str, network, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    plan = recipe(model, component, network=network)
+    plan = component_spec(model, component, network=network)
     given = []
     for name in plan.inputs:
         tensor = feeds[name].to(network.device)
@@ -431,8 +431,8 @@ def _layerwise(graphs: PlanGraphs, row: dict[str, Any], provider: str, compared:
         with compared.planned.at(step or 0):
             layers = layer_distances(
                 graphs.folder / graph,
-                recipe(compared.planned.model, key[0]).network,
-                recipe(compared.model, key[0]).network,
+                component_spec(compared.planned.model, key[0]).network,
+                component_spec(compared.model, key[0]).network,
                 feeds,
                 graphs.formats[graph],
                 provider,

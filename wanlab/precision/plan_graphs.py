@@ -17,7 +17,7 @@ import pandas as pd
 from wanlab import __version__
 from wanlab.core.digests import file_sha256
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.components import components_of, recipe
+from wanlab.export.components import component_spec, components_of
 from wanlab.export.export import ExportReport, export_all
 from wanlab.export.graph import file_bytes
 from wanlab.export.trace import BFLOAT16_OPSET, chosen_opset
@@ -265,7 +265,7 @@ def export_plan(
     begin = time.perf_counter()
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
     folder, calibrations = Path(folder), dict(calibrations or {})
-    experts = {name: recipe(model, name).network for name in components_of(model) if name in EXPERTS}
+    experts = {name: component_spec(model, name).network for name in components_of(model) if name in EXPERTS}
     assignment = assign(plan, experts)
     _check_calibrations(assignment, calibrations)
     settings = {

@@ -26,11 +26,11 @@ from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes
 from wanlab.export.weights import WeightsFile
 from wanlab.precision.assignment import choose_layers, layer_set_key, natural
 from wanlab.precision.calibration import Calibration
-from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.linear_nodes import (
     OPERATORS,
+    LinearNode,
     Rewriter,
-    Site,
     common_module,
     find_sites,
     raise_opset,
@@ -41,10 +41,10 @@ from wanlab.precision.plan import FLOATS, is_float
 
 def chosen_formats(
     found: Iterable[str],
-    layers: str | Sequence[str] | Mapping[str, str | Format] | None,
-    format: str | Format | None,
+    layers: str | Sequence[str] | Mapping[str, str | QuantFormat] | None,
+    format: str | QuantFormat | None,
     exclude: str | Sequence[str] = (),
-) -> dict[str, Format | str]:
+) -> dict[str, QuantFormat | str]:
     """Layer -> format, or the name of a float, for the layers asked for, in the order of their names.
 
     Args:
@@ -62,7 +62,7 @@ def chosen_formats(
         return dict.fromkeys(_chosen(found, include, exclude), _wanted(format))
     if format is not None:
         raise WanlabError("layers gives a format to each layer already; leave format out")
-    by_name: dict[str, Format | str] = {}
+    by_name: dict[str, QuantFormat | str] = {}
     for pattern, name in layers.items():
         by_name |= dict.fromkeys(_chosen(found, [pattern]), _wanted(name))
     return {layer: by_name[layer] for layer in _chosen(found, list(layers), exclude)}
@@ -73,7 +73,7 @@ def is_norm(layer: str) -> bool:
     return layer.rpartition(".")[2].startswith("norm")
 
 
-def _wanted(format: str | Format) -> Format | str:
+def _wanted(format: str | QuantFormat) -> QuantFormat | str:
     return format if isinstance(format, str) and is_float(format) else get_format(format)
 
 
@@ -98,7 +98,7 @@ BFLOAT16_CONV_OPSET = 22
 """The first whose Conv takes bfloat16."""
 
 
-def islands_among(sites: Mapping[str, Sequence[Site]], floats: Mapping[str, str]) -> dict[str, str]:
+def islands_among(sites: Mapping[str, Sequence[LinearNode]], floats: Mapping[str, str]) -> dict[str, str]:
     """The layers of `floats` (layer -> `"fp32"`, `"fp16"` or `"bf16"`) that compute in another float now."""
     return {
         layer: name
@@ -107,7 +107,7 @@ def islands_among(sites: Mapping[str, Sequence[Site]], floats: Mapping[str, str]
     }
 
 
-def needed_opset(sites: Mapping[str, Sequence[Site]], islands: Mapping[str, str]) -> int:
+def needed_opset(sites: Mapping[str, Sequence[LinearNode]], islands: Mapping[str, str]) -> int:
     """The first opset whose operators take these layers in these floats."""
     narrow = any(
         site.node.op_type == "Conv"
@@ -118,12 +118,14 @@ def needed_opset(sites: Mapping[str, Sequence[Site]], islands: Mapping[str, str]
     return BFLOAT16_CONV_OPSET if narrow else 13
 
 
-def compute_in(rewriter: Rewriter, sites: Mapping[str, Sequence[Site]], islands: Mapping[str, str]) -> None:
+def compute_in(
+    rewriter: Rewriter, sites: Mapping[str, Sequence[LinearNode]], islands: Mapping[str, str]
+) -> None:
     """Let layers compute in the floats given: weight and bias in that dtype, input and output cast.
 
     Layers that read one tensor in one float share the Cast.
     """
-    groups: dict[tuple[int, str], list[Site]] = {}
+    groups: dict[tuple[int, str], list[LinearNode]] = {}
     for layer, name in islands.items():
         for site in sites[layer]:
             groups.setdefault((id(site.activation), name), []).append(site)
@@ -144,7 +146,7 @@ def float_dtype(name: str) -> torch.dtype:
     return getattr(torch, FLOATS[name])
 
 
-def _narrow(rewriter: Rewriter, site: Site, kind, name: str, given, weights) -> None:
+def _narrow(rewriter: Rewriter, site: LinearNode, kind, name: str, given, weights) -> None:
     around, node = site.dtype, site.node
     key = (site.stored.name, name)
     if key not in weights:
@@ -164,7 +166,7 @@ def _narrow(rewriter: Rewriter, site: Site, kind, name: str, given, weights) -> 
     _cast_back(rewriter, last, around, f"{site.layer}/output_cast")
 
 
-def _weight(rewriter: Rewriter, site: Site, kind, name: str) -> onnx_ir.Value:
+def _weight(rewriter: Rewriter, site: LinearNode, kind, name: str) -> onnx_ir.Value:
     """The weight in another float, cast when it is written."""
     called = f"{site.stored.name}.{name}"
 
@@ -181,7 +183,7 @@ def _bias(rewriter: Rewriter, bias: onnx_ir.Value, kind, name: str) -> onnx_ir.V
     return rewriter.initializer(TorchTensor(values, name=f"{bias.name}.{name}"))
 
 
-def _bias_of(site: Site) -> tuple[onnx_ir.Node | None, int]:
+def _bias_of(site: LinearNode) -> tuple[onnx_ir.Node | None, int]:
     """The node that adds a layer's bias, and which of its inputs that is; (None, 0) without one."""
     node = site.node
     if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is not None:
@@ -324,7 +326,7 @@ def read_quantized_report(path: str | os.PathLike) -> QuantizedReport | None:
 
 
 def verify(
-    path: Path, asked: Mapping[str, Format], islands: Mapping[str, str] | None = None
+    path: Path, asked: Mapping[str, QuantFormat], islands: Mapping[str, str] | None = None
 ) -> dict[str, int]:
     """Read a graph back, without its weights, and count the layers of each format.
 
@@ -405,8 +407,8 @@ def quantize(
     onnx_path: str | os.PathLike,
     out_path: str | os.PathLike,
     *,
-    layers: str | Sequence[str] | Mapping[str, str | Format] | None = None,
-    format: str | Format | None = None,
+    layers: str | Sequence[str] | Mapping[str, str | QuantFormat] | None = None,
+    format: str | QuantFormat | None = None,
     exclude: str | Sequence[str] = (),
     calibration: Calibration | None = None,
     external_data: bool | None = None,
@@ -428,7 +430,7 @@ def quantize(
         layers: patterns as in `choose_layers`, None for its default; or pattern -> format, for a mixture, where
             later patterns win and `"fp32"`, `"fp16"` and `"bf16"` are formats too. Norms that are written as
             convolutions, as in the VAE, are taken by patterns with `norm` in them only.
-        format: of all the layers that `layers` chooses: a name of `FORMATS`, a `Format`, or a float.
+        format: of all the layers that `layers` chooses: a name of `FORMATS`, a `QuantFormat`, or a float.
         exclude: patterns of layers to leave as they are.
         calibration: ranges of the layers' inputs; of the same component. Needed by formats with an activation.
         external_data: weights in a file of their own; None does so above 1.5 GiB.
@@ -452,7 +454,7 @@ def quantize(
         raise WanlabError(f"{source.name} is quantised already; start from the file that was exported")
     found = find_sites(model.graph)
     wanted_of = chosen_formats(found, layers, format, exclude)
-    asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, Format)}
+    asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, QuantFormat)}
     floats = {layer: name for layer, name in wanted_of.items() if layer not in asked}
     calibration = _needed(calibration, asked, metadata, source.name)
     sites = sites_of(found, wanted_of, source.name)
@@ -564,7 +566,7 @@ def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibrat
     return calibration
 
 
-def _key(source: Path, asked: dict[str, Format], islands: dict[str, str], scales, calibration) -> str:
+def _key(source: Path, asked: dict[str, QuantFormat], islands: dict[str, str], scales, calibration) -> str:
     with open(source, "rb") as file:
         graph = hashlib.file_digest(file, "sha256").hexdigest()
     exported = read_report(source)

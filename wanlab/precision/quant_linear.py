@@ -9,10 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.precision.formats import Format, Numbers, check_blocks, decode_weight, encode_weight, get_format
+from wanlab.precision.formats import (
+    NumericType,
+    QuantFormat,
+    check_blocks,
+    decode_weight,
+    encode_weight,
+    get_format,
+)
 
 
-def fake_quantize(values: torch.Tensor, scale: torch.Tensor, numbers: Numbers) -> torch.Tensor:
+def fake_quantize(values: torch.Tensor, scale: torch.Tensor, numbers: NumericType) -> torch.Tensor:
     """`values` rounded to codes and back, in their own dtype; `scale` broadcasts against them."""
     return numbers.decode(numbers.encode(values, scale), scale, values.dtype)
 
@@ -20,7 +27,7 @@ def fake_quantize(values: torch.Tensor, scale: torch.Tensor, numbers: Numbers) -
 @contextmanager
 def fake_quantized(
     network: torch.nn.Module,
-    formats: Mapping[str, str | Format],
+    formats: Mapping[str, str | QuantFormat],
     amax: Mapping[str, float] | None = None,
 ) -> Iterator[torch.nn.Module]:
     """Inside the block layers of a network compute with rounded weights and inputs, as `quantize` would have it.
@@ -64,7 +71,7 @@ def fake_quantized(
             modules[layer].weight.data = weight
 
 
-def _rounding(scale: torch.Tensor, numbers: Numbers):
+def _rounding(scale: torch.Tensor, numbers: NumericType):
     def rounded(module, args):
         return (fake_quantize(args[0], scale, numbers), *args[1:])
 
@@ -80,7 +87,7 @@ FAST_ACCUMULATION = True
 FEWEST_ROWS = 17  # that torch._int_mm takes on a GPU
 
 
-class PlannedLinear(torch.nn.Module):
+class QuantLinear(torch.nn.Module):
     """A linear layer in one of the formats of `wanlab.precision.formats`.
 
     The weight is nowhere but in `codes` and `scale`, so what is held is what is paid for. The bias is the original's own.
@@ -95,7 +102,7 @@ class PlannedLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, layer: torch.nn.Module, format: Format, *, kernel: str, amax: float | None = None
+        self, layer: torch.nn.Module, format: QuantFormat, *, kernel: str, amax: float | None = None
     ) -> None:
         super().__init__()
         weight = layer.weight.detach()
@@ -169,11 +176,11 @@ class PlannedLinear(torch.nn.Module):
         return (made if self.bias is None else made + self.bias.float()).to(self.dtype)
 
 
-class PlannedConv(PlannedLinear):
+class PlannedConv(QuantLinear):
     """A convolution in a format: decoded at use, its input rounded; no kernel multiplies codes here."""
 
     def __init__(
-        self, layer: torch.nn.Module, format: Format, *, kernel: str, amax: float | None = None
+        self, layer: torch.nn.Module, format: QuantFormat, *, kernel: str, amax: float | None = None
     ) -> None:
         if layer.padding_mode != "zeros":
             raise WanlabError(
@@ -187,7 +194,7 @@ class PlannedConv(PlannedLinear):
         return self.convolve(self._rounded(values), self.decoded(), self.bias, **self.settings)
 
 
-class FloatIsland(torch.nn.Module):
+class CastLinear(torch.nn.Module):
     """A layer that computes in another float than the network, between two casts.
 
     Attributes:
@@ -255,7 +262,7 @@ def scaled_mm(
     return made if bias is None or inside else made + bias.to(dtype)
 
 
-def kernel_for(format: Format, shape: tuple[int, ...], device: torch.device, native: bool) -> str:
+def kernel_for(format: QuantFormat, shape: tuple[int, ...], device: torch.device, native: bool) -> str:
     """How a layer of this weight computes in a format, in words of this module.
 
     Weight-only formats decode at use everywhere: at tens of thousands of rows a product is bound by arithmetic, and
@@ -293,11 +300,11 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def planned(
-    layer: torch.nn.Module, format: Format, *, native: bool, amax: float | None = None
-) -> PlannedLinear:
+    layer: torch.nn.Module, format: QuantFormat, *, native: bool, amax: float | None = None
+) -> QuantLinear:
     """The layer in a format, its weight encoded on its own device."""
     kernel = kernel_for(format, tuple(layer.weight.shape), layer.weight.device, native)
-    kind = PlannedLinear if isinstance(layer, torch.nn.Linear) else PlannedConv
+    kind = QuantLinear if isinstance(layer, torch.nn.Linear) else PlannedConv
     return kind(layer, format, kernel=kernel, amax=amax)
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.components import check_components, components_of, recipe
+from wanlab.export.components import check_components, component_spec, components_of
 from wanlab.heldout import cases, clips
 from wanlab.measure.stages import stages
-from wanlab.models.taps import entry_points, standing_in
+from wanlab.models.taps import component_calls, intercept_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ def record_inputs(
     wanted = _wanted(model, components)
     output = settings.pop("output", "np" if "vae_decoder" in wanted else "latent")
     folder = _empty(Path(folder))
-    names = {component: tuple(recipe(model, component).inputs) for component in wanted}
+    names = {component: tuple(component_spec(model, component).inputs) for component in wanted}
     calls: list[RecordedCall] = []
     made = None
     bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
@@ -333,9 +333,9 @@ def _listening(
 
         points = {
             attribute: {method: kept(name) for method, name in methods.items() if name in names}
-            for attribute, methods in entry_points(model.pipeline).items()
+            for attribute, methods in component_calls(model.pipeline).items()
         }
-        with standing_in(model.pipeline, {key: made for key, made in points.items() if made}):
+        with intercept_calls(model.pipeline, {key: made for key, made in points.items() if made}):
             yield
 
 

@@ -112,12 +112,12 @@ def stepped_scheduler(scheduler, clock: StepClock | None):
     """A copy of a scheduler, which keeps state between steps; with a clock it also tells the steps."""
     twin = copy.deepcopy(scheduler)
     if clock is not None:
-        twin.__class__ = _telling(type(twin))
+        twin.__class__ = _step_tracking(type(twin))
         twin.wanlab_clock = clock
     return twin
 
 
-def _telling(base: type) -> type:
+def _step_tracking(base: type) -> type:
     class Telling(base):
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):

@@ -216,7 +216,7 @@ class Prepared:
     folder: RunFolder
 
     @property
-    def looks_around(self) -> bool:
+    def reads_other_runs(self) -> bool:
         """Whether the notebook says in its metadata that it reads what its parameters do not name, such as other runs."""
         return bool(self.notebook.metadata.get("wanlab", {}).get("always"))
 
@@ -230,7 +230,7 @@ class Prepared:
 
     def finished(self) -> dict[str, Any]:
         """Status of an earlier run with the same identity that finished, or {}."""
-        if self.looks_around:
+        if self.reads_other_runs:
             return {}
         try:
             status = self.folder.status()

@@ -80,7 +80,7 @@ class Run:
         write_text(self._artifact(name, ".speedscope.json"), json.dumps(flame.speedscope(name)))
 
     def show_videos(self, items: Mapping[str, Any], *, fps: float | None = None) -> clips.Html:
-        """Clips and pictures side by side, playing in step; see `clips.side_by_side`."""
+        """Clips and pictures side by side, playing in step; see `clips.compare_models`."""
         return clips.side_by_side(items, self._files.artifacts, fps)
 
     def verdict(self, text: str) -> clips.Html:

@@ -36,7 +36,7 @@ from wanlab.diagnose.attention.statistics import (
 from wanlab.measure.stages import BRANCHES
 from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
-from wanlab.models.taps import entry_points, standing_in
+from wanlab.models.taps import component_calls, intercept_calls
 
 DISPATCH = "dispatch_attention_fn"
 SELF, CROSS, IMAGE, FORWARD = "self", "cross", "image", "forward"
@@ -89,7 +89,7 @@ def attention_calls(
     """
     blocks = wan_blocks(model)
     listener = _Listener(around, after_step)
-    points = entry_points(model.pipeline)
+    points = component_calls(model.pipeline)
     calls: dict[str, dict[str, Callable]] = {
         attribute: {"__call__": listener.expert(component)}
         for attribute, component in ((name, methods.get("__call__")) for name, methods in points.items())
@@ -110,7 +110,7 @@ def attention_calls(
             original = getattr(module, DISPATCH)
             stack.callback(setattr, module, DISPATCH, original)
             setattr(module, DISPATCH, listener.dispatch(original))
-        with standing_in(model.pipeline, calls):
+        with intercept_calls(model.pipeline, calls):
             yield
 
 

@@ -19,8 +19,8 @@ from wanlab.heldout.cases import Case
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import boundary_at, precompute_schedule
-from wanlab.models.taps import standing_in
-from wanlab.models.variants import other_attention
+from wanlab.models.taps import intercept_calls
+from wanlab.models.variants import alternate_sdpa
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def disagreement(
                 step = at["step"]
                 if step in wanted and not any(row["step"] == step for row in rows):
                     theirs, again = networks[other](*args, **kwargs)[0], call(*args, **kwargs)[0]
-                    with other_attention(model.device) as at["kernel"]:
+                    with alternate_sdpa(model.device) as at["kernel"]:
                         kernel = call(*args, **kwargs)[0]
                     mine = ran[0]
                     apart, cosine = _apart(mine, theirs)
@@ -117,7 +117,7 @@ def disagreement(
         return step
 
     wrappers = {model.spec.part_of(name): {"__call__": asking(name)} for name in networks}
-    with standing_in(model.pipeline, wrappers | {"scheduler": {"step": counted}}):
+    with intercept_calls(model.pipeline, wrappers | {"scheduler": {"step": counted}}):
         model.generate(image, prompt, **{"output": "latent"} | settings)
     return Disagreement(pd.DataFrame(rows), table.boundary_timestep, at["kernel"])
 
@@ -242,9 +242,9 @@ def _swept(
 
     truth = case.truth()
     with (
-        other_attention(model.device) if other else nullcontext(),
+        alternate_sdpa(model.device) if other else nullcontext(),
         stages(model) as recorder,
-        standing_in(model.pipeline, {"vae": {"encode": once, "decode": prefix}}),
+        intercept_calls(model.pipeline, {"vae": {"encode": once, "decode": prefix}}),
     ):
         made = model.generate(truth[0], case.caption, **asked | {"seed": case.seed})
     calls = [call for call in recorder.calls if call.component in EXPERTS]

@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import ExpertSchedule, fewest_steps, precompute_schedule
-from wanlab.models.taps import entry_points, standing_in
+from wanlab.models.taps import component_calls, intercept_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +153,9 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
 
         return wrap
 
-    points = entry_points(model.pipeline) | {"scheduler": {"step": "scheduler"}}
+    points = component_calls(model.pipeline) | {"scheduler": {"step": "scheduler"}}
     wrap = {part: {method: seeing(node) for method, node in calls.items()} for part, calls in points.items()}
-    with standing_in(model.pipeline, wrap):
+    with intercept_calls(model.pipeline, wrap):
         model.generate(image, prompt, **short)
     experts = [entry.component for entry in plan.prefetch if entry.component in seen]
     router = "boundary" if plan.boundary_ratio is not None else experts[0]

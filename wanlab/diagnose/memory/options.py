@@ -19,7 +19,7 @@ from wanlab.diagnose.capture import capture
 from wanlab.diagnose.trace import read_trace
 from wanlab.models.loading import load
 from wanlab.models.pipeline import Generation, Model
-from wanlab.models.taps import standing_in
+from wanlab.models.taps import intercept_calls
 
 GIB = 1 << 30
 QUERY_CHUNKS = 4
@@ -36,7 +36,9 @@ class _Taken:
     video: Any
 
 
-def levers(model: Model, image: Any, prompt: str, *, progress: bool = True, **settings) -> pd.DataFrame:
+def memory_options(
+    model: Model, image: Any, prompt: str, *, progress: bool = True, **settings
+) -> pd.DataFrame:
     """Pull one lever after the other and generate each time; the model is afterwards as it was.
 
     The untouched model is measured twice, first and last: how far these lie apart is the noise of time and memory, and
@@ -185,7 +187,7 @@ def _offload_experts(model: Model, settings: dict) -> Iterator[None]:
 
     parts["expert_low"].to("cpu")
     try:
-        with standing_in(
+        with intercept_calls(
             model.pipeline, {model.spec.part_of(name): {"__call__": bringing(name)} for name in parts}
         ):
             yield

@@ -39,7 +39,7 @@ class Saved:
     notes: tuple[str, ...] = ()
 
 
-def saved_measurements(
+def run_measurements(
     runs: Any,
     tree: Tree | None = None,
     *,

@@ -62,7 +62,7 @@ def triage(measured: Saved | Mapping[str, Any], tree: Tree | None = None) -> Tri
     """Walk all roots of a tree; every node is visited at most once.
 
     Args:
-        measured: from `saved_measurements`, or numbers by name; what is no number counts as not measured.
+        measured: from `run_measurements`, or numbers by name; what is no number counts as not measured.
         tree: from `read_tree`, with `Tree.having` for other thresholds; the default tree if not given.
     """
     tree = tree or read_tree()

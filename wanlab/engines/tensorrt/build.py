@@ -22,7 +22,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.tensorrt import receipt as receipts
 from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
 from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
-from wanlab.engines.tensorrt.receipt import EngineReceipt, receipts_frame
+from wanlab.engines.tensorrt.receipt import BuildInfo, builds_frame
 from wanlab.engines.tensorrt.runtime import Kind, Message, Runtime, open_runtime
 
 LAYERS, TENSORS, ENGINE = "Layers", "I/O Tensors", "Engine Metadata"
@@ -182,7 +182,7 @@ def build_tensorrt(
     kind: Kind | None = None,
     reuse: bool = True,
     progress: bool = True,
-) -> EngineReceipt:
+) -> BuildInfo:
     """Build an engine from an ONNX graph; engine and receipt appear only when all went well.
 
     The network is strongly typed: it computes in the types that the graph says, quantised where the graph has
@@ -242,7 +242,7 @@ def build_tensorrt(
         time_ms = (time.perf_counter() - begin) * 1e3
         try:
             draft.write_bytes(plan)
-            made = EngineReceipt(
+            made = BuildInfo(
                 path=str(path),
                 key=key,
                 model=source.metadata.get("model", ""),
@@ -321,12 +321,12 @@ class EngineBuilds:
     """
 
     runtime: str
-    receipts: tuple[EngineReceipt, ...]
+    receipts: tuple[BuildInfo, ...]
     refused: pd.DataFrame
 
     def frame(self) -> pd.DataFrame:
         """One row per engine, the columns of `EngineReceipt.row`."""
-        return receipts_frame(list(self.receipts))
+        return builds_frame(list(self.receipts))
 
     def refusals(self) -> pd.DataFrame:
         """`refused` for the eye: a row per graph and reason, its capabilities joined, layer and operator in one."""
@@ -394,7 +394,7 @@ def build_engines(
         WanlabError: as `build_tensorrt`, but for a builder that refuses.
     """
     runtime = open_runtime(kind)
-    receipts: list[EngineReceipt] = []
+    receipts: list[BuildInfo] = []
     refused: list[dict[str, str]] = []
     for graph in tqdm(list(graphs), desc="engines", unit="engine", leave=False, disable=not progress):
         source = read_source(graph)

@@ -17,7 +17,7 @@ from wanlab.engines.base import TensorType, check_bound
 from wanlab.engines.component_bench import bench_components
 from wanlab.engines.parity import parity
 from wanlab.engines.tensorrt.build import inspect_engine
-from wanlab.engines.tensorrt.receipt import EngineReceipt, check_receipt, read_receipt
+from wanlab.engines.tensorrt.receipt import BuildInfo, check_receipt, read_receipt
 from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
@@ -359,7 +359,7 @@ COLUMNS = ["component", "numbers", "executed", "reason", "clip", "relative_l2"]
 
 def try_engines(
     model: Any,
-    receipts: Sequence[EngineReceipt],
+    receipts: Sequence[BuildInfo],
     *,
     iterations: int = 10,
     duration_ms: float = 1000.0,

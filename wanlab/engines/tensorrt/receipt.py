@@ -38,7 +38,7 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class EngineReceipt:
+class BuildInfo:
     """What came of one build.
 
     Attributes:
@@ -149,7 +149,7 @@ class EngineReceipt:
         return f"wanlab.engines.build_tensorrt({self.graph!r}, {Path(self.path).name!r})"
 
 
-def receipts_frame(receipts: list[EngineReceipt]) -> pd.DataFrame:
+def builds_frame(receipts: list[BuildInfo]) -> pd.DataFrame:
     """One row per engine, the columns of `EngineReceipt.row`."""
     return pd.DataFrame([receipt.row() for receipt in receipts], columns=COLUMNS)
 
@@ -159,7 +159,7 @@ def receipt_path(engine: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(engine)}.json")
 
 
-def write_receipt(receipt: EngineReceipt) -> None:
+def write_receipt(receipt: BuildInfo) -> None:
     """Write it beside its engine, whole or not at all."""
     path = receipt_path(receipt.path)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -168,7 +168,7 @@ def write_receipt(receipt: EngineReceipt) -> None:
     os.replace(draft, path)
 
 
-def read_receipt(engine: str | os.PathLike[str]) -> EngineReceipt:
+def read_receipt(engine: str | os.PathLike[str]) -> BuildInfo:
     """The receipt of an engine.
 
     Raises:
@@ -186,7 +186,7 @@ def read_receipt(engine: str | os.PathLike[str]) -> EngineReceipt:
         facts["log"] = tuple((severity, text) for severity, text in facts["log"])
         for name in ("compute_capabilities", "notes"):
             facts[name] = tuple(facts[name])
-        return EngineReceipt(**facts | {"path": os.fspath(engine)})
+        return BuildInfo(**facts | {"path": os.fspath(engine)})
     except FileNotFoundError:
         raise WanlabError(
             f"{Path(engine).name} has no receipt {path.name} beside it, so nothing says what it was built from and for;"
@@ -203,7 +203,7 @@ def build_key(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def kept(engine: Path, key: str) -> EngineReceipt | None:
+def kept(engine: Path, key: str) -> BuildInfo | None:
     """The receipt of an engine that is still whole and true."""
     try:
         receipt = read_receipt(engine)
@@ -213,7 +213,7 @@ def kept(engine: Path, key: str) -> EngineReceipt | None:
     return receipt if receipt.key == key and whole else None
 
 
-def check_receipt(receipt: EngineReceipt, *, kind: str, version: str, capability: str, gpu: str) -> None:
+def check_receipt(receipt: BuildInfo, *, kind: str, version: str, capability: str, gpu: str) -> None:
     """Refuse an engine that is stale, or foreign to this machine.
 
     Args:

@@ -17,7 +17,7 @@ import onnx
 from wanlab.core.digests import file_sha256, graph_sha256
 from wanlab.core.errors import WanlabError, did_you_mean, require
 from wanlab.engines.tvm import receipt as receipts
-from wanlab.engines.tvm.receipt import TvmReceipt
+from wanlab.engines.tvm.receipt import TvmBuildInfo
 from wanlab.export.graph import file_bytes, nodes
 
 
@@ -286,7 +286,7 @@ def build_tvm(
     schedule: str = "tiled",
     fast_math: bool = True,
     reuse: bool = True,
-) -> TvmReceipt:
+) -> TvmBuildInfo:
     """Compile an ONNX graph; the library and its receipt appear only when all went well.
 
     Args:
@@ -330,7 +330,7 @@ def build_tvm(
     try:
         _link(executable, draft)
         linked = time.perf_counter()
-        made = TvmReceipt(
+        made = TvmBuildInfo(
             path=str(library),
             key=key,
             library_sha256=file_sha256(draft),

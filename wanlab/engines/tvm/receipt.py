@@ -15,7 +15,7 @@ TensorType = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class TvmReceipt:
+class TvmBuildInfo:
     """What came of one build.
 
     Attributes:
@@ -90,7 +90,7 @@ def receipt_path(library: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(library)}.json")
 
 
-def write_receipt(receipt: TvmReceipt) -> None:
+def write_receipt(receipt: TvmBuildInfo) -> None:
     """Write it beside its library, whole or not at all."""
     path = receipt_path(receipt.path)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -99,7 +99,7 @@ def write_receipt(receipt: TvmReceipt) -> None:
     os.replace(draft, path)
 
 
-def read_receipt(library: str | os.PathLike) -> TvmReceipt:
+def read_receipt(library: str | os.PathLike) -> TvmBuildInfo:
     """The receipt of a library.
 
     Raises:
@@ -110,7 +110,7 @@ def read_receipt(library: str | os.PathLike) -> TvmReceipt:
         facts = json.loads(path.read_text(encoding="utf-8"))
         for name in ("inputs", "outputs"):
             facts[name] = {key: (kind, tuple(shape)) for key, (kind, shape) in facts[name].items()}
-        return TvmReceipt(**facts | {"path": os.fspath(library)})
+        return TvmBuildInfo(**facts | {"path": os.fspath(library)})
     except FileNotFoundError:
         raise WanlabError(
             f"{Path(library).name} has no receipt {path.name} beside it, so nothing says what it was built from;"
@@ -120,7 +120,7 @@ def read_receipt(library: str | os.PathLike) -> TvmReceipt:
         raise WanlabError(f"cannot read {path}: {error}; build again with wanlab.engines.build_tvm") from None
 
 
-def kept(library: Path, key: str) -> TvmReceipt | None:
+def kept(library: Path, key: str) -> TvmBuildInfo | None:
     """The receipt of a library that is still whole and true."""
     try:
         receipt = read_receipt(library)

@@ -15,7 +15,7 @@ from wanlab.measure.timing import time_ms
 from wanlab.models.shapes import latent_shape
 from wanlab.precision.apply import experts_of
 from wanlab.precision.assignment import operations, quantizable_layers, weight_bits, weight_bytes
-from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.quant_linear import planned
 
 DEFAULT = "default"
@@ -35,7 +35,7 @@ COLUMNS = [
 
 def layer_costs(
     model,
-    formats: Sequence[str | Format],
+    formats: Sequence[str | QuantFormat],
     *,
     height: int | None = None,
     width: int | None = None,
@@ -104,7 +104,7 @@ def counted_only(costs: pd.DataFrame) -> bool:
     return bool((costs["source"] == COUNTED).all())
 
 
-def _fits(shape: tuple[int, ...], format: Format) -> bool:
+def _fits(shape: tuple[int, ...], format: QuantFormat) -> bool:
     try:
         check_blocks(tuple(shape), format.weight)
     except WanlabError:
@@ -113,7 +113,7 @@ def _fits(shape: tuple[int, ...], format: Format) -> bool:
 
 
 def _row(
-    component: str, layer: dict, weight: torch.Tensor, flop: int, format: Format | None
+    component: str, layer: dict, weight: torch.Tensor, flop: int, format: QuantFormat | None
 ) -> dict[str, Any]:
     shape = tuple(layer["shape"])
     weights = math.prod(shape)
@@ -140,7 +140,9 @@ def _row(
     }
 
 
-def _time(key: tuple, formats: dict[str, Format], device, iterations: int, compiled: bool) -> dict[str, Any]:
+def _time(
+    key: tuple, formats: dict[str, QuantFormat], device, iterations: int, compiled: bool
+) -> dict[str, Any]:
     """Time one layer of this shape on random input, as a plan would put it into the network."""
     (outputs, inputs), rows, dtype, name = key
     draw = torch.Generator(device).manual_seed(0)

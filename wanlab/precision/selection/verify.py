@@ -20,12 +20,12 @@ from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.quality import Divergence, divergence
 from wanlab.evaluate.scores import Scores
 from wanlab.export.clip import default_shape
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.heldout.cases import EXAMINATION, FINAL, Case
-from wanlab.measure.timing import Comparison, compare, in_turn
+from wanlab.measure.timing import Comparison, compare, interleaved
 from wanlab.models.pipeline import first_frame
 from wanlab.models.shapes import latent_shape
-from wanlab.models.variants import compile_blocks, other_attention
+from wanlab.models.variants import alternate_sdpa, compile_blocks
 from wanlab.precision.apply import Applied, apply_plan
 from wanlab.precision.check_torch import effect_check
 from wanlab.precision.plan import Plan
@@ -274,7 +274,7 @@ def make_originals(
         made = batched.generate(model, bar=bar)
         floors, floor_effect = {}, None
         if floor:
-            with other_attention(model.device) as name:
+            with alternate_sdpa(model.device) as name:
                 again = batched.generate(model, bar=bar)
             floors[name] = tuple(_scores(made, again, METRICS, backbone, model.device))
             floor_effect = mean_effect(made, again)
@@ -526,13 +526,15 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
     size = {name: settings[name] for name in ("height", "width", "frames")}
     with torch.no_grad(), applied.at(0):
         for component in applied.assignment.components:
-            plain, planned = recipe(model, component), recipe(after, component)
+            plain, planned = component_spec(model, component), component_spec(after, component)
             shape = default_shape(model, batch=1, **size)
             inputs = plain.inputs_for(shape, torch.Generator().manual_seed(0))
             calls = {
                 "as loaded": lambda p=plain, i=inputs: p.reference(*i),
                 applied.assignment.plan.name: lambda p=planned, i=inputs: p.reference(*i),
             }
-            samples, control = in_turn(calls, warmup=2, rounds=rounds, device=model.device, progress=False)
+            samples, control = interleaved(
+                calls, warmup=2, rounds=rounds, device=model.device, progress=False
+            )
             found[component] = compare(*samples.values(), control.noise_percent)
     return found

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case, for_selection
-from wanlab.models.variants import other_attention
+from wanlab.models.variants import alternate_sdpa
 from wanlab.precision.quant_linear import fake_quantized
 from wanlab.precision.recording import Example, as_examples
 from wanlab.precision.sensitivity.result import Sensitivity
@@ -275,7 +275,7 @@ def end_to_end_agreement(
     )
     with bar:
         originals = [judge.generate(example, bar) for example in examples]
-        with other_attention(model.device) as floor_name:
+        with alternate_sdpa(model.device) as floor_name:
             floor, floor_lpips = judge.apart(originals[0], judge.generate(examples[0], bar))
         rows, truths = [], []
         for choice in choices:

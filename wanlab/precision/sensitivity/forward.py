@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from wanlab.core.errors import WanlabError
-from wanlab.precision.formats import Format, decode_weight, encode_weight
+from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight
 from wanlab.precision.quant_linear import fake_quantize
 
 ROWS = 8192
@@ -38,7 +38,7 @@ class WeightErrors:
         self._kept: dict[tuple[int, str], torch.Tensor] = {}
         self._left = budget_bytes
 
-    def of(self, module: torch.nn.Module, format: Format) -> torch.Tensor:
+    def of(self, module: torch.nn.Module, format: QuantFormat) -> torch.Tensor:
         """`[outputs, inputs]` in the weight's dtype."""
         key = (id(module), format.name)
         if key in self._kept:
@@ -56,7 +56,7 @@ def project(
     module: torch.nn.Module,
     given: torch.Tensor,
     gradients: list[torch.Tensor],
-    formats: list[Format],
+    formats: list[QuantFormat],
     amax: float | None,
     errors: WeightErrors,
 ) -> list[Projected]:
@@ -101,7 +101,7 @@ def project(
     return [Projected(float(row[0]) / size if size else 0.0, row[1:]) for row in table]
 
 
-def scale_of(format: Format, amax: float, weight: torch.Tensor) -> torch.Tensor:
+def scale_of(format: QuantFormat, amax: float, weight: torch.Tensor) -> torch.Tensor:
     """The scale of a layer's input, as `fake_quantized` takes it."""
     return format.activation.scale(torch.tensor(amax, device=weight.device), weight.dtype)
 
@@ -166,7 +166,7 @@ HOST_SHARE = 0.4
 """The blocks' inputs wait on the host when they would take more than this share of the GPU's free memory."""
 
 
-class Passage:
+class CheckpointedForward:
     """A forward that keeps what every block was given, so that blocks can be run again one at a time.
 
     Memory is that of the blocks' inputs and one block's graph: gradient checkpointing at block boundaries (Chen et
@@ -286,14 +286,14 @@ def frozen(network: torch.nn.Module) -> Iterator[None]:
 def _door(network: torch.nn.Module, answer: torch.Tensor | None = None) -> Iterator[torch.nn.Module]:
     """Inside the block one module stands for all blocks: notes what they are given, and hands on `answer`."""
 
-    class Door(torch.nn.Module):
+    class BlockTap(torch.nn.Module):
         given: tuple = ()
 
         def forward(self, state, *others):
             self.given = (state, *others)
             return state if answer is None else answer
 
-    blocks, door = network.blocks, Door()
+    blocks, door = network.blocks, BlockTap()
     network.blocks = torch.nn.ModuleList([door])
     try:
         yield door

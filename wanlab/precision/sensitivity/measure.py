@@ -17,13 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.export.components import recipe
+from wanlab.export.components import component_spec
 from wanlab.models.device import synchronise
-from wanlab.precision.formats import Format
+from wanlab.precision.formats import QuantFormat
 from wanlab.precision.quant_linear import fake_quantized
 from wanlab.precision.recording import Recording
 from wanlab.precision.sensitivity.forward import (
-    Passage,
+    CheckpointedForward,
     Projected,
     blocks_of,
     frozen,
@@ -92,7 +92,7 @@ def probe_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[s
         target, network = setting.targets.get(call.component), setting.networks[call.component]
         given = setting.tensors(call)
         with frozen(network):
-            passage = Passage(network, given)
+            passage = CheckpointedForward(network, given)
             velocity = passage.velocity.float()
             synchronise(velocity.device)
             forward_ms.append((time.perf_counter() - begin) * 1e3)
@@ -176,7 +176,7 @@ def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[
             continue
         begin, given = time.perf_counter(), setting.tensors(call)
         with torch.no_grad():
-            passage = Passage(target.network, given)
+            passage = CheckpointedForward(target.network, given)
         velocity = passage.velocity.float()
         synchronise(velocity.device)
         forward_ms = (time.perf_counter() - begin) * 1e3
@@ -194,7 +194,7 @@ def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[
     return make_parts(setting, unit, rows, coherent=False, cost=cost)
 
 
-def _layers(passage: Passage, target: Target, setting: Setting):
+def _layers(passage: CheckpointedForward, target: Target, setting: Setting):
     """Relative squared error of every layer's output, squared norm of the velocity's, and forwards spent."""
     shape = (len(target.layers), len(setting.formats))
     local, moved_sq, forwards = np.zeros(shape), np.zeros(shape), 0.0
@@ -334,7 +334,7 @@ def sensitivity(
     calibrations: Mapping[str, Any] | None = None,
     *,
     components: str | Sequence[str] | None = None,
-    formats: Sequence[str | Format] = DEFAULT_FORMATS,
+    formats: Sequence[str | QuantFormat] = DEFAULT_FORMATS,
     layers: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     bands: int | Sequence[tuple[int, int]] = 2,
@@ -457,7 +457,7 @@ def _setting(
     check_known(names, recorded, "recorded expert")
     check_known(names, loaded, "loaded expert")
     check_known(list(calibrations), recorded, "recorded expert to calibrate")
-    networks = {name: recipe(model, name).network for name in loaded}
+    networks = {name: component_spec(model, name).network for name in loaded}
     return Setting(
         recording=recording,
         targets={
@@ -465,7 +465,7 @@ def _setting(
             for name in names
         },
         networks=networks,
-        inputs={name: tuple(recipe(model, name).inputs) for name in loaded},
+        inputs={name: tuple(component_spec(model, name).inputs) for name in loaded},
         formats=formats,
         sampler=sampler_weights(model, recording.settings["steps"]),
         guidance_scale=recording.settings["guidance_scale"],

@@ -17,7 +17,7 @@ import torch
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.precision.assignment import choose_layers
-from wanlab.precision.formats import Format, check_blocks, get_format
+from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.recording import RecordedCall, Recording
 from wanlab.precision.sensitivity.forward import SamplerWeights, WeightErrors, blocks_of
 
@@ -56,7 +56,7 @@ class Setting:
     targets: Mapping[str, Target]
     networks: Mapping[str, torch.nn.Module]
     inputs: Mapping[str, Sequence[str]]
-    formats: list[Format]
+    formats: list[QuantFormat]
     sampler: SamplerWeights
     guidance_scale: float
     probes: int
@@ -97,9 +97,9 @@ class Unit:
     calls: tuple[RecordedCall, ...]
 
 
-def make_formats(names: Sequence[str | Format]) -> list[Format]:
+def make_formats(names: Sequence[str | QuantFormat]) -> list[QuantFormat]:
     """Formats from their names, each once."""
-    made = [get_format(name) for name in ([names] if isinstance(names, str | Format) else names)]
+    made = [get_format(name) for name in ([names] if isinstance(names, str | QuantFormat) else names)]
     if not made:
         raise WanlabError("no format to measure; give formats=('int8', ...)")
     return list({each.name: each for each in made}.values())
@@ -111,7 +111,7 @@ def make_target(
     recording: Recording,
     ranges: Any,
     chosen: tuple[Any, Any],
-    formats: Sequence[Format],
+    formats: Sequence[QuantFormat],
     follow: bool,
 ) -> Target:
     """An expert with everything that is asked of it, checked.

@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.opening import SUFFIXES, open_engine
 from wanlab.engines.torch import TorchEngine
 from wanlab.export.clip import default_shape
-from wanlab.export.components import random_feeds, component_spec
+from wanlab.export.components import component_spec, random_feeds
 
 SIZES = ("batch", "height", "width", "frames", "text_tokens")
 UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "frames", "text_tokens": "tokens"}

@@ -62,7 +62,7 @@ def short_runs(folder: Path, arguments: argparse.Namespace) -> dict:
 
     first = loop("first")
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "wanlab.cli.main", "sweep", "grid.yaml", "--output", "sweep"]
+    command = [sys.executable, "-m", "wanlab.cli", "sweep", "grid.yaml", "--output", "sweep"]
     subprocess.run(
         [*command, "--slots", str(arguments.slots)], cwd=folder, check=True, stderr=subprocess.DEVNULL
     )
@@ -94,7 +94,7 @@ def long_run(folder: Path, arguments: argparse.Namespace) -> dict:
 
     first, first_cells = plain("long-first")
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "wanlab.cli.main", "run", "long.ipynb", "--output", "long"]
+    command = [sys.executable, "-m", "wanlab.cli", "run", "long.ipynb", "--output", "long"]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ours = time.perf_counter() - begin
     (made,) = (folder / "long" / "long").glob("*/executed.ipynb")

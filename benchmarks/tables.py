@@ -16,7 +16,8 @@ import diagnosis_tables
 import precision_tables
 import sweep_tables
 from table_text import ROOT, machine, markdown, read
-from wanlab.cli.main.nano_eval import verdicts
+
+from wanlab.cli.nano_eval import verdicts
 
 PAGES = (
     ROOT / "README.md",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from wanlab import evaluate
-from wanlab.cli.main import evaluate as cli
+from wanlab.cli import evaluate as cli
 from wanlab.core.errors import WanlabError
 from wanlab.evaluate import ALL_METRICS
 

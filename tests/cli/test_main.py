@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 
 import wanlab
-from wanlab.cli.main import doctor
-from wanlab.cli.main import main as cli
+from wanlab.cli import doctor
+from wanlab.cli import main as cli
 
 
 def test_help_and_version(capsys):
@@ -77,11 +77,16 @@ def test_runs_of_an_empty_folder(capsys, tmp_path):
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
 
 
-def test_importing_is_cheap():
-    code = "import sys, wanlab, wanlab.cli.main, wanlab.cli.doctor, wanlab.plots; print(*sys.modules)"
+def test_importing_and_help_are_cheap():
+    code = (
+        "import contextlib, sys, wanlab, wanlab.plots, wanlab.cli.main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None): wanlab.cli.main.main(['--help'])\n"
+        "print(*sys.modules)"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
+    assert "wanlab.cli.main" in loaded
     heavy = {
         "torch",
         "numpy",

@@ -432,7 +432,7 @@ def test_type_stubs_are_no_tensorrt(tmp_path, monkeypatch):
 
 
 def test_the_doctor_knows_it():
-    from wanlab.cli.main.doctor import _tensorrt
+    from wanlab.cli.doctor import _tensorrt
 
     rows = {row.what: row for row in _tensorrt()}
     assert rows["TensorRT for RTX"].state == "ok"

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from wanlab.cli.main.nano_eval import Journal
 
 from wanlab import models
-from wanlab.cli.main import nano_eval as examine
+from wanlab.cli import nano_eval as examine
+from wanlab.cli.nano_eval import Journal
 from wanlab.heldout import cases as heldout
 
 

@@ -7,8 +7,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wanlab.cli.main.sweep import imports, table
 
+from wanlab.cli.sweep import imports, table
 from wanlab.core.errors import WanlabError
 from wanlab.launch.grid import Task, expand, fits, label, load_grid
 from wanlab.launch.sweep import View, refuse_second_driver

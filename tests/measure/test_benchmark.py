@@ -277,7 +277,7 @@ def test_compiled_pytorch_is_an_engine_too(model):
 
 def test_the_command_measures_a_file_and_a_model(tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "wanlab.cli.main", "bench", *map(str, arguments)]
+        command = [sys.executable, "-m", "wanlab.cli", "bench", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
 
     quick = [

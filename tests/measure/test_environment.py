@@ -58,7 +58,7 @@ def test_git_state_of_a_source_tree(tmp_path, monkeypatch):
     source = root / "wanlab" / "measure" / "environment.py"
     source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
-    monkeypatch.setattr(module, "__file__", str(source))
+    monkeypatch.setattr(module, "CHECKOUT", root)
     assert environment("cpu")["git"] is None
 
     def git(*command):

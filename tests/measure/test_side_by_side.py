@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wanlab import evaluate, measure
-from wanlab.core import WanlabError
+from wanlab.core.errors import WanlabError
 from wanlab.models import alternate_sdpa, round_weights
 
 

@@ -35,7 +35,7 @@ def run_notebook(root, outputs):
     def go(name: str, *more: str, force: bool = True) -> Executed:
         notebook = root / "notebooks" / f"{name}.ipynb"
         done = subprocess.run(
-            [sys.executable, "-m", "wanlab.cli.main", "run", notebook, "--output", outputs, *more]
+            [sys.executable, "-m", "wanlab.cli", "run", notebook, "--output", outputs, *more]
             + ["--force"] * force,
             cwd=outputs.parent,
             env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(root)},

@@ -37,7 +37,7 @@ def command(notebook: Path, folder: Path, *more: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "wanlab.cli.main",
+        "wanlab.cli",
         "run",
         str(notebook),
         "--output",

@@ -42,7 +42,7 @@ class Sweep:
 
     def start(self, *more: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "wanlab.cli.main", "sweep", "grid.yaml", "--output", "outputs", *more],
+            [sys.executable, "-m", "wanlab.cli", "sweep", "grid.yaml", "--output", "outputs", *more],
             cwd=self.folder,
             env={
                 **os.environ,

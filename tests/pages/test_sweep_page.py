@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from wanlab.cli.main import main as cli
+from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.pages import publish, render_index
 from wanlab.pages import sweep_table as columns

@@ -299,7 +299,7 @@ def test_presets_keep_what_they_say(nano):
 
 
 def test_the_command_shows_a_plan_without_weights(capsys):
-    from wanlab.cli.main.main import main
+    from wanlab.cli.main import main
 
     assert main(["plan", "show", "uniform-fp8", "--model", "wan2.2-i2v-a14b"]) == 0
     said = capsys.readouterr().out

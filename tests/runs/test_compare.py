@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.comparison_runs import CPU, techniques, write_run, write_sweep
 
 from wanlab import plots
-from wanlab.cli.main import main as cli
+from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.runs import (
     PlatformRecord,

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import wanlab
-from wanlab.cli.main import main as cli
+from wanlab.cli import main as cli
 from wanlab.runs import catalogue
 
 MINUTE = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:01:00+00:00")

@@ -1,5 +1,1 @@
-"""The `wanlab` command: one module a subcommand, imported only when it is asked for."""
-
-from wanlab.cli.main import main
-
-__all__ = ["main"]
+"""The `wanlab` command: one module a command, imported only when it is asked for; `main.py` has the table."""

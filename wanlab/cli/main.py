@@ -106,7 +106,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="one page about a sweep, or about all runs of a folder")
     publish = commands.add_parser("publish", help="copy pages of runs into a folder for any static server")
     if arguments[:1] in (["index"], ["publish"]):
-        from wanlab.cli.main import pages as pages_cli
+        from wanlab.cli import pages as pages_cli
 
         pages_cli.add_index_arguments(index)
         index.set_defaults(run=pages_cli.index)
@@ -158,7 +158,7 @@ def _params(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from wanlab.cli.main import doctor
+    from wanlab.cli import doctor
 
     return doctor.main(as_json=options.json)
 

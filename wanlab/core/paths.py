@@ -1,16 +1,112 @@
-"""Where things are: the data that comes with wanlab, and the folder of all runs."""
+"""Where the files are that come with wanlab (data, notebooks, recipes), and where runs are kept.
+
+In a checkout these folders lie at its top; a wheel carries copies of them inside the package (`setup.py`). The checkout
+wins. Everything that opens one of these files asks here.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from wanlab.core.errors import WanlabError, did_you_mean
+
 PACKAGE = Path(__file__).resolve().parents[1]
-CHECKOUT = PACKAGE.parent
+PACKAGED = {"data": "_data", "notebooks": "_notebooks", "recipes": "_recipes"}
+"""Folder at the top of a checkout -> folder of its copy inside an installed package."""
+
+
+def _checkout() -> Path | None:
+    top = PACKAGE.parent
+    return top if (top / "pyproject.toml").is_file() and (top / "notebooks").is_dir() else None
+
+
+CHECKOUT = _checkout()
+"""The source tree that wanlab is imported from; None where a wheel was installed."""
 
 
 def data(*parts: str) -> Path:
-    """A path below the data that comes with wanlab: wan-nano, held-out clips, recorded results, small traces."""
-    return CHECKOUT.joinpath("data", *parts)
+    """A path below `data/`: wan-nano, held-out clips, recorded results and sweeps, small traces."""
+    return _shipped("data").joinpath(*parts)
+
+
+def notebooks(*parts: str) -> Path:
+    """A path below `notebooks/`: the notebooks that come with wanlab."""
+    return _shipped("notebooks").joinpath(*parts)
+
+
+def recipes(*parts: str) -> Path:
+    """A path below `recipes/`: precision plans, configurations, and grids of sweeps."""
+    return _shipped("recipes").joinpath(*parts)
+
+
+def _shipped(folder: str) -> Path:
+    return PACKAGE / PACKAGED[folder] if CHECKOUT is None else CHECKOUT / folder
+
+
+def existing(path: Path) -> Path:
+    """`path`, one of `data()`, `notebooks()` or `recipes()`, after a look whether it is there.
+
+    Raises:
+        WanlabError: it is not there; the message is the same for all files that come with wanlab.
+    """
+    if path.exists():
+        return path
+    mend = "install wanlab again" if CHECKOUT is None else "work in a full clone of the repository"
+    raise WanlabError(f"{path} is missing, though it comes with wanlab; {mend}")
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """What a path names: a file or folder that exists from here, else one that comes with wanlab.
+
+    `data/traces/x.json.gz`, `recipes/plan.yaml` and `notebooks/00_quickstart.ipynb` are found from any working folder. A
+    path that exists nowhere is returned as it is, so that its reader says what is missing.
+    """
+    path = Path(path)
+    if not path.parts or path.parts[0] not in PACKAGED or ".." in path.parts or os.path.exists(path):
+        return path
+    shipped = _shipped(path.parts[0]).joinpath(*path.parts[1:])
+    return shipped if os.path.exists(shipped) else path
+
+
+def locate_all(pattern: str) -> list[str]:
+    """Files that come with wanlab and fit a pattern such as `recipes/*.yaml`, as names for `locate`; sorted."""
+    folder, _, rest = pattern.partition("/")
+    if folder not in PACKAGED or not rest or ".." in Path(rest).parts:
+        return []
+    top = _shipped(folder)
+    return sorted(f"{folder}/{p.relative_to(top).as_posix()}" for p in top.glob(rest) if p.is_file())
+
+
+def find_notebook(name: str | os.PathLike) -> Path:
+    """The file of a notebook, given as a path or by its name alone, such as `00_quickstart`.
+
+    A file in the working folder wins, then one in its `notebooks/`, then the one that comes with wanlab.
+
+    Raises:
+        WanlabError: there is none; the message names the nearest one.
+    """
+    path = locate(name)
+    if path.is_file():
+        return path
+    folders = [path.parent]
+    if len(path.parts) == 1:
+        folders = [Path(), Path("notebooks"), notebooks()]
+        file = path.name if path.suffix == ".ipynb" else f"{path.name}.ipynb"
+        for folder in folders:
+            if (folder / file).is_file():
+                return folder / file
+    known = [
+        file.stem if path.suffix != ".ipynb" else file.name for folder in folders for file in _in(folder)
+    ]
+    hint = did_you_mean(path.name, dict.fromkeys(known))
+    if not hint and len(path.parts) == 1:
+        hint = ", and none that comes with wanlab has this name; `wanlab notebooks` lists those"
+    raise WanlabError(f"no notebook at {path}{hint}")
+
+
+def _in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ipynb")) if folder.is_dir() else []
 
 
 def default_outputs() -> Path:

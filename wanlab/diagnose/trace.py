@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.paths import locate
 from wanlab.models.pipeline import BEGINS, ENDS
 
 NONE = msgspec.Raw(b"")
@@ -302,7 +303,7 @@ def read_trace(path: str | os.PathLike) -> Trace:
         WanlabError: no such file, a truncated or empty file, one that is no profiler trace, or a folder without
             traces or with several of one rank.
     """
-    path = Path(path)
+    path = locate(path)
     return _of_folder(path) if path.is_dir() else _of_file(path)
 
 

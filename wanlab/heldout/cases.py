@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.paths import data
+from wanlab.core.paths import data, existing
 from wanlab.heldout import clips, motion
 from wanlab.heldout.clips import CAMERA_MOTIONS, FRAMES, HEIGHT, WIDTH
 
@@ -81,10 +81,7 @@ def picture(name: str) -> np.ndarray:
     """
     if name not in FINAL_PHOTOGRAPHS:
         return clips.photograph(name)
-    path = FOLDER / "photographs" / name
-    if not path.is_file():
-        raise WanlabError(f"photograph {path} is missing; work in a source checkout that has data/heldout")
-    with Image.open(path) as opened:
+    with Image.open(existing(FOLDER / "photographs" / name)) as opened:
         return clips.prepare_photograph(opened)
 
 
@@ -135,12 +132,10 @@ def load_cases(name: str, count: int | None = None) -> list[Case]:
     Raises:
         WanlabError: no such set, more cases than it has, or a file that is missing or damaged.
     """
-    path = FOLDER / f"{_set_name(name)}.json"
+    path = existing(FOLDER / f"{_set_name(name)}.json")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
         cases = [_case(row, name) for row in rows]
-    except FileNotFoundError as error:
-        raise WanlabError(f"{path} is missing; work in a source checkout that has data/heldout") from error
     except (ValueError, KeyError, TypeError) as error:
         raise WanlabError(
             f"{path} holds no cases; make it again with wanlab.heldout.cases.write_sets"

@@ -14,7 +14,7 @@ import msgspec
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import NAME, plain
-from wanlab.core.paths import default_outputs
+from wanlab.core.paths import default_outputs, find_notebook, locate, locate_all
 from wanlab.core.yaml_lines import Document, read_yaml
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, checked, read_schema
@@ -79,7 +79,7 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     """One notebook of a grid; what it leaves out is the grid's.
 
     Attributes:
-        notebook: path, from the working folder or else from the grid file's.
+        notebook: path, from the working folder or else from the grid file's; or the name of a notebook of wanlab.
         parameters: fixed for all its runs. axes: name -> values, see `values_of`.
         only, exclude: mappings of axis -> value or list of values; a run is made if it fits one of `only` (where there is
             one) and none of `exclude`.
@@ -160,7 +160,7 @@ def load_grid(path: str | os.PathLike) -> GridFile:
         WanlabError: no such file, YAML that cannot be read, an unknown field, a value of another type, no notebook. The
             message names the line.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise WanlabError(f"no grid at {path}{did_you_mean(path.name, near)}")
@@ -222,6 +222,8 @@ def _files(pattern: str, at: tuple, file: GridFile) -> list[str]:
             file.document.refuse(at, f"{pattern!r} is no pattern of relative paths: {error}")
         if found:
             return found
+    if found := locate_all(pattern):
+        return found
     file.document.refuse(at, f"no file fits {pattern!r} from here or from {file.path.parent}")
 
 
@@ -285,9 +287,7 @@ def fits(axes: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, force: bool) -> Iterator[Task]:
     refuse = file.document.refuse
-    notebook = find(part.notebook, file)
-    if notebook is None:
-        read_schema(Path(part.notebook))  # says which name is near
+    notebook = find(part.notebook, file) or find_notebook(part.notebook)
     schema = Schema(read_schema(notebook).parameters, str(notebook))
     here = ("axes",) if not at else (*at, "axes")
     axes = {}

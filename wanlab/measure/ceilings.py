@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.paths import data
+from wanlab.core.paths import data, locate
 from wanlab.measure.timing import time_ms
 
 RECORDED = data("results", "ceilings")
-"""Ceilings of devices that this machine may not have, one JSON file each; part of the source tree."""
+"""Ceilings of devices that this machine may not have, one JSON file each."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def recorded_ceilings(device: str | os.PathLike) -> Ceilings | None:
     Raises:
         WanlabError: the file holds something else.
     """
-    path = Path(device)
+    path = locate(device)
     if path.suffix == ".json":
         return _read(path)
     for path in sorted(RECORDED.glob("*.json")):

@@ -145,11 +145,10 @@ def _number(text: str) -> float | str:
 
 def _git() -> dict | None:
     """Commit and state of the source tree that wanlab runs from, if it is one."""
-    root = CHECKOUT
-    if not (root / ".git").exists():
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
         return None
-    commit = _output(["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"])
-    status = _output(["git", "-C", str(root), "status", "--porcelain"])
+    commit = _output(["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "-q", "HEAD"])
+    status = _output(["git", "-C", str(CHECKOUT), "status", "--porcelain"])
     return {"commit": commit or None, "dirty": None if status is None else bool(status)}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.paths import data
+from wanlab.core.paths import data, existing, locate
 from wanlab.models.hub import fetch_configs
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
@@ -51,17 +51,11 @@ def get(name: str | os.PathLike) -> ModelSpec:
     """
     name = os.fspath(name)
     if name == NANO:
-        folder = nano_folder()
-        if not folder.is_dir():
-            raise WanlabError(
-                f"wan-nano: its folder {folder} is missing; work in a source checkout that has data/wan-nano,"
-                " or set WANLAB_NANO to the folder"
-            )
-        return _from_folder(folder, name=NANO)
+        return _from_folder(existing(nano_folder()), name=NANO)
     if name in HUB_MODELS:
         return _packaged(name)
-    if name and Path(name).is_dir():
-        return _from_folder(Path(name).resolve(), name=Path(name).resolve().name)
+    if name and (folder := locate(name)).is_dir():
+        return _from_folder(folder.resolve(), name=folder.resolve().name)
     for known in HUB_MODELS:
         if _packaged_data(known)["source"] == name:
             return _packaged(known)
@@ -76,8 +70,16 @@ def get(name: str | os.PathLike) -> ModelSpec:
 
 
 def nano_folder() -> Path:
-    """Where wan-nano lies: `$WANLAB_NANO`, or `data/wan-nano` of the source tree."""
+    """Where wan-nano lies: `$WANLAB_NANO`, or `data/wan-nano`.
+
+    Raises:
+        WanlabError: `$WANLAB_NANO` names no folder.
+    """
     override = os.environ.get("WANLAB_NANO")
+    if override and not Path(override).is_dir():
+        raise WanlabError(
+            f"{override} is missing; set WANLAB_NANO to the folder that holds wan-nano, or unset it"
+        )
     return Path(override) if override else data("wan-nano")
 
 

@@ -303,5 +303,6 @@ def check_host_room(name: str, size_bytes: int) -> None:
     if size_bytes + HOST_RESERVE_BYTES > free:
         raise WanlabError(
             f"{name}: a copy of one expert on the host needs {(size_bytes + HOST_RESERVE_BYTES) / GIB:.1f} GiB"
-            f" with a reserve of {HOST_RESERVE_BYTES / GIB:.0f}, {free / GIB:.1f} GiB are free; stop other work or take a larger host"
+            f" with a reserve of {HOST_RESERVE_BYTES / GIB:.0f}, {free / GIB:.1f} GiB are free; stop other work or take a"
+            " larger host"
         )

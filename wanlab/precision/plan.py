@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.paths import locate
 from wanlab.core.yaml_lines import read_yaml
 from wanlab.precision.formats import FORMATS, get_format
 
@@ -280,7 +281,7 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
         return source
     if str(source) in PRESETS:
         return PRESETS[str(source)]
-    path = Path(source)
+    path = locate(source)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
             raise WanlabError(f"no plan at {path}; give a YAML file or one of {', '.join(PRESETS)}")

@@ -13,6 +13,7 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, read_json
+from wanlab.core.paths import notebooks
 from wanlab.measure.environment import cpu_model
 from wanlab.runs.clips import Html
 from wanlab.runs.results import load_runs
@@ -58,14 +59,17 @@ def catalogue(folder: str | os.PathLike | None = None, runs: Any = None) -> Any:
     of processor made; NaN where there is none), path.
 
     Args:
-        folder: of notebooks; None takes `notebooks/` below the working folder, else the working folder itself.
+        folder: of notebooks; None takes `notebooks/` below the working folder, else the working folder itself, and
+            where that has none, the notebooks that come with wanlab.
         runs: a table of `load_runs`; None reads the project's `outputs/`.
 
     Raises:
         WanlabError: `folder` is none.
     """
-    usual = Path("notebooks")
-    folder = Path(folder) if folder is not None else usual if usual.is_dir() else Path()
+    if folder is None:
+        places = (Path("notebooks"), Path(), notebooks())
+        folder = next((place for place in places if any(map(NUMBERED.match, _names(place)))), places[-1])
+    folder = Path(folder)
     if not folder.is_dir():
         raise WanlabError(f"no folder of notebooks at {folder}")
     spent = _minutes(load_runs() if runs is None else runs)
@@ -119,6 +123,11 @@ def linked(table: Any, here: str | os.PathLike = ".") -> Html:
     name = f"table-{digest([text], 10)}"
     page = f'{STYLE}<div class="wl-table" id="{name}">{text}</div>{OWN_TAB.replace("ID", repr(name))}'
     return Html(page, table[shown].to_string(index=False))
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of the notebooks in a folder; none where there is no such folder."""
+    return [path.stem for path in folder.glob("*.ipynb")]
 
 
 def _minutes(runs: Any) -> dict[str, float]:

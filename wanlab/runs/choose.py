@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.paths import data
+from wanlab.core.paths import data, existing, locate
 from wanlab.runs.compare import BASELINE, SAME, Comparisons
 from wanlab.runs.platforms import RESULTS, PlatformRecord, read_platforms
 from wanlab.runs.results import TIMED, Configuration, better, is_ratio, known, ratio, shown
@@ -446,17 +446,11 @@ def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
         WanlabError: it is not there.
     """
     if given is not None:
-        path = Path(given)
+        path = locate(given)
         if not path.is_dir():
             raise WanlabError(f"no folder of a sweep at {path}; give the folder that holds its sweep.json")
         return path
-    path = SWEEPS / recorded
-    if not (path / "sweep.json").is_file():
-        raise WanlabError(
-            f"the recorded sweep {recorded} is not in data/sweeps; work in a source checkout, or give the folder of a sweep"
-            " (sweep=outputs/<name>, made by `wanlab sweep`)"
-        )
-    return path
+    return existing(SWEEPS / recorded / "sweep.json").parent
 
 
 def built_records(folder: str | os.PathLike | None, sweep: Path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.paths import find_notebook
 
 GRAMMAR = "rfc3987_syntax"
 
@@ -113,22 +114,25 @@ def read_schema(notebook: Path | str | Any) -> Schema:
     """
     where = "the notebook"
     if isinstance(notebook, str | Path):
-        where, notebook = str(notebook), read_notebook(Path(notebook))
+        where, notebook = str(notebook), read_notebook(notebook)
     cells = [cell for cell in notebook.cells if is_tagged(cell, "parameters")]
     if len(cells) > 1:
         raise WanlabError(f"{where} has {len(cells)} cells tagged 'parameters'; keep one")
     return Schema(parse_cell(cells[0].source, where) if cells else (), where)
 
 
-def read_notebook(path: Path) -> Any:
-    """An nbformat-4 notebook; a missing or broken file gives `WanlabError`."""
+def read_notebook(path: Path | str) -> Any:
+    """An nbformat-4 notebook.
+
+    Args:
+        path: of the file, or the name of a notebook as `find_notebook` takes it.
+
+    Raises:
+        WanlabError: there is no such file, or it holds no notebook.
+    """
+    path = find_notebook(path)
     try:
         return nbformat.read(path, as_version=4)
-    except FileNotFoundError:
-        near = did_you_mean(
-            path.name, [p.name for p in path.parent.glob("*.ipynb")] if path.parent.is_dir() else []
-        )
-        raise WanlabError(f"no notebook at {path}{near}") from None
     except Exception as error:  # nbformat raises many kinds; to a user they are one: not a notebook
         raise WanlabError(f"cannot read notebook {path}: {_first_line(error)}") from error
 

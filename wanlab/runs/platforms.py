@@ -15,7 +15,7 @@ import pandas as pd
 
 from wanlab import models
 from wanlab.core.errors import WanlabError
-from wanlab.core.paths import data
+from wanlab.core.paths import data, locate
 from wanlab.measure.environment import environment
 from wanlab.measure.timing import AAControl, Samples
 
@@ -501,7 +501,7 @@ def read_platform(path: str | os.PathLike) -> list[PlatformRecord]:
 
 def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(locate, paths):
         inside = path.is_dir() and not (path / "run.json").is_file()
         files += sorted(path.glob("*.json")) if inside else [path]
     return files

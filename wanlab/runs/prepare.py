@@ -15,7 +15,7 @@ import wanlab
 from wanlab import models
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_digest, now, plain
-from wanlab.core.paths import PACKAGE, default_outputs
+from wanlab.core.paths import PACKAGE, PACKAGED, default_outputs, find_notebook, locate
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, is_tagged, nbformat, read_notebook, read_schema
 
@@ -89,11 +89,15 @@ def notebook_source(notebook: Any) -> str:
 
 @functools.cache
 def package_digest() -> str:
-    """Digest of wanlab's own Python files, so that an edited package does not resume old results."""
-    root = PACKAGE
+    """Digest of wanlab's own Python files, so that an edited package does not resume old results.
+
+    A checkout and a wheel made from it have the same.
+    """
     parts: list[str | bytes] = []
-    for path in sorted(root.rglob("*.py")):
-        parts += [path.relative_to(root).as_posix(), path.read_bytes()]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if name.parts[0] not in PACKAGED.values():
+            parts += [name.as_posix(), path.read_bytes()]
     return digest(parts, 16)
 
 
@@ -106,7 +110,7 @@ def weights_id(model: Any) -> str | None:
             model = models.get(model).source
         except WanlabError:
             return None  # the notebook says it better, where it loads the model
-    folder = Path(model)
+    folder = locate(model)
     return folder_digest(folder) if folder.is_dir() else None
 
 
@@ -138,9 +142,9 @@ def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
             and value
             and len(value) < 4096
             and "\0" not in value
-            and os.path.isfile(value)
+            and os.path.isfile(path := locate(value))
         ):
-            found[name] = file_digest(Path(value))
+            found[name] = file_digest(path)
     return found
 
 
@@ -254,7 +258,7 @@ def prepare(
     Raises:
         WanlabError: unknown parameter, wrong type, unreadable notebook, or a name that is no file name.
     """
-    path = Path(notebook)
+    path = find_notebook(notebook)
     nb = read_notebook(path)
     schema = Schema(read_schema(nb).parameters, str(path))
     overrides = dict(parameters or {})

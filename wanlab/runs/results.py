@@ -18,7 +18,7 @@ import pandas as pd
 from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import plain, read_json
-from wanlab.core.paths import default_outputs
+from wanlab.core.paths import default_outputs, locate
 from wanlab.measure.timing import Samples
 from wanlab.runs.folder import RunFolder
 
@@ -89,7 +89,7 @@ def read_runs(path: str | os.PathLike | None = None) -> Iterator[RunRecord]:
     Raises:
         WanlabError: `path` does not exist.
     """
-    root = Path(path) if path is not None else default_outputs()
+    root = locate(path) if path is not None else default_outputs()
     if not root.exists():
         raise WanlabError(f"no folder of runs at {root}")
     return map(read_run, run_folders(root))

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.paths import locate
 from wanlab.diagnose.attention.statistics import (
     BLOCK_KEYS,
     LEVELS_PERCENT,
@@ -369,6 +370,7 @@ class AttentionMap:
         Raises:
             WanlabError: the file is not there or is no attention map.
         """
+        path = locate(path)
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 head = json.loads(file.readline())

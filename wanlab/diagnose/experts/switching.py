@@ -20,14 +20,14 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.paths import data
+from wanlab.core.paths import data, locate
 from wanlab.measure.timing import Samples, time_ms
 from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
 from wanlab.models.weights import check_host_room, host_weights
 
 RECORDED = data("results", "expert_switch_h200.json")
-"""A measurement on an NVIDIA H200 at true size, for machines without a GPU; part of the source tree."""
+"""A measurement on an NVIDIA H200 at true size, for machines without a GPU."""
 WAYS = ("resident", "pageable", "pinned", "prefetched")
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
@@ -136,7 +136,7 @@ class SwitchCost:
         Raises:
             WanlabError: the file is missing or holds something else.
         """
-        path = Path(path)
+        path = locate(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             samples = {name: Samples.from_dict(entry) for name, entry in data["samples"].items()}

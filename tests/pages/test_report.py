@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -91,6 +93,58 @@ def test_failure_stands_before_everything_else():
     assert soup.select_one("#failed-cell details.source").has_attr("open")
 
 
+def test_a_failure_in_a_hidden_cell_is_not_linked():
+    failed = code("steps = 1 / 0")
+    failed.metadata["papermill"] = {"status": "failed"}
+    status = {"state": "failed", "reason": "E: v"}
+    assert "#failed-cell" in page(notebook("# Q?", failed), {}, status)
+    failed.metadata["tags"] = ["injected-parameters"]
+    assert "#failed-cell" not in page(notebook("# Q?", failed), {}, status)
+
+
+def test_environment_is_folded_and_summed_up():
+    environment = {
+        "gpu": {"name": "A GPU", "memory_gib": 80.0, "clocks": None},
+        "cpu": "A CPU",
+        "packages": {"torch": "2.11"},
+        "backends": ["eager", "onnxruntime"],
+        "threads": 0,
+    }
+    soup = assert_closed(page(notebook("# Q?"), {"environment": environment}))
+    panel = soup.select_one("details.panel")
+    assert not panel.has_attr("open")
+    assert panel.select_one(".aside").text == "A GPU · A CPU · torch 2.11"
+    rows = {row.th.text: row.td.text for row in panel.select("tr")}
+    assert rows == {
+        "gpu name": "A GPU",
+        "gpu memory gib": "80.0",
+        "cpu": "A CPU",
+        "packages torch": "2.11",
+        "backends": "eager, onnxruntime",
+        "threads": "0",
+    }
+
+
+def test_cells_say_how_long_they_took_and_hidden_ones_are_left_out():
+    slow, waiting, hidden = code("slow()"), code("waiting()"), code("hidden()")
+    slow.metadata["papermill"] = {"status": "completed", "duration": 12.34}
+    waiting.metadata["papermill"] = {"status": "pending"}
+    hidden.metadata["tags"] = ["hide"]
+    soup = assert_closed(page(notebook("text", "# Later", slow, waiting, hidden, v4.new_raw_cell("raw"))))
+    labels = [summary.text for summary in soup.select(".source summary")]
+    assert labels == ["code · 12.3 s", "code · not run"]
+    assert soup.h1.text == "name"  # the first text is no heading
+    assert len(soup.select(".prose")) == 2
+
+
+def test_pieces_of_one_stream_are_one_text():
+    pieces = [("stdout", "a"), ("stdout", "b\n"), ("stderr", "warned"), ("stdout", "c")]
+    outputs = [v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    soup = assert_closed(page(notebook("# Q?", code(outputs=outputs))))
+    assert [pre.text for pre in soup.select("pre.text")] == ["ab", "warned", "c"]
+    assert soup.select_one("details:not(.source) summary").text == "messages, 1 line"
+
+
 def test_hostile_strings_are_text_everywhere():
     record = {
         "verdict": HOSTILE,
@@ -166,21 +220,122 @@ def test_plotly_is_inside_once_and_only_when_needed():
 
 def test_clips_and_pictures_stay_inside_and_others_do_not(tmp_path):
     clip = "data:video/mp4;base64," + base64.b64encode(b"clip").decode()
-    (tmp_path / "in.png").write_bytes(b"png")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "in.png").write_bytes(b"png")
+    (folder / "notes.txt").write_bytes(b"secret")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
     fragment = (
         f'<div class="wl-clips"><figure><video src="{clip}" autoplay loop muted></video>'
         "<figcaption>A</figcaption></figure>"
-        '<img src="https://example.com/a.png"><img src="../../secret.png"><video src="http://example.com/a.mp4"></video>'
+        '<img src="https://example.com/a.png"><img src="//example.com/a.png"><img src="../secret.png">'
+        '<img src="link.png"><img src="notes.txt"><img src="file:///etc/passwd">'
+        f'<img src="{tmp_path}/secret.png"><video src="http://example.com/a.mp4"></video>'
+        '<video poster="https://example.com/a.png"></video><img srcset="https://example.com/a.png 2x">'
         '<img src="data:text/html;base64,AAAA"><script src="https://example.com/x.js">never()</script>'
         "<style>never {}</style></div>"
     )
-    text = page(notebook("# Q?", "![local](in.png)", code(data={"text/html": fragment})), root=tmp_path)
+    text = page(notebook("# Q?", "![local](in.png)", code(data={"text/html": fragment})), root=folder)
     soup = assert_closed(text)
     assert soup.video["src"] == clip
     assert soup.video.has_attr("muted")
-    assert soup.find("img", alt="local")["src"].startswith("data:image/png;base64,")
+    assert soup.find("img", alt="local")["src"] == "data:image/png;base64,cG5n"
+    assert len(soup.select("img[src], video[src]")) == 2
+    assert "video:not([src]) { display: none; }" in soup.style.text
     assert "example.com" not in text
     assert "never" not in text
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "source", ["a\0.png", "x" * 5000 + ".png", "http://[::1.png", "\ud800.png", ".", "%00.png"]
+)
+def test_a_picture_whose_name_is_no_file_is_left_out(source, tmp_path):
+    # What is raised inside nh3 is printed and lost, so nothing may be.
+    assert markup.sanitise(f'<img src="{source}" alt="a">', markup.Page(tmp_path)) == '<img alt="a">'
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        # attributes: those that look or act are taken off, and ids, by which the page finds its own parts
+        ('<p style="position:fixed;background:url(//a)" class="c">x</p>', '<p class="c">x</p>'),
+        ('<p id="figures" name="n" data-figure="0" contenteditable hidden>x</p>', "<p>x</p>"),
+        ('<p onclick="a()" ONMOUSEOVER=a() on\nload=a()>x</p>', "<p>x</p>"),
+        ('<p title="&quot;><script>a()</script>">x</p>', None),
+        ('<a href="https://a" target="_blank" ping="https://b" download>x</a>', '<a href="https://a">x</a>'),
+        ('<td colspan="2">x', "x"),
+        (
+            '<table><tr><td colspan="2" bgcolor="red">x',
+            '<table><tbody><tr><td colspan="2">x</td></tr></tbody></table>',
+        ),
+        # links
+        *[
+            (f'<a href="{link}">x</a>', f'<a href="{link}">x</a>')
+            for link in ("https://a/?b=c#d", "mailto:a@b.c", "#a")
+        ],
+        ('<a href="HTTP://a">x</a>', '<a href="HTTP://a">x</a>'),
+        *[
+            (f'<a href="{link}">x</a>', "<a>x</a>")
+            for link in (
+                "javascript:a()",
+                "JaVaScRiPt:a()",
+                "java\nscript:a()",
+                "&#106;avascript:a()",
+                " javascript:a()",
+                "\x01javascript:a()",
+                "vbscript:a()",
+                "file:///etc/passwd",
+                "blob:https://a/b",
+                "wanlab:a",
+                "data:text/html;base64,AAAA",
+                "data:image/png;base64,AAAA",
+                "//example.com",
+                "other.html",
+            )
+        ],
+        # data URLs of media
+        ('<img src="data:image/png;base64,AAAA">', '<img src="data:image/png;base64,AAAA">'),
+        ('<img src="data:image/svg+xml;base64,AAAA">', '<img src="data:image/svg+xml;base64,AAAA">'),
+        ('<img src="data:image/svg+xml,<svg onload=a()>">', "<img>"),
+        ('<img src="data:image/png;base64,AA AA;x">', "<img>"),
+        ('<img src="data:,x" alt="a">', '<img alt="a">'),
+        # tags: some go with what they hold, of unknown ones the text stays
+        ("<svg><circle/><text>x</text><script>a()</script></svg>y", "y"),
+        ('<math><mi xlink:href="javascript:a()">x</mi></math>y', "y"),
+        ("<script>a()</script><style>p {}</style><template><p>x</p></template>y", "y"),
+        ('<iframe srcdoc="<p>x</p>">x</iframe><object data="a">x</object><embed src="a">y', "y"),
+        ('<link rel="stylesheet" href="a"><meta http-equiv="refresh" content="0"><base href="//a">y', "y"),
+        ('<form action="//a"><input name="a"><button formaction="//a">x</button></form>', "x"),
+        ("<x-y onclick=a()>x</x-y><!-- <p>z</p> -->", "x"),
+        # pieces that a browser would repair stay within their own output
+        ("</div></section></main></details><b>x", "<b>x</b>"),
+        ("<scr<script>ipt>a()</script>x", None),
+        ('<noscript><p title="</noscript><img src=x onerror=a()>">', None),
+        (
+            '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=a()&gt;">',
+            None,
+        ),
+        ('<svg></p><style><a id="</style><img src=1 onerror=a()>">', None),
+        ("<textarea><img src=x onerror=a()></textarea><xmp><img src=x onerror=a()></xmp>", None),
+        ("a\ud800b", "a?b"),
+    ],
+)
+def test_html_of_a_notebook_keeps_what_is_allowed(given, kept):
+    clean = markup.sanitise(given, markup.Page())
+    assert kept is None or clean == kept
+    soup = BeautifulSoup(clean, "html.parser")
+    assert {tag.name for tag in soup.find_all(True)} <= markup.TAGS
+    assert {name for tag in soup.find_all(True) for name in tag.attrs} <= {
+        "class",
+        "title",
+        "colspan",
+        "href",
+        "src",
+        "alt",
+    }
+    assert markup.sanitise(clean, markup.Page()) == clean
 
 
 def test_tables_of_pandas_survive():
@@ -210,10 +365,25 @@ def test_progress_bars_show_their_last_state():
     assert markup.text(" \n\n") == ""
 
 
+@pytest.mark.parametrize("kind", [*markup.IMAGES, "image/svg+xml"])
+def test_a_picture_is_base64_and_nothing_more(kind):
+    text = '"onerror="alert(1)"><p>' if kind in markup.IMAGES else '<svg onload="alert(1)"/>'
+    soup = assert_closed(page(notebook("# Q?", code(data={kind: text}))))
+    assert "onerror" not in str(soup.select_one("section.cell img"))
+    wrapped = code(data={kind: "AA\nAA\n"})  # as Jupyter writes it
+    assert assert_closed(page(notebook("# Q?", wrapped))).img["src"].startswith(f"data:{kind};base64,")
+
+
 @given(st.text())
 @settings(max_examples=60)
 def test_any_text_is_safe_as_html_markdown_and_json(text):
-    for fragment in (markup.sanitise(text, markup.Page()), markup.markdown(text, markup.Page())):
+    beside = markup.Page(Path(__file__).parent)
+    picture = f'<img src="{html.escape(text)}">'
+    for fragment in (
+        markup.sanitise(text, markup.Page()),
+        markup.markdown(text, markup.Page()),
+        markup.sanitise(picture, beside),
+    ):
         soup = BeautifulSoup(fragment, "html.parser")
         assert not soup.find_all(["script", "style", "iframe", "link"])
     packed = json_script({"x": text})
@@ -229,6 +399,14 @@ def test_a_broken_run_folder_still_gets_a_page(tmp_path):
     assert_closed(text)
     with pytest.raises(WanlabError, match="not a run folder"):
         render(tmp_path / "none")
+
+
+def test_a_page_that_cannot_be_drawn_says_how_the_run_ended(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"schema": [{}]}))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "died"}))
+    text = render(tmp_path).read_text()
+    assert "<h1>Run died</h1>" in text
+    assert "KeyError" in text
 
 
 def test_a_saved_notebook_becomes_a_page(tmp_path):

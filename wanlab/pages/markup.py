@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bleach
 import mistune
-from bs4 import BeautifulSoup
-from nbconvert.filters.ansi import ansi2html
+import nh3
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers.python import PythonLexer
+from pygments.lexers import PythonLexer
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -26,6 +24,8 @@ LONG_LINES = 24  # text outputs above this are folded
 KEPT_LINES = 400  # and above this their middle is left out
 KEPT_CHARS = 60_000
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+EMBEDDED = (*IMAGES, "image/svg+xml", "video/mp4", "video/webm")
+EMBEDDED_BYTES = 16 * 2**20  # of one file
 
 TAGS = set(
     """
@@ -38,28 +38,19 @@ ATTRIBUTES = {
     "*": {"class", "title", "lang", "dir"},
     "a": {"href"},
     "img": {"src", "alt", "width", "height"},
-    "video": {"src", "poster", "autoplay", "loop", "muted", "playsinline", "controls", "width", "height"},
+    "video": {"src", "autoplay", "loop", "muted", "playsinline", "controls", "width", "height"},
     "td": {"colspan", "rowspan"},
     "th": {"colspan", "rowspan", "scope"},
     "ol": {"start"},
     "details": {"open"},
 }
-GONE_WITH_CONTENT = (
-    "script",
-    "style",
-    "iframe",
-    "object",
-    "embed",
-    "link",
-    "meta",
-    "template",
-    "noscript",
-    "svg",
-    "math",
+GONE_WITH_CONTENT = set(
+    "script style iframe object embed link meta template noscript svg math".split()  # noqa: SIM905
 )
 DATA_MEDIA = re.compile(
     r"data:(image/(png|jpeg|gif|webp|svg\+xml)|video/(mp4|webm));base64,[A-Za-z0-9+/=\s]*\Z"
 )
+MARKDOWN = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url", "task_lists"])
 LINK = re.compile(r"(https?://|mailto:|#)", re.IGNORECASE)
 
 
@@ -82,17 +73,19 @@ class Page:
 
 def markdown(source: str, page: Page) -> str:
     """Markdown as sanitised HTML, with tables and pictures from the notebook's folder inside."""
-    return sanitise(_markdown()(source), page)
-
-
-@functools.cache
-def _markdown() -> Any:
-    return mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url", "task_lists"])
+    return sanitise(MARKDOWN(source), page)
 
 
 def code(source: str) -> str:
     """Highlighted Python."""
-    return highlight(source, PythonLexer(), HtmlFormatter(nowrap=False, cssclass="code"))
+    return highlight(source, PythonLexer(), HtmlFormatter(cssclass="code"))
+
+
+@functools.cache
+def code_css() -> str:
+    """Colours of `code`, for a light and a dark page."""
+    light, dark = (HtmlFormatter(style=s).get_style_defs(".code") for s in ("default", "github-dark"))
+    return f"\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
 def output(item: Any, page: Page) -> str:
@@ -109,15 +102,20 @@ def output(item: Any, page: Page) -> str:
         return page.figure(data[PLOTLY] if isinstance(data[PLOTLY], dict) else json.loads(data[PLOTLY]))
     if "text/html" in data:
         return f'<div class="rich">{sanitise(_joined(data["text/html"]), page)}</div>'
-    for image in IMAGES:
-        if image in data:
-            return f'<p><img alt="" src="data:{image};base64,{"".join(_joined(data[image]).split())}"></p>'
+    for kind in IMAGES:
+        if kind in data:
+            return _picture(f"data:{kind};base64,{''.join(_joined(data[kind]).split())}", page)
     if "image/svg+xml" in data:
-        packed = base64.b64encode(_joined(data["image/svg+xml"]).encode()).decode()
-        return f'<p><img alt="" src="data:image/svg+xml;base64,{packed}"></p>'
+        return _picture(_data_url("image/svg+xml", _joined(data["image/svg+xml"]).encode()), page)
     if "text/markdown" in data:
         return f'<div class="rich">{markdown(_joined(data["text/markdown"]), page)}</div>'
     return text(_joined(data["text/plain"])) if "text/plain" in data else ""
+
+
+def _picture(url: str, page: Page) -> str:
+    # What a notebook calls base64 may hold a quote that would end the attribute.
+    image = sanitise(f'<img alt="" src="{url}">', page)
+    return f"<p>{image}</p>"
 
 
 def text(source: str, *, quiet: bool = False) -> str:
@@ -130,11 +128,7 @@ def text(source: str, *, quiet: bool = False) -> str:
         gap = f"... {count - KEPT_LINES} lines left out, see console.log ..."
         lines = [*lines[: KEPT_LINES // 2], gap, *lines[-KEPT_LINES // 2 :]]
     joined = "\n".join(lines)
-    if len(joined) > KEPT_CHARS:
-        half = KEPT_CHARS // 2
-        gap = f"... {len(joined) - KEPT_CHARS} characters left out, see console.log ..."
-        joined = f"{joined[:half]}\n{gap}\n{joined[-half:]}"
-    body = f'<pre class="text">{_ansi(joined)}</pre>'
+    body = f'<pre class="text">{_ansi(_cut(joined))}</pre>'
     if count <= LONG_LINES and not quiet:
         return body
     label = "messages" if quiet else "output"
@@ -143,58 +137,62 @@ def text(source: str, *, quiet: bool = False) -> str:
 
 def traceback(source: str) -> str:
     """A traceback with its colours."""
-    if len(source) > KEPT_CHARS:
-        source = f"{source[: KEPT_CHARS // 2]}\n...\n{source[-KEPT_CHARS // 2 :]}"
-    return f'<pre class="text traceback">{_ansi(source)}</pre>'
+    return f'<pre class="text traceback">{_ansi(_cut(source))}</pre>'
 
 
 def sanitise(source: str, page: Page) -> str:
-    """HTML from a notebook, with an allow-list of tags; media only as data inside the page."""
-    soup = BeautifulSoup(source, "html.parser")
-    for tag in soup(GONE_WITH_CONTENT):
-        tag.decompose()
-    # Media are taken out before cleaning: parsing megabytes of base64 as an attribute is slow.
-    media: dict[str, str] = {}
-    for tag in soup(["img", "video"]):
-        source_url = str(tag.get("src", ""))
-        inside = source_url if DATA_MEDIA.match(source_url) else _embedded(source_url, page.root)
-        if inside:
-            tag["src"] = f"media-{len(media)}"
-            media[tag["src"]] = inside
-        elif "src" in tag.attrs:
-            del tag["src"]
-            if tag.name == "video":
-                tag.decompose()
-    cleaned = bleach.clean(
-        str(soup), tags=TAGS, attributes=_allowed, protocols={"http", "https", "mailto"}, strip=True
+    """HTML from a notebook, with an allow-list of tags and attributes; media only as data inside the page."""
+    return nh3.clean(
+        source.encode("utf-8", "replace").decode(),  # nh3 refuses lone surrogates
+        tags=TAGS,
+        clean_content_tags=GONE_WITH_CONTENT,
+        attributes=ATTRIBUTES,
+        attribute_filter=functools.partial(_allowed, page.root),
+        url_schemes={"http", "https", "mailto", "data"},
+        link_rel=None,
     )
-    return re.sub(r'src="(media-\d+)"', lambda match: f'src="{media.get(match[1], "")}"', cleaned)
 
 
-def _allowed(tag: str, name: str, value: str) -> bool:
-    if name in ATTRIBUTES["*"]:
-        return True
-    if name not in ATTRIBUTES.get(tag, ()):
-        return False
+def _allowed(root: Path | None, tag: str, name: str, value: str) -> str | None:
+    """The value that an attribute keeps, None for one that goes."""
     if name == "href":
-        return bool(LINK.match(value))
-    return name not in ("src", "poster") or bool(re.fullmatch(r"media-\d+", value))
+        return value if LINK.match(value) else None
+    if name == "src":
+        return value if DATA_MEDIA.match(value) else _embedded(value, root)
+    return value
 
 
 def _embedded(source: str, root: Path | None) -> str | None:
-    """A picture that lies beside the notebook, as data; anything else is left out."""
+    """A picture or clip in the notebook's folder, as data; anything else is left out."""
     if root is None or not source or re.match(r"[a-z][a-z0-9+.-]*:|//", source, re.IGNORECASE):
         return None
-    path = (root / source).resolve()
-    kind = mimetypes.guess_type(path.name)[0] or ""
-    if kind not in (*IMAGES, "image/svg+xml", "video/mp4", "video/webm") or not path.is_file():
-        return None
-    if path.stat().st_size > 16 * 2**20:
-        return None
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    try:  # a name with a NUL is a ValueError, one that is too long an OSError
+        path = (root / source).resolve()
+        kind = mimetypes.guess_type(path.name)[0]
+        inside = kind in EMBEDDED and path.is_relative_to(root.resolve())
+        if inside and path.stat().st_size <= EMBEDDED_BYTES:
+            return _data_url(kind, path.read_bytes())
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _cut(source: str) -> str:
+    if len(source) <= KEPT_CHARS:
+        return source
+    half = KEPT_CHARS // 2
+    gap = f"... {len(source) - KEPT_CHARS} characters left out, see console.log ..."
+    return f"{source[:half]}\n{gap}\n{source[-half:]}"
 
 
 def _ansi(source: str) -> str:
+    # Here because the import takes half a second, longer than all else of a page, and few outputs have colours.
+    from nbconvert.filters.ansi import ansi2html
+
     return str(ansi2html(source)) if "\x1b" in source else html.escape(source)
 
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from wanlab import models
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.engines.tensorrt.runtime import installed
 from wanlab.evaluate.lpips import available_backbones
 from wanlab.measure.environment import environment
@@ -43,9 +43,13 @@ def diagnose() -> list[Row]:
             found = probe()
         except Exception as error:
             name = probe.__name__.strip("_").replace("_", " ")
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             found = [
-                Row(name, MISSING, f"cannot be asked: {reason[:160]}", "pip install --force-reinstall wanlab")
+                Row(
+                    name,
+                    MISSING,
+                    f"cannot be asked: {first_line(error, 160)}",
+                    "pip install --force-reinstall wanlab",
+                )
             ]
         rows += found
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.paths import from_here
 
 # Commands with a module of their own (`add_arguments`, `main`), which is imported only for its command.
 ELSEWHERE = {
@@ -142,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
         print("finished earlier with the same notebook, parameters and code; --force runs it again")
     if verdict:
         print(verdict)
-    print(_shown(outcome.report if outcome.report.is_file() else outcome.folder))
+    print(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
 
 
@@ -190,7 +191,7 @@ def _models(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from wanlab.pages.report import render
 
-    print(_shown(render(options.path)))
+    print(from_here(render(options.path)))
     return 0
 
 
@@ -220,13 +221,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
                 [*(str(c).ljust(w) for c, w in zip(line, widths, strict=False)), str(line[-1])]
             ).rstrip()
         )
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def _positive(text: str) -> float:

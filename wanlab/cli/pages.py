@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanlab.core.paths import default_outputs
+from wanlab.core.paths import default_outputs, from_here
 from wanlab.pages.publish import publish as publish_publish
 from wanlab.pages.sweep_page import render_index
 
@@ -25,7 +25,7 @@ def add_publish_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def index(options: argparse.Namespace) -> int:
-    print(_shown(render_index(options.path or default_outputs())))
+    print(from_here(render_index(options.path or default_outputs())))
     return 0
 
 
@@ -33,12 +33,5 @@ def publish(options: argparse.Namespace) -> int:
     page = publish_publish(options.path, options.to, notebooks=options.notebooks)
     files = [path for path in page.parent.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 2**20
-    print(f"{_shown(page)}: {len(files)} files, {size:.1f} MiB")
+    print(f"{from_here(page)}: {len(files)} files, {size:.1f} MiB")
     return 0
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import why
+from wanlab.core.paths import from_here
 from wanlab.launch.grid import Task, expand, load_grid
 from wanlab.launch.ray_slots import RaySlots
 from wanlab.launch.slots import LocalSlots
@@ -48,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
     finally:
         executor.close()
     print(summary(outcome))
-    print(_shown(outcome.index))
+    print(from_here(outcome.index))
     return outcome.exit_code
 
 
@@ -102,10 +103,6 @@ def summary(outcome: SweepOutcome) -> str:
     parts = [f"{outcome.counts.get('finished', 0)} finished{known}"]
     parts += [f"{count} {state}" for state, count in sorted(outcome.counts.items()) if state != "finished"]
     return f"{outcome.state}: {', '.join(parts)}, {outcome.seconds:.1f} s"
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The one exception that users see, one for faults of wanlab itself, and messages of other errors in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ class WanlabError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class InternalError(AssertionError):
+    """A fault of wanlab, which no user can mend: the command line shows it with its traceback."""
+
+
+def first_line(error: BaseException | str, limit: int = 300) -> str:
+    """The first line of an error's message (or of a text), cut to `limit` characters; its class where it says nothing."""
+    text = str(error).strip() or ("no message" if isinstance(error, str) else type(error).__name__)
+    return text.splitlines()[0][:limit]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,45 +25,55 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _umask() -> int:
-    """Read once, at import: asking means setting it, which two threads must not do at a time."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+@contextmanager
+def atomic_path(path: str | os.PathLike, suffix: str = ".tmp") -> Iterator[Path]:
+    """A new file name in the folder of `path`, to write to; at the end of the block the file is moved to `path`.
+
+    For libraries that write a file themselves, and for data that is too large to hold twice: a reader sees the old file
+    or the new one, never half of it. The folder is made. After an error the old file is as it was and the new one is
+    gone.
+
+    Args:
+        suffix: of the new name, for libraries that choose a format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}{suffix}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-UMASK = _umask()
-
-
-def write_bytes(path: Path, data: bytes) -> Path:
-    """Write `data` so that a reader sees the old file or the new one, never half of it.
+def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> Path:
+    """Write `data` so that a reader sees the old file or the new one, never half of it; its folder is made.
 
     Raises:
         OSError: with `path` as its file name; the old file is as it was.
     """
-    temporary = None
+    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes private files; a shared report is not private
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _named(error, path) from error
-        raise
+        with atomic_path(path) as draft:
+            draft.write_bytes(data)
+    except OSError as error:
+        raise _named(error, path) from error
     return path
 
 
-def write_text(path: Path, text: str) -> Path:
+def move_into(folder: Path, items: Iterable[Path]) -> None:
+    """Move files and folders into another folder of the same disk, each in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        os.replace(item, folder / item.name)
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
     """`write_bytes` for text in UTF-8; lone surrogates are replaced rather than lost with the file."""
     return write_bytes(path, text.encode("utf-8", "replace"))
 
 
-def write_json(path: Path, value: Any) -> Path:
+def write_json(path: str | os.PathLike, value: Any) -> Path:
     """`write_bytes` for JSON, indented for people."""
     return write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
 

@@ -109,6 +109,11 @@ def _in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ipynb")) if folder.is_dir() else []
 
 
+def from_here(path: Path) -> str:
+    """`path` as one would type it in the working folder; unchanged where it lies elsewhere."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def default_outputs() -> Path:
     """`outputs/` of the project around the working folder, else of the working folder itself."""
     here = Path.cwd()

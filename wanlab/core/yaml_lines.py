@@ -52,10 +52,7 @@ class Document:
 
 def spell(at: At) -> str:
     """A place as people write it: `rules[2].format`."""
-    text = ""
-    for part in at:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
 
 
 def read_yaml(text: str, where: str, what: str) -> Document:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wanlab.core.errors import WanlabError, require
+from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.engine_report.layers import EngineLayers
 from wanlab.engine_report.read_onnx import read_onnx
 from wanlab.engine_report.read_onnxruntime import read_ort_profile
@@ -32,7 +32,7 @@ def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise WanlabError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise WanlabError(f"{path} cannot be read: {first_line(error)}") from error
     else:
         data = read_json(path)
     if isinstance(data, Mapping) and isinstance(data.get("layers"), list):

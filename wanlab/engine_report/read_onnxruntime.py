@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.errors import WanlabError, require
+from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.engine_report.layers import EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
 from wanlab.engine_report.read_onnx import read_onnx
 from wanlab.engine_report.read_tensorrt import read_json
-from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider, first_line
+from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 
 _SUFFIX = "_kernel_time"
 _DTYPES = {

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.engine_report.layers import (
     ITEM_BYTES,
     EngineLayers,
@@ -40,7 +40,7 @@ def read_json(path: str | os.PathLike) -> Any:
         text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         return json.loads(text)
     except (OSError, EOFError, ValueError) as error:
-        raise WanlabError(f"{path} is not JSON: {str(error).splitlines()[0]}") from error
+        raise WanlabError(f"{path} is not JSON: {first_line(error)}") from error
 
 
 def with_times(layers: EngineLayers, profile: str | os.PathLike | list) -> EngineLayers:

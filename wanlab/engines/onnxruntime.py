@@ -20,7 +20,7 @@ import onnx_ir
 import pandas as pd
 import torch
 
-from wanlab.core.errors import WanlabError, did_you_mean, require
+from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.engines.base import check_bound, fits
 from wanlab.export.components import PARTS
 from wanlab.export.graph import file_bytes, formats_of
@@ -214,7 +214,7 @@ def fuses_codes(formats: str, provider: str) -> bool:
 
 def why(error: Exception) -> str:
     """What ONNX Runtime says, in its words, or which operator it has no kernel for."""
-    text = first_line(error)
+    text = first_line(error, 1000)
     unset = re.search(r"Provider type for (\w+) node with name '([^']*)' is not set", text)
     absent = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
     if found := unset or absent:
@@ -223,11 +223,6 @@ def why(error: Exception) -> str:
             " export in float16 or float32"
         )
     return text
-
-
-def first_line(error: Exception) -> str:
-    text: Any = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 # Element types of ONNX Runtime, as named in its tensor types -> names in numpy and torch.

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import write_text
 
 
 @dataclass(frozen=True)
@@ -240,11 +241,7 @@ class Scores:
         }
         text = json.dumps(data, indent=2, allow_nan=False)
         if path is not None:
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            partial.write_text(text + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, text + "\n")
         return text
 
     @classmethod

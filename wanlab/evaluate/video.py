@@ -12,6 +12,7 @@ import av
 import numpy as np
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import atomic_path
 
 ITU709 = 1  # FFmpeg's number for BT.709 in colour matrix, primaries and transfer
 LIMITED_RANGE = 1  # FFmpeg's number for 16..235
@@ -138,15 +139,11 @@ def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool =
     if not (isinstance(fps, int | float | Fraction) and math.isfinite(fps) and fps > 0):
         raise WanlabError(f"fps of {path} is {fps}; give frames per second above 0")
     frames = to_uint8(as_frames(frames, str(path)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        _encode(partial, frames, Fraction(fps).limit_denominator(1001), lossless=lossless)
-        os.replace(partial, path)
+        with atomic_path(path, path.suffix) as draft:
+            _encode(draft, frames, Fraction(fps).limit_denominator(1001), lossless=lossless)
     except av.error.FFmpegError as error:
         raise WanlabError(f"cannot write video {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -18,7 +18,8 @@ import onnxsim
 import torch
 from google.protobuf.message import DecodeError
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.files import atomic_path
 from wanlab.export.trace import quiet
 from wanlab.export.weights import WeightsFile, fill, lift, restore
 
@@ -309,19 +310,7 @@ def finish(
     written_bytes = weights.add(used) if external else 0
     if external:
         weights.refer(model.graph)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(
-        f".{path.stem}.{os.getpid()}.onnx"
-    )  # in its folder, as the weights are found from there
-    try:
-        onnx.save(onnx_ir.to_proto(model), draft)
-        try:
-            onnx.checker.check_model(str(draft), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise WanlabError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    save_checked(model, path)
 
     written = onnx.load(path, load_external_data=False)
     sizes = {
@@ -343,6 +332,20 @@ def finish(
         simplified=simplify,
         notes=tuple(lint(written)),
     )
+
+
+def save_checked(model: onnx_ir.Model, path: Path) -> None:
+    """Write a graph, by name in the folder where its weights lie; it appears when onnx.checker has accepted it.
+
+    Raises:
+        WanlabError: onnx.checker refuses the graph.
+    """
+    with atomic_path(path, ".onnx") as draft:
+        onnx.save(onnx_ir.to_proto(model), draft)
+        try:
+            onnx.checker.check_model(str(draft), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise WanlabError(f"onnx.checker refuses {path.name}: {first_line(error)}") from error
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

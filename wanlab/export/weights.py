@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import write_text
 from wanlab.models.networks import stored_dtype
 
 WRAPPER = "network."  # attribute of the traced wrapper that holds the network
@@ -256,9 +256,7 @@ class WeightsFile:
                 end = start + tensor.nbytes
                 written += tensor.nbytes
         manifest = {"format": FORMAT, "key": self.key, "tensors": places}
-        temporary = self._manifest.with_name(f".{self._manifest.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(manifest), encoding="utf-8")
-        os.replace(temporary, self._manifest)
+        write_text(self._manifest, json.dumps(manifest))
         return written
 
     def places(self) -> dict[str, tuple[int, int, str, list[int]]]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 from typing import Any
 
-from wanlab.core.errors import WanlabError, require
+from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.launch.grid import Task
 from wanlab.launch.slots import THREADS, available_cores, default_slots, visible_gpus
 from wanlab.launch.sweep import End, start_cold
@@ -52,8 +52,7 @@ class RaySlots:
             else:
                 ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            said = str(error).strip().splitlines()[0]
-            raise WanlabError(f"no Ray at {address or 'this machine'}: {said}") from error
+            raise WanlabError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.per_node = slots or max(int(node.get("CPU", 1)) for node in nodes)
         self.slots = self.per_node * len(nodes)
@@ -114,7 +113,7 @@ class RaySlots:
         except (errors.TaskCancelledError, errors.RayTaskError) as error:
             return End(task, None, reason=str(error).strip().splitlines()[-1])
         except errors.RayError as error:
-            return End(task, None, lost=True, reason=str(error).strip().splitlines()[0])
+            return End(task, None, lost=True, reason=first_line(error))
 
 
 def run_task(text: str, environment: dict[str, str]) -> int:

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import write_text
 from wanlab.measure.buffers import buffers as make_buffers
 from wanlab.measure.environment import environment
 from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare, control_of, time_ms
@@ -124,12 +125,7 @@ class Bench:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the JSON in one step."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1, default=str), encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write_text(path, json.dumps(self.to_dict(), indent=1, default=str))
 
 
 def read_bench(path: str | os.PathLike) -> Bench:

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer, BatchEncoding
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
 from wanlab.models.hub import fetch_folder
@@ -305,8 +305,7 @@ def _from_files(folder: Path, library: str, cls: type | None) -> Any:
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizer libraries raise bare exceptions for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WanlabError(f"{folder} cannot be read ({reason[:160]}); fetch it again") from error
+        raise WanlabError(f"{folder} cannot be read ({first_line(error, 160)}); fetch it again") from error
 
 
 def _pipeline(cls: type, spec: ModelSpec, modules: dict[str, Any], extras: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import zlib
 import torch
 from accelerate import init_empty_weights
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.models.spec import Part
 
 RANDOM_STD = 0.02
@@ -61,8 +61,9 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
                 module = cls(cls.config_class.from_dict(config))
                 module.config.dtype = dtype or before
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WanlabError(f"{part.name}: {part.class_name} refuses its config.json ({reason})") from error
+        raise WanlabError(
+            f"{part.name}: {part.class_name} refuses its config.json ({first_line(error)})"
+        ) from error
     finally:
         torch.set_default_dtype(before)
     return module.eval()

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import data, existing, locate
 from wanlab.models.hub import fetch_configs
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
@@ -94,8 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise WanlabError(f"{path} is missing; the folder is incomplete, fetch the model again") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise WanlabError(f"{path} cannot be read as JSON ({reason}); fetch the file again") from error
+        raise WanlabError(
+            f"{path} cannot be read as JSON ({first_line(error)}); fetch the file again"
+        ) from error
     if not isinstance(value, dict):
         raise WanlabError(f"{path} holds no JSON object; fetch the file again")
     return value

@@ -12,7 +12,7 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.models.device import synchronise
 from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
 from wanlab.models.registry import read_json
@@ -209,9 +209,8 @@ def _opened(file: Path):
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WanlabError(
-            f"{file} is truncated or corrupt ({file.stat().st_size if file.exists() else 0} bytes: {reason});"
+            f"{file} is truncated or corrupt ({file.stat().st_size if file.exists() else 0} bytes: {first_line(error)});"
             " fetch it again"
         ) from error
 
@@ -257,8 +256,9 @@ def host_weights(module: torch.nn.Module, *, pinned: bool) -> Iterator[HostWeigh
     try:
         chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:120]
-        raise WanlabError(f"host memory cannot be had ({reason}); free some, or raise ulimit -l") from error
+        raise WanlabError(
+            f"host memory cannot be had ({first_line(error, 120)}); free some, or raise ulimit -l"
+        ) from error
     locked = time.perf_counter()
     pairs = []
     for parameter, (chunk, start) in zip(parameters, places, strict=True):

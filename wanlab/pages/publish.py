@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import now, read_json, write_bytes, write_json, write_text
+from wanlab.core.files import atomic_path, now, read_json, write_bytes, write_json, write_text
 from wanlab.pages import report, sweep_page, templates
 from wanlab.pages.sweep_table import SweepTable, gather, missing
 from wanlab.pages.templates import shown
@@ -157,12 +156,8 @@ def _copy(source: Path, to: Path, target: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     if not to.parent.resolve().is_relative_to(target.resolve()):
         raise WanlabError(f"{to.parent} leads out of {target}; remove that link")
-    temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, to)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(to) as draft:
+        shutil.copyfile(source, draft)
 
 
 def _remove(target: Path, name: str) -> None:

@@ -21,7 +21,7 @@ from wanlab.precision.calibration import Calibration
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import FLOATS, KEEP, Plan, is_float, load_plan
 from wanlab.precision.quant_linear import FEWEST_ROWS, INTEGER, CastLinear, QuantLinear, planned
-from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, spell, stepped_scheduler
+from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, step_range_name, stepped_scheduler
 
 AS_LOADED = "as-loaded"
 
@@ -55,7 +55,7 @@ def replace_layers(
             records.append(_record(row, original, variants[row.wanted], amax))
         if rows["first_step"].notna().any():
             by_band = {
-                spell(band): next(
+                step_range_name(band): next(
                     r.wanted for r in rows.itertuples() if r.first_step <= band[0] <= r.last_step
                 )
                 for band in clock.bands

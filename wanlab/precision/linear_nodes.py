@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype, to_torch_dtype
 from onnxscript.version_converter import convert_version
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.export.trace import quiet
 from wanlab.precision.formats import NumericType, encode_weight
 
@@ -273,9 +273,8 @@ def raise_opset(model: onnx_ir.Model, opset: int, name: str) -> onnx_ir.Model:
         try:
             convert_version(model, opset)
         except Exception as error:  # the converter has one exception class per operator
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WanlabError(
-                f"{name} cannot be raised to opset {opset} ({reason}); export it with opset={opset}"
+                f"{name} cannot be raised to opset {opset} ({first_line(error)}); export it with opset={opset}"
             ) from error
     if model.opset_imports[""] != opset:
         raise WanlabError(f"{name} cannot be raised from opset {before}; export it with opset={opset}")

@@ -13,8 +13,9 @@ import msgspec
 import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import write_text
 from wanlab.core.paths import locate
-from wanlab.core.yaml_lines import read_yaml
+from wanlab.core.yaml_lines import read_yaml, spell
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -138,7 +139,7 @@ def make_plan(
     made = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules)
     plan = Plan(name=name, default=default, rules=made, num_steps=num_steps, note=note)
     for where, said in plan.check():
-        raise WanlabError(f"plan {name}, {spell(where)}: {said}")
+        raise WanlabError(f"plan {name}, {spell(where) or 'the plan'}: {said}")
     return plan
 
 
@@ -177,12 +178,6 @@ def check_steps(plan: Plan, num_steps: int) -> None:
 def is_float(format: str) -> bool:
     """Whether a layer in this format computes in floating point with its own weights."""
     return format in FLOATS
-
-
-def spell(where: tuple[str | int, ...]) -> str:
-    """`("rules", 2, "format")` as `rules[2].format`."""
-    said = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-    return said.removeprefix(".") or "the plan"
 
 
 def _rule_faults(rule: Rule, num_steps: int | None):
@@ -315,10 +310,5 @@ def parse_plan(text: str, where: str = "the plan") -> Plan:
 
 def save_plan(plan: Plan, path: str | os.PathLike) -> Path:
     """Write a plan as YAML that `load_plan` reads back; its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True, width=110)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_text(path, text)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import write_text
 from wanlab.engine_report.layers import CODES, FLOATS, PRODUCTS, Layer, precision_of
 from wanlab.engine_report.read_tensorrt import read_inspector
 from wanlab.engines.base import Engine, TensorType
@@ -203,8 +204,7 @@ def build_plan(
         for first, last, graph in bands
         for row in outcomes[graph]
     ]
-    (graphs.folder / f".{RECORD}.{os.getpid()}").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    os.replace(graphs.folder / f".{RECORD}.{os.getpid()}", graphs.folder / RECORD)
+    write_text(graphs.folder / RECORD, json.dumps(rows, indent=1))
     return _frame(pd.DataFrame(rows, columns=COLUMNS_BUILD))
 
 

@@ -22,7 +22,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from wanlab import __version__
 from wanlab.core.errors import WanlabError
 from wanlab.export.export import read_report
-from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes
+from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes, save_checked
 from wanlab.export.weights import WeightsFile
 from wanlab.precision.assignment import choose_layers, layer_set_key, natural
 from wanlab.precision.calibration import Calibration
@@ -624,14 +624,5 @@ def _write(
         if isinstance(tensor, onnx_ir.ExternalTensor) and not (external and name in large):
             copy = np.array(tensor.numpy())
             model.graph.initializers[name].const_value = onnx_ir.Tensor(copy, dtype=tensor.dtype, name=name)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
-    try:
-        onnx.save(onnx_ir.to_proto(model), draft)
-        try:
-            onnx.checker.check_model(str(draft), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise WanlabError(f"onnx.checker refuses {path.name}: {str(error).splitlines()[0]}") from error
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    save_checked(model, path)
     return weights.path.name if external else ""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import atomic_path
 from wanlab.export.components import check_components, component_spec, components_of
 from wanlab.heldout import cases, clips
 from wanlab.measure.stages import stages
@@ -80,9 +81,8 @@ def keep(folder: Path, tensor: torch.Tensor) -> str:
     content = _digest(tensor)
     path = tensor_file(folder, content)
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.safetensors")
-        save_file({"tensor": tensor}, temporary)
-        os.replace(temporary, path)
+        with atomic_path(path) as draft:
+            save_file({"tensor": tensor}, draft)
     return content
 
 

@@ -61,7 +61,9 @@ class StepClock:
 
     def _set(self, step: int | None) -> None:
         self.step = step
-        self.band = None if step is None else next(spell(b) for b in self.bands if b[0] <= step <= b[1])
+        self.band = (
+            None if step is None else next(step_range_name(b) for b in self.bands if b[0] <= step <= b[1])
+        )
 
     def __deepcopy__(self, memo) -> StepClock:
         """Copies of a network or of its scheduler go by the same clock."""
@@ -103,7 +105,7 @@ def all_bands(assignment) -> list[tuple[int, int]]:
     )
 
 
-def spell(band: tuple[int, int]) -> str:
+def step_range_name(band: tuple[int, int]) -> str:
     """`(0, 3)` as `"0-3"`."""
     return f"{band[0]}-{band[1]}"
 

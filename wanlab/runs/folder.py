@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import checked_name, digest, now, read_json, why, write_bytes, write_json
+from wanlab.core.files import checked_name, digest, move_into, now, read_json, why, write_bytes, write_json
 
 HEARTBEAT_S = 5.0
 PATIENCE_BEATS = 2  # failed in a row, until a heartbeat calls it trouble
@@ -119,9 +119,7 @@ class RunFolder:
             attempts = self.path / "attempts"
             attempts.mkdir(exist_ok=True)
             number = 1 + max((int(p.name) for p in attempts.iterdir() if p.name.isdigit()), default=0)
-            (attempts / str(number)).mkdir()
-            for item in left:
-                os.replace(item, attempts / str(number) / item.name)
+            move_into(attempts / str(number), left)
 
     def unwritable(self, error: OSError) -> WanlabError:
         """What to tell a user whose folder of runs takes nothing."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import find_notebook
 
 GRAMMAR = "rfc3987_syntax"
@@ -134,7 +134,7 @@ def read_notebook(path: Path | str) -> Any:
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises many kinds; to a user they are one: not a notebook
-        raise WanlabError(f"cannot read notebook {path}: {_first_line(error)}") from error
+        raise WanlabError(f"cannot read notebook {path}: {first_line(error, 200)}") from error
 
 
 def is_tagged(cell: Any, tag: str) -> bool:
@@ -313,7 +313,3 @@ def _comments(source: str) -> dict[int, str]:
 def _short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

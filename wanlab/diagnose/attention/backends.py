@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Samples, aa_control, compare, time_ms
 from wanlab.models.loading import resolve
@@ -329,10 +329,10 @@ def _took(call: Callable, device: Any) -> str:
 
 def _reason(error: Exception, told: list) -> str:
     """A few words on why a kernel did not run."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     if re.match(r"No (viable|available)", text):
         # The exception only says that no kernel is left; why this one is not, PyTorch tells as a warning.
-        lines = [str(warning.message).splitlines()[0] for warning in told]
+        lines = [first_line(str(warning.message)) for warning in told]
         told_why = [line for line in lines if not re.search(r"not used because|disabled", line)]
         text = told_why[0] if told_why else "not available for this shape, dtype or device"
     return re.sub(r"\s*\(Triggered internally.*", "", text)[:100]

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from wanlab import __version__, measure
 from wanlab.core.digests import file_sha256
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import write_text
 from wanlab.engines.tensorrt import receipt as receipts
 from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
 from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
@@ -131,11 +132,7 @@ def layers_path(engine: str | os.PathLike) -> Path:
 
 def write_layers(engine: str | os.PathLike, information: dict[str, Any]) -> Path:
     """Write layer information beside its engine."""
-    path = layers_path(engine)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(information), encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_text(layers_path(engine), json.dumps(information))
 
 
 def inspect_plan(runtime: Runtime, plan: Any) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import tensorrt as trt
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import write_bytes
 from wanlab.engines.base import TensorType, check_bound
 from wanlab.engines.component_bench import bench_components
 from wanlab.engines.parity import parity
@@ -286,11 +287,7 @@ class TensorRTEngine:
         """
         if self._settings is None:
             raise WanlabError(f"{self._runtime.name} has no runtime cache; an engine holds all its kernels")
-        target = Path(path)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.write_bytes(self._settings.get_runtime_cache().serialize())
-        os.replace(draft, target)
-        return target
+        return write_bytes(path, self._settings.get_runtime_cache().serialize())
 
     def _new_context(self) -> trt.IExecutionContext:
         if self._settings is None:

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import write_bytes
 from wanlab.engines.tensorrt.profile import PixelProfile, Range, Shapes, Source, network_shapes, read_source
 from wanlab.engines.tensorrt.runtime import SEVERE, Message, Runtime, open_runtime, plain
 
@@ -236,9 +237,7 @@ def make_plan(
             found,
         )
     if cache is not None:
-        draft = Path(f"{cache}.{os.getpid()}")
-        draft.write_bytes(config.get_timing_cache().serialize())
-        os.replace(draft, cache)
+        write_bytes(cache, config.get_timing_cache().serialize())
     return plan
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from wanlab.core.digests import file_sha256, graph_sha256
-from wanlab.core.errors import WanlabError, did_you_mean, require
+from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.engines.tvm import receipt as receipts
 from wanlab.engines.tvm.receipt import TvmBuildInfo
 from wanlab.export.graph import file_bytes, nodes
@@ -470,8 +470,7 @@ def _refusal(path: Path, model, error: Exception) -> str:
         here = step.tb_frame.f_locals.get("node")
         node, step = here if hasattr(here, "op_type") else node, step.tb_next
     where = path.name if node is None else f"{node.op_type} ({node.name}) of {path.name}"
-    reason = (str(error).strip() or "no message").splitlines()[0][:200]
-    return f"TVM cannot read {where} ({type(error).__name__}: {reason}); {mend}"
+    return f"TVM cannot read {where} ({type(error).__name__}: {first_line(str(error), 200)}); {mend}"
 
 
 def _compile(tvm, module, facts: dict[str, str], *, schedule: str, fast_math: bool) -> tuple[Any, dict]:
@@ -500,9 +499,8 @@ def _compile(tvm, module, facts: dict[str, str], *, schedule: str, fast_math: bo
             scheduled = sum("tirx.is_scheduled" in function.attrs for function in functions)
             return tvm.compile(module, target), {"kernels": len(functions), "scheduled": scheduled}
     except Exception as error:  # TVM raises its own and Python's exceptions, with pages of program text
-        reason = (str(error).strip() or "no message").splitlines()[0][:300]
         raise WanlabError(
-            f"TVM cannot compile for {facts['kind']}: {type(error).__name__}: {reason}"
+            f"TVM cannot compile for {facts['kind']}: {type(error).__name__}: {first_line(str(error))}"
         ) from error
 
 
@@ -510,7 +508,6 @@ def _link(executable, path: Path) -> None:
     try:
         executable.export_library(str(path))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise WanlabError(
-            f"no library from TVM: {reason} (it links with a C++ compiler; install g++, or set CXX)"
+            f"no library from TVM: {first_line(error, 200)} (it links with a C++ compiler; install g++, or set CXX)"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from wanlab.core.digests import file_sha256, graph_sha256
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.engines.tvm import receipt as receipts
 from wanlab.engines.tvm.build import load_tvm, target_of
 
@@ -76,7 +76,7 @@ class TvmEngine:
             self._machine = tvm.runtime.vm.VirtualMachine(module, self._place)
             self._main = self._machine["main"]
         except Exception as error:
-            raise WanlabError(f"TVM cannot load {self.path.name}: {_first_line(error)}") from error
+            raise WanlabError(f"TVM cannot load {self.path.name}: {first_line(error)}") from error
         self.load_ms = (time.perf_counter() - begin) * 1e3
 
     def __repr__(self) -> str:
@@ -149,7 +149,7 @@ class TvmEngine:
             with into:
                 made = self._main(*arguments)
         except Exception as error:
-            raise WanlabError(f"{self.path.name} failed: {_first_line(error)}") from error
+            raise WanlabError(f"{self.path.name} failed: {first_line(error)}") from error
         made = [made] if hasattr(made, "shape") else list(made)
         tensors = [torch.from_dlpack(value) for value in made]
         if targets is None:
@@ -214,7 +214,3 @@ class TvmEngine:
                 f"{name!r} is {tensor.dtype} on {tensor.device}; give contiguous {dtype} on {self.device},"
                 f" aligned to {ALIGNMENT} bytes"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

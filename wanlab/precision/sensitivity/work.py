@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import torch
 
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import atomic_path
 from wanlab.precision.assignment import choose_layers
 from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.recording import RecordedCall, Recording
@@ -337,10 +337,8 @@ def write_part(path: Path, part: Part) -> None:
     """Keep a part; the file appears whole or not at all."""
     facts = {name: value for name, value in vars(part).items() if name not in ARRAYS}
     facts["cost"] = asdict(part.cost)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(temporary, facts=json.dumps(facts), **{name: getattr(part, name) for name in ARRAYS})
-    os.replace(temporary, path)
+    with atomic_path(path, ".npz") as draft:
+        np.savez(draft, facts=json.dumps(facts), **{name: getattr(part, name) for name in ARRAYS})
 
 
 def read_part(path: Path) -> Part:

@@ -18,7 +18,7 @@ def main() -> int:
     import pandas as pd
 
     from wanlab import diagnose, measure, models
-    from wanlab.core import WanlabError
+    from wanlab.core.errors import WanlabError
 
     try:
         model = models.load(

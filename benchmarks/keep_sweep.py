@@ -16,6 +16,7 @@ KEPT = (
     "run.json",
     "status.json",
     "metrics.jsonl",
+    "results.jsonl",
     "artifacts/video.mp4",
     "artifacts/original.mp4",
     "artifacts/truth.mp4",

@@ -45,9 +45,9 @@ def test_every_graph_becomes_an_engine(done, outputs):
 def test_the_platforms_notebook_reads_what_was_built(done, outputs):
     folder = next(path.parent for path in outputs.glob("22_tensorrt/*/run.json"))
     assert str(outputs) not in json.dumps(done.values["receipts"])
-    built = runs.read_platform(folder)
+    built, _ = runs.load_results(folder)
     assert {record.state for record in built} == {"built only"}
-    found = {(record.component, record.precision, record.machine[-4:].strip()) for record in built}
+    found = {(record.work.component, record.dtype, record.machine.name[-4:].strip()) for record in built}
     expected = {
         (row["component"], row["numbers"], target)
         for row in done.values["engines"]
@@ -57,7 +57,7 @@ def test_the_platforms_notebook_reads_what_was_built(done, outputs):
     assert len(built) == len(expected) == 11
     sizes = {(row["component"], row["numbers"]): row["size_mib"] for row in done.values["engines"]}
     for record in built:
-        assert record.size_bytes / 2**20 == pytest.approx(sizes[record.component, record.precision])
+        assert record.size_bytes / 2**20 == pytest.approx(sizes[record.work.component, record.dtype])
         assert record.model == "wan-nano"
         assert record.taken == done.record["created"]
 

@@ -62,20 +62,20 @@ def test_every_engine_agrees_with_eager(here):
 def test_recorded_results_of_other_work_are_refused_with_the_reason(here):
     refused = {row["source"].split("/")[0]: row["reason"] for row in here.values["refused"]}
     assert "model is wan2.2-" in refused["h200_baseline.json"]
-    assert refused["onnxruntime_cpu.json"] == "what is video, here expert_high forward"
+    assert refused["onnxruntime_cpu.json"] == "component is the whole video, here expert_high"
 
 
 def test_runs_of_other_machines_are_put_side_by_side(here, run_notebook, outputs, root, tmp_path):
     """The run above, and a copy of it that says it was taken on another processor and with other weights."""
     first = next(path.parent for path in outputs.glob("51_platforms/*/run.json"))
-    for number, change in enumerate(({}, {"machine": "Other CPU, 4 threads"}, {"weights": "random"})):
+    other = {"cpu": "Other CPU", "threads": 4}
+    for number, change in enumerate(({}, {"machine": other}, {"weights": "random"})):
         folder = shutil.copytree(first, tmp_path / "runs" / f"{number}" / "51_platforms" / first.name)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            for record in line["value"] if line["name"] == "platform_records" else ():
-                record["machine"] = change.get("machine", record["machine"])
-                record["work"]["weights"] = change.get("weights", record["work"]["weights"])
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["machine"] |= change.get("machine", {})
+            row["work"]["weights"] = change.get("weights", row["work"]["weights"])
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_notebook(
         "51_platforms", "-p", f"runs=['{tmp_path / 'runs'}']", "-p", f"results=['{tmp_path}']"
     )

@@ -6,12 +6,13 @@ import math
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from support.comparison_runs import result_line
 
 from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.pages import publish, render_index
 from wanlab.pages import sweep_table as columns
-from wanlab.pages.sweep_table import ClipEmbedder, gather, href, ratios, verdict
+from wanlab.pages.sweep_table import ClipEmbedder, gather, held_against, href, ratios, verdict
 
 WORK = {
     "model": "m",
@@ -26,7 +27,17 @@ WORK = {
 STAMP = "2026-01-01T00:00:00+00:00"
 
 
-def make(root, run_id, parameters=None, metrics=None, state="finished", name=None, **status):
+def make(
+    root,
+    run_id,
+    parameters=None,
+    metrics=None,
+    state="finished",
+    name=None,
+    figures=None,
+    work=WORK,
+    **status,
+):
     folder = root / run_id
     (folder / "artifacts").mkdir(parents=True)
     record = {
@@ -41,6 +52,8 @@ def make(root, run_id, parameters=None, metrics=None, state="finished", name=Non
     )
     lines = [json.dumps({"name": key, "value": value}) + "\n" for key, value in (metrics or {}).items()]
     (folder / "metrics.jsonl").write_text("".join(lines))
+    if figures is not None:
+        (folder / "results.jsonl").write_text(json.dumps(result_line(figures, work)) + "\n")
     return folder
 
 
@@ -74,8 +87,8 @@ def grid(tmp_path):
     times = {"ea": 100.0, "eb": 50.0, "fa": 40.0, "fb": 10.0}
     for run_id, time_ms in times.items():
         engine, plan = run_id
-        summary = {"time_per_video_ms": time_ms, "psnr_db": "inf" if plan == "a" else 30.0 + (engine == "f")}
-        make(root, run_id, {"engine": engine, "plan": plan}, {"summary": summary, "work": WORK})
+        figures = {"time_per_video_ms": time_ms, "psnr_db": "inf" if plan == "a" else 30.0 + (engine == "f")}
+        make(root, run_id, {"engine": engine, "plan": plan}, figures=figures)
     return root
 
 
@@ -102,12 +115,12 @@ def test_rows_stand_in_the_order_of_the_sweep_with_those_that_never_ran(grid):
 def test_a_run_is_held_against_the_baseline_that_agrees_with_it_on_the_other_axes(grid, baseline, expected):
     runs = [listed(i, {"engine": i[0], "plan": i[1]}) for i in ("ea", "eb", "fa", "fb")]
     board = gather(sweep(grid, runs, axes=["engine", "plan"], baseline=baseline))
-    found, _ = ratios(board)
-    got = found["m.summary.time_per_video_ms"]
+    found = ratios(board, held_against(board))
+    got = found["m.time_per_video_ms"]
     if len(baseline) == 2:  # one for all
         expected = [None, 2.0, 2.5, 10.0]
     assert got == expected
-    assert "m.summary.psnr_db" not in found  # decibels are not divided
+    assert "m.psnr_db" not in found  # decibels are not divided
 
 
 def test_other_work_has_no_ratio_and_is_said(grid):
@@ -115,12 +128,13 @@ def test_other_work_has_no_ratio_and_is_said(grid):
         grid,
         "eq",
         {"engine": "e", "plan": "q"},
-        {"summary": {"time_per_video_ms": 1.0}, "work": WORK | {"steps": 1}},
+        figures={"time_per_video_ms": 1.0},
+        work=WORK | {"steps": 1},
     )
     runs = [listed(i, {"engine": i[0], "plan": i[1]}) for i in ("ea", "eb", "eq")]
     page = render_index(sweep(grid, runs, axes=["engine", "plan"], baseline={"plan": "a"}))
     soup, data = payload(page)
-    assert data["ratios"]["m.summary.time_per_video_ms"] == [None, 2.0, None]
+    assert data["ratios"]["m.time_per_video_ms"] == [None, 2.0, None]
     assert data["runs"][2]["apart"] == "steps"
     assert "differ in steps" in soup.select(".note")[-1].text
 
@@ -130,9 +144,9 @@ def test_the_frontier_of_every_pair_is_in_the_page(grid):
     _, data = payload(
         render_index(sweep(grid, runs, axes=["engine", "plan"], baseline={"engine": "e", "plan": "a"}))
     )
-    assert data["axes"] == ["m.summary.time_per_video_ms", "m.summary.psnr_db"]
-    assert data["table"]["m.summary.psnr_db"] == ["inf", 30.0, "inf", 31.0]
-    assert data["pairs"] == {"0,1": [3]}  # infinity is no place on an axis
+    assert data["axes"] == ["m.time_per_video_ms", "m.psnr_db", "m.time_per_frame_ms"]
+    assert data["table"]["m.psnr_db"] == ["inf", 30.0, "inf", 31.0]
+    assert data["pairs"] == {"0,1": [3], "0,2": [3], "1,2": [3]}  # infinity is no place on an axis
     assert data["selected"] == [0, 3]
     assert data["runs"][0]["baseline"]
     assert [c["key"] for c in data["columns"]][:2] == ["p.engine", "p.plan"]
@@ -217,7 +231,7 @@ def test_clips_are_kept_once_and_within_the_budget(tmp_path):
 @pytest.mark.parametrize(
     ("name", "title", "unit", "better", "ratio"),
     [
-        ("m.summary.time_per_video_ms", "time per video", "ms", "min", True),
+        ("m.time_per_video_ms", "time per video", "ms", "min", True),
         ("m.after.peak_memory_gib", "after: peak memory", "GiB", "min", True),
         ("m.frames_per_s", "frames", "frames/s", "max", True),
         ("m.quality_loss_percent", "quality loss", "%", "min", False),
@@ -234,25 +248,23 @@ def test_columns_know_their_unit_and_direction(name, title, unit, better, ratio)
 def test_columns_that_a_sweep_asks_for_and_those_that_it_does_not():
     frame = pd.DataFrame(
         {
-            "m.work.height": [1, 1],
-            "m.summary.load_ms": [1.0, 2.0],
-            "m.summary.quality_loss_percent": [1.0, 2.0],
-            "m.summary.quality_loss_low_percent": [0.5, 1.0],
-            "m.summary.quality_loss_high_percent": [1.5, 3.0],
-            "m.summary.time_per_video_ms": [5.0, math.nan],
-            "m.summary.effect": ["as asked", "no effect"],
+            "m.rows": [1, 1],
+            "m.load_ms": [1.0, 2.0],
+            "m.quality_loss_percent": [1.0, 2.0],
+            "m.quality_loss_low_percent": [0.5, 1.0],
+            "m.quality_loss_high_percent": [1.5, 3.0],
+            "m.time_per_video_ms": [5.0, math.nan],
+            "m.effect": ["as asked", "no effect"],
         }
     )
-    found = columns.metrics(frame)
+    found = columns.metrics(frame, results=[name[2:] for name in frame if name != "m.rows"])
     assert [c.name.split(".")[-1] for c in found] == ["time_per_video_ms", "load_ms", "quality_loss_percent"]
-    assert found[-1].low == "m.summary.quality_loss_low_percent"
+    assert found[-1].low == "m.quality_loss_low_percent"
     assert [c.name for c in columns.axes(frame, found)] == [
-        "m.summary.load_ms",
-        "m.summary.quality_loss_percent",
+        "m.load_ms",
+        "m.quality_loss_percent",
     ]
-    assert [c.title for c in columns.metrics(frame, ["load_ms", "none", "m.summary.load_ms"])] == [
-        "load time"
-    ]
+    assert [c.title for c in columns.metrics(frame, ["load_ms", "none", "m.load_ms"])] == ["load time"]
     assert columns.varied(pd.DataFrame({"p.a": [1, 1], "p.b": [1, True], "p.c": [(1,), (2,)]})) == [
         "p.b",
         "p.c",
@@ -288,7 +300,7 @@ def test_publish_writes_what_is_shown_and_cleans_up_after_itself(grid, tmp_path,
     assert page == site / "index.html"
 
     (site / "mine.txt").write_text("kept")
-    assert cli.main(["publish", str(grid), "--to", str(site)]) == 0
+    assert cli(["publish", str(grid), "--to", str(site)]) == 0
     assert "files" in capsys.readouterr().out
     assert not (site / "ea" / "executed.ipynb").exists()
     assert (site / "mine.txt").read_text() == "kept"
@@ -326,6 +338,6 @@ def test_publish_refuses_what_it_did_not_make_and_never_leaves_its_folder(grid, 
 
 
 def test_index_from_the_command_line(grid, capsys):
-    assert cli.main(["index", str(grid)]) == 0
+    assert cli(["index", str(grid)]) == 0
     assert capsys.readouterr().out.strip().endswith("index.html")
-    assert cli.main(["index", str(grid / "none")]) == 2
+    assert cli(["index", str(grid / "none")]) == 2

@@ -17,7 +17,9 @@ from wanlab import plots
 from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.runs import (
-    PlatformRecord,
+    Machine,
+    Result,
+    Work,
     better,
     choose,
     compare,
@@ -148,8 +150,10 @@ def test_runs_without_a_work_record_are_held_by_parameters_and_the_models_defaul
             parameters={"model": "wan-nano", "steps": steps},
             started=f"2026-01-0{index + 1}T00:00:00+00:00",
         )
-        kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"work"' not in line]
-        (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+        (folder / "results.jsonl").unlink()
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"name": "time_per_video_ms", "value": 100.0}) + "\n"
+        )
     from wanlab import models
 
     default = models.get("wan-nano").defaults.steps
@@ -165,6 +169,7 @@ def test_numbers_of_any_notebook_are_compared_without_intervals(tmp_path):
         write_run(
             folder, parameters={"plan": f"p{index}"}, name="10_x", started=f"2026-01-0{index + 1}T00:00:00Z"
         )
+        (folder / "results.jsonl").unlink()
         line = json.dumps({"name": "gain", "value": {"size_bytes": value, "psnr_db": 10 * value}})
         (folder / "metrics.jsonl").write_text(line + "\n")
     found = compare(tmp_path, by="size_bytes", show=["psnr_db"])
@@ -262,8 +267,10 @@ def test_a_technique_without_effect_is_no_technique(tmp_path):
 
 def test_engines_before_and_after_with_those_that_were_only_built(sweep):
     built = [
-        PlatformRecord("a", f"GPU of compute capability {sm}", None, "tensorrt", "fp16", None, "built only",
-                       "wan-nano expert_high", build_ms=9e3)
+        Result(
+            work=Work(model="wan-nano", component="expert_high"), engine="tensorrt", dtype="fp16", state="built only",
+            machine=Machine(gpu=f"GPU of compute capability {sm}"), build_ms=9e3, source="a",
+        )
         for sm in ("8.9", "12.0")
     ]  # fmt: skip
     table = engine_table(compare(sweep), built)
@@ -364,7 +371,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
     rows += [{"state": "died", "reason": "kernel died", "parameters": {"plan": "dead"}}]
     path = write_sweep(tmp_path / "s", rows)
     csv = tmp_path / "out.csv"
-    assert cli.main(["compare", str(path), "--baseline", "engine=eager,plan=default", "--csv", str(csv)]) == 0
+    assert cli(["compare", str(path), "--baseline", "engine=eager,plan=default", "--csv", str(csv)]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text
     lines = text.splitlines()
@@ -373,7 +380,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
     assert "steps is 9, the baseline's 4" in text
     assert any("dead" in line and "died" in line and "kernel died" in line for line in lines)
     assert len(pd.read_csv(csv)) == 5
-    assert cli.main(["compare", str(path), "--allow", "steps", "--by", "peak_memory_gib"]) == 0
+    assert cli(["compare", str(path), "--allow", "steps", "--by", "peak_memory_gib"]) == 0
     assert "refused" not in capsys.readouterr().out
 
 
@@ -392,7 +399,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
 def test_mistakes_of_the_command_are_one_line_and_status_2(sweep, tmp_path, capsys, arguments, said):
     (tmp_path / "empty").mkdir()
     places = {"sweep": sweep, "empty": tmp_path / "empty"}
-    assert cli.main(["compare", *(argument.format(**places) for argument in arguments)]) == 2
+    assert cli(["compare", *(argument.format(**places) for argument in arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("wanlab: error: ")
     assert captured.err.count("\n") == 1

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanlab import measure, plots, runs
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import plain
 from wanlab.measure.timing import AAControl, Samples
-from wanlab.runs import PlatformRecord, Work
-from wanlab.runs.platforms import BUILT, machine_of
+from wanlab.runs import Machine, Result, Work
+from wanlab.runs.result import BUILT, build_results, completed, machine_of
+from wanlab.runs.results import read_file
 
-WORK = Work("video", "wan-nano", "pretrained", 128, 192, 17, steps=10, guided=True, seed=0)
-EAGER = PlatformRecord(
-    "run a", "NVIDIA H200", 139.8, "eager", "bfloat16", WORK, latency_ms=1000.0, samples=4, noise_percent=3.0
+replace = msgspec.structs.replace
+H200 = Machine(gpu="NVIDIA H200", memory_gib=139.8)
+T4 = Machine(gpu="Tesla T4")
+WORK = Work(
+    model="wan-nano", weights="pretrained", height=128, width=192, frames=17, steps=10, guided=True, seed=0
 )
-FAST = replace(EAGER, engine="onnxruntime-cuda", latency_ms=500.0, load_ms=80.0)
-BUILDS = Path(__file__).resolve().parents[2] / "data" / "results" / "tensorrt_builds_cpu.json"
-FORWARD = replace(WORK, what="expert_high forward", steps=None, guided=None, seed=None)
+EAGER = Result(
+    work=WORK, engine="eager", dtype="bfloat16", median_ms=1000.0, sample_count=4, noise_percent=3.0, machine=H200,
+    source="run a",
+)  # fmt: skip
+FAST = replace(EAGER, engine="onnxruntime-cuda", median_ms=500.0, load_ms=80.0)
+RECORDED = Path(__file__).resolve().parents[2] / "data" / "results"
+BUILDS = RECORDED / "tensorrt_builds_cpu.json"
+FORWARD = replace(WORK, component="expert_high", steps=None, guided=None, seed=None)
+
+
+def record_results(folder, results):
+    """As `run.result` does."""
+    lines = [json.dumps(plain(result.to_dict())) + "\n" for result in results]
+    (folder / "results.jsonl").write_text("".join(lines))
+
+
+def recorded(*files):
+    """Rows of data/results/platforms.jsonl that were taken from these files."""
+    rows, _ = runs.load_results([runs.RESULTS])
+    return [row for row in rows if row.source.split("/")[0] in files]
 
 
 def test_one_row_per_machine_and_engine_with_its_ratio_to_eager_there():
-    slow = replace(EAGER, machine="AMD EPYC, 2 threads", precision="float32", latency_ms=8000.0)
+    slow = replace(EAGER, machine=Machine(cpu="AMD EPYC", threads=2), dtype="float32", median_ms=8000.0)
     table = runs.platform_table([EAGER, FAST, slow]).set_index(["machine", "engine"])
     row = table.loc[("NVIDIA H200", "onnxruntime-cuda")]
     assert row["ratio_to_eager"] == 2.0
@@ -40,14 +63,14 @@ def test_one_row_per_machine_and_engine_with_its_ratio_to_eager_there():
 
 
 def test_the_newest_of_two_equal_rows_is_shown():
-    old, new = replace(EAGER, taken="2026-01-01"), replace(EAGER, taken="2026-02-01", latency_ms=900.0)
+    old, new = replace(EAGER, taken="2026-01-01"), replace(EAGER, taken="2026-02-01", median_ms=900.0)
     for order in ([old, new], [new, old]):
         assert runs.platform_table(order)["latency_ms"].tolist() == [900.0]
 
 
 def test_rows_say_what_weakens_them():
-    close = replace(FAST, latency_ms=985.0)
-    alone = replace(FAST, machine="Tesla T4", noise_percent=None)
+    close = replace(FAST, median_ms=985.0)
+    alone = replace(FAST, machine=T4, noise_percent=None)
     notes = runs.platform_table([EAGER, close, alone])["note"].tolist()
     assert notes[0] == ""
     assert notes[1] == "not distinguishable from eager"
@@ -68,11 +91,17 @@ def test_rows_say_what_weakens_them():
         ("guided", False, "guided is False, here True"),
         ("seed", 1, "seed is 1, here 0"),
         ("plan", "uniform-int8", "plan is uniform-int8, here none"),
-        ("what", "expert_high forward", "what is expert_high forward, here video"),
+        ("component", "expert_high", "component is expert_high, here the whole video"),
+        ("batch", 2, "batch is 2, here 1"),
     ],
 )
 def test_other_work_is_refused_with_the_field_and_both_values(field, value, said):
-    other = replace(EAGER, machine="Tesla T4", source="run b", work=replace(WORK, **{field: value}))
+    other = replace(EAGER, machine=T4, source="run b")
+    other = (
+        replace(other, plan=value)
+        if field == "plan"
+        else replace(other, work=replace(WORK, **{field: value}))
+    )
     with pytest.raises(WanlabError) as refusal:
         runs.platform_table([EAGER, other])
     assert said in str(refusal.value)
@@ -99,7 +128,7 @@ def test_other_work_is_refused_with_the_field_and_both_values(field, value, said
 )
 @settings(max_examples=50)
 def test_kept_is_exactly_what_a_table_takes(changes):
-    other = replace(EAGER, machine="Tesla T4", work=replace(WORK, **changes))
+    other = replace(EAGER, machine=T4, work=replace(WORK, **changes))
     kept, refused = runs.comparable([EAGER, other])
     assert len(kept) + len(refused) == 2
     assert (other in kept) == (other.work == WORK)
@@ -107,17 +136,8 @@ def test_kept_is_exactly_what_a_table_takes(changes):
 
 
 def test_nothing_to_show_is_an_error():
-    with pytest.raises(WanlabError, match="no record"):
+    with pytest.raises(WanlabError, match="no result"):
         runs.platform_table([])
-
-
-def test_records_of_before_there_were_plans_are_those_without_one():
-    old = EAGER.to_dict()
-    del old["work"]["plan"], old["model"]
-    assert PlatformRecord.from_dict(old) == EAGER
-    planned = replace(EAGER, work=replace(WORK, plan="uniform-int8"))
-    assert PlatformRecord.from_dict(planned.to_dict()) == planned
-    assert str(planned.work).endswith("10 steps, uniform-int8")
 
 
 @pytest.fixture(scope="module")
@@ -136,35 +156,38 @@ def built(tmp_path_factory):
 
 
 def test_the_receipt_of_a_real_build_is_read_from_its_file_and_from_a_run(built, tmp_path):
-    records = runs.read_platform(f"{built.path}.json")
-    assert [r.machine for r in records] == [f"GPU of compute capability {c}" for c in ("8.6", "8.9", "12.0")]
+    records = read_file(f"{built.path}.json")
+    assert [r.machine.name for r in records] == [
+        f"GPU of compute capability {c}" for c in ("8.6", "8.9", "12.0")
+    ]
     for record in records:
-        assert (record.engine, record.precision, record.state) == ("tensorrt-rtx", "float32", BUILT)
-        assert (record.model, record.component) == ("wan-nano", "expert_high")
+        assert (record.engine, record.dtype, record.state) == ("tensorrt-rtx", "float32", BUILT)
+        assert (record.work.model, record.work.component) == ("wan-nano", "expert_high")
         assert (record.size_bytes, record.build_ms) == (built.size_bytes, built.time_ms)
         assert record.software == {"tensorrt-rtx": built.version}
-        assert record.latency_ms is None
+        assert record.time_ms is None
     folder = tmp_path / "22_tensorrt" / "abc"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(
         json.dumps({"created": "2026-11-01", "parameters": {"model": "wan-nano"}})
     )
-    (folder / "metrics.jsonl").write_text(json.dumps({"name": "receipts", "value": [built.record()]}))
-    assert str(tmp_path) not in (folder / "metrics.jsonl").read_text()
+    record_results(folder, build_results(built.record(), taken="2026-11-01"))
+    assert str(tmp_path) not in (folder / "results.jsonl").read_text()
     source = {"source": "22_tensorrt/abc", "taken": "2026-11-01"}
-    assert runs.read_platform(folder) == [replace(record, **source) for record in records]
+    assert read_file(folder) == [replace(record, **source) for record in records]
 
 
 def test_engines_that_were_only_built_have_no_figures():
     """Recorded builds of wan-nano, held against one call of its first expert."""
-    recorded = json.loads(BUILDS.read_text())
+    builds = json.loads(BUILDS.read_text())["builds"]
     eager = replace(EAGER, work=FORWARD)
-    kept, refused = runs.comparable([eager, *runs.read_platform(BUILDS)])
+    kept, refused = runs.comparable([eager, *recorded(BUILDS.name)])
+    assert recorded(BUILDS.name) == read_file(BUILDS)
     assert set(refused["reason"]) == {"component is vae_decoder, here expert_high"}
     assert set(refused["what"]) == {"wan-nano vae_decoder, built only"}
     table = runs.platform_table(kept)
     rows = table[table["state"] == BUILT]
-    for one in recorded["builds"]:
+    for one in builds:
         mine = rows[rows["precision"] == one["numbers"]]
         if one["component"] == "expert_high":
             assert mine["machine"].tolist() == [
@@ -187,7 +210,7 @@ def test_engines_that_were_only_built_have_no_figures():
     only = runs.platform_table(kept[1:])
     assert runs.platform_verdict(only, only.iloc[:0]).startswith("Nothing here was measured: 4 engines")
     # Both components are of a video; of another model there are none.
-    assert len(runs.comparable([EAGER, *runs.read_platform(BUILDS)])[0]) > len(kept)
+    assert len(runs.comparable([EAGER, *read_file(BUILDS)])[0]) > len(kept)
     other = replace(eager, work=replace(FORWARD, model="wan2.2-i2v-a14b"))
     assert runs.comparable([other, *kept[1:]])[0] == [other]
 
@@ -212,16 +235,16 @@ def test_one_expert_on_two_machines_is_recorded(root):
     from wanlab.export.components import FUSED_OPSET
     from wanlab.export.trace import chosen_opset
 
-    results = root / "data" / "results"
-    recorded = {
-        place: json.loads((results / f"onnx_forms_{place}.json").read_text()) for place in ("cpu", "h200")
+    files = {place: f"onnx_forms_{place}.json" for place in ("cpu", "h200")}
+    measured = {
+        place: json.loads((root / "data" / "results" / name).read_text()) for place, name in files.items()
     }
-    found, _ = runs.read_platforms(results / f"onnx_forms_{place}.json" for place in recorded)
-    assert {record.work for record in found} == {FORWARD}
+    found = recorded(*files.values())
+    assert {result.work for result in found} == {FORWARD}
     table = runs.platform_table(found).set_index(["machine", "engine", "precision"])
     assert len(table) == 6
     for place, machine in (("cpu", "AMD EPYC, 1 thread"), ("h200", "NVIDIA H200")):
-        forms = {(row["dtype"], row["form"]): row for row in recorded[place]["forms"]}
+        forms = {(row["dtype"], row["form"]): row for row in measured[place]["forms"]}
         for dtype in dict.fromkeys(dtype for dtype, _ in forms):
             used = "fused" if chosen_opset(None, f"torch.{dtype}") >= FUSED_OPSET else "friendly"
             engine = "onnxruntime-cuda" if place == "h200" else "onnxruntime-cpu"
@@ -236,7 +259,7 @@ def test_one_expert_on_two_machines_is_recorded(root):
 
 
 def test_a_row_without_eager_in_its_precision_says_which_it_is_held_against():
-    half = replace(FAST, precision="float16")
+    half = replace(FAST, dtype="float16")
     table = runs.platform_table([EAGER, half])
     assert table["note"].tolist() == ["", "eager is in bfloat16"]
     assert table["ratio_to_eager"].tolist() == [1.0, 2.0]
@@ -244,22 +267,18 @@ def test_a_row_without_eager_in_its_precision_says_which_it_is_held_against():
 
 def test_runs_of_one_configuration_are_held_against_each_other_by_their_plan(tmp_path):
     environment = {"gpu": None, "cpu": "AMD EPYC", "threads": 2, "ram_gib": 23.5, "packages": {}}
-    work = {key: value for key, value in asdict(WORK).items() if key not in ("what", "plan")}
     for engine, plan, latency in (
-        ("eager", "default", 900.0),
-        ("onnxruntime", "default", 300.0),
+        ("eager", None, 900.0),
+        ("onnxruntime", None, 300.0),
         ("onnxruntime", "uniform-int8", 150.0),
     ):
         folder = tmp_path / "41_configuration" / f"{engine}-{plan}"
         folder.mkdir(parents=True)
         facts = {"parameters": {"model": "wan-nano", "engine": engine, "plan": plan}}
         (folder / "run.json").write_text(json.dumps(facts | {"environment": environment}))
-        summary = {"engine": engine, "plan": plan, "time_per_video_ms": latency, "noise_percent": 2.0}
-        kept = {"summary": summary, "work": work, "samples": samples(engine, latency, latency)}
-        (folder / "metrics.jsonl").write_text(
-            "\n".join(json.dumps({"name": n, "value": v}) for n, v in kept.items())
-        )
-    found, unread = runs.read_platforms(sorted((tmp_path / "41_configuration").iterdir()))
+        row = Result(work=WORK, engine=engine, plan=plan, samples_ms=(latency, latency), noise_percent=2.0)
+        record_results(folder, [completed(row, environment)])
+    found, unread = runs.load_results(sorted((tmp_path / "41_configuration").iterdir()))
     assert unread.empty
     kept, refused = runs.comparable(found)
     table = runs.platform_table(kept)
@@ -267,20 +286,21 @@ def test_runs_of_one_configuration_are_held_against_each_other_by_their_plan(tmp
     assert table["ratio_to_eager"].tolist() == [1.0, 3.0]
     assert table["samples"].tolist() == [2, 2]
     assert refused["reason"].tolist() == ["plan is uniform-int8, here none"]
+    assert refused["what"].tolist() == ["wan-nano video, 17x128x192, 10 steps, uniform-int8"]
     assert kept[0].work == WORK
 
 
 def test_recorded_results_are_read(root):
-    found, unread = runs.read_platforms([root / "data" / "results"])
+    found, unread = runs.load_results([root / "data" / "results"])
     by_source = {record.source.split("/")[0] for record in found}
     assert {"h200_baseline.json", "onnxruntime_cpu.json"} <= by_source
     assert "wan_nano_heldout.json" in set(unread["source"])
     file = json.loads((root / "data" / "results" / "h200_baseline.json").read_text())
-    recorded = file["runs"][0]
-    video = next(r for r in found if r.source.endswith(recorded["run_id"]) and r.work.what == "video")
-    assert video.latency_ms == recorded["baseline"]["time_per_video_ms"]
-    assert (video.machine, video.memory_gib) == ("NVIDIA H200", 139.8)
-    assert (video.precision, video.work.weights, video.work.guided) == ("bfloat16", "random", False)
+    first = file["runs"][0]
+    video = next(r for r in found if r.source.endswith(first["run_id"]) and r.work.what == "video")
+    assert video.time_ms == first["baseline"]["time_per_video_ms"]
+    assert (video.machine.name, video.machine.memory_gib) == ("NVIDIA H200", 139.8)
+    assert (video.dtype, video.work.weights, video.work.guided) == ("bfloat16", "random", False)
     assert (video.work.height, video.work.frames, video.work.steps) == (704, 121, 2)
     assert video.software["torch"].startswith("2.11")
     ort = [r for r in found if r.source == "onnxruntime_cpu.json"]
@@ -291,27 +311,75 @@ def test_recorded_results_are_read(root):
     assert table["ratio_to_eager"].max() == pytest.approx(2.424, abs=1e-3)
 
 
-def test_run_folders_are_read(root, tmp_path):
-    recorded = json.loads((root / "data" / "results" / "h200_baseline.json").read_text())["runs"][0]
+class Fake:
+    """As much of a model as a row takes."""
+
+    def __init__(self, name="wan-nano", weights="pretrained", dtype="torch.bfloat16"):
+        self.spec, self.load, self.dtype = SimpleNamespace(name=name), SimpleNamespace(weights=weights), dtype
+
+
+def generation(**settings):
+    size = {"height": 128, "width": 192, "frames": 17, "steps": 10, "guidance_scale": 5.0}
+    return SimpleNamespace(settings=size | settings, seed=0)
+
+
+def control(noise_percent):
+    sides = Samples("eager", (10.0, 11.0)), Samples("eager (again)", (10.0, 11.0))
+    return AAControl(*sides, 1.0, noise_percent)
+
+
+def cost_of(*times_ms, **settings):
+    """As `measure.baseline` gives it: two videos of `times_ms`, two calls of the expert."""
+    calls = pd.DataFrame(
+        {"component": ["text_encoder", "expert_high", "expert_high"], "time_ms": [1.0, 30.0, 34.0]}
+    )
+    return SimpleNamespace(
+        generation=generation(**settings),
+        samples=Samples("eager", times_ms, "cuda:0 NVIDIA H200"),
+        control=control(4.0),
+        memory=SimpleNamespace(peak_gib=20.0),
+        load_ms=9.0,
+        calls=calls,
+    )
+
+
+def test_a_baseline_is_a_row_of_the_whole_video_and_one_of_each_forward(tmp_path):
     folder = tmp_path / "10_baseline" / "abc"
     folder.mkdir(parents=True)
-    facts = {key: recorded[key] for key in ("parameters", "environment")}
-    (folder / "run.json").write_text(json.dumps(facts | {"created": "2026-11-01T00:00:00+00:00"}))
-    lines = [json.dumps({"name": n, "value": recorded[n]}) for n in ("baseline", "forward")]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"name": "torn']))
-    video, forward = runs.read_platform(folder)
-    assert video.latency_ms == recorded["baseline"]["time_per_video_ms"]
-    assert video.noise_percent == recorded["baseline"]["noise_percent"]
-    assert video.taken == "2026-11-01T00:00:00+00:00"
-    assert forward.work.what == "expert forward"
-    assert forward.latency_ms == recorded["forward"][0]["median_ms"]
-    assert forward.noise_percent is None
-    assert "expert forward" in runs.comparable([video, forward])[1]["what"].iloc[0]
+    (folder / "run.json").write_text("{}")
+    cost = cost_of(900.0, 1100.0, guidance_scale=1.0)
+    rows = [runs.video_result(Fake(), cost), *runs.forward_results(Fake(), cost)]
+    record_results(folder, [completed(row, GPU, taken="2026-11-01T00:00:00+00:00") for row in rows])
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"work": {"torn')
+    video, forward = read_file(folder)
+    assert (video.time_ms, video.noise_percent, video.peak_memory_gib, video.load_ms) == (
+        1000.0,
+        4.0,
+        20.0,
+        9.0,
+    )
+    assert video.work == replace(WORK, guided=False)
+    assert (video.dtype, video.machine.name, video.source) == ("bfloat16", "NVIDIA H200", "10_baseline/abc")
+    assert forward.work == FORWARD
+    assert (forward.time_ms, forward.n, forward.noise_percent) == (32.0, 2, None)
+    assert forward.taken == "2026-11-01T00:00:00+00:00"
+    assert "expert_high forward" in runs.comparable([video, forward])[1]["what"].iloc[0]
 
 
-def test_a_run_of_the_onnxruntime_notebook_is_read(tmp_path):
-    folder = tmp_path / "21_onnxruntime" / "def"
-    folder.mkdir(parents=True)
+def test_engines_side_by_side_are_rows_with_one_control():
+    pair = SimpleNamespace(
+        generations={label: generation(steps=3) for label in ("eager", "onnxruntime")},
+        samples={
+            "eager": Samples("eager", (300.0, 300.0)),
+            "onnxruntime": Samples("onnxruntime", (100.0, 100.0)),
+        },
+        control=control(4.0),
+    )
+    models = {label: Fake(dtype="torch.float32") for label in pair.samples}
+    rows = runs.comparison_results(
+        models, pair, {"eager": {"load_ms": 5.0}, "onnxruntime": {"load_ms": 50.0}}
+    )
     environment = {
         "gpu": None,
         "cpu": "AMD EPYC",
@@ -319,24 +387,11 @@ def test_a_run_of_the_onnxruntime_notebook_is_read(tmp_path):
         "ram_gib": 23.5,
         "packages": {"torch": "2.14"},
     }
-    parameters = {"model": "wan-nano", "weights": "pretrained", "steps": 3, "seed": 0, "dtype": "auto"}
-    (folder / "run.json").write_text(json.dumps({"parameters": parameters, "environment": environment}))
-    rows = [
-        {"variant": "eager", "time_per_video_ms": 300.0, "load_ms": 5.0, "added_memory_gib": 0.2},
-        {"variant": "onnxruntime", "time_per_video_ms": 100.0, "load_ms": 50.0, "added_memory_gib": 0.1},
-    ]
-    kept = {
-        "engines": {"expert_high": "onnxruntime-cpu"},
-        "speedup": {"noise_percent": 4.0},
-        "before_after": rows,
-    }
-    (folder / "metrics.jsonl").write_text(
-        "\n".join(json.dumps({"name": n, "value": v}) for n, v in kept.items())
-    )
-    table = runs.platform_table(runs.read_platform(folder))
+    table = runs.platform_table([completed(row, environment) for row in rows])
     assert table["engine"].tolist() == ["eager", "onnxruntime-cpu"]
     assert table["ratio_to_eager"].tolist() == [1.0, 3.0]
     assert table["noise_percent"].tolist() == [4.0, 4.0]
+    assert table["load_ms"].tolist() == [5.0, 50.0]
     assert table["peak_memory_gib"].isna().all()  # memory that a load added is no peak
     assert table["machine"].tolist() == ["AMD EPYC, 1 thread"] * 2
 
@@ -348,59 +403,31 @@ def samples(label, *values):
 GPU = {"gpu": {"name": "NVIDIA H200", "memory_gib": 139.8}, "cpu": "Xeon", "threads": 8, "packages": {}}
 
 
-def test_benchmarks_of_engines_in_processes_of_their_own_are_read(tmp_path):
-    """The form of benchmarks/engines.py; an engine that failed has no samples and makes no row."""
-    settings = dict(
-        model="wan2.2-ti2v-5b", weights="random", component="expert", height=704, width=1280, frames=121
-    )
-    rows = {
-        "eager": {
-            "samples": samples("eager", 1000.0, 1002.0),
-            "noise_percent": 0.5,
-            "load_ms": 9.0,
-            "peak_gib": 20.0,
-        },
-        "onnxruntime": {
-            "samples": samples("onnxruntime", 2000.0),
-            "noise_percent": 1.0,
-            "load_ms": 8.0,
-            "peak_gib": 30.0,
-        },
-        "compiled": {"failed": "out of memory"},
-    }
-    path = tmp_path / "engines_h200.json"
-    settings |= {"dtype": "bfloat16", "device": "cuda", "seed": 0}
-    path.write_text(json.dumps({"settings": settings, "engines": rows, "environment": GPU}))
-    table = runs.platform_table(runs.read_platform(path))
-    assert table["engine"].tolist() == ["eager", "onnxruntime-cuda"]
-    assert table["peak_memory_gib"].tolist() == [20.0, 30.0]
-    assert table["ratio_to_eager"].tolist() == [1.0, pytest.approx(0.5005)]
-    assert table["noise_percent"].tolist() == [0.5, 1.0]
-    assert set(table["what"]) == {"expert forward"}
-    assert set(table["shape"]) == {"121x704x1280"}
+def test_recorded_engines_in_processes_of_their_own_keep_their_noise_and_memory():
+    """Each engine had a process of its own, so noise and memory are its own too; one that failed makes no row."""
+    for name in ("engines_dit_h200.json", "engines_vae_h200.json"):
+        file = json.loads((RECORDED / name).read_text())
+        ran = {engine: row for engine, row in file["engines"].items() if "samples" in row}
+        table = runs.platform_table(recorded(name))
+        assert table["engine"].tolist() == [{"onnxruntime": "onnxruntime-cuda"}.get(e, e) for e in ran]
+        for column, key in (
+            ("noise_percent", "noise_percent"),
+            ("peak_memory_gib", "peak_gib"),
+            ("load_ms", "load_ms"),
+        ):
+            assert table[column].tolist() == [row[key] for row in ran.values()]
+        assert table["latency_ms"].tolist() == [row["samples"]["median_ms"] for row in ran.values()]
+        assert set(table["what"]) == {f"{file['settings']['component']} forward"}
 
 
-def test_the_tvm_benchmark_is_read(tmp_path):
-    data = {
-        "model": "wan-nano",
-        "component": "expert_high",
-        "shape": {"batch": 1, "height": 128, "width": 192, "frames": 17},
-        "seed": 0,
-        "dtype": "float32",
-        "noise_percent": 3.0,
-        "samples": {name: samples(name, 50.0, 51.0) for name in ("eager", "onnxruntime", "tvm", "tvm plain")},
-        "builds": [{"build": "tvm", "build_ms": 4000.0, "size_bytes": 14, "tvm": "0.27.0"}],
-        "load_ms": {"tvm": 11.0},
-        "environment": GPU | {"gpu": None},
-    }
-    path = tmp_path / "tvm_cpu.json"
-    path.write_text(json.dumps(data))
-    table = runs.platform_table(runs.read_platform(path)).set_index("engine")
+def test_recorded_loops_of_tvm_stand_beside_the_others():
+    file = json.loads((RECORDED / "tvm_cpu.json").read_text())
+    table = runs.platform_table(recorded("tvm_cpu.json")).set_index("engine")
     assert table.index.tolist() == ["eager", "onnxruntime-cpu", "tvm-llvm", "tvm-llvm (plain)"]
-    assert table.loc["tvm-llvm", "build_ms"] == 4000.0
-    assert "apache-tvm 0.27.0" in table.loc["tvm-llvm", "software"]
-    assert "apache-tvm" not in table.loc["eager", "software"]
-    assert (table["note"].iloc[1:] == "not distinguishable from eager").all()
+    build = next(row for row in file["builds"] if row["build"] == "tvm")
+    assert table.loc["tvm-llvm", "build_ms"] == build["build_ms"]
+    assert f"apache-tvm {build['tvm']}" in table.loc["tvm-llvm", "software"]
+    assert table.loc["tvm-llvm", "latency_ms"] == file["samples"]["tvm"]["median_ms"]
 
 
 def bench_json(engine, latency, **changes):
@@ -425,13 +452,12 @@ def test_saved_benchmarks_are_read(tmp_path):
         "c": bench_json("tensorrt", timed, inputs=two),
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
-    found, unread = runs.read_platforms([tmp_path])
+    found, unread = runs.load_results([tmp_path])
     assert unread.empty
-    pretrained = replace(WORK, what="expert_high forward", steps=None, guided=None, seed=None)
-    kept, refused = runs.comparable(found, pretrained)
+    kept, refused = runs.comparable(found, replace(EAGER, work=FORWARD))
     table = runs.platform_table(kept)
     assert table["ratio_to_eager"].tolist() == [1.0, 2.0]
-    assert refused["reason"].tolist() == ["what is expert_high forward, batch 2, here expert_high forward"]
+    assert refused["reason"].tolist() == ["batch is 2, here 1"]
 
 
 def test_what_wanlab_bench_measures_is_read(tmp_path):
@@ -453,40 +479,35 @@ def test_what_wanlab_bench_measures_is_read(tmp_path):
 
     feeds = {"hidden_states": torch.ones(1, 36, 5, 16, 24)}
     result = measure.bench(Double(), feeds, warmup_ms=0, duration_ms=0, iterations=4, progress=False)
-    record = runs.read_platform(result.save(tmp_path / "bench.json"))[0]
-    assert record.latency_ms == result.samples["latency"].median
+    record = read_file(result.save(tmp_path / "bench.json"))[0]
+    assert record.time_ms == result.samples["latency"].median
     assert (record.work.frames, record.work.height, record.work.width) == (17, 128, 192)
 
 
 def test_a_row_with_its_noise_is_better_than_a_newer_one_without():
-    bare = replace(EAGER, noise_percent=None, taken="2026-12-01", latency_ms=1.0)
+    bare = replace(EAGER, noise_percent=None, taken="2026-12-01", median_ms=1.0)
     assert runs.platform_table([EAGER, bare])["latency_ms"].tolist() == [1000.0]
 
 
 def test_what_holds_no_latency_is_said(tmp_path):
     for name, text in {"a.json": "[]", "b.json": "{", "c.json": "{}"}.items():
         (tmp_path / name).write_text(text)
-    found, unread = runs.read_platforms([tmp_path, tmp_path / "none.json"])
+    found, unread = runs.load_results([tmp_path, tmp_path / "none.json"])
     assert found == []
     assert len(unread) == 4
-    assert unread["reason"].str.contains("no latency of an engine").sum() == 1
+    assert unread["reason"].str.contains("holds no result").sum() == 1
 
 
-def test_records_of_this_machine_survive_a_file(tmp_path):
-    first, second = Samples("eager", (10.0, 11.0)), Samples("eager (again)", (10.0, 11.0))
-    control = AAControl(first, second, 1.0, 2.0)
+def test_rows_of_this_machine_survive_a_file(tmp_path):
     facts = {"eager": {"load_ms": None, "size_bytes": 7, "build_ms": None, "relative_l2": 0.0}}
-    work = replace(WORK, what="expert_high forward", steps=None, guided=None, seed=None)
-    made = runs.forward_records(
-        {"eager": first}, work, control, device="cpu", precision="float32", facts=facts
-    )
-    assert made[0].latency_ms == 10.5
-    assert made[0].noise_percent == 2.0
-    assert made[0].size_bytes == 7
+    timed = {"eager": Samples("eager", (10.0, 11.0), "cpu")}
+    rows = runs.call_results(FORWARD, timed, control(2.0), dtype="float32", facts=facts)
+    made = [completed(row, measure.environment("cpu"), source="mine.jsonl") for row in rows]
+    assert (made[0].time_ms, made[0].noise_percent, made[0].size_bytes) == (10.5, 2.0, 7)
     assert made[0].software["torch"]
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"platform_records": [record.to_dict() for record in made]}))
-    assert runs.read_platform(path) == made
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(plain(row.to_dict())) + "\n" for row in made))
+    assert read_file(path) == made
 
 
 def test_an_engine_on_the_cpu_of_a_gpu_machine_is_on_the_cpu():
@@ -496,25 +517,27 @@ def test_an_engine_on_the_cpu_of_a_gpu_machine_is_on_the_cpu():
         "threads": 8,
         "ram_gib": 250.0,
     }
-    assert machine_of(environment, "onnxruntime-cuda") == ("NVIDIA H200", 139.8)
-    assert machine_of(environment, "tvm-llvm") == ("Xeon, 8 threads", 250.0)
+    assert machine_of(environment, engine="onnxruntime-cuda") == H200
+    for place in ({"engine": "tvm-llvm"}, {"engine": "tvm-llvm (plain)"}, {"device": "cpu"}):
+        machine = machine_of(environment, **place)
+        assert (machine.name, machine.memory_gib) == ("Xeon, 8 threads", 250.0)
 
 
 def test_the_verdict_tells_gains_losses_and_noise():
-    slower = replace(FAST, engine="tvm-cuda", latency_ms=2000.0)
-    same = replace(FAST, engine="compiled", latency_ms=1010.0)
+    slower = replace(FAST, engine="tvm-cuda", median_ms=2000.0)
+    same = replace(FAST, engine="compiled", median_ms=1010.0)
     other = replace(EAGER, work=replace(WORK, steps=2))
     kept, refused = runs.comparable([EAGER, FAST, slower, same, other])
     said = runs.platform_verdict(runs.platform_table(kept), refused)
     assert "fastest onnxruntime-cuda bfloat16 on NVIDIA H200, 500.0 ms" in said
-    assert "onnxruntime-cuda 2.00x as fast as eager (noise 3.0 %)" in said
-    assert "tvm-cuda 2.00x slower than eager" in said
-    assert "compiled not distinguishable from eager" in said
+    assert "onnxruntime-cuda is 2.00 times as fast as eager (noise 3.0 %)" in said
+    assert "tvm-cuda is slower: 0.50 times as fast as eager" in said
+    assert "compiled: no difference from eager can be told from noise (ratio 0.99, noise 3.0 %)" in said
     assert "1 row refused as other work" in said
 
 
 def test_the_figure_draws_no_bar_for_what_was_not_run():
-    built = replace(runs.read_platform(BUILDS)[0], build_ms=2500.0)
+    built = replace(read_file(BUILDS)[0], build_ms=2500.0)
     figure = plots.platform_bars(runs.platform_table([EAGER, FAST, built]))
     bar = figure.data[0]
     assert figure.layout.xaxis.type == "log"

@@ -9,11 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from wanlab.runs.result import Quality, Result
+
 WORK = {
     "model": "wan-nano", "weights": "pretrained", "height": 64, "width": 64, "frames": 5, "steps": 4, "guided": True,
     "seed": 0,
 }  # fmt: skip
 CPU = {"device": "cpu", "gpu": None, "cpu": "Test CPU", "threads": 1}
+
+
+def result_line(figures: Mapping[str, Any], work: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A line of results.jsonl with these figures; `time_per_video_ms` is kept only where there are no samples."""
+    values = {
+        name: value
+        for name, value in figures.items()
+        if name not in ("time_per_video_ms", "time_per_frame_ms")
+    }
+    quality = {name: values.pop(name) for name in Quality.__struct_fields__ if name in values}
+    own = {name: values.pop(name) for name in list(values) if name in Result.__struct_fields__}
+    own |= {"plan": None if own.get("plan") in (None, "default") else own["plan"]}
+    if not more.get("samples_ms"):
+        more["median_ms"] = figures.get("time_per_video_ms")
+    return {"work": dict(work), "engine": "eager"} | own | {"quality": quality, "figures": values} | more
 
 
 def write_run(
@@ -45,11 +62,7 @@ def write_run(
         "weights_gib": 0.04, "divergence_lpips": 0.0, "psnr_db": "inf", "quality_loss_percent": 0.0,
         "quality_loss_low_percent": 0.0, "quality_loss_high_percent": 0.0, "effect": "as asked",
     } | dict(summary or {})  # fmt: skip
-    lines = [
-        {"name": "samples", "value": {"label": "video", "device": device, "values_ms": samples}},
-        {"name": "work", "value": WORK | dict(work or {})},
-        {"name": "summary", "value": figures},
-    ]
+    row = result_line(figures, WORK | dict(work or {}), samples_ms=samples, device=device)
     record = {
         "run_id": folder.name, "name": name, "notebook": f"notebooks/{name}.ipynb", "parameters": parameters,
         "environment": dict(environment), "wanlab": "0.1.0", "wanlab_source": "abc",
@@ -59,7 +72,7 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "status.json").write_text(json.dumps(status))
     if state == "finished":
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
     if clips:
         from wanlab.evaluate import write_video
 

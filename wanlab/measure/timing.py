@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError
 from wanlab.models.device import synchronise
 
+NOT_DISTINGUISHABLE = "not distinguishable"
 CV_LIMIT_PERCENT = 2.5  # the limit at which trtexec advises to lock the clocks
 
 
@@ -191,10 +192,73 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.candidate} against {self.baseline}: {self.speedup:.2f}x "
-            f"({self.low:.2f} to {self.high:.2f}), {self.verdict}"
+        return verdict_sentence(
+            self.verdict,
+            self.speedup,
+            self.low,
+            self.high,
+            self.noise_percent,
+            candidate=self.candidate,
+            baseline=self.baseline,
         )
+
+
+def verdict_of(
+    ratio: float,
+    low: float = math.nan,
+    high: float = math.nan,
+    noise_percent: float = 0.0,
+    words: tuple[str, str] = ("faster", "slower"),
+) -> str:
+    """What a ratio says: one of two words, or `"not distinguishable"`.
+
+    It is not distinguishable when its interval includes 1, or when the effect, max(ratio, 1 / ratio) - 1, is within
+    the noise.
+
+    Args:
+        ratio: above 1 is better. low, high: its 95 % interval; NaN where there is none.
+    """
+    effect_percent = 100 * (max(ratio, 1 / ratio) - 1)
+    if low <= 1 <= high or effect_percent <= noise_percent:
+        return NOT_DISTINGUISHABLE
+    return words[ratio < 1]
+
+
+def verdict_sentence(
+    verdict: str,
+    ratio: float,
+    low: float = math.nan,
+    high: float = math.nan,
+    noise_percent: float = math.nan,
+    *,
+    candidate: str = "",
+    baseline: str = "",
+    here: bool = True,
+    how: str = "as fast",
+) -> str:
+    """A verdict in words: first what holds, then the figure, then its interval and the noise.
+
+    Args:
+        verdict: from `verdict_of`. ratio, low, high, noise_percent: NaN where not known.
+        candidate, baseline: names of what was compared.
+        here: taken on this machine now. how: what the ratio is of, after "times".
+
+    Returns:
+        `"b is 2.00 times as fast as a (95 % interval 1.98 to 2.02, noise 3.0 %)"`, or
+        `"b: no difference from a can be told from noise on this machine now (ratio 1.01, 95 % interval ...)"`.
+    """
+    known = [f"95 % interval {low:.2f} to {high:.2f}"] if low == low and high == high else []
+    known += [f"noise {noise_percent:.1f} %"] if noise_percent == noise_percent else ["noise not known"]
+    if verdict == NOT_DISTINGUISHABLE:
+        holds = f"no difference{f' from {baseline}' if baseline else ''} can be told from noise"
+        place = " on this machine now" if here else ""
+        return (
+            f"{f'{candidate}: ' if candidate else ''}{holds}{place} (ratio {ratio:.2f}, {', '.join(known)})"
+        )
+    slower = "slower: " if ratio < 1 else ""
+    against = f" as {baseline}" if baseline else ""
+    subject = f"{candidate} is " if candidate else ""
+    return f"{subject}{slower}{ratio:.2f} times {how}{against} ({', '.join(known)})"
 
 
 def compare(
@@ -233,11 +297,7 @@ def compare(
             f"{candidate.device}; time both on one device or pass allow_different_devices=True"
         )
     speedup, low, high = ratio_of_medians(baseline, candidate, resamples=resamples, seed=seed)
-    effect_percent = 100 * (max(speedup, 1 / speedup) - 1)
-    if low <= 1 <= high or effect_percent <= noise_percent:
-        verdict = "not distinguishable"
-    else:
-        verdict = "faster" if speedup > 1 else "slower"
+    verdict = verdict_of(speedup, low, high, noise_percent)
     return Comparison(
         baseline.label,
         candidate.label,

@@ -14,13 +14,22 @@ from markupsafe import Markup
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import sweep_table, templates
-from wanlab.pages import sweep_table as wanted
-from wanlab.pages.sweep_table import ClipEmbedder, RunRow, SweepTable, gather, href, verdict
+from wanlab.pages.sweep_table import (
+    ClipEmbedder,
+    Column,
+    HeldAgainst,
+    RunRow,
+    SweepTable,
+    gather,
+    href,
+    verdict,
+)
 from wanlab.plots.style import theme
 from wanlab.runs.choose import choose, pareto
 from wanlab.runs.compare import compare
+from wanlab.runs.results import is_time
 
-QUALITY = "m.summary.quality_loss_percent"
+QUALITY = "m.quality_loss_percent"
 PLAYING = 12  # clips that play at once
 SCRIPTS = ("state", "filters", "table", "clips", "frontier", "lines", "start")
 
@@ -40,13 +49,14 @@ def render_index(folder: str | Path) -> Path:
 
 def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str, list[Path]]:
     """The page as text, and the clips that it plays from files. `linked` says which reports and notebooks may be."""
-    axes = wanted.axes(board.frame[board.measured], board.metrics)
-    start = wanted.default_axes(axes)
+    axes = sweep_table.axes(board.frame[board.measured], board.metrics)
+    start = sweep_table.default_axes(axes)
     pairs = _frontiers(board, axes)
     best = _efficient(pairs, axes, start)
-    ratios, apart = sweep_table.ratios(board)
+    held = sweep_table.held_against(board)
+    ratios = sweep_table.ratios(board, held)
     shelf = ClipEmbedder(board.root)
-    runs = [_run(*each, board, linked) for each in zip(board.entries, apart, strict=True)]
+    runs = [_run(*each, board, linked) for each in zip(board.entries, held, strict=True)]
     first = [i for i, entry in enumerate(board.entries) if entry.baseline]
     selected = [i for i in dict.fromkeys(first + best) if board.measured[i]]
     reference = _reference(board, selected, shelf)
@@ -62,7 +72,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
         title=board.title,
         state=_state(board, states),
         verdict=verdict(board),
-        lead=_lead(board, axes, start, best, ratios),
+        lead=_lead(board, axes, start, best, ratios, held),
         problems=board.problems + _caution(board),
         facts=_facts(board),
         failures=[
@@ -92,6 +102,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
                 "runs": runs,
                 "table": sweep_table.table_of(board),
                 "ratios": ratios,
+                "same": sweep_table.indistinguishable(board, held),
                 "axes": [column.name for column in axes],
                 "pairs": pairs,
                 "start": start,
@@ -106,7 +117,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     return text, shelf.outside
 
 
-def _run(entry: RunRow, apart: list[str], board: SweepTable, linked: Linked) -> dict[str, Any]:
+def _run(entry: RunRow, held: HeldAgainst, board: SweepTable, linked: Linked) -> dict[str, Any]:
     """One run for the page's script. Labels are text there, addresses were made by `href`."""
     folder = entry.folder
     files = {"report": folder and folder / "report.html", "notebook": folder and folder / "executed.ipynb"}
@@ -117,7 +128,7 @@ def _run(entry: RunRow, apart: list[str], board: SweepTable, linked: Linked) -> 
         "state": entry.state,
         "baseline": entry.baseline,
         "machine": entry.machine,
-        "apart": ", ".join(name.replace("_", " ") for name in apart),
+        "apart": ", ".join(name.replace("_", " ") for name in held.other),
         **{name: href(path, board.root) if path and linked(path) else None for name, path in files.items()},
     }
 
@@ -132,20 +143,20 @@ def _reference(board: SweepTable, selected: list[int], shelf: ClipEmbedder) -> d
     return None
 
 
-def _frontiers(board: SweepTable, axes: list[wanted.Column]) -> dict[str, list[int]]:
+def _frontiers(board: SweepTable, axes: list[Column]) -> dict[str, list[int]]:
     """For each pair of axes "i,j", i < j: the rows that no other row beats on both."""
     found = {}
     for (i, one), (j, two) in combinations(enumerate(axes), 2):
-        part = board.frame[[one.name, two.name]].apply(lambda column: column.map(wanted.number).astype(float))
+        part = board.frame[[one.name, two.name]].apply(
+            lambda column: column.map(sweep_table.number).astype(float)
+        )
         rows = np.flatnonzero(np.asarray(board.measured) & np.isfinite(part).all(axis=1).to_numpy())
         best = pareto(part.iloc[rows], {one.name: one.better, two.name: two.better})
         found[f"{i},{j}"] = [int(row) for row in rows[np.asarray(best, bool)]]
     return found
 
 
-def _efficient(
-    pairs: dict[str, list[int]], axes: list[wanted.Column], start: tuple[str, str] | None
-) -> list[int]:
+def _efficient(pairs: dict[str, list[int]], axes: list[Column], start: tuple[str, str] | None) -> list[int]:
     if not start:
         return []
     i, j = sorted([column.name for column in axes].index(name) for name in start)
@@ -162,10 +173,11 @@ def _caution(board: SweepTable) -> list[str]:
 
 def _lead(
     board: SweepTable,
-    axes: list[wanted.Column],
+    axes: list[Column],
     start: tuple[str, str] | None,
     best: list[int],
     ratios: dict[str, Any],
+    held: list[HeldAgainst],
 ) -> str | None:
     """Which configuration to use, where that can be said, and what the frontier says in words."""
     if not start or not best:
@@ -174,10 +186,12 @@ def _lead(
         return answer
     by = {column.name: column for column in axes}
     x, y = by[start[0]], by[start[1]]
-    values = [wanted.number(value) for value in board.frame[x.name]]
+    values = [sweep_table.number(value) for value in board.frame[x.name]]
     first = min(best, key=lambda i: values[i] if x.better == "min" else -values[i])
     ratio = (ratios.get(x.name) or [None] * len(values))[first]
     gain = f", {ratio:.2f}× better than its baseline" if ratio else ""
+    if ratio and is_time(x.name) and held[first].same:
+        gain = ", which cannot be told from its baseline's"
     worth = "1 run is" if len(best) == 1 else f"{len(best)} runs are"
     return (
         f"{worth} on the frontier of {x.title} and {y.title}. Best {x.title}: {board.entries[first].title}, "
@@ -191,7 +205,7 @@ def _answer(board: SweepTable) -> str | None:
     if not board.sweep.get("baseline") or QUALITY not in board.frame.columns:
         return None
     try:
-        return choose(compare(board.root)).text
+        return choose(compare(board.configurations)).text
     except WanlabError:  # a baseline that did not finish, or that fits several: the page says what it can
         return None
 
@@ -214,7 +228,7 @@ def _facts(board: SweepTable) -> list[tuple[str, str]]:
     executor = sweep.get("executor") if isinstance(sweep.get("executor"), dict) else {}
     slots = f"{executor.get('kind')}, {executor.get('slots')} at a time" if executor else None
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else {}
-    versions = sorted({str(v) for v in board.frame["wanlab"] if not wanted.missing(v)})
+    versions = sorted({str(v) for v in board.frame["wanlab"] if not sweep_table.missing(v)})
     facts = [
         ("grid", sweep.get("grid_file")),
         ("varied", ", ".join(name.removeprefix("p.") for name in board.axes) if sweep else None),

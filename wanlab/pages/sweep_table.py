@@ -7,19 +7,32 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import pandas as pd
-
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import digest, plain, read_json
+from wanlab.core.files import digest, plain
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, duration, shown
 from wanlab.plots.style import ENGINE_COLOURS, FORMAT_COLOURS, OTHERS, UNITS, colour
+from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, baselines, has_parameters, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.results import better, differences, is_ratio, known, load_runs, machine_of, ratio, work_of
+from wanlab.runs.result import differences
+from wanlab.runs.results import (
+    TIMED,
+    MeasuredConfiguration,
+    MeasuredConfigurations,
+    RunRecord,
+    better,
+    frame_of,
+    is_ratio,
+    is_time,
+    pooled,
+    read_runs,
+    read_sweep,
+)
 
 MAIN = 8  # metrics that a table shows without being asked
 
@@ -28,7 +41,7 @@ MAIN = 8  # metrics that a table shows without being asked
 class Column:
     """One column of runs, as people read it."""
 
-    name: str  # as in `wanlab.load_runs`: "m.summary.time_per_video_ms"
+    name: str  # as in `wanlab.load_runs`: "m.time_per_video_ms"
     title: str  # "time per video"
     unit: str = ""  # "ms"
     better: str | None = None  # "min" or "max", where one is
@@ -56,7 +69,6 @@ KNOWN = (
 )
 # What is recorded to judge the others by: kept in the data, not shown beside them.
 ASIDE = ("divergence_floor_lpips", "noise_percent", "cv_percent", "_low_percent", "_high_percent")
-NOT_MEASURED = ("m.work.", "m.samples.")
 # Endings by which a figure that nobody listed is known to have a better and a worse.
 ABOUT = (
     ("_ms", "latency"),
@@ -76,7 +88,6 @@ ABOUT = (
 def describe(name: str, having: Sequence[str] = ()) -> Column:
     """Title, unit and direction of a column, by its name alone; `having` are the columns it stands among."""
     bare = name[2:] if name[:2] in ("p.", "m.") else name
-    bare = bare.removeprefix("summary.")
     if name.startswith("p."):
         words, unit = _words(bare)
         return Column(name, words, unit)
@@ -90,28 +101,29 @@ def describe(name: str, having: Sequence[str] = ()) -> Column:
     return Column(name, words, unit, better(name) if about else None, about, *_interval(name, having))
 
 
-def metrics(frame: Any, show: Sequence[str] | None = None) -> list[Column]:
+def metrics(frame: Any, show: Sequence[str] | None = None, results: Sequence[str] = ()) -> list[Column]:
     """Metric columns worth a place in a table, best known first.
 
     Args:
         frame: as `wanlab.load_runs` gives it.
-        show: names to show instead, with or without `m.` and `summary.`; those that no run recorded are left out.
+        show: names to show instead, with or without `m.`; those that no run recorded are left out.
+        results: figures of the runs' results; where there are any, what else was recorded is left out.
     """
     names = [name for name in frame.columns if name.startswith("m.") and _numbers(frame[name]) >= 1]
     if show:
-        wanted = [_found(each, names) for each in show]
+        wanted = [_column(each, names) for each in show]
         return [describe(name, list(frame.columns)) for name in dict.fromkeys(filter(None, wanted))]
-    names = [n for n in names if not n.startswith(NOT_MEASURED) and not n.endswith(ASIDE)]
-    summary = [n for n in names if n.startswith("m.summary.")]
-    described = [describe(name, list(frame.columns)) for name in summary or names]
-    known = [_rank(column) for column in described]
-    order = sorted(range(len(described)), key=lambda i: (known[i], -_numbers(frame[described[i].name]), i))
+    names = [name for name in names if not name.endswith(ASIDE)]
+    own = [name for name in names if name[2:] in results]
+    described = [describe(name, list(frame.columns)) for name in own or names]
+    ranks = [_rank(column) for column in described]
+    order = sorted(range(len(described)), key=lambda i: (ranks[i], -_numbers(frame[described[i].name]), i))
     return [described[i] for i in order][:MAIN]
 
 
-def _found(wanted: str, names: Sequence[str]) -> str | None:
-    """The column that a short name means: that of the summary before any other that ends so."""
-    for name in (wanted, f"m.summary.{wanted}", f"m.{wanted}"):
+def _column(wanted: str, names: Sequence[str]) -> str | None:
+    """The column that a short name means: a figure of the result before any other that ends so."""
+    for name in (wanted, f"m.{wanted}"):
         if name in names:
             return name
     return next((name for name in names if name.endswith("." + wanted)), None)
@@ -225,12 +237,13 @@ class RunRow:
 
 @dataclass
 class SweepTable:
-    """All of it. `frame` has one row per entry, in the same order."""
+    """All of it. `frame` and `records` have one row per entry, in the same order."""
 
     root: Path
     title: str
     sweep: dict[str, Any]
     entries: list[RunRow]
+    records: list[RunRecord]
     frame: Any
     axes: list[str]  # names of the varying parameters, "p.<name>"
     metrics: list[Column]
@@ -240,43 +253,54 @@ class SweepTable:
     def measured(self) -> list[bool]:
         return [entry.state == "finished" for entry in self.entries]
 
+    @cached_property
+    def configurations(self) -> MeasuredConfigurations:
+        """The same runs with their repeats pooled, as `compare` takes them."""
+        runs = [record for record, entry in zip(self.records, self.entries, strict=True) if entry.folder]
+        return pooled(runs, self.sweep, str(self.root))
+
 
 def gather(folder: str | Path) -> SweepTable:
-    """Read a sweep's folder, or any folder of runs.
+    """Read a sweep's folder, or any folder of runs; each file of a run is opened once.
 
     Raises:
         WanlabError: no such folder, or no run in it.
     """
     root = Path(folder).resolve()
-    frame = load_runs(root)
+    records = sorted(read_runs(root), key=lambda run: str(run.row.get("started") or ""))
     problems: list[str] = []
-    sweep = _sweep(root, problems)
+    try:
+        sweep = read_sweep(root)
+    except WanlabError as error:
+        sweep = {}
+        problems.append(str(error).replace(str(root) + "/", ""))
     listed = [run for run in sweep.get("runs") or [] if isinstance(run, Mapping)]
-    if not listed and frame.empty:
+    if not listed and not records:
         raise WanlabError(f"no runs in {folder}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
     if listed:
-        frame, others = _in_order(frame, listed, root)
-        if others:
+        found = len(records)
+        records = _in_order(records, listed, root)
+        if others := found - sum("folder" in run.row for run in records):
             lie = "1 more run lies" if others == 1 else f"{others} more runs lie"
             problems.append(f"{lie} in this folder, not part of the sweep")
-    rows = frame.to_dict(orient="records")
-    axes = [str(name) for name in sweep.get("axes") or []]
-    varying = varied(frame, axes)
+    rows, frame = [run.row for run in records], frame_of(records)
+    varying = varied(frame, [str(name) for name in sweep.get("axes") or []])
     titles = _titles(rows, listed, varying)
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else None
     entries = []
-    for i, row in enumerate(rows):
-        told = listed[i] if listed else {}
+    for i, record in enumerate(records):
+        told, row = listed[i] if listed else {}, record.row
         entry = RunRow(
             run_id=str(row["run_id"]),
             label=str(told.get("label") or titles[i]),
             title=titles[i],
-            state=str(row["state"]),
-            baseline=bool(baseline) and _fits(row, told, baseline),
+            state=record.state,
+            baseline=bool(baseline)
+            and has_parameters(record.parameters | (told.get("parameters") or {}), baseline),
             repeat=told.get("repeat") if isinstance(told.get("repeat"), int) else 1,
             machine=told.get("machine"),
-            folder=Path(row["folder"]) if not missing(row["folder"]) else None,
-            reason=None if missing(row["reason"]) else str(row["reason"]),
+            folder=Path(row["folder"]) if row.get("folder") else None,
+            reason=str(row["reason"]) if row.get("reason") else None,
         )
         if entry.folder is not None:
             entry.clips = _clips(entry.folder, root)
@@ -284,14 +308,16 @@ def gather(folder: str | Path) -> SweepTable:
         entries.append(entry)
     show = sweep.get("show") if isinstance(sweep.get("show"), list) else None
     finished = frame[[entry.state == "finished" for entry in entries]]
+    own = dict.fromkeys(name for run in records if run.result for name in run.result.row())
     return SweepTable(
         root,
         str(sweep.get("title") or sweep.get("name") or root.name),
         sweep,
         entries,
+        records,
         frame,
         varying,
-        metrics(finished, [str(name) for name in show] if show else None),
+        metrics(finished, [str(name) for name in show] if show else None, list(own)),
         problems,
     )
 
@@ -333,41 +359,20 @@ def href(path: Path | None, root: Path) -> str | None:
     return "./" + quote(path.absolute().relative_to(root).as_posix())
 
 
-def _sweep(root: Path, problems: list[str]) -> dict[str, Any]:
-    path = root / "sweep.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = read_json(path)
-        if isinstance(found, dict):
-            return found
-        problems.append(f"cannot read {path.name}: not a JSON object")
-    except WanlabError as error:
-        problems.append(str(error).replace(str(root) + "/", ""))
-    return {}
-
-
-def _in_order(frame: Any, listed: Sequence[Mapping], root: Path) -> tuple[Any, int]:
-    """Rows in the order of the sweep, one for each of its runs, whether it has a folder or not; and how many others."""
-    have = {Path(folder).name: i for i, folder in enumerate(frame["folder"]) if Path(folder).parent == root}
-    rows = []
-    for run in listed:
-        at = have.pop(str(run.get("run_id")), None)
-        row = (
-            frame.iloc[at].to_dict()
-            if at is not None
-            else {"run_id": run.get("run_id"), "state": run.get("state")}
-        )
-        if at is None and row["state"] not in WORDS:
-            row["state"] = "pending"
-        for name, value in (run.get("parameters") or {}).items():
-            if missing(row.get(f"p.{name}")):
-                row[f"p.{name}"] = tuple(value) if isinstance(value, list) else value
-        rows.append(row)
-    columns = [*frame.columns, *dict.fromkeys(key for row in rows for key in row if key not in frame.columns)]
-    return pd.DataFrame(rows, columns=columns), len(frame) - (
-        len(listed) - sum("folder" not in row for row in rows)
-    )
+def _in_order(records: Sequence[RunRecord], listed: Sequence[Mapping], root: Path) -> list[RunRecord]:
+    """Runs in the order of the sweep, one for each that it lists, whether it has a folder or not."""
+    have = {run.folder.name: run for run in records if run.folder.parent == root}
+    ordered = []
+    for entry in listed:
+        run = have.pop(str(entry.get("run_id")), None)
+        if run is None:
+            state = entry.get("state") if entry.get("state") in WORDS else "pending"
+            row = {"run_id": entry.get("run_id"), "state": state}
+            named = (entry.get("parameters") or {}).items()
+            row |= {f"p.{name}": tuple(value) if isinstance(value, list) else value for name, value in named}
+            run = RunRecord(row)
+        ordered.append(run)
+    return ordered
 
 
 def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varying: Sequence[str]) -> list[str]:
@@ -399,11 +404,6 @@ def _spoken(name: str, value: Any) -> str:
     return Path(text).stem if text.lower().endswith(FILES) else text
 
 
-def _fits(row: Mapping, told: Mapping, baseline: Mapping) -> bool:
-    have = {**{k[2:]: v for k, v in row.items() if str(k).startswith("p.")}, **(told.get("parameters") or {})}
-    return all(name in have and shown(have[name]) == shown(value) for name, value in baseline.items())
-
-
 def _where(entry: RunRow) -> str | None:
     try:
         return RunFolder(entry.folder).status().get("title")
@@ -420,85 +420,69 @@ def _clips(folder: Path, root: Path) -> dict[str, Path]:
     return found
 
 
-def baseline_rows(board: SweepTable) -> list[int | None]:
-    """For each row the row of its baseline: the one that agrees with it on all axes that the baseline leaves open."""
-    fixed = {f"p.{name}" for name in board.sweep.get("baseline") or {}}
-    others = [name for name in board.axes if name not in fixed]
-    rows = board.frame[others].to_dict(orient="records") if others else [{}] * len(board.entries)
-    keys = [tuple(repr(value) for value in row.values()) for row in rows]
-    bases: dict[tuple, int] = {}
-    for i, (entry, key) in enumerate(zip(board.entries, keys, strict=True)):
-        if entry.baseline and entry.state == "finished":
-            bases.setdefault(key, i)
-    return [bases.get(key) for key in keys]
+@dataclass
+class HeldAgainst:
+    """A run beside its baseline.
+
+    Attributes:
+        baseline: the configuration that agrees with it on all axes that the sweep's baseline leaves open; None without one.
+        other: fields in which its work or machine is not the baseline's; it has no ratio then.
+        same: whether its time cannot be told from the baseline's.
+    """
+
+    baseline: MeasuredConfiguration | None = None
+    other: tuple[str, ...] = ()
+    same: bool = False
 
 
-def work(board: SweepTable) -> list[dict[str, Any]]:
-    """What each run did and on what, as far as it recorded it; {} for those that did not finish."""
-    names = {prefix: [n for n in board.frame.columns if n.startswith(prefix)] for prefix in ("m.work.", "p.")}
-    rows = board.frame[[*names["m.work."], *names["p."]]].to_dict(orient="records")
-    device = board.frame.get("m.samples.device")
-    found: list[dict[str, Any]] = []
-    for i, (entry, row) in enumerate(zip(board.entries, rows, strict=True)):
-        told = {
-            prefix: {name[len(prefix) :]: row[name] for name in own if not missing(row[name])}
-            for prefix, own in names.items()
-        }
-        if entry.state != "finished" or entry.folder is None:
-            found.append({})
-            continue
-        at = device.iloc[i] if device is not None and not missing(device.iloc[i]) else ""
-        done = work_of({"work": told["m.work."]}, told["p."])
-        found.append(done | machine_of(_environment(entry.folder), at))
-    return found
+def held_against(board: SweepTable) -> list[HeldAgainst]:
+    """For each run of the page what it is held against, by the rules of `wanlab compare`."""
+    asked = board.sweep.get("baseline") or {}
+    rows = board.configurations.rows
+    left_open = [name[2:] for name in board.axes if name[2:] not in asked]
 
+    def key(row: MeasuredConfiguration) -> tuple:
+        return tuple(repr(row.parameters.get(name)) for name in left_open)
 
-def differing(board: SweepTable, rows: list[int | None]) -> list[list[str]]:
-    """For each row the fields in which its work or its machine is not its baseline's."""
-    done = work(board)
-    return [
-        [name for name, *_ in differences(done[i], done[base])] if base is not None and done[i] else []
-        for i, base in enumerate(rows)
-    ]
+    candidates = [row for row in rows if asked and has_parameters(row.parameters, asked)]
+    of_run: dict[Path, HeldAgainst] = {}
+    for row, base in zip(rows, baselines(rows, candidates, key), strict=True):
+        other = tuple(name for name, *_ in differences(row, base)) if base else ()
+        by = next((name for name in TIMED if name in row.results), None)
+        same = bool(base and by and not other) and ratio_to(base, row, by, THRESHOLD_PERCENT).verdict == SAME
+        of_run |= {run.folder: HeldAgainst(base, other, same) for run in row.runs}
+    return [of_run.get(entry.folder, HeldAgainst()) for entry in board.entries]
 
 
 def mixed(board: SweepTable) -> list[str]:
     """Fields in which the runs that finished differ from one another."""
-    done = [one for one in work(board) if one]
-    found = [name for one in done[1:] for name, *_ in differences(one, done[0])]
-    return list(dict.fromkeys(found))
+    done = [run for run, measured in zip(board.records, board.measured, strict=True) if measured]
+    return list(dict.fromkeys(name for run in done[1:] for name, *_ in differences(run, done[0])))
 
 
-def ratios(board: SweepTable) -> tuple[dict[str, list[float | None]], list[list[str]]]:
-    """Times better than its baseline for each metric and row, and in what a row's work differs: it has no ratio then."""
-    rows = baseline_rows(board)
-    apart = differing(board, rows)
-    found = {}
-    for column in board.metrics:
-        if not column.ratio or not any(base is not None for base in rows):
-            continue
-        values = [number(value) for value in board.frame[column.name]]
-        found[column.name] = [
-            _times(column.name, values, i, base) if not apart[i] and not board.entries[i].baseline else None
-            for i, base in enumerate(rows)
-        ]
-    return found, apart
-
-
-def _times(name: str, values: list[float | None], i: int, base: int | None) -> float | None:
-    if base is None or not known(values[i]) or not known(values[base]):
-        return None
-    times = ratio(name, values[i], values[base])
-    return times if known(times) and abs(times) != float("inf") else None
-
-
-def _environment(folder: Any) -> Mapping[str, Any]:
-    try:
-        record = read_json(folder / "run.json")
-        environment = record.get("environment")
-    except (WanlabError, AttributeError):
+def ratios(board: SweepTable, held: Sequence[HeldAgainst]) -> dict[str, list[float | None]]:
+    """Times better than its baseline for each metric and run; none for other work and for the baseline itself."""
+    if not any(each.baseline for each in held):
         return {}
-    return environment if isinstance(environment, Mapping) else {}
+
+    def times(column: Column, entry: RunRow, each: HeldAgainst, value: Any) -> float | None:
+        if each.baseline is None or each.other or entry.baseline:
+            return None
+        found = times_better(column.name, number(value), each.baseline.results.get(column.name[2:]))
+        return found if math.isfinite(found) else None
+
+    return {
+        column.name: [
+            times(column, *row) for row in zip(board.entries, held, board.frame[column.name], strict=True)
+        ]
+        for column in board.metrics
+        if column.ratio
+    }
+
+
+def indistinguishable(board: SweepTable, held: Sequence[HeldAgainst]) -> dict[str, list[bool]]:
+    """Whether a ratio of times is one that cannot be told from noise."""
+    return {column.name: [each.same for each in held] for column in board.metrics if is_time(column.name)}
 
 
 FEW = 12  # a parameter with more values is searched for, not picked from a list

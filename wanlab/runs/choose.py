@@ -14,9 +14,10 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
-from wanlab.runs.compare import BASELINE, SAME, Comparisons
-from wanlab.runs.platforms import RESULTS, PlatformRecord, read_platforms
-from wanlab.runs.results import TIMED, Configuration, better, is_ratio, known, ratio, shown
+from wanlab.runs.compare import BASELINE, SAME, Comparisons, times_better
+from wanlab.runs.platforms import RESULTS
+from wanlab.runs.result import BUILT, MEASURED, Result
+from wanlab.runs.results import MeasuredConfiguration, better, is_ratio, is_time, known, load_results, shown
 
 SENSES = ("min", "max")
 NO_EFFECT = "no effect"
@@ -200,8 +201,8 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     Raises:
         WanlabError: compared by something without samples, or nothing was moved.
     """
-    if found.by.rpartition(".")[2] not in TIMED:
-        raise WanlabError(f"a technique matrix is of times; compare by {TIMED[0]}, not by {found.by}")
+    if not is_time(found.by):
+        raise WanlabError(f"a technique matrix is of times; compare by time_per_video_ms, not by {found.by}")
     base, moved = found.baseline, {}
     for row in found.rows[1:]:
         applied = row.samples is not None and row.results.get("effect") != NO_EFFECT
@@ -269,7 +270,7 @@ class _Ratio:
         return dict(zip(names, (self.value, *self.ends()), strict=True))
 
 
-def _moved(row: Configuration, base: Configuration, axes) -> tuple[str, ...]:
+def _moved(row: MeasuredConfiguration, base: MeasuredConfiguration, axes) -> tuple[str, ...]:
     return tuple(
         f"{axis}={shown(row.parameters.get(axis))}"
         for axis in axes
@@ -277,7 +278,7 @@ def _moved(row: Configuration, base: Configuration, axes) -> tuple[str, ...]:
     )
 
 
-def _medians(row: Configuration, generator: np.random.Generator) -> np.ndarray:
+def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.ndarray:
     values = np.asarray(row.samples.values_ms)
     return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
 
@@ -309,17 +310,15 @@ NAMES = {
     "tvm": "TVM",
 }
 FIGURES = ("time_per_frame_ms", "time_per_video_ms", "peak_memory_gib", "load_ms", "weights_gib")
-MEASURED, BUILT = "measured", "built, not executed"
+NOT_EXECUTED = "built, not executed"
 
 
-def engine_table(
-    found: Comparisons, built: Sequence[PlatformRecord] = (), *, axis: str = "engine"
-) -> pd.DataFrame:
+def engine_table(found: Comparisons, built: Sequence[Result] = (), *, axis: str = "engine") -> pd.DataFrame:
     """One row per engine, everything else as in the baseline; engines that were built only are rows without figures.
 
     Args:
         found: from `compare`, with the original as its baseline.
-        built: records of engines that no machine here could run, as `measure.read_platforms` reads them.
+        built: results of engines that no machine here could run, see `built_records`.
         axis: the parameter that names the engine.
 
     Returns:
@@ -336,7 +335,7 @@ def engine_table(
         for name in FIGURES:
             value = row.results.get(name)
             made[name] = math.nan if value is None else value
-            made[f"{name}_ratio"] = ratio(name, made[name], base.results.get(name))
+            made[f"{name}_ratio"] = times_better(name, made[name], base.results.get(name))
         verdict = found.frame.loc[found.frame["configuration"] == row.label, "verdict"].iloc[0]
         rows.append(made | {"note": verdict})
     rows += _built(built)
@@ -346,19 +345,21 @@ def engine_table(
     return frame.drop(columns=[column for name in empty for column in (name, f"{name}_ratio")])
 
 
-def _built(records: Sequence[PlatformRecord]) -> list[dict[str, Any]]:
+def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row per engine, whatever it was built for."""
-    groups: dict[str, list[PlatformRecord]] = {}
-    for record in records:
-        if record.state == "built only":
-            groups.setdefault(record.engine, []).append(record)
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.state == BUILT:
+            groups.setdefault(result.engine, []).append(result)
     rows = []
-    for engine, found in groups.items():
-        parts = ", ".join(dict.fromkeys(record.component for record in found if record.component))
-        where = ", ".join(dict.fromkeys(record.machine for record in found))
-        took = sum({record.source: record.build_ms or 0.0 for record in found}.values())
+    for engine, group in groups.items():
+        parts = ", ".join(dict.fromkeys(result.work.component for result in group if result.work.component))
+        where = ", ".join(dict.fromkeys(result.machine.name for result in group if result.machine))
+        took = sum(
+            {(result.source, result.work, result.dtype): result.build_ms or 0.0 for result in group}.values()
+        )
         note = f"{parts or 'a network'} for {where}; built in {took / 1e3:,.0f} s, no such GPU here"
-        rows.append({"engine": NAMES.get(engine, engine), "state": BUILT, "note": note})
+        rows.append({"engine": NAMES.get(engine, engine), "state": NOT_EXECUTED, "note": note})
     return rows
 
 
@@ -467,8 +468,4 @@ def built_records(folder: str | os.PathLike | None, sweep: Path):
         raise WanlabError(
             f"no folder of build receipts at {path}; 22_tensorrt leaves them beside its engines"
         )
-    return (
-        [record for record in read_platforms([path])[0] if record.state == "built only"]
-        if path.is_dir()
-        else []
-    )
+    return [result for result in load_results([path])[0] if result.state == BUILT] if path.exists() else []

@@ -1,35 +1,34 @@
-"""Configurations of runs held against a baseline: ratio, interval, noise, and what is refused."""
+"""Rows held against a baseline: which one it is, ratio, interval, noise, verdict, and what is refused."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.measure.timing import NOT_DISTINGUISHABLE, Samples, verdict_of
 from wanlab.measure.timing import compare as compare_samples
+from wanlab.runs.result import differences, fields
 from wanlab.runs.results import (
-    MOST_SHOWN,
-    SHOWN,
     TIMED,
-    Configuration,
-    Configurations,
+    MeasuredConfiguration,
+    MeasuredConfigurations,
     better,
     configurations,
-    differences,
-    fields,
     is_ratio,
+    is_time,
     known,
     number,
-    ratio,
     resolve,
     shown,
 )
 
+Row = TypeVar("Row")
 PART = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
 
 
@@ -54,8 +53,8 @@ def parse_baseline(text: str | Sequence[str] | Mapping[str, Any] | None) -> dict
 
 
 def find_baseline(
-    found: Configurations, wanted: str | Sequence[str] | Mapping[str, Any] | None
-) -> Configuration:
+    found: MeasuredConfigurations, wanted: str | Sequence[str] | Mapping[str, Any] | None
+) -> MeasuredConfiguration:
     """The one configuration with these parameters; without any, the sweep's own baseline, else the first.
 
     Raises:
@@ -78,7 +77,7 @@ def find_baseline(
             more = "; that run did not finish" if failed else did_you_mean(value, there)
             some = ", ".join(list(there)[:8])
             raise WanlabError(f"baseline {said}: no run has {name}={value}{more}; {name} is {some}")
-    fitting = [row for row in found.rows if _fits(row, asked)]
+    fitting = [row for row in found.rows if has_parameters(row.parameters, asked)]
     if not fitting:
         raise WanlabError(f"baseline {said}: no finished run has all of it")
     if len(fitting) > 1:
@@ -88,16 +87,46 @@ def find_baseline(
     return fitting[0]
 
 
-def _fits(row: Configuration, asked: Mapping[str, str]) -> bool:
+def has_parameters(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a row has all the parameters of a baseline, in words: 4 and "4" are the same."""
     return all(
-        name in row.parameters and shown(row.parameters[name]) == value for name, value in asked.items()
+        name in parameters and shown(parameters[name]) == shown(value) for name, value in asked.items()
     )
 
 
-THRESHOLD_PERCENT = 3.0
-"""Effects within this are not told as effects, whatever the samples say."""
+def baselines(
+    rows: Iterable[Row], candidates: Iterable[Row], *keys: Callable[[Row], Hashable]
+) -> list[Row | None]:
+    """For each row its baseline among the candidates: the first that agrees with it in the keys that a baseline leaves open.
 
-SAME = "not distinguishable"
+    Args:
+        keys: the first that finds one counts; the later are less strict.
+    """
+    found: list[dict[Hashable, Row]] = [{} for _ in keys]
+    for candidate in candidates:
+        for by, key in zip(found, keys, strict=True):
+            by.setdefault(key(candidate), candidate)
+    return [
+        next((by[key(row)] for by, key in zip(found, keys, strict=True) if key(row) in by), None)
+        for row in rows
+    ]
+
+
+THRESHOLD_PERCENT = 3.0
+"""Smaller changes are reported as not distinguishable, whatever the samples say."""
+
+SHOWN = (
+    "time_per_video_ms",
+    "peak_memory_gib",
+    "load_ms",
+    "weights_gib",
+    "divergence_lpips",
+    "quality_loss_percent",
+)
+"""Figures that are shown when nobody says which."""
+
+MOST_SHOWN = 8
+SAME = NOT_DISTINGUISHABLE
 BASELINE = "baseline"
 RESAMPLES = 10_000  # of a bootstrap; fewer each where there are hundreds of rows
 REFUSED_COLUMNS = ("configuration", "field", "value", "baseline", "reason")
@@ -118,9 +147,9 @@ class Comparisons:
         axes: parameters that vary. shown: figures of the frame. threshold_percent: declared.
     """
 
-    baseline: Configuration
+    baseline: MeasuredConfiguration
     by: str
-    rows: tuple[Configuration, ...]
+    rows: tuple[MeasuredConfiguration, ...]
     frame: pd.DataFrame
     refused: pd.DataFrame
     failures: pd.DataFrame
@@ -128,15 +157,15 @@ class Comparisons:
     shown: tuple[str, ...]
     threshold_percent: float
 
-    def row(self, label: str) -> Configuration:
+    def row(self, label: str) -> MeasuredConfiguration:
         """The configuration of a label."""
         return next(row for row in self.rows if row.label == label)
 
-    def verdict(self, first: Configuration, second: Configuration) -> str:
+    def verdict(self, first: MeasuredConfiguration, second: MeasuredConfiguration) -> str:
         """The second held against the first, as the others are against the baseline."""
-        return _held(first, second, self.by, self.threshold_percent, RESAMPLES, 0)[-1]
+        return ratio_to(first, second, self.by, self.threshold_percent).verdict
 
-    def noise_percent(self, *rows: Configuration) -> float:
+    def noise_percent(self, *rows: MeasuredConfiguration) -> float:
         """What an effect must exceed: the threshold, or the noise of the baseline and of these, where that is more."""
         known_noise = [row.noise_percent for row in (self.baseline, *rows) if row.noise_percent is not None]
         return max([self.threshold_percent, *known_noise])
@@ -163,7 +192,7 @@ def compare(
         runs: as `configurations` takes them.
         baseline: `"plan=default"`, `{"plan": "default"}`, ...; None takes the sweep's own, else the first run.
         by: a recorded number; None takes the time per video, else the first that all runs have.
-        allow: fields that may differ, e.g. `("steps",)`; see `same_work`.
+        allow: fields that may differ, e.g. `("steps",)`; see `runs.differences`. A dtype that the runs vary may.
         threshold_percent: the smallest effect that counts.
         show: other numbers in the table; None takes the sweep's, else the usual ones.
         seed: of the bootstrap.
@@ -183,7 +212,7 @@ def compare(
     for row in found.rows:
         if row is base:
             continue
-        reasons = _reasons(row, base, by, allow)
+        reasons = _reasons(row, base, by, [*allow, *(["dtype"] if "dtype" in found.axes else [])])
         refused += [(row.label, *reason) for reason in reasons]
         if not reasons:
             kept.append(row)
@@ -201,7 +230,7 @@ def compare(
     )
 
 
-def _by(found: Configurations, by: str | None) -> str:
+def _by(found: MeasuredConfigurations, by: str | None) -> str:
     if by is not None:
         return resolve(by, found.columns)
     for name in (*TIMED, *found.columns):
@@ -210,7 +239,7 @@ def _by(found: Configurations, by: str | None) -> str:
     raise WanlabError(f"the runs in {found.where} recorded no number to compare by")
 
 
-def _shown(found: Configurations, by: str, show: Sequence[str] | None) -> tuple[str, ...]:
+def _shown(found: MeasuredConfigurations, by: str, show: Sequence[str] | None) -> tuple[str, ...]:
     if show is None:
         told = [str(name) for name in found.sweep.get("show") or ()]
         show = [name for name in told if name in found.columns]
@@ -219,11 +248,12 @@ def _shown(found: Configurations, by: str, show: Sequence[str] | None) -> tuple[
     return tuple(dict.fromkeys([by, *(resolve(name, found.columns) for name in show)]))
 
 
-def _reasons(row: Configuration, base: Configuration, by: str, allow: Sequence[str]) -> list[tuple]:
-    mine, theirs = row.work | row.machine, base.work | base.machine
+def _reasons(
+    row: MeasuredConfiguration, base: MeasuredConfiguration, by: str, allow: Sequence[str]
+) -> list[tuple]:
     reasons = [
         (name, shown(value), shown(other), f"{name} is {shown(value)}, the baseline's {shown(other)}")
-        for name, value, other in differences(mine, theirs, allow)
+        for name, value, other in differences(row, base, allow)
     ]
     if not known(row.results.get(by)):
         reasons.append((by, "none", shown(base.results[by]), f"it recorded no {by}"))
@@ -235,7 +265,7 @@ def _refused(rows: list[tuple]) -> pd.DataFrame:
 
 
 def _frame(
-    rows: Sequence[Configuration],
+    rows: Sequence[MeasuredConfiguration],
     by: str,
     axes: Sequence[str],
     columns: Sequence[str],
@@ -244,21 +274,23 @@ def _frame(
 ) -> pd.DataFrame:
     base = rows[0]
     resamples = max(1_000, min(RESAMPLES, 500_000 // len(rows)))
-    held = [_held(base, row, by, threshold_percent, resamples, seed) for row in rows]
+    ratios = [ratio_to(base, row, by, threshold_percent, resamples=resamples, seed=seed) for row in rows]
     data: dict[str, list] = {"configuration": [row.label for row in rows]}
     data |= {axis: [row.parameters.get(axis) for row in rows] for axis in axes}
     data["repeats"] = [row.repeats for row in rows]
     data[by] = [number(row.results.get(by)) for row in rows]
     gain = "ratio" if is_ratio(by) else "difference"
-    for index, name in enumerate((gain, "low", "high", "noise_percent", "verdict")):
-        data[name] = [each[index] for each in held]
+    data |= {gain: [each.value for each in ratios]}
+    data |= {
+        name: [getattr(each, name) for each in ratios] for name in ("low", "high", "noise_percent", "verdict")
+    }
     for name in columns:
         if name == by:
             continue
         values = [number(row.results.get(name)) for row in rows]
         data[name] = values
         if is_ratio(name):
-            data[f"{name}_ratio"] = [ratio(name, value, values[0]) for value in values]
+            data[f"{name}_ratio"] = [times_better(name, value, values[0]) for value in values]
         else:
             data[f"{name}_difference"] = [value - values[0] for value in values]
     if any("effect" in row.results for row in rows):
@@ -266,17 +298,51 @@ def _frame(
     return pd.DataFrame(data)
 
 
-def _held(
-    base: Configuration, row: Configuration, by: str, threshold_percent: float, resamples: int, seed: int
-) -> tuple[float, float, float, float, str]:
-    """Ratio or difference, its interval, the noise it was held against, and the verdict."""
-    mine, theirs = number(row.results.get(by)), number(base.results[by])
-    timed = by.rpartition(".")[2] in TIMED
-    noises = [each.noise_percent or 0.0 for each in (base, row)] if timed else []
+class Measured(Protocol):
+    """What a ratio is taken of: a `Result`, or all repeats of one configuration."""
+
+    results: Mapping[str, Any]
+    samples: Samples | None
+    noise_percent: float | None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure beside its baseline's.
+
+    Attributes:
+        value: how many times better, above 1 is better; the difference of what is subtracted (percentages, decibels, LPIPS).
+        low, high: its 95 % interval; NaN without samples.
+        noise_percent: that an effect must exceed; NaN for a difference.
+        verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where nothing can be said.
+    """
+
+    value: float
+    low: float
+    high: float
+    noise_percent: float
+    verdict: str
+
+
+def ratio_to(
+    base: Measured,
+    row: Measured,
+    by: str,
+    threshold_percent: float = 0.0,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Ratio:
+    """A row's figure held against its baseline's: the only rule of ratios, intervals and verdicts.
+
+    Times are compared over all samples. Whether the two did the same work is asked before, by `differences`.
+    """
+    mine, theirs = number(row.results.get(by)), number(base.results.get(by))
+    noises = [each.noise_percent or 0.0 for each in (base, row)] if is_time(by) else []
     noise = max([threshold_percent, *noises])
     if row is base:
-        return (1.0 if is_ratio(by) else 0.0), math.nan, math.nan, noise, BASELINE
-    if timed and base.samples is not None and row.samples is not None:
+        return Ratio(1.0 if is_ratio(by) else 0.0, math.nan, math.nan, noise, BASELINE)
+    if is_time(by) and base.samples is not None and row.samples is not None:
         made = compare_samples(
             base.samples,
             row.samples,
@@ -285,19 +351,25 @@ def _held(
             seed=seed,
             allow_different_devices=True,  # what may differ was settled before
         )
-        return made.speedup, made.low, made.high, noise, made.verdict
+        return Ratio(made.speedup, made.low, made.high, noise, made.verdict)
     if not is_ratio(by):
-        return mine - theirs, math.nan, math.nan, math.nan, _moved(row, base, by)
-    gain = ratio(by, mine, theirs)
+        return Ratio(mine - theirs, math.nan, math.nan, math.nan, _moved(row, base, by))
+    gain = times_better(by, mine, theirs)
     if math.isnan(gain):
-        return gain, math.nan, math.nan, noise, ""
-    if max(gain, 1 / gain) - 1 <= noise / 100:
-        return gain, math.nan, math.nan, noise, SAME
-    words = ("faster", "slower") if by.endswith("_ms") or by.endswith("_s") else ("better", "worse")
-    return gain, math.nan, math.nan, noise, words[gain < 1]
+        return Ratio(gain, math.nan, math.nan, noise, "")
+    words = ("faster", "slower") if by.endswith(("_ms", "_s")) else ("better", "worse")
+    return Ratio(gain, math.nan, math.nan, noise, verdict_of(gain, noise_percent=noise, words=words))
 
 
-def _moved(row: Configuration, base: Configuration, by: str) -> str:
+def times_better(column: str, value: Any, baseline: Any) -> float:
+    """How many times better than the baseline, above 1 is better; NaN where there is nothing to divide."""
+    top, bottom = (value, baseline) if better(column) == "max" else (baseline, value)
+    if not (known(top) and known(bottom)) or bottom == 0 or top == 0:
+        return math.nan
+    return top / bottom
+
+
+def _moved(row: Measured, base: Measured, by: str) -> str:
     """Of a figure that is subtracted: told only where both sides have intervals, by whether these are apart."""
     stem = by.removesuffix("_percent")
     ends = [each.results.get(f"{stem}_{end}_percent") for each in (row, base) for end in ("low", "high")]

@@ -20,7 +20,7 @@ import pandas as pd
 from wanlab.core.errors import WanlabError, require
 from wanlab.core.files import plain, read_json, write_bytes
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.results import read_metrics
+from wanlab.runs.results import read_run
 
 
 def to_csv(runs: Any, path: str | os.PathLike) -> Path:
@@ -201,7 +201,7 @@ def _export(client: Any, place: str, row: dict, known: tuple[str, str] | None, a
 def _log(client: Any, made: str, row: dict, record: dict, folder: RunFolder, begun: int) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
-    metrics, texts = _numbers(read_metrics(folder.metrics))
+    metrics, texts = _numbers(read_run(folder.path).figures)
     facts = {
         name: row.get(name)
         for name in ("run_id", "name", "state", "notebook", "gpu", "cpu", "verdict", "reason")

@@ -49,6 +49,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def results(self) -> Path:
+        return self.path / "results.jsonl"
+
+    @property
     def artifacts(self) -> Path:
         return self.path / "artifacts"
 

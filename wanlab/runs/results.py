@@ -1,8 +1,7 @@
-"""All runs below a folder as one tidy table, and as configurations: same work, pooled repeats."""
+"""All runs below a folder: as one tidy table, as typed results, and as configurations whose repeats are pooled."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -13,30 +12,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 
-from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import plain, read_json
 from wanlab.core.paths import default_outputs, locate
 from wanlab.measure.timing import Samples
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.result import (
+    Machine,
+    Result,
+    Work,
+    bench_result,
+    build_results,
+    machine_of,
+    parse_result,
+    work_of_parameters,
+)
 
 COLUMNS = (
-    "name",
-    "run_id",
-    "notebook",
-    "state",
-    "started",
-    "seconds",
-    "verdict",
-    "reason",
-    "gpu",
-    "cpu",
-    "wanlab",
-    "folder",
-)
+    "name", "run_id", "notebook", "state", "started", "seconds", "verdict", "reason", "gpu", "cpu", "wanlab", "folder",
+)  # fmt: skip
 MARKS = ("run.json", "status.json", "executed.ipynb")
+TIMED = ("time_per_video_ms", "time_per_frame_ms", "time_per_call_ms")
+"""Figures that the samples of a result are samples of."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,61 @@ class RunRecord:
 
     Attributes:
         row: the columns of `load_runs`.
-        record: run.json. metrics: name -> its last recorded value, tables and samples too. Both empty where the run cannot
+        record: run.json. metrics: name -> its last recorded value, tables and samples too. All empty where the run cannot
             be read.
+        results: typed rows, first what the run is about.
     """
 
     row: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    results: tuple[Result, ...] = ()
 
     @property
     def folder(self) -> Path:
         return Path(self.row["folder"])
+
+    @property
+    def state(self) -> str:
+        return str(self.row["state"])
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.record.get("parameters") or {}
+
+    @property
+    def result(self) -> Result | None:
+        """What the run is about; None where it recorded no result."""
+        return self.results[0] if self.results else None
+
+    @cached_property
+    def work(self) -> Work:
+        """Of its result, else of its parameters and the model's defaults."""
+        return self.result.work if self.result else work_of_parameters(self.parameters)
+
+    @cached_property
+    def machine(self) -> Machine:
+        if self.result and self.result.machine:
+            return self.result.machine
+        return machine_of(self.record.get("environment") or {}, device=str(self.parameters.get("device", "")))
+
+    @property
+    def dtype(self) -> str | None:
+        return self.result.dtype if self.result else None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Recorded numbers and words by name, those of the result without a prefix."""
+        return scalars(self.metrics) | (self.result.row() if self.result else {})
 
 
 def load_runs(path: str | os.PathLike | None = None) -> Any:
     """One row per run found below `path` (by default the project's `outputs/`), oldest first.
 
     Columns: name, run_id, notebook, state, started (UTC), seconds, verdict, reason, gpu, cpu, wanlab, folder,
-    then each parameter as `p.<name>` and each recorded scalar as `m.<name>` (the last value of a name counts;
-    entries of a recorded dict are `m.<name>.<key>`). Earlier attempts of a run are not rows.
+    then each parameter as `p.<name>` and each recorded scalar as `m.<name>`: figures of the run's result under their own
+    names, of other recorded values the last of a name, entries of a recorded dict as `m.<name>.<key>`. Earlier attempts of a
+    run are not rows.
 
     A folder that cannot be read is a row with state "unreadable" and the reason. A run that says "running"
     but whose process is gone reads "died".
@@ -73,14 +109,21 @@ def load_runs(path: str | os.PathLike | None = None) -> Any:
     """
     if path is None and not default_outputs().exists():
         return pd.DataFrame(columns=list(COLUMNS))
-    rows = [run.row for run in read_runs(path)]
+    return frame_of(read_runs(path)).sort_values(
+        "started", kind="stable", na_position="first", ignore_index=True
+    )
+
+
+def frame_of(runs: Iterable[RunRecord]) -> pd.DataFrame:
+    """The columns of `load_runs`, in the order of the runs."""
+    rows = [run.row for run in runs]
     named = dict.fromkeys(key for row in rows for key in row)
     columns = [*COLUMNS, *(key for mark in ("p.", "m.") for key in named if key.startswith(mark))]
     # Column by column: pandas takes several times as long over rows of many keys.
     frame = pd.DataFrame({key: [row.get(key) for row in rows] for key in columns}, columns=columns)
     frame["started"] = pd.to_datetime(frame["started"], utc=True, errors="coerce", format="ISO8601")
     frame["seconds"] = pd.to_numeric(frame["seconds"], errors="coerce")
-    return frame.sort_values("started", kind="stable", na_position="first", ignore_index=True)
+    return frame
 
 
 def read_runs(path: str | os.PathLike | None = None) -> Iterator[RunRecord]:
@@ -129,45 +172,161 @@ def read_run(path: Path) -> RunRecord:
             "wanlab": record.get("wanlab"),
         }
         row |= {f"p.{name}": _cell(value) for name, value in (record.get("parameters") or {}).items()}
-        metrics = last_values(folder.metrics)
-        row |= {f"m.{name}": value for name, value in scalars(metrics.items()).items()}
-        return RunRecord(row, record, metrics)
+        run = RunRecord(row, record, read_metrics(folder.metrics), read_results(folder))
+        run = _recorded_as_summary(run)
+        row |= {f"m.{name}": value for name, value in run.figures.items()}
+        return run
     except (WanlabError, AttributeError, TypeError, ValueError, KeyError, OSError) as error:
         return RunRecord(row | {"state": "unreadable", "reason": str(error)})
 
 
-def last_values(path: Path) -> dict[str, Any]:
-    """The last value of each name in a metrics.jsonl, as it was recorded. A torn last line is skipped.
+def _recorded_as_summary(run: RunRecord) -> RunRecord:
+    """TEMPORARY, until 41_configuration calls `run.result`: its `summary`, `work` and `samples` as a result."""
+    summary, work, samples = (run.metrics.get(name) for name in ("summary", "work", "samples"))
+    if run.results or not isinstance(summary, Mapping) or "time_per_video_ms" not in summary:
+        return run
+    from wanlab.runs.result import UNCHANGED, Quality, completed
+
+    values = {
+        name: float(value) if value in ("inf", "-inf", "nan") else value for name, value in summary.items()
+    }
+    derived = ("engine", "plan", "time_per_video_ms", "time_per_frame_ms", "p95_ms", "cv_percent")
+    own = {
+        name: values.pop(name)
+        for name in list(values)
+        if name in Result.__struct_fields__ and name not in derived
+    }
+    quality = {name: values.pop(name) for name in Quality.__struct_fields__ if name in values}
+    parameters = run.parameters
+    done = work_of_parameters(parameters)
+    if isinstance(work, Mapping):
+        done = Work(**{name: work[name] for name in Work.__struct_fields__ if name in work})
+    samples = samples if isinstance(samples, Mapping) else {}
+    plan = values.get("plan")
+    row = Result(
+        work=done,
+        engine=str(values.get("engine", "eager")),
+        plan=None if plan in UNCHANGED else str(plan),
+        samples_ms=tuple(samples.get("values_ms", ())),
+        median_ms=None if samples.get("values_ms") else values["time_per_video_ms"],
+        device=samples.get("device", ""),
+        quality=Quality(**quality) if quality else None,
+        figures={name: value for name, value in values.items() if name not in derived},
+        **own,
+    )
+    environment = run.record.get("environment") or {}
+    row = completed(row, environment, taken=str(run.row.get("started") or ""))
+    metrics = {
+        name: value for name, value in run.metrics.items() if name not in ("summary", "work", "samples")
+    }
+    return replace(run, results=(row,), metrics=metrics)
+
+
+def read_results(folder: RunFolder) -> tuple[Result, ...]:
+    """The rows of results.jsonl; one that was recorded again stands in the place of the first.
+
+    Raises:
+        WanlabError: a line that is no result.
+    """
+    source = f"{folder.path.parent.name}/{folder.path.name}"
+    return _results_of(folder.results, source)
+
+
+def _results_of(path: Path, source: str) -> tuple[Result, ...]:
+    rows: dict[tuple, Result] = {}
+    for number, value in _json_lines(path):
+        row = parse_result(value, f"{path}, line {number}")
+        row = row if row.source else msgspec.structs.replace(row, source=source)
+        rows[row.key + ((row.source, row.machine) if path.name != "results.jsonl" else ())] = row
+    return tuple(rows.values())
+
+
+def load_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tuple[list[Result], pd.DataFrame]:
+    """Every result in files and folders.
+
+    Args:
+        paths: run folders, `.jsonl` files of results, JSON files that `wanlab bench` saved or that lie beside a built
+            engine, or folders of such files.
+
+    Returns:
+        The results in the order of the paths, and a DataFrame of what holds none: source, reason.
+    """
+    results, unread = [], []
+    for path in _files([paths] if isinstance(paths, str | os.PathLike) else paths):
+        try:
+            results += read_file(path)
+        except WanlabError as error:
+            unread.append({"source": path.name, "reason": str(error)})
+    return results, pd.DataFrame(unread, columns=["source", "reason"])
+
+
+def read_file(path: str | os.PathLike) -> list[Result]:
+    """Results of one run folder or file.
+
+    Raises:
+        WanlabError: it cannot be read, or holds no result.
+    """
+    path = Path(path)
+    rows: Sequence[Result] = ()
+    if path.is_dir():
+        rows = read_results(RunFolder(path)) or read_run(path).results
+    elif path.suffix == ".jsonl":
+        rows = _results_of(path, path.name)
+    else:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise WanlabError(f"{path.name} is not a JSON object")
+        builds = [value] if "compute_capabilities" in value else value.get("builds") or []
+        if {"schema", "engine", "inputs", "samples", "metadata"} <= value.keys():
+            rows = [bench_result(value, source=path.name)]
+        elif isinstance(builds, list) and all("compute_capabilities" in build for build in builds):
+            rows = build_results(builds, taken=value.get("taken", ""), source=path.name)
+    if not rows:
+        raise WanlabError(f"{path.name} holds no result; `run.result` writes one")
+    return list(rows)
+
+
+def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(locate, paths):
+        inside = path.is_dir() and not (path / "run.json").is_file()
+        files += sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if inside else [path]
+    return files
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The last value of each name in a metrics.jsonl, as it was recorded.
 
     Raises:
         WanlabError: a line before the last one is torn.
     """
-    found: dict[str, Any] = {}
-    if not path.is_file():
-        return found
-    lines = path.read_text("utf-8", "replace").split("\n")
+    return {entry["name"]: entry["value"] for _, entry in _json_lines(path)}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and value. A torn last line is skipped.
+
+    Raises:
+        WanlabError: a line before the last one is torn.
+    """
+    lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             if number == len(lines):
                 break
             raise WanlabError(f"cannot read {path}, line {number}: not JSON") from None
-        found[entry["name"]] = entry["value"]
-    return found
+        yield number, value
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Scalars of a metrics.jsonl: the last of each name, entries of a dict as `<name>.<key>`."""
-    return scalars(last_values(path).items())
-
-
-def scalars(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Numbers, words and truth values among recorded values; "inf", "-inf" and "nan" are numbers again."""
+def scalars(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, words and truth values among recorded values, entries of a dict as `<name>.<key>`; "inf", "-inf" and "nan"
+    are numbers again."""
     found: dict[str, Any] = {}
-    for name, value in values:
+    for name, value in values.items():
         if isinstance(value, dict):
             found |= {f"{name}.{key}": _scalar(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
@@ -187,20 +346,7 @@ def _cell(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-SUMMARY = "summary"
-SHOWN = (
-    "time_per_video_ms",
-    "peak_memory_gib",
-    "load_ms",
-    "weights_gib",
-    "divergence_lpips",
-    "quality_loss_percent",
-)
-"""Figures of a configuration's `summary` that are shown when nobody says which."""
-
-MOST_SHOWN = 8
-TIMED = ("time_per_video_ms", "time_per_frame_ms")
-"""Figures that the recorded samples are samples of."""
+# Names of figures
 
 _MORE_IS_BETTER = re.compile(r"(psnr|ssim|throughput|speedup|fps|per_s$|cosine|tflops|_db$)")
 _SUBTRACTED = re.compile(r"(percent|lpips|psnr|ssim|_db$|cosine|flicker)")
@@ -216,12 +362,9 @@ def is_ratio(column: str) -> bool:
     return not _SUBTRACTED.search(_last(column))
 
 
-def ratio(column: str, value: float, baseline: float) -> float:
-    """How many times better than the baseline, above 1 is better; NaN where there is nothing to divide."""
-    top, bottom = (value, baseline) if better(column) == "max" else (baseline, value)
-    if not (known(top) and known(bottom)) or bottom == 0 or top == 0:
-        return math.nan
-    return top / bottom
+def is_time(column: str) -> bool:
+    """Whether the samples of a result are samples of this figure."""
+    return _last(column) in TIMED
 
 
 def known(value: Any) -> bool:
@@ -229,10 +372,16 @@ def known(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded scalars under the names that a person would ask for: entries of `summary` have no prefix."""
-    found = scalars(metrics.items())
-    return {name.removeprefix(f"{SUMMARY}."): value for name, value in found.items()}
+def number(value: Any) -> float:
+    """A value as a number, NaN where it is none."""
+    return float(value) if known(value) else math.nan
+
+
+def shown(value: Any) -> str:
+    """A parameter's value as it is typed."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def resolve(name: str, columns: Iterable[str]) -> str:
@@ -242,159 +391,31 @@ def resolve(name: str, columns: Iterable[str]) -> str:
         WanlabError: none or several.
     """
     columns = list(dict.fromkeys(columns))
-    if name in columns:
-        return name
-    short = name.removeprefix("m.").removeprefix(f"{SUMMARY}.")
-    if short in columns:
-        return short
+    short = name.removeprefix("m.")
+    for exact in (name, short):
+        if exact in columns:
+            return exact
     ends = [column for column in columns if column.endswith(f".{short}")]
     if len(ends) == 1:
         return ends[0]
     if ends:
         raise WanlabError(f"{name!r} could be {', '.join(ends)}; give one of them")
     near = did_you_mean(name, [*columns, *(column.rpartition(".")[2] for column in columns)])
-    known_names = (
-        f"; there is {', '.join(columns[:12])}{' ...' if len(columns) > 12 else ''}" if columns else ""
-    )
-    raise WanlabError(f"no recorded number {name!r}{near}{'' if near else known_names}")
+    names = f"; there is {', '.join(columns[:12])}{' ...' if len(columns) > 12 else ''}" if columns else ""
+    raise WanlabError(f"no recorded number {name!r}{near}{'' if near else names}")
 
 
 def _last(column: str) -> str:
     return str(column).rpartition(".")[2].lower()
 
 
-def middle(values: Sequence[Any]) -> Any:
-    """One value for those of several repeats."""
-    if len(values) == 1 or all(value == values[0] for value in values):
-        return values[0]
-    if all(known(value) for value in values):
-        ordered = sorted(values)
-        half = len(ordered) // 2
-        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-    return ", ".join(dict.fromkeys(str(value) for value in values))
-
-
-def pooled_samples(label: str, group: Sequence[RunRecord]) -> Samples | None:
-    """All repeats' samples as one timing; what cannot be read as samples is none."""
-    values: list[float] = []
-    device = ""
-    for run in group:
-        found = run.metrics.get("samples")
-        if isinstance(found, Mapping) and isinstance(found.get("values_ms"), list):
-            values += found["values_ms"]
-            device = device or str(found.get("device") or "")
-    try:
-        return Samples(label, tuple(values), device) if values else None
-    except (WanlabError, TypeError, ValueError):
-        return None
-
-
-def noise_percent(each: Iterable[Mapping[str, Any]]) -> float | None:
-    """A/A noise of one run; of several at least how far their times are apart, which no control within a run shows."""
-    each = list(each)
-    controls = [v["noise_percent"] for v in each if known(v.get("noise_percent"))]
-    times = [v[TIMED[0]] for v in each if known(v.get(TIMED[0])) and v[TIMED[0]] > 0]
-    noise = sorted(controls)[len(controls) // 2] if controls else None
-    if len(times) < 2:
-        return noise
-    return max(noise or 0.0, 100 * (max(times) / min(times) - 1))
-
-
-WORK = ("model", "weights", "height", "width", "frames", "steps", "guided", "seed")
-ON_GPU = ("gpu", "sm_clock_max_mhz", "power_limit_w")
-ON_CPU = ("cpu", "threads")
-MEANT = {
-    "clocks": ("sm_clock_max_mhz", "power_limit_w"),
-    "machine": ("gpu", "sm_clock_max_mhz", "power_limit_w", "cpu", "threads"),
-    "guidance_scale": ("guided",),
-    "size": ("height", "width"),
-    "resolution": ("height", "width"),
-}
-"""Words for several fields, or for what a field comes from."""
-
-
-def work_of(metrics: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What was done, resolved: the `work` record where there is one, else parameters and the model's defaults.
-
-    Fields that neither knows are None.
-    """
-    recorded = metrics.get("work")
-    recorded = recorded if isinstance(recorded, Mapping) else {}
-    if all(name in recorded for name in WORK):
-        return {name: recorded[name] for name in WORK}
-    told = {name: value for name, value in parameters.items() if value is not None}
-    known = _defaults(str(told["model"])) | told if "model" in told else told
-    guidance = known.get("guidance_scale")
-    known = {"guided": None if not isinstance(guidance, int | float) else guidance > 1} | known
-    return {name: recorded[name] if name in recorded else known.get(name) for name in WORK}
-
-
-def machine_of(environment: Mapping[str, Any], device: str = "") -> dict[str, Any]:
-    """What it ran on: GPU with its clock and power limits, or processor and threads.
-
-    Args:
-        environment: of run.json. device: that the samples were taken on; a machine with a GPU may have used its CPU.
-    """
-    gpu = environment.get("gpu")
-    if gpu and not str(device).startswith("cpu"):
-        facts = gpu if isinstance(gpu, Mapping) else {"name": gpu}
-        return {"gpu": facts.get("name")} | {name: facts.get(name) for name in ON_GPU[1:]}
-    return {"gpu": None} | {name: environment.get(name) for name in ON_CPU}
-
-
-def differences(
-    work: Mapping[str, Any], baseline: Mapping[str, Any], allow: Iterable[str] = ()
-) -> list[tuple[str, Any, Any]]:
-    """Fields in which something differs from the baseline: field, its value, the baseline's.
-
-    Args:
-        work, baseline: of `work_of` and `machine_of` together.
-        allow: fields that may differ.
-
-    Raises:
-        WanlabError: an unknown field in `allow`.
-    """
-    allowed = fields(allow)
-    names = [name for name in (*WORK, *ON_GPU, *ON_CPU) if name in work or name in baseline]
-    if work.get("gpu") != baseline.get("gpu"):  # clocks and threads of different machines say nothing more
-        names = [name for name in names if name not in (*ON_GPU[1:], *ON_CPU)]
-    found = [(name, work.get(name), baseline.get(name)) for name in names if name not in allowed]
-    return [(name, mine, theirs) for name, mine, theirs in found if mine != theirs]
-
-
-def fields(allow: Iterable[str]) -> set[str]:
-    """Fields that words of `allow` mean.
-
-    Raises:
-        WanlabError: an unknown word.
-    """
-    known = (*WORK, *ON_GPU, *ON_CPU)
-    found: set[str] = set()
-    for word in [allow] if isinstance(allow, str) else allow:
-        if word not in known and word not in MEANT:
-            raise WanlabError(
-                f"nothing is refused for {word!r}{did_you_mean(word, (*known, *MEANT))}; allow takes"
-                f" {', '.join((*known, *MEANT))}"
-            )
-        found |= set(MEANT.get(word, (word,)))
-    return found
-
-
-@functools.cache
-def _defaults(model: str) -> dict[str, Any]:
-    try:
-        defaults = models.get(model).defaults if model in models.names() else None
-    except WanlabError:
-        return {}
-    names = ("height", "width", "frames", "steps", "guidance_scale")
-    return {name: getattr(defaults, name) for name in names} if defaults else {}
-
+# Configurations: repeats pooled
 
 FAILURE_COLUMNS = ("configuration", "state", "reason", "repeat", "run_id", "folder")
 
 
 @dataclass(frozen=True, eq=False)
-class Configuration:
+class MeasuredConfiguration:
     """What was measured with one set of parameters on one machine.
 
     Attributes:
@@ -403,7 +424,6 @@ class Configuration:
         results: recorded numbers and words by name; of repeats the median, of words all that differ.
         samples: of all repeats together; None where none were recorded.
         noise_percent: A/A noise, or how far repeats are apart where that is more; None where neither is known.
-        work, machine: what must be equal for two configurations to be compared; see `same_work`.
         runs: the run of every repeat.
     """
 
@@ -413,9 +433,19 @@ class Configuration:
     results: dict[str, Any]
     samples: Samples | None
     noise_percent: float | None
-    work: dict[str, Any]
-    machine: dict[str, Any]
     runs: tuple[RunRecord, ...]
+
+    @property
+    def work(self) -> Work:
+        return self.runs[0].work
+
+    @property
+    def machine(self) -> Machine:
+        return self.runs[0].machine
+
+    @property
+    def dtype(self) -> str | None:
+        return self.runs[0].dtype
 
     @property
     def repeats(self) -> int:
@@ -433,7 +463,7 @@ class Configuration:
 
 
 @dataclass(frozen=True, eq=False)
-class Configurations:
+class MeasuredConfigurations:
     """What is below some folders.
 
     Attributes:
@@ -444,7 +474,7 @@ class Configurations:
         where: the folders, for messages.
     """
 
-    rows: tuple[Configuration, ...]
+    rows: tuple[MeasuredConfiguration, ...]
     axes: tuple[str, ...]
     failures: pd.DataFrame
     sweep: dict[str, Any] = field(default_factory=dict)
@@ -460,88 +490,28 @@ class Configurations:
         most = [name for name, count in counts.items() if count]
         return tuple(sorted(most, key=lambda name: -counts[name]))
 
-    def frame(self) -> pd.DataFrame:
-        """One row per configuration: configuration, the axes, repeats, samples, noise_percent, then all results."""
-        names = dict.fromkeys(name for row in self.rows for name in row.results if name not in self.axes)
-        return pd.DataFrame(
-            {
-                "configuration": [row.label for row in self.rows],
-                **{axis: [row.parameters.get(axis) for row in self.rows] for axis in self.axes},
-                "repeats": [row.repeats for row in self.rows],
-                "samples": [row.samples.n if row.samples else 0 for row in self.rows],
-                **{name: [row.results.get(name) for row in self.rows] for name in names},
-                "noise_percent": [row.noise_percent for row in self.rows],
-            }
-        )
 
-
-def configurations(runs: Any) -> Configurations:
+def configurations(runs: Any) -> MeasuredConfigurations:
     """Runs below folders as configurations.
 
     Below a folder with a sweep.json only the runs that it lists count; earlier ones, of other code, may lie beside them.
 
     Args:
-        runs: a folder of runs, several, a table of `load_runs`, or `Configurations`.
+        runs: a folder of runs, several, a table of `load_runs`, or `MeasuredConfigurations`.
 
     Raises:
         WanlabError: no such folder, or no run in any.
     """
-    if isinstance(runs, Configurations):
+    if isinstance(runs, MeasuredConfigurations):
         return runs
-    found, sweep, where = _read(runs)
-    listed = {str(run.get("run_id")): run for run in sweep.get("runs") or () if isinstance(run, Mapping)}
-    if not found and not listed:
-        raise WanlabError(f"no runs in {where}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
-    axes = _axes(found, [str(axis) for axis in sweep.get("axes") or ()])
-    several = len({run.row["name"] for run in found if run.row["state"] == "finished"}) > 1
-
-    def label(run: RunRecord) -> str:
-        parameters = run.record.get("parameters") or {}
-        parts = [f"{axis}={shown(parameters[axis])}" for axis in axes if axis in parameters]
-        name = str(run.row["name"])
-        return ", ".join([name] * (several or not parts) + parts)
-
-    groups: dict[str, list[RunRecord]] = {}
-    failures = []
-    for run in found:
-        if run.row["state"] == "finished":
-            groups.setdefault(_identity(run), []).append(run)
-        else:
-            known_label = listed.get(str(run.row["run_id"]), {}).get("label")
-            failures.append(_failure(str(known_label or label(run)), run))
-    there = {str(run.row["run_id"]) for run in found}
-    for run_id, run in listed.items():
-        if run_id not in there:
-            state = str(run.get("state") or "pending")
-            said = "has not started" if state == "pending" else "its folder is not there"
-            failures.append((str(run.get("label")), state, said, run.get("repeat", 1), run_id, ""))
-    rows = [_pooled(label(group[0]), group) for group in groups.values()]
-    return Configurations(
-        tuple(_told_apart(rows)),
-        tuple(axes),
-        pd.DataFrame(failures, columns=list(FAILURE_COLUMNS)),
-        sweep,
-        where,
-    )
-
-
-def shown(value: Any) -> str:
-    """A parameter's value as it is typed."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _read(runs: Any) -> tuple[list[RunRecord], dict[str, Any], str]:
-    """Runs, each once, the first sweep's record, and where they are."""
     if hasattr(runs, "columns"):  # a table of load_runs
         folders = list(dict.fromkeys(map(str, runs["folder"]))) if len(runs) else []
-        return [read_run(Path(folder)) for folder in folders], {}, "the table"
+        return pooled([read_run(Path(folder)) for folder in folders], {}, "the table")
     paths = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
-    found: dict[Path, RunRecord] = {}
+    records: dict[Path, RunRecord] = {}
     sweep: dict[str, Any] = {}
-    for path in map(Path, paths):
-        own = _sweep(path)
+    for path in map(locate, paths):
+        own = read_sweep(path)
         order = {str(run.get("run_id")): i for i, run in enumerate(own.get("runs") or ())}
         below = list(read_runs(path))
         if order:
@@ -549,84 +519,122 @@ def _read(runs: Any) -> tuple[list[RunRecord], dict[str, Any], str]:
             below.sort(key=lambda run: order[run.folder.name])
         else:
             below.sort(key=lambda run: str(run.row.get("started") or ""))
-        found |= {run.folder.resolve(): run for run in below}
+        records |= {run.folder.resolve(): run for run in below}
         sweep = sweep or own
         if own and own is not sweep:  # several sweeps: none of them says what all are
-            sweep = {
-                "axes": [*sweep.get("axes", ()), *own.get("axes", ())],
-                "baseline": sweep.get("baseline"),
-            }
-    return list(found.values()), sweep, ", ".join(map(str, paths))
+            axes = [*sweep.get("axes", ()), *own.get("axes", ())]
+            sweep = {"axes": axes, "baseline": sweep.get("baseline")}
+    return pooled(list(records.values()), sweep, ", ".join(map(str, paths)))
 
 
-def _sweep(path: Path) -> dict[str, Any]:
-    file = path / "sweep.json"
-    found = read_json(file) if file.is_file() else {}
-    if not isinstance(found, dict):
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """sweep.json of a folder; empty where there is none.
+
+    Raises:
+        WanlabError: it cannot be read.
+    """
+    file = folder / "sweep.json"
+    sweep = read_json(file) if file.is_file() else {}
+    if not isinstance(sweep, dict):
         raise WanlabError(f"cannot read {file}: not a JSON object")
-    return found
+    return sweep
 
 
-def _axes(found: Sequence[RunRecord], told: Sequence[str]) -> list[str]:
+def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -> MeasuredConfigurations:
+    """Runs as configurations, those of a sweep and those that it lists and that never started.
+
+    Raises:
+        WanlabError: no run at all.
+    """
+    listed = {str(run.get("run_id")): run for run in sweep.get("runs") or () if isinstance(run, Mapping)}
+    if not records and not listed:
+        raise WanlabError(f"no runs in {where}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
+    axes = _axes(records, [str(axis) for axis in sweep.get("axes") or ()])
+    several = len({run.row["name"] for run in records if run.state == "finished"}) > 1
+
+    def label(run: RunRecord) -> str:
+        parts = [f"{axis}={shown(run.parameters[axis])}" for axis in axes if axis in run.parameters]
+        return ", ".join([str(run.row["name"])] * (several or not parts) + parts)
+
+    groups: dict[str, list[RunRecord]] = {}
+    failures = []
+    for run in records:
+        if run.state == "finished":
+            groups.setdefault(_identity(run), []).append(run)
+        else:
+            name = str(listed.get(str(run.row["run_id"]), {}).get("label") or label(run))
+            reason, repeat = str(run.row.get("reason") or ""), run.record.get("repeat", 1)
+            failures.append((name, run.state, reason, repeat, str(run.row["run_id"]), run.row["folder"]))
+    there = {str(run.row["run_id"]) for run in records}
+    for run_id, entry in listed.items():
+        if run_id not in there:
+            state = str(entry.get("state") or "pending")
+            reason = "has not started" if state == "pending" else "its folder is not there"
+            failures.append((str(entry.get("label")), state, reason, entry.get("repeat", 1), run_id, ""))
+    rows = [_pooled(label(group[0]), group) for group in groups.values()]
+    labels = [row.label for row in rows]
+    rows = [  # two of one label, as of two machines
+        replace(row, label=f"{row.label} ({row.runs[0].row['run_id']})")
+        if labels.count(row.label) > 1
+        else row
+        for row in rows
+    ]
+    frame = pd.DataFrame(failures, columns=list(FAILURE_COLUMNS))
+    return MeasuredConfigurations(tuple(rows), tuple(axes), frame, dict(sweep), where)
+
+
+def _axes(records: Sequence[RunRecord], named: Sequence[str]) -> list[str]:
     """Parameters that vary; those that a sweep names come first, and stay even where they do not vary."""
     seen: dict[str, set[str]] = {}
-    for run in found:
-        for name, value in (run.record.get("parameters") or {}).items():
+    for run in records:
+        for name, value in run.parameters.items():
             seen.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(value))
-    told = [axis for axis in dict.fromkeys(told) if axis in seen]
-    return [*told, *(name for name, values in seen.items() if len(values) > 1 and name not in told)]
+    first = [axis for axis in dict.fromkeys(named) if axis in seen]
+    return [*first, *(name for name, values in seen.items() if len(values) > 1 and name not in first)]
 
 
 def _identity(run: RunRecord) -> str:
     """Equal for runs that are repeats of one another: same notebook, code, parameters and machine."""
-    record = run.record
-    facts = [run.row["name"], record.get("wanlab_source"), record.get("parameters") or {}, _machine(run)]
-    return json.dumps(plain(facts), sort_keys=True)
+    source = run.record.get("wanlab_source")
+    return json.dumps(plain([run.row["name"], source, run.parameters, repr(run.machine)]), sort_keys=True)
 
 
-def _machine(run: RunRecord) -> dict[str, Any]:
-    samples = run.metrics.get("samples")
-    device = samples.get("device", "") if isinstance(samples, Mapping) else ""
-    device = device or (run.record.get("parameters") or {}).get("device", "")
-    return machine_of(run.record.get("environment") or {}, device)
-
-
-def _pooled(label: str, group: Sequence[RunRecord]) -> Configuration:
+def _pooled(label: str, group: Sequence[RunRecord]) -> MeasuredConfiguration:
     first = group[0]
-    parameters = dict(first.record.get("parameters") or {})
-    each = [flat(run.metrics) for run in group]
-    values = {name: middle([v[name] for v in each if name in v]) for v in reversed(each) for name in v}
-    samples = pooled_samples(label, group)
-    if samples is not None and TIMED[0] in values:
-        values[TIMED[0]] = samples.median
-    return Configuration(
-        label=label,
-        name=str(first.row["name"]),
-        parameters=parameters,
-        results=values,
-        samples=samples,
-        noise_percent=noise_percent(each),
-        work=work_of(first.metrics, parameters),
-        machine=_machine(first),
-        runs=tuple(group),
+    each = [run.figures for run in group]
+    values = {name: _middle([v[name] for v in each if name in v]) for v in reversed(each) for name in v}
+    results = [run.result for run in group if run.result]
+    taken = tuple(sample for result in results for sample in result.samples_ms)
+    samples = Samples(label, taken, results[0].device) if taken else None
+    if samples is not None:
+        values |= {name: samples.median for name in (TIMED[0], TIMED[2]) if name in values}
+    noise = _noise_percent(each)
+    return MeasuredConfiguration(
+        label, str(first.row["name"]), dict(first.parameters), values, samples, noise, tuple(group)
     )
 
 
-def _told_apart(rows: Sequence[Configuration]) -> Iterable[Configuration]:
-    """Rows of one label, as of two machines, get their run's id."""
-    labels = [row.label for row in rows]
-    for row in rows:
-        twice = labels.count(row.label) > 1
-        yield replace(row, label=f"{row.label} ({row.runs[0].row['run_id']})") if twice else row
+def _middle(values: Sequence[Any]) -> Any:
+    """One value for those of several repeats."""
+    if len(values) == 1 or all(value == values[0] for value in values):
+        return values[0]
+    if all(known(value) for value in values):
+        ordered = sorted(values)
+        half = len(ordered) // 2
+        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return ", ".join(dict.fromkeys(str(value) for value in values))
 
 
-def _failure(label: str, run: RunRecord) -> tuple:
-    row = run.row
-    reason = str(row.get("reason") or "")
-    repeat = run.record.get("repeat", 1)
-    return (label, str(row["state"]), reason, repeat, str(row["run_id"]), row["folder"])
-
-
-def number(value: Any) -> float:
-    """A value as a number, NaN where it is none."""
-    return float(value) if known(value) else math.nan
+def _noise_percent(each: Sequence[Mapping[str, Any]]) -> float | None:
+    """A/A noise of one run; of several at least how far their times are apart, which no control within a run shows."""
+    controls = sorted(values["noise_percent"] for values in each if known(values.get("noise_percent")))
+    times = [
+        value
+        for values in each
+        for name in (TIMED[0], TIMED[2])
+        if known(value := values.get(name)) and value > 0
+    ]
+    noise = controls[len(controls) // 2] if controls else None
+    if len(times) < 2:
+        return noise
+    return max(noise or 0.0, 100 * (max(times) / min(times) - 1))

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 from IPython.display import display
 
@@ -24,6 +25,7 @@ from wanlab.runs import clips, prepare
 from wanlab.runs.folder import Heartbeat, RunFolder
 from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
 from wanlab.runs.prepare import describe, header
+from wanlab.runs.result import HERE, Result, checked_result, completed
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
 
@@ -36,6 +38,7 @@ class Run:
     Attributes:
         folder: `outputs/<name>/<run_id>/`.
         parameters: resolved values, by name.
+        results: rows that `result` recorded, in their order.
         id: 12 hex digits, the same for the same notebook, parameters, package and weights.
     """
 
@@ -46,6 +49,7 @@ class Run:
         self._heart = heart  # None under `wanlab run`, which writes status.json itself
         self.folder = folder.path
         self.parameters = dict(parameters)
+        self.results: tuple[Result, ...] = ()
         self.id = run_id
         self.finished = False
         self._answer: clips.Html | None = None
@@ -57,6 +61,24 @@ class Run:
         """Append a number, dict, DataFrame or timing to metrics.jsonl, and give it back."""
         append_json(self._files.metrics, {"time": now(), "name": str(name), "value": plain(value)})
         return value
+
+    def result(self, result: Result, *beside: Result) -> Result:
+        """Append what the run measured to results.jsonl, a typed row that comparisons and tables read, and give it back
+        with its machine and software filled in.
+
+        Args:
+            result: what the run is about; the numbers of the run in comparisons, sweep pages and exports.
+            beside: other rows, such as the original that it is held against, or single calls.
+
+        Raises:
+            WanlabError: a field is of another type.
+        """
+        environment = read_json(self._files.run_json).get("environment") or {}
+        rows = [completed(checked_result(each), environment, taken=now()) for each in (result, *beside)]
+        for row in rows:
+            append_json(self._files.results, row.to_dict())
+        self.results = (*self.results, *(msgspec.structs.replace(row, source=HERE) for row in rows))
+        return self.results[-len(rows)]
 
     def save_video(self, name: str, frames: Any, fps: float) -> Path:
         """Write frames [T, H, W, 3] to `artifacts/<name>.mp4`, which browsers play."""

@@ -27,8 +27,8 @@ const showClips = () => {
     const caption = el("figcaption", {}, el("span", { textContent: title, className: run === null ? "reference" : "" }));
     video.addEventListener("error", () => caption.append(el("small", { textContent: "the clip cannot be played" })));
     if (run !== null) {
-      const of = column[state.x || metrics[0]?.key], ratio = of && ratios[of.key] && ratios[of.key][run];
-      const facts = [runs[run].baseline && "baseline", of && !Number.isNaN(measured(of.key, run)) && `${show(of, measured(of.key, run))} ${of.unit}`, ratio && times(ratio)];
+      const of = column[state.x || metrics[0]?.key];
+      const facts = [runs[run].baseline && "baseline", of && !Number.isNaN(measured(of.key, run)) && `${show(of, measured(of.key, run))} ${of.unit}`, of && against(of.key, run)];
       caption.append(el("small", { textContent: facts.filter(Boolean).join(" · ") }));
     }
     group.append(el("figure", {}, video, caption));

@@ -22,8 +22,8 @@ const range = (key, list) => {
 const described = (i) => {
   const lines = [`<b>${safe(runs[i].title)}</b>`];
   for (const key of [state.x, state.y]) {
-    const c = column[key], ratio = ratios[key] && ratios[key][i];
-    lines.push(`${safe(c.title)} ${show(c, measured(key, i))} ${safe(c.unit)}${ratio ? `, ${times(ratio)}` : ""}`);
+    const c = column[key], words = against(key, i);
+    lines.push(`${safe(c.title)} ${show(c, measured(key, i))} ${safe(c.unit)}${words ? `, ${words}` : ""}`);
   }
   return lines.join("<br>");
 };

@@ -1,6 +1,6 @@
 // What is shown and what is chosen; every part of the page listens here.
 const board = JSON.parse(document.getElementById("board").textContent);
-const { runs, columns, table, ratios } = board;
+const { runs, columns, table, ratios, same } = board;
 const every = runs.map((_, i) => i);
 let visible = new Set(every);
 const selected = new Set(board.selected);
@@ -42,6 +42,12 @@ const show = (c, value) => {
   return c.format && typeof value === "number" ? c.format.format(value) : String(value);
 };
 const times = ratio => `${ratio.toFixed(ratio >= 100 ? 0 : ratio >= 10 ? 1 : 2)}×`;
+// What a ratio says, in words: first whether it can be told from noise.
+const against = (key, i) => {
+  const ratio = ratios[key] && ratios[key][i];
+  if (!ratio) return "";
+  return same[key] && same[key][i] ? "within noise" : times(ratio);
+};
 const titled = c => c.unit ? `${c.title} (${c.unit})` : c.title;
 
 // Which runs no other beats on both axes; computed where the page was made.

@@ -16,7 +16,7 @@ const nameCell = (i) => {
   const tags = el("span", { className: "tags" });
   if (run.baseline) tags.append(el("span", { className: "tag base", textContent: "baseline" }));
   if (run.state !== "finished") tags.append(el("span", { className: `state ${run.state}`, textContent: board.states[run.state] }));
-  const effect = Object.keys(table).find(key => key.endsWith("summary.effect"));
+  const effect = Object.keys(table).find(key => key === "m.effect");
   if (effect && table[effect][i] === "no effect") tags.append(el("span", { className: "tag warn", textContent: "no effect" }));
   if (run.apart) tags.append(el("span", { className: "tag warn", textContent: `other ${run.apart}`, title: "not the work of its baseline: no ratio" }));
   for (const [what, words] of [["report", "report"], ["notebook", "notebook"]]) {
@@ -31,8 +31,7 @@ const metricCell = (c, i) => {
   made.append(el("span", { className: value === best[c.key] ? "best" : "", textContent: show(c, value) }));
   const under = [];
   if (c.low && typeof table[c.low][i] === "number") under.push(`${show(c, table[c.low][i])} to ${show(c, table[c.high][i])}`);
-  const ratio = ratios[c.key] && ratios[c.key][i];
-  if (ratio) under.push(times(ratio));
+  if (against(c.key, i)) under.push(against(c.key, i));
   under.forEach(text => made.append(el("small", { textContent: text })));
   return made;
 };
@@ -116,6 +115,6 @@ const wholeTable = () => {
 };
 const save = el("button", { type: "button", className: "quiet", textContent: "download CSV", title: "every column of every run" });
 save.addEventListener("click", () => download(`${board.name}.csv`, wholeTable()));
-const compared = Object.keys(ratios).length ? "×: times better than the baseline" : "";
+const compared = Object.keys(ratios).length ? "×: times better than the baseline; within noise: no difference can be told from it" : "";
 document.getElementById("table-note").append(compared, save);
 sheet.classList.toggle("long", runs.length > 40);

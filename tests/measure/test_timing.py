@@ -129,7 +129,9 @@ def test_verdicts():
     assert measure.compare(slow, fast, noise_percent=150).verdict == "not distinguishable"
     one = measure.compare(slow, measure.Samples("one", (50.0,)))
     assert (one.low, one.high, one.verdict) == (0, float("inf"), "not distinguishable")
-    assert str(measure.compare(slow, fast)).startswith("fast is 2.00 times as fast as slow (95 % interval 1.9")
+    assert str(measure.compare(slow, fast)).startswith(
+        "fast is 2.00 times as fast as slow (95 % interval 1.9"
+    )
     assert str(measure.compare(fast, slow)).startswith("slow is slower: 0.50 times as fast as fast (")
     assert str(measure.compare(slow, fast, noise_percent=150)).startswith(
         "fast: no difference from slow can be told from noise on this machine now (ratio 2.00, 95 % interval 1.9"

@@ -300,7 +300,7 @@ def test_publish_writes_what_is_shown_and_cleans_up_after_itself(grid, tmp_path,
     assert page == site / "index.html"
 
     (site / "mine.txt").write_text("kept")
-    assert cli(["publish", str(grid), "--to", str(site)]) == 0
+    assert cli.main(["publish", str(grid), "--to", str(site)]) == 0
     assert "files" in capsys.readouterr().out
     assert not (site / "ea" / "executed.ipynb").exists()
     assert (site / "mine.txt").read_text() == "kept"
@@ -338,6 +338,6 @@ def test_publish_refuses_what_it_did_not_make_and_never_leaves_its_folder(grid, 
 
 
 def test_index_from_the_command_line(grid, capsys):
-    assert cli(["index", str(grid)]) == 0
+    assert cli.main(["index", str(grid)]) == 0
     assert capsys.readouterr().out.strip().endswith("index.html")
-    assert cli(["index", str(grid / "none")]) == 2
+    assert cli.main(["index", str(grid / "none")]) == 2

@@ -371,7 +371,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
     rows += [{"state": "died", "reason": "kernel died", "parameters": {"plan": "dead"}}]
     path = write_sweep(tmp_path / "s", rows)
     csv = tmp_path / "out.csv"
-    assert cli(["compare", str(path), "--baseline", "engine=eager,plan=default", "--csv", str(csv)]) == 0
+    assert cli.main(["compare", str(path), "--baseline", "engine=eager,plan=default", "--csv", str(csv)]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text
     lines = text.splitlines()
@@ -380,7 +380,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
     assert "steps is 9, the baseline's 4" in text
     assert any("dead" in line and "died" in line and "kernel died" in line for line in lines)
     assert len(pd.read_csv(csv)) == 5
-    assert cli(["compare", str(path), "--allow", "steps", "--by", "peak_memory_gib"]) == 0
+    assert cli.main(["compare", str(path), "--allow", "steps", "--by", "peak_memory_gib"]) == 0
     assert "refused" not in capsys.readouterr().out
 
 
@@ -399,7 +399,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
 def test_mistakes_of_the_command_are_one_line_and_status_2(sweep, tmp_path, capsys, arguments, said):
     (tmp_path / "empty").mkdir()
     places = {"sweep": sweep, "empty": tmp_path / "empty"}
-    assert cli(["compare", *(argument.format(**places) for argument in arguments)]) == 2
+    assert cli.main(["compare", *(argument.format(**places) for argument in arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("wanlab: error: ")
     assert captured.err.count("\n") == 1

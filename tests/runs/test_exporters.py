@@ -51,7 +51,7 @@ def outputs(tmp_path, monkeypatch):
 
 
 def export(*arguments) -> int:
-    return cli(["export", *map(str, arguments)])
+    return cli.main(["export", *map(str, arguments)])
 
 
 def test_tables_hold_what_load_runs_gives(outputs, capsys):

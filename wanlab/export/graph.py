@@ -21,7 +21,16 @@ from google.protobuf.message import DecodeError
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.files import atomic_path
 from wanlab.export.trace import quiet
-from wanlab.export.weights import WeightsFile, fill, lift, restore
+from wanlab.export.weights import (
+    WeightsFile,
+    fill,
+    lift,
+    name_axes,
+    name_fused,
+    name_nodes,
+    name_weights,
+    restore,
+)
 
 _BLOCK = re.compile(r"^blocks\.(\d+)[./]")
 BEFORE = -1
@@ -292,13 +301,13 @@ def finish(
     # onnxsim finds what a second round would; both together gave the same graphs, more slowly.
     with quiet():
         onnxscript.optimizer.optimize(model, num_iterations=1 if simplify else 2)
-    weights.name_nodes(model)
-    weights.name_axes(model, axis_names)
+    name_nodes(model)
+    name_axes(model, axis_names)
     widen_bfloat16(model)  # before a simplifier may drop the types of values
     if simplify:
         model = _simplified(model)
-        weights.name_fused(model, large)
-    weights.name_weights(model)
+        name_fused(model, large)
+    name_weights(model)
     used = restore(model.graph, large)
     order_modulation(model)
     model.producer_name, model.producer_version = "wanlab", metadata["wanlab_version"]

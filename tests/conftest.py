@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import settings
+from support import shared
 
 settings.register_profile("wanlab", deadline=None)
 settings.load_profile("wanlab")
@@ -22,6 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory) -> Path:
+    """The folder that all test processes of this session share; see `support.shared.once`."""
+    return shared.session_folder(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,94 @@
-"""Notebooks executed the way a user does it: `wanlab run` in its own process."""
+"""Notebooks executed the way a user does it, by `wanlab run`; each started from a process that has its imports."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from support.commands import Commands
+from support.shared import copied, once
 
 
 @dataclass(frozen=True)
 class Executed:
-    """A finished run: its run.json, the last value recorded under each name, and its report."""
+    """A finished run in its folder `outputs/<notebook>/<run id>`."""
 
-    record: dict
-    values: dict
-    page: BeautifulSoup
+    folder: Path
+
+    @cached_property
+    def record(self) -> dict:
+        """Its run.json."""
+        return json.loads((self.folder / "run.json").read_text())
+
+    @cached_property
+    def values(self) -> dict:
+        """The last value recorded under each name."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return {line["name"]: line["value"] for line in lines}
+
+    @cached_property
+    def page(self) -> BeautifulSoup:
+        """Its report."""
+        return BeautifulSoup((self.folder / "report.html").read_text(), "html.parser")
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of runs that it lies in, with what the notebook keeps beside them."""
+        return self.folder.parents[1]
+
+    def copied_to(self, outputs: Path) -> Executed:
+        """The same run in another folder of runs."""
+        return Executed(copied(self.folder, outputs / self.folder.parent.name / self.folder.name))
+
+
+@pytest.fixture(scope="session")
+def commands(root, tmp_path_factory) -> Iterator[Commands]:
+    """Starts `wanlab` commands warm."""
+    started = Commands(root, tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def cold(root):
+    """Starts `wanlab` commands as a shell does, in a process that has imported nothing."""
+
+    def go(arguments, *, cwd: Path, env: dict[str, str], timeout_s: float = 900):
+        return subprocess.run(
+            [sys.executable, "-m", "wanlab.cli", *arguments],
+            cwd=cwd,
+            env=env | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def run_in(root, commands):
+    """Execute a notebook of the project into a folder of runs."""
+
+    def go(outputs: Path, name: str, *more: str, force: bool = True) -> Executed:
+        notebook = root / "notebooks" / f"{name}.ipynb"
+        outputs.mkdir(parents=True, exist_ok=True)
+        order = ["run", notebook, "--output", outputs, *more] + ["--force"] * force
+        done = commands.run(order, cwd=outputs.parent)
+        assert done.returncode == 0, done.stderr[-3000:]
+        executed = Executed((outputs.parent / done.stdout.splitlines()[-1]).parent)
+        assert json.loads((executed.folder / "status.json").read_text())["state"] == "finished"
+        return executed
+
+    return go
 
 
 @pytest.fixture(scope="module")
@@ -29,29 +98,25 @@ def outputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_notebook(root, outputs):
-    """Execute a notebook of the project, with its default parameters unless more is given."""
+def run_notebook(run_in, outputs):
+    """Execute a notebook into the module's own folder, with its default parameters unless more is given."""
 
     def go(name: str, *more: str, force: bool = True) -> Executed:
-        notebook = root / "notebooks" / f"{name}.ipynb"
-        done = subprocess.run(
-            [sys.executable, "-m", "wanlab.cli", "run", notebook, "--output", outputs, *more]
-            + ["--force"] * force,
-            cwd=outputs.parent,
-            env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(root)},
-            capture_output=True,
-            text=True,
-            timeout=900,
+        return run_in(outputs, name, *more, force=force)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def shared_run(run_in, session_folder):
+    """A run that several modules read: executed by the first that asks, in a folder of runs of its own."""
+
+    def go(name: str, *more: str) -> Executed:
+        key = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:8]
+        place = once(
+            session_folder / "runs" / f"{name}-{key}", lambda folder: run_in(folder / "outputs", name, *more)
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        report = outputs.parent / done.stdout.splitlines()[-1]
-        folder = report.parent
-        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Executed(
-            json.loads((folder / "run.json").read_text()),
-            {line["name"]: line["value"] for line in lines},
-            BeautifulSoup(report.read_text(), "html.parser"),
-        )
+        (record,) = place.glob(f"outputs/{name}/*/run.json")
+        return Executed(record.parent)
 
     return go

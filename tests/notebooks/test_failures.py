@@ -34,16 +34,11 @@ pytestmark = pytest.mark.notebook
 
 
 def command(notebook: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "wanlab.cli",
-        "run",
-        str(notebook),
-        "--output",
-        str(folder / "outputs"),
-        *more,
-    ]
+    return ["run", str(notebook), "--output", str(folder / "outputs"), *more]
+
+
+def shell(notebook: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "wanlab.cli", *command(notebook, folder)]
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -51,18 +46,16 @@ def environment(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(root, fixture_notebooks, tmp_path):
-    """Run a fixture notebook; gives exit code, texts, and what the run folder says."""
+def run(root, fixture_notebooks, tmp_path, commands, cold):
+    """Run a fixture notebook; gives exit code, texts, and what the run folder says.
 
-    def go(name: str, *more: str):
-        done = subprocess.run(
-            command(fixture_notebooks / f"{name}.ipynb", tmp_path, *more),
-            cwd=tmp_path,
-            env=environment(root),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    With `from_shell=True` runner and kernel are processes that have imported nothing, else forks of one that has.
+    """
+
+    def go(name: str, *more: str, from_shell: bool = False):
+        start = cold if from_shell else commands.run
+        arguments = command(fixture_notebooks / f"{name}.ipynb", tmp_path, *more)
+        done = start(arguments, cwd=tmp_path, env=environment(root), timeout_s=120)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, **read(tmp_path, name))
 
     return go
@@ -99,7 +92,7 @@ def assert_failed(done, state: str, code: int, said: str):
 
 
 def test_finished_run_is_complete_and_not_run_twice(run, tmp_path):
-    done = run("ok", "-p", "steps=7", "-p", "prompt=a=b", "-p", "sizes=4,5")
+    done = run("ok", "-p", "steps=7", "-p", "prompt=a=b", "-p", "sizes=4,5", from_shell=True)
     assert done.code == 0, done.err
     assert done.status["state"] == "finished"
     assert 0.05 < done.status["peak_memory_gib"] < 8
@@ -147,8 +140,9 @@ def test_failing_cell(run):
     assert 'weights["expert_low"]' in done.page.select_one(".failure .traceback").text
 
 
-def test_dying_kernel_is_not_called_completed(run, tmp_path):
-    done = run("dies")
+@pytest.mark.parametrize("from_shell", [False, True])
+def test_dying_kernel_is_not_called_completed(run, tmp_path, from_shell):
+    done = run("dies", from_shell=from_shell)
     assert_failed(done, "died", 3, "the kernel was killed by signal 9 (SIGKILL)")
     assert cell_states(done) == ["completed", "completed", "completed", "failed", "pending", "pending"]
     assert wanlab.load_runs(tmp_path / "outputs")["state"].tolist() == ["died"]
@@ -181,7 +175,8 @@ def test_failed_allocation_is_out_of_memory(run, tmp_path, library, said):
 
 @pytest.mark.parametrize("in_child", [False, True])
 def test_memory_limit(run, tmp_path, in_child):
-    done = run("grows", "--memory-limit", "1.2", "-p", f"in_child={str(in_child).lower()}")
+    grows = ("grows", "--memory-limit", "1.2", "-p", f"in_child={str(in_child).lower()}")
+    done = run(*grows, from_shell=in_child)
     assert_failed(done, "memory", 5, "GiB in cell 6, over its limit of 1.2 GiB")
     assert float(done.status["reason"].split()[1]) > 1.2
     assert 1.2 < done.status["peak_memory_gib"] < 2.5
@@ -212,7 +207,7 @@ def test_deadline(run):
 
 
 def test_deadline_of_a_kernel_that_hears_no_signal(run):
-    done = run("deaf", "--timeout", "8")
+    done = run("deaf", "--timeout", "8", from_shell=True)
     assert_failed(done, "timeout", 4, "not done after 8 s")
     assert done.status["title"] == "Deaf"
     assert 8 < done.status["seconds"] < 14
@@ -342,7 +337,7 @@ def test_no_kernel_is_left_behind(root, fixture_notebooks, tmp_path, number):
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
-        command(fixture_notebooks / "hangs.ipynb", tmp_path),
+        shell(fixture_notebooks / "hangs.ipynb", tmp_path),
         cwd=tmp_path,
         env=environment(root),
         stdout=subprocess.DEVNULL,
@@ -395,7 +390,7 @@ def test_nothing_that_a_notebook_started_stays(run):
 @pytest.mark.usefixtures("adopting")
 def test_what_a_killed_runner_left_is_reaped(root, fixture_notebooks, tmp_path):
     process = subprocess.Popen(
-        command(fixture_notebooks / "leaves.ipynb", tmp_path),
+        shell(fixture_notebooks / "leaves.ipynb", tmp_path),
         cwd=tmp_path,
         env=environment(root),
         stdout=subprocess.DEVNULL,

@@ -7,9 +7,9 @@ import pytest
 pytestmark = pytest.mark.notebook
 
 
-def test_flame_graph_of_a_fresh_capture_and_what_changed_between_two(run_notebook, outputs):
+def test_flame_graph_of_a_fresh_capture_and_what_changed_between_two(run_notebook, outputs, shared_run):
     fast = ["-p", "height=64", "-p", "width=64", "-p", "frames=5", "-p", "steps=3"]
-    first = run_notebook("11_flame_graph", *fast)
+    first = shared_run("11_flame_graph", *fast).copied_to(outputs)
     assert first.values["totals"]["flame_ms"] <= first.values["totals"]["wall_ms"]
     assert "no GPU events" in str(first.page)
     second = run_notebook("11_flame_graph", *fast, "-p", "seed=1")

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import torch
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, did_you_mean
 
 TensorType = tuple[str, tuple[int | str, ...]]
-"""dtype as torch names it, and shape; a free axis is its name."""
+"""dtype as torch names it, and shape; a free axis is its name. An empty shape is not known beforehand."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """One component, ready to run.
+
+    `run` and `bind` check names, dtypes, shapes and memory for every engine; a subclass writes `_run` and `_bind`, which
+    get only what fits.
 
     Attributes:
         name: kind and place, e.g. `"eager"`, `"compiled"`, `"onnxruntime-cuda"`, `"tensorrt"`, `"tvm-llvm"`.
         device: where its inputs and outputs live.
-        inputs, outputs: tensor name -> type.
+        inputs, outputs: tensor name -> type, in the order of the network's arguments.
         metadata: at least `component` and `model` where they are known.
         size_bytes: of its files, or of its weights where there is no file.
         load_ms: from the files to an engine that can run.
+        build_ms: what making its files took; None where nothing is built.
+        path: the file that it was opened from, or None.
+        alignment: bytes that the addresses of its inputs and outputs are a multiple of.
+        checks_output_dtypes: False where the dtype of outputs is known only after a run.
+        takes_shapes: what messages call that which has fixed shapes.
     """
+
+    alignment: ClassVar[int] = 1
+    checks_output_dtypes: ClassVar[bool] = True
+    takes_shapes: ClassVar[str] = "the graph"
 
     name: str
     device: torch.device
@@ -32,10 +47,38 @@ class Engine(Protocol):
     metadata: Mapping[str, str]
     size_bytes: int
     load_ms: float
+    build_ms: float | None = None
+    path: Path | None = None
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run once; inputs are cast and moved where they differ, outputs are new tensors on `device`."""
-        ...
+    @property
+    def label(self) -> str:
+        """How messages name it: its file, or its name and component."""
+        return self.path.name if self.path else f"{self.name} {self.metadata.get('component', '')}".strip()
+
+    def run(
+        self, feeds: Mapping[str, torch.Tensor | np.ndarray]
+    ) -> dict[str, torch.Tensor] | dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            feeds: every input by name; cast and moved where it differs from the engine's type and device.
+
+        Returns:
+            Output name -> new tensor on `device`, or numpy array when all feeds are numpy arrays.
+
+        Raises:
+            WanlabError: an unknown or missing input, or a shape that the engine does not take.
+        """
+        self._check_names(feeds)
+        as_numpy = not any(isinstance(value, torch.Tensor) for value in feeds.values())
+        tensors = {}
+        for name, (dtype, _) in self.inputs.items():
+            tensor = torch.as_tensor(feeds[name]).detach()
+            self._check_shape(name, tuple(tensor.shape))
+            tensor = tensor.to(self.device, getattr(torch, dtype)).contiguous()
+            tensors[name] = tensor if tensor.data_ptr() % self.alignment == 0 else tensor.clone()
+        outputs = self._run(tensors)
+        return {name: value.cpu().numpy() for name, value in outputs.items()} if as_numpy else outputs
 
     def bind(
         self,
@@ -58,40 +101,97 @@ class Engine(Protocol):
         Raises:
             WanlabError: a tensor that does not fit, or an engine that cannot be captured.
         """
-        ...
+        self._check_capture(cuda_graph)
+        self._check_memory("input", self.inputs, inputs)
+        self._check_memory("output", self.outputs, outputs, dtypes=self.checks_output_dtypes)
+        for name in self.inputs:
+            self._check_shape(name, tuple(inputs[name].shape))
+        for name, (_, shape) in self.outputs.items():
+            given = tuple(outputs[name].shape)
+            if shape and not fits(shape, given):
+                raise WanlabError(
+                    f"output {name!r} of {self.label} is {spell_shape(shape)};"
+                    f" memory for {list(given)} was given"
+                )
+        return self._bind(inputs, outputs, stream, cuda_graph)
 
+    @abstractmethod
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Compute; `tensors` are the inputs in order, on `device`, contiguous, of the right dtypes and shapes."""
 
-def check_bound(
-    engine: str,
-    kinds: Mapping[str, TensorType],
-    given: Mapping[str, torch.Tensor],
-    device: str,
-    *,
-    dtypes: bool = True,
-) -> None:
-    """Refuse memory that does not fit.
+    @abstractmethod
+    def _bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        stream: int | None,
+        cuda_graph: bool,
+    ) -> Callable[[], None]:
+        """The call over memory that was checked; see `bind`."""
 
-    Args:
-        engine: how messages name it.
-        kinds: tensor name -> dtype and shape; a free axis is its name.
-        given: tensor name -> memory for it.
-        device: `"cpu"` or `"cuda"`.
-        dtypes: False where the engine finds out when it runs.
+    def _check_capture(self, cuda_graph: bool) -> None:
+        """Refuse `cuda_graph` where it cannot be; by default on the CPU."""
+        if cuda_graph and self.device.type != "cuda":
+            raise WanlabError(f"{self.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out")
 
-    Raises:
-        WanlabError: a tensor that is missing, of another dtype, device or size, or not contiguous.
-    """
-    for name, (dtype, _) in kinds.items():
-        if name not in given:
-            raise WanlabError(f"{engine} needs memory for {name!r}; {', '.join(given) or 'none'} was given")
-        tensor = given[name]
-        same = not dtypes or str(tensor.dtype) == f"torch.{dtype}"
-        if not same or tensor.device.type != device:
+    def _check_names(self, feeds: Mapping) -> None:
+        for name in feeds:
+            if name not in self.inputs:
+                raise WanlabError(
+                    f"{self.label} has no input {name!r}{did_you_mean(name, self.inputs)};"
+                    f" it takes {', '.join(map(repr, self.inputs))}; {', '.join(feeds)} was given"
+                )
+        if missing := [name for name in self.inputs if name not in feeds]:
+            raise WanlabError(f"{self.label} misses input {', '.join(map(repr, missing))}")
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a shape of an input that the engine does not take."""
+        if not fits(self.inputs[name][1], shape):
             raise WanlabError(
-                f"{name!r} of {engine} is {dtype} on {device}; {tensor.dtype} on {tensor.device} was given"
+                f"input {name!r} of {self.label} is {list(shape)},"
+                f" {self.takes_shapes} takes {spell_shape(self.inputs[name][1])};"
+                " give that shape or export again for yours"
             )
-        if not tensor.is_contiguous():
-            raise WanlabError(f"{name!r} is not contiguous; give tensor.contiguous()")
+
+    def _check_memory(
+        self,
+        what: str,
+        types: Mapping[str, TensorType],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        dtypes: bool = True,
+    ) -> None:
+        """Refuse memory that is missing, unknown, of another dtype or device, not contiguous or not aligned.
+
+        Args:
+            what: `"input"` or `"output"`, for messages.
+        """
+        for name in tensors:
+            if name not in types:
+                raise WanlabError(
+                    f"{self.label} has no {what} {name!r}{did_you_mean(name, types)};"
+                    f" it has {', '.join(types)}"
+                )
+        for name, (dtype, _) in types.items():
+            if name not in tensors:
+                raise WanlabError(
+                    f"{self.label} misses {what} {name!r}: it needs memory for {name!r};"
+                    f" {', '.join(tensors) or 'none'} was given"
+                )
+            tensor = tensors[name]
+            same = not dtypes or str(tensor.dtype) == f"torch.{dtype}"
+            if not same or tensor.device.type != self.device.type:
+                raise WanlabError(
+                    f"{name!r} of {self.label} is {dtype} on {self.device.type};"
+                    f" {tensor.dtype} on {tensor.device} was given"
+                )
+            if not tensor.is_contiguous():
+                raise WanlabError(f"{name!r} is not contiguous; give tensor.contiguous()")
+            if tensor.data_ptr() % self.alignment:
+                raise WanlabError(
+                    f"{name!r} of {self.label} has to lie at a multiple of {self.alignment} bytes;"
+                    " give tensor.clone()"
+                )
 
 
 def fits(wanted: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:
@@ -99,3 +199,8 @@ def fits(wanted: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:
     return len(shape) == len(wanted) and all(
         isinstance(want, str) or want == size for want, size in zip(wanted, shape, strict=True)
     )
+
+
+def spell_shape(shape: tuple[int | str, ...]) -> str:
+    """`[batch, 36, 3]`."""
+    return f"[{', '.join(map(str, shape))}]"

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
-from wanlab.engines.base import check_bound, fits
+from wanlab.engines.base import Engine, TensorType
 from wanlab.export.components import PARTS
 from wanlab.export.graph import file_bytes, formats_of
 
@@ -240,7 +240,7 @@ UNCAPTURED = -1
 """Number of the captured graph of a run that neither captures nor replays."""
 
 
-class OrtEngine:
+class OrtEngine(Engine):
     """One ONNX file in one ONNX Runtime session.
 
     On CUDA the session has a stream of its own, which waits for PyTorch's current stream before a run and is waited
@@ -322,67 +322,27 @@ class OrtEngine:
         counts = assigned_nodes(self.session).value_counts(["provider", "operator"])
         return counts.rename("nodes").reset_index()
 
-    def run(self, feeds: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor | np.ndarray]:
-        """Run the graph once.
-
-        On the CPU tensors are handed over without a copy. On CUDA, inputs that are on the device stay
-        there and outputs are made there.
-
-        Args:
-            feeds: every input by name; cast to the graph's dtype where it differs.
-
-        Returns:
-            Output name -> tensor on `device`, or numpy array when all feeds are numpy arrays.
-
-        Raises:
-            WanlabError: an unknown or missing input, or a shape that the graph does not take.
-        """
-        for name in feeds:
-            if name not in self.inputs:
-                raise WanlabError(
-                    f"{self.path.name} has no input {name!r}{did_you_mean(name, self.inputs)};"
-                    f" it takes {', '.join(self.inputs)}"
-                )
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise WanlabError(f"{self.path.name} misses input {', '.join(map(repr, missing))}")
-        as_numpy = all(not isinstance(value, torch.Tensor) for value in feeds.values())
-        tensors = {
-            name: torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)).contiguous()
-            for name, (dtype, _) in self.inputs.items()
-        }
-        for name, tensor in tensors.items():
-            self._check_shape(name, tuple(tensor.shape))
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the CPU tensors are handed over without a copy; on CUDA nothing leaves the device."""
         try:
-            outputs = self._run_bound(tensors) if self.provider == "cuda" else self._run_numpy(tensors)
+            return self._run_bound(tensors) if self.provider == "cuda" else self._run_numpy(tensors)
         except Exception as error:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             raise WanlabError(f"{self.path.name} failed on {shapes}: {first_line(error)}") from error
-        return {name: value.cpu().numpy() for name, value in outputs.items()} if as_numpy else outputs
 
-    def bind(
+    def _check_capture(self, cuda_graph: bool) -> None:
+        if cuda_graph != self.cuda_graph:
+            how = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
+            raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {how}")
+
+    def _bind(
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        *,
-        stream: int | None = None,
-        cuda_graph: bool = False,
+        stream: int | None,
+        cuda_graph: bool,
     ) -> Callable[[], None]:
-        """A call that runs the graph over memory that stays where it is; see `Engine.bind`.
-
-        With `cuda_graph`, for which the session has to be opened, the first call runs and captures, later ones replay.
-
-        Raises:
-            WanlabError: memory that does not fit, or a session that was opened for the other `cuda_graph`; from the
-                call, what ONNX Runtime refuses.
-        """
-        if cuda_graph != self.cuda_graph:
-            wanted = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
-            raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {wanted}")
-        for kinds, given in ((self.inputs, inputs), (self.outputs, outputs)):
-            check_bound(self.path.name, kinds, given, self.provider)
-        for name in self.inputs:
-            self._check_shape(name, tuple(inputs[name].shape))
+        """With `cuda_graph`, for which the session has to be opened, the first call captures and later ones replay."""
         binding = self._binding(inputs, outputs)
         # A binding holds addresses only: the tensors have to live as long as the call.
         memory = (dict(inputs), dict(outputs))
@@ -438,15 +398,6 @@ class OrtEngine:
             raise WanlabError(
                 f"{len(lost)} nodes of {self.path.name} fell back to the CPU ({kinds}; the first is"
                 f" {lost['node'].iloc[0] or lost['operator'].iloc[0]}): allow_cpu_fallback=True runs it all the same"
-            )
-
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        wanted = self.inputs[name][1]
-        if not fits(wanted, shape):
-            raise WanlabError(
-                f"input {name!r} of {self.path.name} is {list(shape)},"
-                f" the graph takes [{', '.join(map(str, wanted))}];"
-                " give that shape or export again for yours"
             )
 
     def _run_numpy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -539,7 +490,7 @@ def load_engines(
     return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in wanted}
 
 
-def _type_of(value) -> tuple[str, tuple[int | str, ...]]:
+def _type_of(value) -> TensorType:
     kind = value.type.removeprefix("tensor(").removesuffix(")")
     return _DTYPES.get(kind, kind), tuple(value.shape)
 

@@ -12,12 +12,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 
 from wanlab.core.errors import WanlabError
-from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.engines.base import Engine
 from wanlab.export.components import PARTS, check_components
 from wanlab.models.pipeline import Model
 
 
-def use(model: Model, engines: Mapping[str, OrtEngine]) -> Model:
+def use(model: Model, engines: Mapping[str, Engine]) -> Model:
     """A model whose pipeline calls engines for some or all of its components.
 
     Everything around the networks (tokenizer, scheduler arithmetic, guidance) stays the code of diffusers,
@@ -43,7 +43,7 @@ def use(model: Model, engines: Mapping[str, OrtEngine]) -> Model:
     pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
     for part in dict.fromkeys(PARTS[component] for component in engines):
         mine = {component: engine for component, engine in engines.items() if PARTS[component] == part}
-        setattr(pipeline, part, _stand_in(getattr(model.pipeline, part), mine))
+        setattr(pipeline, part, _engine_part(getattr(model.pipeline, part), mine))
     for engine in engines.values():
         if hasattr(engine, "follow"):  # it changes with the step, which the scheduler knows
             engine.follow(pipeline)
@@ -61,125 +61,116 @@ _INPUTS = {
 _EXPERT_INPUTS = {"hidden_states", "timestep", "encoder_hidden_states"}
 
 
-def _check_engine(component: str, engine) -> None:
+def _check_engine(component: str, engine: Engine) -> None:
     made_for = engine.metadata.get("component", component)
     # The experts are interchangeable as far as shapes go, which is why a mix-up must not pass.
     if made_for != component:
-        raise WanlabError(f"{engine.path.name} was exported from {made_for}; it cannot run {component}")
+        raise WanlabError(f"{engine.label} was exported from {made_for}; it cannot run {component}")
     wanted = _INPUTS.get(component, _EXPERT_INPUTS)
     if set(engine.inputs) != wanted:
         raise WanlabError(
-            f"{engine.path.name} takes {', '.join(engine.inputs)};"
-            f" {component} needs {', '.join(sorted(wanted))}"
+            f"{engine.label} takes {', '.join(engine.inputs)}; {component} needs {', '.join(sorted(wanted))}"
         )
 
 
-def _stand_in(original, engines: dict[str, OrtEngine]):
-    """The object that takes the place of a part of the pipeline."""
-    kinds = _stand_ins()
+def _engine_part(original: torch.nn.Module, engines: dict[str, Engine]) -> EnginePart:
+    """The object that takes the place of a network of the pipeline."""
     if "text_encoder" in engines:
-        return kinds["text_encoder"](original, engines["text_encoder"])
+        return EngineTextEncoder(original, engines["text_encoder"])
     if "vae_encoder" in engines or "vae_decoder" in engines:
-        return kinds["vae"](original, engines.get("vae_encoder"), engines.get("vae_decoder"))
-    return kinds["expert"](original, next(iter(engines.values())))
+        return EngineVae(original, engines.get("vae_encoder"), engines.get("vae_decoder"))
+    return EngineExpert(original, next(iter(engines.values())))
 
 
-def _stand_ins() -> dict[str, type]:
-    """Classes are made on first use, as their base comes from torch."""
-    global _CLASSES
-    if _CLASSES is None:
-        _CLASSES = _make_stand_ins()
-    return _CLASSES
+class EnginePart(torch.nn.Module):
+    """What a diffusers pipeline asks of its networks: configuration, dtype and device."""
+
+    def __init__(self, original: torch.nn.Module) -> None:
+        super().__init__()
+        self.config = original.config
+        self._dtype, self._device = original.dtype, original.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def _back(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._dtype)
 
 
-_CLASSES: dict[str, type] | None = None
+class EngineTextEncoder(EnginePart):
+    """The text encoder in an engine."""
+
+    def __init__(self, original: torch.nn.Module, engine: Engine) -> None:
+        super().__init__(original)
+        self.engine = engine
+
+    def forward(self, input_ids, attention_mask):
+        """`[B, L]` tokens and mask to `.last_hidden_state` `[B, L, D]`."""
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return SimpleNamespace(last_hidden_state=self._back(self.engine.run(feeds)["last_hidden_state"]))
 
 
-def _make_stand_ins() -> dict[str, type]:
-    class EnginePart(torch.nn.Module):
-        """What a diffusers pipeline asks of its networks: configuration, dtype and device."""
+class EngineExpert(EnginePart):
+    """A denoising transformer in an engine."""
 
-        def __init__(self, original):
-            super().__init__()
-            self.config = original.config
-            self._dtype, self._device = original.dtype, original.device
+    def __init__(self, original: torch.nn.Module, engine: Engine) -> None:
+        super().__init__(original)
+        self.engine = engine
 
-        @property
-        def dtype(self) -> torch.dtype:
-            return self._dtype
+    def cache_context(self, name: str):
+        """An engine caches nothing between steps."""
+        return nullcontext()
 
-        @property
-        def device(self) -> torch.device:
-            return self._device
+    def forward(
+        self,
+        hidden_states,
+        timestep,
+        encoder_hidden_states,
+        encoder_hidden_states_image=None,
+        return_dict: bool = True,
+        attention_kwargs=None,
+    ):
+        """`[B, C, T, H, W]`, `[B]`, `[B, L, D]` to `[B, C', T, H, W]`."""
+        if encoder_hidden_states_image is not None or attention_kwargs:
+            raise WanlabError(
+                "an engine takes neither image embeddings nor attention_kwargs; run this expert eager"
+            )
+        feeds = {
+            "hidden_states": hidden_states,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        sample = self._back(self.engine.run(feeds)["velocity"])
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-        def _back(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self._device, self._dtype)
 
-    class EngineTextEncoder(EnginePart):
-        def __init__(self, original, engine):
-            super().__init__(original)
-            self.engine = engine
+class EngineVae(EnginePart):
+    """The VAE with one or both halves in engines; the original is kept only where a half stays eager."""
 
-        def forward(self, input_ids, attention_mask):
-            """`[B, L]` tokens and mask to `.last_hidden_state` `[B, L, D]`."""
-            feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-            return SimpleNamespace(last_hidden_state=self._back(self.engine.run(feeds)["last_hidden_state"]))
+    def __init__(self, original: torch.nn.Module, encoder: Engine | None, decoder: Engine | None) -> None:
+        super().__init__(original)
+        if isinstance(original, EngineVae):
+            encoder, decoder = encoder or original.encoder, decoder or original.decoder
+            original = original.eager
+        self.encoder, self.decoder = encoder, decoder
+        self.eager = original if encoder is None or decoder is None else None
 
-    class EngineExpert(EnginePart):
-        def __init__(self, original, engine):
-            super().__init__(original)
-            self.engine = engine
+    def encode(self, video, return_dict: bool = True):
+        """`[B, 3, T, H, W]` in [-1, 1] to a distribution over latents."""
+        if self.encoder is None:
+            return self.eager.encode(video, return_dict=return_dict)
+        moments = self._back(self.encoder.run({"video": video})["moments"])
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-        def cache_context(self, name: str):
-            """An engine caches nothing between steps."""
-            return nullcontext()
-
-        def forward(
-            self,
-            hidden_states,
-            timestep,
-            encoder_hidden_states,
-            encoder_hidden_states_image=None,
-            return_dict: bool = True,
-            attention_kwargs=None,
-        ):
-            """`[B, C, T, H, W]`, `[B]`, `[B, L, D]` to `[B, C', T, H, W]`."""
-            if encoder_hidden_states_image is not None or attention_kwargs:
-                raise WanlabError(
-                    "an engine takes neither image embeddings nor attention_kwargs; run this expert eager"
-                )
-            feeds = {
-                "hidden_states": hidden_states,
-                "timestep": timestep,
-                "encoder_hidden_states": encoder_hidden_states,
-            }
-            sample = self._back(self.engine.run(feeds)["velocity"])
-            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    class EngineVae(EnginePart):
-        """Either half may stay eager; only then the original VAE is kept."""
-
-        def __init__(self, original, encoder, decoder):
-            super().__init__(original)
-            if isinstance(original, EngineVae):
-                encoder, decoder = encoder or original.encoder, decoder or original.decoder
-                original = original.eager
-            self.encoder, self.decoder = encoder, decoder
-            self.eager = original if encoder is None or decoder is None else None
-
-        def encode(self, video, return_dict: bool = True):
-            """`[B, 3, T, H, W]` in [-1, 1] to a distribution over latents."""
-            if self.encoder is None:
-                return self.eager.encode(video, return_dict=return_dict)
-            moments = self._back(self.encoder.run({"video": video})["moments"])
-            posterior = DiagonalGaussianDistribution(moments)
-            return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-        def decode(self, latents, return_dict: bool = True):
-            """`[B, C, T', H', W']` to `[B, 3, T, H, W]` in [-1, 1]."""
-            if self.decoder is None:
-                return self.eager.decode(latents, return_dict=return_dict)
-            video = self._back(self.decoder.run({"latents": latents})["video"])
-            return DecoderOutput(sample=video) if return_dict else (video,)
-
-    return {"text_encoder": EngineTextEncoder, "expert": EngineExpert, "vae": EngineVae}
+    def decode(self, latents, return_dict: bool = True):
+        """`[B, C, T', H', W']` to `[B, 3, T, H, W]` in [-1, 1]."""
+        if self.decoder is None:
+            return self.eager.decode(latents, return_dict=return_dict)
+        video = self._back(self.decoder.run({"latents": latents})["video"])
+        return DecoderOutput(sample=video) if return_dict else (video,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.export.vae_streamed import HALVES, PAST, PRESENT, STEPS, half_of
 
 
-class Streamed:
+class Streamed(Engine):
     """One half of the VAE over two engines: the first chunk of a clip, and every later one.
 
     What the causal convolutions have seen stays where the engines put it; peak memory is that of one chunk, beside the
@@ -69,24 +69,15 @@ class Streamed:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.first!r}, {self.next!r})"
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run over a whole clip; see `Engine.run`.
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"the streamed {self.component}"
 
-        Args:
-            feeds: `latents` `[B, C, 1 + k, H', W']`, not normalised, or `video` `[B, 3, 1 + 4 k, H, W]` in [-1, 1].
-
-        Returns:
-            `video` in [-1, 1], or `moments`, on `device`.
-
-        Raises:
-            WanlabError: another input, or a size that does not come out even.
-        """
-        if set(feeds) != {self.source}:
-            raise WanlabError(
-                f"{self.component} takes {self.source!r}; {', '.join(feeds) or 'nothing'} was given"
-            )
-        source = torch.as_tensor(feeds[self.source])
-        chunks = self._chunks(source)
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`latents` `[B, C, 1 + k, H', W']`, not normalised, to `video` in [-1, 1], or `video` to `moments`."""
+        source = tensors[self.source]
+        chunks = self._chunks(source.shape)
         made = self.first.run({self.source: source[:, :, :1]})
         frame = made.pop(self.result)
         whole = frame.new_empty((*frame.shape[:2], 1 + self._later[1] * chunks, *frame.shape[3:]))
@@ -100,24 +91,26 @@ class Streamed:
             whole[:, :, start : start + self._later[1]] = made.pop(self.result)
         return {self.result: whole}
 
-    def bind(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        outputs: Mapping[str, torch.Tensor],
-        *,
-        stream: int | None = None,
-        cuda_graph: bool = False,
-    ) -> Callable[[], None]:
-        """A call over memory that stays where it is; see `Engine.bind`.
-
-        The caches are allocated here, twice: one set is read while the other is written.
-        """
+    def _check_capture(self, cuda_graph: bool) -> None:
         if cuda_graph:
             raise WanlabError(
                 f"{self.name} runs a clip as many calls, which one CUDA graph does not hold; leave it out"
             )
-        source, whole = _named(inputs, self.source), _named(outputs, self.result)
-        chunks = self._chunks(source)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._chunks(shape)
+        super()._check_shape(name, shape)
+
+    def _bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        stream: int | None,
+        cuda_graph: bool,
+    ) -> Callable[[], None]:
+        """The caches are allocated here, twice: one set is read while the other is written."""
+        source, whole = inputs[self.source], outputs[self.result]
+        chunks = self._chunks(source.shape)
         frames = 1 + self._later[1] * chunks
         if whole.shape[2] != frames:
             raise WanlabError(
@@ -153,12 +146,12 @@ class Streamed:
 
         return run
 
-    def _chunks(self, source: torch.Tensor) -> int:
-        """How many chunks follow the first."""
-        frames, step = source.shape[2] if source.ndim == 5 else 0, self._later[0]
+    def _chunks(self, shape: Sequence[int]) -> int:
+        """How many chunks follow the first in a source of this shape."""
+        frames, step = shape[2] if len(shape) == 5 else 0, self._later[0]
         if frames < 1 or (frames - 1) % step:
             wanted = "1 or more frames" if step == 1 else f"{step}k + 1 frames"
-            raise WanlabError(f"{self.source!r} is {list(source.shape)}; give [B, C, T, H, W] with {wanted}")
+            raise WanlabError(f"{self.source!r} is {list(shape)}; give [B, C, T, H, W] with {wanted}")
         return (frames - 1) // step
 
     def _empty_caches(self, source: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -212,12 +205,6 @@ def _open(folder: str | os.PathLike, component: str, options: dict) -> list[OrtE
         if not file.is_file():
             raise WanlabError(f"no {file.name} in {folder}; make it with wanlab.export.export_streamed")
     return [OrtEngine(file, **options) for file in files]
-
-
-def _named(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    if set(tensors) != {name}:
-        raise WanlabError(f"memory for {name!r} is needed; {', '.join(tensors) or 'nothing'} was given")
-    return tensors[name]
 
 
 def _file(engine) -> str:

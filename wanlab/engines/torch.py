@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.engines.base import TensorType, check_bound
+from wanlab.engines.base import Engine, TensorType
 from wanlab.export.clip import default_shape
 from wanlab.export.components import component_spec
 
 MODES = ("eager", "compiled")
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """One component of a model, computed by PyTorch as the pipeline computes it.
 
     Attributes: as `wanlab.engines.base.Engine`. `load_ms` is what wrapping took; loading is the model's.
     """
+
+    checks_output_dtypes = False
+    takes_shapes = "the network"
 
     def __init__(self, model, component: str, *, mode: str = "eager") -> None:
         """Wrap a component.
@@ -36,68 +39,43 @@ class TorchEngine:
         if mode not in MODES:
             raise WanlabError(f"no mode {mode!r}{did_you_mean(mode, MODES)}; give {' or '.join(MODES)}")
         begin = time.perf_counter()
-        self._recipe = component_spec(model, component)
-        network = self._recipe.network
+        self._spec = component_spec(model, component)
+        network = self._spec.network
         self.name = mode
         self.device, self.dtype = network.device, network.dtype
         self.size_bytes = sum(parameter.nbytes for parameter in network.parameters())
         self.metadata = {"component": component, "model": model.spec.name}
         self.inputs: dict[str, TensorType] = {}
         self._types(model)
-        self._call = _compiled(model, self._recipe) if mode == "compiled" else self._recipe.reference
+        self._call = _compiled(model, self._spec) if mode == "compiled" else self._spec.reference
         self.load_ms = (time.perf_counter() - begin) * 1e3
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run once; see `Engine.run`."""
-        for name in feeds:
-            if name not in self.inputs:
-                raise WanlabError(
-                    f"{self.metadata['component']} has no input {name!r}{did_you_mean(name, self.inputs)};"
-                    f" it takes {', '.join(self.inputs)}"
-                )
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise WanlabError(f"{self.name} {self.metadata['component']} misses input {', '.join(missing)}")
-        given = [
-            torch.as_tensor(feeds[name]).to(self.device, getattr(torch, dtype))
-            for name, (dtype, _) in self.inputs.items()
-        ]
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return {self._recipe.output: self._call(*given)}
+            return {self._spec.output: self._call(*tensors.values())}
 
-    def bind(
+    def _bind(
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        *,
-        stream: int | None = None,
-        cuda_graph: bool = False,
+        stream: int | None,
+        cuda_graph: bool,
     ) -> Callable[[], None]:
-        """A call that runs over memory that stays where it is; see `Engine.bind`.
-
-        PyTorch makes its own output, which is then copied on the device into `outputs`.
-        """
-        label = f"{self.name} {self.metadata['component']}"
-        check_bound(label, self.inputs, inputs, self.device.type)
-        check_bound(label, self.outputs, outputs, self.device.type, dtypes=False)
+        """PyTorch makes its own output, which is then copied on the device into `outputs`."""
         given = [inputs[name] for name in self.inputs]
-        target = outputs[self._recipe.output]
+        target = outputs[self._spec.output]
 
         @torch.no_grad()
         def call() -> None:
-            made = self._call(*given)
-            if made.shape != target.shape or made.dtype != target.dtype:  # copying would repeat, or cast
+            output = self._call(*given)
+            if output.shape != target.shape or output.dtype != target.dtype:  # copying would repeat, or cast
                 raise WanlabError(
-                    f"{label} makes {list(made.shape)} in {made.dtype};"
+                    f"{self.label} makes {list(output.shape)} in {output.dtype};"
                     f" memory for {list(target.shape)} in {target.dtype} was given"
                 )
-            target.copy_(made)
+            target.copy_(output)
 
         if self.device.type != "cuda":
-            if cuda_graph:
-                raise WanlabError(
-                    f"{self.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out"
-                )
             return call
         where = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
         if not cuda_graph:
@@ -123,11 +101,11 @@ class TorchEngine:
 
     def _types(self, model) -> None:
         """Names, dtypes and free axes of inputs and output, from a small example."""
-        example = self._recipe.inputs_for(default_shape(model, batch=1), torch.Generator().manual_seed(0))
-        for (name, axes), tensor in zip(self._recipe.inputs.items(), example, strict=True):
+        example = self._spec.inputs_for(default_shape(model, batch=1), torch.Generator().manual_seed(0))
+        for (name, axes), tensor in zip(self._spec.inputs.items(), example, strict=True):
             shape = tuple(axes.get(axis, size) for axis, size in enumerate(tensor.shape))
             self.inputs[name] = (str(tensor.dtype).removeprefix("torch."), shape)
-        self.outputs = {self._recipe.output: (str(self.dtype).removeprefix("torch."), ())}
+        self.outputs = {self._spec.output: (str(self.dtype).removeprefix("torch."), ())}
 
 
 def _compiled(model, plan) -> Callable:

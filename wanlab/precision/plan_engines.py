@@ -263,7 +263,7 @@ def _frame(rows: pd.DataFrame) -> pd.DataFrame:
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
 
-class SteppedEngine:
+class SteppedEngine(Engine):
     """One expert whose graph changes with the step; `wanlab.engines.use` takes it as any engine.
 
     The step is counted by the scheduler of the pipeline it is used in: a generation with another number of steps than the
@@ -343,15 +343,17 @@ class SteppedEngine:
                 f"plan {self._plan} changes with the step, and no generation is under way; call inside"
                 " `with engine.at(step)`"
             )
-        return self.band(self.clock.step).run(feeds)
+        return super().run(feeds)
 
-    def bind(self, *_: Any, **__: Any) -> Callable[[], None]:
-        """There is no one graph to bind.
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.band(self.clock.step).run(tensors)
 
-        Raises:
-            WanlabError: always.
-        """
+    def _check_capture(self, cuda_graph: bool) -> None:
+        """There is no one graph to bind."""
         raise WanlabError(f"{self._component} has a graph for every range of steps; bind engine.band(step)")
+
+    def _bind(self, *_: Any) -> Callable[[], None]:
+        raise NotImplementedError  # `_check_capture` refuses before it is asked
 
     def follow(self, pipeline) -> None:
         """Let the scheduler of a pipeline, which becomes a copy, tell the steps.

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import tensorrt as trt
 from tqdm.auto import tqdm
 
 from wanlab import __version__, measure
@@ -25,6 +24,9 @@ from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
 from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
 from wanlab.engines.tensorrt.receipt import BuildInfo, builds_frame
 from wanlab.engines.tensorrt.runtime import Kind, Message, Runtime, open_runtime
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 LAYERS, TENSORS, ENGINE = "Layers", "I/O Tensors", "Engine Metadata"
 TEXTS = (

@@ -6,20 +6,22 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import tensorrt as trt
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_bytes
-from wanlab.engines.base import TensorType, check_bound
+from wanlab.engines.base import Engine, TensorType
 from wanlab.engines.component_bench import bench_components
 from wanlab.engines.parity import parity
 from wanlab.engines.tensorrt.build import inspect_engine
 from wanlab.engines.tensorrt.receipt import BuildInfo, check_receipt, read_receipt
 from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 
@@ -108,7 +110,7 @@ DTYPES = {
 }
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """One engine file, opened on a GPU.
 
     Attributes:
@@ -116,13 +118,7 @@ class TensorRTEngine:
         inputs, outputs, metadata, size_bytes, load_ms, device: see `wanlab.engines.base.Engine`.
     """
 
-    name: str
-    device: torch.device
-    inputs: Mapping[str, TensorType]
-    outputs: Mapping[str, TensorType]
-    metadata: Mapping[str, str]
-    size_bytes: int
-    load_ms: float
+    alignment = 256
 
     def __init__(
         self,
@@ -169,7 +165,7 @@ class TensorRTEngine:
             gpu=torch.cuda.get_device_name(self.device),
         )
         self.name, self.metadata = self.receipt.kind, dict(self.receipt.metadata)
-        self.size_bytes = self.receipt.size_bytes
+        self.size_bytes, self.build_ms = self.receipt.size_bytes, self.receipt.time_ms
         begin = time.perf_counter()
         with torch.cuda.device(self.device):
             self._engine = deserialize(self._runtime, self.path)
@@ -184,57 +180,46 @@ class TensorRTEngine:
     def __repr__(self) -> str:
         return f"TensorRTEngine({self.path.name!r}, {self._runtime.name}, device={str(self.device)!r})"
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run once, after what the current stream has to do and before what it gets; inputs are cast and moved.
-
-        Returns:
-            Output name -> new tensor on `device`.
-
-        Raises:
-            WanlabError: an unknown or missing input, or a shape that the engine was not built for.
-        """
-        for name in feeds:
-            if name not in self.inputs:
-                raise WanlabError(
-                    f"{self.path.name} has no input {name!r}{did_you_mean(name, self.inputs)};"
-                    f" it takes {', '.join(self.inputs)}"
-                )
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise WanlabError(f"{self.path.name} misses input {', '.join(map(repr, missing))}")
-        given = {
-            name: _aligned(torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)))
-            for name, (dtype, _) in self.inputs.items()
-        }
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """After what the current stream has to do, and before what it gets afterwards."""
         context = self._context = self._context or self._new_context()
-        shapes = self._set_shapes(context, {name: tuple(t.shape) for name, t in given.items()})
-        made = {
+        shapes = self._set_shapes(context, {name: tuple(t.shape) for name, t in tensors.items()})
+        outputs = {
             name: torch.empty(shape, dtype=getattr(torch, self.outputs[name][0]), device=self.device)
             for name, shape in shapes.items()
         }
-        self._set_addresses(context, given | made)
+        self._set_addresses(context, tensors | outputs)
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         self._enqueue(context, self._stream.cuda_stream)
         caller.wait_stream(self._stream)
-        for tensor in (*given.values(), *made.values()):  # whose memory may be freed and used again meanwhile
+        for tensor in (
+            *tensors.values(),
+            *outputs.values(),
+        ):  # whose memory may be freed and used again meanwhile
             tensor.record_stream(self._stream)
-        return made
+        return outputs
 
-    def bind(
+    def _check_capture(self, cuda_graph: bool) -> None:
+        """Whether it can be captured depends on the shapes, which `_bind` knows."""
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        low, _, high = self.receipt.shapes[name]
+        inside = len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+        if not inside:
+            raise WanlabError(
+                f"input {name!r} of {self.path.name} is {list(shape)}; it was built for {list(low)} to"
+                f" {list(high)}: build it with a profile that holds yours"
+            )
+
+    def _bind(
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        *,
-        stream: int | None = None,
-        cuda_graph: bool = False,
+        stream: int | None,
+        cuda_graph: bool,
     ) -> Callable[[], None]:
-        """A call that enqueues the engine over memory that stays where it is; see `Engine.bind`.
-
-        Every bound call has a context of its own, as a context holds one set of shapes and addresses.
-        """
-        for kinds, tensors in ((self.inputs, inputs), (self.outputs, outputs)):
-            check_bound(self.path.name, kinds, tensors, "cuda")
+        """Every bound call has a context of its own, as a context holds one set of shapes and addresses."""
         self._context = None  # a context holds all the memory of its activations; `run` makes its own anew
         context = self._new_context()
         shapes = self._set_shapes(context, {name: tuple(inputs[name].shape) for name in self.inputs})
@@ -317,15 +302,8 @@ class TensorRTEngine:
     ) -> dict[str, tuple[int, ...]]:
         """Set input shapes; gives those of the outputs."""
         for name, shape in shapes.items():
-            low, _, high = self.receipt.shapes[name]
-            fits = len(shape) == len(low) and all(
-                a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
-            )
-            if not fits or not context.set_input_shape(name, shape):
-                raise WanlabError(
-                    f"input {name!r} of {self.path.name} is {list(shape)}; it was built for {list(low)} to"
-                    f" {list(high)}: build it with a profile that holds yours"
-                )
+            if not context.set_input_shape(name, shape):
+                raise WanlabError(f"{self.path.name} refuses input {name!r} of {list(shape)}")
         unknown = context.infer_shapes()
         if unknown:
             raise WanlabError(f"{self.path.name} does not know the shape of {', '.join(unknown)}")
@@ -339,12 +317,6 @@ class TensorRTEngine:
     def _enqueue(self, context: trt.IExecutionContext, stream: int) -> None:
         if not context.execute_async_v3(stream):
             raise WanlabError(f"{self.path.name} failed: {self._runtime.last_error() or 'no reason given'}")
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, at an address that TensorRT takes."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 256 == 0 else tensor.clone()
 
 
 def _sizes(dims: trt.Dims) -> tuple[int, ...]:

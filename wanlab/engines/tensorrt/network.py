@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import tensorrt as trt
 import torch
 from tqdm.auto import tqdm
 
@@ -20,6 +19,9 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_bytes
 from wanlab.engines.tensorrt.profile import PixelProfile, Range, Shapes, Source, network_shapes, read_source
 from wanlab.engines.tensorrt.runtime import SEVERE, Message, Runtime, open_runtime, plain
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 
 @contextmanager

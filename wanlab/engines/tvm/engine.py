@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from wanlab.core.digests import file_sha256, graph_sha256
-from wanlab.core.errors import WanlabError, did_you_mean, first_line
+from wanlab.core.errors import WanlabError, first_line
+from wanlab.engines.base import Engine
 from wanlab.engines.tvm import receipt as receipts
 from wanlab.engines.tvm.build import load_tvm, target_of
 
-ALIGNMENT = 64  # bytes; compiled code reads whole vectors
 _pool = threading.local()  # TVM has a pool of threads per calling thread
 
 
-class TvmEngine:
+class TvmEngine(Engine):
     """One component, compiled by TVM.
 
     Attributes:
@@ -32,6 +32,9 @@ class TvmEngine:
         size_bytes: of the library, weights included.
         load_ms: from the library to an engine that can run, its checks left out.
     """
+
+    alignment = 64  # compiled code reads whole vectors
+    takes_shapes = "the library"
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class TvmEngine:
         )
         self.inputs, self.outputs = self.receipt.inputs, self.receipt.outputs
         self.metadata, self.size_bytes = self.receipt.metadata, self.receipt.size_bytes
+        self.build_ms = self.receipt.build_ms
         self._tvm = tvm
         self._place = tvm.cuda(self.device.index) if kind == "cuda" else tvm.cpu()
         begin = time.perf_counter()
@@ -82,50 +86,23 @@ class TvmEngine:
     def __repr__(self) -> str:
         return f"TvmEngine({self.path.name!r}, name={self.name!r}, threads={self.threads})"
 
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run once.
-
-        Args:
-            feeds: every input by name; cast and moved where it differs.
-
-        Returns:
-            Output name -> new tensor on `device`.
-
-        Raises:
-            WanlabError: an unknown or missing input, or a shape other than the library's.
-        """
-        self._check_names(feeds, self.inputs, "input")
-        tensors = {}
-        for name, (dtype, _) in self.inputs.items():
-            given = torch.as_tensor(feeds[name]).detach().to(self.device, getattr(torch, dtype)).contiguous()
-            tensors[name] = given if given.data_ptr() % ALIGNMENT == 0 else given.clone()
-            self._check_fit(name, tensors[name], self.inputs[name])
+    def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(zip(self.outputs, self._invoke(self._arguments(tensors), None), strict=True))
 
-    def bind(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        outputs: Mapping[str, torch.Tensor],
-        *,
-        stream: int | None = None,
-        cuda_graph: bool = False,
-    ) -> Callable[[], None]:
-        """A call that runs the engine once over memory that stays where it is; see `Engine.bind`.
-
-        TVM makes its own output, which is then copied on the device into `outputs`.
-
-        Raises:
-            WanlabError: a tensor that does not fit, or `cuda_graph`, which TVM's machine cannot be captured into.
-        """
+    def _check_capture(self, cuda_graph: bool) -> None:
         if cuda_graph:
             raise WanlabError(
                 "a TVM engine cannot be captured into a CUDA graph; bind it with cuda_graph=False"
             )
-        self._check_names(inputs, self.inputs, "input")
-        self._check_names(outputs, self.outputs, "output")
-        for given, types in ((inputs, self.inputs), (outputs, self.outputs)):
-            for name, type_ in types.items():
-                self._check_fit(name, given[name], type_, exact=True)
+
+    def _bind(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        stream: int | None,
+        cuda_graph: bool,
+    ) -> Callable[[], None]:
+        """TVM makes its own output, which is then copied on the device into `outputs`."""
         arguments = self._arguments(inputs)
         targets = [outputs[name] for name in self.outputs]
 
@@ -147,11 +124,11 @@ class TvmEngine:
             _pool.threads = self.threads
         try:
             with into:
-                made = self._main(*arguments)
+                results = self._main(*arguments)
         except Exception as error:
             raise WanlabError(f"{self.path.name} failed: {first_line(error)}") from error
-        made = [made] if hasattr(made, "shape") else list(made)
-        tensors = [torch.from_dlpack(value) for value in made]
+        results = [results] if hasattr(results, "shape") else list(results)
+        tensors = [torch.from_dlpack(value) for value in results]
         if targets is None:
             return tensors
         with torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device)) if on_gpu else nullcontext():
@@ -188,29 +165,3 @@ class TvmEngine:
             raise WanlabError(f"no ONNX file at {source} to hold {name} against")
         if source.is_file() and graph_sha256(source) != known.graph_sha256:
             raise WanlabError(f"{name} was not built from this {source.name}, whose content differs; {again}")
-
-    def _check_names(self, given: Mapping, wanted: Mapping, what: str) -> None:
-        for name in given:
-            if name not in wanted:
-                raise WanlabError(
-                    f"{self.path.name} has no {what} {name!r}{did_you_mean(name, wanted)};"
-                    f" it has {', '.join(wanted)}"
-                )
-        if missing := [name for name in wanted if name not in given]:
-            raise WanlabError(f"{self.path.name} misses {what} {', '.join(map(repr, missing))}")
-
-    def _check_fit(self, name: str, tensor: torch.Tensor, wanted, *, exact: bool = False) -> None:
-        dtype, shape = wanted
-        if tuple(tensor.shape) != tuple(shape):
-            raise WanlabError(
-                f"{name!r} of {self.path.name} is {list(tensor.shape)}, the library takes {list(shape)};"
-                " export and build again for your size"
-            )
-        if not exact:
-            return
-        here = tensor.device.type == self.device.type and tensor.is_contiguous()
-        if str(tensor.dtype) != f"torch.{dtype}" or not here or tensor.data_ptr() % ALIGNMENT:
-            raise WanlabError(
-                f"{name!r} is {tensor.dtype} on {tensor.device}; give contiguous {dtype} on {self.device},"
-                f" aligned to {ALIGNMENT} bytes"
-            )

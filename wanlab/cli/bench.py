@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wanlab import measure, models
 from wanlab.core.errors import WanlabError
-from wanlab.engines.opening import SUFFIXES, open_engine
-from wanlab.engines.torch import TorchEngine
+from wanlab.core.paths import default_outputs
+from wanlab.engines.base import Engine
+from wanlab.engines.registry import (
+    EAGER,
+    ENGINES,
+    EngineKind,
+    engine_kind,
+    open_component,
+    open_engine,
+    suffixes,
+)
 from wanlab.export.clip import default_shape
 from wanlab.export.components import component_spec, random_feeds
 
@@ -22,15 +32,21 @@ UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "fra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     add = parser.add_argument
-    add("what", help="an .onnx, .engine or .so file, or a model with --component")
+    add("what", help=f"a file ({', '.join(suffixes())}), or a model with --component")
     add("--component", help="of a model: expert_high, vae_decoder, ...")
-    add("--engine", default="eager", choices=("eager", "compiled"), help="what runs a model's component")
+    add("--engine", default=EAGER, help=f"what runs a model's component: {', '.join(ENGINES)}")
+    add(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="of graphs and built files (default: the project's outputs/)",
+    )
     add("--weights", default="pretrained", choices=("pretrained", "random"), help="of a model")
     add("--dtype", default="auto", help="of a model: auto, float32, bfloat16, float16")
     add("--device", default="auto", help="of a model: auto, cpu, cuda")
-    add("--provider", default="auto", help="of ONNX Runtime: auto, cpu, cuda")
-    add("--threads", type=int, help="of ONNX Runtime on the CPU")
-    add("--optimization", default="all", help="of ONNX Runtime: disabled, basic, extended, all")
+    add("--provider", help="of ONNX Runtime: auto, cpu, cuda")
+    add("--threads", type=int, help="of ONNX Runtime and TVM on the CPU")
+    add("--optimization", help="of ONNX Runtime: disabled, basic, extended, all (default all)")
     for name in SIZES:
         add(
             f"--{name.replace('_', '-')}",
@@ -105,29 +121,20 @@ def report(result) -> str:
     return "\n".join(lines)
 
 
-def _engine(options: argparse.Namespace):
+def _engine(options: argparse.Namespace) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine, and inputs for it."""
     sizes = {name: getattr(options, name) for name in SIZES}
-    path = Path(options.what)
-    if path.suffix in SUFFIXES:
+    path, files = Path(options.what), suffixes()
+    if path.suffix in files:
         if options.component:
             raise WanlabError(f"{path} is one component already; leave --component out")
-        wanted = {}
-        if path.suffix == ".onnx":
-            wanted = {
-                "provider": options.provider,
-                "threads": options.threads,
-                "optimization": options.optimization,
-                "cuda_graph": options.cuda_graph,
-            }
-        elif path.suffix == ".so":
-            wanted = {"threads": options.threads}
-        engine = open_engine(path, **wanted)
+        engine = open_engine(path, **_settings(options, files[path.suffix]))
         return engine, random_feeds(engine, seed=options.seed, **sizes)
-    spec = models.get(options.what)
+    kind, spec = engine_kind(options.engine), models.get(options.what)
     if not options.component:
         raise WanlabError(f"{spec.name} is a model; give --component, one of {', '.join(spec.components)}")
     spec.part_of(options.component)
+    kind.check(options.component)
     model = models.load(
         spec,
         weights=options.weights,
@@ -135,8 +142,17 @@ def _engine(options: argparse.Namespace):
         device=options.device,
         components=[options.component],
     )
-    engine = TorchEngine(model, options.component, mode=options.engine)
+    folder = options.folder or default_outputs() / "onnx-fixed" / spec.name
+    engine = open_component(
+        kind.name, model, options.component, folder, size=sizes, **_settings(options, kind)
+    )
     plan = component_spec(model, options.component)
     shape = default_shape(model, **sizes | {"batch": sizes["batch"] or 1})
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(options.seed))
     return engine, dict(zip(plan.inputs, inputs, strict=True))
+
+
+def _settings(options: argparse.Namespace, kind: EngineKind) -> dict[str, Any]:
+    """The options that were given and that this engine has."""
+    given = {name: getattr(options, name, None) for name in kind.open_settings}
+    return {name: value for name, value in given.items() if value not in (None, False)}

@@ -15,7 +15,7 @@ import torch
 
 from wanlab import models
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.engines.tensorrt.runtime import installed
+from wanlab.engines.registry import ENGINES
 from wanlab.evaluate.lpips import available_backbones
 from wanlab.measure.environment import environment
 
@@ -115,36 +115,22 @@ def _torch() -> list[Row]:
 
 
 def _onnx() -> list[Row]:
-    rows = [_package("onnx", "onnx"), _package("onnxsim", "onnxsim")]
-    if util.find_spec("onnxruntime") is None:
-        wheel = "onnxruntime-gpu" if sys.platform == "linux" else "onnxruntime"
-        return [*rows, Row("ONNX Runtime", MISSING, "not installed", f"pip install {wheel}")]
-    import onnxruntime
-
-    built = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
-    usable = built if torch.cuda.is_available() else [name for name in built if name == "CPU"]
-    found = f"{onnxruntime.__version__}, runs on {', '.join(usable)} here; built with {', '.join(built)}"
-    rows.append(Row("ONNX Runtime", OK, found))
-    return rows
+    return [_package("onnx", "onnx"), _package("onnxsim", "onnxsim")]
 
 
-def _tensorrt() -> list[Row]:
-    rows = []
-    if installed("tensorrt"):
-        rows.append(
-            Row("TensorRT", OK, f"{_version('tensorrt')}, builds on the GPU that will run the engine")
-        )
-    if installed("tensorrt-rtx"):
-        version = _version("tensorrt-rtx-cu13-bindings") or _version("tensorrt-rtx")
-        rows.append(Row("TensorRT for RTX", OK, f"{version}, builds for RTX GPUs on any machine"))
-    if rows:
-        return rows
-    add = 'pip install "wanlab[rtx]" (builds on any machine), or "wanlab[gpu]"'
-    return [Row("TensorRT", OPTIONAL, "not installed", add if sys.platform == "linux" else "")]
-
-
-def _tvm() -> list[Row]:
-    return [_optional("TVM", "apache-tvm", 'pip install "wanlab[tvm]"')]
+def _engines() -> list[Row]:
+    rows: dict[str, Row] = {}
+    for kind in ENGINES.values():
+        if kind.missing():
+            lines = "; ".join(need.install for need in kind.needs if not need.here())
+            state = MISSING if kind.required else OPTIONAL
+            rows[kind.title] = Row(kind.title, state, "not installed", lines)
+        elif kind.describe is not None:
+            rows |= {title: Row(title, OK, text) for title, text in kind.describe().items()}
+        else:
+            versions = [f"{need.name} {_version(need.package)}".strip() for need in kind.needs]
+            rows[kind.title] = Row(kind.title, OK, ", ".join(versions) or "nothing has to be installed")
+    return list(rows.values())
 
 
 def _pycuda() -> list[Row]:
@@ -221,8 +207,7 @@ PROBES: tuple[Callable[[], list[Row]], ...] = (
     _gpu,
     _torch,
     _onnx,
-    _tensorrt,
-    _tvm,
+    _engines,
     _pycuda,
     _lpips,
     _ffmpeg,

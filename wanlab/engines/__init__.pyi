@@ -1,3 +1,4 @@
+from .base import Engine as Engine
 from .component_bench import EngineCalls as EngineCalls
 from .component_bench import bench_components as bench_components
 from .component_bench import compare_forms as compare_forms
@@ -8,12 +9,18 @@ from .onnxruntime import OrtEngine as OrtEngine
 from .onnxruntime import load_engines as load_engines
 from .onnxruntime import node_times as node_times
 from .onnxruntime import operator_times as operator_times
-from .opening import open_engine as open_engine
 from .parity import blockwise_parity as blockwise_parity
 from .parity import parity as parity
 from .parity import parity_all as parity_all
 from .parity import value_ranges as value_ranges
 from .pipeline import use as use
+from .registry import ENGINES as ENGINES
+from .registry import EngineKind as EngineKind
+from .registry import Need as Need
+from .registry import engine_kind as engine_kind
+from .registry import open_component as open_component
+from .registry import open_engine as open_engine
+from .registry import register as register
 from .streamed_vae import StreamedDecoder as StreamedDecoder
 from .streamed_vae import StreamedEncoder as StreamedEncoder
 from .streamed_vae import open_streamed_decoder as open_streamed_decoder

@@ -12,13 +12,12 @@ import pandas as pd
 import torch
 
 from wanlab import measure
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.engines.parity import differences
+from wanlab.engines.registry import EAGER, ENGINES, engine_kind, open_component
 from wanlab.engines.torch import TorchEngine
-from wanlab.engines.tvm.build import build_tvm
-from wanlab.engines.tvm.engine import TvmEngine
 from wanlab.export.clip import ClipShape, default_shape
 from wanlab.export.components import FUSED_OPSET, check_components, component_spec, components_of
 from wanlab.export.export import export
@@ -101,7 +100,6 @@ def provider_table(engines: Mapping[str, Engine]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-ENGINES = ("eager", "onnxruntime", "tvm")
 SMALL_BYTES = 2**30
 
 
@@ -135,16 +133,16 @@ def engine_calls(
     seed: int = 0,
     **size: int | None,
 ) -> EngineCalls:
-    """Export and build one component at one size, batch 1, and check every engine against eager.
+    """Open one component at one size, batch 1, in several engines, and check each of them against eager.
 
     An engine that cannot be had here is left out with its reason; eager is always first.
 
     Args:
         model: from `wanlab.models.load`, all components eager.
         component: wanlab's name of it; None takes the first expert.
-        folder: where graphs and libraries are kept and, while true, reused.
-        engines: of `"eager"`, `"onnxruntime"`, `"tvm"`; None takes all where the weights are under 1 GiB, and else
-            eager, as the export of a large network is a work of its own.
+        folder: where graphs and built files are kept and, while current, reused.
+        engines: names in `wanlab.engines.registry.ENGINES`; None takes those that are measured by default where the
+            weights are under 1 GiB, and else eager, as the export of a large network is a work of its own.
         threads: on the CPU, of all of them; None takes `torch.get_num_threads()`.
         seed: of the inputs.
         size: height, width, frames, text_tokens; the model's defaults where not given.
@@ -153,11 +151,9 @@ def engine_calls(
         WanlabError: an unknown engine or component, or a size that is not legal.
     """
     component = component or next(name for name in components_of(model) if name.startswith("expert"))
-    for engine in engines or ():
-        if engine not in ENGINES:
-            raise WanlabError(
-                f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; give {', '.join(ENGINES)}"
-            )
+    by_default = [kind for kind in ENGINES.values() if kind.by_default and kind.runs(component)]
+    kinds = by_default if engines is None else [engine_kind(name) for name in engines]
+    others = [kind for kind in kinds if kind.name != EAGER]
     plan = component_spec(model, component)
     shape = default_shape(model, batch=1, **size)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
@@ -167,37 +163,27 @@ def engine_calls(
         return plan.reference(*inputs)
 
     expected, weights = eager(), sum(parameter.nbytes for parameter in plan.network.parameters())
-    calls: dict[str, Callable[[], object]] = {"eager": eager}
-    facts: dict[str, dict[str, Any]] = {"eager": _facts(None, weights, None, 0.0)}
+    calls: dict[str, Callable[[], object]] = {EAGER: eager}
+    facts: dict[str, dict[str, Any]] = {EAGER: _facts(None, weights, None, 0.0)}
     left_out: dict[str, str] = {}
     if engines is None and weights > SMALL_BYTES:
         why = f"{component} has {weights / 2**30:.1f} GiB of weights: name it in `engines` to export and build it"
-        left_out = {engine: why for engine in ENGINES if engine != "eager"}
+        left_out, others = {kind.name: why for kind in others}, []
     feeds = dict(zip(plan.inputs, inputs, strict=True))
-    for kind in (engine for engine in engines or ENGINES if engine != "eager" and engine not in left_out):
+    for kind in others:
+        settings = {"threads": threads} if "threads" in kind.open_settings else {}
         try:
-            name, engine, build_ms = _open(kind, model, component, Path(folder), threads, size)
-            made = engine.run(feeds)[plan.output]
+            engine = open_component(kind.name, model, component, folder, size=size, **settings)
+            output = engine.run(feeds)[plan.output]
         except WanlabError as error:
-            left_out[kind] = str(error)
+            left_out[kind.name] = str(error)
             continue
-        calls[name] = lambda engine=engine: engine.run(feeds)
-        apart = differences(expected, made)["relative_l2"]
-        facts[name] = _facts(engine.load_ms, engine.size_bytes, build_ms, apart)
+        calls[engine.name] = lambda engine=engine: engine.run(feeds)
+        distance = differences(expected, output)["relative_l2"]
+        facts[engine.name] = _facts(engine.load_ms, engine.size_bytes, engine.build_ms, distance)
     clip = {"height": shape.height, "width": shape.width, "frames": shape.frames}
     precision = str(plan.network.dtype).removeprefix("torch.")
     return EngineCalls(component, clip, precision, calls, facts, left_out)
-
-
-def _open(kind: str, model, component: str, folder: Path, threads: int | None, size: dict):
-    on_gpu = model.device.type == "cuda"
-    graph = export(model, component, folder / f"{component}.onnx", dynamic=False, **size)
-    if kind == "onnxruntime":
-        provider = "cuda" if on_gpu else "cpu"
-        return f"onnxruntime-{provider}", OrtEngine(graph.path, provider=provider, threads=threads), None
-    built = build_tvm(graph.path, target="cuda" if on_gpu else "cpu")
-    engine = TvmEngine(built.path, graph=graph.path, threads=threads)
-    return engine.name, engine, built.build_ms
 
 
 def _facts(load_ms, size_bytes, build_ms, relative_l2) -> dict[str, float | None]:

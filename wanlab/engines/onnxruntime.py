@@ -24,6 +24,7 @@ from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.engines.base import Engine, TensorType
 from wanlab.export.components import PARTS
 from wanlab.export.graph import file_bytes, formats_of
+from wanlab.models.pipeline import Model
 
 # ONNX Runtime keeps arithmetic on sizes on the CPU on purpose: its results are needed there.
 SHAPE_OPERATORS = frozenset(
@@ -452,6 +453,25 @@ class OrtEngine(Engine):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
+
+
+def open_onnxruntime(
+    model: Model | None, component: str | None, path: str | os.PathLike, **settings: Any
+) -> OrtEngine:
+    """A graph in a session, on the model's device where there is a model; the `open` of the kind `onnxruntime`."""
+    if model is not None:
+        settings = {"provider": model.device.type, **settings}
+    return OrtEngine(path, **settings)
+
+
+def describe() -> dict[str, str]:
+    """What ONNX Runtime is here, for `wanlab doctor`."""
+    import onnxruntime
+
+    built = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    usable = built if torch.cuda.is_available() else [name for name in built if name == "CPU"]
+    version = onnxruntime.__version__
+    return {"ONNX Runtime": f"{version}, runs on {', '.join(usable)} here; built with {', '.join(built)}"}
 
 
 def load_engines(

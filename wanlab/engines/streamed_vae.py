@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine, TensorType
 from wanlab.engines.onnxruntime import OrtEngine
-from wanlab.export.vae_streamed import HALVES, PAST, PRESENT, STEPS, half_of
+from wanlab.export.vae_streamed import HALVES, PAST, PRESENT, STEPS, export_streamed, half_of
+from wanlab.models.pipeline import Model
 
 
 class Streamed(Engine):
@@ -197,6 +200,34 @@ def open_streamed_decoder(folder: str | os.PathLike, **options) -> StreamedDecod
 def open_streamed_encoder(folder: str | os.PathLike, **options) -> StreamedEncoder:
     """The pair that `export_streamed` wrote for the encoder; as `open_streamed_decoder`."""
     return StreamedEncoder(*_open(folder, "vae_encoder", options))
+
+
+def prepare_streamed(
+    model: Model,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    size: Mapping[str, int | None],
+    progress: bool = False,
+) -> Path:
+    """Export one half of the VAE as a pair of graphs; the `prepare` of the kind `streamed_vae`.
+
+    The graphs take any number of frames, so only batch, height and width of `size` count.
+
+    Returns:
+        The file of the first chunk; that of the later ones lies beside it.
+    """
+    fixed = {name: size.get(name) for name in ("batch", "height", "width")}
+    first, _ = export_streamed(model, folder, component, dynamic=False, **fixed)
+    return Path(first.path)
+
+
+def open_streamed(model: Model | None, component: str, path: str | os.PathLike, **settings: Any) -> Streamed:
+    """The pair that `prepare_streamed` made; the `open` of the kind `streamed_vae`."""
+    if model is not None:
+        settings = {"provider": model.device.type, **settings}
+    kinds = {kind.component: kind for kind in (StreamedDecoder, StreamedEncoder)}
+    return kinds[component](*_open(Path(path).parent, component, settings))
 
 
 def _open(folder: str | os.PathLike, component: str, options: dict) -> list[OrtEngine]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,6 +11,8 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.base import Engine, TensorType
 from wanlab.export.clip import default_shape
 from wanlab.export.components import component_spec
+from wanlab.models.pipeline import Model
+from wanlab.models.variants import compiled_copy
 
 MODES = ("eager", "compiled")
 
@@ -25,7 +26,7 @@ class TorchEngine(Engine):
     checks_output_dtypes = False
     takes_shapes = "the network"
 
-    def __init__(self, model, component: str, *, mode: str = "eager") -> None:
+    def __init__(self, model: Model, component: str, *, mode: str = "eager") -> None:
         """Wrap a component.
 
         Args:
@@ -39,15 +40,17 @@ class TorchEngine(Engine):
         if mode not in MODES:
             raise WanlabError(f"no mode {mode!r}{did_you_mean(mode, MODES)}; give {' or '.join(MODES)}")
         begin = time.perf_counter()
-        self._spec = component_spec(model, component)
-        network = self._spec.network
+        network = component_spec(model, component).network
+        if mode == "compiled":
+            network = compiled_copy(network)
+        self._spec = component_spec(model, component, network=network)
         self.name = mode
         self.device, self.dtype = network.device, network.dtype
         self.size_bytes = sum(parameter.nbytes for parameter in network.parameters())
         self.metadata = {"component": component, "model": model.spec.name}
         self.inputs: dict[str, TensorType] = {}
         self._types(model)
-        self._call = _compiled(model, self._spec) if mode == "compiled" else self._spec.reference
+        self._call = self._spec.reference
         self.load_ms = (time.perf_counter() - begin) * 1e3
 
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,7 +102,7 @@ class TorchEngine(Engine):
 
         return replay
 
-    def _types(self, model) -> None:
+    def _types(self, model: Model) -> None:
         """Names, dtypes and free axes of inputs and output, from a small example."""
         example = self._spec.inputs_for(default_shape(model, batch=1), torch.Generator().manual_seed(0))
         for (name, axes), tensor in zip(self._spec.inputs.items(), example, strict=True):
@@ -108,16 +111,11 @@ class TorchEngine(Engine):
         self.outputs = {self._spec.output: (str(self.dtype).removeprefix("torch."), ())}
 
 
-def _compiled(model, plan) -> Callable:
-    """The component with its large parts compiled; the model's own modules stay eager."""
-    network = plan.network
-    # Parameters and buffers are shared with the original, modules are not: compiling marks a module.
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    twin = copy.deepcopy(network, shared)
-    halves = [getattr(twin, name, None) for name in ("encoder", "decoder")]
-    parts = [*getattr(twin, "blocks", []), *(half for half in halves if isinstance(half, torch.nn.Module))]
-    # A VAE's chunks differ in what they remember: at PyTorch's own limit of 8 its later blocks would stay eager.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for part in parts or [twin]:
-        part.compile()
-    return component_spec(model, plan.component, network=twin).reference
+def open_eager(model: Model, component: str, path: None = None) -> TorchEngine:
+    """A component as the pipeline computes it; the `open` of the kind `eager`."""
+    return TorchEngine(model, component)
+
+
+def open_compiled(model: Model, component: str, path: None = None) -> TorchEngine:
+    """A component with its large parts compiled at the first run; the `open` of the kind `compiled`."""
+    return TorchEngine(model, component, mode="compiled")

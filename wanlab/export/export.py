@@ -138,7 +138,7 @@ def sidecar(path: Path) -> Path:
 
 
 @dataclass
-class _Traces:
+class Traces:
     """Traced graphs by what they depend on besides the weights."""
 
     programs: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = field(default_factory=dict)
@@ -162,7 +162,7 @@ def export(
     external_data: bool | None = None,
     forms: str = "friendly",
     reuse: bool = True,
-    traces: _Traces | None = None,
+    traces: Traces | None = None,
 ) -> ExportReport:
     """Write one component as an ONNX file and a report beside it.
 
@@ -226,7 +226,7 @@ def export(
     if reuse and (kept := kept_report(path, key)) is not None:
         return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
 
-    traces = _Traces() if traces is None else traces
+    traces = Traces() if traces is None else traces
     shared = tracing in traces.programs
     if not shared:
         traces.programs[tracing] = trace(
@@ -309,7 +309,7 @@ def export_all(
     check_components(model, names)
     free = names if dynamic is True else () if dynamic is False else tuple(dynamic)
     check_components(model, free)
-    traces, reports = _Traces(), []
+    traces, reports = Traces(), []
     bar = tqdm(names, desc="export", unit="component", leave=False, disable=not progress)
     for name in bar:
         bar.set_postfix_str(name)

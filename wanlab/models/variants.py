@@ -30,37 +30,54 @@ def alternate_sdpa(device: torch.device) -> Iterator[str]:
         yield backends[0].name.lower()
 
 
-VERSIONS = 64
-"""Of a block's code that the compiler keeps before it gives up: a plan makes a version of every kind of block."""
+RECOMPILE_LIMIT = 64
+"""Versions of a block's code that the compiler keeps before it gives up. A plan makes one of every kind of block, and the
+chunks of a VAE differ in what they remember: at PyTorch's own limit of 8 later blocks would stay eager."""
+
+
+def shared_copy(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose modules are its own and whose parameters and buffers are those of `network`."""
+    return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+
+
+def compiled_copy(network: torch.nn.Module) -> torch.nn.Module:
+    """A network that shares every weight with `network`, its large parts by torch.compile at their first call.
+
+    Regional compilation, as in https://docs.pytorch.org/tutorials/recipes/regional_compilation.html: the transformer
+    blocks, each kind compiled once; of a VAE its encoder and decoder; of anything else the whole. `network` stays
+    eager, as compiling marks a module.
+    """
+    compiled = shared_copy(network)
+    halves = [getattr(compiled, name, None) for name in ("encoder", "decoder")]
+    parts = [
+        *getattr(compiled, "blocks", []),
+        *(half for half in halves if isinstance(half, torch.nn.Module)),
+    ]
+    for part in parts or [compiled]:
+        part.compile()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return compiled
 
 
 def compile_blocks(model: Model) -> Model:
-    """The experts' blocks by torch.compile, each kind of block compiled once, at its first call.
-
-    Regional compilation, as in https://docs.pytorch.org/tutorials/recipes/regional_compilation.html. The given model stays
-    eager; both share every weight.
+    """The experts' blocks by torch.compile, see `compiled_copy`. The given model stays eager; both share every weight.
 
     Raises:
         WanlabError: no expert that is loaded has repeated blocks.
     """
-    twin = copy.copy(model)
-    twin.pipeline = copy.copy(model.pipeline)
-    twin.pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
-    found = False
-    for name, network in model.components.items():
-        if not name.startswith("expert") or not hasattr(network, "blocks"):
-            continue
-        # Compiling marks a module, so it is done on a copy that shares every tensor.
-        shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-        other = copy.deepcopy(network, shared)
-        for block in other.blocks:
-            block.compile()
-        setattr(twin.pipeline, model.spec.part_of(name), other)
-        found = True
-    if not found:
+    compiled = copy.copy(model)
+    compiled.pipeline = copy.copy(model.pipeline)
+    compiled.pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
+    experts = {
+        name: network
+        for name, network in model.components.items()
+        if name.startswith("expert") and hasattr(network, "blocks")
+    }
+    if not experts:
         raise WanlabError(f"{model.spec.name} has no repeated blocks to compile")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
-    return twin
+    for name, network in experts.items():
+        setattr(compiled.pipeline, model.spec.part_of(name), compiled_copy(network))
+    return compiled
 
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")

@@ -16,7 +16,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, plain
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, duration, shown
-from wanlab.plots.style import ENGINE_COLOURS, FORMAT_COLOURS, OTHERS, UNITS, colour
+from wanlab.plots.style import FORMAT_COLOURS, OTHERS, UNITS, colour, engine_colours
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, baselines, has_parameters, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.result import differences
@@ -529,10 +529,10 @@ def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
 
 def _colours(values: list[Any]) -> list[str]:
     """The house colour of an engine or a format, where all values have one of their own; else one after the other."""
-    known = ENGINE_COLOURS | FORMAT_COLOURS
+    known = engine_colours() | FORMAT_COLOURS
     own = [colour(str(value)) for value in values]
     if len(set(own)) == len(own) and all(
-        any(word in known for word in _parts(str(value))) for value in values
+        any(word in known for word in (str(value), *_parts(str(value)))) for value in values
     ):
         return own
     return [OTHERS[i % len(OTHERS)] for i in range(len(values))]

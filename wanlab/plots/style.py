@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from wanlab.core.errors import WanlabError
+from wanlab.engines.registry import ENGINES, kind_of_label
 
 COMPONENT_COLOURS = {
     "text_encoder": "#8b7ec8",
@@ -22,13 +23,6 @@ COMPONENT_COLOURS = {
     "expert_low": "#e8a33d",
     "vae_decoder": "#3d85c6",
     "other": "#9aa3ad",
-}
-ENGINE_COLOURS = {
-    "eager": "#8a93a0",
-    "compiled": "#5b8c5a",
-    "onnxruntime": "#3d85c6",
-    "tensorrt": "#6fa832",
-    "tvm": "#b0679b",
 }
 FORMAT_COLOURS = {
     "fp32": "#8a93a0",
@@ -66,21 +60,26 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
 ROW_PX = 34
 
 
+def engine_colours() -> dict[str, str]:
+    """Engine -> colour."""
+    return {kind.name: kind.colour for kind in ENGINES.values()}
+
+
 def colour(name: str) -> str:
     """The colour of a component, engine or format; a name such as "onnxruntime FP16" takes its engine's.
 
     A name that is none of them gets a stable colour of its own.
     """
     plain = str(name).lower()
-    for table in (COMPONENT_COLOURS, ENGINE_COLOURS, FORMAT_COLOURS):
-        if plain in table:
-            return table[plain]
-    words = set(
-        re.split(
-            r"[^a-z0-9]+", plain.replace("onnx runtime", "onnxruntime").replace("onnx-runtime", "onnxruntime")
-        )
-    )
-    for table in (ENGINE_COLOURS, FORMAT_COLOURS):
+    if plain in COMPONENT_COLOURS:
+        return COMPONENT_COLOURS[plain]
+    if kind := kind_of_label(plain):
+        return kind.colour
+    for kind in sorted(ENGINES.values(), key=lambda kind: -len(kind.title)):  # one may begin as another
+        for title in (kind.title.lower(), kind.title.lower().replace(" ", "-")):
+            plain = plain.replace(title, kind.name)
+    words = {*re.split(r"[^a-z0-9]+", plain), *re.split(r"[^a-z0-9_]+", plain)}
+    for table in (engine_colours(), FORMAT_COLOURS):
         for known, value in table.items():
             if known in words:
                 return value

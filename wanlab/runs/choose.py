@@ -14,6 +14,7 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
+from wanlab.engines.registry import title_of_label
 from wanlab.runs.compare import BASELINE, SAME, Comparisons, times_better
 from wanlab.runs.platforms import RESULTS
 from wanlab.runs.result import BUILT, MEASURED, Result
@@ -301,14 +302,6 @@ def _verdict(part: _Ratio, noise_percent: float) -> str:
     return f"more than multiply: {off:.0f} % over their product"
 
 
-NAMES = {
-    "eager": "PyTorch, eager",
-    "compiled": "PyTorch, compiled",
-    "onnxruntime": "ONNX Runtime",
-    "tensorrt": "TensorRT",
-    "tensorrt-rtx": "TensorRT for RTX",
-    "tvm": "TVM",
-}
 FIGURES = ("time_per_frame_ms", "time_per_video_ms", "peak_memory_gib", "load_ms", "weights_gib")
 NOT_EXECUTED = "built, not executed"
 
@@ -331,7 +324,7 @@ def engine_table(found: Comparisons, built: Sequence[Result] = (), *, axis: str 
         if moved not in ([], [axis]):
             continue
         engine = str(row.parameters.get(axis, row.label))
-        made: dict[str, Any] = {"engine": NAMES.get(engine, engine), "state": MEASURED}
+        made: dict[str, Any] = {"engine": title_of_label(engine), "state": MEASURED}
         for name in FIGURES:
             value = row.results.get(name)
             made[name] = math.nan if value is None else value
@@ -359,7 +352,7 @@ def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
             {(result.source, result.work, result.dtype): result.build_ms or 0.0 for result in group}.values()
         )
         note = f"{parts or 'a network'} for {where}; built in {took / 1e3:,.0f} s, no such GPU here"
-        rows.append({"engine": NAMES.get(engine, engine), "state": NOT_EXECUTED, "note": note})
+        rows.append({"engine": title_of_label(engine), "state": NOT_EXECUTED, "note": note})
     return rows
 
 

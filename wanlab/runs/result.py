@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -14,6 +13,7 @@ import msgspec
 from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import now
+from wanlab.engines.registry import ENGINES, computes_on_cpu
 from wanlab.measure.timing import Samples
 
 MEASURED, BUILT = "measured", "built only"
@@ -23,7 +23,6 @@ UNCHANGED = (None, "", "default")
 """Names under which notebooks take no plan."""
 
 SOFTWARE = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "apache-tvm")
-_ON_CPU = re.compile(r"-(cpu|llvm)\b")
 _NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -198,9 +197,7 @@ class Result(_Row):
     def engine_name(self) -> str:
         """The engine with the place that it ran in, such as `"onnxruntime-cuda"`."""
         place = "cuda" if self.machine and self.machine.gpu else "cpu"
-        target = "cuda" if place == "cuda" else "llvm"
-        placed = {"onnxruntime": f"onnxruntime-{place}", "tvm": f"tvm-{target}"}
-        return placed.get(self.engine, self.engine)
+        return ENGINES[self.engine].label(place) if self.engine in ENGINES else self.engine
 
     @property
     def key(self) -> tuple:
@@ -445,7 +442,7 @@ def machine_of(environment: Mapping[str, Any], *, device: str = "", engine: str 
         device: of the samples. engine: one that says that it ran on the CPU did so on a machine with a GPU too.
     """
     gpu = environment.get("gpu")
-    if gpu and not str(device).startswith("cpu") and not _ON_CPU.search(engine):
+    if gpu and not str(device).startswith("cpu") and not computes_on_cpu(engine):
         facts = gpu if isinstance(gpu, Mapping) else {"name": gpu}
         names = ("sm_clock_max_mhz", "power_limit_w", "memory_gib")
         return Machine(gpu=facts.get("name"), **{name: facts.get(name) for name in names})

@@ -308,6 +308,13 @@ def _wanlab_version() -> str:
 REFUSED = ["component", "numbers", "capability", "node", "operator", "reason"]
 
 
+def build_graph(
+    graph: str | os.PathLike[str], *, device: str = "cuda", progress: bool = False, **settings: Any
+) -> Path:
+    """The engine of an ONNX graph, beside it; the `build` of the kind `tensorrt`."""
+    return Path(build_tensorrt(graph, progress=progress, **settings).path)
+
+
 @dataclass(frozen=True, eq=False)
 class EngineBuilds:
     """What came of several builds.

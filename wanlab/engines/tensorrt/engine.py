@@ -19,6 +19,7 @@ from wanlab.engines.parity import parity
 from wanlab.engines.tensorrt.build import inspect_engine
 from wanlab.engines.tensorrt.receipt import BuildInfo, check_receipt, read_receipt
 from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
+from wanlab.models.pipeline import Model
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -317,6 +318,15 @@ class TensorRTEngine(Engine):
     def _enqueue(self, context: trt.IExecutionContext, stream: int) -> None:
         if not context.execute_async_v3(stream):
             raise WanlabError(f"{self.path.name} failed: {self._runtime.last_error() or 'no reason given'}")
+
+
+def open_tensorrt(
+    model: Model | None, component: str | None, path: str | os.PathLike[str], **settings: Any
+) -> TensorRTEngine:
+    """An engine file on the model's GPU where there is a model; the `open` of the kind `tensorrt`."""
+    if model is not None and model.device.type == "cuda":
+        settings = {"device": model.device, **settings}
+    return TensorRTEngine(path, **settings)
 
 
 def _sizes(dims: trt.Dims) -> tuple[int, ...]:

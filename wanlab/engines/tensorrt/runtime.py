@@ -121,6 +121,24 @@ def installed(kind: Kind) -> bool:
     return _has_code("tensorrt_rtx") or (_has_code("tensorrt_rtx_bindings") and libraries)
 
 
+def describe() -> dict[str, str]:
+    """Which TensorRT is here, for `wanlab doctor`."""
+    rows = {}
+    if installed("tensorrt"):
+        rows["TensorRT"] = f"{_version('tensorrt')}, builds on the GPU that will run the engine"
+    if installed("tensorrt-rtx"):
+        version = _version("tensorrt-rtx-cu13-bindings") or _version("tensorrt-rtx")
+        rows["TensorRT for RTX"] = f"{version}, builds for RTX GPUs on any machine"
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def plain(text: str) -> str:
     """A message without the places of TensorRT's own sources."""
     return _SUFFIX.sub("", _CHECK.sub("", _PREFIX.sub("", " ".join(text.split())))).strip()

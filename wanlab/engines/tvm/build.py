@@ -353,6 +353,13 @@ def build_tvm(
     return made
 
 
+def build_graph(
+    graph: str | os.PathLike, *, device: str = "cpu", progress: bool = False, **settings: Any
+) -> Path:
+    """The library of an ONNX graph for `"cpu"` or `"cuda"`, beside it; the `build` of the kind `tvm`."""
+    return Path(build_tvm(graph, target=device, **settings).path)
+
+
 def load_tvm() -> Any:
     """TVM, with its threads free to move: by default it ties the calling thread to one core, and PyTorch with it.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from wanlab.core.errors import WanlabError, first_line
 from wanlab.engines.base import Engine
 from wanlab.engines.tvm import receipt as receipts
 from wanlab.engines.tvm.build import load_tvm, target_of
+from wanlab.models.pipeline import Model
 
 _pool = threading.local()  # TVM has a pool of threads per calling thread
 
@@ -165,3 +167,10 @@ class TvmEngine(Engine):
             raise WanlabError(f"no ONNX file at {source} to hold {name} against")
         if source.is_file() and graph_sha256(source) != known.graph_sha256:
             raise WanlabError(f"{name} was not built from this {source.name}, whose content differs; {again}")
+
+
+def open_tvm(
+    model: Model | None, component: str | None, path: str | os.PathLike, **settings: Any
+) -> TvmEngine:
+    """A library; the `open` of the kind `tvm`."""
+    return TvmEngine(path, **settings)

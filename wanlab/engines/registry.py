@@ -1,0 +1,417 @@
+"""Every kind of engine in one table: what it is called, how it is made and opened, what it needs, its colour.
+
+Whoever asks "which engines are there?" asks here: notebooks, `wanlab bench`, `wanlab doctor`, configurations, plots, tables.
+The table itself loads no engine; what does the work is named by its place and imported when it is used.
+
+An engine of your own is one Python file that ends in `register(EngineKind(...))`. Name the file in the environment variable
+`WANLAB_ENGINES` (several are separated by commas) and it is there in every command, notebook and child process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wanlab.core.errors import WanlabError, did_you_mean
+
+if TYPE_CHECKING:
+    from wanlab.engines.base import Engine
+    from wanlab.models.pipeline import Model
+
+VARIABLE = "WANLAB_ENGINES"
+EAGER = "eager"
+"""What every model runs on as it was loaded; others are compared with it."""
+HALVES_OF_VAE = ("vae_encoder", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Need:
+    """A package that an engine needs.
+
+    Attributes:
+        name: as a reader knows it.
+        modules: names it is imported by; one of them will do.
+        install: the line that adds it.
+        package: the distribution whose version `wanlab doctor` shows.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    install: str
+    package: str = ""
+
+    def here(self) -> bool:
+        """Whether it can be imported. Type stubs alone, a package without code, do not count."""
+        specs = (importlib.util.find_spec(module) for module in self.modules)
+        return any(spec is not None and spec.origin is not None for spec in specs)
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """One kind of engine.
+
+    A function is given as itself, or as `"module:function"`, which is imported when it is called first.
+
+    Attributes:
+        name: in parameters, files and tables, e.g. `"onnxruntime"`. title: for readers. colour: in every plot.
+        open: `open(model, component, path, **settings) -> Engine`. A kind with `suffixes` opens files without a model, too:
+            `model` and `component` are None then.
+        prepare: `prepare(model, component, folder, *, size, progress, **settings) -> path` makes what `open` takes, or
+            finds it made by an earlier call that is still current. None: nothing is made, unless the kind opens graphs.
+        build: `build(graph, *, device, progress, **settings) -> path`, of kinds that are built from an ONNX graph of fixed
+            sizes for `"cpu"` or `"cuda"`. Their `prepare` is the export of the component and this.
+        suffixes: of the files that it opens.
+        needs: packages without which it does not run.
+        components: that it can run; None is all.
+        plans: how precision plans are applied: `"torch"` in PyTorch, `"graph"` as QuantizeLinear and DequantizeLinear
+            in the ONNX graph, `""` not at all.
+        labels: what its engines call themselves -> where they compute: `"cpu"`, `"cuda"`, or `""` where the model is.
+        titles: of labels that have a title of their own.
+        build_settings, open_settings: settings of `prepare` and `build`, and of `open` -> a line of help.
+        by_default: measured in tables where no engine is named; False where making it ready takes minutes.
+        describe: `describe() -> {title: what is here}` for `wanlab doctor`; None says the versions of `needs`.
+        required: wanlab's own notebooks need it everywhere.
+    """
+
+    name: str
+    title: str
+    colour: str
+    open: Callable[..., Engine] | str
+    prepare: Callable[..., Path | None] | str | None = None
+    build: Callable[..., Path] | str | None = None
+    suffixes: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
+    components: tuple[str, ...] | None = None
+    plans: Literal["torch", "graph", ""] = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    titles: Mapping[str, str] = field(default_factory=dict)
+    build_settings: Mapping[str, str] = field(default_factory=dict)
+    open_settings: Mapping[str, str] = field(default_factory=dict)
+    by_default: bool = True
+    describe: Callable[[], Mapping[str, str]] | str | None = None
+    required: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            object.__setattr__(self, "labels", {self.name: ""})
+        for name in ("open", "prepare", "build", "describe"):
+            work = getattr(self, name)
+            if isinstance(work, str):
+                object.__setattr__(self, name, _Deferred(work))
+        if self.prepare is None and (self.build is not None or ".onnx" in self.suffixes):
+            object.__setattr__(self, "prepare", _FromGraph(self.build))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Setting -> a line of help."""
+        return {**self.build_settings, **self.open_settings}
+
+    def missing(self) -> str:
+        """What has to be installed before it can run here, in one line; empty where nothing has."""
+        lacking = [need for need in self.needs if not need.here()]
+        return "; ".join(f"{need.name} is not installed; add it with: {need.install}" for need in lacking)
+
+    def runs(self, component: str) -> bool:
+        """Whether it can run a component."""
+        return self.components is None or component in self.components
+
+    def check(self, component: str | None = None, settings: Iterable[str] = ()) -> None:
+        """Refuse what it cannot do before any work is done.
+
+        Raises:
+            WanlabError: a package is missing, it does not run this component, or has no such setting.
+        """
+        if missing := self.missing():
+            raise WanlabError(missing)
+        if component is not None and not self.runs(component):
+            raise WanlabError(f"{self.name} runs {' and '.join(self.components)}, not {component}")
+        for name in settings:
+            if name not in self.settings:
+                known = f"it has {', '.join(self.settings)}" if self.settings else "it has none"
+                raise WanlabError(
+                    f"{self.name} has no setting {name!r}{did_you_mean(name, self.settings)}; {known}"
+                )
+
+    def label(self, device: str) -> str:
+        """What an engine of this kind calls itself where it computes on `"cpu"` or `"cuda"`."""
+        names = [label for label, place in self.labels.items() if place == device]
+        return names[0] if names else next(iter(self.labels))
+
+
+class _Deferred:
+    """A function named by its place, imported when it is called first."""
+
+    def __init__(self, place: str) -> None:
+        self.module, _, self.name = place.partition(":")
+
+    def __repr__(self) -> str:
+        return f"{self.module}:{self.name}"
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)(*arguments, **settings)
+
+
+@dataclass(frozen=True)
+class _FromGraph:
+    """The `prepare` of kinds that open an ONNX graph, or what is built from one."""
+
+    build: Callable[..., Path] | None
+
+    def __call__(
+        self,
+        model: Model,
+        component: str,
+        folder: str | os.PathLike,
+        *,
+        size: Mapping[str, int | None],
+        progress: bool = False,
+        traces: Any = None,
+        **settings: Any,
+    ) -> Path:
+        from wanlab.export.export import export  # loads diffusers
+
+        graph = Path(folder) / f"{component}.onnx"
+        export(model, component, graph, dynamic=False, traces=traces, **size)
+        if self.build is None:
+            return graph
+        return Path(self.build(graph, device=model.device.type, progress=progress, **settings))
+
+
+TORCH = Need("PyTorch", ("torch",), "pip install torch", "torch")
+ORT_PACKAGE = "onnxruntime-gpu" if sys.platform == "linux" else "onnxruntime"
+ONNXRUNTIME = Need("ONNX Runtime", ("onnxruntime",), f"pip install {ORT_PACKAGE}", ORT_PACKAGE)
+ONNXRUNTIME_SETTINGS = {
+    "provider": "auto, cpu or cuda",
+    "threads": "threads of the CPU; PyTorch's own number if not given",
+    "optimization": "of the graph: disabled, basic, extended or all",
+    "cuda_graph": "capture the work of the GPU once and replay it",
+    "allow_cpu_fallback": "let nodes that compute run on the CPU in a CUDA session",
+}
+
+ENGINES: dict[str, EngineKind] = {
+    kind.name: kind
+    for kind in (
+        EngineKind(
+            EAGER,
+            "PyTorch, eager",
+            "#8a93a0",
+            open="wanlab.engines.torch:open_eager",
+            needs=(TORCH,),
+            plans="torch",
+            required=True,
+        ),
+        EngineKind(
+            "compiled",
+            "PyTorch, compiled",
+            "#5b8c5a",
+            open="wanlab.engines.torch:open_compiled",
+            needs=(TORCH,),
+            plans="torch",
+            by_default=False,
+        ),
+        EngineKind(
+            "onnxruntime",
+            "ONNX Runtime",
+            "#3d85c6",
+            open="wanlab.engines.onnxruntime:open_onnxruntime",
+            suffixes=(".onnx",),
+            needs=(ONNXRUNTIME,),
+            plans="graph",
+            labels={"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"},
+            open_settings=ONNXRUNTIME_SETTINGS,
+            describe="wanlab.engines.onnxruntime:describe",
+            required=True,
+        ),
+        EngineKind(
+            "tensorrt",
+            "TensorRT",
+            "#6fa832",
+            open="wanlab.engines.tensorrt.engine:open_tensorrt",
+            build="wanlab.engines.tensorrt.build:build_graph",
+            suffixes=(".engine", ".plan"),
+            needs=(
+                Need(
+                    "TensorRT",
+                    ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"),
+                    'pip install "wanlab[rtx]" (builds on any machine), or "wanlab[gpu]"',
+                ),
+            ),
+            plans="graph",
+            labels={"tensorrt": "cuda", "tensorrt-rtx": "cuda"},
+            titles={"tensorrt-rtx": "TensorRT for RTX"},
+            build_settings={
+                "level": "builder optimisation level, 0 to 5",
+                "workspace_gib": "most GPU memory for the scratch of a layer, in GiB",
+                "tf32": "let float32 products use TF32",
+                "timing_cache": "file that kernel timings are taken from and added to",
+            },
+            open_settings={
+                "runtime_cache": "file of kernels that TensorRT for RTX compiled for this GPU",
+                "specialization": "of kernels to shapes, TensorRT for RTX: lazy, eager or none",
+                "device_cuda_graphs": "let TensorRT for RTX capture its own CUDA graphs",
+            },
+            by_default=False,
+            describe="wanlab.engines.tensorrt.runtime:describe",
+        ),
+        EngineKind(
+            "tvm",
+            "TVM",
+            "#b0679b",
+            open="wanlab.engines.tvm.engine:open_tvm",
+            build="wanlab.engines.tvm.build:build_graph",
+            suffixes=(".so",),
+            needs=(Need("tvm", ("tvm",), 'pip install "wanlab[tvm]"', "apache-tvm"),),
+            labels={"tvm-llvm": "cpu", "tvm-cuda": "cuda"},
+            build_settings={
+                "schedule": "of the CPU: tiled, or plain for TVM's own loop nests",
+                "fast_math": "on the CPU, polynomials for exp and tanh, and sums in another order",
+            },
+            open_settings={"threads": "threads of the CPU; PyTorch's own number if not given"},
+        ),
+        EngineKind(
+            "streamed_vae",
+            "ONNX Runtime, VAE chunk by chunk",
+            "#2aa1a8",
+            open="wanlab.engines.streamed_vae:open_streamed",
+            prepare="wanlab.engines.streamed_vae:prepare_streamed",
+            needs=(ONNXRUNTIME,),
+            components=HALVES_OF_VAE,
+            labels={"onnxruntime-cpu-streamed": "cpu", "onnxruntime-cuda-streamed": "cuda"},
+            open_settings=ONNXRUNTIME_SETTINGS,
+        ),
+    )
+}
+"""Name -> kind, in the order of tables. An engine of wanlab's own is a file of this package and a row here."""
+
+
+def register(kind: EngineKind) -> EngineKind:
+    """Add a kind from elsewhere to the table; given again, as when its file is imported twice, it replaces itself.
+
+    Raises:
+        WanlabError: the name is one of wanlab's own.
+    """
+    if kind.name in OWN:
+        raise WanlabError(f"an engine named {kind.name!r} is part of wanlab; give yours another name")
+    ENGINES[kind.name] = kind
+    return kind
+
+
+OWN = frozenset(ENGINES)
+
+
+def engine_kind(name: str) -> EngineKind:
+    """The kind of this name.
+
+    Raises:
+        WanlabError: there is none; names those that there are.
+    """
+    if name not in ENGINES:
+        raise WanlabError(f"unknown engine {name!r}{did_you_mean(name, ENGINES)}; give {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def kind_of_label(label: str) -> EngineKind | None:
+    """The kind of an engine by what it calls itself in tables: `"onnxruntime-cuda"`, `"tvm-llvm (plain)"`, or its name."""
+    plain = label.partition(" (")[0]
+    if plain in ENGINES:
+        return ENGINES[plain]
+    return next((kind for kind in ENGINES.values() if plain in kind.labels), None)
+
+
+def title_of_label(label: str) -> str:
+    """What readers call an engine; the label itself where no kind is known by it."""
+    kind = kind_of_label(label)
+    return label if kind is None else kind.titles.get(label, kind.title)
+
+
+def computes_on_cpu(label: str) -> bool:
+    """Whether an engine of this label computes on the CPU, also where there is a GPU."""
+    kind = kind_of_label(label)
+    return kind is not None and kind.labels.get(label.partition(" (")[0]) == "cpu"
+
+
+def suffixes() -> dict[str, EngineKind]:
+    """File suffix -> the kind that opens it."""
+    return {suffix: kind for kind in ENGINES.values() for suffix in kind.suffixes}
+
+
+def open_engine(path: str | os.PathLike, **settings: Any) -> Engine:
+    """The engine of a file, by its suffix.
+
+    Args:
+        path: `.onnx` (ONNX Runtime), `.engine` or `.plan` (TensorRT), `.so` (TVM).
+        settings: of the engine, see `EngineKind.open_settings`.
+
+    Raises:
+        WanlabError: no such file, a suffix that no engine has, or as the engine itself.
+    """
+    path, known = Path(path), suffixes()
+    if path.suffix not in known:
+        words = ", ".join(f"{suffix} ({kind.title})" for suffix, kind in known.items())
+        raise WanlabError(f"{path} is no engine; give a file that ends in {words}")
+    if not path.is_file():
+        raise WanlabError(f"no file at {path}")
+    return known[path.suffix].open(None, None, path, **settings)
+
+
+def open_component(
+    name: str,
+    model: Model,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    size: Mapping[str, int | None] | None = None,
+    progress: bool = False,
+    traces: Any = None,
+    **settings: Any,
+) -> Engine:
+    """One component of a model in an engine, made ready where it has to be.
+
+    Args:
+        name: of the engine. component: wanlab's name of it.
+        folder: where graphs and built files are kept and, while current, reused.
+        size: height, width and frames (pixels, pixels, frames), text_tokens, batch (1 if not given) that files are made
+            for; the model's own where not given.
+        traces: an `export.Traces` that calls for components of one architecture share, so that it is traced once.
+        settings: of this engine, see `EngineKind.settings`.
+
+    Raises:
+        WanlabError: an unknown engine, component or setting, a missing package, or as the engine itself.
+    """
+    kind = engine_kind(name)
+    kind.check(component, settings)
+    path = None
+    if kind.prepare is not None:
+        more = {"traces": traces} if traces is not None and _takes(kind.prepare, "traces") else {}
+        more |= {key: value for key, value in settings.items() if key in kind.build_settings}
+        path = kind.prepare(
+            model, component, folder, size={"batch": 1, **(size or {})}, progress=progress, **more
+        )
+    chosen = {key: value for key, value in settings.items() if key in kind.open_settings}
+    return kind.open(model, component, path, **chosen)
+
+
+def _takes(work: Callable, name: str) -> bool:
+    return name in inspect.signature(work).parameters
+
+
+def _load_files(names: str) -> None:
+    """Run the Python files of `WANLAB_ENGINES`, which register their engines."""
+    for name in filter(None, map(str.strip, names.split(","))):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise WanlabError(
+                f"{VARIABLE} names {name}, where there is no file; give the path of a Python file"
+            )
+        spec = importlib.util.spec_from_file_location(f"wanlab_engine_{path.stem}", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+_load_files(os.environ.get(VARIABLE, ""))

@@ -14,10 +14,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from wanlab import engines, export, measure, models
+from wanlab import measure, models
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, write_json
+from wanlab.core.paths import default_outputs
 from wanlab.core.stats import bootstrap_ratio
+from wanlab.engines.pipeline import use_engines
+from wanlab.engines.registry import EAGER, ENGINES, engine_kind
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case, draw_cases, follows_caption
 from wanlab.models.pipeline import Model
@@ -192,7 +195,9 @@ def verdicts(figures: dict) -> list[tuple[str, float, str, bool]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=72, help="held-out cases (default: 72)")
     parser.add_argument("--model", default="wan-nano", help="registry name or folder (default: wan-nano)")
-    parser.add_argument("--engine", choices=["eager", "onnxruntime"], default="eager")
+    parser.add_argument(
+        "--engine", default=EAGER, help=f"of the components that it runs: {', '.join(ENGINES)}"
+    )
     parser.add_argument("--backbone", action="append", help="LPIPS backbone; may be given more than once")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -205,11 +210,11 @@ def main(args: argparse.Namespace) -> int:
     if args.cases < 9:
         raise WanlabError(f"--cases must be at least 9, one of each motion, not {args.cases}")
     backbones = tuple(args.backbone or ("stlpips-alex",))
+    kind = engine_kind(args.engine)
+    kind.check()
     model = models.load(args.model, device=args.device, dtype="float32")
-    if args.engine == "onnxruntime":
-        folder = Path("outputs/onnx") / model.spec.name
-        export.export_all(model, folder)
-        model = engines.use(model, engines.load_engines(folder))
+    chosen = {component: kind.name for component in model.components if kind.runs(component)}
+    model = use_engines(model, chosen, default_outputs() / "onnx-fixed" / model.spec.name)
     key = digest([prepare.package_digest(), str(prepare.weights_id(args.model)), args.engine, *backbones])
     journal = Journal(args.json, key)
     table = examine(model, draw_cases(args.cases), backbones=backbones, journal=journal)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from wanlab.core.formats import CODES, FLOATS, ITEM_BYTES
+
 KINDS = (
     "attention", "matmul", "conv", "norm", "softmax", "pointwise", "reduce", "layout", "gather",
     "cast", "quantize", "reformat", "copy", "shape", "sync", "other",
@@ -207,15 +209,6 @@ def site_of(modules: Iterable[str]) -> str:
 
 def _role(module: str) -> str:
     return next((role for role, pattern in _PATTERNS if re.search(pattern, module)), "other")
-
-
-ITEM_BYTES = {
-    "fp64": 8.0, "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5, "int64": 8.0, "int32": 4.0, "int16": 2.0,
-    "int8": 1.0, "uint8": 1.0, "int4": 0.5, "uint4": 0.5, "bool": 1.0,
-}  # fmt: skip
-FLOATS = ("fp64", "fp32", "bf16", "fp16")
-CODES = ("fp8", "int8", "uint8", "fp4", "int4", "uint4")
-"""Number formats of quantised tensors."""
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.engine_report.layers import (
-    CODES,
-    CONVERSIONS,
-    FLOATS,
-    ITEM_BYTES,
-    PRODUCTS,
-    EngineLayers,
-    Layer,
-)
+from wanlab.core.formats import CODES, FLOATS, ITEM_BYTES, element_name
+from wanlab.engine_report.layers import CONVERSIONS, PRODUCTS, EngineLayers, Layer
 from wanlab.engines.onnxruntime import SHAPE_OPERATORS
 
 
@@ -279,7 +272,6 @@ def _products_around(layers: EngineLayers, place: int) -> dict[int, Layer]:
 
 
 _HOPS_rules_precision = 2
-_ALIASES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "fp8-channel": "fp8"}
 
 
 def not_as_planned(layers: EngineLayers, planned: Mapping[str, str]) -> Iterator[Finding]:
@@ -437,7 +429,7 @@ def _nearest_products(table: tuple[Layer, ...], neighbours: list[list[int]], pla
 def _format(name: str) -> tuple[str, bool]:
     """Format as tensors have it, and whether it is of the weights alone: `"int4-weight-64"` -> `("int4", True)`."""
     plain, weight, _ = str(name).lower().partition("-weight")
-    plain = _ALIASES.get(plain, plain)
+    plain = element_name(plain.removesuffix("-channel")) or plain
     if plain not in ITEM_BYTES:
         known = [*FLOATS, *CODES, "int8-weight", "int4-weight"]
         raise WanlabError(f"no format {name!r}{did_you_mean(str(name), known)}; give {', '.join(known)}")

@@ -16,16 +16,8 @@ from google.protobuf.message import DecodeError
 
 from wanlab import models
 from wanlab.core.errors import WanlabError
-from wanlab.engine_report.layers import (
-    ITEM_BYTES,
-    PRODUCTS,
-    EngineLayers,
-    Layer,
-    Tensor,
-    join,
-    onnx_kind,
-    precision_of,
-)
+from wanlab.core.formats import ITEM_BYTES, element_name
+from wanlab.engine_report.layers import PRODUCTS, EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
 from wanlab.export.clip import AXES
 from wanlab.models.shapes import latent_shape
 
@@ -123,11 +115,6 @@ def _solved(text: str, size: int) -> dict[str, int]:
     return {name: (size - none) // (one - none)}
 
 
-_DTYPES = {
-    "FLOAT": "fp32", "DOUBLE": "fp64", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8",
-    "INT4": "int4", "UINT4": "uint4", "INT16": "int16", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
-    "FLOAT8E4M3FN": "fp8", "FLOAT8E4M3FNUZ": "fp8", "FLOAT8E5M2": "fp8", "FLOAT8E5M2FNUZ": "fp8", "FLOAT4E2M1": "fp4",
-}  # fmt: skip
 _PASSING = ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 """Operators behind which a weight is still the same weight."""
 
@@ -226,7 +213,7 @@ def _size(dim) -> int | str:
 
 def _dtype(number: int) -> str:
     name = onnx.TensorProto.DataType.Name(number)
-    return _DTYPES.get(name, name.lower() if number else "")
+    return element_name(name) or (name.lower() if number else "")
 
 
 def _weights_of(layers: list[Layer] | tuple[Layer, ...]) -> list[Layer]:

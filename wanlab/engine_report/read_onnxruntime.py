@@ -13,17 +13,13 @@ from typing import Any
 import pandas as pd
 
 from wanlab.core.errors import WanlabError, first_line, require
+from wanlab.core.formats import element_name
 from wanlab.engine_report.layers import EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
 from wanlab.engine_report.read_onnx import read_onnx
 from wanlab.engine_report.read_tensorrt import read_json
 from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 
 _SUFFIX = "_kernel_time"
-_DTYPES = {
-    "float": "fp32", "double": "fp64", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "uint8",
-    "int16": "int16", "int32": "int32", "int64": "int64", "bool": "bool", "float8e4m3fn": "fp8", "float8e5m2": "fp8",
-    "int4": "int4", "uint4": "uint4", "Int4x2": "int4", "UInt4x2": "uint4",
-}  # fmt: skip
 MARK = "wanlab"
 """Category of an event that says how a profile was taken."""
 LAUNCHES = (
@@ -168,7 +164,7 @@ def _layer(index: int, key: tuple[str, str], found: list, warmup: int, kernels: 
 def _tensors(described: Any) -> tuple[Tensor, ...]:
     """`[{"float": [1, 24]}]`; tensors have no names in a profile."""
     return tuple(
-        Tensor("", _DTYPES.get(kind, kind), tuple(int(size) for size in shape))
+        Tensor("", element_name(kind) or kind, tuple(int(size) for size in shape))
         for one in described or ()
         for kind, shape in one.items()
     )

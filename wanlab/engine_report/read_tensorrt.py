@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.formats import ITEM_BYTES, element_in
 from wanlab.engine_report.layers import (
-    ITEM_BYTES,
     EngineLayers,
     Layer,
     Tensor,
@@ -119,12 +119,6 @@ REBUILD = (
     "build the engine again with config.profiling_verbosity = ProfilingVerbosity.DETAILED"
     " (trtexec --profilingVerbosity=detailed) and inspect that one"
 )
-# In this order: "BFloat16" ends in "Float16", "Float" begins "Float16".
-_DTYPES = (
-    ("bf16", r"bf16|bfloat16"), ("fp16", r"fp16|half|float16"), ("fp8", r"fp8|float8|e4m3|e5m2"),
-    ("fp4", r"fp4|float4|e2m1"), ("fp64", r"fp64|double|float64"), ("fp32", r"fp32|float"), ("uint8", r"uint8"),
-    ("int8", r"int8"), ("int4", r"int4"), ("int64", r"int64"), ("int32", r"int32"), ("bool", r"bool"),
-)  # fmt: skip
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 
 
@@ -182,7 +176,7 @@ def read_inspector(
 
 def dtype_in(text: str) -> str:
     """`"Row major linear FP16 format"`, `"Half"` -> `"fp16"`; empty for none."""
-    return next((name for name, pattern in _DTYPES if re.search(pattern, text, re.IGNORECASE)), "")
+    return element_in(text)
 
 
 def _layer(index: int, raw: Mapping[str, Any], seen: set[str]) -> Layer:

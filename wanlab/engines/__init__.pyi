@@ -14,6 +14,7 @@ from .parity import parity as parity
 from .parity import parity_all as parity_all
 from .parity import value_ranges as value_ranges
 from .pipeline import use as use
+from .pipeline import use_engines as use_engines
 from .registry import ENGINES as ENGINES
 from .registry import EngineKind as EngineKind
 from .registry import Need as Need

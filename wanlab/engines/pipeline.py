@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
+from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
+from wanlab.engines.registry import EAGER, engine_kind, open_component
 from wanlab.export.components import PARTS, check_components
+from wanlab.export.export import Traces
 from wanlab.models.pipeline import Model
 
 
@@ -51,6 +56,40 @@ def use(model: Model, engines: Mapping[str, Engine]) -> Model:
     changed.pipeline = pipeline
     changed.engines = dict(model.engines) | {name: engine.name for name, engine in engines.items()}
     return changed
+
+
+def use_engines(
+    model: Model,
+    chosen: Mapping[str, str],
+    folder: str | os.PathLike,
+    *,
+    size: Mapping[str, int | None] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool = True,
+) -> Model:
+    """A model whose components run on the engines chosen by name, made ready where they have to be.
+
+    Args:
+        model: from `wanlab.models.load`, all components eager.
+        chosen: component -> engine; those left out, and those on `"eager"`, stay as they are.
+        folder, size: as `wanlab.engines.open_component` takes them.
+        settings: engine -> its settings.
+        progress: show a bar.
+
+    Raises:
+        WanlabError: as `open_component` and `use`; unknown names are refused before any work is done.
+    """
+    chosen = {component: name for component, name in chosen.items() if name != EAGER}
+    check_components(model, chosen)
+    for component, name in chosen.items():
+        engine_kind(name).check(component, (settings or {}).get(name, ()))
+    traces, opened = Traces(), {}
+    bar = tqdm(chosen.items(), desc="engines", unit="component", leave=False, disable=not progress)
+    for component, name in bar:
+        bar.set_postfix_str(f"{component} on {name}")
+        own = (settings or {}).get(name, {})
+        opened[component] = open_component(name, model, component, folder, size=size, traces=traces, **own)
+    return use(model, opened)
 
 
 _INPUTS = {

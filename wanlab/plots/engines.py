@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from wanlab.core.formats import element_name
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 STRETCHES = ("h2d", "device", "d2h")
@@ -327,9 +328,6 @@ def _ms(time_ms: float) -> str:
     return f"{time_ms / 1e3:,.2f} s" if time_ms >= 1e4 else f"{time_ms:,.2f} ms"
 
 
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
 def build_bars(df: pd.DataFrame) -> go.Figure:
     """Two panels over the same rows: time of each build, and size of each engine with a mark for its ONNX graph.
 
@@ -390,7 +388,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
 def format_of(numbers: str) -> str:
     """The format that names a row's colour: the quantised one where there is one, else the graph's dtype."""
     last = numbers.split(", ")[-1].split(" x ")[-1]
-    return SHORT.get(last, last.removesuffix("-channel").removesuffix("-weight"))
+    return element_name(last) or last.removesuffix("-channel").removesuffix("-weight")
 
 
 def platform_bars(df: pd.DataFrame) -> go.Figure:

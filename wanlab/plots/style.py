@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.formats import format_colours
 from wanlab.engines.registry import ENGINES, kind_of_label
 
 COMPONENT_COLOURS = {
@@ -24,16 +25,7 @@ COMPONENT_COLOURS = {
     "vae_decoder": "#3d85c6",
     "other": "#9aa3ad",
 }
-FORMAT_COLOURS = {
-    "fp32": "#8a93a0",
-    "tf32": "#a58a6f",
-    "bf16": "#5f7fbf",
-    "fp16": "#3fa796",
-    "fp8": "#e07b39",
-    "int8": "#b0679b",
-    "fp4": "#c9485b",
-    "int4": "#c9485b",
-}
+FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 NAMES = {
     "text_encoder": "text encoder",

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.export.components import component_spec
 from wanlab.precision.formats import check_blocks, get_format
 from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float
@@ -144,7 +145,6 @@ def _matches(pattern: str, known) -> list[str]:
 
 
 EXPERTS = ("expert_high", "expert_low", "expert")
-FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +287,7 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
 
 def weight_bits(format: str) -> int:
     """Bits of one weight in a format, floats included; scales apart."""
-    return FLOAT_BITS[format] if is_float(format) else get_format(format).weight.bits
+    return ELEMENT_TYPES[format].bits if is_float(format) else get_format(format).weight.bits
 
 
 def weight_bytes(shape: tuple[int, ...], format: str, scale_bytes: int = 2) -> int:

@@ -14,16 +14,17 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.precision.apply import AS_LOADED, asked
 from wanlab.precision.assignment import Assignment
 from wanlab.precision.check_torch import Effect, Fault, at_step, raise_weights, summary
-from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight, get_format
+from wanlab.precision.formats import CODES_OF_ONNX, QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.layer_state import near
 from wanlab.precision.linear_nodes import OPERATORS, find_sites, sites_of
 from wanlab.precision.plan import FLOATS, is_float
 
-KINDS = {"INT8": "int8", "INT4": "int4", "FLOAT8E4M3FN": "fp8"}
-NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+NAMES = {ELEMENT_TYPES[name].onnx[0]: dtype for name, dtype in FLOATS.items()}
+"""Floats in ONNX -> in PyTorch."""
 PASSING = ("Cast", "Transpose", "Reshape", "Identity")
 
 
@@ -219,7 +220,7 @@ def operand(value: onnx_ir.Value | None) -> Operand:
         if node.op_type == "DequantizeLinear":
             codes, scale = node.inputs[0], node.inputs[1]
             before = codes.producer()
-            kind = KINDS.get(codes.dtype.name, "") if codes.dtype is not None else ""
+            kind = CODES_OF_ONNX.get(codes.dtype.name, "") if codes.dtype is not None else ""
             dtype = dtype or _name(scale.dtype)
             if before is None:
                 return Operand(kind, dtype, codes, scale)
@@ -237,7 +238,7 @@ def operand(value: onnx_ir.Value | None) -> Operand:
 
 def _zero_kind(quantize) -> str:
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
-    return KINDS.get(zero.dtype.name, "") if zero is not None and zero.dtype is not None else ""
+    return CODES_OF_ONNX.get(zero.dtype.name, "") if zero is not None and zero.dtype is not None else ""
 
 
 def _name(dtype) -> str:

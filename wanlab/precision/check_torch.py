@@ -20,6 +20,7 @@ from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.precision.apply import AS_LOADED, Applied, asked, experts_of
 from wanlab.precision.assignment import Assignment
+from wanlab.precision.formats import CODE_KINDS
 from wanlab.precision.layer_state import LayerState, read_held
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.quant_linear import FEWEST_ROWS
@@ -101,7 +102,11 @@ PRODUCTS = {
 """Operators that multiply -> position of their first operand; the weight follows."""
 
 
-EXPECTED = {"scaled_mm": ("_scaled_mm", "float8_e4m3fn"), "int_mm": ("_int_mm", "int8")}
+EXPECTED = {
+    kind.operator.removeprefix("_"): (kind.operator, kind.encoded)
+    for kind in CODE_KINDS.values()
+    if kind.operator
+}
 """How a layer computes -> its operator and the dtype of both operands."""
 
 

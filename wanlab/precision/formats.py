@@ -9,9 +9,66 @@ from typing import Any
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.formats import ELEMENT_TYPES
 
 BLOCK_SIZES = (32, 64, 128)
 GRANULARITIES = ("tensor", "channel", "block")
+
+
+@dataclass(frozen=True)
+class CodeKind:
+    """What codes of one kind are made of, and what multiplies them.
+
+    Attributes:
+        name: an element type of `wanlab.core.formats`.
+        smallest, largest: codes; what lies outside saturates.
+        encoded: dtype in PyTorch that `NumericType.encode` gives.
+        held: dtype in PyTorch of the tensor that keeps them in a layer; 4-bit codes lie two to a byte.
+        usual: granularity and block of a weight where nothing else is asked for.
+        operator: PyTorch's product of two tensors of codes; empty where it has none.
+        capability: compute capability of the GPUs that have this product. multiple: sizes are to be multiples of it there.
+        rate: of that product over the product of 16-bit floats, as data sheets of such GPUs say.
+    """
+
+    name: str
+    smallest: float
+    largest: float
+    encoded: str
+    held: str
+    usual: tuple[str, int | None]
+    operator: str = ""
+    capability: tuple[int, int] = (0, 0)
+    multiple: int = 1
+    rate: float = 1.0
+
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        return ELEMENT_TYPES[self.name].bits
+
+    @property
+    def encoded_dtype(self) -> torch.dtype:
+        """`encoded`, as PyTorch has it."""
+        return getattr(torch, self.encoded)
+
+    @property
+    def onnx(self) -> str:
+        """Its name in `onnx.TensorProto.DataType` and `onnx_ir.DataType`."""
+        return ELEMENT_TYPES[self.name].onnx[0]
+
+
+# fmt: off
+CODE_KINDS: dict[str, CodeKind] = {
+    kind.name: kind
+    for kind in (
+        CodeKind("int8", -128.0, 127.0, "int8", "int8", ("channel", None), "_int_mm", (8, 0), 8, 2.0),
+        CodeKind("fp8", -448.0, 448.0, "float8_e4m3fn", "float8_e4m3fn", ("tensor", None), "_scaled_mm", (8, 9), 16, 2.0),
+        CodeKind("int4", -8.0, 7.0, "int8", "uint8", ("block", 64)),
+    )
+}
+# fmt: on
+CODES_OF_ONNX = {kind.onnx: name for name, kind in CODE_KINDS.items()}
+"""Name in ONNX -> kind, of the codes that wanlab writes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +91,11 @@ class NumericType:
     largest: float
     block: int | None = None
 
+    @property
+    def codes(self) -> CodeKind:
+        """The kind of its codes."""
+        return CODE_KINDS[self.kind]
+
     def scale(self, amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The scale that puts `amax` on the largest code, as `dtype` can hold it; of zeros 1."""
         # A scale that is subnormal in the graph's dtype is coarse, and engines may flush it to zero.
@@ -49,10 +111,9 @@ class NumericType:
         Args:
             scale: broadcasts against `values`.
         """
-        codes = values.float() / scale.float()
-        if self.kind == "fp8":
-            return codes.clamp(self.smallest, self.largest).to(torch.float8_e4m3fn)
-        return codes.round().clamp(self.smallest, self.largest).to(torch.int8)
+        codes, dtype = values.float() / scale.float(), self.codes.encoded_dtype
+        codes = codes if dtype.is_floating_point else codes.round()
+        return codes.clamp(self.smallest, self.largest).to(dtype)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Values of codes, as ONNX DequantizeLinear gives them."""
@@ -83,19 +144,19 @@ class QuantFormat:
         return asdict(self)
 
 
-_INT8 = NumericType("int8", 8, "tensor", -128.0, 127.0)
-_INT4 = NumericType("int4", 4, "block", -8.0, 7.0, 64)
-_FP8 = NumericType("fp8", 8, "tensor", -448.0, 448.0)
-_PER_CHANNEL = {"granularity": "channel"}
+def _numbers(kind: str, granularity: str, block: int | None = None) -> NumericType:
+    codes = CODE_KINDS[kind]
+    return NumericType(kind, codes.bits, granularity, codes.smallest, codes.largest, block)
+
 
 FORMATS: dict[str, QuantFormat] = {
-    made.name: made
-    for made in (
-        QuantFormat("int8", replace(_INT8, **_PER_CHANNEL), _INT8, 13),
-        QuantFormat("fp8", _FP8, _FP8, 19),
-        QuantFormat("fp8-channel", replace(_FP8, **_PER_CHANNEL), _FP8, 19),
-        QuantFormat("int8-weight", replace(_INT8, **_PER_CHANNEL), None, 13),
-        QuantFormat("int4-weight", _INT4, None, 21),
+    format.name: format
+    for format in (
+        QuantFormat("int8", _numbers("int8", "channel"), _numbers("int8", "tensor"), 13),
+        QuantFormat("fp8", _numbers("fp8", "tensor"), _numbers("fp8", "tensor"), 19),
+        QuantFormat("fp8-channel", _numbers("fp8", "channel"), _numbers("fp8", "tensor"), 19),
+        QuantFormat("int8-weight", _numbers("int8", "channel"), None, 13),
+        QuantFormat("int4-weight", _numbers("int4", "block", 64), None, 21),
     )
 }
 """The formats by name; `"int4-weight-32"` and `"int4-weight-128"` are `"int4-weight"` with another block."""

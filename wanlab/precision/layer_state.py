@@ -12,9 +12,6 @@ from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight, 
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.quant_linear import CastLinear, QuantLinear
 
-CODES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}
-"""Kind of numbers -> dtype of the tensor that holds their codes."""
-
 _NO_OP = "is said to be {}, but its weight is bitwise the original's: nothing was rounded"
 
 
@@ -54,7 +51,7 @@ def read_held(
     quantised = isinstance(module, QuantLinear)
     tensor = module.codes if quantised else module.weight
     asked = "" if wanted == AS_LOADED or is_float(wanted) else wanted
-    if asked and quantised and tensor.dtype == _dtype(CODES[get_format(asked).weight.kind]):
+    if asked and quantised and tensor.dtype == _dtype(get_format(asked).weight.codes.held):
         fault, said = _codes_fault(module, get_format(asked), original)
     elif asked:
         held = tensor if not quantised else module.decoded()

@@ -227,8 +227,8 @@ class Rewriter:
         name = f"zero_point.{numbers.kind}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        kind = torch.float8_e4m3fn if numbers.kind == "fp8" else torch.int8
-        return self.initializer(TorchTensor(torch.zeros((), dtype=kind), name=name))
+        zero = torch.zeros((), dtype=numbers.codes.encoded_dtype)
+        return self.initializer(TorchTensor(zero, name=name))
 
     def initializer(self, tensor) -> onnx_ir.Value:
         """A new constant of the graph, under the tensor's name or one like it."""
@@ -299,14 +299,9 @@ def _packed(codes: torch.Tensor):
 
 def _sharing(numbers: NumericType) -> list[str]:
     """What tells codes from others of their kind, where they are not the usual ones."""
-    usual = {"int8": ("channel", None), "fp8": ("tensor", None), "int4": ("block", 64)}
-    same = usual[numbers.kind] == (numbers.granularity, numbers.block)
+    same = numbers.codes.usual == (numbers.granularity, numbers.block)
     return [] if same else [str(numbers.block or numbers.granularity)]
 
 
 def _code_type(numbers: NumericType) -> onnx_ir.DataType:
-    return {
-        "int8": onnx_ir.DataType.INT8,
-        "int4": onnx_ir.DataType.INT4,
-        "fp8": onnx_ir.DataType.FLOAT8E4M3FN,
-    }[numbers.kind]
+    return onnx_ir.DataType[numbers.codes.onnx]

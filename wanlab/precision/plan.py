@@ -16,9 +16,10 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.paths import locate
 from wanlab.core.yaml_lines import read_yaml, spell
+from wanlab.core.formats import PLAN_FLOATS
 from wanlab.precision.formats import FORMATS, get_format
 
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOATS = PLAN_FLOATS
 """Float formats of plans, and what PyTorch calls them."""
 
 AS_LOADED = "model"

@@ -15,12 +15,14 @@ import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
-from wanlab.engine_report.layers import CODES, FLOATS, PRODUCTS, Layer, precision_of
+from wanlab.engine_report.layers import PRODUCTS, Layer, precision_of
+from wanlab.core.formats import CODES, FLOATS
 from wanlab.engine_report.read_tensorrt import read_inspector
 from wanlab.engines.base import Engine, TensorType
+from wanlab.engines.onnxruntime import PROVIDERS as ORT_PROVIDERS
 from wanlab.engines.onnxruntime import OrtEngine
+from wanlab.engines.registry import ENGINES, engine_kind
 from wanlab.engines.tensorrt.build import EngineBuilds, build_engines, layers_path
-from wanlab.engines.tensorrt.engine import TensorRTEngine
 from wanlab.engines.tensorrt.profile import read_source
 from wanlab.precision.check_torch import Fault, raise_first
 from wanlab.precision.formats import get_format
@@ -260,7 +262,9 @@ def _frame(rows: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+BUILT = tuple(kind.name for kind in ENGINES.values() if kind.plans == "graph" and kind.build is not None)
+"""Engines that are built from the graphs of a plan before they run."""
+PROVIDERS = ("auto", *ORT_PROVIDERS, *BUILT)
 
 
 class SteppedEngine(Engine):
@@ -416,9 +420,10 @@ def load_plan_engines(
             )
 
     def opener(path: Path) -> Engine:
-        if provider == "tensorrt":
+        if provider in BUILT:
+            kind = engine_kind(provider)
             engine_effect_check(graphs, path.relative_to(graphs.folder).as_posix())
-            return TensorRTEngine(path.with_suffix(".engine"), **options)
+            return kind.open(None, None, path.with_suffix(kind.suffixes[0]), **options)
         return OrtEngine(path, provider=provider, **options)
 
     clock = None

@@ -21,6 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from wanlab import __version__
 from wanlab.core.errors import WanlabError
+from wanlab.core.formats import element_name
 from wanlab.export.export import read_report
 from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes, save_checked
 from wanlab.export.weights import WeightsFile
@@ -348,7 +349,7 @@ def verify(
             continue
         if layer in islands:
             wanted_float = islands[layer]
-            _compare(path, layer, "weight", _KINDS.get(kinds.get(node.input[1], 0), ""), wanted_float)
+            _compare(path, layer, "weight", _type_name(kinds.get(node.input[1], 0)), wanted_float)
             _compare(path, layer, "input", _cast_kind(makers.get(node.input[0])), wanted_float)
             if layer not in seen:
                 counts[wanted_float] += 1
@@ -371,7 +372,7 @@ def verify(
 def _weight_kind(maker, kinds: dict[str, int]) -> str:
     if maker is None or maker.op_type != "DequantizeLinear":
         return ""
-    return _KINDS.get(kinds.get(maker.input[0], 0), "")
+    return _type_name(kinds.get(maker.input[0], 0))
 
 
 def _input_kind(maker, makers, kinds: dict[str, int]) -> str:
@@ -380,13 +381,13 @@ def _input_kind(maker, makers, kinds: dict[str, int]) -> str:
     before = makers.get(maker.input[0])
     if before is None or before.op_type != "QuantizeLinear" or before.input[1] != maker.input[1]:
         return ""
-    return _KINDS.get(kinds.get(before.input[2], 0), "")
+    return _type_name(kinds.get(before.input[2], 0))
 
 
 def _cast_kind(maker) -> str:
     if maker is None or maker.op_type != "Cast":
         return ""
-    return _KINDS.get(next(attribute.i for attribute in maker.attribute if attribute.name == "to"), "")
+    return _type_name(next(attribute.i for attribute in maker.attribute if attribute.name == "to"))
 
 
 def _compare(path: Path, layer: str, what: str, got: str, wanted: str) -> None:
@@ -397,7 +398,9 @@ def _compare(path: Path, layer: str, what: str, got: str, wanted: str) -> None:
         )
 
 
-_KINDS = {3: "int8", 22: "int4", 17: "fp8", 1: "fp32", 10: "fp16", 16: "bf16"}  # onnx.TensorProto data types
+def _type_name(data_type: int) -> str:
+    """The name here of an `onnx.TensorProto.DataType`; empty for none."""
+    return element_name(onnx.TensorProto.DataType.Name(data_type))
 
 
 IR_VERSION = 10  # the first that knows INT4

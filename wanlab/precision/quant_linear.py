@@ -273,14 +273,14 @@ def kernel_for(format: QuantFormat, shape: tuple[int, ...], device: torch.device
     """
     if format.activation is None:
         return DECODED
-    if not native or len(shape) != 2:
+    if not native or len(shape) != 2 or not format.weight.codes.operator:
         return SIMULATED
-    multiple = 1 if device.type == "cpu" else 16 if format.weight.kind == "fp8" else 8
-    if any(size % multiple for size in shape):
-        return SIMULATED
-    if format.weight.kind == "fp8":
-        return SCALED if device.type == "cpu" or capability(device) >= (8, 9) else SIMULATED
-    return INTEGER if device.type == "cpu" or capability(device) >= (8, 0) else SIMULATED
+    codes = format.weight.codes
+    if device.type != "cpu":
+        fits = all(size % codes.multiple == 0 for size in shape)
+        if not fits or capability(device) < codes.capability:
+            return SIMULATED
+    return codes.operator.removeprefix("_")
 
 
 def capability(device: torch.device) -> tuple[int, int]:

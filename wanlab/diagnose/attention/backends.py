@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.formats import element_name
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Samples, aa_control, compare, time_ms
 from wanlab.models.loading import resolve
@@ -73,7 +74,6 @@ SDPA = {
     "SDPA memory-efficient": "EFFICIENT_ATTENTION",
     "SDPA math": "MATH",
 }
-FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _TOOK = (
     ("flash", "scaled_dot_product_flash_attention"),
     ("cuDNN", "scaled_dot_product_cudnn_attention"),
@@ -162,7 +162,7 @@ def attention_kernels(
     dense = _reference(q, k, v, picked)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     flop, name = 4 * tokens**2 * heads * dim, str(kind).removeprefix("torch.")
-    top = ceilings.tflop_per_s.get(FORMATS.get(name, name)) if ceilings else None
+    top = ceilings.tflop_per_s.get(element_name(name) or name) if ceilings else None
     with torch.no_grad():
         control = aa_control(
             lambda: sdpa(q, k, v),

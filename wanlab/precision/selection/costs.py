@@ -22,8 +22,6 @@ DEFAULT = "default"
 """The format of a layer that stays as the model was loaded; plans call it so too."""
 
 MEASURED, COUNTED = "measured", "counted"
-FASTER = {"int8": 2.0, "fp8": 2.0}
-"""Rate of products of two operands of a kind over that of 16-bit floats, as data sheets of GPUs with such kernels say."""
 
 VERSIONS = 4096
 
@@ -122,7 +120,7 @@ def _row(
     else:
         bits, held = weight_bits(format.name), weight_bytes(shape, format.name, weight.itemsize)
         # Weight-only formats multiply floats: their rate is that of the network.
-        faster = FASTER.get(format.weight.kind, 1.0) if format.activation is not None else 1.0
+        faster = format.weight.codes.rate if format.activation is not None else 1.0
     return {
         "component": component,
         "layer": layer["layer"],

@@ -14,9 +14,9 @@ import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
+from wanlab.core.formats import PLAN_FLOATS
 from wanlab.core.paths import locate
 from wanlab.core.yaml_lines import read_yaml, spell
-from wanlab.core.formats import PLAN_FLOATS
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = PLAN_FLOATS

@@ -257,8 +257,8 @@ def compare_forms(
                 | {"notes": "; ".join(report.notes)}
                 | {"relative_l2": ((made - expected).norm() / expected.norm()).item()}
             )
-        calls["eager"] = lambda: plan.reference(*inputs)
-        rows.append({"form": "eager"})
+        calls[EAGER] = lambda: plan.reference(*inputs)
+        rows.append({"form": EAGER})
         device = plan.network.device
         samples, control = measure.interleaved(
             calls, warmup=2, rounds=rounds, device=device, progress=progress

@@ -16,6 +16,7 @@ from wanlab.cli import doctor
 from wanlab.core.errors import WanlabError
 from wanlab.engines import registry
 from wanlab.plots.style import colour
+from wanlab.runs.result import completed
 
 SIZE = dict(height=32, width=48, frames=5)
 TOY = '''
@@ -81,8 +82,9 @@ def test_tables_and_plots_know_a_new_engine(toy, model, tmp_path):
     assert list(ready.calls) == ["eager", "negated"]
     assert ready.facts["negated"]["relative_l2"] == 0
     samples, control = measure.interleaved(ready.calls, rounds=1, device=model.device, progress=False)
-    work = runs.Work("expert_low forward", "tiny", "random", **ready.size)
-    table = runs.platform_table(runs.forward_records(samples, work, control, precision="float32"))
+    work = runs.Work(model="tiny", weights="random", component="expert_low", **ready.size)
+    rows = runs.call_results(work, samples, control, dtype=ready.precision, facts=ready.facts)
+    table = runs.platform_table([completed(row, measure.environment()) for row in rows])
     assert table["engine"].tolist() == ["eager", "negated"]
     assert table["ratio_to_eager"].notna().all()
     assert colour("negated") == colour("negated fp8") == colour("Negated twice, step 3") == kind.colour

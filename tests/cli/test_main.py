@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -23,6 +24,54 @@ def test_help_and_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"wanlab {wanlab.__version__}\n"
+
+
+def test_every_command_is_one_module_and_stands_once_under_one_heading(root):
+    names = [name for commands in cli.GROUPS.values() for name in commands]
+    assert len(names) == len(set(names)) == len(cli.COMMANDS)
+    others = {"__init__", "__main__", "main", "text"}
+    modules = {path.stem for path in (root / "wanlab" / "cli").glob("*.py")} - others
+    assert modules == {name.replace("-", "_") for name in names}
+    for name in names:
+        command = cli.load(name)
+        assert command.HELP
+        command.add_arguments(argparse.ArgumentParser())
+        assert callable(command.main)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["rum"], "no command 'rum' (did you mean 'run'?)"), ([], "give a command")]
+)
+def test_an_unknown_command_is_refused_with_the_nearest_name(capsys, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_takes_a_fifth_of_a_second():
+    code = "import time; t = time.perf_counter(); from wanlab.cli.main import main\ntry: main(['--help'])\n"
+    code += "except SystemExit: print(time.perf_counter() - t)"
+    # The best of three: other processes may hold the cores.
+    runs = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3)]
+    assert min(float(run.splitlines()[-1]) for run in runs) < 0.2
+
+
+def test_notebooks_are_listed_and_copied_and_no_change_is_overwritten(capsys, tmp_path, root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["notebooks"]) == 0
+    assert "00_quickstart" in capsys.readouterr().out
+    assert cli.main(["notebooks", "--to", "here"]) == 0
+    names = sorted(path.name for path in (root / "notebooks").glob("*.ipynb"))
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == names
+    assert capsys.readouterr().out == f"{len(names)} notebooks in here\n"
+    changed = tmp_path / "here" / names[0]
+    changed.write_text("{}")
+    assert cli.main(["notebooks", "--to", "here"]) == 2
+    assert f"notebooks that differ: {names[0]}" in capsys.readouterr().err
+    assert changed.read_text() == "{}"
+    assert cli.main(["notebooks", "--to", "here", "--force"]) == 0
+    assert changed.read_bytes() == (root / "notebooks" / names[0]).read_bytes()
 
 
 def test_params_lists_types_defaults_and_help(capsys, fixture_notebooks):
@@ -138,5 +187,5 @@ def test_doctor_survives_a_probe_that_fails(monkeypatch, capsys):
     rows = doctor.diagnose()
     assert asdict(rows[0])["found"] == "cannot be asked: no such"
     assert rows[1].what == "Python"
-    assert doctor.main() == 1
+    assert doctor.main(argparse.Namespace(json=False)) == 1
     assert "MISSING   broken thing" in capsys.readouterr().out

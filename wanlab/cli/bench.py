@@ -25,6 +25,8 @@ from wanlab.engines.registry import (
 from wanlab.export.clip import default_shape
 from wanlab.export.components import component_spec, random_feeds
 
+HELP = """Time an engine file, or a component of a model in PyTorch, as trtexec does: host and device latency,
+throughput, and the noise of the measurement against itself."""
 SIZES = ("batch", "height", "width", "frames", "text_tokens")
 UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "frames", "text_tokens": "tokens"}
 

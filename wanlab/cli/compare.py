@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from wanlab.cli.text import print_table, safe
 from wanlab.core.errors import WanlabError
 from wanlab.runs.choose import DRIFT, readable
 from wanlab.runs.compare import THRESHOLD_PERCENT, Comparisons, compare
 from wanlab.runs.exporters import to_csv
 
-WIDEST = 160  # of a printed cell
+HELP = """Compare the configurations of runs with a baseline: ratio, interval and verdict of each. A difference within
+the noise or the threshold does not count, and runs of other work than the baseline's are refused."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
         show=_words(options.show) if options.show else None,
     )
     shown = readable(found)
-    print_table(list(shown.columns), shown.to_numpy().tolist())
+    print_table(list(shown.columns), shown.to_numpy().tolist(), cut=True)
     once = f"; {DRIFT}" if found.baseline.repeats == 1 else f"; run {found.baseline.repeats} times"
     print(f"baseline {safe(found.baseline.label)}{once}")
     print(f"ratio above 1 is better; effects within {found.threshold_percent:g} % or the noise do not count")
@@ -66,27 +67,10 @@ def main(options: argparse.Namespace) -> int:
     ):
         if len(frame):
             print(f"\n{title}:")
-            print_table(columns, frame[list(columns)].to_numpy().tolist())
+            print_table(columns, frame[list(columns)].to_numpy().tolist(), cut=True)
     if options.csv:
         write_csv(found, options.csv)
     return 0
-
-
-def safe(value: Any) -> str:
-    """Text of a run as one line that can do nothing to a terminal."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    lines = [[safe(cell) for cell in line] for line in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    numbers = [all(_numeric(line[i]) for line in lines[1:]) for i in range(len(head))]
-    for line in lines:
-        cells = [
-            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numbers, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def write_csv(found: Comparisons, path: Path) -> Path:
@@ -104,7 +88,3 @@ def write_csv(found: Comparisons, path: Path) -> Path:
 def _words(given: Sequence[str]) -> list[str]:
     """Repeated options, each perhaps several with commas."""
     return [word.strip() for text in given for word in text.split(",") if word.strip()]
-
-
-def _numeric(cell: str) -> bool:
-    return not cell or cell.lstrip("+-")[:1].isdigit()

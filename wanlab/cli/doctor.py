@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -19,6 +20,8 @@ from wanlab.engines.registry import ENGINES
 from wanlab.evaluate.lpips import available_backbones
 from wanlab.measure.environment import environment
 
+HELP = """Say what this machine can do, and give the one line that would add each thing that it lacks. The exit status
+is 1 when something that wanlab needs everywhere is missing."""
 OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 GIB = 2**30
 DISK_WANTED_GIB = 20
@@ -55,10 +58,14 @@ def diagnose() -> list[Row]:
     return rows
 
 
-def main(*, as_json: bool = False) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(options: argparse.Namespace) -> int:
     """Print the table; returns 1 when something that wanlab needs everywhere is missing, else 0."""
     rows = diagnose()
-    if as_json:
+    if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         width = max(len(row.what) for row in rows)
@@ -178,7 +185,7 @@ def _models() -> list[Row]:
     try:
         return [Row("wan-nano", OK, models.get("wan-nano").source)]
     except WanlabError as error:
-        return [Row("wan-nano", MISSING, str(error), "work in a full clone of the repository")]
+        return [Row("wan-nano", MISSING, str(error), "pip install --force-reinstall wanlab")]
 
 
 def _package(name: str, package: str) -> Row:

@@ -8,6 +8,8 @@ from pathlib import Path
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import ALL_METRICS
 
+HELP = "Score an optimised video against the original, frame by frame, and write the scores as JSON."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `wanlab evaluate` to a parser."""

@@ -11,6 +11,8 @@ from wanlab.core.paths import default_outputs
 from wanlab.runs.exporters import checked_uri, to_csv, to_mlflow, to_parquet
 from wanlab.runs.results import load_runs
 
+HELP = "Give runs to other tools: as a CSV or Parquet file, or into MLflow."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `wanlab export` to a parser."""

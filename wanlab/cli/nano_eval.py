@@ -1,4 +1,4 @@
-"""What a long examination has finished, kept as it goes, so that an interrupted one loses nothing."""
+"""`wanlab nano-eval`: wan-nano on held-out cases, beside the targets that it was trained for."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from wanlab.heldout.cases import Case, draw_cases, follows_caption
 from wanlab.models.pipeline import Model
 from wanlab.runs import prepare
 
+HELP = """Examine wan-nano on held-out cases and print the figures beside their targets. The exit status is 1 when a
+target is missed. With --json an interrupted examination goes on where it was."""
+
 
 class Journal:
-    """Rows of finished cases beside the results they will become: JSON lines, the first one a key.
+    """Rows of finished cases, kept beside the results so that an interruption loses nothing: JSON lines, the first a key.
 
     Rows that were made under another key (other weights, engine, backbones or code) do not count and are dropped.
 

@@ -1,4 +1,4 @@
-"""`wanlab plan`: which plans there are, what one comes to on a model, and why a layer has its format."""
+"""`wanlab plan`: which plans there are, the formats that one gives a model, and why a layer has its format."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from wanlab.models.networks import skeleton
 from wanlab.models.shapes import latent_shape
 from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.plan import PRESETS, load_plan
+
+HELP = """List the precision plans that come with wanlab, show which formats one gives the layers of a model, or
+explain why a layer has its format. No weight is read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

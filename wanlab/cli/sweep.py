@@ -15,6 +15,9 @@ from wanlab.launch.slots import LocalSlots
 from wanlab.launch.sweep import Executor, SweepOutcome, is_done, sweep
 from wanlab.runs.parameters import read_notebook
 
+HELP = """Run every configuration of a grid file, several at a time where the machine allows, and write one page about
+them. What has finished is not run again."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file, e.g. recipes/sweeps/wan-nano-precision.yaml")

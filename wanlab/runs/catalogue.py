@@ -6,7 +6,7 @@ import html
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
@@ -73,12 +73,29 @@ def catalogue(folder: str | os.PathLike | None = None, runs: Any = None) -> Any:
     if not folder.is_dir():
         raise WanlabError(f"no folder of notebooks at {folder}")
     spent = _minutes(load_runs() if runs is None else runs)
-    rows = []
-    for path in sorted(folder.glob("*.ipynb")):
-        if number := NUMBERED.match(path.stem):
-            question, minutes = _question(path), spent.get(path.stem, float("nan"))
-            rows.append((GROUPS.get(number[1], "other"), path.stem, question, minutes, str(path)))
+    rows = [
+        (row.group, row.notebook, row.question, spent.get(row.notebook, float("nan")), row.path)
+        for row in questions(folder)
+    ]
     return pd.DataFrame(rows, columns=["group", "notebook", "question", "minutes_here", "path"])
+
+
+class Question(NamedTuple):
+    """A numbered notebook: what it is about (diagnose, convert, ...), its name, what its title asks, its path."""
+
+    group: str
+    notebook: str
+    question: str
+    path: str
+
+
+def questions(folder: Path) -> list[Question]:
+    """The numbered notebooks of a folder, in order of their names."""
+    return [
+        Question(GROUPS.get(number[1], "other"), path.stem, _question(path), str(path))
+        for path in sorted(folder.glob("*.ipynb"))
+        if (number := NUMBERED.match(path.stem))
+    ]
 
 
 def last_runs(path: str | os.PathLike | None = None, n: int = 10, runs: Any = None) -> Any:

@@ -1,0 +1,41 @@
+"""`wanlab models`: the models that wanlab knows by name."""
+
+from __future__ import annotations
+
+import argparse
+
+from wanlab.cli.text import print_table
+from wanlab.core.errors import WanlabError
+from wanlab.models.facts import facts
+from wanlab.models.registry import get, names
+
+HELP = """List the models that wanlab knows by name, or show parameters, bytes and FLOPs of each component of one. A
+model may also be a folder in the layout of diffusers or a hub id; a file wanlab.json in the folder states its default
+settings."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="show the components of one model")
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.name:
+        spec = get(options.name)
+        print(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
+        print(facts(spec).to_string(index=False))
+        return 0
+    print_table(
+        ("model", "default size", "default", "experts", "components"), [_row(name) for name in names()]
+    )
+    print("wanlab models NAME shows parameters, bytes and FLOPs of each component")
+    return 0
+
+
+def _row(name: str) -> tuple[str, ...]:
+    try:
+        spec = get(name)
+    except WanlabError as error:
+        return (name, "", "", "", str(error))
+    size = f"{spec.defaults.width}x{spec.defaults.height}x{spec.defaults.frames}"
+    experts = "one expert" if spec.boundary_ratio is None else f"boundary {spec.boundary_ratio:g}"
+    return (name, size, f"{spec.defaults.steps} steps", experts, ", ".join(spec.components))

@@ -1,0 +1,54 @@
+"""`wanlab notebooks`: the notebooks that come with wanlab, listed or copied."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from wanlab.cli.text import print_table
+from wanlab.core.errors import WanlabError
+from wanlab.core.files import why, write_bytes
+from wanlab.core.paths import existing, from_here, notebooks
+from wanlab.runs.catalogue import questions
+
+HELP = """List the notebooks that come with wanlab, each with the question that it answers. `wanlab run NAME` runs one
+by its name; --to copies them all, to open and change them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, metavar="DIR", help="copy them into this folder")
+    parser.add_argument("--force", action="store_true", help="overwrite notebooks in DIR that were changed")
+
+
+def main(options: argparse.Namespace) -> int:
+    folder = existing(notebooks())
+    if options.to is None:
+        rows = [(row.group, row.notebook, row.question) for row in questions(folder)]
+        print_table(("about", "notebook", "question"), rows)
+        return 0
+    copied = copy_notebooks(folder, options.to, force=options.force)
+    print(f"{len(copied)} notebooks in {from_here(options.to)}")
+    return 0
+
+
+def copy_notebooks(folder: Path, target: Path, *, force: bool = False) -> list[Path]:
+    """Copy every notebook of a folder into another one, which is made if it is not there; returns the copies.
+
+    Raises:
+        WanlabError: a notebook in `target` differs and `force` is False (then nothing is copied), or a file cannot be
+            written.
+    """
+    contents = {target / path.name: path.read_bytes() for path in sorted(folder.glob("*.ipynb"))}
+    changed = [
+        path.name for path, content in contents.items() if path.exists() and path.read_bytes() != content
+    ]
+    if changed and not force:
+        raise WanlabError(
+            f"{target} has notebooks that differ: {', '.join(changed)}; --force overwrites them"
+        )
+    try:
+        for path, content in contents.items():
+            write_bytes(path, content)
+    except OSError as error:
+        raise WanlabError(f"cannot copy notebooks to {target}: {why(error)}") from error
+    return list(contents)

@@ -1,0 +1,63 @@
+"""`wanlab run`: one notebook into a run folder with a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from wanlab.cli.text import positive
+from wanlab.core.files import read_json
+from wanlab.core.paths import from_here
+from wanlab.launch.execute import execute
+from wanlab.runs.parameters import read_schema
+
+HELP = """Execute a notebook into a run folder and render its report. The last line that is printed is the path of the
+report. A finished run with the same notebook, parameters and code is not run again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("notebook", help="a file, or the name of a notebook such as 00_quickstart (see `wanlab notebooks`)")
+    add(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a parameter; repeatable",
+    )
+    add("--output", type=Path, metavar="DIR", help="folder of all runs (default: the project's outputs/)")
+    add("--name", help="folder of this notebook's runs (default: its file name)")
+    add("--force", action="store_true", help="run again although a finished run exists; it is kept")
+    add("--timeout", type=positive, metavar="SECONDS", help="limit for the whole notebook")
+    add("--memory-limit", type=positive, metavar="GIB", help="limit for what the notebook holds in RAM")
+    add(
+        "--output-limit",
+        type=positive,
+        default=256.0,
+        metavar="MIB",
+        help="limit for what the notebook prints and shows (default: %(default)g)",
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    outcome = execute(
+        options.notebook,
+        read_schema(options.notebook).parse(options.parameter),
+        output=options.output,
+        name=options.name,
+        force=options.force,
+        timeout_s=options.timeout,
+        memory_limit_gib=options.memory_limit,
+        output_limit_mib=options.output_limit,
+    )
+    verdict = read_json(outcome.folder / "run.json").get("verdict")
+    if outcome.state != "finished":
+        print(f"wanlab: {outcome.state}: {outcome.error}", file=sys.stderr)
+    elif outcome.reused:
+        print("finished earlier with the same notebook, parameters and code; --force runs it again")
+    if verdict:
+        print(verdict)
+    print(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
+    return outcome.exit_code

@@ -44,7 +44,8 @@ def get(name: str | os.PathLike) -> ModelSpec:
 
     Args:
         name: a registry name (`names()`), a folder in diffusers layout, or a hub id such as
-            `"Wan-AI/Wan2.2-I2V-A14B-Diffusers"`. Only a hub id that is not in the registry needs a network.
+            `"Wan-AI/Wan2.2-I2V-A14B-Diffusers"`. Only a hub id that is not in the registry needs a network. A folder may
+            hold a file `wanlab.json` with the model's default settings (docs/models.md).
 
     Raises:
         WanlabError: unknown name, missing folder or file, not a video pipeline, or unreachable hub.

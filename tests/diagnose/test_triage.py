@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from wanlab import diagnose, plots
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import CATEGORIES
-from wanlab.diagnose.triage.saved import SETTINGS
 from wanlab.diagnose.triage.tree import DEFAULT
 from wanlab.evaluate.loss import QualityLoss
 from wanlab.measure.memory import PeakMemory
 from wanlab.runs.parameters import read_schema
+from wanlab.runs.triage import SETTINGS, run_measurements
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TREE = diagnose.read_tree()
@@ -376,7 +376,7 @@ def test_the_newest_finished_run_counts():
         row(run_id="c", state="died", **{BUSY: 3.0}),
     ]
     for runs in (rows, pd.DataFrame(rows)):
-        saved = diagnose.run_measurements(runs)
+        saved = run_measurements(runs)
         assert saved.measured["breakdown.gpu_busy_percent"].value == 2.0
         assert saved.used["run"].tolist() == ["11_flame_graph/b"]
         assert saved.refused["why"].tolist() == ["an older run", "died"]
@@ -390,15 +390,15 @@ def test_models_and_machines_are_not_mixed():
         row("10_baseline", "d", m__baseline__time_per_video_ms=8.0, p__device="cpu"),
         row("11_flame_graph", "e", **{BUSY: 90.0}),
     ]
-    saved = diagnose.run_measurements(rows)
+    saved = run_measurements(rows)
     assert saved.used["run"].tolist() == ["10_baseline/a", "11_flame_graph/e"]
     assert saved.refused["why"].tolist() == ["another model", "another machine", "another machine"]
     assert saved.options == " -p model=wan2.2-i2v-a14b"
-    host = diagnose.run_measurements(rows, hardware="cpu")
+    host = run_measurements(rows, hardware="cpu")
     assert host.used["run"].tolist() == ["10_baseline/d"]
-    small = diagnose.run_measurements(rows, model="wan-nano")
+    small = run_measurements(rows, model="wan-nano")
     assert small.measured["baseline.time_per_video_ms"].value == 6.0
-    none = diagnose.run_measurements(rows, model="wan2.2-ti2v-5b", folder="some where")
+    none = run_measurements(rows, model="wan2.2-ti2v-5b", folder="some where")
     assert none.measured == {}
     assert none.options == " --output 'some where' -p model=wan2.2-ti2v-5b"
 
@@ -413,7 +413,7 @@ def test_a_record_is_taken_whole_from_one_run():
         ),
         row("11_flame_graph", m__breakdown__linear_percent=30.0),
     ]
-    found = diagnose.run_measurements(rows).measured
+    found = run_measurements(rows).measured
     assert found["breakdown.linear_percent"].value == 30.0
     assert "breakdown.gpu_busy_percent" not in found  # of another trace
     assert found["baseline.time_per_video_ms"].value == 5.0
@@ -422,13 +422,13 @@ def test_a_record_is_taken_whole_from_one_run():
 def test_runs_that_ended_for_want_of_memory_count_until_one_finishes():
     reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     failed = row("10_baseline", "a", state="failed", reason=reason)
-    assert diagnose.run_measurements([failed]).measured["runs.out_of_memory"].value == 1
-    assert way(diagnose.triage(diagnose.run_measurements([failed])), "Memory?") == [
+    assert run_measurements([failed]).measured["runs.out_of_memory"].value == 1
+    assert way(diagnose.triage(run_measurements([failed])), "Memory?") == [
         "out_of_memory",
         "holder",
     ]
     later = row("10_baseline", "b", m__baseline__time_per_video_ms=5.0)
-    assert diagnose.run_measurements([failed, later]).measured["runs.out_of_memory"].value == 0
+    assert run_measurements([failed, later]).measured["runs.out_of_memory"].value == 0
 
 
 def test_what_lies_beside_a_run_is_read(tmp_path):
@@ -448,7 +448,7 @@ def test_what_lies_beside_a_run_is_read(tmp_path):
             p__technique="bfloat16",
         ),
     ]
-    walk = diagnose.triage(diagnose.run_measurements(rows))
+    walk = diagnose.triage(run_measurements(rows))
     asked = walk.frame.set_index("node")
     assert asked.loc["peak_used", "value"] == pytest.approx(50.0)
     assert asked.loc["quality_lost", "state"] == "not applicable"
@@ -464,13 +464,13 @@ def test_a_run_that_looked_at_a_given_trace_counts_for_the_traces_model(tmp_path
         "gpu": None,
     }  # where it was read, not where it was taken
     given_trace = row(p__trace="a.json.gz", folder=tmp_path, **here, **{BUSY: 60.0})
-    refused = diagnose.run_measurements([given_trace]).refused
+    refused = run_measurements([given_trace]).refused
     assert "not recorded" in refused["why"].iloc[0]
     facts = "fact,value\nmodel,wan2.2-i2v-a14b\nGPU,NVIDIA H200\n"
     (tmp_path / "artifacts" / "trace.csv").write_text(facts)
-    saved = diagnose.run_measurements([row("10_baseline", m__baseline__time_per_video_ms=5.0), given_trace])
+    saved = run_measurements([row("10_baseline", m__baseline__time_per_video_ms=5.0), given_trace])
     assert saved.used["run"].tolist() == ["10_baseline/a", "11_flame_graph/a"]
-    assert "runs.out_of_memory" not in diagnose.run_measurements([given_trace]).measured  # it ran no model
+    assert "runs.out_of_memory" not in run_measurements([given_trace]).measured  # it ran no model
 
 
 def test_empty_cells_and_odd_rows_do_no_harm():
@@ -487,12 +487,12 @@ def test_empty_cells_and_odd_rows_do_no_harm():
             {"name": "10_baseline", "state": "unreadable", "reason": "not JSON"},
         ]
     )
-    saved = diagnose.run_measurements(table)
+    saved = run_measurements(table)
     assert "breakdown.linear_percent" not in saved.measured
     assert saved.options == " -p model=wan2.2-i2v-a14b -p height=480"
     assert saved.notes[1] == "height is not the same everywhere: 64 in 11_flame_graph, 480 in 10_baseline"
     assert saved.refused["why"].tolist() == ["unreadable: not JSON"]
-    assert diagnose.run_measurements([]).measured == {}
+    assert run_measurements([]).measured == {}
 
 
 # The figure
@@ -519,7 +519,7 @@ def test_boxes_do_not_overlap_and_the_way_is_thick(numbers):
 
 def test_a_trace_beside_a_notebooks_own_measurement_does_not_change_whose_it_is():
     mine = row("13_attention", p__trace="a.json.gz", m__attention__bound_ratio=1.2)
-    assert diagnose.run_measurements([mine]).measured["attention.bound_ratio"].value == 1.2
+    assert run_measurements([mine]).measured["attention.bound_ratio"].value == 1.2
     # A map that was saved elsewhere does.
     saved = row("13_attention", p__saved="map.csv.gz", m__attention__bound_ratio=1.2)
-    assert "not recorded" in diagnose.run_measurements([saved]).refused["why"].iloc[0]
+    assert "not recorded" in run_measurements([saved]).refused["why"].iloc[0]

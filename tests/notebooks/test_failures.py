@@ -23,10 +23,10 @@ import pytest
 from bs4 import BeautifulSoup
 
 import wanlab
-from wanlab.diagnose.triage.saved import run_measurements
 from wanlab.launch import guard as memory
 from wanlab.launch.execute import execute
 from wanlab.launch.guard import reap
+from wanlab.runs import run_measurements
 
 PR_SET_CHILD_SUBREAPER = 36
 

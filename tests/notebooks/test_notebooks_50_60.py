@@ -22,7 +22,7 @@ def sweep(tmp_path_factory):
 def test_a_sweep_says_which_configuration_to_use(run_notebook, sweep):
     done = run_notebook("60_sweep", "-p", f"sweep={sweep}")
     assert done.record["verdict"].startswith(
-        "Use engine=onnxruntime, plan=default: 1.99 times as fast as engine=eager, plan=default, 95 % interval"
+        "Use engine=onnxruntime, plan=default: 1.99 times as fast as engine=eager, plan=default (95 % interval"
     )
     assert (
         "within 3 % of quality loss; 1 refused; 1 not finished; the baseline was run once"

@@ -28,7 +28,9 @@ from wanlab.runs import (
     engine_table,
     load_runs,
     pareto,
+    readable,
     technique_matrix,
+    technique_verdict,
 )
 
 GPU = {"device": "cuda", "gpu": {"name": "G", "sm_clock_max_mhz": 1980.0, "power_limit_w": 700.0}, "cpu": "C"}
@@ -288,7 +290,7 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     assert found.text.startswith(
         "Use engine=onnxruntime, plan=default: 1.99 times as fast as engine=eager, plan="
     )
-    assert "95 % interval 1.98 to 2.00 (noise 3.0 %), quality loss +0.00 % (-0.50 to +0.50)" in found.text
+    assert "(95 % interval 1.98 to 2.00, noise 3.0 %), quality loss +0.00 % (-0.50 to +0.50)" in found.text
     assert found.text.endswith(
         "(4 of 4 configurations within 3 % of quality loss; the baseline was run once, so drift between runs is not known)."
     )
@@ -375,7 +377,7 @@ def test_command_prints_table_refusals_and_failures_and_writes_csv(tmp_path, cap
     text = capsys.readouterr().out
     assert "\x1b" not in text
     lines = text.splitlines()
-    assert lines[0].split()[:3] == ["configuration", "time_per_video_ms", "ratio"]
+    assert lines[0].split()[:3] == ["configuration", "verdict", "time_per_video_ms"]
     assert any("engine=onnxruntime, plan=default" in line and "faster" in line for line in lines)
     assert "steps is 9, the baseline's 4" in text
     assert any("dead" in line and "died" in line and "kernel died" in line for line in lines)
@@ -466,3 +468,19 @@ def test_names_in_figures_cannot_become_markup(tmp_path):
         plots.technique_bars(matrix),
     ):
         assert "<img" not in figure.to_json().encode().decode("unicode_escape")
+
+
+def test_a_verdict_says_first_what_holds(tmp_path):
+    """A busy machine: what was measured is far from 1, its noise is farther."""
+    rows = techniques(cv=1e-4)
+    for row in rows:
+        row["summary"] = row["summary"] | {"noise_percent": 300.0}
+    found = compare(write_sweep(tmp_path / "s", rows, baseline={"engine": "eager", "plan": "default"}))
+    assert set(found.frame["verdict"]) == {"baseline", "not distinguishable"}
+    assert technique_verdict(technique_matrix(found)).startswith(
+        "Best alone: engine=onnxruntime: no difference can be told from noise on this machine now (ratio 2.00, "
+    )
+    assert list(readable(found).columns)[:2] == ["configuration", "verdict"]
+    assert choose(found).text.startswith(
+        "Keep engine=eager, plan=default: nothing within the limit is better"
+    )

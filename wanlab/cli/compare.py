@@ -60,7 +60,9 @@ def main(options: argparse.Namespace) -> int:
     print_table(list(shown.columns), shown.to_numpy().tolist(), cut=True)
     once = f"; {DRIFT}" if found.baseline.repeats == 1 else f"; run {found.baseline.repeats} times"
     print(f"baseline {safe(found.baseline.label)}{once}")
-    print(f"ratio above 1 is better; effects within {found.threshold_percent:g} % or the noise do not count")
+    print(
+        f"ratio above 1 is better; changes within {found.threshold_percent:g} % or the noise are not distinguishable"
+    )
     for title, frame, columns in (
         ("refused", found.refused, ("configuration", "reason")),
         ("not finished", found.failures, ("configuration", "state", "reason")),

@@ -36,7 +36,6 @@ from .trace import read_trace as read_trace
 from .trace_tables import attention_layers as attention_layers
 from .trace_tables import expert_calls as expert_calls
 from .trace_tables import traced_measurements as traced_measurements
-from .triage.saved import run_measurements as run_measurements
 from .triage.tree import Measurement as Measurement
 from .triage.tree import Tree as Tree
 from .triage.tree import amdahl as amdahl

@@ -9,7 +9,7 @@ from .choose import readable_engines as readable_engines
 from .choose import readable_techniques as readable_techniques
 from .choose import sweep_folder as sweep_folder
 from .choose import technique_matrix as technique_matrix
-from .choose import told as told
+from .choose import technique_verdict as technique_verdict
 from .compare import Comparisons as Comparisons
 from .compare import compare as compare
 from .exporters import Exported as Exported
@@ -48,3 +48,4 @@ from .results import read_run as read_run
 from .results import read_runs as read_runs
 from .run import Run as Run
 from .run import start as start
+from .triage import run_measurements as run_measurements

@@ -15,6 +15,7 @@ import pandas as pd
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.engines.registry import title_of_label
+from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import BASELINE, SAME, Comparisons, times_better
 from wanlab.runs.platforms import RESULTS
 from wanlab.runs.result import BUILT, MEASURED, Result
@@ -156,19 +157,17 @@ def _text(
     if best == found.baseline.label:
         floor = f"the noise and the threshold of {found.threshold_percent:g} %"
         return f"Keep {best}: nothing within the limit is better by {found.by} than {floor}{tail}"
-    timed = found.by.endswith("_ms")
-    interval = "" if row["low"] != row["low"] else f", 95 % interval {row['low']:.2f} to {row['high']:.2f}"
-    how = "times as fast as" if timed else f"times as good by {found.by} as"
-    gain = row.get("ratio", float("nan"))
-    said = (
-        f"Use {best}: {gain:.2f} {how} {found.baseline.label}{interval} (noise {row['noise_percent']:.1f} %)"
+    how = "as fast" if found.by.endswith("_ms") else f"as good by {found.by}"
+    figures = (row.get("ratio", math.nan), row["low"], row["high"], row["noise_percent"])
+    text = f"Use {best}: " + verdict_sentence(
+        row["verdict"], *figures, baseline=found.baseline.label, how=how
     )
     results = found.row(best).results
     if known(loss := results.get(QUALITY[1])):
         ends = [results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
         span = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(known, ends)) else ""
-        said += f", quality loss {_signed(loss)} %{span}"
-    return f"{said}{tail}"
+        text += f", quality loss {_signed(loss)} %{span}"
+    return f"{text}{tail}"
 
 
 def _signed(percent: float) -> str:
@@ -197,7 +196,7 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
         One row per configuration but the baseline, fewest techniques first: techniques (joined by " + "), moved (how many),
         speedup, low, high; and where each of its techniques was measured alone too: product of their speed-ups, with
         product_low and product_high; of_product (measured over product, 1 where gains multiply), with of_low and of_high;
-        noise_percent (of all of them); verdict, which says what became of the product.
+        noise_percent (of all that are involved); verdict, which says what became of the product.
 
     Raises:
         WanlabError: compared by something without samples, or nothing was moved.
@@ -220,6 +219,7 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
         gain = _Ratio(base.samples.median / row.samples.median, drawn[id(base)] / drawn[id(row)])
         alone = [moved.get((name,)) for name in names]
         made = {"techniques": " + ".join(names), "moved": len(names), **gain.named("speedup", "low", "high")}
+        made["noise_percent"] = found.noise_percent(row)
         if len(names) > 1 and all(alone):
             gains = [
                 _Ratio(base.samples.median / one.samples.median, drawn[id(base)] / drawn[id(one)])
@@ -236,19 +236,24 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     return frame.assign(verdict=frame["verdict"].astype(object).where(frame["verdict"].notna(), ""))
 
 
-def told(matrix: pd.DataFrame) -> str:
+def technique_verdict(matrix: pd.DataFrame) -> str:
     """The matrix in two sentences: the best technique alone, and the best combination beside its product."""
-    said = []
+    sentences = []
     for moved, word in ((matrix["moved"] == 1, "alone"), (matrix["moved"] > 1, "combined")):
         if not moved.any():
             continue
         best = matrix[moved].sort_values("speedup", ascending=False).iloc[0]
-        span = f"{best['speedup']:.2f}x ({best['low']:.2f} to {best['high']:.2f})"
-        said.append(f"Best {word}: {best['techniques']}, {span}")
+        figures = [best[name] for name in ("speedup", "low", "high", "noise_percent")]
+        verdict = verdict_of(*figures)
+        if verdict == SAME:
+            sentence = f"Best {word}: " + verdict_sentence(verdict, *figures, candidate=best["techniques"])
+        else:
+            span = f"{best['speedup']:.2f}x ({best['low']:.2f} to {best['high']:.2f})"
+            sentence = f"Best {word}: {best['techniques']}, {span}"
         if best["product"] == best["product"]:
-            said[-1] += f", beside a product of {best['product']:.2f}x: {best['verdict']}"
-        said[-1] += "."
-    return " ".join(said)
+            sentence += f", beside a product of {best['product']:.2f}x: {best['verdict']}"
+        sentences.append(f"{sentence}.")
+    return " ".join(sentences)
 
 
 class _Ratio:
@@ -357,7 +362,7 @@ def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def readable(found: Comparisons, *, apart: bool = False) -> pd.DataFrame:
-    """Words only: configuration, the compared figure, its ratio with interval, noise and verdict, the other figures.
+    """Words only: configuration, verdict, the compared figure, its ratio with interval and noise, the other figures.
 
     Args:
         apart: a column for each varied parameter in place of the configuration's name.
@@ -368,12 +373,13 @@ def readable(found: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     for row in found.frame.to_dict(orient="records"):
         known = row["low"] == row["low"]
         named = {axis: shown(row[axis]) for axis in found.axes} if apart and found.axes else None
+        effect = f", {NO_EFFECT}" if row.get("effect") == NO_EFFECT else ""
         made = (named or {"configuration": row["configuration"]}) | {
+            "verdict": row["verdict"] + effect,
             found.by: figure(row[found.by]),
             gain: figure(row[gain], gain),
             "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if known else "",
             "noise %": figure(row["noise_percent"]),
-            "verdict": row["verdict"] + (f", {NO_EFFECT}" if row.get("effect") == NO_EFFECT else ""),
         }
         for name in others:
             kind = "ratio" if is_ratio(name) else "difference"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
 
@@ -108,6 +109,24 @@ class Measurement:
     value: float | None
     source: str = ""
     note: str = ""
+
+
+@dataclass(frozen=True)
+class RunMeasurements:
+    """What runs measured; `runs.run_measurements` collects it.
+
+    Attributes:
+        measured: measurements by name.
+        used, refused: the runs as tables, those refused with `why`.
+        options: of a command that measures the same model in the same way.
+        notes: on what to mind.
+    """
+
+    measured: dict[str, Measurement] = field(default_factory=dict)
+    used: pd.DataFrame | None = None
+    refused: pd.DataFrame | None = None
+    options: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

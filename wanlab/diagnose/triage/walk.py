@@ -12,8 +12,16 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.diagnose.triage.saved import Saved
-from wanlab.diagnose.triage.tree import Advice, Measurement, Tree, amdahl, number, read_tree, shown
+from wanlab.diagnose.triage.tree import (
+    Advice,
+    Measurement,
+    RunMeasurements,
+    Tree,
+    amdahl,
+    number,
+    read_tree,
+    shown,
+)
 
 NOISE, TIMES = "baseline.noise_percent", ("baseline.time", "breakdown.")
 ASKED = ["root", "node", "question", "state", "what", "value", "unit", "reads", "threshold", "branch", "to"]
@@ -58,25 +66,26 @@ class Triage:
         return " ".join(said)
 
 
-def triage(measured: Saved | Mapping[str, Any], tree: Tree | None = None) -> Triage:
+def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = None) -> Triage:
     """Walk all roots of a tree; every node is visited at most once.
 
     Args:
-        measured: from `run_measurements`, or numbers by name; what is no number counts as not measured.
+        measured: from `runs.run_measurements`, or numbers by name; what is no number counts as not measured.
         tree: from `read_tree`, with `Tree.having` for other thresholds; the default tree if not given.
     """
     tree = tree or read_tree()
-    saved = measured if isinstance(measured, Saved) else Saved({k: _given(v) for k, v in measured.items()})
+    if not isinstance(measured, RunMeasurements):
+        measured = RunMeasurements({name: _given(value) for name, value in measured.items()})
     asked, advised, visited = [], [], set()
     for root, node in tree.roots.items():
         while node and node not in visited:
             visited.add(node)
             row = {"root": root, "node": node}
             if node in tree.questions:
-                asked.append(row | _ask(tree, node, saved))
+                asked.append(row | _ask(tree, node, measured))
                 node = asked[-1]["to"]
             else:
-                advised.append(row | _advise(tree, tree.advice[node], saved.measured))
+                advised.append(row | _advise(tree, tree.advice[node], measured.measured))
                 node = tree.advice[node].to
     return Triage(tree, pd.DataFrame(asked, columns=ASKED), pd.DataFrame(advised, columns=ADVISED))
 
@@ -92,7 +101,7 @@ def _given(value: Any) -> Measurement:
     return Measurement(number(value), "given")
 
 
-def _ask(tree: Tree, node: str, saved: Saved) -> dict[str, Any]:
+def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
     """One question: what was measured, what it is held against, where that leads."""
     question, labels = tree.questions[node], tree.edges(node)
     names = [*question.largest] or [question.measurement]

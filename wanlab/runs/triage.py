@@ -1,19 +1,19 @@
-"""What saved runs measured, of one model on one machine."""
+"""What the runs of one model on one machine measured, for `diagnose.triage`."""
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from wanlab.diagnose.triage.tree import Measurement, Tree, number, read_tree
+from wanlab.diagnose.triage.tree import Measurement, RunMeasurements, Tree, number, read_tree
+from wanlab.runs.results import read_run
 
 # Parameters that every measuring notebook has.
 SETTINGS = ("model", "weights", "device", "dtype", "height", "width", "frames", "steps")
@@ -27,18 +27,6 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What runs measured: `measured` by name; the runs `used` and `refused` (with `why`) as tables; `options` for a
-    command that measures the same model alike; `notes` on what to mind."""
-
-    measured: dict[str, Measurement] = field(default_factory=dict)
-    used: pd.DataFrame | None = None
-    refused: pd.DataFrame | None = None
-    options: str = ""
-    notes: tuple[str, ...] = ()
-
-
 def run_measurements(
     runs: Any,
     tree: Tree | None = None,
@@ -46,63 +34,66 @@ def run_measurements(
     model: str | None = None,
     hardware: str | None = None,
     folder: str | None = None,
-) -> Saved:
-    """What saved runs measured, of one model on one machine: of each notebook the newest finished run counts.
+) -> RunMeasurements:
+    """What runs of one model on one machine measured: of each notebook the newest finished run counts.
 
     Args:
         runs: rows as `wanlab.load_runs` gives them (a table or a list of dicts), oldest first. What lies beside a row in
-            its `folder` is read too: the device's memory, what a given trace was of, the divergence.
+            its `folder` is read too: memory of the device, the source of a given trace, the divergence.
         tree: names the measurements; the default tree if not given.
         model: whose runs count; that of the newest run if not given.
         hardware: part of the name of the GPU or of "CPU ..."; that of the newest run of the model if not given.
         folder: where commands are to keep new runs; the project's outputs if not given.
     """
     tree = tree or read_tree()
-    wanted = {quantity.notebook for quantity in tree.measurements.values()}
     rows = runs.to_dict(orient="records") if hasattr(runs, "to_dict") else list(runs)
-    found = [run for run in (_SavedRun.of(row, tree) for row in rows) if run.notebook in wanted]
-    named = [run for run in found if run.model]
+    notebooks = {quantity.notebook for quantity in tree.measurements.values()}
+    every = [run for run in (_Run.of(row, tree) for row in rows) if run.notebook in notebooks]
+    named = [run for run in every if run.model]
     model = model or next((run.model for run in reversed([r for r in named if not r.why] or named)), None)
-    mine = [run for run in named if run.model == model]
-    on = [run for run in mine if (hardware or "").lower() in run.hardware.lower()]
-    newest = next((run.hardware for run in reversed([r for r in on if not r.why] or on)), hardware)
-    here = [run for run in on if run.hardware == newest]
+    of_model = [run for run in named if run.model == model]
+    fitting = [run for run in of_model if (hardware or "").lower() in run.hardware.lower()]
+    newest = next((run.hardware for run in reversed([r for r in fitting if not r.why] or fitting)), hardware)
+    here = [run for run in fitting if run.hardware == newest]
     used = {run.notebook: run for run in here if not run.why}
-    kept, refused = [run for run in found if run in used.values()], []
+    kept, refused = [run for run in every if run in used.values()], []
     measured: dict[str, Measurement] = {}
     for run in kept:  # a record is taken whole from one run, the newest that has it
-        records = {name.partition(".")[0] for name in run.measured}
+        records = {_record(name) for name in run.measured}
         measured = {
-            n: item for n, item in measured.items() if n.partition(".")[0] not in records
+            name: item for name, item in measured.items() if _record(name) not in records
         } | run.measured
     if last := {run.notebook: run for run in here if run.settings and run.why != "running"}:
         failed = [run.source for run in last.values() if OUT_OF_MEMORY.search(run.why)]
-        measured["runs.out_of_memory"] = Measurement(
-            len(failed), ", ".join(failed or [r.source for r in used.values()])
-        )
-    for run in (run for run in found if run not in kept):
-        other = "another machine" if run in mine else "another model"
-        refused.append(run.row | {"why": run.why or ("an older run" if run in here else other)})
-    options = f" --output {shlex.quote(folder)}" if folder else ""
-    said = f"{model or 'any model'}{f' on {newest}' if newest else ''}"
+        sources = failed or [run.source for run in used.values()]
+        measured["runs.out_of_memory"] = Measurement(len(failed), ", ".join(sources))
+    for run in every:
+        if run not in kept:
+            other = "another machine" if run in of_model else "another model"
+            refused.append(run.row | {"why": run.why or ("an older run" if run in here else other)})
+    of = f"{model or 'any model'}{f' on {newest}' if newest else ''}"
     note = (
-        f"Read together: {len(kept)} run(s) of {said}."
+        f"Read together: {len(kept)} run(s) of {of}."
         if kept
-        else f"No run of {said} measured what the tree asks for."
+        else f"No run of {of} measured what the tree asks for."
     )
-    return Saved(
+    rows = [run.row | {"measurements": len(run.measured)} for run in kept]
+    return RunMeasurements(
         measured,
-        pd.DataFrame(
-            [run.row | {"measurements": len(run.measured)} for run in kept], columns=[*RUN, "measurements"]
-        ),
+        pd.DataFrame(rows, columns=[*RUN, "measurements"]),
         pd.DataFrame(refused, columns=[*RUN, "why"]),
-        options + _options(kept, model),
+        (f" --output {shlex.quote(folder)}" if folder else "") + _options(kept, model),
         (note, *_differences(kept)),
     )
 
 
+def _record(name: str) -> str:
+    """`"breakdown"` of `"breakdown.linear_percent"`."""
+    return name.partition(".")[0]
+
+
 @dataclass(frozen=True)
-class _SavedRun:
+class _Run:
     """What is needed of one row; `why` it cannot be used, "" if it can."""
 
     notebook: str
@@ -115,7 +106,7 @@ class _SavedRun:
     why: str
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], tree: Tree) -> _SavedRun:
+    def of(cls, row: Mapping[str, Any], tree: Tree) -> _Run:
         path = row.get("notebook")
         notebook = Path(path).stem if isinstance(path, str) else str(row.get("name"))
         technique = _plain(row.get("p.technique"))
@@ -135,8 +126,8 @@ class _SavedRun:
             if line.get("metric") == "lpips":
                 numbers["divergence.lpips"] = _float(line.get("mean"))
                 numbers["divergence.lpips_times_floor"] = _float(line.get("times_floor"))
-        here = None if elsewhere else _device_memory_gib(folder, on_cpu)
-        numbers[f"{notebook}.device_memory_gib"] = _float(facts.get("gpu_memory_gib")) if elsewhere else here
+        memory = facts.get("gpu_memory_gib") if elsewhere else read_run(folder).machine.memory_gib
+        numbers[f"{notebook}.device_memory_gib"] = _float(memory)
         known = {
             n: Measurement(v, source) for n, v in numbers.items() if v is not None and n in tree.measurements
         }
@@ -180,25 +171,17 @@ def _table(folder: Path, name: str) -> list[dict[str, str]]:
         return []
 
 
-def _device_memory_gib(folder: Path, on_cpu: bool) -> float | None:
-    try:
-        where = json.loads((folder / "run.json").read_text("utf-8"))["environment"]
-        return number(where["ram_gib"] if on_cpu else where["gpu"]["memory_gib"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _options(runs: list[_SavedRun], model: str | None) -> str:
+def _options(runs: list[_Run], model: str | None) -> str:
     """What to give to another notebook so that it measures the same; "auto" and defaults need not be said."""
     settings = next((run.settings for run in reversed(runs) if run.settings), {"model": model})
-    said = {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
-    return "".join(f" -p {name}={shlex.quote(str(value))}" for name, value in said.items())
+    given = {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
+    return "".join(f" -p {name}={shlex.quote(str(value))}" for name, value in given.items())
 
 
-def _differences(runs: list[_SavedRun]) -> Iterator[str]:
+def _differences(runs: list[_Run]) -> Iterator[str]:
     """Settings in which the runs that are read together differ."""
     for name in SETTINGS:
         values = {run.notebook: run.settings[name] for run in runs if run.settings}
         if len(set(values.values())) > 1:
-            told = ", ".join(f"{'default' if value is None else value} in {n}" for n, value in values.items())
-            yield f"{name} is not the same everywhere: {told}"
+            each = ", ".join(f"{'default' if value is None else value} in {n}" for n, value in values.items())
+            yield f"{name} is not the same everywhere: {each}"

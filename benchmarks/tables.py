@@ -14,6 +14,7 @@ import sys
 import conversion_tables
 import diagnosis_tables
 import precision_tables
+import results_table
 import sweep_tables
 from table_text import ROOT, machine, markdown, read
 
@@ -21,6 +22,7 @@ from wanlab.cli.nano_eval import verdicts
 
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "results.md",
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
     ROOT / "docs" / "precision.md",
@@ -115,7 +117,7 @@ def heldout() -> str:
 
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
-TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES
+TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
 
 
 def rewritten(text: str) -> str:

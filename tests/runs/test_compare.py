@@ -247,6 +247,9 @@ def test_techniques_alone_and_combined_with_the_product(sweep):
     assert row["of_product"] == pytest.approx(row["speedup"] / row["product"])
     assert row["of_low"] < row["of_product"] < row["of_high"] < 1
     assert row["verdict"].startswith("gains do not multiply: 3")
+    assert technique_verdict(technique_matrix(compare(sweep))).startswith(
+        "Best alone: engine=onnxruntime, 1.99x (1.98"
+    )
     assert (matrix["low"] <= matrix["speedup"]).all()
     assert (matrix["speedup"] <= matrix["high"]).all()
 

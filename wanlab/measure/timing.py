@@ -221,7 +221,7 @@ def verdict_of(
     effect_percent = 100 * (max(ratio, 1 / ratio) - 1)
     if low <= 1 <= high or effect_percent <= noise_percent:
         return NOT_DISTINGUISHABLE
-    return words[ratio < 1]
+    return words[bool(ratio < 1)]
 
 
 def verdict_sentence(

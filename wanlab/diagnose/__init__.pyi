@@ -14,10 +14,12 @@ from .capture import ranges as ranges
 from .capture import trim as trim
 from .difference import Difference as Difference
 from .difference import difference as difference
+from .difference import flame_differences as flame_differences
 from .experts.boundary import BoundarySweep as BoundarySweep
 from .experts.boundary import Disagreement as Disagreement
 from .experts.boundary import boundary_sweep as boundary_sweep
 from .experts.boundary import disagreement as disagreement
+from .experts.summary import ExpertSummary as ExpertSummary
 from .experts.switching import SwitchCost as SwitchCost
 from .experts.switching import switch_cost as switch_cost
 from .experts.switching import switching as switching
@@ -26,10 +28,13 @@ from .experts.timeline import Timeline as Timeline
 from .experts.timeline import data_flow as data_flow
 from .experts.timeline import timeline as timeline
 from .flame import Flame as Flame
+from .flame import Flames as Flames
 from .flame import cpu_flame as cpu_flame
+from .flame import flames as flames
 from .flame import gpu_flame as gpu_flame
 from .memory.account import MemoryAccount as MemoryAccount
 from .memory.account import memory_account as memory_account
+from .memory.options import memory_advice as memory_advice
 from .memory.options import memory_options as memory_options
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace

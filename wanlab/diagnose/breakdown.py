@@ -312,6 +312,23 @@ def _kind_of_kernel(name: str) -> int:
     return KINDS.index(kind if kind in (operators.LINEAR, operators.ATTENTION) else operators.POINTWISE)
 
 
+CATEGORY_NAMES = {
+    "self_attention": "self-attention",
+    "cross_attention": "cross-attention",
+    "linear": "linear layers",
+    "norm_modulation_rotary": "norm, modulation, rotary",
+    "expert_switching": "expert selection, switching",
+    "vae_encoder": "VAE encoder",
+    "vae_decoder": "VAE decoder",
+    "text_encoder": "text encoder",
+    "communication": "between GPUs",
+    "host_device_transfer": "host-device transfer",
+    "memory_allocation": "memory allocation",
+    "launch_and_idle": "launch overhead, idle",
+    "other": "other",
+}
+"""Categories in words."""
+
 GAP_US = 10.0
 
 
@@ -349,11 +366,14 @@ class Breakdown:
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
 
     def __str__(self) -> str:
-        if not self.gpu:
-            return f"the host is in operators {self.host_busy_percent:.0f} % of the time"
+        top = self.frame.iloc[0]
+        busy = f"the host computes {self.host_busy_percent:.0f} % of the time"
+        if self.gpu:
+            gaps = f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs between kernels"
+            busy = f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {gaps}"
         return (
-            f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {self.gpu['kernels']:,} kernels and "
-            f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs"
+            f"most time goes to {CATEGORY_NAMES[top['category']]}: {top['share_percent']:.0f} % of"
+            f" {self.wall_ms / 1e3:.2f} s, so a change there makes it {top['amdahl_bound']:.2f}x as fast at most; {busy}"
         )
 
     def share_percent(self, category: str) -> float:

@@ -8,7 +8,8 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import Breakdown
-from wanlab.diagnose.flame import Flame
+from wanlab.diagnose.flame import Flame, cpu_flame, gpu_flame
+from wanlab.diagnose.trace import Trace
 
 UNCOVERED = "(idle, or running side by side)"
 """Wall clock less the sum of all stacks: positive where nothing ran, negative where threads or streams overlapped."""
@@ -75,6 +76,13 @@ def difference(before: Flame | Breakdown, after: Flame | Breakdown, *, by: str =
     order = frame["change_us"].abs().sort_values(ascending=False, kind="stable").index
     walls = [_wall_us(profile) for profile in (before, after)]
     return Difference(frame.loc[order].reset_index(drop=True), *walls)
+
+
+def flame_differences(before: Trace, after: Trace) -> tuple[Difference, Difference]:
+    """Two traces by function or kernel, and by stack: of the GPUs where both have one, else of the hosts."""
+    graph = gpu_flame if before.has_gpu and after.has_gpu else cpu_flame
+    pair = graph(before), graph(after)
+    return difference(*pair, by="name"), difference(*pair)
 
 
 def _wall_us(profile: Flame | Breakdown) -> float:

@@ -8,6 +8,7 @@ Format of the exports: folded stacks (Gregg, "Flame Graphs", 2011) and speedscop
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,47 @@ class Flame:
                 }
             ],
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Flames:
+    """Both flame graphs of a trace.
+
+    Attributes:
+        cpu, gpu: None where the trace has no events of it.
+        notes: why one is missing, and what else the trace does not say.
+    """
+
+    cpu: Flame | None
+    gpu: Flame | None
+    notes: str
+
+    @property
+    def main(self) -> Flame:
+        """Of the GPU where there is one, else of the host."""
+        return self.gpu or self.cpu
+
+    def own_time(self, side: str, rows: int = 12) -> pd.DataFrame | None:
+        """The frames with the most time of their own, of `"cpu"` or `"gpu"`; None where that side is missing."""
+        flame = {"cpu": self.cpu, "gpu": self.gpu}[side]
+        return None if flame is None else flame.own_time().head(rows).round(3)
+
+    def row(self) -> dict[str, Any]:
+        """Flat record: flame_ms, wall_ms, and the frame with the most time of its own."""
+        flame = self.main
+        totals = {"flame_ms": flame.total_us / 1e3, "wall_ms": flame.wall_us / 1e3}
+        return totals | flame.own_time().iloc[0].to_dict()
+
+
+def flames(trace: Trace, *, by_step: bool = False) -> Flames:
+    """The flame graphs that a trace has; arguments as in `cpu_flame`.
+
+    Raises:
+        WanlabError: the trace has neither CPU nor GPU events.
+    """
+    gpu = gpu_flame(trace, by_step=by_step) if trace.has_gpu else None
+    cpu = cpu_flame(trace, by_step=by_step) if len(trace.host) or gpu is None else None
+    return Flames(cpu, gpu, "; ".join(trace.notes))
 
 
 def cpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:

@@ -22,6 +22,7 @@ from wanlab.export.clip import ClipShape, default_shape
 from wanlab.export.components import FUSED_OPSET, check_components, component_spec, components_of
 from wanlab.export.export import export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
+from wanlab.measure.timing import Samples
 
 
 def bench_components(
@@ -121,6 +122,12 @@ class EngineCalls:
     calls: dict[str, Callable[[], object]]
     facts: dict[str, dict[str, float | None]]
     left_out: dict[str, str]
+
+    def table(self, samples: Mapping[str, Samples]) -> pd.DataFrame:
+        """One row per engine: engine, its facts, and the row of its samples."""
+        return pd.DataFrame(
+            [{"engine": name, **self.facts[name], **timing.row()} for name, timing in samples.items()]
+        )
 
 
 def engine_calls(

@@ -22,7 +22,7 @@ import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.engines.base import Engine, TensorType
-from wanlab.export.components import PARTS
+from wanlab.export.components import PARTS, random_feeds
 from wanlab.export.graph import file_bytes, formats_of
 from wanlab.models.pipeline import Model
 
@@ -569,6 +569,18 @@ def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
     found = kept.groupby(keys, as_index=False).agg(runs=("time_ms", "size"), time_ms=("time_ms", "median"))
     found["share_percent"] = 100 * found["time_ms"] / max(found["time_ms"].sum(), 1e-12)
     return found.sort_values("time_ms", ascending=False, ignore_index=True)
+
+
+def profile_operators(engine: OrtEngine, folder: str | os.PathLike, **size: int | None) -> pd.DataFrame:
+    """`operator_times` of an engine on random inputs; ONNX Runtime's own profile of it stays in the folder."""
+    path = Path(folder) / f"{Path(engine.path).stem}_profile.json"
+    return operator_times(node_times(engine.profile(random_feeds(engine, **size), path)))
+
+
+def operator_text(operators: pd.DataFrame, component: str) -> str:
+    """The longest operator of `operator_times`, in words."""
+    top = operators.iloc[0]
+    return f"{top['operator']} takes {top['share_percent']:.0f} % of {component}'s node time"
 
 
 def operator_times(nodes: pd.DataFrame) -> pd.DataFrame:

@@ -6,8 +6,9 @@ import copy
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import pandas as pd
@@ -103,6 +104,56 @@ def parity_all(
             table = parity(model, report.component, engine, cases=recorded)
             tables.append(table.assign(inputs="recorded"))
     return pd.concat(tables, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    """How many components agree with PyTorch.
+
+    Attributes:
+        components: that were compared. agree: of them, those within the tolerance on all inputs.
+        tolerance: largest relative L2 distance that counts as agreement.
+        worst: the row of the table with the largest distance.
+    """
+
+    components: int
+    agree: int
+    tolerance: float
+    worst: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """Flat record: agree, worst_relative_l2."""
+        return {"agree": self.agree, "worst_relative_l2": self.worst["relative_l2"]}
+
+    def __str__(self) -> str:
+        worst = (
+            f"at worst {self.worst['relative_l2']:.1e} ({self.worst['component']} at {self.worst['shape']})"
+        )
+        who = "all" if self.agree == self.components else f"{self.agree} of {self.components}"
+        return f"{who} agree with PyTorch within a relative distance of {self.tolerance:g}, {worst}"
+
+
+def parity_summary(table: pd.DataFrame, tolerance: float) -> ParitySummary:
+    """What a table of `parity` or `parity_all` comes to."""
+    worst = table.groupby("component")["relative_l2"].max()
+    row = table.loc[table["relative_l2"].idxmax()].to_dict()
+    return ParitySummary(len(worst), int((worst <= tolerance).sum()), tolerance, row)
+
+
+def float16_text(ranges: pd.DataFrame | None) -> str:
+    """How many tensors of `value_ranges` come near float16's largest number, as a sentence; empty where unknown."""
+    if ranges is None:
+        return ""
+    near = int((ranges["state"] != "fits").sum())
+    return f"{near} of {len(ranges)} tensors are near float16's limit."
+
+
+def executed_text(tried: pd.DataFrame) -> str:
+    """How many engines of a table of `try_engines` ran, and how far they are from PyTorch."""
+    done = tried[tried["executed"]]
+    if done.empty:
+        return "none executed on this machine"
+    return f"{len(done)} executed, at worst {done['relative_l2'].max():.1e} from PyTorch"
 
 
 def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:

@@ -111,6 +111,12 @@ def report_frame(reports: list[ExportReport]) -> pd.DataFrame:
     return pd.DataFrame([report.row() for report in reports])
 
 
+def axes_table(reports: list[ExportReport]) -> pd.DataFrame:
+    """The sizes that each graph takes: component, dynamic_axes, fixed_axes, notes, sizes (the range of every free axis)."""
+    sizes = ["; ".join(f"{axis}: {text}" for axis, text in report.ranges.items()) for report in reports]
+    return report_frame(reports)[["component", "dynamic_axes", "fixed_axes", "notes"]].assign(sizes=sizes)
+
+
 def read_report(path: str | os.PathLike) -> ExportReport | None:
     """The report beside an ONNX file; None when there is none that can be read."""
     try:

@@ -1,1 +1,5 @@
 """Held-out clips whose truth is known: photographs that nothing was trained on, moved by a known camera."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

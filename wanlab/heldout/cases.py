@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,6 +192,19 @@ def example_case() -> Case:
     """The case that demonstrations use: the camera pans over a spoon beside a cup of coffee."""
     cases = draw_cases()
     return next(c for c in cases if (c.clip.motion, c.photograph) == ("pan_right", "coffee.png"))
+
+
+def requests(cases: Iterable[Case], truths: Iterable[np.ndarray], **settings: Any) -> list[dict[str, Any]]:
+    """What to ask of a model to make the clips of some cases: arguments of `Model.generate`, one dict per case.
+
+    Args:
+        truths: the true video of each case, `[T, H, W, 3]`; its first frame is the picture that is given.
+        settings: the same for all, such as frames and steps.
+    """
+    return [
+        {"image": truth[0], "prompt": case.caption, "seed": case.seed} | settings
+        for case, truth in zip(cases, truths, strict=True)
+    ]
 
 
 def has_texture(image: np.ndarray) -> bool:

@@ -166,6 +166,15 @@ class Baseline:
             "load_ms": self.load_ms,
         }
 
+    def __str__(self) -> str:
+        done, top = self.generation.settings, self.breakdown.loc[self.breakdown["share_percent"].idxmax()]
+        size = f"{done['width']}x{done['height']}, {done['frames']} frames, {done['steps']} steps"
+        return (
+            f"one video ({size}) takes {self.samples.median / 1e3:.2f} s, of which {top['component']} takes"
+            f" {top['share_percent']:.0f} %. Noise {self.control.noise_percent:.1f} %; peak memory"
+            f" {self.memory.peak_gib:.2f} GiB"
+        )
+
     def forward_ms(self) -> pd.DataFrame:
         """Median time of one expert forward: component, calls, median_ms, min_ms, max_ms."""
         experts = self.calls[self.calls["component"].str.startswith("expert")]

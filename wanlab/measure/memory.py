@@ -74,7 +74,7 @@ def peak_memory(device=None):
     the start plus what PyTorch's allocator added. Blocks may be nested. Do not time inside the block.
 
     Args:
-        device: `torch.device`, `"cuda"`, `"cpu"`; None takes the GPU when there is one.
+        device: `torch.device`, `"cuda"`, `"cpu"`; None or `"auto"` takes the GPU when there is one.
 
     Yields:
         PeakMemory: filled in when the block ends, also after an exception.
@@ -82,7 +82,7 @@ def peak_memory(device=None):
     Raises:
         WanlabError: a CUDA device is asked for and PyTorch sees none.
     """
-    device = _resolve(device)
+    device = _resolve(None if device == "auto" else device)
     if device == "cpu":
         with _Sampler(_resident_gib) as sampler:
             result = PeakMemory(start_gib=sampler.start)

@@ -61,6 +61,12 @@ class ExpertSchedule:
         """Steps that an expert runs; 0 for one that the model lacks."""
         return int((self.table["component"] == component).sum())
 
+    def __str__(self) -> str:
+        switches = ", ".join(map(str, self.switches))
+        return self.note or (
+            f"another expert takes over at step {switches}" if switches else "one expert runs all steps"
+        )
+
     def frame(self) -> pd.DataFrame:
         """The plan for a prefetch, one row per expert; columns as in `Prefetch`."""
         frame = pd.DataFrame([asdict(entry) for entry in self.prefetch])

@@ -7,16 +7,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.memory.account import PART_NAMES as PART_NAMES
 from wanlab.plots.style import NAMES, OTHERS, ROW_PX, colour, theme
 
-PART_NAMES = {
-    "weights": "weights",
-    "activations": "activations",
-    "workspace": "workspace",
-    "text_embedding": "text embedding, inputs",
-    "fragmentation": "reserved, not used",
-    "other": "other",
-}
 _COMPONENTS = (
     "text_encoder",
     "vae_encoder",

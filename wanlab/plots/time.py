@@ -11,23 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.breakdown import CATEGORY_NAMES as CATEGORY_NAMES
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, ROW_PX, colour, label, needs, theme
-
-CATEGORY_NAMES = {
-    "self_attention": "self-attention",
-    "cross_attention": "cross-attention",
-    "linear": "linear layers",
-    "norm_modulation_rotary": "norm, modulation, rotary",
-    "expert_switching": "expert selection, switching",
-    "vae_encoder": "VAE encoder",
-    "vae_decoder": "VAE decoder",
-    "text_encoder": "text encoder",
-    "communication": "between GPUs",
-    "host_device_transfer": "host-device transfer",
-    "memory_allocation": "memory allocation",
-    "launch_and_idle": "launch overhead, idle",
-    "other": "other",
-}
 
 
 def category_bars(breakdown: Any) -> go.Figure:

@@ -572,6 +572,16 @@ def calibrate(
     return made
 
 
+def calibrate_all(
+    model, recording: Recording, folder: str | os.PathLike, **settings: Any
+) -> dict[str, Calibration]:
+    """Component -> `calibrate` of every component that was recorded, each kept as `<folder>/<component>.json`."""
+    return {
+        name: calibrate(model, name, recording, cache=Path(folder) / f"{name}.json", **settings)
+        for name in recording.components
+    }
+
+
 def read_calibration(path: str | os.PathLike) -> Calibration:
     """A calibration from its cache, whatever it is true for.
 

@@ -26,7 +26,7 @@ from wanlab.export.export import read_report
 from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes, save_checked
 from wanlab.export.weights import WeightsFile
 from wanlab.precision.assignment import choose_layers, layer_set_key, natural
-from wanlab.precision.calibration import Calibration
+from wanlab.precision.calibration import Calibration, calibrate
 from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.linear_nodes import (
     OPERATORS,
@@ -38,6 +38,7 @@ from wanlab.precision.linear_nodes import (
     sites_of,
 )
 from wanlab.precision.plan import FLOATS, is_float
+from wanlab.precision.recording import nano_examples, record_inputs
 
 
 def chosen_formats(
@@ -404,6 +405,47 @@ def _type_name(data_type: int) -> str:
 
 
 IR_VERSION = 10  # the first that knows INT4
+
+
+def quantized_experts(
+    model,
+    folder: str | os.PathLike,
+    components: Iterable[str],
+    formats: Sequence[str],
+    *,
+    steps: int = 2,
+    progress: bool = True,
+) -> list[str]:
+    """Experts in one file per format, `<folder>/<expert>.<format>.onnx`, calibrated on one short generation.
+
+    Args:
+        model: from `wanlab.models.load`, with all its components.
+        folder: holds the experts' graphs, `<expert>.onnx`; gets the quantized ones and the recorded inputs.
+        components: of which the experts are taken.
+        formats: of their linear layers. steps: denoising steps of the generation.
+
+    Returns:
+        The files; empty where no expert or no format is asked for.
+
+    Raises:
+        WanlabError: as `record_inputs`, `calibrate` and `quantize`.
+    """
+    folder = Path(folder)
+    experts = [name for name in components if name.startswith("expert")]
+    if not experts or not formats:
+        return []
+    examples = nano_examples(1)
+    recording = record_inputs(
+        model, examples, folder / "latents", components=experts, steps=steps, progress=progress
+    )
+    files = []
+    for expert in experts:
+        ranges = calibrate(model, expert, recording, progress=progress)
+        for name in formats:
+            file = folder / f"{expert}.{name}.onnx"
+            graph = folder / f"{expert}.onnx"
+            files.append(quantize(graph, file, format=name, calibration=ranges, progress=progress).path)
+    return files
 
 
 def quantize(

@@ -187,6 +187,13 @@ class Recording:
         """
         return {name: read(self.folder, content) for name, content in call.tensors.items()}
 
+    def cases(self) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """Component -> a label of the call, such as "step 3 cond" -> its tensors, as `engines.parity_all` takes them."""
+        return {
+            name: {f"step {call.step} {call.branch}": self.inputs(call) for call in self.of(name)}
+            for name in self.components
+        }
+
     def frame(self) -> pd.DataFrame:
         """One row per call: example, component, step, timestep, sigma, branch."""
         rows = [{k: v for k, v in asdict(call).items() if k != "tensors"} for call in self.calls]
@@ -207,6 +214,19 @@ class Recording:
                 )
         calls = tuple(c for c in self.calls if all(_is(getattr(c, k), v) for k, v in wanted.items()))
         return replace(self, calls=calls)
+
+
+def inputs_of(
+    model, count: int, folder: str | os.PathLike, *, recorded: bool = False, **settings: Any
+) -> Recording:
+    """Inputs on `count` of wan-nano's examples in a folder: read where they were recorded before, else recorded now.
+
+    Raises:
+        WanlabError: as `read_recording` or `record_inputs`.
+    """
+    if recorded:
+        return read_recording(folder)
+    return record_inputs(model, nano_examples(count), folder, **settings)
 
 
 def record_inputs(

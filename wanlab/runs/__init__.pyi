@@ -3,6 +3,7 @@ from .choose import built_records as built_records
 from .choose import choose as choose
 from .choose import efficient as efficient
 from .choose import engine_table as engine_table
+from .choose import gains_text as gains_text
 from .choose import pareto as pareto
 from .choose import readable as readable
 from .choose import readable_engines as readable_engines

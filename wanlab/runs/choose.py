@@ -259,6 +259,19 @@ def technique_verdict(matrix: pd.DataFrame) -> str:
 told = technique_verdict  # TEMPORARY, until no notebook says `runs.told`
 
 
+def gains_text(table: pd.DataFrame) -> str:
+    """What a table of `engine_table` says: the engines that are faster than the original, and those only built."""
+    faster = table[(table["state"] == MEASURED) & (table["engine"] != table["engine"][0])]
+    gains = [
+        f"{row.engine} {row.time_per_video_ms_ratio:.2f} times as fast as the original"
+        for row in faster.itertuples()
+        if row.note == "faster"
+    ]
+    text = ", ".join(gains) or "No engine is distinguishably faster than the original"
+    only = ", ".join(table.loc[table["state"] != MEASURED, "engine"])
+    return f"{text}; {only} built, not executed" if only else text
+
+
 class _Ratio:
     """A ratio with its bootstrap distribution."""
 

@@ -43,6 +43,11 @@ class Html:
         return self.text
 
 
+def sentence(text: str) -> Html:
+    """A sentence in the place of a figure or table that there is not."""
+    return Html(f"<p>{html.escape(text)}</p>", text)
+
+
 def side_by_side(items: Mapping[str, Any], folder: Path, fps: float | None = None) -> Html:
     """Labelled clips and pictures in one row.
 

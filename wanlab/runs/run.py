@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import display
 
+from wanlab import heldout, models
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import append_json, checked_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
@@ -28,6 +31,10 @@ from wanlab.runs.prepare import describe, header
 from wanlab.runs.result import HERE, Result, checked_result, completed
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
+LOADING = ("device", "dtype", "weights", "seed")
+"""Standard parameters of a notebook that say how its model is loaded; `seed` draws random weights."""
+GENERATION = ("height", "width", "frames", "steps", "guidance_scale")
+"""Standard parameters of a notebook that say how its videos are made."""
 
 _current: Run | None = None
 
@@ -86,18 +93,100 @@ class Run:
         write_video(path, frames, fps)
         return path
 
+    def figure(self, name: str, figure: Any, *data: Any, otherwise: str = "") -> Any:
+        """Save a figure and give it back to be shown.
+
+        Args:
+            name: of the file, `artifacts/<name>.plotly.json`.
+            figure: a plotly figure, or the function of `wanlab.plots` that draws one of `data`.
+            data: arguments of that function; where one of them is None or empty, nothing is drawn.
+            otherwise: the sentence that is shown in the place of a figure that there is not.
+        """
+        if figure is None or any(map(_is_nothing, data)):
+            return clips.sentence(otherwise) if otherwise else None
+        return self.save_figure(name, figure(*data) if callable(figure) else figure)
+
+    def table(
+        self,
+        name: str,
+        table: Any,
+        *,
+        columns: Sequence[str] | None = None,
+        rows: int | None = None,
+        otherwise: str = "",
+    ) -> Any:
+        """Record a DataFrame among the numbers of the run, save it as `save_table` does, and give it back to be shown."""
+        self.record(name, pd.DataFrame() if table is None else table)
+        return self.save_table(name, table, columns=columns, rows=rows, otherwise=otherwise)
+
+    def load(self, **instead: Any) -> tuple[models.Model, dict[str, Any]]:
+        """The model of this run and the arguments of a generation, from the notebook's standard parameters.
+
+        Args:
+            instead: arguments of `models.load` that differ from the parameters, e.g. `components=[...]`.
+
+        Returns:
+            The model that `model`, `device`, `dtype`, `weights` and `seed` name, and `ask`.
+
+        Raises:
+            WanlabError: the notebook has no parameter `model`, or as `models.load`.
+        """
+        if "model" not in self.parameters:
+            raise WanlabError("run.load() needs a parameter `model`; add it to the parameters cell")
+        known = {name: self.parameters[name] for name in LOADING if name in self.parameters}
+        return models.load(self.parameters["model"], **known | instead), self.ask
+
+    @functools.cached_property
+    def ask(self) -> dict[str, Any]:
+        """What is asked of the model: those arguments of `Model.generate` that the notebook has as parameters.
+
+        `height`, `width`, `frames`, `steps` and `guidance_scale`; where there is a `prompt`, also `image` (a held-out
+        photograph if none is given), `prompt` and `seed`.
+        """
+        given = self.parameters
+        ask = {name: given[name] for name in GENERATION if name in given}
+        if "prompt" in given:
+            picture = given.get("image") or heldout.example_case().truth()[0]
+            ask |= {"image": picture, "prompt": given["prompt"], "seed": given.get("seed", 0)}
+        return ask
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of all runs, where runs share what takes long to make, such as exported networks."""
+        return self.folder.parents[1]
+
     def save_figure(self, name: str, figure: Any) -> Any:
         """Write a plotly figure to `artifacts/<name>.plotly.json`, and give it back to be shown."""
         write_text(self._artifact(name, ".plotly.json"), figure.to_json())
         return figure
 
-    def save_table(self, name: str, table: Any) -> Any:
-        """Write a DataFrame to `artifacts/<name>.csv`, and give it back to be shown."""
+    def save_table(
+        self,
+        name: str,
+        table: Any,
+        *,
+        columns: Sequence[str] | None = None,
+        rows: int | None = None,
+        otherwise: str = "",
+    ) -> Any:
+        """Write a DataFrame to `artifacts/<name>.csv`, and give it back to be shown.
+
+        Args:
+            name: of the file.
+            table: all of it is saved.
+            columns, rows: the columns and the number of first rows that are shown; all if None.
+            otherwise: the sentence that is shown, and nothing saved, where the table is None or has no rows.
+        """
+        if table is None or (otherwise and table.empty):
+            return clips.sentence(otherwise) if otherwise else None
         write_text(self._artifact(name, ".csv"), table.to_csv(index=table.index.name is not None))
-        return table
+        shown = table if columns is None else table[list(columns)]
+        return shown if rows is None else shown.head(rows)
 
     def save_flame(self, name: str, flame: Any) -> None:
-        """Write a flame graph for other viewers: `<name>.folded` and `<name>.speedscope.json`."""
+        """Write a flame graph for other viewers: `<name>.folded` and `<name>.speedscope.json`; None writes nothing."""
+        if flame is None:
+            return
         write_text(self._artifact(name, ".folded"), flame.folded())
         write_text(self._artifact(name, ".speedscope.json"), json.dumps(flame.speedscope(name)))
 
@@ -247,6 +336,11 @@ def _candidates(name: str | None) -> Iterator[Path]:
             yield folder / "notebooks" / f"{name}.ipynb"
 
 
+def _is_nothing(data: Any) -> bool:
+    """None, or a table or result without rows."""
+    return data is None or getattr(data, "empty", False) is True
+
+
 def _environment() -> dict[str, Any]:
     return plain(environment())
 
@@ -259,5 +353,13 @@ def _before_plotly() -> None:
 
 
 def _before_tables() -> None:
-    """Six significant digits, so that an error of 1e-12 is not shown as zero."""
-    pd.set_option("display.float_format", "{:,.6g}".format)
+    """Six significant digits, so that an error of 1e-12 is not shown as zero; texts whole, unknown numbers empty."""
+    pd.set_option("display.float_format", "{:,.6g}".format, "display.max_colwidth", None)
+    shell = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, _table_html)
+
+
+def _table_html(table: pd.DataFrame) -> str:
+    most = pd.get_option("display.max_rows")
+    return table.to_html(na_rep="", max_rows=most, show_dimensions=len(table) > most, notebook=True)

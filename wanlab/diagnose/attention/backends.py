@@ -108,6 +108,13 @@ class AttentionKernels:
         rows = rows[rows["density_percent"] == 100] if dense else rows
         return rows.loc[rows["time_ms"].idxmin()].to_dict()
 
+    def row(self) -> dict[str, Any]:
+        """Flat record: the fastest kernel that computes all pairs, default_took, noise_percent."""
+        return self.fastest() | {
+            "default_took": self.default_took,
+            "noise_percent": self.control.noise_percent,
+        }
+
 
 def attention_kernels(
     shape: Model | tuple[int, int, int],

@@ -12,6 +12,7 @@ import torch
 
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.attention.maps import FORWARD, SELF, AttentionCall, AttentionMap, attention_calls
+from wanlab.diagnose.attention.statistics import BLOCK_KEYS
 from wanlab.models.device import synchronise
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import fewest_steps, precompute_schedule
@@ -126,6 +127,14 @@ class Skippable:
             "block_bound_ratio": self.block_bound_ratio,
             **{f"{name}_percent": float(types.get(name, 0.0)) for name in ("spatial", "temporal", "global")},
         }
+
+    def __str__(self) -> str:
+        half = float(self.table["density_percent"].median())
+        text = f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their self-attention"
+        if self.bound_ratio is None:
+            return text
+        blocks = f"{self.block_bound_ratio:.2f}x in blocks of {BLOCK_KEYS} keys"
+        return f"{text}; skipping the other keys makes denoising {self.bound_ratio:.2f}x at most as fast, {blocks}"
 
 
 def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:

@@ -293,6 +293,12 @@ class AttentionMap:
         found = {_median(name): float(own[name].median()) for name in names}
         return found | {"prompt_median_percent": float(text["prompt_percent"].median())}
 
+    @property
+    def caveat(self) -> str:
+        """What a reader must know of the weights, as a sentence; empty if nothing."""
+        random = self.facts.get("weights") == "random"
+        return "With random weights only the times mean something." if random else ""
+
     def summary(self, kind: str = SELF) -> pd.DataFrame:
         """Medians over layers, heads and steps: statistic, one column per expert and branch, uniform (what attention to all
         keys alike would give; of a prompt that of the branch "cond"), se (median standard error of one head)."""

@@ -54,7 +54,7 @@ class Disagreement:
     def __str__(self) -> str:
         near = self.at_boundary()
         percent, floor = (100 * near[key] for key in ("relative_l2", "floor_l2"))
-        return f"at timestep {near['timestep']:g} the experts differ by {percent:.1f} % (floor {floor:.2g} %)"
+        return f"on the same inputs the experts differ by {percent:.1f} % (noise floor {floor:.2g} %)"
 
 
 def disagreement(

@@ -29,6 +29,12 @@ from wanlab.models.weights import check_host_room, host_weights
 RECORDED = data("results", "expert_switch_h200.json")
 """A measurement on an NVIDIA H200 at true size, for machines without a GPU."""
 WAYS = ("resident", "pageable", "pinned", "prefetched")
+WORDS = {
+    "resident": "both experts in GPU memory",
+    "pageable": "copied from ordinary host memory",
+    "pinned": "copied from page-locked host memory",
+    "prefetched": "copied while the other expert runs",
+}
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
 
@@ -100,6 +106,21 @@ class SwitchCost:
             "hidden_percent": more.get("hidden_percent", 0.0 if moved else None),
             "slowdown_percent": more.get("slowdown_percent"),
         }
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was measured; then `note` says why."""
+        return self.frame.empty
+
+    @property
+    def sentence(self) -> str:
+        """The cheapest and the dearest way in words; `note` where nothing was measured."""
+        if self.frame.empty:
+            return self.note
+        rows = sorted(self.frame.itertuples(), key=lambda row: row.time_ms)
+        ends = [f"{row.time_ms:,.1f} ms ({WORDS[row.way]}, noise {row.noise_ms:,.1f} ms)" for row in rows]
+        where = f"{self.device}, {self.source}"
+        return f"A switch costs {' to '.join(dict.fromkeys((ends[0], ends[-1])))} on {where}"
 
     def row(self) -> dict[str, Any]:
         """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only what was measured."""

@@ -60,6 +60,16 @@ class Timeline:
             return {}
         return {"excess_ms": median(excess), "noise_ms": sorted(apart)[int(0.95 * len(apart))]}
 
+    @property
+    def switch_text(self) -> str:
+        """What a switch costs here while both experts are in memory, in words."""
+        first = self.after_switch()
+        if not first:
+            return "no switch here"
+        return (
+            f"here, both experts in memory: {first['excess_ms']:+.2f} ms (noise {first['noise_ms']:.2f} ms)"
+        )
+
     def row(self) -> dict[str, Any]:
         """Flat record: switches, as_planned, <high|low>_steps, <high|low>_ms (median of a forward), after_switch_..._ms."""
         times = self.calls.groupby("component")["time_ms"].median()
@@ -73,8 +83,8 @@ class Timeline:
         row, switches = self.row(), len(self.schedule.switches)
         names = {"high": "the high-noise expert", "low": "the low-noise expert", "expert": "the one expert"}
         ran = [key for key in names if row.get(f"{key}_steps")]
-        each = "{} steps on {} ({:,.1f} ms a forward)"
-        parts = [each.format(row[f"{key}_steps"], names[key], row[f"{key}_ms"]) for key in ran]
+        each = "{} runs {} steps ({:,.1f} ms a forward)"
+        parts = [each.format(names[key], row[f"{key}_steps"], row[f"{key}_ms"]) for key in ran]
         return f"{', '.join(parts)}, {switches} switch{'es' * (switches != 1)}"
 
 
@@ -138,7 +148,8 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
             guidance unless `guidance_scale` is given.
     """
     plan = precompute_schedule(model, settings.get("steps"))
-    short = {"guidance_scale": 1.0} | settings | {"steps": fewest_steps(model, plan)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    short = {"guidance_scale": 1.0} | given | {"steps": fewest_steps(model, plan)}
     seen: dict[str, dict[str, tuple]] = {}
 
     def seeing(node: str) -> Callable:

@@ -106,6 +106,16 @@ def _around(trace: Trace, placed: Attribution, moments: np.ndarray, threads: np.
 
 
 GIB = 1 << 30
+PART_NAMES = {
+    "weights": "weights",
+    "activations": "activations",
+    "workspace": "workspace",
+    "text_embedding": "text embedding, inputs",
+    "fragmentation": "reserved, not used",
+    "other": "other",
+}
+"""Parts of the peak in words."""
+
 POINTS = 1500
 """Moments of a timeline; of each stretch the one with the most memory is kept, so that no peak is lost."""
 
@@ -144,6 +154,11 @@ class MemoryAccount:
     def size_bytes(self, part: str) -> int:
         """All rows of one part."""
         return int(self.frame.loc[self.frame["part"] == part, "size_bytes"].sum())
+
+    def __str__(self) -> str:
+        parts = self.frame.groupby("part")["size_bytes"].sum().sort_values(ascending=False).head(3)
+        shares = [f"{PART_NAMES[part]} {100 * size / self.peak_bytes:.0f} %" for part, size in parts.items()]
+        return f"The peak is {self.peak_bytes / GIB:.2f} GiB on {self.device}: {', '.join(shares)}"
 
     def row(self) -> dict[str, float]:
         """Flat record: peak_gib, <part>_gib, allocations, churn_gib_per_step (median over steps)."""

@@ -90,6 +90,15 @@ def memory_options(
     return pd.DataFrame(rows)
 
 
+def memory_advice(options: pd.DataFrame | None) -> str:
+    """The option that saves most, as a sentence; empty where none was applied, or none saves more than the noise."""
+    useful = options[options["saves"]] if options is not None else pd.DataFrame()
+    if useful.empty:
+        return ""
+    best = useful.loc[useful["saved_gib"].idxmax()]
+    return f"Most is saved by {best['lever']}: {best['saved_gib']:.2f} GiB at {best['time_ratio']:.2f}x the time."
+
+
 def _take(model: Model, *, image: Any, prompt: str, settings: dict) -> _Taken:
     """Peak, time and video of a generation."""
     made, peak = _with_peak(model, lambda: model.generate(image, prompt, **settings))

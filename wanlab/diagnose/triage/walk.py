@@ -50,6 +50,12 @@ class Triage:
         """What would measure what is missing, the first one first."""
         return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", "command"]))
 
+    def row(self) -> dict[str, Any]:
+        """Flat record: how many questions are measured, unknown, not applicable; the advice as advice1, advice2..."""
+        states = ("measured", "unknown", "not applicable")
+        counts = {state: int((self.frame["state"] == state).sum()) for state in states}
+        return counts | {f"advice{i}": name for i, name in enumerate(self.advice["node"], 1)}
+
     def __str__(self) -> str:
         if not (self.frame["state"] == "measured").any():
             return "Nothing is measured yet. First: " + "; then: ".join(self.commands) + "."

@@ -374,6 +374,16 @@ class EngineBuilds:
         """The receipts ready for JSON, as `EngineReceipt.record`; `51_platforms` reads them."""
         return [receipt.record() for receipt in self.receipts]
 
+    def sentence(self, graphs: int) -> str:
+        """How many of the graphs became engines, for which GPUs, and what was refused."""
+        targets = sorted({c for built in self.receipts for c in built.compute_capabilities}, key=float)
+        text = f"{len(self.receipts)} of {graphs} graphs became engines of {self.runtime}"
+        text += f" for compute capability {', '.join(targets)}" if targets else ""
+        if len(self.refused):
+            capabilities = sorted(set(self.refused["capability"]), key=float)
+            text += f"; {len(self.refused)} refused (compute capability {', '.join(capabilities)})"
+        return text
+
     @property
     def notes(self) -> list[str]:
         """Of all engines, each once."""

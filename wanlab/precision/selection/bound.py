@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,11 +11,32 @@ from typing import Any
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.breakdown import breakdown
+from wanlab.diagnose.capture import capture
+from wanlab.diagnose.trace import read_trace
+from wanlab.models.pipeline import Model
 from wanlab.precision.assignment import assign
 from wanlab.precision.plan import Plan, is_float
 from wanlab.precision.recording import Recording
 from wanlab.precision.selection.costs import COUNTED, DEFAULT, counted_only
 from wanlab.precision.selection.solve import branches_of, table_of
+
+
+def measured_bound(
+    model: Model, costs: pd.DataFrame, image: Any, prompt: str, folder: str | os.PathLike, **settings: Any
+) -> AmdahlBound:
+    """`amdahl_bound`, with the share of linear layers from a profile of one generation.
+
+    Args:
+        costs: from `layer_costs`. image, prompt, settings: as `Model.generate` takes them.
+        folder: gets the trace.
+    """
+    shares = breakdown(read_trace(capture(model, image, prompt, folder, **settings)))
+    return amdahl_bound(costs, shares, schedule=model.schedule(settings.get("steps"))["component"])
+
+
+HAND_PICKED = ("uniform-int8", "uniform-fp8-channel", "ffn-int8", "uniform-int8-weight")
+"""Presets that a chosen plan is drawn beside."""
 
 
 def predict(

@@ -325,6 +325,24 @@ class Chosen:
     def verification(self) -> Verification:
         return self.repaired.verification
 
+    def __str__(self) -> str:
+        holds = "is" if self.repaired.holds else "is NOT"
+        chosen = self.selection
+        return (
+            f"the quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"
+            f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8 bits"
+            " or fewer"
+        )
+
+    def row(self) -> dict[str, Any]:
+        """Flat record: that of the selection, with hash, holds and kernels."""
+        proof = self.verification
+        return self.selection.row() | {
+            "hash": self.plan.hash,
+            "holds": self.repaired.holds,
+            "kernels": proof.kernels,
+        }
+
     def predictions(self) -> pd.DataFrame:
         """Prediction beside verification of every plan that was generated with.
 

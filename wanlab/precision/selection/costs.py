@@ -158,3 +158,9 @@ def _time(
             lambda: layer(values), warmup=3, iterations=iterations, device=device, progress=False, label=name
         )
     return {"source": MEASURED, "kernel": kernel, "time_ms": samples.median, "cv_percent": samples.cv_percent}
+
+
+def cost_totals(costs: pd.DataFrame) -> pd.DataFrame:
+    """A table of `layer_costs` summed per format: format, source, and of time_ms, work_gflop, size_bytes what is known."""
+    sums = costs.groupby(["format", "source"], sort=False)[["time_ms", "work_gflop", "size_bytes"]]
+    return sums.sum(min_count=1).reset_index().dropna(axis="columns").round(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -398,6 +398,14 @@ class Verification:
             f"{self.plan.name}: quality loss {self.quality}; {self.divergence}; {self.weight_bytes / MIB:.2f} MiB of linear"
             f" weights instead of {self.before_bytes / MIB:.2f}"
         )
+
+
+def verify_plans(
+    model, plans: Iterable[Plan | str | os.PathLike], cases: Sequence[Any] | Originals, **settings: Any
+) -> list[Verification]:
+    """`verify_plan` of several plans; forwards are timed where there is a GPU, as a CPU only simulates plans."""
+    timed = model.device.type == "cuda"
+    return [verify_plan(model, plan, cases, timed=timed, **settings) for plan in plans]
 
 
 def verify_plan(

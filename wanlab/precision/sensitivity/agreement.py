@@ -231,6 +231,20 @@ class Agreement:
         return float((self.frame["true"] / self.frame["predicted"]).median())
 
 
+def prediction_text(agreement: Agreement | None, shards: int = 1) -> str:
+    """How well effects were predicted, or why that was not measured."""
+    if agreement is not None:
+        return f"rank correlation with generations {agreement.correlation()}"
+    return "not measured, samples=0" if shards == 1 else "not measured in a shard"
+
+
+def sensitivity_record(sensitivity: Sensitivity, agreement: Agreement | None = None) -> dict[str, Any]:
+    """Flat record: the most sensitive row, and the numbers of the agreement where it was measured."""
+    names = ["component", "layer", "format", "first_step", "last_step", "effect", "effect_low", "effect_high"]
+    top = sensitivity.ranked(1)[names].iloc[0].to_dict()
+    return top | (agreement.row() if agreement is not None else {})
+
+
 def end_to_end_agreement(
     model,
     sensitivity: Sensitivity,

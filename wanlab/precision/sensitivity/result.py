@@ -206,6 +206,13 @@ class Sensitivity:
         """Whether every unit of work is in."""
         return set(self.wanted) <= set(self.units)
 
+    def progress(self, shard: int, shards: int) -> str:
+        """What a run that measured one shard still leaves to do, as a sentence; empty when all units of work are in."""
+        if self.complete:
+            return ""
+        done = f"{len(self.units)} of {len(self.wanted)} units of work"
+        return f"Shard {shard} of {shards}, {done}; a run with shards=1 merges them. "
+
     def costs(self) -> pd.DataFrame:
         """What was spent beside brute force.
 
@@ -319,6 +326,11 @@ class ExpertTolerance:
 
     frame: pd.DataFrame
     ratios: pd.DataFrame
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The ratios of two experts; of one expert its own rows."""
+        return self.ratios if len(self.ratios) else self.frame
 
     def less_tolerant(self, format: str, quantity: str = "effect") -> str | None:
         """The expert that tolerates this format less, `"neither"`, or None with one expert.

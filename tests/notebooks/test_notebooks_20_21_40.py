@@ -46,8 +46,10 @@ def test_onnxruntime_makes_the_same_video_faster(run_notebook):
     assert gain["low"] <= gain["speedup"] <= gain["high"]
     assert gain["speedup"] > 1
     # Whether it can be told from noise depends on what else the machine is doing.
-    assert gain["verdict"] in done.record["verdict"]
-    assert f"{gain['speedup']:.2f}x" in done.record["verdict"]
+    told_apart = gain["verdict"] != "not distinguishable"
+    assert ("times as fast" in done.record["verdict"]) == told_apart
+    assert ("no difference" in done.record["verdict"]) == (not told_apart)
+    assert f"{gain['speedup']:.2f}" in done.record["verdict"]
     scores = {row["metric"]: row for row in done.values["divergence"]}
     assert float(scores["psnr"]["mean"]) >= 50
     assert float(scores["psnr"]["floor"]) >= 50

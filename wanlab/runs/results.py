@@ -173,53 +173,10 @@ def read_run(path: Path) -> RunRecord:
         }
         row |= {f"p.{name}": _cell(value) for name, value in (record.get("parameters") or {}).items()}
         run = RunRecord(row, record, read_metrics(folder.metrics), read_results(folder))
-        run = _recorded_as_summary(run)
         row |= {f"m.{name}": value for name, value in run.figures.items()}
         return run
     except (WanlabError, AttributeError, TypeError, ValueError, KeyError, OSError) as error:
         return RunRecord(row | {"state": "unreadable", "reason": str(error)})
-
-
-def _recorded_as_summary(run: RunRecord) -> RunRecord:
-    """TEMPORARY, until 41_configuration calls `run.result`: its `summary`, `work` and `samples` as a result."""
-    summary, work, samples = (run.metrics.get(name) for name in ("summary", "work", "samples"))
-    if run.results or not isinstance(summary, Mapping) or "time_per_video_ms" not in summary:
-        return run
-    from wanlab.runs.result import UNCHANGED, Quality, completed
-
-    values = {
-        name: float(value) if value in ("inf", "-inf", "nan") else value for name, value in summary.items()
-    }
-    derived = ("engine", "plan", "time_per_video_ms", "time_per_frame_ms", "p95_ms", "cv_percent")
-    own = {
-        name: values.pop(name)
-        for name in list(values)
-        if name in Result.__struct_fields__ and name not in derived
-    }
-    quality = {name: values.pop(name) for name in Quality.__struct_fields__ if name in values}
-    parameters = run.parameters
-    done = work_of_parameters(parameters)
-    if isinstance(work, Mapping):
-        done = Work(**{name: work[name] for name in Work.__struct_fields__ if name in work})
-    samples = samples if isinstance(samples, Mapping) else {}
-    plan = values.get("plan")
-    row = Result(
-        work=done,
-        engine=str(values.get("engine", "eager")),
-        plan=None if plan in UNCHANGED else str(plan),
-        samples_ms=tuple(samples.get("values_ms", ())),
-        median_ms=None if samples.get("values_ms") else values["time_per_video_ms"],
-        device=samples.get("device", ""),
-        quality=Quality(**quality) if quality else None,
-        figures={name: value for name, value in values.items() if name not in derived},
-        **own,
-    )
-    environment = run.record.get("environment") or {}
-    row = completed(row, environment, taken=str(run.row.get("started") or ""))
-    metrics = {
-        name: value for name, value in run.metrics.items() if name not in ("summary", "work", "samples")
-    }
-    return replace(run, results=(row,), metrics=metrics)
 
 
 def read_results(folder: RunFolder) -> tuple[Result, ...]:

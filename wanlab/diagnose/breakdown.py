@@ -372,7 +372,7 @@ class Breakdown:
             gaps = f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs between kernels"
             busy = f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {gaps}"
         return (
-            f"most time goes to {CATEGORY_NAMES[top['category']]}: {top['share_percent']:.0f} % of"
+            f"Most time goes to {CATEGORY_NAMES[top['category']]}: {top['share_percent']:.0f} % of"
             f" {self.wall_ms / 1e3:.2f} s, so a change there makes it {top['amdahl_bound']:.2f}x as fast at most; {busy}"
         )
 

@@ -59,17 +59,17 @@ class Triage:
     def __str__(self) -> str:
         if not (self.frame["state"] == "measured").any():
             return "Nothing is measured yet. First: " + "; then: ".join(self.commands) + "."
-        said = []
+        sentences = []
         for root, asked in self.frame.groupby("root", sort=False):
             known, reached = asked[asked["state"] == "measured"], self.advice[self.advice["root"] == root]
-            seen = f" {known['what'].iloc[-1]} {known['reads'].iloc[-1]};" if len(known) else ""
+            seen = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
             texts = [
                 f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f}x)')}" for a in reached.itertuples()
             ]
             missing = asked.loc[asked["state"] == "unknown", "notebook"].iloc[-1:]
             open_ = "".join(f"unknown until {notebook} is run" for notebook in missing)
-            said.append(f"{root}{seen} {', then '.join(texts) or open_}.")
-        return " ".join(said)
+            sentences.append(f"{root} {', then '.join(texts) or open_}{seen}.")
+        return " ".join(sentences)
 
 
 def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = None) -> Triage:

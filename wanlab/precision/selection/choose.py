@@ -329,7 +329,7 @@ class Chosen:
         holds = "is" if self.repaired.holds else "is NOT"
         chosen = self.selection
         return (
-            f"the quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"
+            f"The quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"
             f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8 bits"
             " or fewer"
         )

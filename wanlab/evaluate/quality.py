@@ -22,6 +22,15 @@ from wanlab.models.variants import alternate_sdpa, compile_blocks
 __all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_truth", "quality_loss"]
 
 
+HOLDS = {
+    "identical": "the videos are identical",
+    "within floor": "the difference is within the noise floor",
+    "above floor": "the difference is above the noise floor",
+    "no floor": "the noise floor is not known",
+}
+"""Verdicts of a divergence in words."""
+
+
 @dataclass(frozen=True, eq=False)
 class Divergence:
     """How far the optimised outputs are from the originals, beside the floor.
@@ -61,11 +70,11 @@ class Divergence:
     def __str__(self) -> str:
         row = self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
         floor = ""
-        if row["floor_name"] is not None:
-            times = f", {_times_text(row['times_floor'])} the floor" if row["verdict"] != "identical" else ""
-            floor = f"; floor {row['floor']:.4g} ({row['floor_name']}){times}"
+        if row["floor_name"] is not None and row["verdict"] != "identical":
+            times = _times_text(row["times_floor"])
+            floor = f", {times} the floor of {row['floor']:.4g} ({row['floor_name']})"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
-        return f"divergence {row['metric']}{backbone} {row['mean']:.4g}{floor}: {row['verdict']}"
+        return f"{HOLDS[row['verdict']]}: {row['metric'].upper()}{backbone} {row['mean']:.4g}{floor}"
 
 
 def divergence(

@@ -64,6 +64,11 @@ def test_kernels_stand_below_what_launched_them(tmp_path):
 def test_a_trace_without_a_gpu_has_no_gpu_flame(tmp_path):
     with pytest.raises(WanlabError, match="no GPU events"):
         diagnose.gpu_flame(trace_of(tmp_path, event("a", 0, 1)))
+    both = diagnose.flames(trace_of(tmp_path, event("a", 0, 1)))
+    assert (both.gpu, both.own_time("gpu")) == (None, None)
+    assert both.main is both.cpu
+    assert "no GPU events" in both.notes
+    assert both.row()["flame_ms"] == both.cpu.total_us / 1e3
 
 
 def test_steps_are_merged_unless_they_are_asked_for(tmp_path):

@@ -152,6 +152,81 @@ def test_artifacts(project):
     assert "<b>photo" not in page
 
 
+def test_a_table_is_recorded_saved_and_shown(project):
+    one = started()
+    table = pd.DataFrame({"engine": ["eager", "tvm"], "time_ms": [1.5, 2.5], "note": ["", ""]})
+    assert one.table("t", table) is table
+    (line,) = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (line["name"], len(line["value"])) == ("t", 2)
+    shown = one.save_table("u", table, columns=["engine"], rows=1)
+    assert shown.to_dict("list") == {"engine": ["eager"]}
+    assert pd.read_csv(one.folder / "artifacts" / "u.csv").shape == (2, 3)  # all of it is saved
+    with pytest.raises(KeyError):
+        one.save_table("v", table, columns=["engine", "speed"])
+
+
+def test_what_there_is_not_is_a_sentence_and_no_file(project):
+    one = started()
+    why = "Give a <trace> as trace=."
+    for shown in (
+        one.save_table("t", None, otherwise=why),
+        one.save_table("t", pd.DataFrame(), otherwise=why),
+        one.figure("f", None, otherwise=why),
+        one.figure("f", wanlab.plots.breakdown_bar, None, otherwise=why),
+        one.figure("f", wanlab.plots.breakdown_bar, pd.DataFrame(), otherwise=why),
+    ):
+        assert repr(shown) == why
+        assert "&lt;trace&gt;" in shown._repr_html_()
+    assert one.save_table("t", None) is None
+    assert one.figure("f", wanlab.plots.breakdown_bar, None) is None
+    one.save_flame("flame", None)
+    assert not list((one.folder / "artifacts").iterdir())
+    one.table("none", None, otherwise=why)
+    assert json.loads((one.folder / "metrics.jsonl").read_text())["value"] == []
+    drawn = one.figure(
+        "f", wanlab.plots.breakdown_bar, pd.DataFrame({"component": ["expert"], "time_ms": [2.0]})
+    )
+    assert len(drawn.data) == 1
+    assert (one.folder / "artifacts" / "f.plotly.json").is_file()
+
+
+def opened(project, source: str, **values):
+    """A run of a notebook with these parameters."""
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), project / "notebooks" / "20_y.ipynb")
+    return run.start("20_y", values)
+
+
+def test_what_is_asked_of_a_model_is_read_from_the_parameters(project, monkeypatch):
+    lines = ["model: str = 'a'  # m", "dtype: str = 'auto'  # d", "steps: int | None = None  # s"]
+    lines += ["seed: int = 7  # s", "frames: int = 5  # f", "components: list[str] | None = None  # c"]
+    calls = []
+    monkeypatch.setattr(
+        run.models, "load", lambda name, **settings: calls.append((name, settings)) or "model"
+    )
+    values = {"model": "a", "dtype": "float32", "steps": None, "seed": 7, "frames": 5, "components": ["x"]}
+    loaded, ask = opened(project, "\n".join(lines), **values).load()
+    assert (loaded, ask) == (
+        "model",
+        {"frames": 5, "steps": None},
+    )  # the seed is of no video where there is no prompt
+    assert calls.pop() == ("a", {"dtype": "float32", "seed": 7})
+    run._current.load(components=["x"], dtype="auto")
+    assert calls.pop() == ("a", {"dtype": "auto", "seed": 7, "components": ["x"]})
+
+    lines += ["prompt: str = ''  # p", "image: str | None = None  # i"]
+    one = opened(project, "\n".join(lines), **values, prompt="pans", image="/tmp/photo.png")
+    assert one.ask == {"frames": 5, "steps": None, "image": "/tmp/photo.png", "prompt": "pans", "seed": 7}
+    held_out = opened(project, "\n".join(lines), **values, prompt="pans", image=None).ask["image"]
+    np.testing.assert_array_equal(held_out, wanlab.heldout.example_case().truth()[0])
+    assert one.outputs == project / "outputs"
+
+
+def test_a_notebook_without_a_model_has_nothing_to_load(project):
+    with pytest.raises(WanlabError, match="needs a parameter `model`"):
+        started().load()
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a\\b", ".hidden", "/etc/x", "x" * 200, "a\0b"])
 def test_names_cannot_leave_the_folder(project, name):
     one = started()

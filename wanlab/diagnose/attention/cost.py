@@ -134,7 +134,7 @@ class Skippable:
         if self.bound_ratio is None:
             return text
         blocks = f"{self.block_bound_ratio:.2f}x in blocks of {BLOCK_KEYS} keys"
-        return f"{text}; skipping the other keys makes denoising {self.bound_ratio:.2f}x at most as fast, {blocks}"
+        return f"{text}; skipping the other keys gains {self.bound_ratio:.2f}x at most, {blocks}"
 
 
 def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:

@@ -33,4 +33,5 @@ class ExpertSummary:
         sentences = [f"{self.timeline}", self.switch.sentence]
         if self.disagreement is not None:
             sentences.append(f"{self.disagreement}")
-        return ". ".join(text[:1].upper() + text[1:] for text in sentences)
+        first, *others = sentences
+        return ". ".join([first, *(text[:1].upper() + text[1:] for text in others)])

@@ -30,10 +30,10 @@ RECORDED = data("results", "expert_switch_h200.json")
 """A measurement on an NVIDIA H200 at true size, for machines without a GPU."""
 WAYS = ("resident", "pageable", "pinned", "prefetched")
 WORDS = {
-    "resident": "both experts in GPU memory",
-    "pageable": "copied from ordinary host memory",
-    "pinned": "copied from page-locked host memory",
-    "prefetched": "copied while the other expert runs",
+    "resident": "with both experts in GPU memory",
+    "pageable": "from ordinary host memory",
+    "pinned": "from page-locked host memory",
+    "prefetched": "with the weights copied ahead",
 }
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
@@ -117,10 +117,9 @@ class SwitchCost:
         """The cheapest and the dearest way in words; `note` where nothing was measured."""
         if self.frame.empty:
             return self.note
-        rows = sorted(self.frame.itertuples(), key=lambda row: row.time_ms)
-        ends = [f"{row.time_ms:,.1f} ms ({WORDS[row.way]}, noise {row.noise_ms:,.1f} ms)" for row in rows]
-        where = f"{self.device}, {self.source}"
-        return f"A switch costs {' to '.join(dict.fromkeys((ends[0], ends[-1])))} on {where}"
+        times = sorted((row.time_ms, WORDS[row.way]) for row in self.frame.itertuples())
+        ends = [f"{time_ms:,.1f} ms {where}" for time_ms, where in (times[0], times[-1])]
+        return f"A switch costs {' to '.join(dict.fromkeys(ends))} ({self.device}, {self.source})"
 
     def row(self) -> dict[str, Any]:
         """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only what was measured."""

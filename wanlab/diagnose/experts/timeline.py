@@ -83,8 +83,9 @@ class Timeline:
         row, switches = self.row(), len(self.schedule.switches)
         names = {"high": "the high-noise expert", "low": "the low-noise expert", "expert": "the one expert"}
         ran = [key for key in names if row.get(f"{key}_steps")]
-        each = "{} runs {} steps ({:,.1f} ms a forward)"
-        parts = [each.format(names[key], row[f"{key}_steps"], row[f"{key}_ms"]) for key in ran]
+        each = "{} runs {} step{} ({:,.1f} ms a forward)"
+        counts = {key: row[f"{key}_steps"] for key in ran}
+        parts = [each.format(names[key], n, "s" * (n != 1), row[f"{key}_ms"]) for key, n in counts.items()]
         return f"{', '.join(parts)}, {switches} switch{'es' * (switches != 1)}"
 
 

@@ -48,14 +48,14 @@ def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
     return as_examples(cases.draw_cases(count, seed=seed, photographs=photographs))
 
 
-def as_examples(cases: Iterable[Any]) -> list[Example]:
+def as_examples(given: Iterable[Any]) -> list[Example]:
     """Examples from examples, `wanlab.heldout.cases.Case`s, or (image, prompt) pairs.
 
     Raises:
         WanlabError: something else, nothing, or a photograph that quality is judged on.
     """
     examples = []
-    for index, case in enumerate(cases):
+    for index, case in enumerate(given):
         if isinstance(case, cases.Case):
             if cases.is_held_out(case.photograph):
                 raise WanlabError(

@@ -3,8 +3,8 @@
     python benchmarks/comparison_speed.py --runs 1000
 
 The runs are written first, each with the files that `notebooks/41_configuration.ipynb` leaves (run.json with schema and
-environment, status.json, metrics.jsonl with samples and tables), and read with a warm page cache. Importing is timed apart.
-Beside the clock stands the processor's time, which is what the parts take where nothing else runs.
+environment, status.json, metrics.jsonl with a table, results.jsonl with samples), and read with a warm page cache.
+Importing is timed apart. Beside the clock stands the processor's time, which is what the parts take where nothing else runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ FIRST = {"engine": "eager", "plan": "plan-0000"}
 
 def write(root: Path, count: int, samples: int) -> None:
     """A sweep of engine x plan with `count` runs."""
+    from wanlab.runs import Machine, Quality, Result, Work
     from wanlab.runs.parameters import read_schema
 
     parameters = read_schema(NOTEBOOK).parameters
@@ -52,30 +53,38 @@ def write(root: Path, count: int, samples: int) -> None:
         median = 100.0 * drawn.uniform(0.3, 1.1)
         times = [median * drawn.gauss(1, 0.02) for _ in range(samples)]
         loss = drawn.uniform(-1, 5)
-        summary = axes | {
-            "time_per_video_ms": median, "time_per_frame_ms": median / 5, "p95_ms": max(times), "noise_percent": 2.0,
-            "peak_memory_gib": drawn.uniform(0.8, 2), "load_ms": drawn.uniform(100, 900),
-            "weights_gib": drawn.uniform(0.02, 0.05), "divergence_lpips": drawn.uniform(0, 0.02),
-            "psnr_db": drawn.uniform(20, 60), "quality_loss_percent": loss,
-            "quality_loss_low_percent": loss - 1, "quality_loss_high_percent": loss + 1, "effect": "as asked",
-        }  # fmt: skip
-        work = {
-            "model": "wan-nano",
-            "weights": "pretrained",
-            "height": 64,
-            "width": 64,
-            "frames": 5,
-            "steps": 4,
-        }
+        result = Result(
+            work=Work(
+                model="wan-nano",
+                weights="pretrained",
+                height=64,
+                width=64,
+                frames=5,
+                steps=4,
+                guided=True,
+                seed=0,
+            ),
+            engine=axes["engine"],
+            plan=axes["plan"],
+            samples_ms=tuple(times),
+            noise_percent=2.0,
+            peak_memory_gib=drawn.uniform(0.8, 2),
+            load_ms=drawn.uniform(100, 900),
+            weights_gib=drawn.uniform(0.02, 0.05),
+            quality=Quality(
+                divergence_lpips=drawn.uniform(0, 0.02),
+                psnr_db=drawn.uniform(20, 60),
+                quality_loss_percent=loss,
+                quality_loss_low_percent=loss - 1,
+                quality_loss_high_percent=loss + 1,
+            ),
+            effect="as asked",
+            device="cpu",
+            machine=Machine(cpu="Any CPU", threads=1),
+        )
         table = [
             {"component": f"component {i}", "time_ms": float(i), "share_percent": 12.5} for i in range(8)
         ]
-        entries = {
-            "samples": {"label": "x", "device": "cpu", "values_ms": times},
-            "breakdown": table,
-            "work": work | {"guided": True, "seed": 0},
-            "summary": summary,
-        }
         run_id = f"{index:012x}"
         (root / run_id).mkdir()
         record = {"run_id": run_id, "name": root.name, "parameters": values | axes, "schema": schema}
@@ -85,13 +94,11 @@ def write(root: Path, count: int, samples: int) -> None:
             "verdict": "x" * 300,
         }
         status = {"state": "finished", "started": "2026-01-01T00:00:00+00:00", "seconds": 20.0, "exit": 0}
-        lines = [
-            json.dumps({"time": "2026-01-01T00:00:00+00:00", "name": k, "value": v})
-            for k, v in entries.items()
-        ]
+        line = {"time": "2026-01-01T00:00:00+00:00", "name": "breakdown", "value": table}
         (root / run_id / "run.json").write_text(json.dumps(record, indent=1))
         (root / run_id / "status.json").write_text(json.dumps(status, indent=1))
-        (root / run_id / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (root / run_id / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (root / run_id / "results.jsonl").write_text(json.dumps(result.to_dict()) + "\n")
         runs.append(
             {"label": ", ".join(f"{k}={v}" for k, v in axes.items()), "run_id": run_id, "parameters": axes}
         )

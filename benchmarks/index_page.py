@@ -21,7 +21,7 @@ import numpy as np
 from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
 from wanlab.pages import render_index
-from wanlab.runs.folder import RunFolder
+from wanlab.runs import Quality, Result, RunFolder, Work
 
 ENGINES = ("eager", "compiled", "onnxruntime", "tensorrt")
 
@@ -36,23 +36,26 @@ def make(root: Path, count: int, clip_bytes: int) -> None:
         parameters = {"engine": ENGINES[k % 4], "plan": f"plan-{k // 4}", "steps": 4 + k % 7}
         loss = float(rng.gamma(1.5, 1.5))
         time_ms = 4000.0 / (1 + k % 4) * (1 + float(rng.normal(0, 0.05))) / (1 + loss / 10)
-        summary = {
-            "time_per_video_ms": time_ms,
-            "time_per_frame_ms": time_ms / 17,
-            "p95_ms": time_ms * 1.05,
-            "peak_memory_gib": 1 + float(rng.random()),
-            "weights_gib": float(rng.random()),
-            "load_ms": 900 + 100 * float(rng.random()),
-            "quality_loss_percent": loss,
-            "quality_loss_low_percent": loss * 0.6,
-            "quality_loss_high_percent": loss * 1.5,
-            "divergence_lpips": loss / 300,
-            "psnr_db": 50 - loss * 3,
-        }
+        result = Result(
+            work=Work(model="wan-nano", height=128, width=192, frames=17),
+            engine=parameters["engine"],
+            plan=parameters["plan"],
+            samples_ms=(time_ms, time_ms * 1.05),
+            peak_memory_gib=1 + float(rng.random()),
+            weights_gib=float(rng.random()),
+            load_ms=900 + 100 * float(rng.random()),
+            quality=Quality(
+                quality_loss_percent=loss,
+                quality_loss_low_percent=loss * 0.6,
+                quality_loss_high_percent=loss * 1.5,
+                divergence_lpips=loss / 300,
+                psnr_db=50 - loss * 3,
+            ),
+        )
         folder = RunFolder.of(root, "sweep", f"run{k:04d}").open()
         write_json(folder.run_json, {"run_id": f"run{k:04d}", "name": "sweep", "parameters": parameters})
         write_json(folder.status_json, {"state": "finished", "started": now(), "seconds": 60.0})
-        append_json(folder.metrics, {"name": "summary", "value": summary})
+        append_json(folder.results, result.to_dict())
         # An MP4 may end in a box that players skip.
         rest = max(0, clip_bytes - len(clip) - 8)
         (folder.artifacts / "video.mp4").write_bytes(

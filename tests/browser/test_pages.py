@@ -17,6 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
+from support.comparison_runs import result_line
 
 from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
@@ -64,7 +65,7 @@ def run(
     )
     write_json(folder.status_json, {"state": state, "started": now(), "seconds": 60.0, **status})
     if summary:
-        append_json(folder.metrics, {"name": "summary", "value": summary})
+        append_json(folder.results, result_line(summary, {}))
     if mp4:
         (folder.artifacts / "video.mp4").write_bytes(mp4)
     figure = go.Figure(go.Bar(x=[3.5, 1.25], y=["=expert", "VAE"], orientation="h", name="share"))
@@ -232,8 +233,8 @@ def test_links_lead_to_reports_and_tables_download(index, open_page):
     rows = saved(page, page.get_by_text("download CSV"))
     head = rows[0]
     assert len(rows) == 7
-    assert {"label", "p.engine", "m.summary.time_per_video_ms", "reason"} <= set(head)
-    assert {row[head.index("label")]: row[head.index("m.summary.time_per_video_ms")] for row in rows[1:]}[
+    assert {"label", "p.engine", "m.time_per_video_ms", "reason"} <= set(head)
+    assert {row[head.index("label")]: row[head.index("m.time_per_video_ms")] for row in rows[1:]}[
         "engine=eager plan=int8"
     ] == "80"
     front = saved(page, page.locator("#frontier + .under button"))
@@ -316,8 +317,7 @@ def test_a_hundred_runs_fit_and_what_does_not_is_played_from_its_file(tmp_path, 
         write_json(folder.run_json, {"run_id": f"run{k}", "name": "many", "parameters": {"k": k}})
         write_json(folder.status_json, {"state": "finished", "started": now(), "seconds": 1.0})
         append_json(
-            folder.metrics,
-            {"name": "summary", "value": {"time_per_video_ms": 100.0 + k, "psnr_db": 20.0 + k % 9}},
+            folder.results, result_line({"time_per_video_ms": 100.0 + k, "psnr_db": 20.0 + k % 9}, {})
         )
         (folder.artifacts / "video.mp4").write_bytes(mp4)
         runs.append({"label": f"k={k}", "run_id": f"run{k}", "parameters": {"k": k}, "state": "finished"})

@@ -325,6 +325,8 @@ def _check(model, asked, originals, kinds) -> None:
             f"{other[0]} runs on {model.engines[other[0]]}; the floor is of the model as it was loaded"
         )
     if COMPILED in kinds and model.device.type == "cpu":
+        from torch._inductor import cpp_builder, exc  # as slow to import as torch itself, for this one question
+
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler as error:

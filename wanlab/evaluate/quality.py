@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from torch._inductor import cpp_builder, exc
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
@@ -325,7 +324,10 @@ def _check(model, asked, originals, kinds) -> None:
             f"{other[0]} runs on {model.engines[other[0]]}; the floor is of the model as it was loaded"
         )
     if COMPILED in kinds and model.device.type == "cpu":
-        from torch._inductor import cpp_builder, exc  # as slow to import as torch itself, for this one question
+        from torch._inductor import (  # as slow to import as torch itself, for this one question
+            cpp_builder,
+            exc,
+        )
 
         try:
             cpp_builder.get_cpp_compiler()

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 
 from wanlab.core.paths import CHECKOUT
 
@@ -64,12 +64,18 @@ def environment(device=None) -> dict:
         where the driver's tool answers), gpu_count, cpu, cores, cores_available, threads, ram_gib,
         platform, python, cuda, packages, git (None outside a source tree; commit, dirty).
     """
+    import torch  # runs are started, compared and drawn without it
+
     available = torch.cuda.is_available()
     device = torch.device(device or ("cuda" if available else "cpu"))
+    on_gpu = device.type == "cuda" and available
+    index = device.index
+    if on_gpu and index is None:
+        index = torch.cuda.current_device()
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "device": device.type,
-        "gpu": _gpu(device) if device.type == "cuda" and available else None,
+        "gpu": _gpu(index, torch.cuda.get_device_properties(index)) if on_gpu else None,
         "gpu_count": torch.cuda.device_count() if available else 0,
         "cpu": cpu_model(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
@@ -110,9 +116,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpu(device) -> dict:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = torch.cuda.get_device_properties(index)
+def _gpu(index: int, properties: Any) -> dict:
     found = {
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 1024**3, 1),

@@ -11,7 +11,6 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
@@ -480,6 +479,8 @@ class _Clock:
         self.device = None
         self.device_name, self.name = "cpu", "monotonic clock"
         if device is not None:
+            import torch  # tables and comparisons of samples do without it
+
             self.torch, self.device = torch, torch.device(device)
             self.device_name = self.device.type
             if self.device.type == "cuda":

@@ -1,3 +1,4 @@
+from . import configuration as configuration
 from . import diagnose as diagnose
 from . import engine_report as engine_report
 from . import engines as engines

@@ -26,8 +26,9 @@ GROUPS = {
         "publish": "copy pages of runs into a folder for any static server",
         "export": "give runs to other tools: CSV, Parquet, MLflow",
     },
-    "models, precision plans and engines": {
+    "models, configurations and engines": {
         "models": "list the models that wanlab knows, with their facts",
+        "config": "list configurations, or show and explain one on a model",
         "plan": "list precision plans, or show and explain one on a model",
         "bench": "time any engine as trtexec does",
     },

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 
 from wanlab import models
-from wanlab.core.errors import WanlabError
-from wanlab.models.networks import skeleton
 from wanlab.models.shapes import latent_shape
-from wanlab.precision.assignment import EXPERTS, Assignment, assign
+from wanlab.precision.assignment import Assignment, assign_architecture
 from wanlab.precision.plan import PRESETS, load_plan
 
 HELP = """List the precision plans that come with wanlab, show which formats one gives the layers of a model, or
@@ -41,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
         for plan in PRESETS.values():
             print(f"{plan.name:{width}}  {plan.note}")
         return 0
-    assignment = assigned(options.plan, options.model, options.default)
+    assignment = assign_architecture(options.plan, options.model, options.default)
     if options.action == "explain":
         chosen = [options.component] if options.component else list(assignment.components)
         for component in chosen:
@@ -54,21 +52,6 @@ def main(options: argparse.Namespace) -> int:
         print(f"  {index}: {rule}" + (f"  # {rule.note}" if rule.note else ""))
     print(_text(assignment, options.model))
     return 0
-
-
-def assigned(plan: str, model: str, default: str | None = None) -> Assignment:
-    """A plan on the architecture of a model; no weight is read.
-
-    Raises:
-        WanlabError: as `load_plan`, `wanlab.models.get` and `assign`.
-    """
-    spec = models.get(model)
-    parts = {name: spec.part(spec.part_of(name)) for name in spec.components if name in EXPERTS}
-    if not parts:
-        raise WanlabError(f"{model} has no expert; plans are for transformers of a denoising loop")
-    loaded = load_plan(plan)
-    dtype = default or ("bf16" if loaded.default == "model" else None)
-    return assign(loaded, {name: skeleton(part).to("meta") for name, part in parts.items()}, default=dtype)
 
 
 def _text(assignment: Assignment, model: str) -> str:

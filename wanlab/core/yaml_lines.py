@@ -1,4 +1,4 @@
-"""YAML that people write, read into a typed record: every mistake is told with its line."""
+"""YAML that people write, read into a typed record; every error names the line."""
 
 from __future__ import annotations
 
@@ -40,14 +40,21 @@ class Document:
                 hint = did_you_mean(str(name), fields)
                 self.refuse((*at, str(name)), f"no field {str(name)!r}{hint}; there are {', '.join(fields)}")
 
-    def convert(self, kind: type) -> Any:
-        """The data as the msgspec record `kind`."""
+    def value(self, at: At) -> Any:
+        """The value at a place."""
+        value = self.data
+        for part in at:
+            value = value[part]
+        return value
+
+    def convert(self, kind: type, at: At = ()) -> Any:
+        """The data at a place as the msgspec record `kind`."""
         try:
-            return msgspec.convert(self.data, kind)
+            return msgspec.convert(self.value(at), kind)
         except msgspec.ValidationError as error:
             said, _, place = str(error).partition(" - at `$")
-            at = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", place))
-            self.refuse(at, said)
+            inside = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", place))
+            self.refuse((*at, *inside), said)
 
 
 def spell(at: At) -> str:

@@ -4,7 +4,6 @@ from .component_bench import bench_components as bench_components
 from .component_bench import compare_forms as compare_forms
 from .component_bench import engine_calls as engine_calls
 from .component_bench import provider_table as provider_table
-from .isolated import measure_isolated as measure_isolated
 from .onnxruntime import OrtEngine as OrtEngine
 from .onnxruntime import load_engines as load_engines
 from .onnxruntime import node_times as node_times

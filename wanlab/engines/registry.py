@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.models.spec import EXPERTS
 
 if TYPE_CHECKING:
     from wanlab.engines.base import Engine
@@ -70,6 +71,7 @@ class EngineKind:
         suffixes: of the files that it opens.
         needs: packages without which it does not run.
         components: that it can run; None is all.
+        usual: components that run on it where it is named for the whole model; None is all that it can run.
         plans: how precision plans are applied: `"torch"` in PyTorch, `"graph"` as QuantizeLinear and DequantizeLinear
             in the ONNX graph, `""` not at all.
         labels: what its engines call themselves -> where they compute: `"cpu"`, `"cuda"`, or `""` where the model is.
@@ -89,6 +91,7 @@ class EngineKind:
     suffixes: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
     components: tuple[str, ...] | None = None
+    usual: tuple[str, ...] | None = None
     plans: Literal["torch", "graph", ""] = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +125,10 @@ class EngineKind:
         """Whether it can run a component."""
         return self.components is None or component in self.components
 
+    def runs_usually(self, component: str) -> bool:
+        """Whether a component runs on it where it is named for the whole model."""
+        return self.runs(component) if self.usual is None else component in self.usual
+
     def check(self, component: str | None = None, settings: Iterable[str] = ()) -> None:
         """Refuse what it cannot do before any work is done.
 
@@ -138,6 +145,14 @@ class EngineKind:
                 raise WanlabError(
                     f"{self.name} has no setting {name!r}{did_you_mean(name, self.settings)}; {known}"
                 )
+
+    def opening(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that `open` takes."""
+        return {name: value for name, value in settings.items() if name in self.open_settings}
+
+    def building(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that `prepare` and `build` take."""
+        return {name: value for name, value in settings.items() if name in self.build_settings}
 
     def label(self, device: str) -> str:
         """What an engine of this kind calls itself where it computes on `"cpu"` or `"cuda"`."""
@@ -213,6 +228,7 @@ ENGINES: dict[str, EngineKind] = {
             "#5b8c5a",
             open="wanlab.engines.torch:open_compiled",
             needs=(TORCH,),
+            usual=EXPERTS,
             plans="torch",
             by_default=False,
         ),
@@ -374,6 +390,30 @@ def open_component(
 ) -> Engine:
     """One component of a model in an engine, made ready where it has to be.
 
+    Args: as `prepare_component`.
+
+    Raises:
+        WanlabError: as `prepare_component`, or as the engine itself.
+    """
+    path = prepare_component(
+        name, model, component, folder, size=size, progress=progress, traces=traces, **settings
+    )
+    return engine_kind(name).open(model, component, path, **engine_kind(name).opening(settings))
+
+
+def prepare_component(
+    name: str,
+    model: Model,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    size: Mapping[str, int | None] | None = None,
+    progress: bool = False,
+    traces: Any = None,
+    **settings: Any,
+) -> Path | None:
+    """Make what an engine opens for one component, or find it made and current; None where nothing is made.
+
     Args:
         name: of the engine. component: wanlab's name of it.
         folder: where graphs and built files are kept and, while current, reused.
@@ -383,19 +423,17 @@ def open_component(
         settings: of this engine, see `EngineKind.settings`.
 
     Raises:
-        WanlabError: an unknown engine, component or setting, a missing package, or as the engine itself.
+        WanlabError: an unknown engine, component or setting, a missing package, or as the export and the builder.
     """
     kind = engine_kind(name)
     kind.check(component, settings)
-    path = None
-    if kind.prepare is not None:
-        more = {"traces": traces} if traces is not None and _takes(kind.prepare, "traces") else {}
-        more |= {key: value for key, value in settings.items() if key in kind.build_settings}
-        path = kind.prepare(
-            model, component, folder, size={"batch": 1, **(size or {})}, progress=progress, **more
-        )
-    chosen = {key: value for key, value in settings.items() if key in kind.open_settings}
-    return kind.open(model, component, path, **chosen)
+    if kind.prepare is None:
+        return None
+    more = {"traces": traces} if traces is not None and _takes(kind.prepare, "traces") else {}
+    more |= kind.building(settings)
+    return kind.prepare(
+        model, component, folder, size={"batch": 1, **(size or {})}, progress=progress, **more
+    )
 
 
 def _takes(work: Callable, name: str) -> bool:

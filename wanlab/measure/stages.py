@@ -13,10 +13,9 @@ import pandas as pd
 from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import peak_memory
 from wanlab.models.device import synchronise
+from wanlab.models.spec import COMPONENTS, EXPERTS
 from wanlab.models.taps import CallProxy, component_calls, intercept_calls
 
-COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
-EXPERTS = ("expert_high", "expert_low", "expert")
 OTHER = "other"  # scheduler, host code, transfers: everything outside the components
 BRANCHES = ("cond", "uncond")  # the order in which a guided step calls its expert
 

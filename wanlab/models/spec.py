@@ -9,6 +9,10 @@ from typing import Any
 
 from wanlab.core.errors import WanlabError, did_you_mean
 
+COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
+"""wanlab's names of networks, in the order in which a generation uses them; `expert` where a model has one only."""
+EXPERTS = ("expert_high", "expert_low", "expert")
+
 # The two halves of a VAE are two components: they run at different times and are converted apart.
 _VAE_HALVES = ("vae_encoder", "vae_decoder")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,8 +59,11 @@ def compiled_copy(network: torch.nn.Module) -> torch.nn.Module:
     return compiled
 
 
-def compile_blocks(model: Model) -> Model:
+def compile_blocks(model: Model, components: Collection[str] | None = None) -> Model:
     """The experts' blocks by torch.compile, see `compiled_copy`. The given model stays eager; both share every weight.
+
+    Args:
+        components: which experts; None takes all.
 
     Raises:
         WanlabError: no expert that is loaded has repeated blocks.
@@ -71,7 +74,9 @@ def compile_blocks(model: Model) -> Model:
     experts = {
         name: network
         for name, network in model.components.items()
-        if name.startswith("expert") and hasattr(network, "blocks")
+        if name.startswith("expert")
+        and hasattr(network, "blocks")
+        and (components is None or name in components)
     }
     if not experts:
         raise WanlabError(f"{model.spec.name} has no repeated blocks to compile")

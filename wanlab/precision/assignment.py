@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.export.components import component_spec
+from wanlab.models.networks import skeleton
+from wanlab.models.spec import EXPERTS, ModelSpec
 from wanlab.precision.formats import check_blocks, get_format
-from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float
+from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float, load_plan
 
 DEFAULT_LAYERS = ("blocks.*.attn?.to_[qkv]", "blocks.*.attn?.to_out.0", "blocks.*.ffn.net.*")
 """Linear layers of a Wan expert's blocks: projections of both attentions, and feed-forward."""
@@ -142,9 +146,6 @@ def _matches(pattern: str, known) -> list[str]:
             " see wanlab.precision.quantizable_layers for the names"
         )
     return found
-
-
-EXPERTS = ("expert_high", "expert_low", "expert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +284,27 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     ]  # fmt: skip
     types = {"block": "Int64", "first_step": "Int64", "last_step": "Int64", "rule": "Int64"}
     return Assignment(plan, dtype, frame[columns].astype(types))
+
+
+def assign_architecture(
+    plan: str | os.PathLike | Plan, model: str | ModelSpec, default: str | None = None
+) -> Assignment:
+    """A plan on the architecture of a model; no weight is read.
+
+    Args:
+        model: registry name, local folder, or what is known of it.
+        default: `"fp32"`, `"fp16"` or `"bf16"` of the networks, where the plan leaves it open; None takes bf16.
+
+    Raises:
+        WanlabError: as `load_plan`, `wanlab.models.get` and `assign`.
+    """
+    spec = model if isinstance(model, ModelSpec) else models.get(model)
+    parts = {name: spec.part(spec.part_of(name)) for name in spec.components if name in EXPERTS}
+    if not parts:
+        raise WanlabError(f"{spec.name} has no expert; plans are for transformers of a denoising loop")
+    plan = load_plan(plan)
+    dtype = default or ("bf16" if plan.default == AS_LOADED else None)
+    return assign(plan, {name: skeleton(part).to("meta") for name, part in parts.items()}, default=dtype)
 
 
 def weight_bits(format: str) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.formats import ELEMENT_TYPES
+
+if TYPE_CHECKING:
+    import torch  # plans and configurations are read before a run starts, where loading torch would be felt
 
 BLOCK_SIZES = (32, 64, 128)
 GRANULARITIES = ("tensor", "channel", "block")
@@ -49,6 +50,8 @@ class CodeKind:
     @property
     def encoded_dtype(self) -> torch.dtype:
         """`encoded`, as PyTorch has it."""
+        import torch
+
         return getattr(torch, self.encoded)
 
     @property
@@ -98,6 +101,8 @@ class NumericType:
 
     def scale(self, amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The scale that puts `amax` on the largest code, as `dtype` can hold it; of zeros 1."""
+        import torch
+
         # A scale that is subnormal in the graph's dtype is coarse, and engines may flush it to zero.
         smallest = torch.finfo(dtype).smallest_normal
         scale = torch.where(amax > 0, amax.float() / self.largest, 1.0)

@@ -16,7 +16,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.formats import PLAN_FLOATS
 from wanlab.core.paths import locate
-from wanlab.core.yaml_lines import read_yaml, spell
+from wanlab.core.yaml_lines import At, Document, read_yaml, spell
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = PLAN_FLOATS
@@ -289,23 +289,27 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
 
 def parse_plan(text: str, where: str = "the plan") -> Plan:
     """A plan from YAML text; `where` begins the messages. Raises as `load_plan`."""
-    document = read_yaml(text, where, "the plan")
-    data, refuse = document.data, document.refuse
+    return plan_at(read_yaml(text, where, "the plan"))
+
+
+def plan_at(document: Document, at: At = ()) -> Plan:
+    """The plan that stands at a place of a YAML document. Raises as `load_plan`."""
+    data, refuse = document.value(at), document.refuse
     if not isinstance(data, dict):
-        refuse((), "a plan is a mapping with name, default and rules")
-    document.known_fields(data, Plan)
+        refuse(at, "a plan is a mapping with name, default and rules")
+    document.known_fields(data, Plan, at)
     for index, rule in enumerate(data["rules"] if isinstance(data.get("rules"), list) else ()):
         if isinstance(rule, dict):
-            document.known_fields(rule, Rule, ("rules", index))
+            document.known_fields(rule, Rule, (*at, "rules", index))
             # One pattern, block or step needs no list or quotes.
             if isinstance(rule.get("layers"), str):
                 rule["layers"] = [rule["layers"]]
             for field in ("blocks", "steps"):
                 if isinstance(rule.get(field), int) and not isinstance(rule[field], bool):
                     rule[field] = str(rule[field])
-    plan = document.convert(Plan)
-    for path, said in plan.check():
-        refuse(path, said)
+    plan = document.convert(Plan, at)
+    for path, fault in plan.check():
+        refuse((*at, *path), fault)
     return plan
 
 

@@ -395,7 +395,8 @@ def load_plan_engines(
 
     Args:
         folder: that `export_plan` wrote.
-        provider: `"cpu"`, `"cuda"` or `"auto"` for ONNX Runtime; `"tensorrt"` for the engines of `build_plan`.
+        provider: `"cpu"`, `"cuda"` or `"auto"` for ONNX Runtime; `"tensorrt"` for the engines of `build_plan`; or another
+            engine that takes graphs of plans.
         components: which; None takes all.
         resident: keep the graphs of all steps open; False holds one of each expert, and opens the next when its step comes.
         options: as `wanlab.engines.OrtEngine`, or `TensorRTEngine`, takes them.
@@ -408,9 +409,10 @@ def load_plan_engines(
             in floats what the plan asked for in codes (`engine_effect_check`); as the engines.
     """
     graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
-    if provider not in PROVIDERS:
+    known = dict.fromkeys((*PROVIDERS, *(kind.name for kind in ENGINES.values() if kind.plans == "graph")))
+    if provider not in known:
         raise WanlabError(
-            f"unknown provider {provider!r}{did_you_mean(provider, PROVIDERS)}; give {', '.join(PROVIDERS)}"
+            f"unknown provider {provider!r}{did_you_mean(provider, known)}; give {', '.join(known)}"
         )
     for name in components or ():
         if name not in graphs.bands:
@@ -424,6 +426,8 @@ def load_plan_engines(
             kind = engine_kind(provider)
             engine_effect_check(graphs, path.relative_to(graphs.folder).as_posix())
             return kind.open(None, None, path.with_suffix(kind.suffixes[0]), **options)
+        if provider in ENGINES:
+            return engine_kind(provider).open(None, None, path, **options)
         return OrtEngine(path, provider=provider, **options)
 
     clock = None

@@ -1,10 +1,10 @@
-"""An engine and a plan together, proven or said to have had no effect; graphs are tried by 41_configuration."""
+"""A model opened in a configuration, proven or said to have had no effect; the whole measurement is 41_configuration's."""
 
 from __future__ import annotations
 
 import pytest
 
-from wanlab import models, precision
+from wanlab import configuration, models
 from wanlab.core.errors import WanlabError
 
 SIZE = {"height": 64, "width": 64, "frames": 5, "steps": 2}
@@ -16,14 +16,15 @@ def model():
 
 
 def test_the_default_is_the_model_itself(model, tmp_path):
-    used = precision.configure(model, tmp_path, **SIZE)
+    used = configuration.configure(model, "eager", tmp_path, **SIZE)
     assert used.model is model
     assert (used.effect, used.plan, used.label) == ("nothing asked", "default", "eager")
     assert used.weight_bytes == sum(part.memory_bytes for part in model.load.parts)
 
 
 def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
-    used = precision.configure(model, tmp_path, plan="ffn-int8", **SIZE, progress=False)
+    chosen = configuration.load_configuration(plan="ffn-int8")
+    used = configuration.configure(model, chosen, tmp_path, **SIZE, progress=False)
     assert (used.effect, used.label) == ("as asked", "eager ffn-int8")
     assert "layers of expert_high in int8" in used.proof
     assert "simulated on the CPU" in used.kernels
@@ -34,13 +35,13 @@ def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
         "expert_high",
         "expert_low",
     }  # one scale per layer on every engine
-    again = precision.configure(model, tmp_path, plan="ffn-int8", **SIZE, progress=False)
+    again = configuration.configure(model, chosen, tmp_path, **SIZE, progress=False)
     assert again.files == used.files
     assert len(list(tmp_path.glob("*/*/*/recording"))) == 1
 
 
 def test_what_changes_nothing_had_no_effect(model, tmp_path):
-    used = precision.configure(model, tmp_path, plan="all-fp32", **SIZE)
+    used = configuration.configure(model, configuration.load_configuration(plan="all-fp32"), tmp_path, **SIZE)
     assert used.effect == "no effect"
     assert "changed nothing" in used.proof
 
@@ -55,5 +56,5 @@ def test_what_changes_nothing_had_no_effect(model, tmp_path):
 )
 def test_unknown_names_are_told_before_anything_is_made(model, tmp_path, given, said):
     with pytest.raises(WanlabError, match=said):
-        precision.configure(model, tmp_path, **given)
+        configuration.configure(model, configuration.check_configuration(**given), tmp_path)
     assert not list(tmp_path.iterdir())

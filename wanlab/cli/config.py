@@ -1,0 +1,75 @@
+"""`wanlab config`: which configurations there are, what one says, and what it becomes on a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from wanlab.configuration.configuration import Configuration, configurations, load_configuration
+
+HELP = "list configurations, and say what one becomes on a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the configurations that come with wanlab")
+    show = actions.add_parser("show", help="a configuration as canonical YAML, with its hash")
+    explain = actions.add_parser(
+        "explain", help="engines, files, formats and checks on a model, without its weights"
+    )
+    for each in (show, explain):
+        each.add_argument("name", metavar="NAME", help="YAML file, or a name of `wanlab config list`")
+    explain.add_argument(
+        "--model", default="wan-nano", help="registry name or local folder (default: %(default)s)"
+    )
+    explain.add_argument(
+        "--engines",
+        default="outputs/configured",
+        metavar="DIR",
+        help="folder of converted networks (default: %(default)s)",
+    )
+    explain.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    for name, unit in (("height", "pixels"), ("width", "pixels"), ("frames", "frames of the video")):
+        explain.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the model's)")
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.action == "list":
+        known = configurations()
+        width = max(map(len, known), default=0)
+        for name, configuration in known.items():
+            print(f"{name:{width}}  {configuration.about}")
+        return 0
+    configuration = load_configuration(options.name)
+    if options.action == "show":
+        print(f"# {configuration.hash}\n{configuration.to_yaml()}", end="")
+        return 0
+    return _explain(configuration, options)
+
+
+def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
+    from wanlab.configuration.explain import explain  # loads torch
+
+    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
+    explanation = explain(configuration, options.model, options.engines, device=options.device, **size)
+    clip = "{height}x{width}x{frames}".format(**explanation.size)
+    print(f"{configuration.name} ({configuration.hash[:12]}) on {explanation.model}, {clip} pixels")
+    if configuration.about:
+        print(configuration.about)
+    print("\nengines")
+    for row in explanation.components.itertuples():
+        plan = f", plan {configuration.plan_name} {row.plan}" if row.plan else ""
+        print(f"  {row.component:13} {row.title}{plan}{f'  {row.file}' if row.file else ''}")
+    if explanation.formats is not None:
+        print(f"\nformats by plan {configuration.plan_name}")
+        for row in explanation.formats.itertuples():
+            print(
+                f"  {row.component:13} {row.format:12} {row.layers:6,} layers {row.size_bytes / 2**20:10,.1f} MiB"
+                f" {row.weights_percent:6.1f} % of weights {row.flop_percent:6.1f} % of operations"
+            )
+    print("\nthis machine lacks")
+    for line in explanation.missing or ("nothing",):
+        print(f"  {line}")
+    print("\nchecked when it is opened")
+    for line in explanation.checks:
+        print(f"  {line}")
+    return 0

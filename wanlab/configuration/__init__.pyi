@@ -1,0 +1,12 @@
+from .configuration import Configuration as Configuration
+from .configuration import configurations as configurations
+from .configuration import load_configuration as load_configuration
+from .configuration import parse_configuration as parse_configuration
+from .configuration import save_configuration as save_configuration
+from .configure import Configured as Configured
+from .configure import check_configuration as check_configuration
+from .configure import configure as configure
+from .configure import missing as missing
+from .explain import Explanation as Explanation
+from .explain import explain as explain
+from .isolated import measure_isolated as measure_isolated

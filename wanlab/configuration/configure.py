@@ -1,0 +1,471 @@
+"""A model opened in one configuration: networks made ready and opened, the plan applied, the effect checked."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from wanlab.configuration.configuration import Configuration, load_configuration
+from wanlab.core.errors import WanlabError
+from wanlab.engines.base import Engine
+from wanlab.engines.pipeline import use
+from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
+from wanlab.export.export import Traces
+from wanlab.models.pipeline import Model
+from wanlab.models.spec import EXPERTS
+from wanlab.models.variants import compile_blocks
+from wanlab.precision.apply import Applied, apply_plan, experts_of
+from wanlab.precision.assignment import assign
+from wanlab.precision.calibration import read_calibration
+from wanlab.precision.calibration_data import plan_ranges
+from wanlab.precision.check_graph import graph_effect_check
+from wanlab.precision.check_torch import Effect, effect_check
+from wanlab.precision.plan import Plan
+from wanlab.precision.plan_engines import load_plan_engines
+from wanlab.precision.plan_graphs import export_plan, read_plan_graphs
+
+COMPILED = "compiled"
+AS_ASKED, NO_EFFECT, NOTHING_ASKED = "as asked", "no effect", "nothing asked"
+GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Configured:
+    """A model in one configuration.
+
+    Attributes:
+        model: generates by it. original: the model it was made from, as it was loaded.
+        configuration: what was asked for.
+        effect: `"as asked"`, `"no effect"`, or `"nothing asked"` where the configuration is that of the original.
+        proof: what the effect check saw, in a sentence or two. kernels: what multiplies.
+        frame: of the plan's effect check: a row per component and format; None without a plan.
+        weight_bytes: of all components as this configuration holds them, or keeps them in its files.
+        prepare_ms: converting, rounding, calibrating, compiling; little where it was done before.
+        files: what a fresh process needs to open the same configuration, as JSON values; see `measure_isolated`.
+    """
+
+    model: Model
+    original: Model
+    configuration: Configuration
+    effect: str
+    proof: str
+    kernels: str
+    frame: pd.DataFrame | None
+    weight_bytes: int
+    prepare_ms: float
+    files: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> str:
+        """Its engines in one word for tables."""
+        return self.configuration.engine
+
+    @property
+    def plan(self) -> str:
+        """The name of its plan; `"default"` where it has none."""
+        return self.configuration.plan_name
+
+    @property
+    def rules(self) -> Plan | None:
+        """The plan itself."""
+        return self.configuration.plan
+
+    @property
+    def weights_gib(self) -> float:
+        return self.weight_bytes / GIB
+
+    @property
+    def label(self) -> str:
+        return self.configuration.label
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Component -> the file that its engine opened, of components without a plan whose engines open files."""
+        return {name: Path(path) for name, path in self.files["networks"].items() if path is not None}
+
+
+def check_configuration(
+    configuration: str | os.PathLike | Configuration | None = None,
+    *,
+    engine: str = EAGER,
+    plan: str | os.PathLike | Plan = "default",
+) -> Configuration:
+    """The configuration, after a look at everything that can be known before a model is loaded.
+
+    Args: as `load_configuration`.
+
+    Raises:
+        WanlabError: as `load_configuration`, or this machine lacks what one of its engines needs.
+    """
+    configuration = load_configuration(configuration, engine=engine, plan=plan)
+    for line in missing(configuration):
+        raise WanlabError(line)
+    return configuration
+
+
+def missing(
+    configuration: Configuration,
+    components: Iterable[str] | None = None,
+    device: torch.device | str | None = None,
+) -> list[str]:
+    """What this machine lacks for a configuration: a line for each engine that cannot run here.
+
+    Args:
+        components: of the model; None looks at all engines that the configuration names.
+        device: that the model is on; None takes a GPU where there is one.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    named = _engine_names(configuration, components)
+    lines = []
+    for kind in map(engine_kind, named):
+        if kind.missing():
+            lines.append(kind.missing())
+        elif set(kind.labels.values()) == {"cuda"} and place != "cuda":
+            lines.append(
+                f"{kind.title} runs on NVIDIA GPUs and this model is on the CPU; choose another engine here"
+            )
+    return lines
+
+
+def _engine_names(configuration: Configuration, components: Iterable[str] | None) -> list[str]:
+    if components is not None:
+        return list(dict.fromkeys(map(configuration.engine_of, components)))
+    engines = configuration.engines
+    return [engines] if isinstance(engines, str) else list(dict.fromkeys(engines.values()))
+
+
+def configure(
+    model: Model,
+    configuration: str | os.PathLike | Configuration,
+    folder: str | os.PathLike,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    examples: Sequence | None = None,
+    progress: bool = True,
+) -> Configured:
+    """Open a configuration on a model, and prove that it is applied.
+
+    A plan is applied layer by layer (`precision.apply_plan`) where PyTorch runs the experts: products of codes on GPUs that
+    have them, simulated on the CPU. Engines that open graphs get Q/DQ graphs of the experts (`precision.export_plan`).
+    Inputs that a plan rounds are scaled by one calibration on recorded inputs, the same on every engine, so that a plan
+    means the same arithmetic everywhere.
+
+    What was converted and calibrated for this size before is reused. A lock on the folder lets several runs share it.
+
+    Args:
+        model: from `wanlab.models.load`, eager; it stays as it is.
+        configuration: or its name, or its file.
+        folder: of converted networks and calibrations, of all models and sizes.
+        height, width, frames, steps, guidance_scale: of the videos it is for (pixels, pixels, frames, denoising steps);
+            None takes the model's defaults.
+        examples: generations that a plan's inputs are calibrated on, as `precision.record_inputs` takes them; None takes
+            two of `precision.nano_examples`.
+        progress: show bars.
+
+    Raises:
+        WanlabError: as `load_configuration`; what this machine lacks; a plan that does not fit the model; as the exports,
+            builders and engines.
+    """
+    begin = time.perf_counter()
+    configuration = load_configuration(configuration)
+    for line in missing(configuration, model.components, model.device):
+        raise WanlabError(line)
+    defaults = model.spec.defaults
+    sizes = {"height": height, "width": width, "frames": frames}
+    sizes = {name: getattr(defaults, name) if value is None else value for name, value in sizes.items()}
+    settings = sizes | {
+        "steps": defaults.steps if steps is None else steps,
+        "guidance_scale": defaults.guidance_scale if guidance_scale is None else guidance_scale,
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    place = files_folder(folder, model.spec.name, model.load.weights, dtype, sizes)
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"):  # one process makes files, others wait and find them made
+        files = _prepare(model, configuration, place, settings, sizes, examples, progress)
+        opened = open_files(model, configuration, files)
+    checks = _check(model, configuration, opened, settings)
+    if configuration.plan is None and all(name == EAGER for name in opened.kinds.values()):
+        effect, proof = NOTHING_ASKED, "the model as it was loaded"
+    else:
+        effect = AS_ASKED if all(check.passed for check in checks) else NO_EFFECT
+        proof = " ".join(check.sentence for check in checks)
+    frames = [check.frame for check in checks if check.frame is not None]
+    return Configured(
+        model=opened.model,
+        original=model,
+        configuration=configuration,
+        effect=effect,
+        proof=proof,
+        kernels=_kernels(opened, model.device.type),
+        frame=pd.concat(frames, ignore_index=True) if frames else None,
+        weight_bytes=_weight_bytes(opened),
+        prepare_ms=(time.perf_counter() - begin) * 1e3,
+        files=files,
+    )
+
+
+def files_folder(
+    folder: str | os.PathLike, model: str, weights: str, dtype: str, sizes: Mapping[str, int]
+) -> Path:
+    """Where the files of one model and size lie, below the folder of all of them."""
+    return Path(folder) / f"{model}-{weights}-{dtype}" / "{width}x{height}x{frames}".format(**sizes)
+
+
+def plan_folder(place: Path, plan: Plan) -> Path:
+    """Where the graphs of a plan lie, in the folder of one model and size."""
+    return place / f"plan-{plan.hash[:12]}"
+
+
+def graphs_folder(place: Path) -> Path:
+    """Where converted networks without a plan lie, in the folder of one model and size."""
+    return place / "graphs"
+
+
+def planned_in_graphs(configuration: Configuration, components: Iterable[str]) -> list[str]:
+    """The experts whose engine takes the plan as a graph; none without a plan."""
+    return [
+        name
+        for name in components
+        if configuration.plan is not None
+        and name in EXPERTS
+        and engine_kind(configuration.engine_of(name)).plans == "graph"
+    ]
+
+
+def _prepare(
+    model: Model,
+    configuration: Configuration,
+    place: Path,
+    settings: Mapping[str, Any],
+    sizes: dict[str, int],
+    examples: Sequence | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Calibrate, export and build; what is current already is found.
+
+    Returns:
+        JSON values: `calibrations` (component -> file), `plan_graphs` (folder, or None), `networks` (component -> the file
+        that its engine opens, or None where it opens none; without those of the plan's graphs).
+    """
+    plan = configuration.plan
+    ranges = plan_ranges(model, plan, place, examples=examples, progress=progress, **settings)
+    in_graphs, graphs = planned_in_graphs(configuration, model.components), None
+    if in_graphs:
+        calibrations = {name: calibration for name, (_, calibration) in ranges.items()}
+        options = {"dynamic": False, "progress": progress, **sizes}
+        graphs = export_plan(model, plan, plan_folder(place, plan), calibrations, **options)
+        for name in in_graphs:
+            kind, own = _kind_and_settings(configuration, name)
+            for graph in graphs.graphs_of(name) if kind.build is not None else ():
+                kind.build(
+                    graphs.folder / graph, device=model.device.type, progress=progress, **kind.building(own)
+                )
+    networks: dict[str, str | None] = {}
+    traces = Traces()
+    left = [
+        name for name in model.components if name not in in_graphs and not _by_pytorch(configuration, name)
+    ]
+    bar = tqdm(left, desc="engines", unit="component", leave=False, disable=not progress)
+    for name in bar:
+        kind, own = _kind_and_settings(configuration, name)
+        bar.set_postfix_str(f"{name} on {kind.name}")
+        path = prepare_component(
+            kind.name, model, name, graphs_folder(place), size=sizes, progress=progress, traces=traces, **own
+        )
+        networks[name] = None if path is None else str(path)
+    return {
+        "calibrations": {name: str(path) for name, (path, _) in ranges.items()},
+        "plan_graphs": None if graphs is None else str(graphs.folder),
+        "networks": networks,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A configuration opened from its files.
+
+    Attributes:
+        model: generates by it. kinds: component -> name of its engine.
+        engines: component -> engine, of those that PyTorch does not run inside the pipeline.
+        applied: the plan in PyTorch; None where there is none. in_pytorch: the experts that run in it.
+        networks: component -> network in PyTorch, of components whose engine has no file.
+        load_ms: from files to networks that can run: weights into PyTorch and the plan applied, or files into sessions.
+    """
+
+    model: Model
+    kinds: dict[str, str]
+    engines: dict[str, Engine]
+    applied: Applied | None
+    in_pytorch: tuple[str, ...]
+    plan_graphs: str | None
+    networks: dict[str, torch.nn.Module]
+    load_ms: float
+
+
+def open_files(
+    model: Model, configuration: Configuration, files: Mapping[str, Any], *, in_place: bool = False
+) -> Opened:
+    """Open a configuration whose files `configure` made.
+
+    Args:
+        model: as it was loaded. in_place: the plan may replace its layers, which spares memory.
+        files: of `Configured.files`.
+
+    Raises:
+        WanlabError: a file is gone or was changed; as the engines.
+    """
+    plan, in_graphs = configuration.plan, planned_in_graphs(configuration, model.components)
+    in_pytorch = tuple(
+        name for name in model.components if plan is not None and name in EXPERTS and name not in in_graphs
+    )
+    used, applied, begin = model, None, time.perf_counter()
+    if in_pytorch:
+        ranges = {name: read_calibration(path) for name, path in files["calibrations"].items()}
+        applied = apply_plan(model, plan, ranges, in_place=in_place)
+        used = applied.model
+    plan_ms = (time.perf_counter() - begin) * 1e3
+    kinds = {name: configuration.engine_of(name) for name in model.components}
+    networks = dict(used.components)
+    compiled = [name for name, kind in kinds.items() if kind == COMPILED and name in EXPERTS]
+    used = compile_blocks(used, compiled) if compiled else used
+    opened: dict[str, Engine] = {}
+    for name, path in files["networks"].items():
+        kind, own = _kind_and_settings(configuration, name)
+        source = used if kind.plans == "torch" else model
+        opened[name] = kind.open(source, name, None if path is None else Path(path), **kind.opening(own))
+    opened |= _open_planned(configuration, in_graphs, files["plan_graphs"], model.device)
+    filed = {name for name in opened if name in in_graphs or files["networks"][name] is not None}
+    networks = {name: network for name, network in networks.items() if name not in filed}
+    parts = {model.spec.part_of(name) for name in networks}
+    load_ms = sum(part.time_ms for part in model.load.parts if part.part in parts)
+    load_ms += sum(engine.load_ms for engine in opened.values())
+    return Opened(
+        model=use(used, opened) if opened else used,
+        kinds=kinds,
+        engines=opened,
+        applied=applied,
+        in_pytorch=in_pytorch,
+        plan_graphs=files["plan_graphs"],
+        networks=networks,
+        load_ms=load_ms + (plan_ms if applied is not None else 0.0),
+    )
+
+
+def _open_planned(
+    configuration: Configuration, components: Sequence[str], folder: str | None, device: torch.device
+) -> dict[str, Engine]:
+    engines: dict[str, Engine] = {}
+    for name in dict.fromkeys(map(configuration.engine_of, components)):
+        mine = tuple(component for component in components if configuration.engine_of(component) == name)
+        kind, own = _kind_and_settings(configuration, mine[0])
+        options = kind.opening(own)
+        provider = options.pop("provider", device.type) if "provider" in kind.open_settings else kind.name
+        engines |= load_plan_engines(folder, provider, components=mine, **options)
+    return engines
+
+
+def _kind_and_settings(configuration: Configuration, component: str) -> tuple[EngineKind, dict[str, Any]]:
+    name = configuration.engine_of(component)
+    return engine_kind(name), dict(configuration.settings.get(name, {}))
+
+
+def _by_pytorch(configuration: Configuration, component: str) -> bool:
+    """Whether PyTorch runs the component inside the pipeline, so that no engine is opened for it."""
+    name = configuration.engine_of(component)
+    return name == EAGER or (name == COMPILED and component in EXPERTS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """One effect check: whether it passed, what it saw, and its table where it has one."""
+
+    passed: bool
+    sentence: str
+    frame: pd.DataFrame | None = None
+
+
+def _check(
+    model: Model, configuration: Configuration, opened: Opened, settings: Mapping[str, Any]
+) -> list[_Check]:
+    checks = []
+    if opened.applied is not None:
+        checks.append(_effect(lambda: effect_check(model, opened.applied), opened.in_pytorch))
+    if opened.plan_graphs is not None:
+        graphs = read_plan_graphs(opened.plan_graphs, check=False)
+        assignment = assign(graphs.plan, experts_of(model), default=graphs.facts["settings"]["default"])
+        for component in planned_in_graphs(configuration, model.components):
+            for first, _, graph in graphs.bands[component]:
+                path = graphs.folder / graph
+                checks.append(
+                    _effect(lambda c=component, p=path, s=first: graph_effect_check(assignment, c, p, step=s))
+                )
+    if any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items()):
+        checks.append(_compiles(opened.model, settings))
+    for name in dict.fromkeys(opened.kinds[component] for component in opened.engines):
+        asked = [component for component in opened.engines if opened.kinds[component] == name]
+        kind = engine_kind(name)
+        on = sum(_runs_on(opened.model.engines[component], kind) for component in asked)
+        sentence = f"{on} of {len(opened.kinds)} networks run in {kind.title}."
+        checks.append(_Check(on == len(asked), sentence))
+    return checks
+
+
+def _runs_on(label: str, kind: EngineKind) -> bool:
+    found = kind_of_label(label)
+    return found is not None and found.name == kind.name
+
+
+def _effect(check, components: Collection[str] = ()) -> _Check:
+    """A check that fails says that there was no effect, and why; other mistakes were raised before it."""
+    try:
+        effect: Effect = check()
+    except WanlabError as error:
+        return _Check(False, f"{error}.")
+    frame = effect.frame
+    return _Check(True, str(effect), frame[frame["component"].isin(components)] if components else frame)
+
+
+def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
+    """Whether a generation made the compiler compile; it is also the warm-up in which that happens.
+
+    What is generated does not matter to the compiler, only its size: the image is noise and the prompt is empty.
+    """
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    image = np.random.default_rng(0).random((settings["height"], settings["width"], 3), dtype=np.float32)
+    model.generate(image, "", output="latent", **settings)
+    count = counters["unique_graphs"] - before
+    return _Check(count > 0, f"torch.compile made {count} graph{'s' * (count != 1)} of the experts' blocks.")
+
+
+def _kernels(opened: Opened, device: str) -> str:
+    """What multiplies: the plan's kernels in PyTorch, then engines and where they run."""
+    parts = [opened.applied.kernels] if opened.applied is not None else []
+    for name in dict.fromkeys(opened.kinds[component] for component in opened.engines):
+        parts.append(f"{engine_kind(name).title} on {device}")
+    return "; ".join(parts)
+
+
+def _weight_bytes(opened: Opened) -> int:
+    """Weights and buffers of networks in PyTorch, shared ones once, and the files of the other components."""
+    tensors = {
+        id(tensor): tensor.nbytes
+        for network in dict.fromkeys(opened.networks.values())
+        for tensor in (*network.parameters(), *network.buffers())
+    }
+    filed = [engine for name, engine in opened.engines.items() if name not in opened.networks]
+    return sum(tensors.values()) + sum(engine.size_bytes for engine in filed)

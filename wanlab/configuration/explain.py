@@ -1,0 +1,136 @@
+"""What a configuration becomes on a model: engines and files by component, layers and bytes by format; reads no weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from wanlab import models
+from wanlab.configuration.configuration import Configuration, load_configuration
+from wanlab.configuration.configure import (
+    COMPILED,
+    files_folder,
+    graphs_folder,
+    missing,
+    plan_folder,
+    planned_in_graphs,
+)
+from wanlab.engines.registry import EAGER, EngineKind, engine_kind
+from wanlab.models.loading import resolve
+from wanlab.models.shapes import latent_shape
+from wanlab.models.spec import EXPERTS, ModelSpec
+from wanlab.precision.assignment import assign_architecture
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """A configuration on a model.
+
+    Attributes:
+        components: a row each: component, engine, title, plan (`"in PyTorch"`, `"in the graph"` or `""`), file (where what the
+            engine opens lies once it is made; `""` where nothing is made).
+        formats: a row per component and format: component, format, layers, weights, size_bytes, bits_per_weight,
+            weights_percent, flop_percent; None without a plan.
+        missing: what this machine lacks, a line each. checks: what `configure` will check, a sentence each.
+        size: of the videos that files and operations are for: height and width in pixels, frames.
+    """
+
+    configuration: Configuration
+    model: str
+    components: pd.DataFrame
+    formats: pd.DataFrame | None
+    missing: tuple[str, ...]
+    checks: tuple[str, ...]
+    size: dict[str, int]
+
+
+def explain(
+    configuration: str | os.PathLike | Configuration,
+    model: str = "wan-nano",
+    folder: str | os.PathLike = "outputs/configured",
+    *,
+    device: str = "auto",
+    **size: int | None,
+) -> Explanation:
+    """Resolve a configuration on a model.
+
+    Args:
+        configuration: or its name, or its file.
+        model: registry name, local folder or hub id. folder: as `configure` takes it.
+        device: `"auto"`, `"cpu"`, `"cuda"`.
+        size: height, width, frames; the model's defaults where not given.
+
+    Raises:
+        WanlabError: as `load_configuration` and `wanlab.models.get`; a plan that does not fit the model.
+    """
+    configuration, spec = load_configuration(configuration), models.get(model)
+    place, dtype = resolve(device, "auto")
+    size = {name: size.get(name) or getattr(spec.defaults, name) for name in ("height", "width", "frames")}
+    files = files_folder(folder, spec.name, "pretrained", str(dtype).removeprefix("torch."), size)
+    in_graphs = planned_in_graphs(configuration, spec.components)
+    rows = [_row(configuration, name, files, name in in_graphs) for name in spec.components]
+    formats = None
+    if configuration.plan is not None:
+        tokens = latent_shape(spec, size["height"], size["width"], size["frames"]).tokens
+        short = {"float32": "fp32", "float16": "fp16"}.get(str(dtype).removeprefix("torch."), "bf16")
+        default = short if configuration.plan.default == "model" else None
+        assignment = assign_architecture(configuration.plan, spec, default)
+        formats = assignment.cost(tokens, spec.defaults.text_tokens)
+    return Explanation(
+        configuration,
+        spec.name,
+        pd.DataFrame(rows),
+        formats,
+        tuple(missing(configuration, spec.components, place)),
+        tuple(_checks(configuration, spec, in_graphs)),
+        size,
+    )
+
+
+def _row(configuration: Configuration, component: str, files: Path, in_graph: bool) -> dict[str, str]:
+    kind = engine_kind(configuration.engine_of(component))
+    planned = configuration.plan is not None and component in EXPERTS
+    return {
+        "component": component,
+        "engine": kind.name,
+        "title": kind.title,
+        "plan": ("in the graph" if in_graph else "in PyTorch") if planned and kind.plans else "",
+        "file": _file(
+            kind, component, plan_folder(files, configuration.plan) if in_graph else graphs_folder(files)
+        ),
+    }
+
+
+def _file(kind: EngineKind, component: str, folder: Path) -> str:
+    if kind.prepare is None:
+        return ""
+    return str(folder / f"{component}{kind.suffixes[0] if kind.suffixes else '.*'}")
+
+
+def _checks(configuration: Configuration, spec: ModelSpec, in_graphs: list[str]) -> list[str]:
+    by_engine: dict[str, list[str]] = {}
+    for name in spec.components:
+        by_engine.setdefault(configuration.engine_of(name), []).append(name)
+    plan, experts = configuration.plan, [name for name in spec.components if name in EXPERTS]
+    checks = []
+    in_pytorch = [name for name in experts if plan is not None and name not in in_graphs]
+    if in_pytorch:
+        checks.append(
+            f"plan {plan.name} on {' and '.join(in_pytorch)}: weights, operators and, on a GPU, kernels, layer by layer"
+        )
+    if in_graphs:
+        checks.append(
+            f"plan {plan.name} on {' and '.join(in_graphs)}: the types of every layer's nodes in the graph"
+        )
+    for name, components in by_engine.items():
+        compiled = [component for component in components if name == COMPILED and component in EXPERTS]
+        if compiled:
+            checks.append(f"torch.compile makes graphs of the blocks of {' and '.join(compiled)}")
+        elif name != EAGER:
+            checks.append(
+                f"{len(components)} of {len(spec.components)} networks run in {engine_kind(name).title}"
+            )
+    return checks or ["nothing: this is the model as it was loaded"]

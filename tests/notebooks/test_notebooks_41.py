@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from wanlab import runs
+from wanlab import configuration, runs
 
 pytestmark = pytest.mark.notebook
 SUMMARY = {
@@ -29,6 +30,10 @@ def test_the_original_is_its_own_baseline(run_notebook, outputs):
     size = {"height": 64, "width": 64, "frames": 5}
     done_work = {"model": "wan-nano", "weights": "pretrained", "guided": True, "seed": 0, "steps": 4}
     assert result.work == runs.Work(**size, **done_work)
+    chosen = configuration.load_configuration("eager")
+    record = json.loads((done.folder / "run.json").read_text())
+    assert record["configuration"] == {"name": "eager", "hash": chosen.hash}
+    assert record["inputs"]["configuration"] == chosen.hash
     folder = next(outputs.glob("41_configuration/*/run.json")).parent
     assert all((folder / "artifacts" / f"{name}.mp4").is_file() for name in ("video", "original", "truth"))
     assert len(done.page.select("video")) == 3

@@ -7,7 +7,7 @@ import argparse
 from wanlab import models
 from wanlab.models.shapes import latent_shape
 from wanlab.precision.assignment import Assignment, assign_architecture
-from wanlab.precision.plan import PRESETS, load_plan
+from wanlab.precision.plan import PRESETS
 
 HELP = """List the precision plans that come with wanlab, show which formats one gives the layers of a model, or
 explain why a layer has its format. No weight is read."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +292,7 @@ def load_configuration(
     return configuration
 
 
-def identity(parameters: dict[str, Any]) -> dict[str, str] | None:
+def identity(parameters: Mapping[str, Any]) -> dict[str, str] | None:
     """Name and hash of the configuration that a notebook's parameters name; None where it has no parameter `configuration`.
 
     Raises:

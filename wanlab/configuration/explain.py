@@ -30,8 +30,8 @@ class Explanation:
     """A configuration on a model.
 
     Attributes:
-        components: a row each: component, engine, title, plan (`"in PyTorch"`, `"in the graph"` or `""`), file (where what the
-            engine opens lies once it is made; `""` where nothing is made).
+        components: a row each: component, engine, title, plan (`"in PyTorch"`, `"in the graph"` or `""`), file (where what
+            the engine opens lies once it is made; `""` where nothing is made).
         formats: a row per component and format: component, format, layers, weights, size_bytes, bits_per_weight,
             weights_percent, flop_percent; None without a plan.
         missing: what this machine lacks, a line each. checks: what `configure` will check, a sentence each.

@@ -20,6 +20,9 @@ from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, checked, read_schema
 from wanlab.runs.prepare import prepare
 
+CONFIGURED_BY = ("configuration", "plan", "engine")
+"""Parameters that name a configuration; what is wrong with it is told at the first that varies."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -321,7 +324,14 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
         if any(fits(point, wanted) for wanted in part.exclude):
             continue
         for repeat in range(1, part.repeats + 1):
-            ready = prepare(notebook, fixed | point, output=root, name=file.grid.name, repeat=repeat)
+            try:
+                ready = prepare(notebook, fixed | point, output=root, name=file.grid.name, repeat=repeat)
+            except (
+                WanlabError
+            ) as error:  # a configuration that does not exist, or an engine that cannot take a plan
+                named = next((name for name in CONFIGURED_BY if name in point), None)
+                place = (*_owner((*at, "axes"), named, file), named) if named else at
+                file.document.refuse(place, f"{_words(point)}: {error}" if point else str(error))
             yield Task(
                 label=label(
                     point, notebook.stem if several or not point else "", repeat if part.repeats > 1 else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import wanlab
 from wanlab import models
+from wanlab.configuration.configuration import identity
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_digest, now, plain
 from wanlab.core.paths import PACKAGE, PACKAGED, default_outputs, find_notebook, locate
@@ -134,7 +135,13 @@ def _digest_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each parameter value that is a file: the same path with new content is another run."""
+    """Digest of each parameter value that is a file: the same path with new content is another run.
+
+    Of `configuration` it is the hash of what the configuration does, also where `engine` and `plan` name it.
+
+    Raises:
+        WanlabError: there is no such configuration, or its file has a mistake.
+    """
     found = {}
     for name, value in parameters.items():
         if (
@@ -145,7 +152,8 @@ def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
             and os.path.isfile(path := locate(value))
         ):
             found[name] = file_digest(path)
-    return found
+    configuration = identity(parameters)
+    return found if configuration is None else found | {"configuration": configuration["hash"]}
 
 
 def header(
@@ -167,6 +175,7 @@ def header(
         "parameters": plain(dict(values)),
         "schema": described,
         "plan": plan,
+        "configuration": identity(values),
         "weights": weights,
         "inputs": dict(inputs),
         "repeat": repeat,

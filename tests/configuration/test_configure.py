@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from wanlab import configuration, models
+from wanlab import configuration, models, precision
 from wanlab.core.errors import WanlabError
+from wanlab.engines import registry
 
 SIZE = {"height": 64, "width": 64, "frames": 5, "steps": 2}
 
@@ -57,4 +59,114 @@ def test_what_changes_nothing_had_no_effect(model, tmp_path):
 def test_unknown_names_are_told_before_anything_is_made(model, tmp_path, given, said):
     with pytest.raises(WanlabError, match=said):
         configuration.configure(model, configuration.check_configuration(**given), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+TOY = '''
+"""PyTorch, whose output is negated twice."""
+
+from wanlab.engines.registry import EngineKind, register
+from wanlab.engines.torch import TorchEngine
+
+
+class NegatedEngine(TorchEngine):
+    def __init__(self, model, component):
+        super().__init__(model, component)
+        self.name, forward = "negated", self._call
+        self._call = lambda *inputs: -(-1 * forward(*inputs))
+
+
+def open_negated(model, component, path):
+    return NegatedEngine(model, component)
+
+
+register(EngineKind("negated", "Negated twice", "#123456", open=open_negated))
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of converted networks, shared by the tests below."""
+    return tmp_path_factory.mktemp("configured")
+
+
+@pytest.fixture(scope="module")
+def request_of_a_video():
+    example = precision.nano_examples(1)[0]
+    return {"image": np.asarray(example.image), "prompt": example.prompt, "seed": 3} | SIZE
+
+
+def difference(model, used, video) -> float:
+    """Largest difference of a pixel in [0, 1] between the videos of two models."""
+    return float(np.abs(model.generate(**video).video - used.model.generate(**video).video).max())
+
+
+def test_every_component_runs_on_its_own_engine(model, folder, request_of_a_video):
+    chosen = configuration.Configuration(
+        name="mixed",
+        engines={"expert_low": "onnxruntime", "vae_*": "streamed_vae"},
+        settings={"onnxruntime": {"threads": 1}},
+    )
+    used = configuration.configure(model, chosen, folder, **SIZE, progress=False)
+    assert used.model.engines == {
+        "text_encoder": "eager",
+        "vae_encoder": "onnxruntime-cpu-streamed",
+        "expert_high": "eager",
+        "expert_low": "onnxruntime-cpu",
+        "vae_decoder": "onnxruntime-cpu-streamed",
+    }
+    assert (used.effect, used.label, used.engine) == ("as asked", "mixed", "onnxruntime + streamed_vae")
+    assert "1 of 5 networks run in ONNX Runtime. " in used.proof + " "
+    assert "2 of 5 networks run in ONNX Runtime, VAE chunk by chunk." in used.proof
+    assert set(used.paths) == {"vae_encoder", "expert_low", "vae_decoder"}
+    assert all(path.is_file() for path in used.paths.values())
+    assert difference(model, used, request_of_a_video) < 1e-3
+    alone = configuration.measure_isolated(used, **request_of_a_video)
+    assert all(alone[name] > 0 for name in ("peak_memory_gib", "load_ms", "first_video_ms"))
+    exported = {path: path.stat().st_mtime_ns for path in used.paths.values()}
+    again = configuration.configure(model, chosen, folder, **SIZE, progress=False)
+    assert again.files == used.files
+    assert {path: path.stat().st_mtime_ns for path in again.paths.values()} == exported
+
+
+def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model, folder, request_of_a_video):
+    plan = precision.load_plan("uniform-int8-weight")
+    chosen = configuration.Configuration(name="halves", engines={"expert_low": "onnxruntime"}, plan=plan)
+    used = configuration.configure(model, chosen, folder, **SIZE, progress=False)
+    assert used.effect == "as asked"
+    assert "expert_low.onnx computes expert_low by plan uniform-int8-weight: 66 of 66 layers" in used.proof
+    assert list(used.frame["component"]) == ["expert_high", "expert_low"]
+    assert used.model.engines["expert_high"] == "eager"
+    assert used.weight_bytes < 0.8 * sum(part.memory_bytes for part in model.load.parts)
+    everywhere = configuration.configure(model, "onnxruntime-int8-weights", folder, **SIZE, progress=False)
+    assert everywhere.effect == "as asked"
+    assert list(everywhere.frame["component"]) == ["expert_high", "expert_low"]
+    assert everywhere.weight_bytes < used.weight_bytes
+    assert difference(used.model, everywhere, request_of_a_video) < 0.02  # the same plan by other kernels
+
+
+def test_an_engine_of_ones_own_is_configured_and_measured(
+    model, folder, request_of_a_video, tmp_path, monkeypatch
+):
+    file = tmp_path / "negated.py"
+    file.write_text(TOY)
+    monkeypatch.setenv(registry.VARIABLE, str(file))  # for the process of its own
+    registry._load_files(str(file))
+    try:
+        used = configuration.configure(
+            model, configuration.Configuration(name="toy", engines={"expert*": "negated"}), folder, **SIZE
+        )
+        assert used.model.engines["expert_high"] == used.model.engines["expert_low"] == "negated"
+        assert (used.effect, used.proof) == ("as asked", "2 of 5 networks run in Negated twice.")
+        assert used.weight_bytes == sum(part.memory_bytes for part in model.load.parts)
+        assert difference(model, used, request_of_a_video) == 0
+        assert configuration.measure_isolated(used, **request_of_a_video)["load_ms"] > 0
+        assert configuration.load_configuration(engine="negated").engine_of("vae_decoder") == "negated"
+    finally:
+        del registry.ENGINES["negated"]
+
+
+def test_what_cannot_run_here_is_one_line(model, tmp_path):
+    with pytest.raises(WanlabError, match="TensorRT"):
+        configuration.configure(model, configuration.load_configuration(engine="tensorrt"), tmp_path, **SIZE)
     assert not list(tmp_path.iterdir())

@@ -56,9 +56,17 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     if configuration.about:
         print(configuration.about)
     print("\nengines")
-    for row in explanation.components.itertuples():
-        plan = f", plan {configuration.plan_name} {row.plan}" if row.plan else ""
-        print(f"  {row.component:13} {row.title}{plan}{f'  {row.file}' if row.file else ''}")
+    rows = [
+        (
+            row.component,
+            row.title + (f", plan {configuration.plan_name} {row.plan}" if row.plan else ""),
+            row.file,
+        )
+        for row in explanation.components.itertuples()
+    ]
+    width = max(len(engine) for _, engine, _ in rows)
+    for component, engine, file in rows:
+        print(f"  {component:13} {engine:{width}}  {file}".rstrip())
     if explanation.formats is not None:
         print(f"\nformats by plan {configuration.plan_name}")
         for row in explanation.formats.itertuples():

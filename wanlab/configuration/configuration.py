@@ -17,7 +17,7 @@ import yaml
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.paths import locate, recipes
-from wanlab.core.yaml_lines import At, Document, read_yaml
+from wanlab.core.yaml_lines import At, Document, compact, read_yaml
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind
 from wanlab.models.spec import COMPONENTS, EXPERTS
 from wanlab.precision.plan import AS_LOADED, PRESETS, Plan, load_plan, plan_at
@@ -92,7 +92,7 @@ class Configuration(
     def to_dict(self) -> dict[str, Any]:
         """As data that JSON and YAML can hold, canonical: what has its default is left out, and the plan is there as a whole
         unless it is a preset."""
-        data = msgspec.to_builtins(self)
+        data = compact(self)
         if self.plan is not None:
             is_preset = PRESETS.get(self.plan.name) == self.plan
             data["plan"] = self.plan.name if is_preset else self.plan.to_dict()

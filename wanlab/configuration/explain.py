@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from wanlab import models
 from wanlab.configuration.configuration import Configuration, load_configuration
@@ -23,6 +24,8 @@ from wanlab.models.loading import resolve
 from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS, ModelSpec
 from wanlab.precision.assignment import assign_architecture
+from wanlab.precision.formats import get_format
+from wanlab.precision.plan import is_float
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ def explain(
         spec.name,
         pd.DataFrame(rows),
         formats,
-        tuple(missing(configuration, spec.components, place)),
+        (*missing(configuration, spec.components, place), *_simulated(formats, in_graphs, place)),
         tuple(_checks(configuration, spec, in_graphs)),
         size,
     )
@@ -108,6 +111,24 @@ def _file(kind: EngineKind, component: str, folder: Path) -> str:
     if kind.prepare is None:
         return ""
     return str(folder / f"{component}{kind.suffixes[0] if kind.suffixes else '.*'}")
+
+
+def _simulated(formats: pd.DataFrame | None, in_graphs: list[str], device: torch.device) -> list[str]:
+    """A line for each format whose products PyTorch has to simulate on this device."""
+    if formats is None:
+        return []
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    lines = []
+    for name, rows in formats[~formats["component"].isin(in_graphs)].groupby("format", sort=False):
+        if is_float(name) or get_format(name).activation is None:
+            continue
+        codes = get_format(name).weight.codes
+        if capability < codes.capability:
+            lines.append(
+                f"products in {name} ({' and '.join(dict.fromkeys(rows['component']))}): simulated here, so they are not"
+                f" faster; GPUs of compute capability {'.'.join(map(str, codes.capability))} have them"
+            )
+    return lines
 
 
 def _checks(configuration: Configuration, spec: ModelSpec, in_graphs: list[str]) -> list[str]:

@@ -57,6 +57,28 @@ class Document:
             self.refuse((*at, *inside), said)
 
 
+def compact(record: Any) -> Any:
+    """A msgspec record as data for YAML, in the order of its fields, without those that equal their default.
+
+    `omit_defaults` of msgspec compares by identity, so that a default written out in a file would stay.
+    """
+    if isinstance(record, msgspec.Struct):
+        fields = msgspec.structs.fields(record)
+        values = {field.encode_name: (getattr(record, field.name), field) for field in fields}
+        return {
+            name: compact(value)
+            for name, (value, field) in values.items()
+            if field.required or value != _default(field)
+        }
+    if isinstance(record, dict):
+        return {key: compact(value) for key, value in record.items()}
+    return [compact(value) for value in record] if isinstance(record, list | tuple) else record
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+
+
 def spell(at: At) -> str:
     """A place as people write it: `rules[2].format`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")

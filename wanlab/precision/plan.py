@@ -16,7 +16,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.formats import PLAN_FLOATS
 from wanlab.core.paths import locate
-from wanlab.core.yaml_lines import At, Document, read_yaml, spell
+from wanlab.core.yaml_lines import At, Document, compact, read_yaml, spell
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = PLAN_FLOATS
@@ -111,7 +111,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     def to_dict(self) -> dict[str, Any]:
         """As data that JSON and YAML can hold; what has its default is left out."""
-        return msgspec.to_builtins(self) | {"default": self.default}
+        return {"name": self.name, "default": self.default} | compact(self)
 
     def check(self) -> list[tuple[tuple[str | int, ...], str]]:
         """What is wrong with the values: where in the plan, and what. Empty when nothing is."""

@@ -32,39 +32,48 @@ def run(*command: object, cwd: Path, timeout: float = 300) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory) -> Path:
-    """A wheel of this project, built from a copy: a build leaves files in its folder, and may find old ones there."""
-    place = tmp_path_factory.mktemp("wheel")
+def project(root, tmp_path_factory) -> Path:
+    """A copy of what a build reads: a build leaves files in its folder, and may find old ones there."""
+    copy = tmp_path_factory.mktemp("project")
     for name in BUILT_FROM:
         if (root / name).is_dir():
             shutil.copytree(
-                root / name,
-                place / "project" / name,
-                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_*"),
+                root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
             )
         else:
-            shutil.copy2(root / name, place / "project" / name)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, place / "project", cwd=place)
+            shutil.copy2(root / name, copy / name)
+    return copy
+
+
+def pip(*arguments: object, cwd: Path) -> str:
+    """pip of this environment, which asks no index for anything."""
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, cwd=cwd)
+
+
+def new_environment(place: Path, install: Path, *options: str) -> Path:
+    """The `bin` folder of an environment in `place`: `install`, and this environment's packages behind it."""
+    run(sys.executable, "-m", "venv", "--without-pip", place, cwd=place)
+    python = place / "bin" / "python"
+    packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip()
+    # The .pth files in folders that a .pth file names are not read: no editable install comes along.
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (Path(packages) / "other-packages.pth").write_text("\n".join(others) + "\n")
+    new = ("--no-deps", "--no-index", "--ignore-installed")  # the other environment stays as it is
+    pip("--python", python, "install", *new, *options, install, cwd=place)
+    return place / "bin"
+
+
+@pytest.fixture(scope="module")
+def wheel(project, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", place, project, cwd=place)
     (built,) = place.glob("wanlab-*.whl")
     return built
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The `bin` folder of an environment that has the wheel, and this environment's packages behind it."""
-    place = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", place, cwd=place)
-    python = place / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--python", python)
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=place)
-    packages = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip()
-    )
-    # Folders that a .pth file names have their own .pth files left alone: no editable install comes along.
-    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (packages / "this-environment.pth").write_text("\n".join(others) + "\n")
-    return place / "bin"
+    return new_environment(tmp_path_factory.mktemp("environment"), wheel)
 
 
 @pytest.fixture
@@ -112,6 +121,18 @@ def test_the_wheel_is_what_is_imported_and_has_the_digest_of_the_checkout(root, 
     assert (Path(data) / "wan-nano" / "model_index.json").is_file()
 
 
+def test_an_editable_install_finds_everything_in_its_checkout(project, empty, tmp_path):
+    (tmp_path / "environment").mkdir()
+    place = new_environment(tmp_path / "environment", project, "--no-build-isolation", "--editable")
+    code = (
+        "from wanlab.core import paths; from wanlab.models.registry import nano_folder;"
+        "print(paths.CHECKOUT, paths.find_notebook('00_quickstart'), nano_folder(), sep='\\n')"
+    )
+    said = run(place / "python", "-c", code, cwd=empty).split()
+    notebook = project / "notebooks" / "00_quickstart.ipynb"
+    assert [Path(path) for path in said] == [project, notebook, project / "data" / "wan-nano"]
+
+
 def test_commands_know_notebooks_models_and_plans_in_an_empty_folder(root, installed, empty):
     wanlab = installed / "wanlab"
     printed = run(wanlab, "notebooks", "--to", "x", cwd=empty)
@@ -149,5 +170,5 @@ def test_a_notebook_of_ones_own_wins_over_the_one_in_the_wheel(installed, empty,
 )
 def test_the_quickstart_and_a_recorded_trace_run_to_a_report(installed, empty, name, parameters):
     given = [word for parameter in parameters for word in ("-p", parameter)]
-    printed = run(installed / "wanlab", "run", name, *given, cwd=empty, timeout=900)
+    printed = run(installed / "wanlab", "run", name, *given, cwd=empty, timeout=1500)
     assert len(report(printed, empty)) > 10_000

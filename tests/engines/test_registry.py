@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def test_what_the_table_names_is_there(name):
 def test_labels_of_engines_lead_to_their_kind():
     kinds = {
         "eager": "eager",
+        "eager, plan fp8": "eager",
         "onnxruntime": "onnxruntime",
         "onnxruntime-cuda": "onnxruntime",
         "onnxruntime-cpu-streamed": "streamed_vae",
@@ -172,6 +174,34 @@ def test_the_streamed_vae_is_an_engine_of_both_halves(model, tmp_path):
         assert ready.facts["onnxruntime-cpu-streamed"]["relative_l2"] < 1e-5
     with pytest.raises(WanlabError, match="streamed_vae runs vae_encoder and vae_decoder, not expert_high"):
         engines.open_component("streamed_vae", model, "expert_high", tmp_path)
+
+
+def test_every_component_may_run_on_an_engine_of_its_own(model, tmp_path):
+    chosen = {
+        "text_encoder": "eager",
+        "expert_high": "onnxruntime",
+        "expert_low": "onnxruntime",
+        "vae_decoder": "streamed_vae",
+    }
+    changed = engines.use_engines(
+        model, chosen, tmp_path, size=SIZE, settings={"onnxruntime": {"threads": 1}}, progress=False
+    )
+    on_cpu = {
+        "expert_high": "onnxruntime-cpu",
+        "expert_low": "onnxruntime-cpu",
+        "vae_decoder": "onnxruntime-cpu-streamed",
+    }
+    assert {name: engine for name, engine in changed.engines.items() if engine != "eager"} == on_cpu
+    assert changed.pipeline.transformer.engine.threads == 1
+    assert json.loads((tmp_path / "expert_low.json").read_text())["shared_trace"]
+    for wrong, said in (
+        ({"expert_high": "onnxrutime"}, "did you mean 'onnxruntime'"),
+        ({"expert_hig": "compiled"}, "did you mean 'expert_high'"),
+        ({"vae_decoder": "streamed_vae", "expert_low": "streamed_vae"}, "not expert_low"),
+    ):
+        with pytest.raises(WanlabError, match=said):
+            engines.use_engines(model, wrong, tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_compiled_component_is_opened_by_name(model, tmp_path):

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -334,11 +335,16 @@ def engine_kind(name: str) -> EngineKind:
 
 
 def kind_of_label(label: str) -> EngineKind | None:
-    """The kind of an engine by what it calls itself in tables: `"onnxruntime-cuda"`, `"tvm-llvm (plain)"`, or its name."""
-    plain = label.partition(" (")[0]
+    """The kind of an engine by what it calls itself in tables: `"onnxruntime-cuda"`, `"eager, plan fp8"`, or its name."""
+    plain = _without_remark(label)
     if plain in ENGINES:
         return ENGINES[plain]
     return next((kind for kind in ENGINES.values() if plain in kind.labels), None)
+
+
+def _without_remark(label: str) -> str:
+    """`"tvm-llvm (plain)"` and `"eager, plan fp8"` without what is said beside the engine."""
+    return re.split(r" \(|, ", label)[0]
 
 
 def title_of_label(label: str) -> str:
@@ -350,7 +356,7 @@ def title_of_label(label: str) -> str:
 def computes_on_cpu(label: str) -> bool:
     """Whether an engine of this label computes on the CPU, also where there is a GPU."""
     kind = kind_of_label(label)
-    return kind is not None and kind.labels.get(label.partition(" (")[0]) == "cpu"
+    return kind is not None and kind.labels.get(_without_remark(label)) == "cpu"
 
 
 def suffixes() -> dict[str, EngineKind]:

@@ -13,9 +13,11 @@ import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.engines.registry import EAGER
 from wanlab.export.components import component_spec
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
+from wanlab.models.variants import shared_copy
 from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.calibration import Calibration
 from wanlab.precision.formats import get_format
@@ -215,7 +217,7 @@ def apply_plan(
     rows: list[dict[str, Any]] = []
     casts = False
     for component, network in networks.items():
-        twin = network if in_place else _twin(network)
+        twin = network if in_place else shared_copy(network)
         sizes = {name: network.get_submodule(name).weight.nbytes for name in _layers(assignment, component)}
         cast = plan.default in FLOATS and _cast(twin, default)
         made = replace_layers(twin, component, assignment, ranges.get(component), native, clock)
@@ -229,7 +231,7 @@ def apply_plan(
     for component, network in networks.items():
         setattr(pipeline, model.spec.part_of(component), network)
     changed.pipeline = pipeline
-    changed.engines = dict(model.engines) | dict.fromkeys(networks, f"eager, plan {plan.name}")
+    changed.engines = dict(model.engines) | dict.fromkeys(networks, f"{EAGER}, plan {plan.name}")
     return Applied(
         changed,
         assignment,
@@ -282,12 +284,6 @@ def _ranges(assignment: Assignment, calibrations: Mapping) -> dict[str, Mapping[
                 )
         made[component] = amax
     return made
-
-
-def _twin(network):
-    """The same network with the same tensors, whose layers can be replaced."""
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, shared)
 
 
 def _layers(assignment: Assignment, component: str) -> list[str]:

@@ -12,7 +12,8 @@ from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
 from wanlab.pages import publish, render_index
 from wanlab.pages import sweep_table as columns
-from wanlab.pages.sweep_table import ClipEmbedder, gather, held_against, href, ratios, verdict
+from wanlab.pages.sweep_table import ClipEmbedder, beside_baselines, gather, href, ratios, verdict
+from wanlab.runs.results import RunRecord, varied_parameters
 
 WORK = {
     "model": "m",
@@ -112,10 +113,12 @@ def test_rows_stand_in_the_order_of_the_sweep_with_those_that_never_ran(grid):
         ({"engine": "e"}, [None, None, 2.5, 5.0]),
     ],
 )
-def test_a_run_is_held_against_the_baseline_that_agrees_with_it_on_the_other_axes(grid, baseline, expected):
+def test_a_run_is_beside_baselines_the_baseline_that_agrees_with_it_on_the_other_axes(
+    grid, baseline, expected
+):
     runs = [listed(i, {"engine": i[0], "plan": i[1]}) for i in ("ea", "eb", "fa", "fb")]
     board = gather(sweep(grid, runs, axes=["engine", "plan"], baseline=baseline))
-    found = ratios(board, held_against(board))
+    found = ratios(board, beside_baselines(board))
     got = found["m.time_per_video_ms"]
     if len(baseline) == 2:  # one for all
         expected = [None, 2.0, 2.5, 10.0]
@@ -265,10 +268,8 @@ def test_columns_that_a_sweep_asks_for_and_those_that_it_does_not():
         "m.quality_loss_percent",
     ]
     assert [c.title for c in columns.metrics(frame, ["load_ms", "none", "m.load_ms"])] == ["load time"]
-    assert columns.varied(pd.DataFrame({"p.a": [1, 1], "p.b": [1, True], "p.c": [(1,), (2,)]})) == [
-        "p.b",
-        "p.c",
-    ]
+    given = [{"a": 1, "b": 1, "c": [1]}, {"a": 1, "b": True, "c": [2]}]
+    assert varied_parameters([RunRecord({}, {"parameters": each}) for each in given]) == ["b", "c"]
 
 
 def test_publish_writes_what_is_shown_and_cleans_up_after_itself(grid, tmp_path, capsys):

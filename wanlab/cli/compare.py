@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    found = compare(
+    comparisons = compare(
         options.paths,
         baseline=options.baseline,
         by=options.by,
@@ -56,33 +56,35 @@ def main(options: argparse.Namespace) -> int:
         threshold_percent=options.threshold,
         show=_words(options.show) if options.show else None,
     )
-    shown = readable(found)
+    shown = readable(comparisons)
     print_table(list(shown.columns), shown.to_numpy().tolist(), cut=True)
-    once = f"; {DRIFT}" if found.baseline.repeats == 1 else f"; run {found.baseline.repeats} times"
-    print(f"baseline {safe(found.baseline.label)}{once}")
+    once = (
+        f"; {DRIFT}" if comparisons.baseline.repeats == 1 else f"; run {comparisons.baseline.repeats} times"
+    )
+    print(f"baseline {safe(comparisons.baseline.label)}{once}")
     print(
-        f"ratio above 1 is better; changes within {found.threshold_percent:g} % or the noise are not distinguishable"
+        f"ratio above 1 is better; changes within {comparisons.threshold_percent:g} % or the noise are not distinguishable"
     )
     for title, frame, columns in (
-        ("refused", found.refused, ("configuration", "reason")),
-        ("not finished", found.failures, ("configuration", "state", "reason")),
+        ("refused", comparisons.refused, ("configuration", "reason")),
+        ("not finished", comparisons.failures, ("configuration", "state", "reason")),
     ):
         if len(frame):
             print(f"\n{title}:")
             print_table(columns, frame[list(columns)].to_numpy().tolist(), cut=True)
     if options.csv:
-        write_csv(found, options.csv)
+        write_csv(comparisons, options.csv)
     return 0
 
 
-def write_csv(found: Comparisons, path: Path) -> Path:
+def write_csv(comparisons: Comparisons, path: Path) -> Path:
     """The whole frame.
 
     Raises:
         WanlabError: the file cannot be written.
     """
     try:
-        return to_csv(found.frame, path)
+        return to_csv(comparisons.frame, path)
     except OSError as error:
         raise WanlabError(f"cannot write {path}: {error.strerror or error}") from error
 

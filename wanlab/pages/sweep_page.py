@@ -15,9 +15,9 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import sweep_table, templates
 from wanlab.pages.sweep_table import (
+    BesideBaseline,
     ClipEmbedder,
     Column,
-    HeldAgainst,
     RunRow,
     SweepTable,
     gather,
@@ -53,10 +53,10 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     start = sweep_table.default_axes(axes)
     pairs = _frontiers(board, axes)
     best = _efficient(pairs, axes, start)
-    held = sweep_table.held_against(board)
-    ratios = sweep_table.ratios(board, held)
+    beside = sweep_table.beside_baselines(board)
+    ratios = sweep_table.ratios(board, beside)
     shelf = ClipEmbedder(board.root)
-    runs = [_run(*each, board, linked) for each in zip(board.entries, held, strict=True)]
+    runs = [_run(*each, board, linked) for each in zip(board.entries, beside, strict=True)]
     first = [i for i, entry in enumerate(board.entries) if entry.baseline]
     selected = [i for i in dict.fromkeys(first + best) if board.measured[i]]
     reference = _reference(board, selected, shelf)
@@ -72,7 +72,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
         title=board.title,
         state=_state(board, states),
         verdict=verdict(board),
-        lead=_lead(board, axes, start, best, ratios, held),
+        lead=_lead(board, axes, start, best, ratios, beside),
         problems=board.problems + _caution(board),
         facts=_facts(board),
         failures=[
@@ -102,7 +102,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
                 "runs": runs,
                 "table": sweep_table.table_of(board),
                 "ratios": ratios,
-                "same": sweep_table.indistinguishable(board, held),
+                "same": sweep_table.indistinguishable(board, beside),
                 "axes": [column.name for column in axes],
                 "pairs": pairs,
                 "start": start,
@@ -117,7 +117,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     return text, shelf.outside
 
 
-def _run(entry: RunRow, held: HeldAgainst, board: SweepTable, linked: Linked) -> dict[str, Any]:
+def _run(entry: RunRow, beside: BesideBaseline, board: SweepTable, linked: Linked) -> dict[str, Any]:
     """One run for the page's script. Labels are text there, addresses were made by `href`."""
     folder = entry.folder
     files = {"report": folder and folder / "report.html", "notebook": folder and folder / "executed.ipynb"}
@@ -128,7 +128,7 @@ def _run(entry: RunRow, held: HeldAgainst, board: SweepTable, linked: Linked) ->
         "state": entry.state,
         "baseline": entry.baseline,
         "machine": entry.machine,
-        "apart": ", ".join(name.replace("_", " ") for name in held.other),
+        "apart": ", ".join(name.replace("_", " ") for name in beside.other),
         **{name: href(path, board.root) if path and linked(path) else None for name, path in files.items()},
     }
 
@@ -177,7 +177,7 @@ def _lead(
     start: tuple[str, str] | None,
     best: list[int],
     ratios: dict[str, Any],
-    held: list[HeldAgainst],
+    beside: list[BesideBaseline],
 ) -> str | None:
     """Which configuration to use, where that can be said, and what the frontier says in words."""
     if not start or not best:
@@ -190,7 +190,7 @@ def _lead(
     first = min(best, key=lambda i: values[i] if x.better == "min" else -values[i])
     ratio = (ratios.get(x.name) or [None] * len(values))[first]
     gain = f", {ratio:.2f}× better than its baseline" if ratio else ""
-    if ratio and is_time(x.name) and held[first].same:
+    if ratio and is_time(x.name) and beside[first].same:
         gain = ", which cannot be told from its baseline's"
     worth = "1 run is" if len(best) == 1 else f"{len(best)} runs are"
     return (

@@ -29,9 +29,11 @@ from wanlab.runs.results import (
     frame_of,
     is_ratio,
     is_time,
+    parameter_cells,
     pooled,
     read_runs,
     read_sweep,
+    varied_parameters,
 )
 
 MAIN = 8  # metrics that a table shows without being asked
@@ -147,13 +149,6 @@ def default_axes(columns: Sequence[Column]) -> tuple[str, str] | None:
     return x.name, others[0].name
 
 
-def varied(frame: Any, first: Sequence[str] = ()) -> list[str]:
-    """Parameters (`p.<name>`) with more than one value among the runs; those in `first` come first."""
-    named = [f"p.{name}" for name in first if f"p.{name}" in frame.columns]
-    rest = [n for n in frame.columns if n.startswith("p.") and n not in named]
-    return named + [n for n in rest if len({_key(v) for v in frame[n] if not missing(v)}) > 1]
-
-
 def missing(value: Any) -> bool:
     """None and NaN, which is what pandas puts where a run has no value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -196,10 +191,6 @@ def _words(name: str) -> tuple[str, str]:
         unit = UNITS[words.pop()]
     title = " ".join(words)
     return (f"{owner.replace('_', ' ').replace('.', ': ')}: {title}" if owner else title), unit
-
-
-def _key(value: Any) -> str:
-    return f"{type(value).__name__}:{value!r}"
 
 
 UNMEASURED = ("pending", "running")
@@ -278,27 +269,26 @@ def gather(folder: str | Path) -> SweepTable:
     if not listed and not records:
         raise WanlabError(f"no runs in {folder}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
     if listed:
-        found = len(records)
+        count = len(records)
         records = _in_order(records, listed, root)
-        if others := found - sum("folder" in run.row for run in records):
+        if others := count - sum("folder" in run.row for run in records):
             lie = "1 more run lies" if others == 1 else f"{others} more runs lie"
             problems.append(f"{lie} in this folder, not part of the sweep")
-    rows, frame = [run.row for run in records], frame_of(records)
-    varying = varied(frame, [str(name) for name in sweep.get("axes") or []])
-    titles = _titles(rows, listed, varying)
+    frame = frame_of(records)
+    varying = varied_parameters(records, sweep)
+    titles = _titles(records, listed, varying)
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else None
     entries = []
     for i, record in enumerate(records):
-        told, row = listed[i] if listed else {}, record.row
+        line, row = listed[i] if listed else {}, record.row
         entry = RunRow(
             run_id=str(row["run_id"]),
-            label=str(told.get("label") or titles[i]),
+            label=str(line.get("label") or titles[i]),
             title=titles[i],
             state=record.state,
-            baseline=bool(baseline)
-            and has_parameters(record.parameters | (told.get("parameters") or {}), baseline),
-            repeat=told.get("repeat") if isinstance(told.get("repeat"), int) else 1,
-            machine=told.get("machine"),
+            baseline=bool(baseline) and has_parameters(record.parameters, baseline),
+            repeat=line.get("repeat") if isinstance(line.get("repeat"), int) else 1,
+            machine=line.get("machine"),
             folder=Path(row["folder"]) if row.get("folder") else None,
             reason=str(row["reason"]) if row.get("reason") else None,
         )
@@ -316,7 +306,7 @@ def gather(folder: str | Path) -> SweepTable:
         entries,
         records,
         frame,
-        varying,
+        [f"p.{name}" for name in varying],
         metrics(finished, [str(name) for name in show] if show else None, list(own)),
         problems,
     )
@@ -367,38 +357,34 @@ def _in_order(records: Sequence[RunRecord], listed: Sequence[Mapping], root: Pat
         run = have.pop(str(entry.get("run_id")), None)
         if run is None:
             state = entry.get("state") if entry.get("state") in WORDS else "pending"
-            row = {"run_id": entry.get("run_id"), "state": state}
-            named = (entry.get("parameters") or {}).items()
-            row |= {f"p.{name}": tuple(value) if isinstance(value, list) else value for name, value in named}
-            run = RunRecord(row)
+            parameters = dict(entry.get("parameters") or {})
+            row = {"run_id": entry.get("run_id"), "state": state} | parameter_cells(parameters)
+            run = RunRecord(row, {"parameters": parameters})
         ordered.append(run)
     return ordered
 
 
-def _titles(rows: Sequence[Mapping], listed: Sequence[Mapping], varying: Sequence[str]) -> list[str]:
+def _titles(records: Sequence[RunRecord], listed: Sequence[Mapping], varying: Sequence[str]) -> list[str]:
     """A short name of each run; where two would be the same, the full one."""
-    several = len({run.get("notebook") for run in listed} or {row.get("name") for row in rows}) > 1
-    found, full = [], []
-    for i, row in enumerate(rows):
-        told = listed[i] if listed else {}
-        if listed:
-            values = dict(told.get("parameters") or {})
-            owner = Path(str(told.get("notebook"))).stem
-        else:
-            values = {name[2:]: row[name] for name in varying if not missing(row.get(name))}
-            owner = str(row.get("name"))
-        repeat = told.get("repeat")
-        words = [owner] if several or not values else []
+    notebooks = {run.get("notebook") for run in listed} or {run.row.get("name") for run in records}
+    short, full = [], []
+    for i, run in enumerate(records):
+        line = listed[i] if listed else {}
+        owner = Path(str(line.get("notebook"))).stem if listed else str(run.row.get("name"))
+        values = {name: run.parameters[name] for name in varying if run.parameters.get(name) is not None}
+        values = dict(line.get("parameters") or {}) if listed else values
+        repeat = line.get("repeat")
+        words = [owner] if len(notebooks) > 1 or not values else []
         words += [_spoken(name, value) for name, value in list(values.items())[:5]]
         words += [f"#{repeat}"] if isinstance(repeat, int) and repeat > 1 else []
-        found.append(" · ".join(words))
-        full.append(str(told.get("label") or f"{found[-1]} · {str(row['run_id'])[:6]}"))
-    twice = Counter(found)
-    return [full[i] if twice[name] > 1 else name for i, name in enumerate(found)]
+        short.append(" · ".join(words))
+        full.append(str(line.get("label") or f"{short[-1]} · {str(run.row['run_id'])[:6]}"))
+    twice = Counter(short)
+    return [full[i] if twice[name] > 1 else name for i, name in enumerate(short)]
 
 
 def _spoken(name: str, value: Any) -> str:
-    text = shown(list(value) if isinstance(value, tuple) else value)
+    text = shown(value)
     if not isinstance(value, str):
         return f"{name}={text}"
     return Path(text).stem if text.lower().endswith(FILES) else text
@@ -421,7 +407,7 @@ def _clips(folder: Path, root: Path) -> dict[str, Path]:
 
 
 @dataclass
-class HeldAgainst:
+class BesideBaseline:
     """A run beside its baseline.
 
     Attributes:
@@ -435,8 +421,8 @@ class HeldAgainst:
     same: bool = False
 
 
-def held_against(board: SweepTable) -> list[HeldAgainst]:
-    """For each run of the page what it is held against, by the rules of `wanlab compare`."""
+def beside_baselines(board: SweepTable) -> list[BesideBaseline]:
+    """For each run of the page its baseline, by the rules of `wanlab compare`."""
     asked = board.sweep.get("baseline") or {}
     rows = board.configurations.rows
     left_open = [name[2:] for name in board.axes if name[2:] not in asked]
@@ -445,13 +431,13 @@ def held_against(board: SweepTable) -> list[HeldAgainst]:
         return tuple(repr(row.parameters.get(name)) for name in left_open)
 
     candidates = [row for row in rows if asked and has_parameters(row.parameters, asked)]
-    of_run: dict[Path, HeldAgainst] = {}
+    of_run: dict[Path, BesideBaseline] = {}
     for row, base in zip(rows, baselines(rows, candidates, key), strict=True):
         other = tuple(name for name, *_ in differences(row, base)) if base else ()
         by = next((name for name in TIMED if name in row.results), None)
         same = bool(base and by and not other) and ratio_to(base, row, by, THRESHOLD_PERCENT).verdict == SAME
-        of_run |= {run.folder: HeldAgainst(base, other, same) for run in row.runs}
-    return [of_run.get(entry.folder, HeldAgainst()) for entry in board.entries]
+        of_run |= {run.folder: BesideBaseline(base, other, same) for run in row.runs}
+    return [of_run.get(entry.folder, BesideBaseline()) for entry in board.entries]
 
 
 def mixed(board: SweepTable) -> list[str]:
@@ -460,12 +446,12 @@ def mixed(board: SweepTable) -> list[str]:
     return list(dict.fromkeys(name for run in done[1:] for name, *_ in differences(run, done[0])))
 
 
-def ratios(board: SweepTable, held: Sequence[HeldAgainst]) -> dict[str, list[float | None]]:
+def ratios(board: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[float | None]]:
     """Times better than its baseline for each metric and run; none for other work and for the baseline itself."""
-    if not any(each.baseline for each in held):
+    if not any(each.baseline for each in beside):
         return {}
 
-    def times(column: Column, entry: RunRow, each: HeldAgainst, value: Any) -> float | None:
+    def times(column: Column, entry: RunRow, each: BesideBaseline, value: Any) -> float | None:
         if each.baseline is None or each.other or entry.baseline:
             return None
         found = times_better(column.name, number(value), each.baseline.results.get(column.name[2:]))
@@ -473,16 +459,16 @@ def ratios(board: SweepTable, held: Sequence[HeldAgainst]) -> dict[str, list[flo
 
     return {
         column.name: [
-            times(column, *row) for row in zip(board.entries, held, board.frame[column.name], strict=True)
+            times(column, *row) for row in zip(board.entries, beside, board.frame[column.name], strict=True)
         ]
         for column in board.metrics
         if column.ratio
     }
 
 
-def indistinguishable(board: SweepTable, held: Sequence[HeldAgainst]) -> dict[str, list[bool]]:
+def indistinguishable(board: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[bool]]:
     """Whether a ratio of times is one that cannot be told from noise."""
-    return {column.name: [each.same for each in held] for column in board.metrics if is_time(column.name)}
+    return {column.name: [each.same for each in beside] for column in board.metrics if is_time(column.name)}
 
 
 FEW = 12  # a parameter with more values is searched for, not picked from a list

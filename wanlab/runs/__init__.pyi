@@ -11,7 +11,6 @@ from .choose import readable_techniques as readable_techniques
 from .choose import sweep_folder as sweep_folder
 from .choose import technique_matrix as technique_matrix
 from .choose import technique_verdict as technique_verdict
-from .choose import told as told
 from .compare import Comparisons as Comparisons
 from .compare import compare as compare
 from .exporters import Exported as Exported

@@ -65,9 +65,9 @@ def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
         if not (best <= point).all(axis=1).any():
             efficient[index] = True
             best = np.vstack([best, point])
-    made = np.zeros(len(frame), dtype=bool)
-    made[known] = efficient[of_row.reshape(-1)]
-    return pd.Series(made, index=frame.index, name="efficient")
+    mask = np.zeros(len(frame), dtype=bool)
+    mask[known] = efficient[of_row.reshape(-1)]
+    return pd.Series(mask, index=frame.index, name="efficient")
 
 
 def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
@@ -99,37 +99,41 @@ class Choice:
     text: str
 
 
-def choose(found: Comparisons, limit_percent: float = 3.0) -> Choice:
+def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
 
     Of those that cannot be told apart from the best, the one that loses least: noise does not choose.
     A configuration that had no effect, or whose loss is not known, is not chosen.
     """
-    frame = found.frame.set_index("configuration")
+    frame = comparisons.frame.set_index("configuration")
     within, without = [], 0
-    for row in found.rows:
+    for row in comparisons.rows:
         loss = _loss(row.results)
         fits = loss is not None and loss <= limit_percent
         without += loss is None
-        if row is found.baseline or (fits and row.results.get("effect") != NO_EFFECT):
+        if row is comparisons.baseline or (fits and row.results.get("effect") != NO_EFFECT):
             within.append(row.label)
     ahead = [
         label
         for label in within
         if frame.loc[label, "verdict"] not in (SAME, BASELINE, "slower", "worse", "")
     ]
-    pick = min if better(found.by) == "min" else max
+    pick = min if better(comparisons.by) == "min" else max
     alike = []
     if ahead:
-        first = found.row(pick(ahead, key=lambda label: frame.loc[label, found.by]))
+        first = comparisons.row(pick(ahead, key=lambda label: frame.loc[label, comparisons.by]))
         alike = [
             label
             for label in ahead
-            if label == first.label or found.verdict(first, found.row(label)) in (SAME, "")
+            if label == first.label or comparisons.verdict(first, comparisons.row(label)) in (SAME, "")
         ]
-    best = min(alike, key=lambda label: _loss(found.row(label).results)) if alike else found.baseline.label
+    best = (
+        min(alike, key=lambda label: _loss(comparisons.row(label).results))
+        if alike
+        else comparisons.baseline.label
+    )
     row = frame.loc[best]
-    text = _text(found, best, row, within, alike, without, limit_percent)
+    text = _text(comparisons, best, row, within, alike, without, limit_percent)
     return Choice(best, row, tuple(within), tuple(alike), text)
 
 
@@ -139,7 +143,7 @@ def _loss(values: dict[str, Any]) -> float | None:
 
 
 def _text(
-    found: Comparisons,
+    comparisons: Comparisons,
     best: str,
     row: Any,
     within: list[str],
@@ -148,21 +152,23 @@ def _text(
     limit: float,
 ) -> str:
     beside = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
-    beside += [f"{len(within)} of {len(found.rows)} configurations within {limit:g} % of quality loss"]
+    beside += [f"{len(within)} of {len(comparisons.rows)} configurations within {limit:g} % of quality loss"]
     beside += [f"{without} of unknown loss"] if without else []
-    beside += [f"{found.refused['configuration'].nunique()} refused"] if len(found.refused) else []
-    beside += [f"{len(found.failures)} not finished"] if len(found.failures) else []
-    beside += [DRIFT] if found.baseline.repeats == 1 else []
+    beside += (
+        [f"{comparisons.refused['configuration'].nunique()} refused"] if len(comparisons.refused) else []
+    )
+    beside += [f"{len(comparisons.failures)} not finished"] if len(comparisons.failures) else []
+    beside += [DRIFT] if comparisons.baseline.repeats == 1 else []
     tail = f" ({'; '.join(beside)})."
-    if best == found.baseline.label:
-        floor = f"the noise and the threshold of {found.threshold_percent:g} %"
-        return f"Keep {best}: nothing within the limit is better by {found.by} than {floor}{tail}"
-    how = "as fast" if found.by.endswith("_ms") else f"as good by {found.by}"
+    if best == comparisons.baseline.label:
+        floor = f"the noise and the threshold of {comparisons.threshold_percent:g} %"
+        return f"Keep {best}: nothing within the limit is better by {comparisons.by} than {floor}{tail}"
+    how = "as fast" if comparisons.by.endswith("_ms") else f"as good by {comparisons.by}"
     figures = (row.get("ratio", math.nan), row["low"], row["high"], row["noise_percent"])
     text = f"Use {best}: " + verdict_sentence(
-        row["verdict"], *figures, baseline=found.baseline.label, how=how
+        row["verdict"], *figures, baseline=comparisons.baseline.label, how=how
     )
-    results = found.row(best).results
+    results = comparisons.row(best).results
     if known(loss := results.get(QUALITY[1])):
         ends = [results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
         span = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(known, ends)) else ""
@@ -182,7 +188,7 @@ MULTIPLY = "gains multiply"
 RESAMPLES = 4_000
 
 
-def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
+def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     """Techniques alone and combined.
 
     A technique is a parameter moved off its value in the baseline, e.g. `engine=onnxruntime`; one that had no effect is left
@@ -190,7 +196,7 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     baseline, which stands in every ratio, is drawn once.
 
     Args:
-        found: from `compare`, by a time with samples.
+        comparisons: from `compare`, by a time with samples.
 
     Returns:
         One row per configuration but the baseline, fewest techniques first: techniques (joined by " + "), moved (how many),
@@ -201,12 +207,14 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     Raises:
         WanlabError: compared by something without samples, or nothing was moved.
     """
-    if not is_time(found.by):
-        raise WanlabError(f"a technique matrix is of times; compare by time_per_video_ms, not by {found.by}")
-    base, moved = found.baseline, {}
-    for row in found.rows[1:]:
+    if not is_time(comparisons.by):
+        raise WanlabError(
+            f"a technique matrix is of times; compare by time_per_video_ms, not by {comparisons.by}"
+        )
+    base, moved = comparisons.baseline, {}
+    for row in comparisons.rows[1:]:
         applied = row.samples is not None and row.results.get("effect") != NO_EFFECT
-        if applied and (names := _moved(row, base, found.axes)):
+        if applied and (names := _moved(row, base, comparisons.axes)):
             moved.setdefault(names, row)
     if not moved or base.samples is None:
         raise WanlabError(
@@ -215,11 +223,11 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     generator = np.random.default_rng(seed)
     drawn = {id(row): _medians(row, generator) for row in (base, *moved.values())}
     rows = []
-    for names, row in sorted(moved.items(), key=lambda item: (len(item[0]), item[1].results[found.by])):
+    for names, row in sorted(moved.items(), key=lambda item: (len(item[0]), item[1].results[comparisons.by])):
         gain = _Ratio(base.samples.median / row.samples.median, drawn[id(base)] / drawn[id(row)])
         alone = [moved.get((name,)) for name in names]
-        made = {"techniques": " + ".join(names), "moved": len(names), **gain.named("speedup", "low", "high")}
-        made["noise_percent"] = found.noise_percent(row)
+        cells = {"techniques": " + ".join(names), "moved": len(names), **gain.named("speedup", "low", "high")}
+        cells["noise_percent"] = comparisons.noise_percent(row)
         if len(names) > 1 and all(alone):
             gains = [
                 _Ratio(base.samples.median / one.samples.median, drawn[id(base)] / drawn[id(one)])
@@ -227,11 +235,11 @@ def technique_matrix(found: Comparisons, *, seed: int = 0) -> pd.DataFrame:
             ]
             product = math.prod(gains[1:], start=gains[0])
             part = gain / product
-            noise = found.noise_percent(row, *alone)
-            made |= product.named("product", "product_low", "product_high")
-            made |= part.named("of_product", "of_low", "of_high")
-            made |= {"noise_percent": noise, "verdict": _verdict(part, noise) + _simulated(names, alone)}
-        rows.append(made)
+            noise = comparisons.noise_percent(row, *alone)
+            cells |= product.named("product", "product_low", "product_high")
+            cells |= part.named("of_product", "of_low", "of_high")
+            cells |= {"noise_percent": noise, "verdict": _verdict(part, noise) + _simulated(names, alone)}
+        rows.append(cells)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.assign(verdict=frame["verdict"].astype(object).where(frame["verdict"].notna(), ""))
 
@@ -254,9 +262,6 @@ def technique_verdict(matrix: pd.DataFrame) -> str:
             sentence += f", beside a product of {best['product']:.2f}x: {best['verdict']}"
         sentences.append(f"{sentence}.")
     return " ".join(sentences)
-
-
-told = technique_verdict  # TEMPORARY, until no notebook says `runs.told`
 
 
 def gains_text(table: pd.DataFrame) -> str:
@@ -327,31 +332,33 @@ FIGURES = ("time_per_frame_ms", "time_per_video_ms", "peak_memory_gib", "load_ms
 NOT_EXECUTED = "built, not executed"
 
 
-def engine_table(found: Comparisons, built: Sequence[Result] = (), *, axis: str = "engine") -> pd.DataFrame:
+def engine_table(
+    comparisons: Comparisons, built: Sequence[Result] = (), *, axis: str = "engine"
+) -> pd.DataFrame:
     """One row per engine, everything else as in the baseline; engines that were built only are rows without figures.
 
     Args:
-        found: from `compare`, with the original as its baseline.
+        comparisons: from `compare`, with the original as its baseline.
         built: results of engines that no machine here could run, see `built_records`.
         axis: the parameter that names the engine.
 
     Returns:
         engine, state, then each figure with `<figure>_ratio` to the baseline (above 1 is better), note.
     """
-    base = found.baseline
+    base = comparisons.baseline
     rows = []
-    for row in found.rows:
-        moved = [name for name in found.axes if row.parameters.get(name) != base.parameters.get(name)]
+    for row in comparisons.rows:
+        moved = [name for name in comparisons.axes if row.parameters.get(name) != base.parameters.get(name)]
         if moved not in ([], [axis]):
             continue
         engine = str(row.parameters.get(axis, row.label))
-        made: dict[str, Any] = {"engine": title_of_label(engine), "state": MEASURED}
+        cells: dict[str, Any] = {"engine": title_of_label(engine), "state": MEASURED}
         for name in FIGURES:
             value = row.results.get(name)
-            made[name] = math.nan if value is None else value
-            made[f"{name}_ratio"] = times_better(name, made[name], base.results.get(name))
-        verdict = found.frame.loc[found.frame["configuration"] == row.label, "verdict"].iloc[0]
-        rows.append(made | {"note": verdict})
+            cells[name] = math.nan if value is None else value
+            cells[f"{name}_ratio"] = times_better(name, cells[name], base.results.get(name))
+        verdict = comparisons.frame.loc[comparisons.frame["configuration"] == row.label, "verdict"].iloc[0]
+        rows.append(cells | {"note": verdict})
     rows += _built(built)
     columns = [column for name in FIGURES for column in (name, f"{name}_ratio")]
     frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "note"])
@@ -377,32 +384,32 @@ def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def readable(found: Comparisons, *, apart: bool = False) -> pd.DataFrame:
+def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     """Words only: configuration, verdict, the compared figure, its ratio with interval and noise, the other figures.
 
     Args:
         apart: a column for each varied parameter in place of the configuration's name.
     """
-    gain = "ratio" if is_ratio(found.by) else "difference"
-    others = [name for name in found.shown if name != found.by]
+    gain = "ratio" if is_ratio(comparisons.by) else "difference"
+    others = [name for name in comparisons.shown if name != comparisons.by]
     rows = []
-    for row in found.frame.to_dict(orient="records"):
+    for row in comparisons.frame.to_dict(orient="records"):
         known = row["low"] == row["low"]
-        named = {axis: shown(row[axis]) for axis in found.axes} if apart and found.axes else None
+        named = {axis: shown(row[axis]) for axis in comparisons.axes} if apart and comparisons.axes else None
         effect = f", {NO_EFFECT}" if row.get("effect") == NO_EFFECT else ""
-        made = (named or {"configuration": row["configuration"]}) | {
+        cells = (named or {"configuration": row["configuration"]}) | {
             "verdict": row["verdict"] + effect,
-            found.by: figure(row[found.by]),
+            comparisons.by: figure(row[comparisons.by]),
             gain: figure(row[gain], gain),
             "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if known else "",
             "noise %": figure(row["noise_percent"]),
         }
         for name in others:
             kind = "ratio" if is_ratio(name) else "difference"
-            first = row["configuration"] == found.baseline.label
+            first = row["configuration"] == comparisons.baseline.label
             change = "" if first else figure(row[f"{name}_{kind}"], kind)
-            made[name] = figure(row[name]) + (f" ({change})" if change else "")
-        rows.append(made | ({"effect": row["effect"]} if "effect" in row else {}))
+            cells[name] = figure(row[name]) + (f" ({change})" if change else "")
+        rows.append(cells | ({"effect": row["effect"]} if "effect" in row else {}))
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,4 @@
-"""Rows held against a baseline: which one it is, ratio, interval, noise, verdict, and what is refused."""
+"""Rows compared with a baseline: which one it is, ratio, interval, noise, verdict, and what is refused."""
 
 from __future__ import annotations
 
@@ -42,48 +42,48 @@ def parse_baseline(text: str | Sequence[str] | Mapping[str, Any] | None) -> dict
         return {}
     if isinstance(text, Mapping):
         return {str(name): shown(value) for name, value in text.items()}
-    wanted: dict[str, str] = {}
+    asked: dict[str, str] = {}
     for given in [text] if isinstance(text, str) else text:
         for part in PART.split(given):
             name, equals, value = part.partition("=")
             if not equals:
                 raise WanlabError(f"baseline {part!r} is not NAME=VALUE, such as plan=default")
-            wanted[name.strip().removeprefix("p.")] = value.strip()
-    return wanted
+            asked[name.strip().removeprefix("p.")] = value.strip()
+    return asked
 
 
 def find_baseline(
-    found: MeasuredConfigurations, wanted: str | Sequence[str] | Mapping[str, Any] | None
+    measured: MeasuredConfigurations, wanted: str | Sequence[str] | Mapping[str, Any] | None
 ) -> MeasuredConfiguration:
     """The one configuration with these parameters; without any, the sweep's own baseline, else the first.
 
     Raises:
         WanlabError: an unknown parameter or value, none that fits or several, or nothing finished.
     """
-    if not found.rows:
-        failed = f": {len(found.failures)} did not finish" if len(found.failures) else ""
-        raise WanlabError(f"no finished run in {found.where}{failed}; see `wanlab runs`")
-    asked = parse_baseline(wanted if wanted is not None else found.sweep.get("baseline"))
+    if not measured.rows:
+        failed = f": {len(measured.failures)} did not finish" if len(measured.failures) else ""
+        raise WanlabError(f"no finished run in {measured.where}{failed}; see `wanlab runs`")
+    asked = parse_baseline(wanted if wanted is not None else measured.sweep.get("baseline"))
     if not asked:
-        return found.rows[0]
-    said = ", ".join(f"{name}={value}" for name, value in asked.items())
-    names = dict.fromkeys(name for row in found.rows for name in row.parameters)
+        return measured.rows[0]
+    words = ", ".join(f"{name}={value}" for name, value in asked.items())
+    names = dict.fromkeys(name for row in measured.rows for name in row.parameters)
     for name, value in asked.items():
         if name not in names:
-            raise WanlabError(f"baseline {said}: no parameter {name!r}{did_you_mean(name, names)}")
-        there = dict.fromkeys(shown(row.parameters[name]) for row in found.rows if name in row.parameters)
-        if value not in there:
-            failed = found.failures["configuration"].str.contains(f"{name}={value}", regex=False).any()
-            more = "; that run did not finish" if failed else did_you_mean(value, there)
-            some = ", ".join(list(there)[:8])
-            raise WanlabError(f"baseline {said}: no run has {name}={value}{more}; {name} is {some}")
-    fitting = [row for row in found.rows if has_parameters(row.parameters, asked)]
+            raise WanlabError(f"baseline {words}: no parameter {name!r}{did_you_mean(name, names)}")
+        values = dict.fromkeys(shown(row.parameters[name]) for row in measured.rows if name in row.parameters)
+        if value not in values:
+            failed = measured.failures["configuration"].str.contains(f"{name}={value}", regex=False).any()
+            more = "; that run did not finish" if failed else did_you_mean(value, values)
+            some = ", ".join(list(values)[:8])
+            raise WanlabError(f"baseline {words}: no run has {name}={value}{more}; {name} is {some}")
+    fitting = [row for row in measured.rows if has_parameters(row.parameters, asked)]
     if not fitting:
-        raise WanlabError(f"baseline {said}: no finished run has all of it")
+        raise WanlabError(f"baseline {words}: no finished run has all of it")
     if len(fitting) > 1:
         labels = "; ".join(row.label for row in fitting[:4])
         more = f"; and {len(fitting) - 4} more" if len(fitting) > 4 else ""
-        raise WanlabError(f"baseline {said} fits {len(fitting)} configurations, name one: {labels}{more}")
+        raise WanlabError(f"baseline {words} fits {len(fitting)} configurations, name one: {labels}{more}")
     return fitting[0]
 
 
@@ -102,12 +102,12 @@ def baselines(
     Args:
         keys: the first that finds one counts; the later are less strict.
     """
-    found: list[dict[Hashable, Row]] = [{} for _ in keys]
+    by_key: list[dict[Hashable, Row]] = [{} for _ in keys]
     for candidate in candidates:
-        for by, key in zip(found, keys, strict=True):
+        for by, key in zip(by_key, keys, strict=True):
             by.setdefault(key(candidate), candidate)
     return [
-        next((by[key(row)] for by, key in zip(found, keys, strict=True) if key(row) in by), None)
+        next((by[key(row)] for by, key in zip(by_key, keys, strict=True) if key(row) in by), None)
         for row in rows
     ]
 
@@ -137,7 +137,7 @@ class Comparisons:
     """Configurations beside their baseline.
 
     Attributes:
-        baseline: the configuration that the others are held against.
+        baseline: the configuration that the others are compared with.
         by: the figure that is compared. rows: the configurations that did the baseline's work, the baseline first.
         frame: one row each: configuration, the axes, `by`, ratio (above 1 is better; of percentages, decibels and LPIPS
             difference instead), low, high (its 95 % interval; NaN where there are no samples), noise_percent, verdict, then
@@ -162,7 +162,7 @@ class Comparisons:
         return next(row for row in self.rows if row.label == label)
 
     def verdict(self, first: MeasuredConfiguration, second: MeasuredConfiguration) -> str:
-        """The second held against the first, as the others are against the baseline."""
+        """The second compared with the first, as the others are with the baseline."""
         return ratio_to(first, second, self.by, self.threshold_percent).verdict
 
     def noise_percent(self, *rows: MeasuredConfiguration) -> float:
@@ -181,7 +181,7 @@ def compare(
     show: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Comparisons:
-    """Hold configurations against a baseline.
+    """Compare configurations with a baseline.
 
     Times are compared over all samples (`measure.compare`): the ratio of medians with its 95 % bootstrap interval. An effect
     whose interval holds 1, or which is within the threshold or the A/A noise of either side, reads "not distinguishable".
@@ -200,52 +200,52 @@ def compare(
     Raises:
         WanlabError: no runs, a baseline that fits none or several, an unknown column or field.
     """
-    found = configurations(runs)
+    measured = configurations(runs)
     if not (math.isfinite(threshold_percent) and threshold_percent >= 0):
         raise WanlabError(f"threshold_percent is {threshold_percent}; give a percentage, 0 or more")
     fields(allow)
-    base = find_baseline(found, baseline)
-    by = _by(found, by)
+    base = find_baseline(measured, baseline)
+    by = _by(measured, by)
     if not known(base.results.get(by)):
         raise WanlabError(f"the baseline {base.label} has no {by}; name another with by= or baseline=")
     kept, refused = [base], []
-    for row in found.rows:
+    for row in measured.rows:
         if row is base:
             continue
-        reasons = _reasons(row, base, by, [*allow, *(["dtype"] if "dtype" in found.axes else [])])
+        reasons = _reasons(row, base, by, [*allow, *(["dtype"] if "dtype" in measured.axes else [])])
         refused += [(row.label, *reason) for reason in reasons]
         if not reasons:
             kept.append(row)
-    shown_columns = _shown(found, by, show)
+    shown_columns = _shown(measured, by, show)
     return Comparisons(
         baseline=base,
         by=by,
         rows=tuple(kept),
-        frame=_frame(kept, by, found.axes, shown_columns, threshold_percent, seed),
+        frame=_frame(kept, by, measured.axes, shown_columns, threshold_percent, seed),
         refused=_refused(refused),
-        failures=found.failures,
-        axes=found.axes,
+        failures=measured.failures,
+        axes=measured.axes,
         shown=shown_columns,
         threshold_percent=threshold_percent,
     )
 
 
-def _by(found: MeasuredConfigurations, by: str | None) -> str:
+def _by(measured: MeasuredConfigurations, by: str | None) -> str:
     if by is not None:
-        return resolve(by, found.columns)
-    for name in (*TIMED, *found.columns):
-        if name in found.columns:
+        return resolve(by, measured.columns)
+    for name in (*TIMED, *measured.columns):
+        if name in measured.columns:
             return name
-    raise WanlabError(f"the runs in {found.where} recorded no number to compare by")
+    raise WanlabError(f"the runs in {measured.where} recorded no number to compare by")
 
 
-def _shown(found: MeasuredConfigurations, by: str, show: Sequence[str] | None) -> tuple[str, ...]:
+def _shown(measured: MeasuredConfigurations, by: str, show: Sequence[str] | None) -> tuple[str, ...]:
     if show is None:
-        told = [str(name) for name in found.sweep.get("show") or ()]
-        show = [name for name in told if name in found.columns]
-        show = show or [name for name in SHOWN if name in found.columns]
-        show = show or [name for name in found.columns if name not in found.axes][:MOST_SHOWN]
-    return tuple(dict.fromkeys([by, *(resolve(name, found.columns) for name in show)]))
+        asked = [str(name) for name in measured.sweep.get("show") or ()]
+        show = [name for name in asked if name in measured.columns]
+        show = show or [name for name in SHOWN if name in measured.columns]
+        show = show or [name for name in measured.columns if name not in measured.axes][:MOST_SHOWN]
+    return tuple(dict.fromkeys([by, *(resolve(name, measured.columns) for name in show)]))
 
 
 def _reasons(
@@ -314,7 +314,7 @@ class Ratio:
         value: how many times better, above 1 is better; the difference of what is subtracted (percentages, decibels, LPIPS).
         low, high: its 95 % interval; NaN without samples.
         noise_percent: that an effect must exceed; NaN for a difference.
-        verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where nothing can be said.
+        verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where nothing can be words.
     """
 
     value: float
@@ -333,7 +333,7 @@ def ratio_to(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Ratio:
-    """A row's figure held against its baseline's: the only rule of ratios, intervals and verdicts.
+    """A row's figure compared with its baseline's: the only rule of ratios, intervals and verdicts.
 
     Times are compared over all samples. Whether the two did the same work is asked before, by `differences`.
     """
@@ -343,7 +343,7 @@ def ratio_to(
     if row is base:
         return Ratio(1.0 if is_ratio(by) else 0.0, math.nan, math.nan, noise, BASELINE)
     if is_time(by) and base.samples is not None and row.samples is not None:
-        made = compare_samples(
+        timed = compare_samples(
             base.samples,
             row.samples,
             noise,
@@ -351,7 +351,7 @@ def ratio_to(
             seed=seed,
             allow_different_devices=True,  # what may differ was settled before
         )
-        return Ratio(made.speedup, made.low, made.high, noise, made.verdict)
+        return Ratio(timed.speedup, timed.low, timed.high, noise, timed.verdict)
     if not is_ratio(by):
         return Ratio(mine - theirs, math.nan, math.nan, math.nan, _moved(row, base, by))
     gain = times_better(by, mine, theirs)
@@ -370,7 +370,7 @@ def times_better(column: str, value: Any, baseline: Any) -> float:
 
 
 def _moved(row: Measured, base: Measured, by: str) -> str:
-    """Of a figure that is subtracted: told only where both sides have intervals, by whether these are apart."""
+    """Verdict on a figure that is subtracted: only where both sides have intervals, by whether these overlap."""
     stem = by.removesuffix("_percent")
     ends = [each.results.get(f"{stem}_{end}_percent") for each in (row, base) for end in ("low", "high")]
     if not all(known(end) for end in ends):

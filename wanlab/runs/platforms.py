@@ -22,7 +22,7 @@ DIFFER = ("machine", "dtype")
 def other_work(result: Result, first: Result) -> list[str]:
     """In what a row is other work than the first, machine and dtype aside: `"steps is 10, here 2"`.
 
-    A precision plan counts as work here. An engine that did not run is held against the model, and against the component
+    A precision plan counts as work here. An engine that did not run is compared by its model, and by its component
     when that alone was timed.
     """
     if BUILT in (result.state, first.state):

@@ -503,8 +503,8 @@ OF_CPU = ("cpu", "threads")
 FACTS = (*OF_WORK, "dtype", *OF_GPU, *OF_CPU)
 """All that must be equal for two rows to be compared."""
 
-UNHELD = ("weights", "dtype")
-"""Not held against a row that does not say: the values of weights do not change a time."""
+UNKNOWN_ALLOWED = ("weights", "dtype")
+"""No difference where a row does not say: the values of weights do not change a time."""
 
 MEANT = {
     "clocks": ("sm_clock_max_mhz", "power_limit_w"),
@@ -544,7 +544,7 @@ def differences(one: Done, other: Done, allow: Iterable[str] = ()) -> list[tuple
     mine, theirs = _facts(one), _facts(other)
     if mine["gpu"] != theirs["gpu"]:  # clocks and threads of different machines say nothing more
         left |= {*OF_GPU[1:], *OF_CPU}
-    left |= {name for name in UNHELD if None in (mine[name], theirs[name])}
+    left |= {name for name in UNKNOWN_ALLOWED if None in (mine[name], theirs[name])}
     return [
         (name, mine[name], theirs[name]) for name in FACTS if name not in left and mine[name] != theirs[name]
     ]

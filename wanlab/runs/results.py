@@ -171,7 +171,7 @@ def read_run(path: Path) -> RunRecord:
             "cpu": environment.get("cpu"),
             "wanlab": record.get("wanlab"),
         }
-        row |= {f"p.{name}": _cell(value) for name, value in (record.get("parameters") or {}).items()}
+        row |= parameter_cells(record.get("parameters") or {})
         run = RunRecord(row, record, read_metrics(folder.metrics), read_results(folder))
         row |= {f"m.{name}": value for name, value in run.figures.items()}
         return run
@@ -282,13 +282,13 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def scalars(values: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, words and truth values among recorded values, entries of a dict as `<name>.<key>`; "inf", "-inf" and "nan"
     are numbers again."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{key}": _scalar(item) for key, item in value.items() if _is_scalar(item)}
+            flat |= {f"{name}.{key}": _scalar(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
-            found[name] = _scalar(value)
-    return found
+            flat[name] = _scalar(value)
+    return flat
 
 
 def _is_scalar(value: Any) -> bool:
@@ -299,8 +299,10 @@ def _scalar(value: Any) -> Any:
     return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
 
 
-def _cell(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def parameter_cells(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as columns of `load_runs`."""
+    named = parameters.items()
+    return {f"p.{name}": tuple(value) if isinstance(value, list) else value for name, value in named}
 
 
 # Names of figures
@@ -506,7 +508,7 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
     listed = {str(run.get("run_id")): run for run in sweep.get("runs") or () if isinstance(run, Mapping)}
     if not records and not listed:
         raise WanlabError(f"no runs in {where}; `wanlab run NOTEBOOK` or `wanlab sweep GRID` makes some")
-    axes = _axes(records, [str(axis) for axis in sweep.get("axes") or ()])
+    axes = varied_parameters(records, sweep)
     several = len({run.row["name"] for run in records if run.state == "finished"}) > 1
 
     def label(run: RunRecord) -> str:
@@ -522,9 +524,9 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
             name = str(listed.get(str(run.row["run_id"]), {}).get("label") or label(run))
             reason, repeat = str(run.row.get("reason") or ""), run.record.get("repeat", 1)
             failures.append((name, run.state, reason, repeat, str(run.row["run_id"]), run.row["folder"]))
-    there = {str(run.row["run_id"]) for run in records}
+    started = {str(run.row["run_id"]) for run in records}
     for run_id, entry in listed.items():
-        if run_id not in there:
+        if run_id not in started:
             state = str(entry.get("state") or "pending")
             reason = "has not started" if state == "pending" else "its folder is not there"
             failures.append((str(entry.get("label")), state, reason, entry.get("repeat", 1), run_id, ""))
@@ -540,12 +542,13 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
     return MeasuredConfigurations(tuple(rows), tuple(axes), frame, dict(sweep), where)
 
 
-def _axes(records: Sequence[RunRecord], named: Sequence[str]) -> list[str]:
-    """Parameters that vary; those that a sweep names come first, and stay even where they do not vary."""
+def varied_parameters(records: Sequence[RunRecord], sweep: Mapping[str, Any] | None = None) -> list[str]:
+    """Parameters that vary between runs; those that a sweep names as axes come first, and stay even where they do not."""
     seen: dict[str, set[str]] = {}
     for run in records:
         for name, value in run.parameters.items():
-            seen.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(value))
+            seen.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(plain(value)))
+    named = map(str, (sweep or {}).get("axes") or ())
     first = [axis for axis in dict.fromkeys(named) if axis in seen]
     return [*first, *(name for name, values in seen.items() if len(values) > 1 and name not in first)]
 

@@ -22,6 +22,7 @@ from wanlab.configuration import (
 from wanlab.configuration.configuration import identity
 from wanlab.core.errors import WanlabError
 from wanlab.engines.registry import ENGINES
+from wanlab.launch.grid import expand, load_grid
 from wanlab.models.spec import COMPONENTS
 from wanlab.precision.plan import PRESETS, make_plan
 
@@ -308,3 +309,64 @@ def test_what_this_machine_lacks_is_one_line_each(capsys, tmp_path):
     assert "TensorRT" in told[0]
     assert "expert_low" in told[1]
     assert "fp8" in told[1]
+
+
+GRID = """\
+name: g
+notebook: 41_configuration
+parameters: {model: wan-nano}
+axes:
+  configuration:
+    - eager
+    - mine.yaml
+"""
+
+
+def runs_of(text, folder):
+    """Label and run_id of each run of a grid."""
+    (folder / "grid.yaml").write_text(text)
+    return {task.label: task.run_id for task in expand(load_grid(folder / "grid.yaml"), output=folder)}
+
+
+def test_a_sweep_varies_configurations_and_knows_them_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(TEXT)
+    first = runs_of(GRID, tmp_path)
+    assert list(first) == ["configuration=eager", "configuration=mine"]
+    mine.write_text("# a comment\n" + TEXT)
+    assert runs_of(GRID, tmp_path) == first
+    mine.write_text(TEXT.replace("threads: 2", "threads: 3"))
+    changed = runs_of(GRID, tmp_path)
+    assert changed["configuration=eager"] == first["configuration=eager"]
+    assert changed["configuration=mine"] != first["configuration=mine"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "- eager",
+            "- eagr",
+            "line 5, axes.configuration: configuration=eagr: no configuration 'eagr' (did you",
+        ),
+        (
+            "parameters: {",
+            "parameters: {engine: tvm, ",
+            "has engine=eager, and engine=tvm is given beside it",
+        ),
+    ],
+)
+def test_a_sweep_names_the_line_of_a_configuration_that_does_not_exist(
+    tmp_path, monkeypatch, before, after, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(TEXT)
+    with pytest.raises(WanlabError) as error:
+        runs_of(GRID.replace(before, after), tmp_path)
+    assert message in str(error.value)
+
+
+def test_the_sweep_of_configurations_that_comes_with_wanlab_is_sound(tmp_path):
+    tasks = expand(load_grid("recipes/sweeps/wan-nano-configurations.yaml"), output=tmp_path)
+    assert {task.axes["configuration"] for task in tasks} <= set(configurations())

@@ -1,1 +1,1 @@
-"""Errors, files, paths, digests and statistics: what every other package stands on."""
+"""Base of every other package: errors, files, paths, digests, number formats, statistics and YAML with line numbers."""

@@ -1,4 +1,4 @@
-"""A measurement in a fresh Python process, which holds nothing else: peaks in one process cannot be told apart."""
+"""Runs one measurement in a fresh Python process, because peaks of memory in one process cannot be separated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from wanlab.core.errors import WanlabError
 
 
 def in_own_process(module: str, order: dict[str, Any], what: str) -> dict[str, float]:
-    """Run `python -m module` with `order` as JSON on its standard input; its last line is the answer as JSON.
+    """Run `python -m module` with `order` as JSON on its standard input; its last line of output is the result as JSON.
 
     Args:
-        what: is measured, for the message.
+        what: name of the measurement, for the error message.
 
     Raises:
-        WanlabError: the process failed; its last line is the reason.
+        WanlabError: the process failed; the message ends with its last line of output.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", module], input=json.dumps(order), capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
+    if process.returncode:
+        last = (process.stderr.strip() or "no message").splitlines()[-1]
         raise WanlabError(f"measuring {what} in a process of its own failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Digests that say whether a converted file is still current."""
+"""Digests that tell whether an exported file still belongs to its network and settings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers
 
 
 def trace_key(plan, settings: dict[str, Any]) -> str:
-    """Hash of what a traced graph depends on besides the weights.
+    """Hash of everything besides the weights that a traced graph depends on.
 
-    Class and configuration of the network, which half of it, tracing settings, package versions.
+    These are the class and configuration of the network, the part of it that is traced, the tracing settings and the
+    package versions.
     """
     network = plan.network
     config = network.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    # Without where it was loaded from, and in what: the dtype of the graph is a setting of its own.
+    # The folder and dtype of loading are left out: the dtype of the graph is a setting of its own.
     config = {
         name: value
         for name, value in config.items()
@@ -52,7 +53,7 @@ def weights_key(network) -> str:
 
 
 def component_key(component: str, tracing: str, weights: str, settings: dict[str, Any]) -> str:
-    """Hash of a trace, the weights that fill it, and what is done to the graph afterwards."""
+    """Hash of a trace, of the weights that fill it, and of the settings of the steps after tracing."""
     facts = json.dumps([component, tracing, weights, settings], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -64,7 +65,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def graph_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of an ONNX file and, in the order of their names, of the files of weights that it names."""
+    """SHA-256 of an ONNX file and of the weight files that it names, in the order of their names."""
     path = Path(path)
     graph = onnx.load(path, load_external_data=False).graph
     places = {

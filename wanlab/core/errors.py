@@ -1,4 +1,4 @@
-"""The one exception that users see, one for faults of wanlab itself, and messages of other errors in one line."""
+"""Exceptions: one for mistakes of the user, one for faults of wanlab; and other errors as one line of text."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterable
 
 
 class WanlabError(Exception):
-    """A mistake the user can mend: one line that says what, where and how to mend it.
+    """A mistake that the user can mend: one line that says what, where and how to mend it.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
 
 class InternalError(AssertionError):
-    """A fault of wanlab, which no user can mend: the command line shows it with its traceback."""
+    """A fault of wanlab, which the user cannot mend: the command line shows it with its traceback."""
 
 
 def first_line(error: BaseException | str, limit: int = 300) -> str:
-    """The first line of an error's message (or of a text), cut to `limit` characters; its class where it says nothing."""
+    """The first line of a text or of an error's message, cut to `limit` characters; the error's class if it is empty."""
     text = str(error).strip() or ("no message" if isinstance(error, str) else type(error).__name__)
     return text.splitlines()[0][:limit]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'steps'?)"`, or an empty string when nothing is near."""
+    """`" (did you mean 'steps'?)"`, or an empty string when no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -35,7 +35,7 @@ def require(module: str, install: str):
 
     Args:
         module: import name, e.g. `"onnxruntime"`.
-        install: what to give to pip, e.g. `"onnxruntime-gpu"`.
+        install: name of the package for pip, e.g. `"onnxruntime-gpu"`.
 
     Raises:
         WanlabError: the package is not installed.

@@ -1,4 +1,4 @@
-"""Files: atomic writes, strict JSON, digests, names that stay inside their folder."""
+"""File helpers: atomic writes, strict JSON, digests, and safe file names."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z")
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 with seconds."""
+    """The current time in UTC, ISO 8601 with seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike, suffix: str = ".tmp") -> Iterator[Path]:
-    """A new file name in the folder of `path`, to write to; at the end of the block the file is moved to `path`.
+    """A temporary file name beside `path` to write to; at the end of the block the file is moved to `path`.
 
     For libraries that write a file themselves, and for data that is too large to hold twice: a reader sees the old file
-    or the new one, never half of it. The folder is made. After an error the old file is as it was and the new one is
-    gone.
+    or the new one, never half of it. The folder is created. After an error the old file is unchanged and the temporary
+    one is deleted.
 
     Args:
-        suffix: of the new name, for libraries that choose a format by it.
+        suffix: suffix of the temporary name, for libraries that choose a format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,10 @@ def atomic_path(path: str | os.PathLike, suffix: str = ".tmp") -> Iterator[Path]
 
 
 def write_bytes(path: str | os.PathLike, data: bytes | memoryview) -> Path:
-    """Write `data` so that a reader sees the old file or the new one, never half of it; its folder is made.
+    """Write `data` so that a reader sees the old file or the new one, never half of it; the folder is created.
 
     Raises:
-        OSError: with `path` as its file name; the old file is as it was.
+        OSError: the write failed; carries `path` as its file name. The old file is unchanged.
     """
     path = Path(path)
     try:
@@ -69,17 +69,17 @@ def move_into(folder: Path, items: Iterable[Path]) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
-    """`write_bytes` for text in UTF-8; lone surrogates are replaced rather than lost with the file."""
+    """`write_bytes` for text in UTF-8; lone surrogates are replaced, so that the file is not lost because of them."""
     return write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
-    """`write_bytes` for JSON, indented for people."""
+    """`write_bytes` for indented JSON."""
     return write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or broken file gives `WanlabError` with its name."""
+    """Read JSON; a missing or broken file raises `WanlabError` with its name."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -93,17 +93,17 @@ def append_json(path: Path, value: Any) -> None:
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Append with one write, so that a reader sees all of it, or a torn end while it is written.
+    """Append with one write, so that a reader sees all of it, or an incomplete end while it is being written.
 
     Raises:
-        OSError: with `path` as its file name; what could be written on a full disk is taken back.
+        OSError: the write failed; carries `path` as its file name. On a full disk the part that was written is removed.
     """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size, written = os.fstat(handle).st_size, 0
             try:
-                while written < len(data):  # a disk that fills up takes a part, and only then complains
+                while written < len(data):  # a nearly full disk takes only a part
                     written += os.write(handle, data[written:])
             except BaseException:
                 os.ftruncate(handle, size)
@@ -115,9 +115,9 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def why(error: OSError) -> str:
-    """A failed write in words: `no space left on device: outputs/...`."""
-    said = error.strerror or str(error)
-    return f"{said[:1].lower()}{said[1:]}: {error.filename}" if error.filename else said
+    """The reason of a failed write in one line: `no space left on device: outputs/...`."""
+    reason = error.strerror or str(error)
+    return f"{reason[:1].lower()}{reason[1:]}: {error.filename}" if error.filename else reason
 
 
 def _named(error: OSError, path: Path) -> OSError:
@@ -125,7 +125,7 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON types: NumPy and torch scalars, DataFrames, dataclasses and paths are unpacked.
+    """`value` as JSON types: NumPy and torch scalars, DataFrames, dataclasses and paths are converted.
 
     JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan", which `float` reads.
     """
@@ -139,7 +139,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # DataFrame: one row per record
         return [plain(row) for row in value.to_dict(orient="records")]
-    if hasattr(value, "row") and callable(value.row):  # a timing knows its own summary
+    if hasattr(value, "row") and callable(value.row):  # timings and memory peaks have a row of their own
         return plain(value.row())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(dataclasses.asdict(value))
@@ -151,7 +151,7 @@ def plain(value: Any) -> Any:
 
 
 def digest(parts: Iterable[str | bytes], length: int = 64) -> str:
-    """SHA-256 over parts with their lengths, so that ("ab", "c") and ("a", "bc") differ."""
+    """SHA-256 over parts and their lengths, so that ("ab", "c") and ("a", "bc") differ."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "replace") if isinstance(part, str) else part
@@ -167,7 +167,7 @@ def file_digest(path: Path) -> str:
 
 
 def checked_name(name: str, what: str = "name") -> str:
-    """`name`, if it is one plain path part; anything that could leave its folder is refused."""
+    """`name`, if it is a single path part; a name that could leave its folder is refused."""
     if not isinstance(name, str) or not NAME.match(name) or ".." in name:
         raise WanlabError(
             f"{what} {name!r} cannot be a file name: use letters, digits, and . _ + - (no '/', no '..')"

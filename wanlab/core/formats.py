@@ -1,7 +1,7 @@
-"""The element types of tensors: one table of what PyTorch, ONNX and others call them, their sizes and colours.
+"""Element types of tensors: one table of their names in PyTorch, ONNX and other programs, their sizes and colours.
 
-Layers are quantised in formats made of these (`wanlab.precision.formats`); engine reports, plots and plans take names,
-widths and colours from here.
+Quantized layers combine these types (`wanlab.precision.formats`); engine reports, plots and plans take names, widths and
+colours from here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class ElementType:
     """One type of number that tensors hold.
 
     Attributes:
-        name: in plans, reports and tables, e.g. `"bf16"`.
-        kind: `"float"` that networks are trained in, `"code"` of quantised tensors, `"index"` of counts and masks, or
-            `"product"`: never stored, only multiplied in.
-        bits: of one number in memory.
-        torch: its name in PyTorch; empty where PyTorch has none.
-        onnx: names in `onnx.TensorProto.DataType`, the one that wanlab writes first.
-        others: what profilers and engines call it besides.
-        colour: in every plot; empty where plots do not tell it from others.
+        name: name in plans, reports and tables, e.g. `"bf16"`.
+        kind: `"float"` (networks are trained in it), `"code"` (elements of quantized tensors), `"index"` (counts and
+            masks) or `"product"` (only used inside matrix products, never stored).
+        bits: size of one number in memory.
+        torch: name in PyTorch; empty where PyTorch has none.
+        onnx: names in `onnx.TensorProto.DataType`; wanlab writes the first.
+        others: other names, used by profilers and engines.
+        colour: colour in every plot; empty where plots do not distinguish the type.
     """
 
     name: str
@@ -61,13 +61,13 @@ ELEMENT_TYPES: dict[str, ElementType] = {
 
 FLOATS = tuple(element.name for element in ELEMENT_TYPES.values() if element.kind == "float")
 CODES = tuple(element.name for element in ELEMENT_TYPES.values() if element.kind == "code")
-"""Number formats of quantised tensors."""
+"""Number formats of quantized tensors."""
 
 ITEM_BYTES = {name: element.bits / 8 for name, element in ELEMENT_TYPES.items() if element.kind != "product"}
-"""Bytes of one number of a type in memory; 4-bit codes are half a byte."""
+"""Bytes of one number of a type in memory; a 4-bit code takes half a byte."""
 
 PLAN_FLOATS = {name: ELEMENT_TYPES[name].torch for name in ("fp32", "fp16", "bf16")}
-"""Floats that networks compute in here -> their names in PyTorch."""
+"""Floating-point types that wanlab computes in -> their names in PyTorch."""
 
 _NAMES = {
     known.lower(): element.name
@@ -77,11 +77,11 @@ _NAMES = {
 }
 _ANY = re.compile(
     "|".join(sorted(_NAMES, key=len, reverse=True)), re.IGNORECASE
-)  # "bfloat16" before "float16"
+)  # longer names first: "bfloat16" contains "float16"
 
 
 def element_name(name: str) -> str:
-    """The name here of what PyTorch, ONNX, ONNX Runtime or TensorRT call a type; empty where it is none of these.
+    """wanlab's name of a type that PyTorch, ONNX, ONNX Runtime or TensorRT name; empty for an unknown type.
 
     >>> [element_name(name) for name in ("bfloat16", "torch.float32", "FLOAT8E4M3FN", "Half", "complex64")]
     ['bf16', 'fp32', 'fp8', 'fp16', '']
@@ -90,11 +90,11 @@ def element_name(name: str) -> str:
 
 
 def element_in(text: str) -> str:
-    """The name here of the type that a text speaks of, such as `"Row major linear BFloat16 format"`; empty without one."""
+    """wanlab's name of the type named in a text such as `"Row major linear BFloat16 format"`; empty if there is none."""
     match = _ANY.search(text)
     return _NAMES[match[0].lower()] if match else ""
 
 
 def format_colours() -> dict[str, str]:
-    """Type -> colour in plots, of those that plots tell apart, from the widest."""
+    """Type -> colour, for the types that plots distinguish, from the widest."""
     return {element.name: element.colour for element in ELEMENT_TYPES.values() if element.colour}

@@ -1,7 +1,7 @@
-"""Where the files are that come with wanlab (data, notebooks, recipes), and where runs are kept.
+"""Folders of the files that come with wanlab (data, notebooks, recipes), and the folder for runs.
 
-In a checkout these folders lie at its top; a wheel carries copies of them inside the package (`setup.py`). The checkout
-wins. Everything that opens one of these files asks here.
+In a checkout these folders are at the top; a wheel carries copies of them inside the package (`setup.py`). The checkout
+has priority. All code that opens one of these files gets its path here.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _shipped(folder: str) -> Path:
 
 
 def existing(path: Path) -> Path:
-    """`path`, one of `data()`, `notebooks()` or `recipes()`, after a look whether it is there.
+    """`path`, one of `data()`, `notebooks()` or `recipes()`, after a check that it exists.
 
     Raises:
-        WanlabError: it is not there; the message is the same for all files that come with wanlab.
+        WanlabError: it does not exist; the message is the same for all files that come with wanlab.
     """
     if path.exists():
         return path
@@ -57,10 +57,10 @@ def existing(path: Path) -> Path:
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """What a path names: a file or folder that exists from here, else one that comes with wanlab.
+    """Find a path from the working folder or, if it does not exist there, among the files that come with wanlab.
 
     `data/traces/x.json.gz`, `recipes/plan.yaml` and `notebooks/00_quickstart.ipynb` are found from any working folder. A
-    path that exists nowhere is returned as it is, so that its reader says what is missing.
+    path that exists nowhere is returned unchanged, so that its reader reports what is missing.
     """
     path = Path(path)
     if not path.parts or path.parts[0] not in PACKAGED or ".." in path.parts or os.path.exists(path):
@@ -70,7 +70,7 @@ def locate(path: str | os.PathLike) -> Path:
 
 
 def locate_all(pattern: str) -> list[str]:
-    """Files that come with wanlab and fit a pattern such as `recipes/*.yaml`, as names for `locate`; sorted."""
+    """Files that come with wanlab and match a pattern such as `recipes/*.yaml`, as sorted names for `locate`."""
     folder, _, rest = pattern.partition("/")
     if folder not in PACKAGED or not rest or ".." in Path(rest).parts:
         return []
@@ -79,12 +79,12 @@ def locate_all(pattern: str) -> list[str]:
 
 
 def find_notebook(name: str | os.PathLike) -> Path:
-    """The file of a notebook, given as a path or by its name alone, such as `00_quickstart`.
+    """The file of a notebook, from a path or only its name, such as `00_quickstart`.
 
-    A file in the working folder wins, then one in its `notebooks/`, then the one that comes with wanlab.
+    A file in the working folder has priority, then one in its `notebooks/`, then the one that comes with wanlab.
 
     Raises:
-        WanlabError: there is none; the message names the nearest one.
+        WanlabError: there is no such notebook; the message suggests the most similar name.
     """
     path = locate(name)
     if path.is_file():
@@ -110,12 +110,12 @@ def _in(folder: Path) -> list[Path]:
 
 
 def from_here(path: Path) -> str:
-    """`path` as one would type it in the working folder; unchanged where it lies elsewhere."""
+    """`path` relative to the working folder; unchanged where it lies outside."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def default_outputs() -> Path:
-    """`outputs/` of the project around the working folder, else of the working folder itself."""
+    """`outputs/` of the project that contains the working folder, else of the working folder itself."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "outputs").is_dir() or (folder / "environment.yml").is_file():

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: of a mean, and of the ratio of two means."""
+"""Bootstrap intervals of a mean and of the ratio of two means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RESAMPLES = 10_000
 
 
 def bootstrap_mean(values, seed: int) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of a mean; contains it. None when it cannot be had."""
+    """95 % percentile bootstrap interval of a mean; contains the mean. None with fewer than two values or a NaN."""
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or not np.isfinite(values).all():
         return None
@@ -18,7 +18,7 @@ def bootstrap_mean(values, seed: int) -> tuple[float, float] | None:
 def bootstrap_ratio(numerator, denominator, seed: int) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of mean(numerator) / mean(denominator) over the same cases.
 
-    Cases are resampled in pairs. None when it cannot be had: fewer than two cases, or a denominator of 0.
+    Cases are resampled in pairs. None with fewer than two cases, a value that is not finite, or a denominator of 0.
     """
     pair = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
     if pair[0].size < 2 or not all(np.isfinite(side).all() for side in pair):
@@ -36,9 +36,9 @@ def _resampled(*columns, seed: int) -> list:
     means: list[list] = [[] for _ in columns]
     for start in range(0, RESAMPLES, chunk):
         drawn = generator.integers(0, count, (min(chunk, RESAMPLES - start), count))
-        for column, found in zip(columns, means, strict=True):
-            found.append(column[drawn].mean(axis=1))
-    return [np.concatenate(found) for found in means]
+        for column, parts in zip(columns, means, strict=True):
+            parts.append(column[drawn].mean(axis=1))
+    return [np.concatenate(parts) for parts in means]
 
 
 def _interval(resampled, value: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""YAML that people write, read into a typed record; every error names the line."""
+"""Reads hand-written YAML into a typed record; every error names the line."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
 
-At = tuple[str | int, ...]  # where a value stands: ("rules", 2, "format")
+At = tuple[str | int, ...]  # path of a value in the document: ("rules", 2, "format")
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML text says, and the line on which each value stands."""
+    """The data of a YAML text, and the line on which each value stands."""
 
     data: Any
     lines: dict[At, int]
-    where: str  # begins every message
-    what: str  # the whole of it, in messages: "the plan"
+    where: str  # file name or other origin; every message begins with it
+    what: str  # name of the whole document in messages: "the plan"
 
-    def refuse(self, at: At, said: str) -> NoReturn:
+    def refuse(self, at: At, reason: str) -> NoReturn:
         """Raise `WanlabError` with the line of the value at `at`, or of the nearest one around it."""
         known = at
         while known and known not in self.lines:
             known = known[:-1]
         place = spell(at) or self.what
-        raise WanlabError(f"{self.where}, line {self.lines.get(known, 1)}, {place}: {said}")
+        raise WanlabError(f"{self.where}, line {self.lines.get(known, 1)}, {place}: {reason}")
 
     def known_fields(self, data: dict, kind: type | Iterable[str], at: At = ()) -> None:
-        """Refuse a key that the record `kind` (or the list of names) does not have."""
+        """Refuse a key that is not a field of the record `kind` (or not in the list of names)."""
         fields = kind.__struct_encode_fields__ if isinstance(kind, type) else tuple(kind)
         for name in data:
             if name not in fields:
@@ -41,26 +41,26 @@ class Document:
                 self.refuse((*at, str(name)), f"no field {str(name)!r}{hint}; there are {', '.join(fields)}")
 
     def value(self, at: At) -> Any:
-        """The value at a place."""
+        """The value at a path."""
         value = self.data
         for part in at:
             value = value[part]
         return value
 
     def convert(self, kind: type, at: At = ()) -> Any:
-        """The data at a place as the msgspec record `kind`."""
+        """The data at a path as the msgspec record `kind`."""
         try:
             return msgspec.convert(self.value(at), kind)
         except msgspec.ValidationError as error:
-            said, _, place = str(error).partition(" - at `$")
+            reason, _, place = str(error).partition(" - at `$")
             inside = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", place))
-            self.refuse((*at, *inside), said)
+            self.refuse((*at, *inside), reason)
 
 
 def compact(record: Any) -> Any:
-    """A msgspec record as data for YAML, in the order of its fields, without those that equal their default.
+    """A msgspec record as data for YAML, in the order of its fields, without fields that equal their default.
 
-    `omit_defaults` of msgspec compares by identity, so that a default written out in a file would stay.
+    `omit_defaults` of msgspec compares by identity, so a default value that is written out in a file would stay.
     """
     if isinstance(record, msgspec.Struct):
         fields = msgspec.structs.fields(record)
@@ -80,7 +80,7 @@ def _default(field: msgspec.structs.FieldInfo) -> Any:
 
 
 def spell(at: At) -> str:
-    """A place as people write it: `rules[2].format`."""
+    """The path of a value as text: `rules[2].format`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
 
 
@@ -88,7 +88,7 @@ def read_yaml(text: str, where: str, what: str) -> Document:
     """The data of a YAML text, and the line of every value.
 
     Raises:
-        WanlabError: not YAML, or a key that is given twice.
+        WanlabError: the text is not YAML, or a key is given twice.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -1,4 +1,4 @@
-"""Models: their facts, their weights, and the videos they make.
+"""Models: their facts, how they are loaded, and how they generate videos.
 
 >>> spec = models.get("wan-nano")
 >>> models.latent_shape(spec, 128, 192, 17)

@@ -1,4 +1,4 @@
-"""The device a model works on."""
+"""Synchronisation with the device that a model runs on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 def synchronise(device=None) -> None:
     """Wait until the device has finished its work.
 
-    With no device given, every CUDA device this process uses is waited for; nothing is imported
-    or initialised for it.
+    With no device given, it waits for every CUDA device that this process uses; it imports and initialises
+    nothing for it.
     """
     torch = sys.modules.get("torch")
     if torch is None:

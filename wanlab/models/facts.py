@@ -1,4 +1,4 @@
-"""Size and work of every component, from its configuration: no weights, no device."""
+"""Sizes and operation counts of every component, from its configuration alone: no weights, no device."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from wanlab.models.spec import ModelSpec, Part
 
 _KINDS = ("linear", "attention", "convolution", "other")
 _DECODER_HALF = ("decoder.", "post_quant_conv.")
-# From the third latent frame on, every frame of the causal VAE costs the same, so two counts give all.
+# From the third latent frame on, every frame costs the causal VAE the same, so two counts determine all.
 _COUNTED_FRAMES = (3, 4)
 
 
 def facts(
     spec: str | ModelSpec, *, height: int | None = None, width: int | None = None, frames: int | None = None
 ) -> pd.DataFrame:
-    """Per component: class, parameters, bytes per dtype, and the work of one forward at a video size.
+    """Per component: class, parameters, bytes per dtype, and the operations of one forward at a video size.
 
     Columns: component, class_name, parameters, size_fp32_bytes, size_bf16_bytes (fp16 alike), size_fp8_bytes
     (int8 alike), linear_tflop, attention_tflop, convolution_tflop, other_tflop, total_tflop, input_shape.
@@ -33,16 +33,16 @@ def facts(
     the decoder on the whole video. Sizes are parameters times bytes; loading keeps some layers in
     float32 and needs a little more.
 
-    Operations are those of matrix products and convolutions, a multiply-add counted as two, as
-    `torch.utils.flop_counter` does. It counts everything here on meta tensors but the Wan experts, for
-    which `wan_expert_flop` has the formula. Work is NaN where a network's call is not known.
+    Operations are those of matrix products and convolutions; a multiply-add counts as two, as in
+    `torch.utils.flop_counter`. That counter runs on meta tensors; only for the Wan experts the formula of
+    `wan_expert_flop` is used. Operations are NaN where wanlab does not know how a network is called.
 
     Args:
         spec: the model.
-        height, width: pixels; default of the model if None. frames: of the video.
+        height, width, frames: size of the video, in pixels and frames; default of the model if None.
 
     Raises:
-        WanlabError: unknown model, or a size that is not legal.
+        WanlabError: unknown model, or a video size that is not legal.
     """
     spec = spec if isinstance(spec, ModelSpec) else get(spec)
     defaults = spec.defaults
@@ -84,13 +84,13 @@ def wan_expert_flop(
     linear per block = 2 N (4 d^2 + 2 d^2 + 2 d f) + 4 S d^2, that is q, k, v, o of self-attention, q and o
     of cross-attention, the feed-forward, and k and v of the text; attention per block = 4 N^2 d + 4 N S d,
     the two products of self- and cross-attention; other = patch embedding, text and timestep embedding,
-    output projection. Counted as Kaplan et al. 2020 (arXiv:2001.08361, table 1) do, for this network.
+    output projection. Counted as in Kaplan et al. 2020 (arXiv:2001.08361, table 1), applied to this network.
 
     Args:
-        config: of the transformer.
-        tokens: of the video, see `latent_shape`.
-        text_tokens: of the prompt, with padding.
-        timestep_tokens: timesteps embedded: 1, or as many as tokens with `expand_timesteps`.
+        config: configuration of the transformer.
+        tokens: tokens of the video, see `latent_shape`.
+        text_tokens: tokens of the prompt, with padding.
+        timestep_tokens: number of embedded timesteps: 1, or the number of tokens with `expand_timesteps`.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = math.prod(config["patch_size"])
@@ -111,7 +111,7 @@ def _work(
     latent: LatentShape,
     size: tuple[int, int, int],
 ) -> tuple[str, dict[str, float]]:
-    """Shape of the input as text, and operations by kind; no operations where the call is not known."""
+    """Shape of the input as text, and operations by kind; no operations where the network's call is not known."""
     height, width, frames = size
     if part.class_name == "WanTransformer3DModel" and part.config.get("image_dim") is None:
         shape = (1, part.config["in_channels"], latent.frames, latent.height, latent.width)
@@ -143,7 +143,7 @@ def _work(
 
 
 def _over_time(call: Callable[[int], object], latent_frames: int) -> dict[str, float]:
-    """Operations of a VAE over time, counted for a few latent frames and continued."""
+    """Operations of a VAE over all frames, extrapolated from counts of a few latent frames."""
     few, more = _COUNTED_FRAMES
     if latent_frames <= more:
         return _count(lambda: call(latent_frames))
@@ -157,7 +157,7 @@ def _count(call: Callable[[], object]) -> dict[str, float]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return {}  # a network of another family, called in another way
+        return {}  # a network of another family, with other arguments
     counts = dict.fromkeys(_KINDS, 0.0)
     for operator, operations in counter.get_flop_counts().get("Global", {}).items():
         counts[_kind(str(operator))] += operations

@@ -1,4 +1,4 @@
-"""Folders of a hub repository; every failure of the network becomes one line."""
+"""Downloads from the Hugging Face hub; every network failure becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def fetch_configs(hub_id: str) -> Path:
 
 
 def fetch_folder(hub_id: str, parts: list[str]) -> Path:
-    """A local folder with these parts (sub-folders) of a repository; downloads what is missing.
+    """A local folder with these parts (sub-folders) of a repository; downloads missing files.
 
-    Without a network this is the folder as far as it was downloaded before.
+    Without a network it returns the folder with the files that were downloaded before.
 
     Raises:
         WanlabError: no such repository, or the hub cannot be reached.
@@ -54,7 +54,7 @@ def _fetch(hub_id: str, patterns: list[str]) -> Path:
 
 
 def _cause(error: BaseException) -> str:
-    """One line of the innermost cause, which says what the network did."""
+    """One line of the innermost cause, which describes the network failure."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

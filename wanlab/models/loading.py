@@ -1,4 +1,4 @@
-"""Loading a model: where its weights are, room for them, their load time, and what was loaded."""
+"""Loading a model: weight files, memory checks, load times, and a report of what was loaded."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from wanlab.models.weights import check_room
 
 
 def cached_fraction(files: Iterable[Path]) -> float | None:
-    """Share of the files' pages in the page cache, 0 to 1, by mincore(2); None where it cannot be known."""
+    """Share of the files' pages that are in the page cache, 0 to 1, from mincore(2); None where it is not known."""
     try:
         mincore = ctypes.CDLL(None, use_errno=True).mincore
     except (AttributeError, OSError, TypeError):
         return None
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    held = total = 0
+    cached = total = 0
     for file in files:
         size = file.stat().st_size
         if not size:
@@ -47,25 +47,25 @@ def cached_fraction(files: Iterable[Path]) -> float | None:
         with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             view = np.frombuffer(mapped, dtype=np.uint8)
             failed = mincore(view.ctypes.data, size, pages.ctypes.data)
-            del view  # the mapping cannot be closed while it is looked at
+            del view  # the mapping cannot be closed while an array refers to it
         if failed:
             return None
-        held += int((pages & 1).sum())
+        cached += int((pages & 1).sum())
         total += len(pages)
-    return held / total if total else None
+    return cached / total if total else None
 
 
 def drop(files: Iterable[Path]) -> bool:
-    """Ask the kernel to drop these files' pages (posix_fadvise); False where it cannot be asked.
+    """Ask the kernel to drop these files' pages (posix_fadvise); False where the system has no such call.
 
-    It may refuse, for pages that another process maps: look with `cached_fraction` afterwards.
+    The kernel may refuse, for pages that another process maps: check with `cached_fraction` afterwards.
     """
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # pages not yet written back would be kept
+            os.fsync(descriptor)  # the kernel keeps pages that are not yet written to disk
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
@@ -73,9 +73,9 @@ def drop(files: Iterable[Path]) -> bool:
 
 
 class WordHashTokenizer:
-    """Hashes words into a vocabulary, with the call of a `transformers` tokenizer.
+    """Replaces a `transformers` tokenizer: hashes words to token ids, with the same call.
 
-    The ids mean nothing, which is what random weights make of any ids; lengths, padding and mask are right.
+    The ids have no meaning, which does not matter with random weights; lengths, padding and mask are right.
     """
 
     pad_token_id, eos_token_id, first_word_id = 0, 1, 3
@@ -114,16 +114,16 @@ def load(
 ) -> Model:
     """A model with its weights on a device, ready to generate.
 
-    Weights are read tensor by tensor from safetensors files, cast and put on the device, so that the host
-    never holds a network; the result equals diffusers' `from_pretrained(torch_dtype=dtype)`. Headers, names,
-    shapes and free memory are checked before the first byte is allocated.
+    Weights are read tensor by tensor from safetensors files, cast and moved to the device, so that the host
+    never holds a whole network; the result equals diffusers' `from_pretrained(torch_dtype=dtype)`. Headers, names,
+    shapes and free memory are checked before anything is allocated.
 
     Args:
-        name_or_spec: what `get` takes, or a spec.
+        name_or_spec: a name, folder or hub id as for `get`, or a spec.
         device: "auto" (cuda if there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (bfloat16 on cuda, float32 on cpu), "float32", "bfloat16", "float16" or a torch dtype.
-        weights: "pretrained", or "random": the true architecture filled on the device from `seed`.
-        seed: of the random weights.
+        weights: "pretrained", or "random": the true architecture with weights drawn on the device from `seed`.
+        seed: seed of the random weights.
         components: load only the networks of these components, e.g. `("expert_high",)`; all by default.
 
     Raises:
@@ -134,14 +134,14 @@ def load(
     if weights not in ("pretrained", "random"):
         raise WanlabError(f'weights is "pretrained" or "random", not {weights!r}')
     place, kind = resolve(device, dtype)
-    wanted = _wanted_parts(spec, components)
-    folder = _folder(spec, wanted, weights)
+    part_names = _wanted_parts(spec, components)
+    folder = _folder(spec, part_names, weights)
     pipeline_cls = _pipeline_class(spec)
-    for name in wanted:
-        network_class(spec.part(name))  # imports its module, so that the clock does not see it
+    for name in part_names:
+        network_class(spec.part(name))  # imports its module, so that the time of the import is not measured
 
     start = time.perf_counter()
-    modules = {name: skeleton(spec.part(name), kind) for name in wanted}
+    modules = {name: skeleton(spec.part(name), kind) for name in part_names}
     notes: list[str] = []
     checkpoints: dict[str, ckpt.Checkpoint] = {}
     if weights == "pretrained":
@@ -168,7 +168,7 @@ def load(
         read = checkpoints[name].size_bytes if checkpoints else 0
         loads.append(PartLoad(name, _ms(part_start), read, sizes[name], part_cached))
 
-    extras, more = _without_weights(spec, folder, wanted)
+    extras, more = _without_weights(spec, folder, part_names)
     pipeline = _pipeline(pipeline_cls, spec, modules, extras)
     notes += more
     if weights == "random":
@@ -185,19 +185,19 @@ def load_times(
     dtype: str | torch.dtype = "auto",
     components: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Load twice, cold and then warm; the model is let go after each.
+    """Load twice, cold and then warm; the model is deleted after each load.
 
-    Before the first load the kernel is asked to drop the files from its page cache. It may refuse, so `state`
-    says what the cache held in truth: "cold", "warm", "partly cached" or "unknown". Disks have caches of
-    their own. Rows: those of `LoadReport.frame`, for `load` "first" and "second".
+    Before the first load the kernel is asked to drop the files from its page cache. It may refuse, so the column `state`
+    gives the state that was observed: "cold", "warm", "partly cached" or "unknown". Disks have caches of
+    their own. Rows: those of `LoadReport.frame`, with `load` "first" and "second".
 
     Raises:
-        WanlabError: as `load`.
+        WanlabError: as for `load`.
     """
     spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
-    wanted = _wanted_parts(spec, components)
-    folder = _folder(spec, wanted, "pretrained")
-    files = [file for name in wanted for file in ckpt.open_checkpoint(folder / name).files]
+    part_names = _wanted_parts(spec, components)
+    folder = _folder(spec, part_names, "pretrained")
+    files = [file for name in part_names for file in ckpt.open_checkpoint(folder / name).files]
     gc.collect()  # an earlier model may still map the files
     drop(files)
     frames = []
@@ -210,10 +210,10 @@ def load_times(
 
 
 def resolve(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that "auto" and names stand for.
+    """The device and dtype for names and "auto".
 
     Raises:
-        WanlabError: no such device here, or no such dtype.
+        WanlabError: no such device on this machine, or no such dtype.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,7 +250,7 @@ def _wanted_parts(spec: ModelSpec, components: Sequence[str] | None) -> list[str
 
 
 def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
-    """Where the files are; None when nothing is on this machine and nothing is needed."""
+    """The folder of the files; None when nothing is on this machine and nothing is needed."""
     if spec.is_local:
         return Path(spec.source)
     if weights == "random":
@@ -260,19 +260,19 @@ def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
 
 
 def _pipeline_class(spec: ModelSpec) -> type:
-    found = getattr(diffusers, spec.pipeline_class, None)
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+    cls = getattr(diffusers, spec.pipeline_class, None)
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
         raise WanlabError(
             f"{spec.source}: the installed diffusers {diffusers.__version__} has no pipeline"
             f" {spec.pipeline_class}{did_you_mean(spec.pipeline_class, dir(diffusers))}"
         )
-    return found
+    return cls
 
 
 def _without_weights(
     spec: ModelSpec, folder: Path | None, wanted: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Tokenizers, scheduler and processors; stand-ins and notes where the files are not at hand."""
+    """Tokenizers, scheduler and processors; substitutes and notes where the files are not on this machine."""
     extras: dict[str, Any] = {}
     notes: list[str] = []
     for name, entry in spec.model_index.items():

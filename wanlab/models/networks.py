@@ -1,6 +1,6 @@
-"""Networks without weights: the true architecture on torch's meta device, ready to be filled.
+"""Networks without weights: the true architecture on torch's meta device, to be filled later.
 
-Parameters cost no memory here; buffers that are computed and not stored (rotary frequencies) are real.
+Parameters take no memory here; buffers that are computed and not stored (rotary frequencies) are real.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ def network_class(part: Part) -> type:
             f"{part.name}: {part.class_name} comes from {part.library!r}; wanlab loads networks of diffusers"
             " and transformers"
         )
-    found = getattr(importlib.import_module(part.library), part.class_name, None)
-    if not isinstance(found, type):
+    cls = getattr(importlib.import_module(part.library), part.class_name, None)
+    if not isinstance(cls, type):
         raise WanlabError(
             f"{part.name}: the installed {part.library} has no {part.class_name}; update it:"
             f" pip install -U {part.library}"
         )
-    return found
+    return cls
 
 
 def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """A part with parameters on the meta device and computed buffers on the CPU, in evaluation mode.
 
     Args:
-        part: which network.
-        dtype: default dtype while it is built, as `from_pretrained` sets it.
+        part: the network to build.
+        dtype: default dtype during construction, as `from_pretrained` sets it.
 
     Raises:
-        WanlabError: unknown class, or a configuration that the class refuses.
+        WanlabError: unknown class, or a configuration that the class does not accept.
     """
     cls = network_class(part)
     before = torch.get_default_dtype()
@@ -70,21 +70,21 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
 
 
 def tied_names(module: torch.nn.Module) -> dict[str, str]:
-    """Parameters that share storage with another: name -> name it follows (UMT5: the token embedding)."""
+    """Parameters that share storage with another: name -> name of the original (UMT5: the token embedding)."""
     tied = getattr(module, "_tied_weights_keys", None)
     return dict(tied) if isinstance(tied, dict) else {}
 
 
 def parameter_names(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Stored tensors by name, parameters and persistent buffers, tied ones counted once."""
+    """Stored tensors by name, parameters and persistent buffers; a tied one is listed once."""
     tied = tied_names(module)
     return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in tied}
 
 
 def stored_dtype(module: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a floating-point tensor of a network gets when `dtype` is asked for.
+    """The dtype of a floating-point tensor of a network that is loaded in `dtype`.
 
-    Follows both libraries: diffusers keeps the modules in `_keep_in_fp32_modules` in float32 always,
+    Follows both libraries: diffusers always keeps the modules in `_keep_in_fp32_modules` in float32,
     transformers keeps them for float16 only, and those in `_keep_in_fp32_modules_strict` for both.
     """
     if dtype not in (torch.float16, torch.bfloat16):
@@ -107,7 +107,7 @@ def needed_bytes(module: torch.nn.Module, dtype: torch.dtype) -> int:
 
 
 def assign(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a tensor where the parameter or buffer `name` was; parameters do not ask for gradients."""
+    """Replace the parameter or buffer `name` by a tensor; parameters get no gradients."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -117,7 +117,7 @@ def assign(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def finish(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Tie what is tied and move the computed buffers to the device."""
+    """Tie shared parameters and move the computed buffers to the device."""
     for target, source in tied_names(module).items():
         path, _, leaf = target.rpartition(".")
         owner_path, _, owner_leaf = source.rpartition(".")
@@ -134,10 +134,10 @@ def finish(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 def fill_random(
     module: torch.nn.Module, *, name: str, device: torch.device, dtype: torch.dtype, seed: int
 ) -> torch.nn.Module:
-    """Weights from a seed, made on the device: never a copy on the host.
+    """Fill a network with random weights, drawn on the device without a copy on the host.
 
     Normal with deviation min(0.02, 1/sqrt(fan in)), so that no layer amplifies; norm scales are 1 and
-    biases 0; modulation tables as Wan initialises them, 1/sqrt(width). The numbers depend on the seed, the
+    biases 0; modulation tables as Wan initialises them, 1/sqrt(width). The values depend on the seed, the
     part's name and the device type.
     """
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))

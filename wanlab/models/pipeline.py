@@ -1,4 +1,4 @@
-"""A loaded model, and the videos it generates."""
+"""A loaded model and the videos that it generates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLD_BELOW, WARM_ABOVE = 0.05, 0.95
 
 @dataclass(frozen=True)
 class PartLoad:
-    """Load of one part: bytes in its files, bytes on the device, and the share that was cached before."""
+    """Load of one part: time, bytes of its files, bytes on the device, and share of the files cached before the load."""
 
     part: str
     time_ms: float
@@ -35,13 +35,13 @@ class PartLoad:
 
     @property
     def gb_per_s(self) -> float | None:
-        """Bytes of the files per second, in 1e9; None when no file was read."""
+        """Read rate in 1e9 bytes per second; None when no file was read."""
         return self.read_bytes / self.time_ms / 1e6 if self.read_bytes and self.time_ms else None
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Load of a model: `weights` "pretrained" or "random", `time_ms` to a ready pipeline."""
+    """Load of a model: `weights` is "pretrained" or "random", `time_ms` lasts until the pipeline is ready."""
 
     weights: str
     time_ms: float
@@ -51,22 +51,22 @@ class LoadReport:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the weight files."""
+        """Total size of the weight files."""
         return sum(part.read_bytes for part in self.parts)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of weights and buffers on the device."""
+        """Total size of weights and buffers on the device."""
         return sum(part.memory_bytes for part in self.parts)
 
     @property
     def gb_per_s(self) -> float | None:
-        """Bytes of the files per second of the whole load, in 1e9; None when no file was read."""
+        """Read rate of the whole load, in 1e9 bytes per second; None when no file was read."""
         return self.read_bytes / self.time_ms / 1e6 if self.read_bytes and self.time_ms else None
 
     @property
     def state(self) -> str:
-        """ "cold", "warm" or "partly cached", by what the page cache held before; "unknown"; "no files"."""
+        """State of the page cache before the load: "cold", "warm", "partly cached", "unknown" or "no files"."""
         if not self.read_bytes:
             return "no files"
         if self.cached_fraction is None:
@@ -78,8 +78,8 @@ class LoadReport:
     def frame(self) -> pd.DataFrame:
         """One row per part and a row "total": time_ms, read_bytes, memory_bytes, gb_per_s, cached_percent.
 
-        The total also counts tokenizer, scheduler and checks, so it is more than the sum; imports of packages
-        are not counted.
+        The total includes tokenizer, scheduler and checks, so it is more than the sum; imports of packages
+        are not included.
         """
         rows = [_row(part.part, part) for part in self.parts] + [_row("total", self)]
         return pd.DataFrame(rows)
@@ -106,7 +106,7 @@ def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int
         height, width: pixels.
 
     Raises:
-        WanlabError: missing or unreadable file, or an array of another form.
+        WanlabError: missing or unreadable file, or an array of another shape or dtype.
     """
     if isinstance(image, str | os.PathLike):
         image = _opened(image)
@@ -140,7 +140,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 OUTPUTS = ("np", "latent")
 BEGINS, ENDS = "generation begins", "generation ends"
-"""Ranges of no length in a profile, around what `Generation.wall_ms` measures."""
+"""Names of zero-length ranges in a profile that enclose the interval of `Generation.wall_ms`."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Generation:
 
     Attributes:
         video: float32 `[T, H, W, 3]` in [0, 1]; with `output="latent"` the latents, float32 `[C, T, H, W]`.
-        fps: frames per second at which it is meant to be shown.
-        seed: of the initial noise.
-        settings: everything that was chosen or taken from the defaults.
-        wall_ms: from prompt and image to video, the device waited for.
+        fps: frames per second at which it should be shown.
+        seed: seed of the initial noise.
+        settings: all settings of the generation, chosen or default.
+        wall_ms: time from prompt and image to video, including the wait for the device.
     """
 
     video: np.ndarray
@@ -164,7 +164,7 @@ class Generation:
 
 @dataclass
 class Model:
-    """A diffusers pipeline with its facts; `engines` names what runs each component ("eager" at first)."""
+    """A diffusers pipeline with its facts; `engines` maps a component to the engine that runs it ("eager" at first)."""
 
     spec: ModelSpec
     pipeline: DiffusionPipeline
@@ -180,28 +180,28 @@ class Model:
         self.engines = dict.fromkeys(self.spec.components, "eager") | self.engines
 
     def component(self, name: str) -> Any:
-        """What runs a component: `pipeline.transformer` for expert_high, the whole VAE for either half.
+        """The object that runs a component: `pipeline.transformer` for expert_high, the whole VAE for either half.
 
         Raises:
             WanlabError: the model has no such component, or it was not loaded.
         """
-        found = getattr(self.pipeline, self.spec.part_of(name), None)
-        if found is None:
+        network = getattr(self.pipeline, self.spec.part_of(name), None)
+        if network is None:
             raise WanlabError(f"{self.spec.name}: {name} is not loaded; name it in load(..., components=...)")
-        return found
+        return network
 
     @property
     def components(self) -> dict[str, Any]:
-        """Component name -> what runs it, for those that are loaded, in the order of their use."""
+        """Component name -> the object that runs it, for the loaded components, in the order of their use."""
         loaded = {
             name: getattr(self.pipeline, self.spec.part_of(name), None) for name in self.spec.components
         }
         return {name: module for name, module in loaded.items() if module is not None}
 
     def schedule(self, steps: int | None = None) -> pd.DataFrame:
-        """What each denoising step will be, known before the run: step, timestep, sigma, snr, component.
+        """The denoising steps, known before the run: step, timestep, sigma, snr, component.
 
-        The scheduler is a copy, its state stays untouched. The expert is chosen as the pipeline does it:
+        Computed on a copy of the scheduler, which is not changed. The expert is chosen by the pipeline's rule:
         expert_high while timestep >= boundary_ratio * training timesteps. snr is ((1 - sigma) / sigma)**2 for
         flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds.
         """
@@ -224,19 +224,19 @@ class Model:
         output: str = "np",
         progress: bool = False,
     ) -> Generation:
-        """Make a video from an image and a prompt; what is not given comes from `spec.defaults`.
+        """Generate a video from an image and a prompt; settings that are not given come from `spec.defaults`.
 
         The noise is drawn on the CPU, so that a seed means the same on every device.
 
         Args:
             image: first frame: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1]. Scaled to
                 cover the video (Lanczos) and cropped in the middle. None for text-to-video pipelines.
-            prompt: what happens.
-            negative_prompt: what guidance steers away from.
-            height, width: pixels. frames: of the video, with the first.
-            steps: of denoising.
+            prompt: description of what happens.
+            negative_prompt: description of what guidance avoids.
+            height, width: size in pixels. frames: number of frames, including the first.
+            steps: denoising steps.
             guidance_scale: 1 or less runs without guidance, in half the time.
-            seed: of the initial noise.
+            seed: seed of the initial noise.
             output: "np" for the video, "latent" to skip the decoder.
             progress: show a bar over the steps.
 
@@ -293,13 +293,13 @@ class Model:
             synchronise(self.device)
             with torch.profiler.record_function(BEGINS):
                 start = time.perf_counter()
-            made = self.pipeline(**arguments).frames
+            videos = self.pipeline(**arguments).frames
             synchronise(self.device)
             with torch.profiler.record_function(ENDS):
                 wall_ms = (time.perf_counter() - start) * 1e3
         finally:
             self.pipeline.set_progress_bar_config(disable=True)
-        return Generation(_array(made), defaults.fps, int(seed), settings, wall_ms)
+        return Generation(_array(videos), defaults.fps, int(seed), settings, wall_ms)
 
     def _check_loaded(self, output: str) -> None:
         for name in self.spec.components:
@@ -329,7 +329,7 @@ def _array(made: Any) -> np.ndarray:
 
 def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list[dict[str, object]]:
     """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
-    # Not `type`: while it is recorded, a stand-in takes its place.
+    # Not `type`: while calls are recorded, a proxy takes the scheduler's place.
     scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps, device="cpu")
     config = scheduler.config
@@ -348,7 +348,7 @@ def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list
                 "timestep": float(timestep),
                 "sigma": sigma,
                 "snr": ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf,
-                # Compared as a tensor, as the pipeline does it, so that rounding falls the same way.
+                # Compared as a tensor, as the pipeline does, so that rounding is the same.
                 "component": experts[0] if timestep >= boundary else experts[-1],
             }
         )
@@ -356,6 +356,6 @@ def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list
 
 
 def boundary_ratio(pipeline: DiffusionPipeline, spec: ModelSpec) -> float | None:
-    """What the pipeline will decide by; its configuration may have been changed since it was loaded."""
+    """The ratio that the pipeline will use; its configuration may have changed since it was loaded."""
     config = getattr(pipeline, "config", None) or {}
     return config.get("boundary_ratio", spec.boundary_ratio)

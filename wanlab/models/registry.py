@@ -1,4 +1,4 @@
-"""Which models there are, and their facts, read from configuration files without loading torch."""
+"""Registry of models: their names and facts, read from configuration files without loading torch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _NO_NETWORK = (
     "video_processor",
     "processor",
 )
-# Diffusers has no mark for video pipelines; their classes carry it in a name.
+# Diffusers does not mark video pipelines; this is part of their class names.
 _VIDEO = re.compile(r"Video|Wan|3D|Mochi|Cosmos|Allegro|Motion|Temporal|Animate|SkyReels", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def names() -> tuple[str, ...]:
-    """Names that `get` knows without a path or a hub id."""
+    """Names that `get` accepts besides a path or a hub id."""
     return (NANO, *HUB_MODELS)
 
 
@@ -71,7 +71,7 @@ def get(name: str | os.PathLike) -> ModelSpec:
 
 
 def nano_folder() -> Path:
-    """Where wan-nano lies: `$WANLAB_NANO`, or `data/wan-nano`.
+    """The folder of wan-nano: `$WANLAB_NANO`, or `data/wan-nano`.
 
     Raises:
         WanlabError: `$WANLAB_NANO` names no folder.
@@ -85,10 +85,10 @@ def nano_folder() -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object from a file.
 
     Raises:
-        WanlabError: the file is missing, unreadable or no JSON object.
+        WanlabError: the file is missing, unreadable or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
-    """The settings of `wanlab.json`, which a model may carry in its folder, over those that wanlab would take."""
+    """The defaults, replaced where the model's folder has a `wanlab.json` that states other settings."""
     path = folder / "wanlab.json"
     if not path.is_file():
         return defaults
@@ -236,7 +236,7 @@ def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
 
 
 def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
-    """The settings a model was made for, recognised by its denoiser, so that a local copy has them too."""
+    """The default settings of a published model, recognised by its denoiser, so that a local copy has them too."""
     keys = (
         "num_layers",
         "num_attention_heads",

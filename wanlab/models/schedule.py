@@ -1,4 +1,4 @@
-"""The denoising steps of a run before it runs: which expert each one takes, and when its weights must be there."""
+"""The denoising steps before a run: which expert runs each step, and when its weights must be on the device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from wanlab.models.pipeline import Model, boundary_ratio
 
 @dataclass(frozen=True)
 class Prefetch:
-    """When an expert is needed, and how long there is to bring it in.
+    """When an expert is needed, and how much time there is to transfer its weights.
 
     Attributes:
         component: name of the expert.
-        steps: how many it runs.
-        first_step: the first of them, from 0; None if it runs none.
-        hiding_steps: steps of the other expert before that one: the time behind which a transfer can hide.
-        size_bytes: of its weights; None for an engine, whose bytes are its own.
+        steps: number of steps that it runs.
+        first_step: its first step, from 0; None if it runs none.
+        hiding_steps: steps of the other expert before its first step; a transfer can overlap with them.
+        size_bytes: size of its weights; None for an engine, which keeps its own weights.
     """
 
     component: str
@@ -38,11 +38,11 @@ class ExpertSchedule:
     """The experts of a run, known before it starts.
 
     Attributes:
-        table: step, timestep, sigma, snr, component; as `Model.schedule` gives it.
-        boundary_ratio: as the pipeline has it now; None with one expert.
-        boundary_timestep: from this timestep on upwards the high-noise expert runs; None with one expert.
+        table: step, timestep, sigma, snr, component; from `Model.schedule`.
+        boundary_ratio: current value of the pipeline; None with one expert.
+        boundary_timestep: the high-noise expert runs at this timestep and above; None with one expert.
         prefetch: one entry per expert, in the order of the model.
-        note: what a reader should know, e.g. that there is only one expert; empty if nothing.
+        note: a remark for the reader, e.g. that there is only one expert; else empty.
     """
 
     table: pd.DataFrame
@@ -53,12 +53,12 @@ class ExpertSchedule:
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """Steps at which another expert takes over from the one before."""
+        """Steps at which the other expert takes over."""
         names = self.table["component"].tolist()
         return tuple(i for i in range(1, len(names)) if names[i] != names[i - 1])
 
     def steps_of(self, component: str) -> int:
-        """Steps that an expert runs; 0 for one that the model lacks."""
+        """Number of steps that an expert runs; 0 for one that the model lacks."""
         return int((self.table["component"] == component).sum())
 
     def __str__(self) -> str:
@@ -68,23 +68,23 @@ class ExpertSchedule:
         )
 
     def frame(self) -> pd.DataFrame:
-        """The plan for a prefetch, one row per expert; columns as in `Prefetch`."""
+        """The prefetch plan, one row per expert; columns as in `Prefetch`."""
         frame = pd.DataFrame([asdict(entry) for entry in self.prefetch])
         return frame.astype({"first_step": "Int64", "size_bytes": "Int64"})
 
 
 def precompute_schedule(model: Model, steps: int | None = None) -> ExpertSchedule:
-    """The expert of every step, and what a prefetch has to bring when, before the run starts.
+    """The expert of every step, and when a prefetch must bring which weights, computed before the run.
 
-    The rule is the pipeline's own (`timestep >= boundary_ratio * training timesteps`) on a copy of its scheduler, so
-    that it is what will run.
+    Uses the pipeline's own rule (`timestep >= boundary_ratio * training timesteps`) on a copy of its scheduler, so
+    the run will follow it exactly.
 
     Args:
         model: from `wanlab.models.load`.
         steps: denoising steps; the model's default if None.
 
     Raises:
-        WanlabError: steps is no whole number of at least 1.
+        WanlabError: `steps` is not a whole number of at least 1.
     """
     table = model.schedule(steps)
     names = table["component"].tolist()
@@ -104,21 +104,21 @@ def precompute_schedule(model: Model, steps: int | None = None) -> ExpertSchedul
 
 
 def fewest_steps(model: Model, schedule: ExpertSchedule) -> int:
-    """The fewest denoising steps that run every expert of a schedule: enough for a warm-up."""
-    wanted = set(schedule.table["component"])
+    """The smallest number of denoising steps that runs every expert of a schedule: enough for a warm-up."""
+    experts = set(schedule.table["component"])
     counts = range(1, len(schedule.table) + 1)
-    return next(n for n in counts if set(model.schedule(n)["component"]) >= wanted)
+    return next(n for n in counts if set(model.schedule(n)["component"]) >= experts)
 
 
 @contextmanager
 def boundary_at(model: Model, ratio: float) -> Iterator[None]:
-    """Inside the block the experts change over at another share of the training timesteps.
+    """Inside the block the experts switch at another share of the training timesteps.
 
-    Only the pipeline's configuration is changed, and put back, also after an exception.
+    Only the pipeline's configuration is changed; it is restored afterwards, also after an exception.
 
     Args:
-        model: has two experts.
-        ratio: 0 (the high-noise expert runs all steps) to 1 (the low-noise one all whose timestep is under the top).
+        model: a model with two experts.
+        ratio: 0 (the high-noise expert runs all steps) to 1 (the low-noise expert runs all steps below the top timestep).
 
     Raises:
         WanlabError: a model with one expert, or a ratio out of range.
@@ -144,5 +144,5 @@ def _weight_bytes(model: Model, component: str) -> int | None:
         return sum(count * kind.itemsize for count, kind in sizes)
     if not isinstance(network, torch.nn.Module):
         return None
-    # An engine has no parameters of its own.
+    # An engine has no parameters.
     return sum(parameter.nbytes for parameter in network.parameters()) or None

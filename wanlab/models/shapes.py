@@ -1,4 +1,4 @@
-"""From pixels and frames to latents and tokens, and back to the nearest size that is legal."""
+"""Conversion of pixels and frames to latents and tokens, and the nearest legal video sizes."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class LatentShape:
 
 
 def size_step(spec: ModelSpec) -> tuple[int, int]:
-    """Pixels by which height and width may change: VAE factor times patch, and 16 for the Wan pipelines."""
-    asked = 16 if spec.pipeline_class.startswith("Wan") else 1
+    """Step of legal heights and widths in pixels: VAE factor times patch, and 16 for the Wan pipelines."""
+    factor = 16 if spec.pipeline_class.startswith("Wan") else 1
     _, patch_h, patch_w = spec.patch
-    return math.lcm(spec.spatial_factor * patch_h, asked), math.lcm(spec.spatial_factor * patch_w, asked)
+    return math.lcm(spec.spatial_factor * patch_h, factor), math.lcm(spec.spatial_factor * patch_w, multiple)
 
 
 def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> LatentShape:
     """Latent shape and token count of a video.
 
-    The causal VAE turns `temporal_factor * k + 1` frames into `k + 1` latent frames (the first stands alone)
+    The causal VAE turns `temporal_factor * k + 1` frames into `k + 1` latent frames (the first is encoded alone)
     and `spatial_factor` pixels into one position; the expert joins `patch` positions into a token.
 
     Args:
         spec: the model.
-        height, width: pixels.
-        frames: frames of the video, including the first.
+        height, width: size in pixels.
+        frames: number of frames, including the first.
 
     Raises:
-        WanlabError: the size is not legal; names the nearest one that is.
+        WanlabError: the size is not legal; the message names the nearest legal one.
     """
     wrong = [
         name
@@ -80,7 +80,7 @@ def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> Laten
 
 
 def nearest_size(spec: ModelSpec, height: int, width: int, frames: int) -> tuple[int, int, int]:
-    """The legal (height, width, frames) nearest to this one; the larger of two equally near.
+    """The legal (height, width, frames) nearest to this size; the larger of two equally near.
 
     Raises:
         WanlabError: a value is not a whole number of at least 1.
@@ -101,7 +101,7 @@ def _whole(value: object) -> bool:
 
 
 def _nearest(value: int, step: int, offset: int) -> list[int]:
-    """Values `k * step + offset` nearest to `value`: one, or two when it lies in the middle."""
+    """Values `k * step + offset` nearest to `value`: one, or two when it lies exactly between them."""
     below = (value - offset) // step * step + offset
     low, high = max(below, offset or step), below + step
     if value <= low:

@@ -1,4 +1,4 @@
-"""What is known of a model before a byte of its weights is read."""
+"""Facts of a model that are known before its weights are read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from wanlab.core.errors import WanlabError, did_you_mean
 
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
-"""wanlab's names of networks, in the order in which a generation uses them; `expert` where a model has one only."""
+"""wanlab's names of networks, in the order in which a generation uses them; `expert` where a model has only one."""
 EXPERTS = ("expert_high", "expert_low", "expert")
 
-# The two halves of a VAE are two components: they run at different times and are converted apart.
+# The two halves of a VAE are two components: they run at different times and are exported separately.
 _VAE_HALVES = ("vae_encoder", "vae_decoder")
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of a generation that the user did not choose; sizes in pixels, `fps` in frames per second."""
+    """Default settings of a generation; sizes in pixels, `fps` in frames per second."""
 
     height: int = 480
     width: int = 832
@@ -33,7 +33,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Part:
-    """One network of a diffusers pipeline as it lies in its folder, e.g. `transformer_2`."""
+    """One network of a diffusers pipeline, named as its folder, e.g. `transformer_2`."""
 
     name: str
     library: str
@@ -43,20 +43,20 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts of a model, from its configuration files alone.
+    """Facts of a model from its configuration files.
 
     Attributes:
         name: registry name, folder name or hub id.
-        source: folder or hub id where the weights are.
-        pipeline_class: diffusers class that runs it.
+        source: folder or hub id of the weights.
+        pipeline_class: name of its diffusers class.
         components: wanlab's names, in the order in which a generation uses them.
-        boundary_ratio: share of the training timesteps from which on `expert_high` runs; None with one
+        boundary_ratio: `expert_high` runs at this share of the training timesteps and above; None with one
             expert.
         spatial_factor, temporal_factor: pixels and frames per latent position.
         patch: latent positions per token along `[T, H, W]`.
-        latent_channels: channels of what the VAE makes and the experts denoise.
+        latent_channels: channels of the latents, which the VAE encodes and the experts denoise.
         expand_timesteps: the expert gets one timestep per token (TI2V-5B) instead of one per sample.
-        max_positions: longest axis, in tokens, that the rotary embedding reaches; None if unknown.
+        max_positions: longest axis, in tokens, that the rotary embedding supports; None if unknown.
     """
 
     name: str

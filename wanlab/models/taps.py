@@ -1,4 +1,4 @@
-"""Where a pipeline calls its components, and wrappers that observe those calls."""
+"""Observes a pipeline's calls of its components, through proxies in their place."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 
 class CallProxy:
-    """Passes for the object it stands for, except that some entry points are measured.
+    """Stands in for an object, and wraps some of its methods.
 
-    `isinstance` sees the original's class, attributes are read from and written to the original.
+    `isinstance` sees the original's class; attributes are read from and written to the original.
     """
 
     def __init__(self, original, calls: dict[str, Callable]) -> None:
@@ -39,9 +39,9 @@ class CallProxy:
 
 
 def component_calls(pipeline) -> dict[str, dict[str, str]]:
-    """Pipeline attribute -> {method: component}, for the components that are there.
+    """Pipeline attribute -> {method: component}, for the components that the pipeline has.
 
-    A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` `expert_low`.
+    A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` is `expert_low`.
     """
     has = {name for name, value in getattr(pipeline, "__dict__", {}).items() if value is not None}
     high, low = (
@@ -58,18 +58,18 @@ def component_calls(pipeline) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def intercept_calls(pipeline, calls: dict[str, dict[str, Callable]]) -> Iterator[None]:
-    """Inside the block the pipeline's attributes are stand-ins, whose methods are wrapped.
+    """Inside the block the pipeline's attributes are proxies whose methods are wrapped.
 
-    The components themselves are not touched (compiled modules stay compiled).
+    The components themselves are not changed (compiled modules stay compiled).
 
     Args:
-        calls: attribute -> {method: wrapper maker}, as `CallProxy` takes it.
+        calls: attribute -> {method: function that wraps it}, as for `CallProxy`.
     """
     attributes = vars(pipeline)
     with ExitStack() as stack:
         for name, wrappers in calls.items():
             original = attributes[name]
             stack.callback(attributes.__setitem__, name, original)
-            # Past the pipeline's own __setattr__, which would write the stand-in to its config.
+            # Bypasses the pipeline's own __setattr__, which would write the proxy to its config.
             attributes[name] = CallProxy(original, wrappers)
         yield

@@ -1,4 +1,4 @@
-"""The same model computed another way: another exact attention kernel, compiled blocks, rounded weights."""
+"""Variants of a model: another exact attention kernel, compiled blocks, rounded weights."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from wanlab.models.pipeline import Model
 
 @contextmanager
 def alternate_sdpa(device: torch.device) -> Iterator[str]:
-    """Inside the block PyTorch's scaled dot product attention takes a kernel that is not its first choice.
+    """Inside the block PyTorch's scaled dot product attention uses a kernel that is not its first choice.
 
-    On a GPU that is the memory-efficient kernel (flash attention is the first choice), on a CPU the plain
-    product, softmax, product. Engines outside PyTorch are not touched.
+    On a GPU that is the memory-efficient kernel (flash attention is the first choice), on a CPU the unfused
+    computation: product, softmax, product. Engines outside PyTorch are not affected.
 
     Yields:
         Name of the kernel.
     """
-    # The plain form would hold tokens x tokens numbers per head: tens of GiB for a real clip on a GPU. There it only
-    # stands in where the other cannot: for a text encoder's bias, whose rows may not be aligned.
+    # The unfused form holds tokens x tokens numbers per head: tens of GiB for a real clip on a GPU. There it is only the
+    # fallback for calls that the other kernel refuses: a text encoder's bias, whose rows may not be aligned.
     backends = [SDPBackend.EFFICIENT_ATTENTION] * (device.type == "cuda") + [SDPBackend.MATH]
     with sdpa_kernel(backends):
         yield backends[0].name.lower()
 
 
 RECOMPILE_LIMIT = 64
-"""Versions of a block's code that the compiler keeps before it gives up. A plan makes one of every kind of block, and the
-chunks of a VAE differ in what they remember: at PyTorch's own limit of 8 later blocks would stay eager."""
+"""Versions of one block's code that torch.compile keeps before it falls back to eager. A precision plan needs one for every
+kind of block, and a VAE one for every kind of chunk; PyTorch's limit of 8 would leave later blocks eager."""
 
 
 def shared_copy(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose modules are its own and whose parameters and buffers are those of `network`."""
+    """A copy with modules of its own that shares the parameters and buffers of `network`."""
     return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
 
 
 def compiled_copy(network: torch.nn.Module) -> torch.nn.Module:
-    """A network that shares every weight with `network`, its large parts by torch.compile at their first call.
+    """A compiled copy of `network` that shares every weight with it; torch.compile runs at its first call.
 
-    Regional compilation, as in https://docs.pytorch.org/tutorials/recipes/regional_compilation.html: the transformer
-    blocks, each kind compiled once; of a VAE its encoder and decoder; of anything else the whole. `network` stays
-    eager, as compiling marks a module.
+    Regional compilation, as in https://docs.pytorch.org/tutorials/recipes/regional_compilation.html: of a transformer
+    its blocks, each kind compiled once; of a VAE its encoder and decoder; of anything else the whole. `network` itself
+    stays eager, because compilation changes a module.
     """
     compiled = shared_copy(network)
     halves = [getattr(compiled, name, None) for name in ("encoder", "decoder")]
@@ -60,13 +60,13 @@ def compiled_copy(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def compile_blocks(model: Model, components: Collection[str] | None = None) -> Model:
-    """The experts' blocks by torch.compile, see `compiled_copy`. The given model stays eager; both share every weight.
+    """A model whose experts' blocks are compiled, see `compiled_copy`. The given model stays eager; they share weights.
 
     Args:
-        components: which experts; None takes all.
+        components: experts to compile; None means all.
 
     Raises:
-        WanlabError: no expert that is loaded has repeated blocks.
+        WanlabError: no loaded expert has repeated blocks.
     """
     compiled = copy.copy(model)
     compiled.pipeline = copy.copy(model.pipeline)
@@ -89,17 +89,17 @@ FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 def round_weights(model: Model, format: str) -> dict[str, float]:
-    """Round every weight matrix of a model to a format, in place; sums are computed as before.
+    """Round every weight matrix of a model to a format, in place; the products are computed as before.
 
-    Biases, scales and other vectors stay as they are. There is no scaling per tensor or channel, so an
-    8-bit format does worse here than where it is used with scales.
+    Biases, scales and other vectors are not changed. There is no scale per tensor or channel, so an
+    8-bit format loses more here than in a quantized model with scales.
 
     Args:
-        model: from `wanlab.models.load`, all components eager.
+        model: from `wanlab.models.load`; all components must be eager.
         format: one of `FORMATS`.
 
     Returns:
-        Component -> percent of its weights that the format changed; 0 means no effect.
+        Component -> percent of its weights that changed; 0 means no effect.
 
     Raises:
         WanlabError: unknown format, or a component that runs on an engine.
@@ -118,7 +118,7 @@ def round_weights(model: Model, format: str) -> dict[str, float]:
         changed = total = 0
         for weight in module.parameters():
             if weight.ndim > 1:
-                largest = torch.finfo(kind).max  # formats without infinity turn what is larger into NaN
+                largest = torch.finfo(kind).max  # formats without infinity turn larger values into NaN
                 rounded = weight.detach().clamp(-largest, largest).to(kind).to(weight.dtype)
                 changed += int((rounded != weight).sum())
                 total += weight.numel()

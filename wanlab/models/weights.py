@@ -1,4 +1,4 @@
-"""Weights: read from checkpoints in any layout, and moved between host and device."""
+"""Weights: reading checkpoints, checks of free memory, and copies on the host."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from wanlab.models.networks import assign, finish, parameter_names, stored_dtype
 from wanlab.models.registry import read_json
 
 GIB = 2**30
-# Left over for the context and workspaces of CUDA libraries, or for Python and its packages.
+# Reserve for the context and workspaces of CUDA libraries, or for Python and its packages.
 RESERVE_BYTES = {"cuda": GIB, "cpu": GIB // 4}
 
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can be allocated on a device now: free GPU memory, or available host memory.
 
-    Host memory is bounded by the control group, where there is one.
+    Host memory is limited by the control group, where there is one.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -34,16 +34,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_room(name: str, needed: Mapping[str, int], device: torch.device, dtype: str) -> None:
-    """Refuse what cannot fit.
+    """Refuse weights that do not fit into memory.
 
     Args:
-        name: model, for the message.
+        name: name of the model, for the message.
         needed: part -> bytes of its weights.
-        device: where they go.
-        dtype: what they are in, for the message.
+        device: device that gets the weights.
+        dtype: dtype of the weights, for the message.
 
     Raises:
-        WanlabError: too little is free; gives both figures in GiB and what to do.
+        WanlabError: too little is free; the message gives both figures in GiB and what to do.
     """
     reserve = RESERVE_BYTES.get(device.type, GIB)
     free, total = free_bytes(device), sum(needed.values())
@@ -59,7 +59,7 @@ def check_room(name: str, needed: Mapping[str, int], device: torch.device, dtype
 
 
 def _control_group() -> list[int]:
-    """What is left of the memory limit of this process's control group (version 2), if there is one."""
+    """Remainder of the memory limit of this process's control group (version 2), if there is one."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = int((root / "memory.max").read_text())
@@ -88,11 +88,11 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find and check the weight files of one part, reading headers only.
 
-    Takes one file, or shards named by an index. A file must be as long as its header says.
+    Accepts one file, or shards named by an index. A file must be as long as its header says.
 
     Raises:
-        WanlabError: no weights, a missing shard, a truncated or corrupt file, or an index that promises
-            what is not there.
+        WanlabError: no weights, a missing shard, a truncated or corrupt file, or an index that names a tensor
+            that is not in its file.
     """
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
@@ -113,7 +113,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check(checkpoint: Checkpoint, module: torch.nn.Module) -> tuple[str, ...]:
-    """Compare a checkpoint with the network it is for, before anything is allocated.
+    """Compare a checkpoint with its network, before anything is allocated.
 
     Returns:
         Names of tensors in the files that the network does not use.
@@ -121,21 +121,21 @@ def check(checkpoint: Checkpoint, module: torch.nn.Module) -> tuple[str, ...]:
     Raises:
         WanlabError: a tensor is missing or has another shape.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in parameter_names(module).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameter_names(module).items()}
     tied = tied_names(module)
     sources = _sources(checkpoint, module)
-    missing = [name for name in wanted if name not in sources]
+    missing = [name for name in shapes if name not in sources]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WanlabError(
             f"{checkpoint.folder} lacks tensor {missing[0]}{more} of {type(module).__name__};"
             " is it another model's? Else fetch it again"
         )
-    for name, shape in wanted.items():
-        found = checkpoint.shapes[sources[name]]
-        if found != shape:
+    for name, shape in shapes.items():
+        actual = checkpoint.shapes[sources[name]]
+        if actual != shape:
             raise WanlabError(
-                f"{checkpoint.where[sources[name]]}: tensor {sources[name]} has shape {list(found)},"
+                f"{checkpoint.where[sources[name]]}: tensor {sources[name]} has shape {list(actual)},"
                 f" config.json asks for {list(shape)}; weights and config.json belong to two models"
             )
     return tuple(sorted(set(checkpoint.where) - set(sources.values()) - set(tied)))
@@ -144,15 +144,15 @@ def check(checkpoint: Checkpoint, module: torch.nn.Module) -> tuple[str, ...]:
 def fill(
     module: torch.nn.Module, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Read every tensor of a checkpoint into a skeleton, cast, straight to the device.
+    """Read every tensor of a checkpoint into a skeleton, cast it and move it straight to the device.
 
-    One tensor at a time: the host holds a single tensor besides what the kernel caches of the file.
+    One tensor at a time: the host holds a single tensor, besides the kernel's cache of the file.
 
     Raises:
-        WanlabError: a file became unreadable since it was checked.
+        WanlabError: a file became unreadable after it was checked.
     """
     names = {source: name for name, source in _sources(checkpoint, module).items()}
-    wanted = parameter_names(module)
+    parameters = parameter_names(module)
     for source, value in _tensors(checkpoint, names):
         name = names[source]
         kind = stored_dtype(module, name, dtype) if value.is_floating_point() else value.dtype
@@ -160,7 +160,7 @@ def fill(
         moved = value.to(kind).to(device) if value.nbytes > _CAST_ON_HOST_BYTES else value.to(device).to(kind)
         if moved.data_ptr() == value.data_ptr():
             moved = value.clone()  # else the weight would stay a view of the file
-        assign(module, name, moved.contiguous() if wanted[name].is_contiguous() else moved)
+        assign(module, name, moved.contiguous() if parameters[name].is_contiguous() else moved)
     return finish(module, device)
 
 
@@ -177,9 +177,9 @@ def _sources(checkpoint: Checkpoint, module: torch.nn.Module) -> dict[str, str]:
     aliases = {source: target for target, source in tied_names(module).items()}
     sources = {}
     for name in parameter_names(module):
-        found = next((key for key in (name, aliases.get(name)) if key in checkpoint.where), None)
-        if found is not None:
-            sources[name] = found
+        stored = next((key for key in (name, aliases.get(name)) if key in checkpoint.where), None)
+        if stored is not None:
+            sources[name] = stored
     return sources
 
 
@@ -217,16 +217,16 @@ def _opened(file: Path):
 
 CHUNK_BYTES, ALIGNMENT_BYTES = 1 << 30, 512
 HOST_RESERVE_BYTES = 2 << 30
-"""Of host memory, left to other work beside a copy of an expert."""
+"""Host memory that stays free for other work beside a copy of an expert."""
 
 
 @dataclass(frozen=True, eq=False)
 class HostWeights:
-    """Weights of a network on the host, beside the parameters that they belong to.
+    """A copy of a network's weights on the host, paired with the parameters that they belong to.
 
     Attributes:
         pairs: (parameter, its copy), one per parameter.
-        lock_ms, fill_ms: to allocate the memory, and to copy the weights there.
+        lock_ms, fill_ms: time to allocate the memory, and time to copy the weights to it.
     """
 
     pairs: list[tuple[torch.nn.Parameter, torch.Tensor]]
@@ -234,17 +234,17 @@ class HostWeights:
     fill_ms: float
 
     def refill(self) -> None:
-        """Copy the weights back into their place, on the current stream; from pinned memory without waiting."""
+        """Copy the weights back into the parameters, on the current stream; from pinned memory without waiting."""
         for parameter, copy in self.pairs:
             parameter.data.copy_(copy, non_blocking=True)
 
 
 @contextmanager
 def host_weights(module: torch.nn.Module, *, pinned: bool) -> Iterator[HostWeights]:
-    """A copy of a network's weights on the host, page-locked if wanted; its memory is given back with the block.
+    """A copy of a network's weights on the host, page-locked if `pinned`; freed at the end of the block.
 
     Raises:
-        WanlabError: the network has no weights of its own, or the memory cannot be had.
+        WanlabError: the network has no weights of its own, or the memory cannot be allocated.
     """
     parameters = list(module.parameters())
     if not parameters:
@@ -269,7 +269,7 @@ def host_weights(module: torch.nn.Module, *, pinned: bool) -> Iterator[HostWeigh
     try:
         yield HostWeights(pairs, (locked - begin) * 1e3, (time.perf_counter() - locked) * 1e3)
     finally:
-        synchronise(device)  # a copy may be under way
+        synchronise(device)  # a copy may still be running
         pairs.clear()
         chunks.clear()
         del copy
@@ -278,9 +278,9 @@ def host_weights(module: torch.nn.Module, *, pinned: bool) -> Iterator[HostWeigh
 
 
 def _places(sizes: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Where arrays lie, as (chunk, start), and the bytes of each chunk.
+    """Positions of arrays as (chunk, start), and the bytes of each chunk.
 
-    The allocator of pinned memory rounds every request up to a power of two: full chunks of one lose little.
+    The allocator of pinned memory rounds every request up to a power of two; full chunks of such a size waste little.
     """
     most = max([CHUNK_BYTES, *sizes])
     places, chunks = [], [0]
@@ -297,7 +297,7 @@ def check_host_room(name: str, size_bytes: int) -> None:
     """Refuse a copy of weights that the host cannot hold.
 
     Raises:
-        WanlabError: gives both figures.
+        WanlabError: too little is free; the message gives both figures.
     """
     free = free_bytes(torch.device("cpu"))
     if size_bytes + HOST_RESERVE_BYTES > free:

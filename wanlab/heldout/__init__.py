@@ -1,4 +1,4 @@
-"""Held-out clips whose truth is known: photographs that nothing was trained on, moved by a known camera."""
+"""Held-out clips with a known true video: photographs that no model was trained on, moved by a known camera."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""The held-out examination of wan-nano: photographs never trained on, with the true clip known for every case.
+"""Held-out test cases of wan-nano: photographs outside the training set, with the true clip known for every case.
 
 Two sets are fixed in files. `selection` is for every choice: which layers, which format, which plan. `final` is for the
-numbers that are reported once the choice is made; its photographs, captions' order and seeds are others, and what
-chooses refuses it (`for_selection`).
+numbers that are reported once the choice is made; its photographs, order of captions and seeds are others, and code
+that chooses refuses it (`for_selection`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from wanlab.heldout import clips, motion
 from wanlab.heldout.clips import CAMERA_MOTIONS, FRAMES, HEIGHT, WIDTH
 
 SMALLEST_TEXTURE = 0.01
-"""Mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures no motion can be measured."""
+"""Least mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures motion cannot be measured."""
 
 MOST_DRAWS = 200
-"""Of a clip on one photograph, until one is found whose first frame has texture."""
+"""Tries to draw a clip of one photograph whose first frame has enough texture."""
 
 FOLDER = data("heldout")
 FINAL_PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
-"""Photographs of `data/heldout/photographs`, in no package that this one needs; only the set `final` shows them."""
+"""Photographs of `data/heldout/photographs`, which no required package contains; only the set `final` shows them."""
 
 SETS = {"selection": (7301, clips.HELD_OUT_PHOTOGRAPHS), "final": (9127, FINAL_PHOTOGRAPHS)}
-"""Name of a fixed set -> the seed that it was drawn with, its photographs."""
+"""Name of a fixed set -> the seed that it was drawn with, and its photographs."""
 
 SET_SIZE = 72
 EXAMINATION, SELECTION, FINAL = "examination", "selection", "final"
@@ -42,9 +42,9 @@ EXAMINATION, SELECTION, FINAL = "examination", "selection", "final"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One held-out question: a photograph, a clip of it (which fixes the caption), and the seed of the noise.
+    """One test case: a photograph, a clip of it (which fixes the caption), and the seed of the noise.
 
-    `purpose` is the set that the case is of: "selection", "final", or "examination" for cases drawn at will.
+    `purpose` is the set of the case: "selection", "final", or "examination" for cases that belong to no fixed set.
     """
 
     photograph: str
@@ -59,7 +59,7 @@ class Case:
     def truth(self, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
         """The true video, float32 `[T, H, W, 3]` in [0, 1]; its first frame is the model's input.
 
-        A smaller picture shows the middle of the clip's, at the same scale.
+        A smaller size shows the middle of the clip, at the same scale.
         """
         return render_clip(self.photograph, self.clip, frames, height, width)
 
@@ -69,16 +69,16 @@ def render_clip(
 ) -> np.ndarray:
     """A clip of a photograph, float32 `[T, H, W, 3]` in [0, 1]."""
     image = torch.from_numpy(picture(photograph)).permute(2, 0, 1)
-    made = clips.render(image, [clip], frames=frames, height=height, width=width)
-    return made[0].permute(1, 2, 3, 0).numpy()
+    videos = clips.render(image, [clip], frames=frames, height=height, width=width)
+    return videos[0].permute(1, 2, 3, 0).numpy()
 
 
 @lru_cache(maxsize=8)
 def picture(name: str) -> np.ndarray:
-    """A photograph by name, of `data/heldout` or of the scikit-image package: as `clips.photograph`.
+    """A photograph by name, from `data/heldout` or from the scikit-image package; as `clips.photograph`.
 
     Raises:
-        WanlabError: a photograph of the final set is not there.
+        WanlabError: a photograph of the final set is missing.
     """
     if name not in FINAL_PHOTOGRAPHS:
         return clips.photograph(name)
@@ -87,16 +87,16 @@ def picture(name: str) -> np.ndarray:
 
 
 def is_held_out(photograph: str) -> bool:
-    """Whether quality is judged on a photograph, so that nothing may be trained or calibrated on it."""
+    """Whether a photograph is used to judge quality, so that nothing may be trained or calibrated on it."""
     return any(photograph in photographs for _, photographs in SETS.values())
 
 
 def draw_cases(
     count: int = 72, *, seed: int = 2026, photographs=clips.HELD_OUT_PHOTOGRAPHS, purpose: str = EXAMINATION
 ) -> list[Case]:
-    """Cases that go round the motions and photographs, every other round with a moving object.
+    """Cases that cycle through motions and photographs; every other round has a moving object.
 
-    72 cases of three photographs are each motion about three times on each photograph, half of them with an object.
+    72 cases of three photographs show each motion about three times on each photograph, half of them with an object.
     """
     generator, cases, motions = np.random.default_rng(seed), [], list(CAMERA_MOTIONS)
     for i in range(count):
@@ -115,9 +115,9 @@ def draw_cases(
 
 
 def draw_set(name: str) -> list[Case]:
-    """Draw a fixed set anew: what its file holds, and a test holds the two together.
+    """Draw a fixed set again: the same cases as in its file, which a test checks.
 
-    The order is shuffled, so that the first cases of a set already are of several motions, photographs and objects.
+    The order is shuffled, so that the first cases of a set already show several motions, photographs and objects.
 
     Raises:
         WanlabError: no such set.
@@ -128,10 +128,10 @@ def draw_set(name: str) -> list[Case]:
 
 
 def load_cases(name: str, count: int | None = None) -> list[Case]:
-    """The cases of a fixed set, from `data/heldout/<name>.json`; the first `count` of them.
+    """The first `count` cases of a fixed set, from `data/heldout/<name>.json`; None takes all.
 
     Raises:
-        WanlabError: no such set, more cases than it has, or a file that is missing or damaged.
+        WanlabError: no such set, more cases than it has, or a missing or damaged file.
     """
     path = existing(FOLDER / f"{_set_name(name)}.json")
     try:
@@ -147,10 +147,10 @@ def load_cases(name: str, count: int | None = None) -> list[Case]:
 
 
 def for_selection(cases: Iterable[Case]) -> list[Case]:
-    """The same cases, when something may be chosen by them: whatever chooses a plan calls this first.
+    """The same cases, after a check that they may be used for a choice: code that chooses a plan calls this first.
 
     Raises:
-        WanlabError: a case is of the final set, or shows one of its photographs.
+        WanlabError: a case belongs to the final set, or shows one of its photographs.
     """
     cases = list(cases)
     for case in cases:
@@ -182,24 +182,24 @@ def _set_name(name: str) -> str:
 
 
 def _case(row: dict, purpose: str) -> Case:
-    found = dict(row["clip"])
-    if found["moving_object"] is not None:
-        found["moving_object"] = clips.MovingObject(**found["moving_object"])
-    return Case(row["photograph"], clips.Clip(**found), row["seed"], purpose)
+    values = dict(row["clip"])
+    if values["moving_object"] is not None:
+        values["moving_object"] = clips.MovingObject(**values["moving_object"])
+    return Case(row["photograph"], clips.Clip(**values), row["seed"], purpose)
 
 
 def example_case() -> Case:
-    """The case that demonstrations use: the camera pans over a spoon beside a cup of coffee."""
+    """The case of the demonstrations: the camera pans over a spoon beside a cup of coffee."""
     cases = draw_cases()
     return next(c for c in cases if (c.clip.motion, c.photograph) == ("pan_right", "coffee.png"))
 
 
 def requests(cases: Iterable[Case], truths: Iterable[np.ndarray], **settings: Any) -> list[dict[str, Any]]:
-    """What to ask of a model to make the clips of some cases: arguments of `Model.generate`, one dict per case.
+    """Arguments of `Model.generate` that ask for the clips of some cases, one dict per case.
 
     Args:
-        truths: the true video of each case, `[T, H, W, 3]`; its first frame is the picture that is given.
-        settings: the same for all, such as frames and steps.
+        truths: the true video of each case, `[T, H, W, 3]`; its first frame is the model's input.
+        settings: settings for all cases, such as frames and steps.
     """
     return [
         {"image": truth[0], "prompt": case.caption, "seed": case.seed} | settings
@@ -208,7 +208,7 @@ def requests(cases: Iterable[Case], truths: Iterable[np.ndarray], **settings: An
 
 
 def has_texture(image: np.ndarray) -> bool:
-    """Whether a picture `[H, W, 3]` in [0, 1] has enough of it that motion can be measured."""
+    """Whether a picture `[H, W, 3]` in [0, 1] has enough texture to measure motion on it."""
     return _texture(image) >= SMALLEST_TEXTURE
 
 
@@ -219,7 +219,7 @@ def _texture(frame: np.ndarray) -> float:
 
 def follows_caption(video: np.ndarray, case: Case) -> bool:
     """Whether the camera, and the object if there is one, do what the caption says."""
-    seen, _ = motion.camera_motion(video)
-    if seen != case.clip.motion:
+    shown_motion, _ = motion.camera_motion(video)
+    if shown_motion != case.clip.motion:
         return False
     return case.clip.moving_object is None or motion.object_moved_as_told(video, case.clip.moving_object)

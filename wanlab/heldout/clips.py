@@ -1,9 +1,9 @@
 """Procedural clips cut from photographs, so that the true video of every (image, caption) pair is known.
 
 A virtual camera moves over a photograph for 17 frames: it stands still, pans, zooms or rotates, at one fixed
-speed per motion, with or without a coloured shape that moves across the picture. The caption says the motion.
-What the caption does not say (photograph, place, scale, the shape's start) is drawn from a seed and visible in
-the first frame, so the caption and the first frame together determine the clip, up to what the camera uncovers.
+speed per motion, with or without a coloured shape that moves across the picture. The caption states the motion.
+What the caption does not state (photograph, position, scale, the shape's start) is drawn from a seed and visible in
+the first frame, so the caption and the first frame together determine the clip, except the parts that the camera uncovers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class MovingObject:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Everything that determines one clip."""
+    """All values that determine one clip."""
 
     motion: str
     centre_x_px: float
@@ -96,7 +96,7 @@ class Clip:
 
 
 def caption(motion: str, moving_object: MovingObject | None = None) -> str:
-    """The sentence that wan-nano is trained with, e.g. `"the camera pans left, a red circle moves up"`."""
+    """The caption that wan-nano is trained with, e.g. `"the camera pans left, a red circle moves up"`."""
     text = CAMERA_MOTIONS[motion]
     if moving_object is not None:
         o = moving_object
@@ -122,11 +122,11 @@ def prepare_photograph(picture) -> np.ndarray:
 
 
 def camera_path(motion: str, frames: int = FRAMES) -> np.ndarray:
-    """Where the window of the camera is, relative to the start, as affine maps.
+    """Position of the camera window, relative to the start, as affine maps.
 
     Returns:
         `[T, 2, 3]` float64: a point (x, y) of frame t, in pixels from the centre of the picture, lies at
-        `A[t] @ (x, y, 1)` in the first frame's coordinates (before the clip's own scale and place).
+        `A[t] @ (x, y, 1)` in the first frame's coordinates (before the clip's own scale and position).
     """
     t = np.arange(frames, dtype=np.float64)
     scale, angle = np.ones(frames), np.zeros(frames)
@@ -158,14 +158,14 @@ def draw_clip(
     width: int = WIDTH,
     frames: int = FRAMES,
 ) -> Clip:
-    """Draw a clip at random whose camera never leaves a photograph of the given (height, width)."""
+    """Draw a random clip whose camera stays inside a photograph of the given (height, width)."""
     motion = motion or str(generator.choice(list(CAMERA_MOTIONS)))
     path = camera_path(motion, frames)
     corners = np.array([[sx * width / 2, sy * height / 2, 1.0] for sx in (-1, 1) for sy in (-1, 1)])
     reach = np.einsum("tij,cj->tci", path, corners).reshape(-1, 2)
     low, high = reach.min(axis=0), reach.max(axis=0)
     available = np.array([size_px[1] - 1, size_px[0] - 1], dtype=np.float64)
-    # The widest view of the clip decides: zooming out must not pass the upper end of the scale range.
+    # The widest view of the clip limits the scale: zooming out must not pass the upper end of the range.
     widest = max(1.0, float(np.abs(path[:, 0, 0]).max()) if motion == "zoom_out" else 1.0)
     largest = min(SCALE_RANGE[1] / widest, float((available / (high - low)).min()))
     smallest = min(SCALE_RANGE[0] * (ZOOM_PER_CLIP if motion == "zoom_in" else 1.0), largest)
@@ -193,11 +193,11 @@ def _draw_object(generator, height: int, width: int, frames: int) -> MovingObjec
 def render(
     image: torch.Tensor, clips: list[Clip], *, height: int = HEIGHT, width: int = WIDTH, frames: int = FRAMES
 ) -> torch.Tensor:
-    """Render clips of one photograph on the device that holds it.
+    """Render clips of one photograph on the device of `image`.
 
     Args:
-        image: `[3, H, W]` in [0, 1].
-        clips: what to render.
+        image: photograph, `[3, H, W]` in [0, 1].
+        clips: clips to render.
 
     Returns:
         `[B, 3, T, height, width]` float32 in [0, 1].

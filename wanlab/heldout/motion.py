@@ -1,4 +1,4 @@
-"""Which motion a clip shows, measured by optical flow and registration rather than by eye."""
+"""Measures which motion a clip shows, by optical flow and registration."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from wanlab.heldout.clips import (
 )
 
 FRAME_GAP = 2
-"""Frames between the two ends of a flow field: 8 pixels of pan, within reach of the flow's pyramid."""
+"""Frames between the two ends of a flow field: 8 pixels of pan, within the range of the flow's pyramid."""
 
 COLOUR_NOISE = 0.005
-"""Mean squared colour error below which two places look alike; intensities are in [0, 1]."""
+"""Mean squared colour error below which two positions look alike; intensities are in [0, 1]."""
 
 
 def camera_motion(video: np.ndarray) -> tuple[str, dict[str, float]]:
-    """The camera motion whose flow field lies nearest to the measured one.
+    """The camera motion whose flow field is nearest to the measured one.
 
     Dense flow between frames `FRAME_GAP` apart (iterative Lucas-Kanade on a pyramid; Le Besnerais and Champagnat
     2005, as implemented in scikit-image) is compared with the exact field of each of the nine motions. The distance
-    is the median over textured pixels, so a moving object and flat regions do not decide.
+    is the median over textured pixels, so that a moving object and flat regions do not influence it.
 
     Args:
         video: `[T, H, W, 3]` in [0, 1].
@@ -63,22 +63,22 @@ def _homogeneous(path: np.ndarray) -> np.ndarray:
 
 
 def object_displacement(video: np.ndarray, moving_object: MovingObject) -> tuple[float, float]:
-    """How far the object travelled between the first and the last frame: (x, y) in pixels.
+    """Displacement of the object between the first and the last frame: (x, y) in pixels.
 
-    Its place in the first frame is known. In the last frame it is where the inside of its outline has its colour
-    and a ring around the outline has not: the largest contrast of the two mean colour distances. Contrast, not
-    difference, because on a background of nearly its own colour the ring is hardly further off.
+    Its position in the first frame is known. In the last frame it is the position where the inside of its outline has its
+    colour and a ring around the outline has not: the largest contrast of the two mean colour distances. Contrast, not
+    difference, because on a background of nearly its own colour the ring differs little.
 
     Args:
         video: `[T, H, W, 3]` in [0, 1].
-        moving_object: what the caption announced, with its start.
+        moving_object: the object that the caption names, with its start.
     """
     reach = int(OBJECT_RADIUS_PX) + 5
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float64)
     distance = outline_distance(moving_object.shape, x, y, np)
     inside, ring = (distance < -1).astype(float), ((distance > 1) & (distance < 5)).astype(float)
     off_colour = np.square(video[-1] - np.array(COLOUR_RGB[moving_object.colour])).mean(axis=-1)
-    # Beyond some distance every other colour is equally wrong.
+    # Beyond some distance all other colours are equally wrong.
     off_colour = np.pad(np.minimum(off_colour, 0.08), reach, mode="edge")
     within, around = (
         fftconvolve(off_colour, (area / area.sum())[::-1, ::-1], mode="valid") for area in (inside, ring)
@@ -89,7 +89,7 @@ def object_displacement(video: np.ndarray, moving_object: MovingObject) -> tuple
 
 
 def object_moved_as_told(video: np.ndarray, moving_object: MovingObject) -> bool:
-    """Whether the object travelled in the caption's direction: at least half the way, within 45 degrees."""
+    """Whether the object moved in the caption's direction: at least half of the distance, within 45 degrees."""
     dx, dy = object_displacement(video, moving_object)
     step_x, step_y = moving_object.step_px
     along = (dx * step_x + dy * step_y) / OBJECT_PX_PER_FRAME

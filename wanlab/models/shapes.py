@@ -24,7 +24,7 @@ def size_step(spec: ModelSpec) -> tuple[int, int]:
     """Step of legal heights and widths in pixels: VAE factor times patch, and 16 for the Wan pipelines."""
     factor = 16 if spec.pipeline_class.startswith("Wan") else 1
     _, patch_h, patch_w = spec.patch
-    return math.lcm(spec.spatial_factor * patch_h, factor), math.lcm(spec.spatial_factor * patch_w, multiple)
+    return math.lcm(spec.spatial_factor * patch_h, factor), math.lcm(spec.spatial_factor * patch_w, factor)
 
 
 def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> LatentShape:

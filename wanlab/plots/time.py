@@ -350,7 +350,7 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
         rows=down,
         cols=across,
         subplot_titles=[label(measure) for measure in measures],
-        vertical_spacing=0.32 / down,
+        vertical_spacing=0.45 / down,
         horizontal_spacing=0.07,
     )
     names = [str(name) for name in df.iloc[:, 0]]
@@ -370,7 +370,7 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
         )
         top = max((value for value in values if value == value), default=1.0)
         figure.update_yaxes(range=[0, top * 1.3 or 1.0], showticklabels=False, showgrid=False, **place)
-    figure.update_layout(template=theme(), height=60 + 240 * down, margin={"t": 40})
+    figure.update_layout(template=theme(), height=60 + 280 * down, margin={"t": 40})
     figure.update_annotations(font={"size": 13})
     return figure
 

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
+from support.contract import breaches
 
 from wanlab.runs.parameters import is_tagged, read_schema
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-STATEMENTS = 60  # in all code cells, those of the parameters included
-LINE_LENGTH = 110
 NOT_A_RUN = {"index"}  # it lists notebooks and runs: nothing is measured, so there is no answer to keep
 
 
-def test_there_are_notebooks():
-    assert {
-        "00_quickstart",
-        "10_baseline",
-        "11_flame_graph",
-        "12_experts",
-        "13_attention",
-        "14_memory",
-        "15_triage",
-        "20_export_onnx",
-        "21_onnxruntime",
-        "22_tensorrt",
-        "23_engine_report",
-        "40_quality",
-        "51_platforms",
-        "index",
-    } <= {p.stem for p in NOTEBOOKS}
+def test_every_tracked_notebook_is_held_to_the_contract():
+    listed = subprocess.run(
+        ["git", "ls-files", "notebooks/*.ipynb"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("no git repository here: an unpacked archive has no list of tracked files")
+    names = {Path(line).name for line in listed.stdout.splitlines()}
+    assert len(names) >= 19
+    assert names == {path.name for path in NOTEBOOKS}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -92,21 +85,31 @@ def test_verdict_is_made_from_measured_values(sources):
 
 
 def test_is_thin(sources):
-    trees = [ast.parse(source) for source in sources]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    assert sum(isinstance(node, ast.stmt) for node in nodes) <= STATEMENTS
-    assert not [line for source in sources for line in source.splitlines() if len(line) > LINE_LENGTH]
-    assert not [n for n in nodes if isinstance(n, ast.Expr | ast.Assign) and isinstance(n.value, ast.IfExp)]
-    for source in sources:
-        nodes = list(ast.walk(ast.parse(source)))
-        assert not [
-            n
-            for n in nodes
-            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
-        ]
-        assert not [
-            n for n in nodes if isinstance(n, ast.Import) and any(a.name == "argparse" for a in n.names)
-        ]
+    assert breaches(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def f():\n    pass", "defines a function"),
+        ("f = lambda: 1", "defines a function"),
+        ("import argparse", "argparse is imported"),
+        ("from argparse import Namespace", "argparse is imported"),
+        ("x = 1\n" * 61, "61 statements, 60 at most"),
+        ("if x:\n" + "    y = 1\n" * 60, "61 statements, 60 at most"),
+        ("x = " + "1" * 107, "111 characters, 110 at most"),
+        ("show(x) if x else None", "only a conditional expression: show(x) if x else None"),
+        ("y = a if b else c", "only a conditional expression: y = a if b else c"),
+    ],
+)
+def test_a_breach_of_each_rule_is_found(source, said):
+    (found,) = breaches([source])
+    assert said in found
+
+
+def test_what_the_rules_allow_is_no_breach():
+    assert breaches(["x = 1
+" * 59, "# " + "-" * 100, "show(a if b else c)"]) == []
 
 
 def test_carries_no_outputs(cells):

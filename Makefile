@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two test processes share the cores: one thread each, or they wait for one another.
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# The order of tests is that of tests/conftest.py: what takes long starts first.
+TESTS = $(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # JupyterLab for this machine only: loopback, a new token at each start, and nothing asked of the internet.
 LAB_CONFIG := $(abspath $(dir $(lastword $(MAKEFILE_LIST))))/.jupyter
 LAB_FLAGS := --ip 127.0.0.1 --ServerApp.root_dir . --LabApp.extension_manager readonly --LabApp.news_url None \
 	--LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chromium lab lint nano-eval doctor clean
+.PHONY: help install demo check test chromium lab lint nano-eval doctor clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +33,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## one photograph to one report; the last line is the path of the report
 	@$(BIN)/wanlab run notebooks/00_quickstart.ipynb --force
 
-test: $(STAMP) chromium ## run every test, and with them every notebook
-	@$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+check: $(STAMP) ## style, types and the quick tests: two minutes on two cores
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(TESTS) -m "not notebook and not browser and not slow and not gpu"
+
+test: $(STAMP) chromium ## run every test, and with them every notebook; prints the ten slowest
+	@$(TESTS) --durations=10
 
 chromium: ## the browser of the tests: Debian's, where none is there yet
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || { \

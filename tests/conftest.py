@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,12 +12,43 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import settings
-from support import shared
+from support import exports, shared
 
 settings.register_profile("wanlab", deadline=None)
 settings.load_profile("wanlab")
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+
+# Modules whose tests take longest, the longest first: they start first, so that no process ends long after the other.
+FIRST = (
+    "notebooks/test_notebooks_20_21.py",
+    "notebooks/test_notebooks_00_10.py",
+    "notebooks/test_notebooks_40.py",
+    "notebooks/test_notebooks_41.py",
+    "notebooks/test_notebooks_31.py",
+    "notebooks/test_notebooks_22.py",
+    "browser/test_lab.py",
+)
+LONG = ("notebook", "browser", "slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which test processes take modules, each of which stays in one process (`--dist loadgroup`)."""
+    turns: dict[str, int] = {}
+    for item in items:
+        module = item.path.relative_to(TESTS).as_posix()
+        item.add_marker(pytest.mark.xdist_group(module))
+        turns[module] = min(turns.get(module, len(FIRST) + len(LONG)), _turn(module, item))
+    items.sort(key=lambda item: turns[item.path.relative_to(TESTS).as_posix()])
+
+
+def _turn(module: str, item: pytest.Item) -> int:
+    """Lower goes first."""
+    if module in FIRST:
+        return FIRST.index(module)
+    marked = [index for index, name in enumerate(LONG) if item.get_closest_marker(name)]
+    return len(FIRST) + min(marked, default=len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +61,12 @@ def root() -> Path:
 def session_folder(tmp_path_factory) -> Path:
     """The folder that all test processes of this session share; see `support.shared.once`."""
     return shared.session_folder(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def exported(session_folder):
+    """`support.exports.exported` with the cache of this session."""
+    return functools.partial(exports.exported, session_folder / "exports")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+pytestmark = pytest.mark.browser
+
 QUICK = {  # the quickstart in the shortest form that still does all that it does
     "steps: int | None = None": "steps: int | None = 2",
     "frames: int = 9": "frames: int = 5",

@@ -25,6 +25,8 @@ from wanlab.pages import publish, render, render_index
 from wanlab.pages.markup import PLOTLY
 from wanlab.runs.folder import RunFolder
 
+pytestmark = pytest.mark.browser
+
 FPS = 8
 HOSTILE = '</script><img src=x onerror="window.hit=1"><a href="javascript:hit=2">x</a>{{7*7}}'
 READY = "document.documentElement.dataset.ready === 'yes'"

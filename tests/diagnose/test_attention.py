@@ -25,6 +25,8 @@ from wanlab.diagnose.attention.statistics import (
 )
 from wanlab.heldout import cases as heldout
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(height=64, width=96, frames=9, steps=3)
 GRID = (3, 4, 6)
 TOKENS = math.prod(GRID)

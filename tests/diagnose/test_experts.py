@@ -15,6 +15,8 @@ from wanlab.core.errors import WanlabError
 from wanlab.heldout import cases as heldout
 from wanlab.models.schedule import boundary_at, fewest_steps
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(height=64, width=64, frames=5)
 PROMPT = "the camera pans left"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from support import convert_tiny as tiny
 
 from wanlab import (
     engine_report,
-    export,
     plots,
 )
 from wanlab.core.errors import WanlabError
@@ -28,13 +28,15 @@ SIZE = {"height": 64, "width": 96, "frames": 9}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     model = tiny.bare(tiny.pipeline())
     model.spec.name = "wan-nano"  # whose sizes the tiny model has
-    for opset in (20, 23):
-        export.export(model, "expert_high", folder / f"{opset}.onnx", opset=opset, dynamic=False, **SIZE)
-    export.export(model, "expert_high", folder / "free.onnx", opset=20, **SIZE)
+    kinds = {"20": {"dynamic": False}, "23": {"dynamic": False, "opset": 23}, "free": {}}
+    for name, kind in kinds.items():
+        (report,) = exported(model, "expert_high", **kind, **SIZE)
+        for file in (Path(report.path), Path(report.path).with_suffix(".json")):
+            shutil.copy(file, folder / f"{name}{file.suffix}")
     return folder
 
 

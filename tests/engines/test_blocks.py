@@ -15,6 +15,8 @@ from wanlab.core.errors import WanlabError
 from wanlab.export.components import component_spec
 from wanlab.export.graph import cut
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = ["before", "blocks.0", "blocks.1", "after"]
 
 

@@ -14,15 +14,17 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines import onnxruntime as session
 from wanlab.engines.onnxruntime import assigned_nodes, fallen_back, floating_nodes
 
+pytestmark = pytest.mark.slow
+
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "vae_decoder")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ort")
     model = tiny.bare(tiny.pipeline())
     model.spec.name = "wan-nano"  # whose sizes the tiny model has
-    export.export_all(model, folder, COMPONENTS, progress=False, height=64, width=96, frames=9)
+    exported(model, COMPONENTS, folder, height=64, width=96, frames=9)
     return folder
 
 
@@ -44,12 +46,10 @@ def test_inputs_can_be_drawn_from_the_file_alone(folder, component):
         export.random_feeds(engine, height=33, width=48)
 
 
-def test_sizes_that_a_graph_is_fixed_to_are_not_passed_over(tmp_path):
+def test_sizes_that_a_graph_is_fixed_to_are_not_passed_over(exported):
     model = tiny.bare(tiny.pipeline())
     model.spec.name = "wan-nano"
-    report = export.export(
-        model, "expert_high", tmp_path / "a.onnx", dynamic=False, height=64, width=96, frames=9
-    )
+    (report,) = exported(model, "expert_high", dynamic=False, height=64, width=96, frames=9)
     engine = engines.OrtEngine(report.path, provider="cpu", threads=1)
     feeds = export.random_feeds(engine, height=64, width=96, batch=1)
     assert engine.run(feeds)["velocity"].shape == (1, 16, 3, 8, 12)

@@ -6,14 +6,18 @@ import json
 
 import pytest
 
-from wanlab import engines, export, models, precision
+from wanlab import engines, models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.engines.tensorrt import runtime as runtimes
 from wanlab.engines.tensorrt.build import layers_path
 
-pytestmark = pytest.mark.skipif(
-    not runtimes.installed("tensorrt-rtx"), reason='needs pip install "wanlab[rtx]", which Linux on x86 has'
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not runtimes.installed("tensorrt-rtx"),
+        reason='needs pip install "wanlab[rtx]", which Linux on x86 has',
+    ),
+]
 SMALL = {"height": 64, "width": 64, "frames": 5}
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "vae_decoder")
 # What is quantised: by default the linear layers of an expert's blocks; elsewhere all that multiplies, but no norms.
@@ -36,19 +40,10 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def graphs(model, folder):
+def graphs(model, folder, exported):
     """Graphs by (component, dtype): the experts with free sizes in float32, everything else fixed."""
-    free = export.export_all(
-        model,
-        folder / "float32",
-        COMPONENTS,
-        dynamic=("expert_high", "expert_low"),
-        progress=False,
-        **SMALL,
-    )
-    half = export.export_all(
-        model, folder / "float16", COMPONENTS, dynamic=False, dtype="float16", progress=False, **SMALL
-    )
+    free = exported(model, COMPONENTS, folder / "float32", dynamic=("expert_high", "expert_low"), **SMALL)
+    half = exported(model, COMPONENTS, folder / "float16", dynamic=False, dtype="float16", **SMALL)
     return {(report.component, report.dtype): report.path for report in (*free, *half)}
 
 

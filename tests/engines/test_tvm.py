@@ -24,6 +24,8 @@ from wanlab.engines.tvm.build import rewrite
 from wanlab.engines.tvm.receipt import read_receipt, receipt_path, write_receipt
 from wanlab.export.components import component_spec
 
+pytestmark = pytest.mark.slow
+
 SIZE = dict(height=48, width=80, frames=9, text_tokens=7)  # 45 tokens: no tile divides them
 SHAPE = export.ClipShape(1, 48, 80, 9, 7)
 

@@ -9,6 +9,8 @@ from wanlab import evaluate, models, plots
 from wanlab.core.errors import WanlabError
 from wanlab.heldout import cases as heldout
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"height": 64, "width": 64, "frames": 5, "steps": 3}
 QUICK = ("lpips", "psnr")
 

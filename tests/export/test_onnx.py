@@ -21,6 +21,8 @@ from wanlab.export import (
 from wanlab.export import friendly as rotary
 from wanlab.export.export import read_report
 
+pytestmark = pytest.mark.slow
+
 COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "vae_decoder")
 SIZE = dict(height=64, width=96, frames=9)
 

@@ -8,6 +8,8 @@ from support import convert_tiny as tiny
 
 from wanlab.export.friendly import decode_video, encode_moments, exportable_operators, whole_clip_resampling
 
+pytestmark = pytest.mark.slow
+
 FORMS = {
     "residual": tiny.RESIDUAL_VAE,
     "wider decoder": tiny.RESIDUAL_VAE | dict(decoder_base_dim=12),

@@ -15,6 +15,8 @@ from wanlab.core.errors import WanlabError
 from wanlab.export import vae_streamed as vae_export
 from wanlab.export.vae_streamed import decode_chunk, decode_in_chunks, encode_in_chunks, exportable
 
+pytestmark = pytest.mark.slow
+
 FORMS = {
     "residual": tiny.RESIDUAL_VAE,
     "wider decoder": tiny.RESIDUAL_VAE | dict(decoder_base_dim=12),

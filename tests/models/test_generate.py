@@ -14,6 +14,8 @@ from wanlab.models import get, load
 from wanlab.models.loading import WordHashTokenizer
 from wanlab.models.pipeline import first_frame
 
+pytestmark = pytest.mark.slow
+
 SIZE = dict(height=16, width=32, frames=5, steps=3)
 
 

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 from support import convert_tiny as tiny
 
-from wanlab import engines, export, models, precision
+from wanlab import engines, models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.engines.tensorrt import runtime as runtimes
 from wanlab.engines.tensorrt.build import layers_path
@@ -26,6 +26,8 @@ from wanlab.precision.plan_agreement import (
     layer_distances,
 )
 from wanlab.precision.qdq import chosen_formats, is_norm
+
+pytestmark = pytest.mark.slow
 
 EXPERTS = ("expert_high", "expert_low")
 SIZE = dict(height=64, width=64, frames=5)
@@ -70,16 +72,15 @@ def stepped():
 
 
 @pytest.fixture(scope="module")
-def graphs(model, stepped, folder, calibrations):
+def graphs(model, stepped, folder, calibrations, exported):
+    exported(model, EXPERTS, folder / "graphs" / "source", dynamic=False, **SIZE)
     return precision.export_plan(model, stepped, folder / "graphs", calibrations, progress=False, **SIZE)
 
 
 @pytest.fixture(scope="module")
-def islands(model, folder, graphs, calibrations):
+def islands(model, folder, graphs, calibrations, exported):
     """Report of a float16 graph whose feed-forward layers, time embedding and convolution are in float32."""
-    source = export.export(
-        model, "expert_high", folder / "half" / "expert_high.onnx", dtype="float16", dynamic=False, **SIZE
-    )
+    (source,) = exported(model, "expert_high", dtype="float16", dynamic=False, **SIZE)
     floats = ("blocks.*.ffn.*", "condition_embedder.time_proj", "patch_embedding")
     return precision.quantize(
         source.path,

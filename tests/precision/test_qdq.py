@@ -23,6 +23,8 @@ from wanlab.precision.formats import decode_weight, encode_weight, get_format
 from wanlab.precision.qdq import read_quantized_report
 from wanlab.precision.quant_linear import fake_quantize
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = ("expert_high", "expert_low")
 NAMES = ("int8", "fp8", "fp8-channel", "int8-weight", "int4-weight", "int4-weight-32")
 CODES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "int4": TensorProto.INT4}
@@ -40,8 +42,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def graphs(model, folder):
-    reports = export.export_all(model, folder, EXPERTS, opset=23, dynamic=False, progress=False, **SIZE)
+def graphs(model, folder, exported):
+    reports = exported(model, EXPERTS, folder, opset=23, dynamic=False, **SIZE)
     return {report.component: report.path for report in reports}
 
 

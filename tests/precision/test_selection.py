@@ -21,6 +21,8 @@ from wanlab.precision.selection.choose import fit, raise_worst
 from wanlab.precision.selection.select import Layer, chosen_plan, compress
 from wanlab.precision.selection.solve import Limits, make_problem
 
+pytestmark = pytest.mark.slow
+
 BITS = {"default": 32, "int8": 8, "int8-weight": 8, "int4-weight": 4}
 WEIGHTS = 128 * 128
 

@@ -29,6 +29,8 @@ from wanlab.precision.sensitivity.measure import free_latents
 from wanlab.precision.sensitivity.result import make_bands
 from wanlab.precision.sensitivity.work import spread
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 SIZE = dict(height=64, width=64, frames=5, steps=STEPS)
 LAYERS = (

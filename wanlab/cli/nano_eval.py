@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,7 @@ def examine_case(model: Model, case: Case, *, variants=VARIANTS, backbones=("stl
         generation = with_one_expert(model, variant).generate(truth[0], case.caption, seed=case.seed)
         videos[variant] = generation.video
     for name, video in videos.items():
-        row = {"photograph": case.photograph, "caption": case.caption, "video": name}
+        row: dict[str, Any] = {"photograph": case.photograph, "caption": case.caption, "video": name}
         row["psnr_db"] = float(-10 * np.log10(max(float(np.square(video - truth).mean()), 1e-10)))
         row["follows_caption"] = bool(follows_caption(video, case)) if name in variants else None
         for backbone in backbones:
@@ -147,14 +148,14 @@ def examine_case(model: Model, case: Case, *, variants=VARIANTS, backbones=("stl
     return rows
 
 
-def summary(table: pd.DataFrame, backbone: str) -> dict[str, float | list[float]]:
+def summary(table: pd.DataFrame, backbone: str) -> dict[str, Any]:
     """The figures that the targets are about, from the table of `examine`.
 
     Ratios of LPIPS have their 95 % bootstrap interval over cases beside them, `<figure>_interval`.
     """
     scores = table.pivot_table(f"lpips_{backbone}", "case", "video")
     psnr = table.pivot_table("psnr_db", "case", "video")
-    figures = {
+    figures: dict[str, Any] = {
         "cases": len(scores),
         "vae_psnr_db": float(psnr["vae"].mean()),
         "follows_caption_percent": 100 * float(table.loc[table["video"] == "both", "follows_caption"].mean()),

@@ -34,7 +34,11 @@ class Document:
 
     def known_fields(self, data: dict, kind: type | Iterable[str], at: At = ()) -> None:
         """Refuse a key that is not a field of the record `kind` (or not in the list of names)."""
-        fields = kind.__struct_encode_fields__ if isinstance(kind, type) else tuple(kind)
+        fields = (
+            [field.encode_name for field in msgspec.structs.fields(kind)]
+            if isinstance(kind, type)
+            else [*kind]
+        )
         for name in data:
             if name not in fields:
                 hint = did_you_mean(str(name), fields)

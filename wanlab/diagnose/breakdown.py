@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +100,7 @@ def attribute(trace: Trace) -> Attribution:
     )
 
 
-def _by_name(host: pd.DataFrame, code: object, *categories: str) -> np.ndarray:
+def _by_name(host: pd.DataFrame, code: Callable[[str], int], *categories: str) -> np.ndarray:
     """A code per event from its name, asked once per name; -1 for events of other categories."""
     codes = np.array([code(name) for name in host["name"].cat.categories], dtype=np.int64)
     found = codes[host["name"].cat.codes.to_numpy()] if len(codes) else np.zeros(0, np.int64)

@@ -83,9 +83,8 @@ def _flop(name: str, shapes: list, values: list) -> float:
         *heads, queries, width = shapes[0]
         return 2 * math.prod(heads) * queries * shapes[1][-2] * (width + shapes[2][-1])
     if name in ("convolution", "_convolution"):
-        return _convolution(
-            shapes[0], shapes[1], *(json.loads(values[i]) for i in (3, 4, 5)), values[6] == "True"
-        )
+        stride, padding, dilation = (json.loads(values[i]) for i in (3, 4, 5))
+        return _convolution(shapes[0], shapes[1], stride, padding, dilation, values[6] == "True")
     return 0.0
 
 

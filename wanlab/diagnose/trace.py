@@ -403,7 +403,8 @@ def nest(events: pd.DataFrame) -> np.ndarray:
 def levels(parents: np.ndarray) -> list[np.ndarray]:
     """Positions of the events by depth, the outermost first."""
     depth = np.full(len(parents), NOTHING)
-    found, here = [], np.flatnonzero(parents == NOTHING)
+    found: list[np.ndarray] = []
+    here = np.flatnonzero(parents == NOTHING)
     while len(here):
         depth[here] = len(found)
         found.append(here)

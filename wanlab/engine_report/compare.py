@@ -53,10 +53,12 @@ def match_layers(a: EngineLayers, b: EngineLayers) -> pd.DataFrame:
         before = len(rows)
         _pair(*lone, key, "shape", rows)
         for _, _, mine, theirs in rows[before:]:
-            _drop(left, mine), _drop(right, theirs)
+            _drop(left, mine)
+            _drop(right, theirs)
     for mine, theirs in _shared(left, right):
         rows.append(("fused", "shared modules", mine, theirs))
-        _drop(left, mine), _drop(right, theirs)
+        _drop(left, mine)
+        _drop(right, theirs)
     rows += [("only in a", "", [layer], []) for layer in left]
     rows += [("only in b", "", [], [layer]) for layer in right]
     timed = a.timed and b.timed

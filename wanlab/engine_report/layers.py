@@ -231,9 +231,10 @@ class Tensor:
     @property
     def size_bytes(self) -> int:
         """0 where dtype or shape is not known."""
-        if self.shape is None or not all(isinstance(size, int) for size in self.shape):
+        sizes = [size for size in self.shape or () if isinstance(size, int)]
+        if self.shape is None or len(sizes) < len(self.shape):
             return 0
-        return math.ceil(math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 0.0))
+        return math.ceil(math.prod(sizes) * ITEM_BYTES.get(self.dtype, 0.0))
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def off_device(layers: EngineLayers) -> Iterator[Finding]:
 def _products_around(layers: EngineLayers, place: int) -> dict[int, Layer]:
     """The products whose result a softmax reads and that read its result."""
     table, edges = layers.layers, layers.edges
-    found = {}
+    found: dict[int, Layer] = {}
     if any(edges.before):
         for neighbours in (edges.before, edges.after):
             near = {place}

@@ -75,7 +75,11 @@ def profile_levels(
         torch.cuda.empty_cache()  # what PyTorch keeps, ONNX Runtime cannot have
     source = read_onnx(path, name=f"{component} as exported")
     order = [*levels, *reversed(levels)] if len(levels) > 1 else list(levels)
-    settings = {"provider": provider, "runs": max(runs * len(levels) // len(order), 2), "seed": seed}
+    settings: dict[str, Any] = {
+        "provider": provider,
+        "runs": max(runs * len(levels) // len(order), 2),
+        "seed": seed,
+    }
     found: dict[str, EngineLayers] = {}
     for level in order:
         made = profile_engine(path, folder / f"{component}.{kind}", optimization=level, **settings)
@@ -113,7 +117,7 @@ def profile_engine(
     folder, provider = Path(folder), choose_provider(provider)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / f"{optimization}.profile.json"
-    order = {
+    order: dict[str, Any] = {
         "path": str(path), "record": str(record), "provider": provider, "optimization": optimization, "seed": seed,
         "threads": threads, "runs": runs + warmup, "size": size, "graph": "",
     }  # fmt: skip

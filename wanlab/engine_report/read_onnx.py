@@ -139,7 +139,8 @@ def read_onnx(
     tensors = _tensors(with_sizes(model, sizes))
     nested = sum(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute)
     notes = [f"{nested} subgraphs are not looked into"] if nested else []
-    layers, seen = [], set()
+    layers: list[Layer] = []
+    seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
         inputs = tuple(tensors.get(tensor, Tensor(tensor)) for tensor in node.input if tensor)
         outputs = tuple(tensors.get(tensor, Tensor(tensor)) for tensor in node.output if tensor)

@@ -88,7 +88,9 @@ def read_ort_profile(
     on_gpu = any(layer.provider not in ("", "CPUExecutionProvider") for layer in layers)
     launches = on_gpu and not kernels and not blocking
     notes = [LAUNCHES] if launches else []
-    inputs, outputs, metadata = (), (), {}
+    inputs: tuple[Tensor, ...] = ()
+    outputs: tuple[Tensor, ...] = ()
+    metadata: dict[str, str] = {}
     if onnx_path is not None:
         graph = read_onnx(onnx_path, source="onnxruntime", sizes={})
         layers, missing = _with_graph(layers, graph)
@@ -187,7 +189,8 @@ def _with_graph(layers: list[Layer], graph: EngineLayers) -> tuple[list[Layer], 
         if (node := by_name.get(layer.name)) is not None and node.type == layer.type:
             for known, ran in zip(node.outputs, layer.outputs, strict=False):
                 sizes[known.name] = replace(known, dtype=ran.dtype, shape=ran.shape)
-    made, missing, seen = [], 0, set()
+    made: list[Layer] = []
+    missing, seen = 0, set[str]()
     for layer in layers:
         node = by_name.get(layer.name)
         if node is None or node.type != layer.type:
@@ -271,9 +274,9 @@ def fusions(before: EngineLayers | None, after: EngineLayers | None) -> pd.DataF
         roles = {role for side in counts for name, role in side if name == kind}
         moved = {role: counts[1][kind, role] - counts[0][kind, role] for role in roles}
         here, there = (sum(side[kind, role] for role in roles) for side in counts)
-        changed = sorted(
-            (role for role in roles if moved[role]), key=lambda role, moved=moved: -abs(moved[role])
-        )
+        changed = [
+            role for _, role in sorted((-abs(change), role) for role, change in moved.items() if change)
+        ]
         rows.append(
             (kind, here, there, there - here, ", ".join(f"{role} {moved[role]:+d}" for role in changed))
         )

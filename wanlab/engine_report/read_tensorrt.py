@@ -235,7 +235,7 @@ def _tensor(raw: Any) -> Tensor:
 def _bindings(data: Mapping[str, Any], layers: list[Layer]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     described = data.get("I/O Tensors")
     if described is not None:
-        sides = {"input": [], "output": []}
+        sides: dict[str, list[Tensor]] = {"input": [], "output": []}
         for raw in described:
             sides.setdefault(str(raw.get("IOMode", "")).lower().removeprefix("k"), []).append(_tensor(raw))
         return tuple(sides["input"]), tuple(sides["output"])

@@ -485,8 +485,10 @@ def _judged(rows: dict, reach: dict[str, float], loss: QualityLoss | None):
         yield good, at_most
     else:
         times = far / lpips["floor"] if lpips["floor"] > 0 else math.nan
-        reach = "no floor to hold it against" if math.isnan(times) else f"LPIPS {times:.3g} times the floor"
-        yield times <= PERCEPTUAL_TIMES_FLOOR, f"{reach}, {at_most}"
+        distance = (
+            "no floor to hold it against" if math.isnan(times) else f"LPIPS {times:.3g} times the floor"
+        )
+        yield times <= PERCEPTUAL_TIMES_FLOOR, f"{distance}, {at_most}"
     yield loss is not None and loss.within(LIMIT_PERCENT) == "undecided", measured
     yield True, measured
 

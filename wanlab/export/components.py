@@ -323,7 +323,7 @@ def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, t
 
 
 def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], asked: set[str]) -> int:
-    known = AXES.get(tensor, {}).get(axis, size)
+    known: Any = AXES.get(tensor, {}).get(axis, size)
     if isinstance(size, int):  # the graph was exported for this size only
         if str(known).removeprefix("latent_") in asked and sizes[known] != size:
             raise WanlabError(

@@ -271,7 +271,7 @@ def export(
         fixed_axes={
             name: left
             for name, axes in asked.items()
-            if (left := {a: finished.sizes[name][a] for a in axes if a not in finished.free_axes[name]})
+            if (left := {a: int(finished.sizes[name][a]) for a in axes if a not in finished.free_axes[name]})
         },
         ranges=ranges,
         shape=shape,

@@ -47,7 +47,7 @@ class Progress:
         self.bar = None
         self.enabled = enabled
         self.label = label
-        self._shown = None
+        self._shown: str | None = None
         self._closed = threading.Event()
         if enabled and sys.stderr.isatty():
             self.bar = tqdm(
@@ -172,7 +172,8 @@ class Client(PapermillNotebookClient):
 
     async def async_start_new_kernel(self, **kwargs: Any) -> None:
         await super().async_start_new_kernel(**kwargs)
-        self.watch.begin(self.km.provisioner.pid)
+        provisioner: Any = self.km.provisioner  # a local one, which knows its process
+        self.watch.begin(provisioner.pid)
 
     start_new_kernel = run_sync(async_start_new_kernel)
 
@@ -370,7 +371,8 @@ def _supervised(nb: Any, folder: RunFolder, run_id: str, limits: Limits, progres
         if runs[index]:
             heart.write(progress={"cell": index + 1, "of": len(nb.cells), "title": about[index]})
 
-    state, failure = "aborted", {"reason": "interrupted"}
+    state = "aborted"
+    failure: dict[str, Any] = {"reason": "interrupted"}
     try:
         state, failure = _papermill(nb, folder, watch, console, on_cell)
     finally:
@@ -443,7 +445,8 @@ def _stoppable(insist_s: float = 10.0) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    left, reasons = threading.Event(), []
+    left = threading.Event()
+    reasons: list[str] = []
 
     def insist(number: int) -> None:
         while not left.wait(insist_s):

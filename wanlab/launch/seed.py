@@ -16,6 +16,7 @@ import time
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 from wanlab.launch.kernel import die_with_parent, serve, settle
@@ -77,14 +78,14 @@ class Seed:
 class SeedProvisioner(LocalProvisioner):
     """Jupyter's local provisioner, except that the process is a seed that was planted."""
 
-    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         global _planted
         seed, _planted = _planted, None
         if seed is None:
             return await super().launch_kernel(cmd, **kwargs)
         log = getattr(kwargs.get("stdout"), "name", None)
         environment = {**kwargs["env"], "JPY_PARENT_PID": str(os.getpid())}
-        self.process = seed.grow(cmd, environment, kwargs.get("cwd"), log)
+        self.process: Any = seed.grow(cmd, environment, kwargs.get("cwd"), log)
         self.pid = self.pgid = seed.pid  # it leads its own session
         return self.connection_info
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from wanlab.core.errors import WanlabError
 from wanlab.launch import seed
@@ -34,7 +35,7 @@ def run(task: Task) -> int:
     """Execute the task's notebook in this process; returns its exit status."""
     try:
         os.chdir(task.cwd)
-        where = {"output": task.output, "name": task.name, "repeat": task.repeat}
+        where: dict[str, Any] = {"output": task.output, "name": task.name, "repeat": task.repeat}
         now = prepare(task.notebook, task.overrides, **where).run_id
         if now != task.run_id:
             raise WanlabError(

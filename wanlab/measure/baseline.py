@@ -75,8 +75,8 @@ def compare_models(
         raise WanlabError(
             f"side_by_side of {len(variants)} variants in {rounds} rounds; give at least one of each"
         )
-    halves = {(label, half): [] for label in variants for half in (0, 1)}
-    there = [(label, 0) for label in variants] + [(label, 1) for label in reversed(variants)]
+    halves: dict[tuple[str, int], list[float]] = {(label, half): [] for label in variants for half in (0, 1)}
+    there = [(label, 0) for label in variants] + [(label, 1) for label in reversed(list(variants))]
     order = (there + there[::-1]) * rounds
     for label, half in tqdm(order, desc="in turn", unit="video", leave=False, disable=not progress):
         made = variants[label].generate(image, prompt, **settings)
@@ -86,7 +86,7 @@ def compare_models(
         label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label]) for label in variants
     }
     control = _control(
-        *(Samples(label, values, where[label]) for (label, _), values in list(halves.items())[:2])
+        *(Samples(label, tuple(values), where[label]) for (label, _), values in list(halves.items())[:2])
     )
     base, *others = samples
     tables, generations = [], {}

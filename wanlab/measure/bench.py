@@ -264,7 +264,7 @@ def bench(
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         held = make_buffers(buffers, given, shapes, engine.device)
-        one = _GpuIteration(engine, held, transfers, cuda_graph)
+        one: _GpuIteration | _CpuIteration = _GpuIteration(engine, held, transfers, cuda_graph)
     else:
         if cuda_graph:
             raise WanlabError(
@@ -429,7 +429,7 @@ def _type(tensor) -> tuple[str, tuple[int, ...]]:
 
 def _sides(samples: Samples) -> AAControl:
     """The series as two, taken alternately A B B A."""
-    sides = ([], [])
+    sides: tuple[list[float], list[float]] = ([], [])
     for index, value in enumerate(samples.values_ms):
         sides[(index + 1) // 2 % 2].append(value)
     first, second = (

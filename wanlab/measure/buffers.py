@@ -97,7 +97,8 @@ class PycudaBuffers:
             self._stream = driver.Stream()
             self.stream: int = self._stream.handle
             self._held: list[tuple[Any, Any]] = []  # device allocation, host bytes
-            self._sources, self._targets = {}, {}
+            self._sources: dict[str, Any] = {}
+            self._targets: dict[str, Any] = {}
             self.inputs = {name: self._input(name, tensor.cpu(), device) for name, tensor in feeds.items()}
             self.outputs = {
                 name: self._tensor(name, self._targets, dtype, shape, device)

@@ -5,6 +5,7 @@ Roofline model: Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785)
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -113,7 +114,7 @@ def _products(device: torch.device, size: int) -> dict:
         return calls
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         x, y = a.to(dtype), b.to(dtype)
-        calls[name] = lambda x=x, y=y: x @ y
+        calls[name] = functools.partial(torch.matmul, x, y)
     calls["tf32"] = lambda: _tf32(a, b)
     if torch.cuda.get_device_capability(device) >= (8, 9):
         one = torch.ones((), device=device)

@@ -437,7 +437,7 @@ def interleaved(
     for _ in _bar(range(rounds), label="in turn", progress=progress):
         for label, call in calls.items():
             there[label].append(clock.sample(call))
-        for label, call in reversed(calls.items()):
+        for label, call in reversed(list(calls.items())):
             back[label].append(clock.sample(call))
     samples = {
         label: Samples(label, (*there[label], *back[label]), clock.device_name, clock.name) for label in calls

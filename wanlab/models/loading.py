@@ -297,7 +297,7 @@ def _without_weights(
     return extras, notes
 
 
-def _from_files(folder: Path, library: str, cls: type | None) -> Any:
+def _from_files(folder: Path, library: str, cls: Any) -> Any:
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
     if cls is None and library == "transformers":
@@ -308,7 +308,7 @@ def _from_files(folder: Path, library: str, cls: type | None) -> Any:
         raise WanlabError(f"{folder} cannot be read ({first_line(error, 160)}); fetch it again") from error
 
 
-def _pipeline(cls: type, spec: ModelSpec, modules: dict[str, Any], extras: dict[str, Any]) -> Any:
+def _pipeline(cls: Any, spec: ModelSpec, modules: dict[str, Any], extras: dict[str, Any]) -> Any:
     accepted = inspect.signature(cls.__init__).parameters
     arguments: dict[str, Any] = dict.fromkeys(
         name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import zlib
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -48,7 +49,7 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
     Raises:
         WanlabError: unknown class, or a configuration that the class does not accept.
     """
-    cls = network_class(part)
+    cls: Any = network_class(part)
     before = torch.get_default_dtype()
     if dtype is not None:
         torch.set_default_dtype(dtype)

@@ -249,7 +249,7 @@ class Model:
             raise WanlabError(f"output is {' or '.join(map(repr, OUTPUTS))}, not {output!r}")
         if not isinstance(prompt, str):
             raise WanlabError(f"prompt must be a string, not {type(prompt).__name__}")
-        settings = {
+        settings: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "height": defaults.height if height is None else height,

@@ -144,7 +144,8 @@ def _assemble(
     networks = {key: value for key, value in entries.items() if not key.startswith(_NO_NETWORK)}
     pipeline_class = _pipeline_class(source, index, networks)
     parts = tuple(
-        _part(source, part, *networks[part], config_of(part)) for part in sorted(networks, key=_part_order)
+        _part(source, part, library, kind, config_of(part))
+        for part, (library, kind) in sorted(networks.items(), key=lambda item: _part_order(item[0]))
     )
     configs = {part.name: part.config for part in parts}
     if "vae" not in configs:

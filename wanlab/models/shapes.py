@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from wanlab.core.errors import WanlabError
 from wanlab.models.spec import ModelSpec
@@ -96,7 +97,7 @@ def nearest_size(spec: ModelSpec, height: int, width: int, frames: int) -> tuple
     )
 
 
-def _whole(value: object) -> bool:
+def _whole(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool) and value >= 1
 
 

@@ -104,8 +104,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             for name in handle.keys():  # noqa: SIM118, the handle is no mapping
                 where[name] = file
                 shapes[name] = tuple(handle.get_slice(name).get_shape())
-    for name, file in index.items():
-        if where.get(name) != folder / file:
+    for name, listed in index.items():
+        if where.get(name) != folder / listed:
             raise WanlabError(
                 f"{folder / file} lacks tensor {name} that the index promises; fetch the file again"
             )

@@ -73,7 +73,7 @@ class Page:
 
 def markdown(source: str, page: Page) -> str:
     """Markdown as sanitised HTML, with tables and pictures from the notebook's folder inside."""
-    return sanitise(MARKDOWN(source), page)
+    return sanitise(str(MARKDOWN(source)), page)
 
 
 def code(source: str) -> str:

@@ -43,7 +43,10 @@ def publish(folder: str | Path, to: str | Path, *, notebooks: bool = False) -> P
         path = target / name
         if not path.parent.resolve().is_relative_to(target.resolve()):
             raise WanlabError(f"{path.parent} leads out of {to}; remove that link")
-        (write_text if isinstance(data, str) else write_bytes)(path, data)
+        if isinstance(data, str):
+            write_text(path, data)
+        else:
+            write_bytes(path, data)
         written.append(name)
 
     wanted = {"report.html"} | ({"executed.ipynb"} if notebooks else set())

@@ -68,7 +68,7 @@ def sensitivity_map(
             row=1,
             col=column,
         )
-    ticks = list(range(math.ceil(low), math.floor(high) + 1)) or [low, high]
+    ticks: list[float] = list(range(math.ceil(low), math.floor(high) + 1)) or [low, high]
     figure.update_layout(
         template=theme(),
         height=160 + 26 * len(projections),
@@ -427,7 +427,7 @@ def format_map(selection: Any) -> go.Figure:
     shades = {name: _shade(name, index) for index, name in enumerate(formats)}
     for column, component in enumerate(components, 1):
         own = frame[frame["component"] == component]
-        table = [[None] * len(blocks) for _ in projections]
+        table: list[list[int | None]] = [[None] * len(blocks) for _ in projections]
         words = [[""] * len(blocks) for _ in projections]
         for (projection, block), rows in own.groupby(["projection", "block"]):
             line, place = projections.index(projection), blocks.index(int(block))

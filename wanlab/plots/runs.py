@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pandas as pd
@@ -172,7 +172,7 @@ def short(configuration: str) -> str:
     return plain(re.sub(r"[^\s,=]*/([^\s,/]+)\.ya?ml", r"\1", words))
 
 
-def _sizes(values: Sequence[float]) -> dict[Any, float]:
+def _sizes(values: pd.Series) -> dict[Any, float]:
     """Diameters whose area follows the value, 8 to 24 px; the smallest where it is not known."""
     low, high = values.min(), values.max()
     spread = high - low
@@ -283,10 +283,11 @@ def parallel_lines(
         for place, (name, sense) in enumerate(columns.items())
     }
     shown = {name: [_said(value) for value in frame[name]] for name in columns}
-    strong, groups = set(highlighted), {}
+    strong = set(highlighted)
+    groups: dict[tuple[str, str, float, str, float], list[int]] = {}
     for row, name in enumerate(frame["configuration"]):
         if name == baseline:
-            key = ("baseline", GREY, 2.2, "dash", 1.0)
+            key: tuple[str, str, float, str, float] = ("baseline", GREY, 2.2, "dash", 1.0)
         elif name in strong:
             key = ("efficient", CHOSEN, 2.6, "solid", 1.0)
         else:

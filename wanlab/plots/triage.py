@@ -170,7 +170,8 @@ def _edges(triage: Any, boxes: dict[str, dict[str, Any]], tint: str) -> tuple[li
     """Shapes and texts of what leads from box to box; what was taken lies on top."""
     went = {row["node"]: row["to"] for row in triage.frame.to_dict(orient="records")}
     went |= {node: triage.tree.advice[node].to for node in triage.advice["node"]}
-    shapes, texts = ([], []), []
+    shapes: tuple[list[dict], list[dict]] = ([], [])
+    texts: list[dict] = []
     for node, box in boxes.items():
         for child, way in box["ways"].items() if box["state"] != "passed" else ():
             lit = went.get(node) == child

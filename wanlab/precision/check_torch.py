@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -172,7 +172,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> pd.DataFrame:
             if on_gpu:
                 torch.cuda.synchronize(device)
     counts: Counter[tuple[str, str]] = Counter()
-    times: Counter[tuple[str, str]] = Counter()
+    times: defaultdict[tuple[str, str], float] = defaultdict(float)
     for event in profiler.events():
         operator = event.name.removeprefix("aten::")
         if not event.name.startswith("aten::") or operator not in PRODUCTS or operator == "linear":
@@ -273,7 +273,8 @@ def _product(name: str, args: tuple, module) -> Product:
     one = left[:1] if getattr(module, "per_token", False) else left
     few = left.dtype.itemsize > 1 and torch.unique(one.detach().flatten()[: 2**20]).numel() <= 256
     rows = left.numel() // (left.shape[1] if name == "convolution" else left.shape[-1])
-    return Product(name, *(str(t.dtype).removeprefix("torch.") for t in (left, right)), rows, few, same)
+    one_dtype, other_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (left, right))
+    return Product(name, one_dtype, other_dtype, rows, few, same)
 
 
 @dataclass(frozen=True, eq=False)

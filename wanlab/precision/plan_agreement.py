@@ -397,7 +397,10 @@ def _spread_agreement(runs: Sequence[Sequence[torch.Tensor]], reference: Sequenc
         for outputs in zip(*runs, strict=True)
         if len(outputs) > 1
     ]
-    return distance(*zip(*pairs, strict=True), reference) if pairs else 0.0
+    if not pairs:
+        return 0.0
+    first, second = zip(*pairs, strict=True)
+    return distance(first, second, reference)
 
 
 def _engines(

@@ -268,7 +268,7 @@ def export_plan(
     experts = {name: component_spec(model, name).network for name in components_of(model) if name in EXPERTS}
     assignment = assign(plan, experts)
     _check_calibrations(assignment, calibrations)
-    settings = {
+    settings: dict[str, Any] = {
         "opset": opset or _opset(assignment),
         "dynamic": dynamic,
         "height": height,

@@ -500,7 +500,7 @@ def quantize(
     found = find_sites(model.graph)
     wanted_of = chosen_formats(found, layers, format, exclude)
     asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, QuantFormat)}
-    floats = {layer: name for layer, name in wanted_of.items() if layer not in asked}
+    floats = {layer: name for layer, name in wanted_of.items() if isinstance(name, str)}
     calibration = _needed(calibration, asked, metadata, source.name)
     sites = sites_of(found, wanted_of, source.name)
     islands = islands_among(sites, floats)

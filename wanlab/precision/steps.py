@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ def stepped_scheduler(scheduler, clock: StepClock | None):
     return twin
 
 
-def _step_tracking(base: type) -> type:
+def _step_tracking(base: Any) -> type:
     class Telling(base):
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, Literal, Union
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
@@ -153,21 +154,26 @@ def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
             continue  # the names that annotations are written with
         place = f"parameters cell of {where}, line {statement.lineno}"
-        annotated = isinstance(statement, ast.AnnAssign)
-        target = statement.target if annotated else (statement.targets[0] if _single(statement) else None)
-        if not isinstance(target, ast.Name) or statement.value is None:
+        target: ast.expr | None = None
+        value: ast.expr | None = None
+        annotation: ast.expr | None = None
+        if isinstance(statement, ast.AnnAssign):
+            target, value, annotation = statement.target, statement.value, statement.annotation
+        elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, value = statement.targets[0], statement.value
+        if not isinstance(target, ast.Name) or value is None:
             raise WanlabError(f"{place}: write `name: type = literal  # unit or help`, nothing else")
         try:
-            default = ast.literal_eval(statement.value)
+            default = ast.literal_eval(value)
         except ValueError:
             raise WanlabError(f"{place}: the value of {target.id!r} must be a literal") from None
-        kind = _type_of(statement.annotation, place) if annotated else type(default)
-        text = ast.unparse(statement.annotation) if annotated else type(default).__name__
+        kind = type(default) if annotation is None else _type_of(annotation, place)
+        text = type(default).__name__ if annotation is None else ast.unparse(annotation)
         lines = range(statement.lineno, statement.end_lineno + 1)
         note = next((comments[line] for line in reversed(lines) if line in comments), "")
         if target.id in found:
             raise WanlabError(f"{place}: {target.id!r} is set twice")
-        parameter = Parameter(target.id, kind, text, default, note, statement.lineno, annotated)
+        parameter = Parameter(target.id, kind, text, default, note, statement.lineno, annotation is not None)
         found[target.id] = Parameter(
             **{**parameter.__dict__, "default": checked(parameter, default, where)},
         )
@@ -288,21 +294,17 @@ def _type_of(node: ast.expr, place: str) -> Any:
         if name == "Optional" and len(inner) == 1:
             return Union[_type_of(inner[0], place), None]  # noqa: UP007
         if name == "list" and len(inner) == 1:
-            return list[_type_of(inner[0], place)]
+            return GenericAlias(list, (_type_of(inner[0], place),))
         if name == "tuple":
             dots = [isinstance(item, ast.Constant) and item.value is Ellipsis for item in inner]
             kinds = tuple(
                 ... if dot else _type_of(item, place) for item, dot in zip(inner, dots, strict=True)
             )
-            return tuple[kinds]
+            return GenericAlias(tuple, kinds)
     raise WanlabError(
         f"{place}: type {ast.unparse(node)!r} is not one of int, float, bool, str, Literal[...], X | None, "
         "list[...], tuple[...]"
     )
-
-
-def _single(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign) and len(statement.targets) == 1
 
 
 def _comments(source: str) -> dict[int, str]:

@@ -30,7 +30,7 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
 
-class Work(_Row):
+class Work(_Row, frozen=True):
     """What was done: one video, or one call of a component.
 
     Attributes:
@@ -67,7 +67,7 @@ class Work(_Row):
         return f"{self.model} {self.what}, {self.shape}{steps}"
 
 
-class Machine(_Row):
+class Machine(_Row, frozen=True):
     """What it ran on: a GPU with its limits, or a processor with its threads.
 
     Attributes:
@@ -91,7 +91,7 @@ class Machine(_Row):
         return f"{self.cpu or 'unknown processor'}{count}"
 
 
-class Quality(_Row):
+class Quality(_Row, frozen=True):
     """Distance of the videos from the original's and from the truth.
 
     Attributes:
@@ -126,7 +126,7 @@ class Quality(_Row):
         return cls(**values)
 
 
-class Result(_Row):
+class Result(_Row, frozen=True):
     """One typed row of what a run measured; `run.result` writes it, `load_results` reads it.
 
     Attributes:

@@ -186,7 +186,7 @@ def attention_kernels(
     def add(
         label: str, call: Callable | None, reason: str = "", wanted=dense, pairs: float = 1.0, samples=None
     ):
-        row = {"kernel": label, "density_percent": 100 * pairs, "reason": reason}
+        row: dict[str, Any] = {"kernel": label, "density_percent": 100 * pairs, "reason": reason}
         if call is not None:
             try:
                 with torch.no_grad(), warnings.catch_warnings(record=True) as told:

@@ -40,6 +40,8 @@ from wanlab.models.shapes import latent_shape
 from wanlab.models.taps import component_calls, intercept_calls
 
 DISPATCH = "dispatch_attention_fn"
+_LISTENS = "_wanlab_listens"
+"""Mark of a dispatch that a recording has put in place."""
 SELF, CROSS, IMAGE, FORWARD = "self", "cross", "image", "forward"
 
 
@@ -148,7 +150,7 @@ def wan_blocks(model: Model) -> dict[str, Any]:
                         f"{name}: {type(attention.processor).__name__} does not go through diffusers' {DISPATCH};"
                         " set the default attention processor"
                     )
-                if hasattr(dispatch, "_wanlab_listens"):
+                if hasattr(dispatch, _LISTENS):
                     raise WanlabError("attention is being listened to already; leave the outer block first")
         found[name] = blocks
     if not found:
@@ -238,7 +240,7 @@ class _Listener:
             call = replace(self.forward, layer=layer, kind=kind, scale=kwargs.get("scale"))
             return self.around(call, run, query, key)
 
-        listening._wanlab_listens = True
+        setattr(listening, _LISTENS, True)
         return listening
 
 
@@ -462,10 +464,8 @@ def attention_map(
     settings = settings | {"output": "latent", "seed": seed}
     size = [settings.get(n) or getattr(defaults, n) for n in ("height", "width", "frames")]
     shape = latent_shape(model.spec, *size)
-    grid = tuple(
-        length // patch
-        for length, patch in zip((shape.frames, shape.height, shape.width), model.spec.patch, strict=True)
-    )
+    of_frames, of_rows, of_columns = model.spec.patch
+    grid = (shape.frames // of_frames, shape.height // of_rows, shape.width // of_columns)
     if not isinstance(queries, int) or queries < 1:
         raise WanlabError(f"queries is {queries!r}; take at least 1 from every latent frame")
     total = len(model.schedule(settings.get("steps")))

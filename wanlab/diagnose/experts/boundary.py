@@ -83,7 +83,7 @@ def disagreement(
         )
     networks = {name: model.component(name) for name in ("expert_high", "expert_low")}
     rows: list[dict] = []
-    at = {"step": 0, "kernel": ""}
+    at: dict[str, Any] = {"step": 0, "kernel": ""}
 
     def asking(name: str) -> Callable:
         other = next(key for key in networks if key != name)

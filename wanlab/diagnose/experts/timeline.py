@@ -186,7 +186,9 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
     edges = [(*ends, *form) for *ends, of, key in links if (form := seen.get(of, {}).get(key))]
     ends = {name for edge in edges for name in edge[:2]}
     kinds = {"boundary": "decision", "scheduler": "scheduler", "video": "output"}
-    nodes = [{"node": name, "kind": kinds.get(name, "input")} for name in ("prompt", "image", "noise")]
+    nodes: list[dict[str, Any]] = [
+        {"node": name, "kind": kinds.get(name, "input")} for name in ("prompt", "image", "noise")
+    ]
     for name in (*seen, "boundary", "video"):
         network = model.components.get(name, getattr(model.pipeline, name, None))
         nodes.append({"node": name, "kind": kinds.get(name, "network")} | _facts(name, network))

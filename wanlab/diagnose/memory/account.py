@@ -44,7 +44,9 @@ def match(trace: Trace, events: pd.DataFrame, placed: Attribution) -> Blocks:
 
     A release of a block that was there before the trace has none and is left out.
     """
-    start, size, end = [], [], []
+    start: list[float] = []
+    size: list[float] = []
+    end: list[float] = []
     alive: dict[int, int] = {}
     addresses, sizes, times = (
         events[name].to_numpy().tolist() for name in ("address", "size_bytes", "time_us")

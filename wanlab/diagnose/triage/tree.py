@@ -21,7 +21,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class Threshold(_Strict):
+class Threshold(_Strict, frozen=True):
     """A number that questions compare with."""
 
     value: float
@@ -29,7 +29,7 @@ class Threshold(_Strict):
     what: str
 
 
-class Quantity(_Strict):
+class Quantity(_Strict, frozen=True):
     """A number that `notebook` records by this name, or one made of others: their sum, a part in percent of a whole, the
     first that is known. `absent` says what it means that a run of the notebook does not have it."""
 
@@ -46,7 +46,7 @@ class Quantity(_Strict):
         return self.sum + self.percent + self.first
 
 
-class Branch(_Strict):
+class Branch(_Strict, frozen=True):
     """Taken where the value is over, or below, the named threshold."""
 
     to: str
@@ -54,7 +54,7 @@ class Branch(_Strict):
     below: str | None = None
 
 
-class Question(_Strict):
+class Question(_Strict, frozen=True):
     """`measurement` with `branches`, or `largest` (share -> node) with the `threshold` that the largest must reach; else
     `otherwise`. `absent` leads on where the number cannot exist, `unknown` where it was not measured."""
 
@@ -84,7 +84,7 @@ class Question(_Strict):
         return [node for node in dict.fromkeys(found) if node]
 
 
-class Advice(_Strict):
+class Advice(_Strict, frozen=True):
     """What to do: `share` is what it could take away, `removes` which part of that; `also` is shown beside it."""
 
     advice: str

@@ -119,9 +119,9 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
     limits = [(b, tree.thresholds[b.over or b.below].value) for b in question.branches]
     texts = [f"{'over' if b.over else 'below'} {shown(limit, quantity.unit)}" for b, limit in limits]
     if question.largest:
-        limits = [(question.largest[name], tree.thresholds[question.threshold].value)]
+        limit = tree.thresholds[question.threshold].value
         of = f"{len(known)} known" if 0 < len(known) < len(names) else len(names)
-        texts = [f"the largest of {of}, at least {shown(limits[0][1], quantity.unit)}"]
+        texts = [f"the largest of {of}, at least {shown(limit, quantity.unit)}"]
     state, reads, to = "measured", "", question.otherwise
     if not known:
         state = "not applicable" if item.note else "unknown"

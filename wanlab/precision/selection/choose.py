@@ -205,7 +205,7 @@ def repair(
     """
     for_choosing(originals)
     exponent = FORMS[relation.form] if relation else 1.0
-    options = {"calibrations": calibrations, "progress": progress} | settings
+    options: dict[str, Any] = {"calibrations": calibrations, "progress": progress} | settings
     generations, raised, rows = 0, 0, []
     name = selection.plan.name
     for number in range(max_rounds + 1):
@@ -408,7 +408,7 @@ def choose_plan(
             generations += len(originals.made)
         settings["rest"] = rest
     plans = frontier(sensitivity, costs, points=points, **settings)
-    options = {"calibrations": calibrations, "progress": progress}
+    options: dict[str, Any] = {"calibrations": calibrations, "progress": progress}
     tried = plans.spread(max(2, probes))
     proofs = tuple(verify_plan(model, each.plan, originals, **options) for each in tried)
     relation = fit_relation([each.effect for each in tried], proofs)

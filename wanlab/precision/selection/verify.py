@@ -544,5 +544,6 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
             samples, control = interleaved(
                 calls, warmup=2, rounds=rounds, device=model.device, progress=False
             )
-            found[component] = compare(*samples.values(), control.noise_percent)
+            loaded_ms, planned_ms = samples.values()
+            found[component] = compare(loaded_ms, planned_ms, control.noise_percent)
     return found

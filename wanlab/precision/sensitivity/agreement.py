@@ -64,7 +64,7 @@ def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[
     for kind in kinds:
         if kind == "layer":
             row = singles.iloc[int(next(places) * len(singles))]
-            steps = ((int(row["first_step"]), int(row["last_step"])),)
+            steps: tuple[tuple[int, int], ...] = ((int(row["first_step"]), int(row["last_step"])),)
             choices.append(_choice(frame, kind, row["component"], [row["layer"]], row["format"], steps))
             continue
         for _ in range(TRIES):

@@ -141,7 +141,7 @@ def test_what_is_missing_is_said_in_one_line(name, monkeypatch):
 def test_what_the_table_names_is_there(name):
     kind = engines.engine_kind(name)
     for work in (kind.open, kind.prepare, kind.build, kind.describe):
-        if isinstance(work, registry._Deferred):
+        if isinstance(work, registry.Deferred):
             module = registry.importlib.import_module(work.module)
             assert callable(getattr(module, work.name))
 

@@ -108,8 +108,7 @@ def test_a_breach_of_each_rule_is_found(source, said):
 
 
 def test_what_the_rules_allow_is_no_breach():
-    assert breaches(["x = 1
-" * 59, "# " + "-" * 100, "show(a if b else c)"]) == []
+    assert breaches(["x = 1\n" * 59, "# " + "-" * 100, "show(a if b else c)"]) == []
 
 
 def test_carries_no_outputs(cells):

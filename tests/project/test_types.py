@@ -1,4 +1,4 @@
-"""The TensorRT modules, type-checked against tensorrt-stubs: their execution path cannot run on most machines."""
+"""Types of the whole package; TensorRT's modules against its stubs, as they run on few machines."""
 
 from __future__ import annotations
 
@@ -38,17 +38,21 @@ def mended(stub):
 
 
 @pytest.fixture(scope="module")
-def mypy(root, tmp_path_factory):
+def mypy(root, tmp_path_factory, pytestconfig):
     """Run mypy with the project's settings, and TensorRT's stubs where it finds them.
 
     The package of stubs puts them where TensorRT itself would be and has no marker that mypy looks for.
     """
-    folder = tmp_path_factory.mktemp("mypy")
+    # Kept from run to run: what did not change is not checked again.
+    kept = getattr(pytestconfig, "cache", None)
+    folder = kept.mkdir("mypy") if kept else tmp_path_factory.mktemp("mypy")
     place = metadata.distribution("tensorrt-stubs").locate_file("")
     for package in ("tensorrt", "tensorrt_bindings"):
-        (folder / "stubs" / package).mkdir(parents=True)
+        (folder / "stubs" / package).mkdir(parents=True, exist_ok=True)
         for stub in Path(place / package).glob("*.pyi"):
-            (folder / "stubs" / package / stub.name).write_text(mended(stub.read_text()))
+            file, text = folder / "stubs" / package / stub.name, mended(stub.read_text())
+            if not file.is_file() or file.read_text() != text:
+                file.write_text(text)
 
     def run(*files):
         settings = ["--config-file", root / "pyproject.toml", "--cache-dir", folder / "cache"]
@@ -66,7 +70,7 @@ def mypy(root, tmp_path_factory):
 
 
 @needs_stubs
-def test_the_tensorrt_modules_fit_the_stubs(mypy):
+def test_types_hold_in_the_whole_package(mypy):
     done = mypy()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no issues found" in done.stdout

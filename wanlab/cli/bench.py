@@ -99,7 +99,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def report(result) -> str:
+def report(result: measure.Bench) -> str:
     """The table, totals and warnings of one benchmark, as text."""
     frame = result.frame()
     columns = ["min_ms", "max_ms", "mean_ms", "median_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"]

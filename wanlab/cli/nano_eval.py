@@ -6,7 +6,7 @@ import argparse
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def examine(
     model: Model,
     cases: list[Case],
     *,
-    variants=VARIANTS,
-    backbones=("stlpips-alex",),
+    variants: Iterable[str] = VARIANTS,
+    backbones: Iterable[str] = ("stlpips-alex",),
     journal: Journal | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -130,7 +130,13 @@ def examine(
     return pd.DataFrame([row for rows in journal.cases[: len(cases)] for row in rows])
 
 
-def examine_case(model: Model, case: Case, *, variants=VARIANTS, backbones=("stlpips-alex",)) -> list[dict]:
+def examine_case(
+    model: Model,
+    case: Case,
+    *,
+    variants: Iterable[str] = VARIANTS,
+    backbones: Iterable[str] = ("stlpips-alex",),
+) -> list[dict]:
     """The rows of one case, as `examine` describes them."""
     truth, rows = case.truth(), []
     videos = {"frozen": np.repeat(truth[:1], len(truth), axis=0), "vae": reconstruct(model, truth)}

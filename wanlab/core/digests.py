@@ -17,7 +17,7 @@ from wanlab import __version__
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
 
 
-def trace_key(plan, settings: dict[str, Any]) -> str:
+def trace_key(plan: Any, settings: dict[str, Any]) -> str:
     """Hash of everything besides the weights that a traced graph depends on.
 
     These are the class and configuration of the network, the part of it that is traced, the tracing settings and the
@@ -43,7 +43,7 @@ def trace_key(plan, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def weights_key(network) -> str:
+def weights_key(network: torch.nn.Module) -> str:
     """Hash of the weights of a network: names, shapes, dtypes and every byte."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():

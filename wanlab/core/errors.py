@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class WanlabError(Exception):
@@ -30,7 +31,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def require(module: str, install: str):
+def require(module: str, install: str) -> ModuleType:
     """Import an optional package, or say in one line how to get it.
 
     Args:

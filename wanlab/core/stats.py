@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 10_000
 
 
-def bootstrap_mean(values, seed: int) -> tuple[float, float] | None:
+def bootstrap_mean(values: ArrayLike, seed: int) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of a mean; contains the mean. None with fewer than two values or a NaN."""
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or not np.isfinite(values).all():
@@ -15,7 +16,7 @@ def bootstrap_mean(values, seed: int) -> tuple[float, float] | None:
     return _interval(_resampled(values, seed=seed)[0], values.mean())
 
 
-def bootstrap_ratio(numerator, denominator, seed: int) -> tuple[float, float] | None:
+def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of mean(numerator) / mean(denominator) over the same cases.
 
     Cases are resampled in pairs. None with fewer than two cases, a value that is not finite, or a denominator of 0.
@@ -29,7 +30,7 @@ def bootstrap_ratio(numerator, denominator, seed: int) -> tuple[float, float] | 
     return _interval(above / below, pair[0].mean() / pair[1].mean())
 
 
-def _resampled(*columns, seed: int) -> list:
+def _resampled(*columns: np.ndarray, seed: int) -> list[np.ndarray]:
     """Means of resampled cases, the same cases for every column: `[RESAMPLES]` each."""
     generator, count = np.random.default_rng(seed), columns[0].size
     chunk = max(1, 4_000_000 // count)
@@ -41,6 +42,6 @@ def _resampled(*columns, seed: int) -> list:
     return [np.concatenate(parts) for parts in means]
 
 
-def _interval(resampled, value: float) -> tuple[float, float]:
+def _interval(resampled: np.ndarray, value: float) -> tuple[float, float]:
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(min(low, value)), float(max(high, value))

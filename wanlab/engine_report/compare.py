@@ -98,7 +98,9 @@ def _shapes(layer: Layer) -> tuple:
     return tuple(tensor.shape for tensor in layer.outputs)
 
 
-def _pair(left: list[Layer], right: list[Layer], key, how: str, rows: list) -> None:
+def _pair(
+    left: list[Layer], right: list[Layer], key: Callable[[Layer], Hashable], how: str, rows: list
+) -> None:
     """Match one to one, in order, what has the same key; matched layers leave both lists."""
     waiting: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in right:

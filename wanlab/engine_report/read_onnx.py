@@ -208,7 +208,7 @@ def _tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
     return found
 
 
-def _size(dim) -> int | str:
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -181,7 +181,7 @@ def _shown(tensors: tuple[Tensor, ...], most: int = 2) -> str:
     return ", ".join(described(tensor) for tensor in tensors[:most]) + more
 
 
-def _share(layers: tuple[Layer, ...], chosen, total_ms: float) -> float:
+def _share(layers: tuple[Layer, ...], chosen: Callable[[Layer], bool], total_ms: float) -> float:
     if not total_ms or math.isnan(total_ms):
         return math.nan
     return 100 * math.fsum(x.time_ms for x in layers if chosen(x) and not math.isnan(x.time_ms)) / total_ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ def bench_components(
     names = [n for n in engines if n.startswith("expert")] if components is None else list(components)
     check_components(model, names)
     shape = default_shape(model, **size | {"batch": size.get("batch") or 1})
-    settings = {
+    settings: dict[str, Any] = {
         "iterations": iterations,
         "duration_ms": duration_ms,
         "warmup_ms": warmup_ms,
@@ -74,7 +75,7 @@ def bench_components(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def provider_table(engines: Mapping[str, Engine]) -> pd.DataFrame:
+def provider_table(engines: Mapping[str, OrtEngine]) -> pd.DataFrame:
     """Where the nodes of ONNX Runtime engines run.
 
     Args:
@@ -178,14 +179,14 @@ def engine_calls(
         left_out, others = {kind.name: why for kind in others}, []
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     for kind in others:
-        settings = {"threads": threads} if "threads" in kind.open_settings else {}
+        settings: dict[str, Any] = {"threads": threads} if "threads" in kind.open_settings else {}
         try:
             engine = open_component(kind.name, model, component, folder, size=size, **settings)
             output = engine.run(feeds)[plan.output]
         except WanlabError as error:
             left_out[kind.name] = str(error)
             continue
-        calls[engine.name] = lambda engine=engine: engine.run(feeds)
+        calls[engine.name] = functools.partial(engine.run, feeds)
         distance = differences(expected, output)["relative_l2"]
         facts[engine.name] = _facts(engine.load_ms, engine.size_bytes, engine.build_ms, distance)
     clip = {"height": shape.height, "width": shape.width, "frames": shape.frames}
@@ -249,7 +250,8 @@ def compare_forms(
         "friendly": (plain, "friendly"),
         "fused": (FUSED_OPSET, "friendly"),
     }
-    rows, calls = [], {}
+    rows: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         expected = plan.reference(*inputs)
         for label, (opset, forms) in variants.items():
@@ -257,7 +259,7 @@ def compare_forms(
             report = export(model, component, path, opset=opset, forms=forms, dynamic=False, **asdict(shape))
             engine = OrtEngine(path, provider=provider)
             made = engine.run(feeds)[plan.output].to(expected.device)
-            calls[label] = lambda engine=engine: engine.run(feeds)
+            calls[label] = functools.partial(engine.run, feeds)
             rows.append(
                 {"form": label, "opset": opset, "nodes": report.nodes_after}
                 | {name: report.operators.get(name, 0) for name in COUNTED}

@@ -57,7 +57,10 @@ def parity(
         WanlabError: as `component_spec` and `OrtEngine`, or a shape that the graph does not take.
     """
     plan = component_spec(model, component)
-    engine = onnx_path if hasattr(onnx_path, "run") else OrtEngine(onnx_path, provider=provider)
+    if isinstance(onnx_path, str | os.PathLike):
+        engine: Engine = OrtEngine(onnx_path, provider=provider)
+    else:
+        engine = onnx_path
     rows = []
     if cases is None:
         drawn = _shapes(model, plan, engine) if shapes is None else shapes

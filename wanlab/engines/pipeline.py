@@ -191,6 +191,10 @@ class EngineExpert(EnginePart):
 class EngineVae(EnginePart):
     """The VAE with one or both halves in engines; the original is kept only where a half stays eager."""
 
+    encoder: Engine | None
+    decoder: Engine | None
+    eager: torch.nn.Module | None
+
     def __init__(self, original: torch.nn.Module, encoder: Engine | None, decoder: Engine | None) -> None:
         super().__init__(original)
         if isinstance(original, EngineVae):

@@ -59,7 +59,7 @@ class Need:
 class EngineKind:
     """One kind of engine.
 
-    A function is given as itself, or as `"module:function"`, which is imported when it is called first.
+    A function is given as itself, or as `Deferred("module:function")`, which is imported when it is called first.
 
     Attributes:
         name: in parameters, files and tables, e.g. `"onnxruntime"`. title: for readers. colour: in every plot.
@@ -86,9 +86,9 @@ class EngineKind:
     name: str
     title: str
     colour: str
-    open: Callable[..., Engine] | str
-    prepare: Callable[..., Path | None] | str | None = None
-    build: Callable[..., Path] | str | None = None
+    open: Callable[..., Engine]
+    prepare: Callable[..., Path | None] | None = None
+    build: Callable[..., Path] | None = None
     suffixes: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
     components: tuple[str, ...] | None = None
@@ -99,16 +99,12 @@ class EngineKind:
     build_settings: Mapping[str, str] = field(default_factory=dict)
     open_settings: Mapping[str, str] = field(default_factory=dict)
     by_default: bool = True
-    describe: Callable[[], Mapping[str, str]] | str | None = None
+    describe: Callable[[], Mapping[str, str]] | None = None
     required: bool = False
 
     def __post_init__(self) -> None:
         if not self.labels:
             object.__setattr__(self, "labels", {self.name: ""})
-        for name in ("open", "prepare", "build", "describe"):
-            work = getattr(self, name)
-            if isinstance(work, str):
-                object.__setattr__(self, name, _Deferred(work))
         if self.prepare is None and (self.build is not None or ".onnx" in self.suffixes):
             object.__setattr__(self, "prepare", _FromGraph(self.build))
 
@@ -161,7 +157,7 @@ class EngineKind:
         return names[0] if names else next(iter(self.labels))
 
 
-class _Deferred:
+class Deferred:
     """A function named by its place, imported when it is called first."""
 
     def __init__(self, place: str) -> None:
@@ -194,7 +190,8 @@ class _FromGraph:
         from wanlab.export.export import export  # loads diffusers
 
         graph = Path(folder) / f"{component}.onnx"
-        export(model, component, graph, dynamic=False, traces=traces, **size)
+        sizes: dict[str, Any] = dict(size)
+        export(model, component, graph, dynamic=False, traces=traces, **sizes)
         if self.build is None:
             return graph
         return Path(self.build(graph, device=model.device.type, progress=progress, **settings))
@@ -218,7 +215,7 @@ ENGINES: dict[str, EngineKind] = {
             EAGER,
             "PyTorch, eager",
             "#8a93a0",
-            open="wanlab.engines.torch:open_eager",
+            open=Deferred("wanlab.engines.torch:open_eager"),
             needs=(TORCH,),
             plans="torch",
             required=True,
@@ -227,7 +224,7 @@ ENGINES: dict[str, EngineKind] = {
             "compiled",
             "PyTorch, compiled",
             "#5b8c5a",
-            open="wanlab.engines.torch:open_compiled",
+            open=Deferred("wanlab.engines.torch:open_compiled"),
             needs=(TORCH,),
             usual=EXPERTS,
             plans="torch",
@@ -237,21 +234,21 @@ ENGINES: dict[str, EngineKind] = {
             "onnxruntime",
             "ONNX Runtime",
             "#3d85c6",
-            open="wanlab.engines.onnxruntime:open_onnxruntime",
+            open=Deferred("wanlab.engines.onnxruntime:open_onnxruntime"),
             suffixes=(".onnx",),
             needs=(ONNXRUNTIME,),
             plans="graph",
             labels={"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"},
             open_settings=ONNXRUNTIME_SETTINGS,
-            describe="wanlab.engines.onnxruntime:describe",
+            describe=Deferred("wanlab.engines.onnxruntime:describe"),
             required=True,
         ),
         EngineKind(
             "tensorrt",
             "TensorRT",
             "#6fa832",
-            open="wanlab.engines.tensorrt.engine:open_tensorrt",
-            build="wanlab.engines.tensorrt.build:build_graph",
+            open=Deferred("wanlab.engines.tensorrt.engine:open_tensorrt"),
+            build=Deferred("wanlab.engines.tensorrt.build:build_graph"),
             suffixes=(".engine", ".plan"),
             needs=(
                 Need(
@@ -275,14 +272,14 @@ ENGINES: dict[str, EngineKind] = {
                 "device_cuda_graphs": "let TensorRT for RTX capture its own CUDA graphs",
             },
             by_default=False,
-            describe="wanlab.engines.tensorrt.runtime:describe",
+            describe=Deferred("wanlab.engines.tensorrt.runtime:describe"),
         ),
         EngineKind(
             "tvm",
             "TVM",
             "#b0679b",
-            open="wanlab.engines.tvm.engine:open_tvm",
-            build="wanlab.engines.tvm.build:build_graph",
+            open=Deferred("wanlab.engines.tvm.engine:open_tvm"),
+            build=Deferred("wanlab.engines.tvm.build:build_graph"),
             suffixes=(".so",),
             needs=(Need("tvm", ("tvm",), 'pip install "wanlab[tvm]"', "apache-tvm"),),
             labels={"tvm-llvm": "cpu", "tvm-cuda": "cuda"},
@@ -296,8 +293,8 @@ ENGINES: dict[str, EngineKind] = {
             "streamed_vae",
             "ONNX Runtime, VAE chunk by chunk",
             "#2aa1a8",
-            open="wanlab.engines.streamed_vae:open_streamed",
-            prepare="wanlab.engines.streamed_vae:prepare_streamed",
+            open=Deferred("wanlab.engines.streamed_vae:open_streamed"),
+            prepare=Deferred("wanlab.engines.streamed_vae:prepare_streamed"),
             needs=(ONNXRUNTIME,),
             components=HALVES_OF_VAE,
             labels={"onnxruntime-cpu-streamed": "cpu", "onnxruntime-cuda-streamed": "cuda"},

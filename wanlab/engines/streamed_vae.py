@@ -65,7 +65,8 @@ class Streamed(Engine):
         self.size_bytes = first.size_bytes + next.size_bytes
         self.load_ms = first.load_ms + next.load_ms
         self.path = getattr(first, "path", None)
-        self._later = next.inputs[self.source][1][2], next.outputs[self.result][1][2]
+        # Frames of a later chunk, which its graph is fixed to.
+        self._later = int(next.inputs[self.source][1][2]), int(next.outputs[self.result][1][2])
         self.inputs: dict[str, TensorType] = {self.source: _whole(first.inputs[self.source], half.source)}
         self.outputs: dict[str, TensorType] = {self.result: _whole(first.outputs[self.result], half.result)}
 
@@ -217,7 +218,7 @@ def prepare_streamed(
     Returns:
         The file of the first chunk; that of the later ones lies beside it.
     """
-    fixed = {name: size.get(name) for name in ("batch", "height", "width")}
+    fixed: dict[str, Any] = {name: size.get(name) for name in ("batch", "height", "width")}
     first, _ = export_streamed(model, folder, component, dynamic=False, **fixed)
     return Path(first.path)
 

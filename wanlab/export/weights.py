@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir
 import torch
@@ -224,6 +225,14 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Storable(Protocol):
+    """A tensor that a `WeightsFile` writes: its sizes, and its values once they are asked for."""
+
+    shape: list[int]
+
+    def lazy(self, name: str) -> onnx_ir.LazyTensor: ...
+
+
 class WeightsFile:
     """Weights of one network in one dtype, for any number of graphs in the same folder.
 
@@ -238,7 +247,7 @@ class WeightsFile:
     path: Path
     key: str
 
-    def add(self, weights: dict[str, Weight], *, progress: bool = True) -> int:
+    def add(self, weights: Mapping[str, Storable], *, progress: bool = True) -> int:
         """Write the weights that are not there yet, one at a time; returns the bytes written."""
         places = self.places()
         missing = {name: weight for name, weight in weights.items() if name not in places}

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _wait_for(task: Task) -> None:
 
 
 @contextlib.contextmanager
-def _log(task: Task):
+def _log(task: Task) -> Iterator[None]:
     """Everything that this process says goes to the task's log."""
     task.log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

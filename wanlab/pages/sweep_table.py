@@ -400,7 +400,7 @@ def _where(entry: RunRow) -> str | None:
 def _clips(folder: Path, root: Path) -> dict[str, Path]:
     """The clip that a run made, and what it is read against."""
     have = {path.stem: path for path in sorted((folder / "artifacts").glob("*.mp4")) if href(path, root)}
-    found = {name: have.pop(name) for name in ("video", "original", "truth") if name in have}
+    found: dict[str, Path] = {name: have.pop(name) for name in ("video", "original", "truth") if name in have}
     if "video" not in found and have:
         found["video"] = next(iter(have.values()))
     return found
@@ -479,7 +479,7 @@ def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
     """Columns of the table: what was varied, then what was measured; few values get a colour and a filter each."""
     several = len(set(board.frame["name"])) > 1
     named = (["name"] if several else []) + board.axes
-    found = []
+    found: list[dict[str, Any]] = []
     for name in named:
         column = Column("name", "notebook") if name == "name" else describe(name)
         values = list(dict.fromkeys(_text(v) for v in board.frame[name] if not missing(v)))

@@ -197,7 +197,7 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
     return figure
 
 
-def _averaged(values: Any, longest_px: int):
+def _averaged(values: Any, longest_px: int) -> np.ndarray:
     """Means of squares of pixels, so that no small spot is lost between the pixels that are drawn."""
     side = -(-max(values.shape) // longest_px)
     if side == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,8 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
         raise WanlabError(
             f"a technique matrix is of times; compare by time_per_video_ms, not by {comparisons.by}"
         )
-    base, moved = comparisons.baseline, {}
+    base = comparisons.baseline
+    moved: dict[tuple[str, ...], MeasuredConfiguration] = {}
     for row in comparisons.rows[1:]:
         applied = row.samples is not None and row.results.get("effect") != NO_EFFECT
         if applied and (names := _moved(row, base, comparisons.axes)):
@@ -297,7 +298,7 @@ class _Ratio:
         return dict(zip(names, (self.value, *self.ends()), strict=True))
 
 
-def _moved(row: MeasuredConfiguration, base: MeasuredConfiguration, axes) -> tuple[str, ...]:
+def _moved(row: MeasuredConfiguration, base: MeasuredConfiguration, axes: Iterable[str]) -> tuple[str, ...]:
     return tuple(
         f"{axis}={shown(row.parameters.get(axis))}"
         for axis in axes
@@ -310,7 +311,7 @@ def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.n
     return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
 
 
-def _simulated(names: tuple[str, ...], alone) -> str:
+def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -> str:
     """Of a technique that was only simulated alone the gain is not known, nor is the product."""
     only = [
         name for name, one in zip(names, alone, strict=True) if "simulated" in str(one.results.get("kernels"))
@@ -476,7 +477,7 @@ def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
     return existing(SWEEPS / recorded / "sweep.json").parent
 
 
-def built_records(folder: str | os.PathLike | None, sweep: Path):
+def built_records(folder: str | os.PathLike | None, sweep: Path) -> list[Result]:
     """Receipts of engines that were only built, from a folder.
 
     None looks for `built/` beside the sweep's runs, and for a sweep of the project in its recorded results.

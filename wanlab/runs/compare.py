@@ -301,9 +301,14 @@ def _frame(
 class Measured(Protocol):
     """What a ratio is taken of: a `Result`, or all repeats of one configuration."""
 
-    results: Mapping[str, Any]
-    samples: Samples | None
-    noise_percent: float | None
+    @property
+    def results(self) -> Mapping[str, Any]: ...
+
+    @property
+    def samples(self) -> Samples | None: ...
+
+    @property
+    def noise_percent(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

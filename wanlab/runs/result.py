@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -16,7 +16,8 @@ from wanlab.core.files import now
 from wanlab.engines.registry import ENGINES, computes_on_cpu
 from wanlab.measure.timing import Samples
 
-MEASURED, BUILT = "measured", "built only"
+MEASURED: Final = "measured"
+BUILT: Final = "built only"
 HERE = "measured here"
 VIDEO = "the whole video"
 UNCHANGED = (None, "", "default")
@@ -401,13 +402,14 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
 def video_work(model: Any, generation: Any) -> Work:
     """What a generation of a model did."""
     settings = generation.settings
-    guidance, known = settings["guidance_scale"], {name: settings[name] for name in (*SIZE, "steps")}
+    guidance = settings["guidance_scale"]
+    known: dict[str, Any] = {name: settings[name] for name in (*SIZE, "steps")}
     return Work(
         model=model.spec.name, weights=model.load.weights, guided=guidance > 1, seed=generation.seed, **known
     )
 
 
-def call_work(model: Any, component: str, **size: int) -> Work:
+def call_work(model: Any, component: str, **size: Any) -> Work:
     """One call of a component: height, width, frames, batch."""
     return Work(model=model.spec.name, weights=model.load.weights, component=component, **size)
 
@@ -521,9 +523,14 @@ FIELDS = frozenset(Result.__struct_fields__)
 class Done(Protocol):
     """What `differences` compares: a `Result`, or all repeats of one configuration."""
 
-    work: Work
-    machine: Machine | None
-    dtype: str | None
+    @property
+    def work(self) -> Work: ...
+
+    @property
+    def machine(self) -> Machine | None: ...
+
+    @property
+    def dtype(self) -> str | None: ...
 
 
 def differences(one: Done, other: Done, allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:

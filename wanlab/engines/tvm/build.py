@@ -67,7 +67,8 @@ class _Writer:
     """Nodes and constants that stand for one node."""
 
     def __init__(self, graph, node) -> None:
-        self.graph, self.node, self.made = graph, node, []
+        self.graph, self.node = graph, node
+        self.made: list[onnx.NodeProto] = []
         self.prefix = node.name or node.output[0]
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -117,8 +118,8 @@ def _patch_product(graph, node, shapes, weights) -> list[onnx.NodeProto]:
     if len(node.input) > 2 and node.input[2]:
         out = write.add("Add", [out, node.input[2]])
     out = write.add("Transpose", [out], perm=[0, 2, 1])
-    grid = write.constant("grid", np.array([batch, len(weight), *grid], np.int64))
-    write.add("Reshape", [out, grid], node.output[0])
+    shape = write.constant("grid", np.array([batch, len(weight), *grid], np.int64))
+    write.add("Reshape", [out, shape], node.output[0])
     return write.made
 
 
@@ -313,7 +314,10 @@ def build_tvm(
         )
     facts = target_of(tvm, target)
     on_gpu = facts["kind"] == "cuda"
-    how = {"schedule": "default" if on_gpu else schedule, "fast_math": fast_math and not on_gpu}
+    how: dict[str, Any] = {
+        "schedule": "default" if on_gpu else schedule,
+        "fast_math": fast_math and not on_gpu,
+    }
     library = Path(library) if library else graph.with_suffix(f".tvm-{facts['kind']}.so")
     graph_hash = graph_sha256(graph)
     key = receipts.key_of(graph_hash, {"target": facts, "tvm": tvm.__version__} | how)

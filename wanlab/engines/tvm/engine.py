@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ class TvmEngine(Engine):
 
     def _invoke(self, arguments: list, stream: int | None, targets: list | None = None) -> list[torch.Tensor]:
         """Run, and hand the outputs to torch without a copy, or copy them into `targets` in order."""
-        on_gpu, into = self.device.type == "cuda", nullcontext()
+        on_gpu = self.device.type == "cuda"
+        into: AbstractContextManager[Any] = nullcontext()
         if on_gpu:
             import tvm_ffi
 

@@ -31,6 +31,7 @@ FIRST = (
     "browser/test_lab.py",
 )
 LONG = ("notebook", "browser", "slow")
+SLOW_FIXTURES = {"captured", "exported"}  # a generation under the profiler, an export of a model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.path.relative_to(TESTS).as_posix()
         item.add_marker(pytest.mark.xdist_group(module))
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
         turns[module] = min(turns.get(module, len(FIRST) + len(LONG)), _turn(module, item))
     items.sort(key=lambda item: turns[item.path.relative_to(TESTS).as_posix()])
 

@@ -163,6 +163,7 @@ def test_a_trace_without_allocations_says_how_to_get_them(tmp_path):
         diagnose.memory_account(trace_of(tmp_path, event("aten::mm", 0, 5)))
 
 
+@pytest.mark.slow
 def test_levers_are_measured_and_let_go(nano):
     case = heldout.example_case()
     vae, attention = nano.pipeline.vae, torch.nn.functional.scaled_dot_product_attention

@@ -79,6 +79,7 @@ DISTORTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTORTIONS)
 @QUICK
 @given(some_case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,7 @@ def test_the_same_cases_are_drawn_every_time():
     assert [case.clip.motion for case in heldout.draw_cases(9)] == MOTIONS
 
 
+@pytest.mark.slow
 def test_motion_is_measured_right_on_true_clips():
     read, misread = 0, []
     for case in heldout.draw_cases(18)[9:]:

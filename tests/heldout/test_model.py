@@ -32,6 +32,7 @@ def test_folder_has_the_layout_of_wan22_i2v_a14b(root):
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 24e6
 
 
+@pytest.mark.slow
 def test_it_follows_a_caption_and_one_expert_alone_is_another_video(nano):
     case = heldout.example_case()
     truth = case.truth()
@@ -42,6 +43,7 @@ def test_it_follows_a_caption_and_one_expert_alone_is_another_video(nano):
         assert np.square(alone - truth).mean() > np.square(both - truth).mean()
 
 
+@pytest.mark.slow
 def test_vae_keeps_the_picture(nano):
     truth = heldout.example_case().truth()
     restored = examine.reconstruct(nano, truth)

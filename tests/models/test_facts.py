@@ -15,6 +15,7 @@ def row(name, component, **size):
     return facts(name, **size).set_index("component").loc[component]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "component", "size", "linear", "attention"),
     [

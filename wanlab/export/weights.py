@@ -224,15 +224,16 @@ ALIGNMENT_BYTES = 4096  # of a page: engines map the file into memory
 FORMAT = 1
 
 
-@dataclass(frozen=True)
 class Storable(Protocol):
     """A tensor that a `WeightsFile` writes: its sizes, and its values once they are asked for."""
 
-    shape: list[int]
+    @property
+    def shape(self) -> list[int]: ...
 
     def lazy(self, name: str) -> onnx_ir.LazyTensor: ...
 
 
+@dataclass(frozen=True)
 class WeightsFile:
     """Weights of one network in one dtype, for any number of graphs in the same folder.
 

@@ -239,7 +239,7 @@ def make_plan(
             found,
         )
     if cache is not None:
-        write_bytes(cache, config.get_timing_cache().serialize())
+        write_bytes(cache, memoryview(config.get_timing_cache().serialize()))
     return plan
 
 

@@ -118,15 +118,15 @@ class Configuration(
             yield from self._check_settings()
 
     def _check_engines(self) -> Iterator[tuple[At, str]]:
-        one_name = isinstance(self.engines, str)
-        for pattern, name in ({"": self.engines} if one_name else self.engines).items():
-            at = ("engines",) if one_name else ("engines", pattern)
+        by_component = {"": self.engines} if isinstance(self.engines, str) else self.engines
+        for pattern, name in by_component.items():
+            at: At = ("engines",) if isinstance(self.engines, str) else ("engines", pattern)
             try:
                 kind = engine_kind(name)
             except WanlabError as error:
                 yield at, str(error)
                 continue
-            if one_name:
+            if isinstance(self.engines, str):
                 continue
             fitting = fnmatch.filter(COMPONENTS, pattern)
             unable = [component for component in fitting if not kind.runs(component)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def configure(
     else:
         effect = AS_ASKED if all(check.passed for check in checks) else NO_EFFECT
         proof = " ".join(check.sentence for check in checks)
-    frames = [check.frame for check in checks if check.frame is not None]
+    tables = [check.frame for check in checks if check.frame is not None]
     return Configured(
         model=opened.model,
         original=model,
@@ -211,7 +212,7 @@ def configure(
         effect=effect,
         proof=proof,
         kernels=_kernels(opened, model.device.type),
-        frame=pd.concat(frames, ignore_index=True) if frames else None,
+        frame=pd.concat(tables, ignore_index=True) if tables else None,
         weight_bytes=_weight_bytes(opened),
         prepare_ms=(time.perf_counter() - begin) * 1e3,
         files=files,
@@ -266,7 +267,7 @@ def _prepare(
     in_graphs, graphs = planned_in_graphs(configuration, model.components), None
     if in_graphs:
         calibrations = {name: calibration for name, (_, calibration) in ranges.items()}
-        options = {"dynamic": False, "progress": progress, **sizes}
+        options: dict[str, Any] = {"dynamic": False, "progress": progress, **sizes}
         graphs = export_plan(model, plan, plan_folder(place, plan), calibrations, **options)
         for name in in_graphs:
             kind, own = _kind_and_settings(configuration, name)
@@ -411,7 +412,7 @@ def _check(
             for first, _, graph in graphs.bands[component]:
                 path = graphs.folder / graph
                 checks.append(
-                    _effect(lambda c=component, p=path, s=first: graph_effect_check(assignment, c, p, step=s))
+                    _effect(functools.partial(graph_effect_check, assignment, component, path, step=first))
                 )
     if any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items()):
         checks.append(_compiles(opened.model, settings))
@@ -429,7 +430,7 @@ def _runs_on(label: str, kind: EngineKind) -> bool:
     return found is not None and found.name == kind.name
 
 
-def _effect(check, components: Collection[str] = ()) -> _Check:
+def _effect(check: Callable[[], Any], components: Collection[str] = ()) -> _Check:
     """A check that fails says that there was no effect, and why; other mistakes were raised before it."""
     try:
         effect: Effect = check()

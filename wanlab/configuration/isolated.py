@@ -23,7 +23,7 @@ from wanlab.core.child import in_own_process
 from wanlab.models.loading import resolve
 
 
-def measure_isolated(configured: Configured, image, prompt: str, **settings: Any) -> dict[str, float]:
+def measure_isolated(configured: Configured, image: Any, prompt: str, **settings: Any) -> dict[str, float]:
     """Open a configuration from its files in a fresh process, and generate once.
 
     Args:

@@ -239,7 +239,8 @@ def make_plan(
             found,
         )
     if cache is not None:
-        write_bytes(cache, memoryview(config.get_timing_cache().serialize()))
+        timings: Any = config.get_timing_cache().serialize()  # a buffer, which its stub does not say
+        write_bytes(cache, timings)
     return plan
 
 

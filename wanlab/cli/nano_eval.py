@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> int:
     kind = engine_kind(args.engine)
     kind.check()
     model = models.load(args.model, device=args.device, dtype="float32")
-    chosen = {component: kind.name for component in model.components if kind.runs(component)}
+    chosen = {component: kind.name for component in model.components if kind.runs_usually(component)}
     model = use_engines(model, chosen, default_outputs() / "onnx-fixed" / model.spec.name)
     key = digest([prepare.package_digest(), str(prepare.weights_id(args.model)), args.engine, *backbones])
     journal = Journal(args.json, key)

@@ -17,7 +17,15 @@ from wanlab.core.files import digest, plain
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, duration, shown
 from wanlab.plots.style import FORMAT_COLOURS, OTHERS, UNITS, colour, engine_colours
-from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, baselines, has_parameters, ratio_to, times_better
+from wanlab.runs.compare import (
+    SAME,
+    THRESHOLD_PERCENT,
+    baselines,
+    has_parameters,
+    ratio_to,
+    resamples_of,
+    times_better,
+)
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.result import differences
 from wanlab.runs.results import (
@@ -435,7 +443,10 @@ def beside_baselines(board: SweepTable) -> list[BesideBaseline]:
     for row, base in zip(rows, baselines(rows, candidates, key), strict=True):
         other = tuple(name for name, *_ in differences(row, base)) if base else ()
         by = next((name for name in TIMED if name in row.results), None)
-        same = bool(base and by and not other) and ratio_to(base, row, by, THRESHOLD_PERCENT).verdict == SAME
+        same = False
+        if base and by and not other:
+            ratio = ratio_to(base, row, by, THRESHOLD_PERCENT, resamples=resamples_of(len(rows)))
+            same = ratio.verdict == SAME
         of_run |= {run.folder: BesideBaseline(base, other, same) for run in row.runs}
     return [of_run.get(entry.folder, BesideBaseline()) for entry in board.entries]
 

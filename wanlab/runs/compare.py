@@ -128,7 +128,7 @@ SHOWN = (
 MOST_SHOWN = 8
 SAME = NOT_DISTINGUISHABLE
 BASELINE = "baseline"
-RESAMPLES = 10_000  # of a bootstrap; fewer each where there are hundreds of rows
+RESAMPLES = 10_000
 REFUSED_COLUMNS = ("configuration", "field", "value", "baseline", "reason")
 
 
@@ -273,7 +273,7 @@ def _frame(
     seed: int,
 ) -> pd.DataFrame:
     base = rows[0]
-    resamples = max(1_000, min(RESAMPLES, 500_000 // len(rows)))
+    resamples = resamples_of(len(rows))
     ratios = [ratio_to(base, row, by, threshold_percent, resamples=resamples, seed=seed) for row in rows]
     data: dict[str, list] = {"configuration": [row.label for row in rows]}
     data |= {axis: [row.parameters.get(axis) for row in rows] for axis in axes}
@@ -364,6 +364,11 @@ def ratio_to(
         return Ratio(gain, math.nan, math.nan, noise, "")
     words = ("faster", "slower") if by.endswith(("_ms", "_s")) else ("better", "worse")
     return Ratio(gain, math.nan, math.nan, noise, verdict_of(gain, noise_percent=noise, words=words))
+
+
+def resamples_of(rows: int) -> int:
+    """Resamples of each row's bootstrap, so that a table of hundreds of rows takes no longer than one of fifty."""
+    return max(1_000, min(RESAMPLES, 500_000 // max(rows, 1)))
 
 
 def times_better(column: str, value: Any, baseline: Any) -> float:

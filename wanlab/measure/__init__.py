@@ -1,4 +1,4 @@
-"""Timing, memory, stages and environment: numbers with all their samples and where they were taken.
+"""Measurements: times, memory, stages and environment, with all samples and the machine that they were taken on.
 
 >>> from wanlab import measure
 >>> samples = measure.time_ms(lambda: model(x), iterations=20)

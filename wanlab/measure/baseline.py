@@ -1,4 +1,4 @@
-"""A model's baseline, and two models compared on the same work."""
+"""Baseline of one model, and comparison of several models on the same work."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from wanlab.models.pipeline import Generation, Model
 
 @dataclass(frozen=True, eq=False)
 class ModelComparison:
-    """Whole generations of several variants, taken in turn.
+    """Times of whole generations of several variants, measured interleaved.
 
     Attributes:
-        control: the first variant as if it were two; its spread is the noise floor.
-        samples: every whole generation of each variant.
+        control: A/A control of the first variant, whose samples are split in two; its spread is the noise floor.
+        samples: samples of whole generations, per variant.
         comparisons: later variant -> its speed-up over the first.
         breakdown: component, `<variant>_ms` and `<variant>_percent` of one more, recorded generation; each
             variant's times add up to the wall clock of its recorded generation.
@@ -37,12 +37,12 @@ class ModelComparison:
 
     @property
     def timings(self) -> list[Samples]:
-        """Both halves of the first variant, then the others: what a figure of all samples shows."""
+        """Both halves of the first variant, then the other variants: the series that a plot of all samples shows."""
         return [self.control.first, self.control.second, *list(self.samples.values())[1:]]
 
     @property
     def times(self) -> pd.DataFrame:
-        """A line per variant: variant, time_per_video_ms (median), time_per_frame_ms."""
+        """One row per variant: variant, time_per_video_ms (median), time_per_frame_ms."""
         rows = [
             {
                 "variant": label,
@@ -57,30 +57,30 @@ class ModelComparison:
 def compare_models(
     variants: Mapping[str, Model], image, prompt: str, *, rounds: int = 1, progress: bool = True, **settings
 ) -> ModelComparison:
-    """Time variants of a model against each other, then record where each one's time goes.
+    """Compare the times of several variants of a model, then record where the time of each goes.
 
-    A round takes every variant twice, in one order and then in its reverse, and then all of this backwards:
-    four generations of each. Warm the variants up before, with one generation each.
+    A round runs every variant four times: in one order, in its reverse, in its reverse again and in the first order.
+    Warm the variants up before, with one generation each.
 
     Args:
-        variants: label -> model; the first is what the others are compared with.
-        image, prompt, settings: as `Model.generate` takes them.
-        rounds: at least 1.
+        variants: label -> model; the others are compared with the first.
+        image, prompt, settings: arguments of `Model.generate`.
+        rounds: number of rounds, at least 1.
         progress: show a progress bar.
 
     Raises:
-        WanlabError: no variant, no round, or whatever `Model.generate` refuses.
+        WanlabError: no variant, no round, or an error of `Model.generate`.
     """
     if not variants or rounds < 1:
         raise WanlabError(
-            f"side_by_side of {len(variants)} variants in {rounds} rounds; give at least one of each"
+            f"compare_models of {len(variants)} variants in {rounds} rounds; give at least one of each"
         )
     halves: dict[tuple[str, int], list[float]] = {(label, half): [] for label in variants for half in (0, 1)}
-    there = [(label, 0) for label in variants] + [(label, 1) for label in reversed(list(variants))]
-    order = (there + there[::-1]) * rounds
-    for label, half in tqdm(order, desc="in turn", unit="video", leave=False, disable=not progress):
-        made = variants[label].generate(image, prompt, **settings)
-        halves[label, half].append(made.wall_ms)
+    once = [(label, 0) for label in variants] + [(label, 1) for label in reversed(list(variants))]
+    order = (once + once[::-1]) * rounds
+    for label, half in tqdm(order, desc="interleaved", unit="video", leave=False, disable=not progress):
+        generation = variants[label].generate(image, prompt, **settings)
+        halves[label, half].append(generation.wall_ms)
     where = {label: str(getattr(model, "device", "")) for label, model in variants.items()}
     samples = {
         label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label]) for label in variants
@@ -91,7 +91,7 @@ def compare_models(
     base, *others = samples
     tables, generations = [], {}
     for label, model in variants.items():
-        with stages(model) as recorder:  # after the timing, as recording waits for the device
+        with stages(model) as recorder:  # after the timing, because recording synchronises the device
             generations[label] = model.generate(image, prompt, **settings)
         table = recorder.breakdown(generations[label].wall_ms).set_index("component")
         tables.append(
@@ -117,25 +117,26 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _control(first: Samples, second: Samples) -> AAControl:
-    apart = compare(first, second)
-    ends = [abs(value - 1) for value in (apart.speedup, apart.low, apart.high) if math.isfinite(value)]
+    comparison = compare(first, second)
+    ratios = (comparison.speedup, comparison.low, comparison.high)
+    ends = [abs(value - 1) for value in ratios if math.isfinite(value)]
     again = Samples(f"{second.label} (again)", second.values_ms, second.device)
-    return AAControl(first, again, apart.speedup, 100 * max(ends))
+    return AAControl(first, again, comparison.speedup, 100 * max(ends))
 
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """What one generation costs.
+    """Cost of one generation: time, memory, and time per component.
 
     Attributes:
         label: name of the row, e.g. "eager".
-        control: whole generations measured twice over, interleaved; their spread is the noise floor.
+        control: A/A control: whole generations in two interleaved series; their spread is the noise floor.
         memory: peak during those generations.
         breakdown: time per component of one more, recorded generation; adds up to its wall clock.
         calls: every component call of that generation, with step, timestep and branch.
         generation: the recorded generation, with its video.
-        again: the last of the timed ones: the same thing made again, which is the floor of any divergence.
-        load_ms: how long loading took, None when it is not known.
+        again: the last timed generation: a repeat with the same inputs, for the noise floor of any divergence.
+        load_ms: time of loading, None when it is not known.
     """
 
     label: str
@@ -155,7 +156,7 @@ class Baseline:
 
     @property
     def row(self) -> dict[str, float | str | None]:
-        """The row of a before/after table; medians, units in the names."""
+        """The row of a before/after table: medians, with units in the names."""
         samples, frames = self.samples, self.generation.settings["frames"]
         return {
             "variant": self.label,
@@ -167,8 +168,8 @@ class Baseline:
         }
 
     def __str__(self) -> str:
-        done, top = self.generation.settings, self.breakdown.loc[self.breakdown["share_percent"].idxmax()]
-        size = f"{done['width']}x{done['height']}, {done['frames']} frames, {done['steps']} steps"
+        settings, top = self.generation.settings, self.breakdown.loc[self.breakdown["share_percent"].idxmax()]
+        size = f"{settings['width']}x{settings['height']}, {settings['frames']} frames, {settings['steps']} steps"
         return (
             f"one video ({size}) takes {self.samples.median / 1e3:.2f} s, of which {top['component']} takes"
             f" {top['share_percent']:.0f} %. Noise {self.control.noise_percent:.1f} %; peak memory"
@@ -197,16 +198,16 @@ def baseline(
 ) -> Baseline:
     """Measure whole generations, then record the stages of one more.
 
-    Timing comes first and undisturbed: warm-up, then 2 x `iterations` generations as an A/A control with peak
-    memory beside them, then one generation with every component call recorded (which synchronises the device).
+    Timing comes first, without recording: warm-up, then 2 x `iterations` generations as an A/A control with their peak
+    memory. Then one generation with every component call recorded (which synchronises the device).
 
     Args:
         model: from `wanlab.models.load` or `wanlab.engines.use`.
-        image, prompt, settings: as `Model.generate` takes them.
+        image, prompt, settings: arguments of `Model.generate`.
         label: name of the row.
         iterations: generations on each side of the A/A control.
-        warmup: generations before the clock starts.
-        load_ms: time of loading, to be shown in the row; the model's own load report by default.
+        warmup: generations before the first sample.
+        load_ms: time of loading, shown in the row; from the model's own load report by default.
     """
 
     last: list[Generation] = []
@@ -240,15 +241,15 @@ def baseline(
 
 
 def before_after(rows: list[dict], **more: list[str]) -> pd.DataFrame:
-    """The before/after table: a line per measure, a column per variant, and the ratio of each to the first.
+    """The before/after table: one row per measure, one column per variant, and the ratio of each to the first.
 
     Args:
-        rows: as `Baseline.row` gives them; the first is the original.
-        more: further lines of text, one entry per variant, e.g. `divergence_lpips=["0", "1e-6"]`.
+        rows: rows from `Baseline.row`; the first is the original.
+        more: further rows of text, one entry per variant, e.g. `divergence_lpips=["0", "1e-6"]`.
 
     Returns:
         DataFrame: measure, one column per variant, and `<variant> ratio` per later variant, above 1 where the variant
-        is better (a time or size that shrank, a throughput that grew); empty where there is nothing to divide.
+        is better (less time or memory, more throughput); empty where no ratio exists.
     """
     names = [str(row["variant"]) for row in rows]
     lines = []

@@ -1,4 +1,4 @@
-"""Benchmark of any engine, with the figures that trtexec prints."""
+"""Benchmark of a single engine, with the same figures as trtexec."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare,
 
 SCHEMA = 1
 ENQUEUE_LIMIT = 0.8
-"""Of the device time: with more, trtexec warns that the host cannot feed the GPU."""
+"""Limit of enqueue time over device time; above it trtexec warns that the host cannot feed the GPU."""
 ORDER = ("latency", "h2d", "device", "d2h", "enqueue")
 
 
@@ -32,13 +32,13 @@ class Bench:
     """One benchmark of one engine.
 
     Attributes:
-        engine: its name. metadata: what it knows of itself, its size_bytes and load_ms.
+        engine: name of the engine. metadata: facts about it, with size_bytes and load_ms.
         inputs, outputs: tensor name -> dtype and shape.
         settings: warmup_ms, duration_ms, iterations, transfers, cuda_graph, buffers.
         samples: `latency`, and on a GPU `device`, `enqueue`, and with transfers `h2d` and `d2h`.
-        control: the device time (on the CPU the latency) as if it were of two engines.
-        wall_ms: from the first iteration to the end of the last.
-        events_ratio: device time by other events over this one, where `events_check` was asked for.
+        control: A/A control: the device time (on the CPU the latency) split in two series.
+        wall_ms: time from the first iteration to the end of the last.
+        events_ratio: device time measured by `events_check` over the device time here; None if it was not called.
     """
 
     engine: str
@@ -54,7 +54,7 @@ class Bench:
 
     @property
     def main(self) -> Samples:
-        """What engines are compared by: device time, on the CPU latency."""
+        """The measure that engines are compared by: device time, on the CPU latency."""
         return self.samples.get("device", self.samples["latency"])
 
     @property
@@ -72,11 +72,11 @@ class Bench:
         return pd.DataFrame(rows).rename(columns={"label": "measure"}).drop(columns="warning")
 
     def warnings(self) -> list[dict[str, str]]:
-        """What to read the figures with: hazard, mitigation and help, at the limits at which trtexec warns."""
-        found = []
+        """Warnings about the figures: hazard, mitigation and help, at the same limits as trtexec."""
+        rows = []
         main = self.main
         if main.cv_percent > CV_LIMIT_PERCENT:
-            found.append(
+            rows.append(
                 {
                     "hazard": f"{main.label} varies: CV {main.cv_percent:.1f} % is over {CV_LIMIT_PERCENT} %",
                     "mitigation": "lock the clocks, stop other work, or run for longer",
@@ -85,7 +85,7 @@ class Bench:
             )
         enqueue = self.samples.get("enqueue")
         if enqueue and enqueue.median > ENQUEUE_LIMIT * main.median:
-            found.append(
+            rows.append(
                 {
                     "hazard": f"bound by the host: enqueue {enqueue.median:.3g} ms of {main.median:.3g} ms on the device",
                     "mitigation": "capture a CUDA graph, or give the engine more work a call",
@@ -95,17 +95,17 @@ class Bench:
         for name in ("h2d", "d2h"):
             copy = self.samples.get(name)
             if copy and copy.median >= main.median:
-                found.append(
+                rows.append(
                     {
                         "hazard": f"bound by transfers: {name} {copy.median:.3g} ms, device {main.median:.3g} ms",
                         "mitigation": "keep the tensor on the device between calls, or overlap the copy",
                         "help": "without transfers (--no-transfers) the engine alone is measured",
                     }
                 )
-        return found
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `read_bench` reads it back. Times in milliseconds."""
+        """The benchmark as data for JSON; `read_bench` reads it back. Times in milliseconds."""
         return {
             "schema": SCHEMA,
             "engine": self.engine,
@@ -124,15 +124,15 @@ class Bench:
         }
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the JSON in one step."""
+        """Write the JSON file, atomically."""
         return write_text(path, json.dumps(self.to_dict(), indent=1, default=str))
 
 
 def read_bench(path: str | os.PathLike) -> Bench:
-    """A saved benchmark.
+    """Read a saved benchmark.
 
     Raises:
-        WanlabError: no such file, not a benchmark, or of another schema.
+        WanlabError: no such file, not a benchmark, or another schema version.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def read_bench(path: str | os.PathLike) -> Bench:
 
 
 def bench_table(results: Sequence[Bench], *, allow_different: bool = False) -> pd.DataFrame:
-    """Engines side by side; the first is the baseline.
+    """Table of several engines; the first is the baseline.
 
     Returns:
         engine, medians of every measure in ms, p99_ms, cv_percent, throughput_per_s, speedup with low and high
@@ -204,7 +204,7 @@ def bench_table(results: Sequence[Bench], *, allow_different: bool = False) -> p
 
 
 def _difference(base: Bench, other: Bench) -> str:
-    """What makes two benchmarks incomparable, with both values; empty when nothing does."""
+    """The setting that makes two benchmarks incomparable, with both values; empty when they are comparable."""
     shapes = [{name: shape for name, (_, shape) in result.inputs.items()} for result in (base, other)]
     if shapes[0] != shapes[1]:
         return f"shapes ({shapes[1]} against {shapes[0]})"
@@ -220,7 +220,7 @@ def _difference(base: Bench, other: Bench) -> str:
 
 
 EFFECT_LIMIT = 0.02
-"""Relative L2 between an engine run and the same engine over fixed memory; rounding in bfloat16 stays below it."""
+"""Largest relative L2 difference of outputs, run directly and run over fixed memory; bfloat16 rounding stays below it."""
 
 
 def bench(
@@ -239,39 +239,39 @@ def bench(
 
     On a GPU every iteration copies the inputs from page-locked memory, enqueues the engine, and copies the outputs
     back, on one stream with an event before and after each: `h2d`, `device`, `d2h`, together `latency`; `enqueue` is
-    what the call that puts the work there takes on the host. On the CPU there is only `latency`, by a monotonic
-    clock. Iterations go on until both `iterations` and `duration_ms` are reached. They fall alternately on two sides
-    (A B B A ...), which are the A/A control.
+    the host time of the call that launches the engine. On the CPU there is only `latency`, by a monotonic
+    clock. Iterations continue until both `iterations` and `duration_ms` are reached. They are assigned to two series in
+    turn (A B B A ...), which are the A/A control.
 
     Args:
         engine: see `wanlab.engines.base.Engine`.
         feeds: every input by name; cast to the engine's dtypes.
-        warmup_ms: at least one call, and at least this long.
-        transfers: copy in every iteration; without, once before all.
-        cuda_graph: capture the engine once and replay it.
-        buffers: `"pycuda"`, `"torch"` or `"auto"`; on a GPU only.
+        warmup_ms: duration of the warm-up; at least one call is made.
+        transfers: copy inputs and outputs in every iteration; if False, copy the inputs once before all.
+        cuda_graph: capture the engine as a CUDA graph once and replay it.
+        buffers: `"pycuda"`, `"torch"` or `"auto"`; used on a GPU only.
 
     Raises:
-        WanlabError: figures that make no sense, inputs that do not fit, an engine that cannot do it, or one that
-            computes something else over fixed memory than when it is run.
+        WanlabError: impossible settings, inputs that do not fit, an engine that does not support the settings, or one
+            whose outputs over fixed memory differ from those of `run`.
     """
     if iterations < 2 or min(warmup_ms, duration_ms) < 0:
         raise WanlabError(
             f"iterations is {iterations}, warm-up {warmup_ms:g} ms, duration {duration_ms:g} ms; give at least 2"
             " iterations (two sides are compared) and no negative times"
         )
-    given, shapes, expected = _prepared(engine, feeds)
+    inputs, shapes, expected = _prepared(engine, feeds)
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
-        held = make_buffers(buffers, given, shapes, engine.device)
-        one: _GpuIteration | _CpuIteration = _GpuIteration(engine, held, transfers, cuda_graph)
+        memory = make_buffers(buffers, inputs, shapes, engine.device)
+        one: _GpuIteration | _CpuIteration = _GpuIteration(engine, memory, transfers, cuda_graph)
     else:
         if cuda_graph:
             raise WanlabError(
                 f"{engine.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out"
             )
-        held, transfers = None, False
-        one = _CpuIteration(engine, given, shapes)
+        memory, transfers = None, False
+        one = _CpuIteration(engine, inputs, shapes)
     try:
         until = time.perf_counter() + warmup_ms / 1e3
         one()
@@ -279,31 +279,31 @@ def bench(
             one()
         _check_effect(engine.name, expected, one.results())
         del expected
-        taken: list[dict[str, float]] = []
+        times: list[dict[str, float]] = []
         begin = time.perf_counter()
         bar = _Bar(engine.name, iterations, duration_ms, progress)
-        while len(taken) < iterations or (time.perf_counter() - begin) * 1e3 < duration_ms:
-            taken.append(one())
-            bar.show(len(taken), (time.perf_counter() - begin) * 1e3)
+        while len(times) < iterations or (time.perf_counter() - begin) * 1e3 < duration_ms:
+            times.append(one())
+            bar.show(len(times), (time.perf_counter() - begin) * 1e3)
         wall_ms = (time.perf_counter() - begin) * 1e3
         bar.close()
     finally:
-        if held is not None:
-            held.close()
+        if memory is not None:
+            memory.close()
     clock = ("CUDA events", str(engine.device)) if on_gpu else ("monotonic clock", "cpu")
     samples = {
         name: Samples(
             name,
-            tuple(row[name] for row in taken),
+            tuple(row[name] for row in times),
             clock[1],
             "monotonic clock" if name == "enqueue" else clock[0],
         )
-        for name in taken[0]
+        for name in times[0]
     }
     return Bench(
         engine=engine.name,
         metadata={**engine.metadata, "size_bytes": engine.size_bytes, "load_ms": engine.load_ms},
-        inputs={name: _type(tensor) for name, tensor in given.items()},
+        inputs={name: _type(tensor) for name, tensor in inputs.items()},
         outputs=shapes,
         settings={
             "warmup_ms": warmup_ms,
@@ -311,7 +311,7 @@ def bench(
             "iterations": iterations,
             "transfers": transfers,
             "cuda_graph": cuda_graph,
-            "buffers": held.backend if held is not None else None,
+            "buffers": memory.backend if memory is not None else None,
         },
         samples=samples,
         control=_sides(samples["device" if on_gpu else "latency"]),
@@ -321,17 +321,17 @@ def bench(
 
 
 def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, iterations: int = 10) -> float:
-    """Device time by PyTorch's events on PyTorch's stream and memory, over what `bench` measured.
+    """Device time by events of PyTorch, on its stream and memory, divided by the device time that `bench` measured.
 
-    A second way to the same figure, sharing neither buffers, stream nor events with the first; 1.00 when they agree.
+    An independent measurement that shares no buffers, stream or events with the first; 1.00 when they agree.
 
     Raises:
         WanlabError: an engine on the CPU, which has no events.
     """
     if engine.device.type != "cuda":
         raise WanlabError(f"{engine.name} runs on the CPU; there are no events to check its times with")
-    given, shapes, _ = _prepared(engine, feeds)
-    inputs = {name: tensor.to(engine.device) for name, tensor in given.items()}
+    host_inputs, shapes, _ = _prepared(engine, feeds)
+    inputs = {name: tensor.to(engine.device) for name, tensor in host_inputs.items()}
     outputs = _memory(shapes, engine.device)
     call = engine.bind(inputs, outputs, cuda_graph=result.settings["cuda_graph"])
     again = time_ms(call, warmup=3, iterations=iterations, device=engine.device, progress=False)
@@ -342,32 +342,32 @@ def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, it
 class _GpuIteration:
     """One iteration on a GPU; returns its times in ms."""
 
-    def __init__(self, engine, held, transfers: bool, cuda_graph: bool) -> None:
-        self.held, self.transfers = held, transfers
-        held.upload()
-        self.call = engine.bind(held.inputs, held.outputs, stream=held.stream, cuda_graph=cuda_graph)
+    def __init__(self, engine, memory, transfers: bool, cuda_graph: bool) -> None:
+        self.memory, self.transfers = memory, transfers
+        memory.upload()
+        self.call = engine.bind(memory.inputs, memory.outputs, stream=memory.stream, cuda_graph=cuda_graph)
 
     def results(self) -> dict[str, torch.Tensor]:
-        """What the last call made."""
-        first = self.held.mark()
-        self.held.download()
-        self.held.elapsed_ms(first, self.held.mark())  # waits
-        return self.held.results()
+        """The outputs of the last call."""
+        first = self.memory.mark()
+        self.memory.download()
+        self.memory.elapsed_ms(first, self.memory.mark())  # waits for the device
+        return self.memory.results()
 
     def __call__(self) -> dict[str, float]:
-        held = self.held
-        marks = [held.mark()]
+        memory = self.memory
+        marks = [memory.mark()]
         if self.transfers:
-            held.upload()
-            marks.append(held.mark())
+            memory.upload()
+            marks.append(memory.mark())
         begin = time.perf_counter()
         self.call()
         enqueue_ms = (time.perf_counter() - begin) * 1e3
-        marks.append(held.mark())
+        marks.append(memory.mark())
         if self.transfers:
-            held.download()
-            marks.append(held.mark())
-        stretches = [held.elapsed_ms(first, last) for first, last in pairwise(marks)]
+            memory.download()
+            marks.append(memory.mark())
+        stretches = [memory.elapsed_ms(first, last) for first, last in pairwise(marks)]
         names = ("h2d", "device", "d2h") if self.transfers else ("device",)
         return {"latency": sum(stretches), **dict(zip(names, stretches, strict=True)), "enqueue": enqueue_ms}
 
@@ -375,12 +375,12 @@ class _GpuIteration:
 class _CpuIteration:
     """One iteration on the CPU; returns its time in ms."""
 
-    def __init__(self, engine, given, shapes) -> None:
+    def __init__(self, engine, inputs, shapes) -> None:
         self.outputs = _memory(shapes, engine.device)
-        self.call = engine.bind(given, self.outputs)
+        self.call = engine.bind(inputs, self.outputs)
 
     def results(self) -> dict[str, torch.Tensor]:
-        """What the last call made."""
+        """The outputs of the last call."""
         return self.outputs
 
     def __call__(self) -> dict[str, float]:
@@ -390,29 +390,29 @@ class _CpuIteration:
 
 
 def _prepared(engine, feeds):
-    """Inputs in the engine's dtypes, the types of what it makes of them, and that on the host; all by name."""
-    made = engine.run(feeds)  # refuses what does not fit, and tells the sizes of the outputs
-    given = {
+    """Inputs in the engine's dtypes, types and shapes of its outputs, and the outputs on the host; all by name."""
+    outputs = engine.run(feeds)  # refuses inputs that do not fit, and gives the sizes of the outputs
+    inputs = {
         name: torch.as_tensor(feeds[name]).to(engine.device, getattr(torch, dtype)).contiguous()
         for name, (dtype, _) in engine.inputs.items()
     }
-    expected = {name: tensor.cpu() for name, tensor in made.items()}
-    return given, {name: _type(tensor) for name, tensor in made.items()}, expected
+    expected = {name: tensor.cpu() for name, tensor in outputs.items()}
+    return inputs, {name: _type(tensor) for name, tensor in outputs.items()}, expected
 
 
 def _check_effect(
-    engine: str, expected: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor]
+    engine: str, expected: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """A call whose outputs do not arrive, or that reads other memory, has no time worth telling."""
-    for name, want in expected.items():
-        # Random weights may overflow; what is not finite has to be so in both.
-        a, b = (torch.nan_to_num(tensor.float(), 1.0, 2.0, -2.0) for tensor in (want, made[name]))
+    """Refuse an engine whose outputs over fixed memory differ from its own run: its times would be meaningless."""
+    for name, reference in expected.items():
+        # Random weights may overflow; values that are not finite must be so in both.
+        a, b = (torch.nan_to_num(tensor.float(), 1.0, 2.0, -2.0) for tensor in (reference, outputs[name]))
         scale = a.abs().max().clamp_min(1e-30)  # squares of large values would overflow
-        apart = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
-        if not apart <= EFFECT_LIMIT:
+        difference = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
+        if not difference <= EFFECT_LIMIT:
             raise WanlabError(
-                f"{engine} over fixed memory is {apart:.1g} (relative L2) from its own run in {name!r}: its times would"
-                " be of something else; open the engine anew, without cuda_graph if it has one"
+                f"output {name!r} of {engine} over fixed memory differs by {difference:.1g} (relative L2) from its own run;"
+                " these are times of another computation; open the engine anew, without cuda_graph if it has one"
             )
 
 
@@ -428,7 +428,7 @@ def _type(tensor) -> tuple[str, tuple[int, ...]]:
 
 
 def _sides(samples: Samples) -> AAControl:
-    """The series as two, taken alternately A B B A."""
+    """Two series from one, samples assigned in turn A B B A."""
     sides: tuple[list[float], list[float]] = ([], [])
     for index, value in enumerate(samples.values_ms):
         sides[(index + 1) // 2 % 2].append(value)
@@ -440,7 +440,7 @@ def _sides(samples: Samples) -> AAControl:
 
 
 class _Bar:
-    """Progress towards whichever of iterations and duration is farther away."""
+    """Progress bar towards the number of iterations or the duration, whichever takes longer."""
 
     def __init__(self, label: str, iterations: int, duration_ms: float, progress: bool) -> None:
         self.wanted = (iterations, max(duration_ms, 1e-9))

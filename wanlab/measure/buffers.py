@@ -1,6 +1,6 @@
-"""Memory that an engine runs over: page-locked on the host, plain on the device, with a stream and its events.
+"""Buffers of an engine: page-locked memory on the host, memory on the device, a stream and its events.
 
-Two libraries can hold it, PyCUDA and PyTorch. Engines see tensors and a stream handle either way.
+PyCUDA or PyTorch can own them. Engines get tensors and a stream handle in both cases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from wanlab.core.errors import WanlabError, did_you_mean, require
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> dtype as torch names it, and shape."""
+"""Tensor name -> PyTorch's name of the dtype, and shape."""
 
 
 class TorchBuffers:
@@ -60,7 +60,7 @@ class TorchBuffers:
                 target[name].copy_(tensor, non_blocking=True)
 
     def mark(self) -> Any:
-        """An event on the stream."""
+        """Record an event on the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
@@ -72,13 +72,13 @@ class TorchBuffers:
         return first.elapsed_time(last)
 
     def results(self) -> dict[str, torch.Tensor]:
-        """The outputs on the host, as of the last finished download."""
+        """The outputs on the host after the last finished download."""
         return dict(self._host_outputs)
 
     def close(self) -> None:
-        """Let go of all memory."""
-        for held in (self.inputs, self.outputs, self._host_inputs, self._host_outputs):
-            held.clear()
+        """Free all memory."""
+        for tensors in (self.inputs, self.outputs, self._host_inputs, self._host_outputs):
+            tensors.clear()
 
 
 class PycudaBuffers:
@@ -88,7 +88,7 @@ class PycudaBuffers:
 
     def __init__(self, feeds: Mapping[str, torch.Tensor], outputs: Shapes, device: torch.device) -> None:
         driver = require("pycuda.driver", "pycuda")
-        torch.cuda.synchronize(device)  # makes the primary context, which both then share
+        torch.cuda.synchronize(device)  # creates the primary context, which both libraries then share
         driver.init()
         self._driver = driver
         self._context = driver.Device(device.index or 0).retain_primary_context()
@@ -122,7 +122,7 @@ class PycudaBuffers:
         self._context.pop()
 
     def mark(self) -> Any:
-        """An event on the stream."""
+        """Record an event on the stream."""
         self._context.push()
         event = self._driver.Event()
         event.record(self._stream)
@@ -138,15 +138,15 @@ class PycudaBuffers:
         return elapsed
 
     def results(self) -> dict[str, torch.Tensor]:
-        """The outputs on the host, as of the last finished download."""
-        made = {}
+        """The outputs on the host after the last finished download."""
+        outputs = {}
         for name, (_, host) in self._targets.items():
             like = self.outputs[name]
-            made[name] = torch.from_numpy(host.copy()).view(like.dtype).view(like.shape)
-        return made
+            outputs[name] = torch.from_numpy(host.copy()).view(like.dtype).view(like.shape)
+        return outputs
 
     def close(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
         self.inputs.clear()
         self.outputs.clear()
         self._context.push()
@@ -155,18 +155,18 @@ class PycudaBuffers:
             memory.free()
         self._sources.clear()
         self._targets.clear()
-        self._stream = None  # while its context is there: without it a stream cannot be given back
+        self._stream = None  # while its context exists: without it a stream cannot be destroyed
         self._context.pop()
         self._context.detach()
 
     def _input(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        made = self._tensor(name, self._sources, dtype, tuple(tensor.shape), device)
+        device_tensor = self._tensor(name, self._sources, dtype, tuple(tensor.shape), device)
         self._sources[name][1][:] = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        return made
+        return device_tensor
 
     def _tensor(self, name: str, places: dict, dtype: str, shape: tuple[int, ...], device) -> torch.Tensor:
-        """Device memory as a tensor, without a copy, and page-locked memory of its size beside it."""
+        """Device memory as a tensor, without a copy, and page-locked memory of the same size."""
         kind = getattr(torch, dtype)
         size = math.prod(shape) * kind.itemsize
         memory = self._driver.mem_alloc(max(size, 1))
@@ -175,7 +175,7 @@ class PycudaBuffers:
 
 
 class _Bytes:
-    """Device memory as the CUDA array interface (version 3) tells of it: bytes, as it has no bfloat16."""
+    """Device memory in the CUDA array interface (version 3), as bytes, because the interface has no bfloat16."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {
@@ -190,15 +190,15 @@ BACKENDS = {"pycuda": PycudaBuffers, "torch": TorchBuffers}
 
 
 def buffers(backend: str, feeds: Mapping[str, torch.Tensor], outputs: Shapes, device: torch.device):
-    """Memory for one engine on a GPU.
+    """Buffers for one engine on a GPU.
 
     Args:
         backend: `"pycuda"`, `"torch"`, or `"auto"`: PyCUDA when it is installed.
-        feeds: the inputs, in the dtypes the engine takes.
+        feeds: the inputs, in the dtypes of the engine.
         outputs: name -> dtype and shape.
 
     Raises:
-        WanlabError: unknown backend, or PyCUDA is asked for and not there.
+        WanlabError: unknown backend, or `"pycuda"` when PyCUDA is not installed.
     """
     if backend == "auto":
         backend = "pycuda" if find_spec("pycuda") else "torch"

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured: matrix products, memory, copies to it. The roof that results stand under.
+"""Measured ceilings of a device for the roofline model: matrix products, memory bandwidth, copies from the host.
 
 Roofline model: Williams, Waterman, Patterson 2009 (doi:10.1145/1498765.1498785).
 """
@@ -19,17 +19,17 @@ from wanlab.core.paths import data, locate
 from wanlab.measure.timing import time_ms
 
 RECORDED = data("results", "ceilings")
-"""Ceilings of devices that this machine may not have, one JSON file each."""
+"""Recorded ceilings of devices that this machine may not have, one JSON file each."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best sustained rates of a device, medians.
+    """Best sustained rates of a device (medians of samples).
 
     Attributes:
-        device: its name.
-        tflop_per_s: by number format, of a square matrix product.
-        memory_gb_per_s: of a copy inside the device, bytes read and written both counted.
+        device: name of the device.
+        tflop_per_s: rate of a square matrix product, per number format.
+        memory_gb_per_s: rate of a copy inside the device; bytes read and bytes written both count.
         copy_gb_per_s: host to device, from "pageable" and "pinned" memory; empty on a CPU.
         source: "measured" or the file it was read from.
     """
@@ -46,14 +46,14 @@ class Ceilings:
 
 
 def ceilings(device: Any = None, *, size: int | None = None, iterations: int = 10) -> Ceilings:
-    """Measure a device: some seconds on a GPU, about one on a CPU.
+    """Measure a device; takes some seconds on a GPU, about one on a CPU.
 
     Args:
-        device: default the GPU if there is one.
-        size: rows and columns of the products; 8192 on a GPU, 1024 on a CPU.
+        device: device to measure; by default the GPU if there is one.
+        size: rows and columns of the matrices; by default 8192 on a GPU, 1024 on a CPU.
 
     Raises:
-        WanlabError: as `time_ms`.
+        WanlabError: as for `time_ms`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -80,7 +80,7 @@ def ceilings(device: Any = None, *, size: int | None = None, iterations: int = 1
 
 
 def recorded_ceilings(device: str | os.PathLike) -> Ceilings | None:
-    """Ceilings from a file, or by the name of a device from those recorded with wanlab; None if there are none.
+    """Ceilings from a file, or those recorded in `data/` for the name of a device; None if there are none.
 
     Raises:
         WanlabError: the file holds something else.
@@ -89,9 +89,9 @@ def recorded_ceilings(device: str | os.PathLike) -> Ceilings | None:
     if path.suffix == ".json":
         return _read(path)
     for path in sorted(RECORDED.glob("*.json")):
-        found = _read(path)
-        if found.device == str(device):
-            return found
+        recorded = _read(path)
+        if recorded.device == str(device):
+            return recorded
     return None
 
 

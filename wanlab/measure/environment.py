@@ -1,5 +1,5 @@
-"""A fingerprint of where a number was taken. An allow-list: environment variables, paths, host and
-user names never enter it."""
+"""Description of the machine and software that a number was measured on. Only listed fields are read: environment
+variables, paths, host and user names are never recorded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PACKAGES = (
     "triton",
     "wanlab",
 )
-# nvidia-smi's name of a figure -> the name here
+# nvidia-smi's name of a value -> wanlab's name
 GPU_QUERY = {
     "driver_version": "driver",
     "clocks.sm": "sm_clock_mhz",
@@ -54,17 +54,17 @@ GPU_QUERY = {
 
 
 def environment(device=None) -> dict:
-    """Where this process runs, as plain data that JSON can hold.
+    """Description of the machine and software of this process, as plain data for JSON.
 
     Args:
-        device: which device the numbers are taken on; None takes the GPU when there is one.
+        device: device that the numbers are measured on; None takes the GPU when there is one.
 
     Returns:
         dict: device, gpu (None on a CPU; name, memory_gib, compute_capability, driver and clocks
         where the driver's tool answers), gpu_count, cpu, cores, cores_available, threads, ram_gib,
         platform, python, cuda, packages, git (None outside a source tree; commit, dirty).
     """
-    import torch  # runs are started, compared and drawn without it
+    import torch  # imported late: runs are started, compared and plotted without it
 
     available = torch.cuda.is_available()
     device = torch.device(device or ("cuda" if available else "cpu"))
@@ -100,12 +100,12 @@ def _packages() -> dict[str, str]:
     if torch := sys.modules.get("torch"):
         versions["torch"] = str(torch.__version__)  # with the build, such as 2.11.0+cu130
     if runtime := sys.modules.get("onnxruntime"):
-        versions["onnxruntime imported"] = str(runtime.__version__)  # two wheels fill one package
+        versions["onnxruntime imported"] = str(runtime.__version__)  # two wheels install the same package
     return versions
 
 
 def cpu_model() -> str:
-    """Name of the processor, as the system says it."""
+    """Name of the processor, from the operating system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
@@ -117,17 +117,17 @@ def cpu_model() -> str:
 
 
 def _gpu(index: int, properties: Any) -> dict:
-    found = {
+    facts = {
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 1024**3, 1),
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
     }
-    return found | _nvidia_smi(getattr(properties, "uuid", None))
+    return facts | _nvidia_smi(getattr(properties, "uuid", None))
 
 
 def _nvidia_smi(uuid) -> dict:
-    """Driver, clocks and power limit of one GPU, by its id: indices differ when some are hidden."""
+    """Driver, clocks and power limit of one GPU, found by its id: indices differ when some GPUs are hidden."""
     if uuid is None:
         return {}
     query = ["nvidia-smi", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
@@ -136,7 +136,7 @@ def _nvidia_smi(uuid) -> dict:
     return {
         name: value if name == "driver" else _number(value)
         for name, value in zip(GPU_QUERY.values(), values, strict=False)
-        if value and not value.startswith("[")  # "[N/A]": the driver does not know
+        if value and not value.startswith("[")  # "[N/A]": the driver has no value
     }
 
 
@@ -148,7 +148,7 @@ def _number(text: str) -> float | str:
 
 
 def _git() -> dict | None:
-    """Commit and state of the source tree that wanlab runs from, if it is one."""
+    """Commit and state of the source tree that wanlab runs from; None outside a source tree."""
     if CHECKOUT is None or not (CHECKOUT / ".git").exists():
         return None
     commit = _output(["git", "-C", str(CHECKOUT), "rev-parse", "--verify", "-q", "HEAD"])
@@ -158,7 +158,7 @@ def _git() -> dict | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code: the CUDA allocator and whole device, or the resident set."""
+"""Peak memory of a block of code: PyTorch's CUDA allocator and the whole device, or the resident set of the process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 from wanlab.core.errors import WanlabError
 
 GIB = 1024**3
-INTERVAL_S = 0.005  # between two looks at the memory; one look takes some tens of microseconds
+INTERVAL_S = 0.005  # between two samples of the memory; one sample takes some tens of microseconds
 
-_open: list[PeakMemory] = []  # measurements under way, told before the allocator's peak is reset
+_open: list[PeakMemory] = []  # measurements in progress, updated before the allocator's peak is reset
 
 
 @dataclass(eq=False)
 class PeakMemory:
-    """What a stretch of code needed at most, in GiB. Complete once the `with` block has ended.
+    """Peak memory of a block of code, in GiB. Complete when the `with` block has ended.
 
     Attributes:
-        peak_gib: most that was held at one time. On a GPU the whole device (every process and
-            library on it, so engines outside PyTorch count too), on a CPU this process's resident set.
+        peak_gib: largest amount in use at one time. On a GPU of the whole device (every process and
+            library on it, so engines outside PyTorch are included), on a CPU this process's resident set.
         start_gib: the same quantity when the block began.
         allocated_gib: on a GPU the peak of tensors in PyTorch's allocator, else None.
-        reserved_gib: on a GPU the peak that PyTorch's allocator held from the driver, else None.
+        reserved_gib: on a GPU the peak that PyTorch's allocator had reserved from the driver, else None.
         source: `"whole device and CUDA allocator"` or `"resident set"`.
     """
 
@@ -42,7 +42,7 @@ class PeakMemory:
 
     @property
     def increase_gib(self) -> float:
-        """Peak over what was held at the beginning."""
+        """Peak minus the amount at the start."""
         return self.peak_gib - self.start_gib
 
     def row(self) -> dict:
@@ -56,7 +56,7 @@ class PeakMemory:
         }
 
     def _absorb_allocator_peak(self) -> None:
-        """Take over the allocator's peak so far; on a GPU only."""
+        """Include the allocator's peak up to now; on a GPU only."""
         if self.allocated_gib is None:
             return
         allocated = torch.cuda.max_memory_allocated(self.device) / GIB
@@ -69,9 +69,9 @@ class PeakMemory:
 def peak_memory(device=None):
     """Measure peak memory of the `with` block.
 
-    The allocator's figures are exact. Whole device and resident set are looked at every 5 ms by a
+    The allocator's figures are exact. Whole device and resident set are sampled every 5 ms by a
     thread (and at both ends), so a shorter spike can be missed; the whole-device peak is at least
-    the start plus what PyTorch's allocator added. Blocks may be nested. Do not time inside the block.
+    the start plus the growth of PyTorch's allocator. Blocks may be nested. Do not time inside the block.
 
     Args:
         device: `torch.device`, `"cuda"`, `"cpu"`; None or `"auto"` takes the GPU when there is one.
@@ -80,7 +80,7 @@ def peak_memory(device=None):
         PeakMemory: filled in when the block ends, also after an exception.
 
     Raises:
-        WanlabError: a CUDA device is asked for and PyTorch sees none.
+        WanlabError: a CUDA device is requested and PyTorch sees none.
     """
     device = _resolve(None if device == "auto" else device)
     if device == "cpu":
@@ -95,7 +95,7 @@ def peak_memory(device=None):
     torch.cuda.synchronize(device)
     _reset_allocator_peak(device)
     with _Sampler(lambda: _device_gib(device)) as sampler:
-        held = torch.cuda.memory_reserved(device) / GIB
+        reserved = torch.cuda.memory_reserved(device) / GIB
         result = PeakMemory(
             start_gib=sampler.start,
             allocated_gib=0.0,
@@ -110,7 +110,7 @@ def peak_memory(device=None):
             torch.cuda.synchronize(device)
             _open.remove(result)
             result._absorb_allocator_peak()
-            result.peak_gib = max(sampler.peak(), sampler.start + result.reserved_gib - held)
+            result.peak_gib = max(sampler.peak(), sampler.start + result.reserved_gib - reserved)
 
 
 def _resolve(device) -> str:
@@ -118,7 +118,7 @@ def _resolve(device) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type != "cuda":
-        return "cpu"  # weights of other devices (such as meta) take no memory of their own
+        return "cpu"  # tensors on other devices (such as meta) take no memory
     if not torch.cuda.is_available():
         raise WanlabError("device is cuda but PyTorch sees no GPU; pass device='cpu'")
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
@@ -146,7 +146,7 @@ def _resident_gib() -> float:
 
 
 class _Sampler:
-    """A thread that looks at a quantity again and again and keeps its maximum."""
+    """A thread that samples a quantity repeatedly and keeps its maximum."""
 
     def __init__(self, look: Callable[[], float], interval_s: float = INTERVAL_S) -> None:
         self.look, self.interval_s = look, interval_s

@@ -1,4 +1,4 @@
-"""Where a generation's time goes: every call of every component, and a table that adds up."""
+"""Times of the stages of a generation: every call of every component, and a table that adds up to the wall clock."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class StageCall:
     """One call of one component.
 
     Attributes:
-        generation: which generation of the recording, from 0.
-        call: how often this component was called before, over the whole recording.
+        generation: number of the generation in the recording, from 0.
+        call: number of earlier calls of this component in the whole recording.
         component: a name of `COMPONENTS`.
         step: denoising step, from 0; None outside the experts.
         timestep: the expert's timestep, 0 to 1000; None outside the experts.
         branch: `"cond"` or `"uncond"` by order within the step; None outside the experts.
-        start_ms: since the recording began.
-        time_ms: from a synchronised device to a synchronised device.
-        peak_gib, increase_gib: memory during the call, when asked for (see `PeakMemory`).
+        start_ms: start of the call, from the start of the recording.
+        time_ms: duration of the call, with the device synchronised at both ends.
+        peak_gib, increase_gib: memory during the call, if it was requested (see `PeakMemory`).
     """
 
     generation: int
@@ -52,17 +52,17 @@ def stages(model, *, memory: bool = False) -> StageRecorder:
     """Record every component call made by `model.generate` inside the `with` block.
 
     The device is synchronised before and after each call. That gives each call its true time and
-    takes away any overlap between host and device, so compare the rows with the wall clock of the
-    same run, not with an undisturbed one.
+    removes any overlap between host and device, so compare the rows with the wall clock of the
+    same run, not with that of an unrecorded run.
 
     Args:
         model: has a `pipeline` with `text_encoder`, `vae`, `transformer`, `transformer_2` and
-            `scheduler` (those that are absent or None are left out); modules or any callable
+            `scheduler` (absent ones and None are left out); modules or any callable
             objects, and optionally a `device`.
         memory: also record peak memory of each call. Slows the run; do not time with it.
 
     Raises:
-        WanlabError: the model has no pipeline with a component in it, or is being recorded already.
+        WanlabError: the model has no pipeline with a component in it, or is already being recorded.
     """
     return StageRecorder(model, memory=memory)
 
@@ -70,8 +70,8 @@ def stages(model, *, memory: bool = False) -> StageRecorder:
 class StageRecorder:
     """Context manager made by `stages`; its tables can be read during and after the block.
 
-    While it is open the pipeline's attributes are stand-ins that measure and hand on. The components
-    themselves are not touched (compiled modules stay compiled), and leaving the block puts them back.
+    While it is open the pipeline's attributes are proxies that measure each call and pass it on. The components
+    themselves are not changed (compiled modules stay compiled); at the end of the block they are restored.
     """
 
     def __init__(self, model, *, memory: bool = False) -> None:
@@ -106,7 +106,7 @@ class StageRecorder:
         self._stack.close()
 
     def frame(self) -> pd.DataFrame:
-        """One row per call, in order; columns as in `StageCall` (memory only when it was asked for)."""
+        """One row per call, in order; columns as in `StageCall` (memory only if it was requested)."""
         columns = list(StageCall.__dataclass_fields__)
         frame = pd.DataFrame([asdict(call) for call in self.calls], columns=columns)
         frame = frame.astype({"step": "Int64", "timestep": "Float64"})
@@ -122,7 +122,7 @@ class StageRecorder:
             DataFrame: component, time_ms, share_percent, calls, mean_ms (and peak_gib with memory).
 
         Raises:
-            WanlabError: the wall clock is shorter than what the components took, so it is not theirs.
+            WanlabError: the wall clock is shorter than the time inside components, so it is of another run.
         """
         if wall_ms is None:
             wall_ms = self.wall_ms
@@ -156,7 +156,7 @@ class StageRecorder:
         return frame
 
     def _targets(self) -> dict[str, dict[str, Callable]]:
-        """Pipeline attribute -> {entry point: wrapper maker}, for the attributes that are there."""
+        """Pipeline attribute -> {method: function that wraps it}, for the attributes that the pipeline has."""
         targets = {
             attribute: {method: self._timed(component) for method, component in methods.items()}
             for attribute, methods in component_calls(self._pipeline).items()
@@ -239,7 +239,7 @@ class StageRecorder:
         """Step and branch of an expert call that has just returned."""
         scheduled = isinstance(vars(self._pipeline).get("scheduler"), CallProxy)
         last = next((call for call in reversed(self.calls) if call.component in EXPERTS), None)
-        # Without a scheduler to listen to, another timestep means another step.
+        # Without a scheduler to observe, a change of the timestep marks the next step.
         if not scheduled and self._denoised and last is not None and last.timestep != timestep:
             self._end_step()
         branch = BRANCHES[self._step_calls] if self._step_calls < 2 else f"branch_{self._step_calls}"
@@ -248,10 +248,10 @@ class StageRecorder:
 
 
 def _timestep(args: tuple, kwargs: dict) -> float | None:
-    """The timestep an expert was called with; of per-token timesteps the largest."""
+    """The timestep of an expert's call; of per-token timesteps the largest."""
     value = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     if value is None:
         return None
     if hasattr(value, "cpu"):
-        value = value.detach().cpu()  # before the maximum, which would launch a kernel of its own
+        value = value.detach().cpu()  # before the maximum, which would otherwise launch a kernel
     return float(value.max()) if hasattr(value, "max") else float(value)

@@ -1,4 +1,4 @@
-"""Timing of calls on a device: all samples kept, A/A control, comparison with intervals."""
+"""Timing of calls on a device: samples, A/A control, and comparison with confidence intervals."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CV_LIMIT_PERCENT = 2.5  # the limit at which trtexec advises to lock the clocks
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples of one timing, in milliseconds, in the order they were taken.
+    """All samples of one timing, in milliseconds, in the order in which they were taken.
 
     Percentiles interpolate linearly (numpy's default). `cv_percent` is the population standard
     deviation over the mean, as trtexec reports it.
 
     Attributes:
-        label: what was timed.
+        label: name of the timed work.
         values_ms: every sample; finite and not negative.
-        device: where it ran, e.g. `"cpu"` or `"cuda:0 NVIDIA H200"`; empty when not known.
+        device: device of the timing, e.g. `"cpu"` or `"cuda:0 NVIDIA H200"`; empty when not known.
         clock: `"CUDA events"` or `"monotonic clock"`.
     """
 
@@ -101,7 +101,7 @@ class Samples:
         return None
 
     def row(self) -> dict:
-        """One table row: label, n, statistics in milliseconds, CV in percent, the warning or None."""
+        """One row of a table: label, n, statistics in milliseconds, CV in percent, the warning or None."""
         return {
             "label": self.label,
             "n": self.n,
@@ -119,7 +119,7 @@ class Samples:
         }
 
     def to_dict(self) -> dict:
-        """The row and all samples, ready for JSON; `from_dict` reads it back."""
+        """The row and all samples as data for JSON; `from_dict` reads it back."""
         return self.row() | {"values_ms": list(self.values_ms)}
 
     @classmethod
@@ -129,12 +129,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class AAControl:
-    """The same thing measured twice, interleaved: how far apart two equal things can look.
+    """The same work measured twice, interleaved: shows how different two equal measurements can look.
 
     Attributes:
-        ratio: median of the first over median of the second; 1 when nothing disturbs.
-        noise_percent: the farther end of the ratio's 95 % bootstrap interval from 1, in percent.
-            An effect smaller than this is not an effect.
+        ratio: median of the first over median of the second; 1 without disturbance.
+        noise_percent: largest distance of the ratio's 95 % bootstrap interval from 1, in percent.
+            A smaller effect cannot be distinguished from noise.
     """
 
     first: Samples
@@ -158,13 +158,13 @@ class AAControl:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much faster a candidate is than its baseline.
+    """Speed-up of a candidate over its baseline.
 
     Attributes:
         speedup: baseline median over candidate median; 2 means half the time.
         low, high: 95 % bootstrap interval of the speed-up; 0 and infinity when a side has one sample.
         verdict: `"faster"`, `"slower"` or `"not distinguishable"`.
-        noise_percent: noise floor the effect was held against.
+        noise_percent: noise floor that the effect was compared with.
     """
 
     baseline: str
@@ -209,13 +209,13 @@ def verdict_of(
     noise_percent: float = 0.0,
     words: tuple[str, str] = ("faster", "slower"),
 ) -> str:
-    """What a ratio says: one of two words, or `"not distinguishable"`.
+    """Verdict on a ratio: one of two words, or `"not distinguishable"`.
 
-    It is not distinguishable when its interval includes 1, or when the effect, max(ratio, 1 / ratio) - 1, is within
+    It is not distinguishable when its interval includes 1, or when the effect, max(ratio, 1 / ratio) - 1, is not above
     the noise.
 
     Args:
-        ratio: above 1 is better. low, high: its 95 % interval; NaN where there is none.
+        ratio: above 1 is better. low, high: its 95 % interval; NaN where it is not known.
     """
     effect_percent = 100 * (max(ratio, 1 / ratio) - 1)
     if low <= 1 <= high or effect_percent <= noise_percent:
@@ -235,12 +235,12 @@ def verdict_sentence(
     here: bool = True,
     how: str = "as fast",
 ) -> str:
-    """A verdict in words: first what holds, then the figure, then its interval and the noise.
+    """A verdict as a sentence: the conclusion first, then the figure, its interval and the noise.
 
     Args:
         verdict: from `verdict_of`. ratio, low, high, noise_percent: NaN where not known.
-        candidate, baseline: names of what was compared.
-        here: taken on this machine now. how: what the ratio is of, after "times".
+        candidate, baseline: names of the two sides.
+        here: whether it was measured on this machine now. how: words after "2.00 times", such as "as fast".
 
     Returns:
         `"b is 2.00 times as fast as a (95 % interval 1.98 to 2.02, noise 3.0 %)"`, or
@@ -269,16 +269,16 @@ def compare(
     seed: int = 0,
     allow_different_devices: bool = False,
 ) -> Comparison:
-    """Speed-up of a candidate with a 95 % interval, and whether it can be told from noise.
+    """Speed-up of a candidate with a 95 % interval, and whether it can be distinguished from noise.
 
     The interval is a percentile bootstrap (Efron and Tibshirani, 1993) of the ratio of medians.
     The verdict is `"not distinguishable"` when the interval includes 1 or when the effect,
-    max(speedup, 1 / speedup) - 1, is within `noise_percent`.
+    max(speedup, 1 / speedup) - 1, is not above `noise_percent`.
 
     Args:
         noise_percent: `AAControl.noise_percent` of the baseline.
-        resamples, seed: of the bootstrap; the same seed gives the same interval.
-        allow_different_devices: compare timings taken on different devices.
+        resamples, seed: number of bootstrap samples and seed; the same seed gives the same interval.
+        allow_different_devices: allow a comparison of timings from different devices.
 
     Raises:
         WanlabError: timings from different devices, a negative noise, or a timing of 0 ms.
@@ -330,7 +330,7 @@ def ratio_of_medians(
 
 def _resampled_medians(samples: Samples, resamples: int, generator: np.random.Generator) -> np.ndarray:
     values = np.asarray(samples.values_ms)
-    # At most about 4 million drawn values at a time, whatever the number of samples.
+    # At most about 4 million drawn values at a time, for any number of samples.
     chunk = max(1, 4_000_000 // samples.n)
     medians = [
         np.median(
@@ -354,12 +354,12 @@ def time_ms(
     """Time a call; every sample is kept, warm-up calls are not.
 
     On a CUDA device each call lies between two CUDA events. Elsewhere a monotonic clock is used;
-    when CUDA is already in use by this process, the device is synchronised around each call.
+    when this process already uses CUDA, the device is synchronised around each call.
 
     Args:
         fn: called without arguments; its result is dropped.
         warmup: calls before the first sample.
-        iterations: samples, at least 1.
+        iterations: number of samples, at least 1.
         device: `torch.device`, `"cuda"`, `"cpu"`, or None for the clock with synchronisation.
         progress: show a progress bar (between the samples, never inside one).
         label: name in tables; the function's own name when empty.
@@ -383,9 +383,9 @@ def aa_control(
     progress: bool = True,
     label: str = "",
 ) -> AAControl:
-    """Measure one thing as if it were two, to learn the noise floor of comparisons.
+    """Measure the same work as two series, to get the noise floor of comparisons.
 
-    Samples alternate as A A' A' A A A' A' A ..., so that a slow drift falls on both sides alike.
+    Samples alternate as A A' A' A A A' A' A ..., so that a slow drift affects both series equally.
     Arguments and errors as in `time_ms`; `iterations` is per side.
     """
     _check_counts(warmup, iterations)
@@ -412,48 +412,49 @@ def interleaved(
     device=None,
     progress: bool = True,
 ) -> tuple[dict[str, Samples], AAControl]:
-    """Time several calls against each other: a drift of the machine falls on all of them alike.
+    """Time several calls interleaved, so that a drift of the machine affects all of them equally.
 
-    A round takes every call once in the given order and once in its reverse. The two halves of the first call are
+    A round runs every call once in the given order and once in the reverse order. The two series of the first call are
     the A/A control.
 
     Args:
         calls: label -> call without arguments; the first is the baseline.
-        warmup: of each call, before the first round.
-        rounds: at least 1; each gives two samples a call.
+        warmup: warm-up calls of each, before the first round.
+        rounds: number of rounds, at least 1; each gives two samples per call.
 
     Raises:
-        WanlabError: no calls, no rounds, or as `time_ms`.
+        WanlabError: no calls, no rounds, or an error of `time_ms`.
     """
     if not calls:
-        raise WanlabError("nothing to time in turn; give at least one call")
+        raise WanlabError("nothing to time; give at least one call")
     _check_counts(warmup, rounds)
     clock = _Clock(device)
     for call in calls.values():
         for _ in range(warmup):
             clock.sample(call)
-    there: dict[str, list[float]] = {label: [] for label in calls}
-    back: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in _bar(range(rounds), label="in turn", progress=progress):
+    forward: dict[str, list[float]] = {label: [] for label in calls}
+    backward: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in _bar(range(rounds), label="interleaved", progress=progress):
         for label, call in calls.items():
-            there[label].append(clock.sample(call))
+            forward[label].append(clock.sample(call))
         for label, call in reversed(list(calls.items())):
-            back[label].append(clock.sample(call))
+            backward[label].append(clock.sample(call))
     samples = {
-        label: Samples(label, (*there[label], *back[label]), clock.device_name, clock.name) for label in calls
+        label: Samples(label, (*forward[label], *backward[label]), clock.device_name, clock.name)
+        for label in calls
     }
     base = next(iter(calls))
     first, second = (
         Samples(name, tuple(values[base]), clock.device_name, clock.name)
-        for name, values in ((base, there), (f"{base} (again)", back))
+        for name, values in ((base, forward), (f"{base} (again)", backward))
     )
     return samples, control_of(first, second)
 
 
 def control_of(first: Samples, second: Samples) -> AAControl:
-    """Two series of one thing as an A/A control."""
+    """An A/A control from two series of the same work."""
     ratio, low, high = ratio_of_medians(first, second)
-    if math.isinf(high):  # one sample a side: the only noise that was seen is the ratio itself
+    if math.isinf(high):  # one sample per series: the only noise that was observed is the ratio itself
         low = high = ratio
     return AAControl(first, second, ratio, 100 * max(abs(ratio - 1), abs(low - 1), abs(high - 1)))
 
@@ -472,14 +473,14 @@ def _bar(items: Iterable, *, label: str, progress: bool) -> Iterable:
 
 
 class _Clock:
-    """Times single calls on one device."""
+    """Clock for single calls on one device."""
 
     def __init__(self, device) -> None:
         self.torch = sys.modules.get("torch")
         self.device = None
         self.device_name, self.name = "cpu", "monotonic clock"
         if device is not None:
-            import torch  # tables and comparisons of samples do without it
+            import torch  # imported late: tables and comparisons of samples do not need it
 
             self.torch, self.device = torch, torch.device(device)
             self.device_name = self.device.type

@@ -1,4 +1,4 @@
-"""One video against another: scores of frames and of motion, and what they mean for quality.
+"""Comparison of two videos: scores of frames and of motion, and their meaning for quality.
 
 >>> from wanlab import evaluate
 >>> scores = evaluate.compare_videos("original.mp4", "optimized.mp4")

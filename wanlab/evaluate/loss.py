@@ -1,4 +1,4 @@
-"""Quality loss: how much worse the optimised output is against the ground truth, relative to the original."""
+"""Quality loss: by how much the optimised output is worse than the original, measured against the ground truth."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class QualityLoss:
         percent: mean over cases of (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G) x 100; None when unknown.
         low_percent, high_percent: its 95 % bootstrap interval over cases; None with fewer than two.
         cases: number of cases.
-        backbone: LPIPS backbone of the scores, when known.
-        per_case_percent: the relative worsening of each case.
+        backbone: LPIPS backbone of the scores, if known.
+        per_case_percent: relative worsening of each case.
     """
 
     percent: float | None
@@ -36,7 +36,7 @@ class QualityLoss:
 
     @classmethod
     def unknown(cls) -> QualityLoss:
-        """No ground truth exists, so nothing can be said."""
+        """The result without a ground truth: the loss cannot be computed."""
         return cls(None, None, None, 0)
 
     @property
@@ -44,8 +44,8 @@ class QualityLoss:
         return self.percent is not None
 
     def within(self, limit_percent: float = LIMIT_PERCENT) -> str:
-        """Is the loss under a limit? `"yes"` or `"no"` when the whole interval is on one side,
-        `"undecided"` when it straddles the limit or cannot be had, `"unknown"` without ground truth."""
+        """Whether the loss is under a limit: `"yes"` or `"no"` when the whole interval is on one side,
+        `"undecided"` when it contains the limit or does not exist, `"unknown"` without ground truth."""
         if not self.known:
             return "unknown"
         if self.low_percent is None or self.high_percent is None:
@@ -56,7 +56,7 @@ class QualityLoss:
 
     @property
     def bound(self) -> str:
-        """The upper end of the interval in words; the value itself where no interval can be had."""
+        """The upper end of the interval as text; the value itself where there is no interval."""
         if not self.known:
             return "unknown"
         if self.high_percent is None:
@@ -87,7 +87,7 @@ class QualityLoss:
 
 
 def _signed(percent: float) -> str:
-    """Two digits and a sign; what rounds to nothing is not called negative."""
+    """The value with a sign and two decimals; a value that rounds to 0 has no minus sign."""
     return f"{round(percent, 2) + 0.0:+.2f}"
 
 
@@ -100,14 +100,14 @@ def quality_loss(optimized_to_truth, original_to_truth, *, seed: int = 0) -> Qua
     Args:
         optimized_to_truth: LPIPS(Q, G) of each case: numbers or `Scores`; None without ground truth.
         original_to_truth: LPIPS(O, G) of the same cases in the same order; None without ground truth.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         QualityLoss: `QualityLoss.unknown()` when either argument is None.
 
     Raises:
         WanlabError: different numbers of cases, no case, a score that is negative or not finite, an
-            LPIPS(O, G) of 0 (nothing to be relative to), or `Scores` of different backbones.
+            LPIPS(O, G) of 0 (the ratio does not exist), or `Scores` of different backbones.
     """
     if optimized_to_truth is None or original_to_truth is None:
         return QualityLoss.unknown()
@@ -140,15 +140,15 @@ def quality_loss(optimized_to_truth, original_to_truth, *, seed: int = 0) -> Qua
 def loss_to_truth(
     truths, originals, optimised, *, backbone: str = "auto", device="auto", seed: int = 0
 ) -> QualityLoss:
-    """`quality_loss` of videos with their ground truths; unknown where there is none of their length and size.
+    """`quality_loss` of videos with their ground truths; unknown without a truth of the same length and size.
 
     Args:
-        truths: the true video of each case, `[T, H, W, 3]`; None or nothing without truth.
-        originals, optimised: the videos of the same cases, as `divergence` takes them.
-        backbone, device: as `compare_videos`. seed: of the bootstrap.
+        truths: the true video of each case, `[T, H, W, 3]`; None or empty without truth.
+        originals, optimised: the videos of the same cases, as for `divergence`.
+        backbone, device: as for `compare_videos`. seed: seed of the bootstrap.
 
     Raises:
-        WanlabError: as `compare_videos` and `quality_loss`, or different numbers of cases.
+        WanlabError: as for `compare_videos` and `quality_loss`, or different numbers of cases.
     """
     if truths is None or not len(truths):
         return QualityLoss.unknown()
@@ -163,11 +163,11 @@ def loss_to_truth(
         return QualityLoss.unknown()
     sides = [
         [
-            # A truth has no frame rate of its own, and nothing here depends on one.
+            # A true video has no frame rate of its own, and nothing here depends on it.
             compare_videos(
-                as_video(g).frames, as_video(made).frames, "lpips", backbone, device, progress=False
+                as_video(g).frames, as_video(video).frames, "lpips", backbone, device, progress=False
             )
-            for g, made in zip(truths, side, strict=True)
+            for g, video in zip(truths, side, strict=True)
         ]
         for side in (optimised, originals)
     ]

@@ -1,4 +1,4 @@
-"""Perceptual distance (LPIPS) with backbones that are named, local and loaded once."""
+"""Perceptual distance (LPIPS) with named backbones whose weights are local and loaded once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch.nn.functional as functional
 from wanlab.core.errors import WanlabError, did_you_mean, require
 from wanlab.evaluate.lpips_kernel import distance_kernel
 
-EPSILON = 1e-10  # of both packages' normalize_tensor
-TILE = 8192  # numbers of each side that one program of the kernel holds
+EPSILON = 1e-10  # as in normalize_tensor of both packages
+TILE = 8192  # numbers of each side in one program of the kernel
 
 
 def distance_map(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Distance of two layers' features at each of their pixels.
+    """Distance between two layers' features at each pixel.
 
     Args:
-        first, second: `[N, C, H, W]`, of equal layout in memory.
+        first, second: `[N, C, H, W]`, with equal memory layout.
         weight: `[C]`.
 
     Returns:
@@ -50,7 +50,7 @@ def _torch_version_is_hip() -> bool:
 def _by_triton(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if first.stride() != second.stride():
         second = torch.empty_like(first).copy_(second)
-    if first.stride(2) != first.shape[3] * first.stride(3):  # the kernel counts pixels in one go
+    if first.stride(2) != first.shape[3] * first.stride(3):  # the kernel indexes pixels with one stride
         first, second = first.contiguous(), second.contiguous()
     count, channels, height, width = first.shape
     out = torch.empty(count, height, width, device=first.device, dtype=torch.float32)
@@ -81,21 +81,21 @@ def _kernel():
 
 
 DEFAULT_BACKBONE = "stlpips-alex"
-# Backbone -> file that torchvision keeps in the torch hub cache, and the call that fetches it.
+# Backbone -> its file in torchvision's cache, and the torchvision function that downloads it.
 HUB_FILES = {
     "lpips-alex": ("alexnet-owt-7be5be79.pth", "alexnet"),
     "lpips-vgg": ("vgg16-397923af.pth", "vgg16"),
     "lpips-squeeze": ("squeezenet1_1-b8a52dc0.pth", "squeezenet1_1"),
 }
 BACKBONES = (DEFAULT_BACKBONE, *HUB_FILES)
-# Processors that compute these networks faster with the channels of a pixel side by side (a CPU 1.5 to 2.5 times).
+# Processors that compute these networks faster in channels-last layout (a CPU 1.5 to 2.5 times).
 CHANNELS_LAST = {"cpu"}
-MIN_SIZE = 32  # pixels a side; smaller frames vanish in the networks' pooling
+MIN_SIZE = 32  # pixels per side; smaller frames vanish in the networks' pooling
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone, whether it can be used now, and what to do if not."""
+    """A backbone, whether it can be used now, and what to do if it cannot."""
 
     name: str
     available: bool
@@ -104,20 +104,20 @@ class Backbone:
 
 def available_backbones() -> list[Backbone]:
     """Every backbone and whether this machine can use it, without loading any."""
-    found = []
+    backbones = []
     for name in BACKBONES:
         package, install = _package(name)
         if find_spec(package) is None:
-            found.append(Backbone(name, False, f"pip install {install}"))
+            backbones.append(Backbone(name, False, f"pip install {install}"))
         elif name in HUB_FILES and not _hub_file(name).is_file():
-            found.append(Backbone(name, False, _how_to_fetch(name)))
+            backbones.append(Backbone(name, False, _how_to_fetch(name)))
         else:
-            found.append(Backbone(name, True, "weights are on this machine"))
-    return found
+            backbones.append(Backbone(name, True, "weights are on this machine"))
+    return backbones
 
 
 def resolve(backbone: str) -> str:
-    """`"auto"` becomes the default backbone; an unknown name is refused.
+    """The name of a backbone; `"auto"` becomes the default, an unknown name is refused.
 
     Raises:
         WanlabError: no such backbone.
@@ -156,7 +156,7 @@ def distances(original, optimized, backbone: str = "auto"):
     """LPIPS of each frame of a batch.
 
     The features of both sides are computed in one batch, in float32 without TF32, so that a score does not depend
-    on the graphics card; they are what the networks' own packages compute, to 1e-5.
+    on the graphics card; they equal those of the networks' own packages to 1e-5.
 
     Args:
         original, optimized: tensors `[N, 3, H, W]` in `[0, 1]` on one device.
@@ -165,7 +165,7 @@ def distances(original, optimized, backbone: str = "auto"):
         float64 tensor `[N]`; 0 for equal frames.
 
     Raises:
-        WanlabError: as `load_backbone`, or frames under 32 pixels a side.
+        WanlabError: as for `load_backbone`, or frames under 32 pixels per side.
     """
     with torch.inference_mode():
         total = sum(layer.double().mean((1, 2)) for layer in _layers(original, optimized, backbone))
@@ -174,18 +174,18 @@ def distances(original, optimized, backbone: str = "auto"):
 
 
 def distance_maps(original, optimized, backbone: str = "auto"):
-    """Where LPIPS sees a difference: the maps of the network's layers, brought to the size of the frame and added.
+    """LPIPS per pixel: the distance maps of the network's layers, resized to the frame and added.
 
-    It is `spatial=True` of the networks' packages; the mean of a map is near the frame's LPIPS, not equal to it.
+    Equals `spatial=True` of the networks' packages; the mean of a map is near the frame's LPIPS, not equal to it.
 
     Args:
-        original, optimized: as `distances`.
+        original, optimized: as for `distances`.
 
     Returns:
         float32 tensor `[N, H, W]`.
 
     Raises:
-        WanlabError: as `distances`.
+        WanlabError: as for `distances`.
     """
     size = original.shape[-2:]
     with torch.inference_mode():
@@ -215,7 +215,7 @@ def _layers(original, optimized, backbone: str):
 
 
 def exact_float32(device):
-    """A block in which convolutions on an NVIDIA GPU take no TF32, whose scores would move in the fourth digit."""
+    """A block without TF32 in convolutions on an NVIDIA GPU; TF32 would change scores in the fourth digit."""
     if torch.device(device).type != "cuda":
         return contextlib.nullcontext()
     cudnn = torch.backends.cudnn
@@ -228,7 +228,7 @@ def exact_float32(device):
 
 
 def _package(name: str) -> tuple[str, str]:
-    """Import name and pip name of the package that a backbone comes from."""
+    """Import name and pip name of the package that provides a backbone."""
     return ("lpips", "lpips") if name in HUB_FILES else ("stlpips_pytorch", "stlpips-pytorch")
 
 

@@ -1,4 +1,4 @@
-"""Comparison of two videos: scores per frame and over time, in batches that fit the device."""
+"""Metrics of two videos, per frame and over time, computed in batches that fit the device."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def psnr(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
 def ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each frame (Wang et al., 2004), mean over pixels and channels.
 
-    Gaussian window of 11 pixels with sigma 1.5, population covariance, data range 1, borders where
-    the window does not fit left out: scikit-image's `structural_similarity` with `gaussian_weights`.
+    Gaussian window of 11 pixels with sigma 1.5, population covariance, data range 1, without the borders
+    where the window does not fit: scikit-image's `structural_similarity` with `gaussian_weights`.
 
     Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels a side.
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels per side.
 
     Returns:
         float64 `[N]`; 1 for equal frames.
 
     Raises:
-        WanlabError: frames under 11 pixels a side.
+        WanlabError: frames under 11 pixels per side.
     """
     _check_size(original, "SSIM")
     luminance, structure = _similarity(original.float(), optimized.float())
@@ -63,7 +63,7 @@ def ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
 
 
 def scales(height: int, width: int) -> int:
-    """How many scales of MS-SSIM fit frames of this size; 5 from 176 pixels a side, the published number."""
+    """Number of MS-SSIM scales for frames of this size; 5, the published number, from 176 pixels per side."""
     fitting = [level for level in range(len(SCALE_WEIGHTS)) if min(height, width) >> level >= WINDOW]
     return len(fitting)
 
@@ -71,17 +71,17 @@ def scales(height: int, width: int) -> int:
 def ms_ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
     """Multi-scale structural similarity of each frame (Wang, Simoncelli and Bovik, 2003), mean over channels.
 
-    Five scales, each half of the one before. Frames under 176 pixels a side have room for fewer: the weights of
-    those that fit are scaled to add up to 1, and scores of different numbers of scales must not be compared.
+    Five scales, each half of the one before. Frames under 176 pixels per side have fewer: the weights of
+    those that fit are rescaled to add up to 1. Scores with different numbers of scales must not be compared.
 
     Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels a side.
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, at least 11 pixels per side.
 
     Returns:
         float64 `[N]`; 1 for equal frames.
 
     Raises:
-        WanlabError: frames under 11 pixels a side.
+        WanlabError: frames under 11 pixels per side.
     """
     _check_size(original, "MS-SSIM")
     count = scales(*original.shape[-2:])
@@ -94,7 +94,7 @@ def ms_ssim(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
             x, y = (functional.avg_pool2d(side, 2, padding=odd) for side in (x, y))
         luminance, structure = _similarity(x, y)
         each = luminance * structure if level == count - 1 else structure
-        # A scale that is anticorrelated counts as nothing alike: a root of it would not be a number.
+        # A negative (anticorrelated) scale is set to 0: its root would be NaN.
         score *= each.double().mean((2, 3)).clamp(min=0) ** weight
     return score.mean(1)
 
@@ -106,7 +106,7 @@ def _check_size(frames: torch.Tensor, name: str) -> None:
 
 
 def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Luminance, and contrast times structure, where the window fits: `[N, 3, H - 10, W - 10]` each."""
+    """Luminance term, and contrast times structure, where the window fits: `[N, 3, H - 10, W - 10]` each."""
     offset = torch.arange(-_RADIUS, _RADIUS + 1, device=x.device, dtype=torch.float32)
     window = torch.exp(-0.5 * (offset / _SIGMA) ** 2)
     window = window / window.sum()
@@ -116,7 +116,7 @@ def _similarity(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.T
         flat = functional.conv2d(flat, window.view(1, 1, -1, 1))
         return functional.conv2d(flat, window.view(1, 1, 1, -1)).view(*z.shape[:2], *_inner(z))
 
-    # Variances do not change with the origin; one in the middle halves the rounding error.
+    # Variances do not depend on the origin; an origin in the middle halves the rounding error.
     x, y = x - 0.5, y - 0.5
     mean_x, mean_y = blur(x), blur(y)
     variance_x = blur(x * x) - mean_x * mean_x
@@ -137,7 +137,7 @@ DETERMINANT = 1e-14
 
 
 def optical_flow(frames: torch.Tensor, previous: torch.Tensor, *, warps: int = WARPS) -> torch.Tensor:
-    """Where each pixel of a frame was in the frame before, by iterative Lucas-Kanade on a pyramid.
+    """Optical flow from each frame to the frame before, by iterative Lucas-Kanade on a pyramid.
 
     The method and its constants are those of `skimage.registration.optical_flow_ilk` (Le Besnerais and Champagnat,
     "Dense optical flow by iterative local window registration", 2005), which takes one pair at a time on the CPU.
@@ -147,7 +147,7 @@ def optical_flow(frames: torch.Tensor, previous: torch.Tensor, *, warps: int = W
         warps: refinements on each level of the pyramid.
 
     Returns:
-        `[N, 2, H, W]` in pixels (y, x): `frames[n][p]` shows what `previous[n][p + flow]` showed.
+        `[N, 2, H, W]` in pixels (y, x): `frames[n][p]` shows the same as `previous[n][p + flow]`.
     """
     pyramid = [(frames[:, None].float(), previous[:, None].float())]
     while min(pyramid[-1][0].shape[-2:]) >= 2 * SMALLEST_SIDE:
@@ -174,7 +174,7 @@ def _refined(reference: torch.Tensor, moving: torch.Tensor, flow: torch.Tensor) 
     terms = torch.cat([gy * gy, gy * gx, gx * gx, gy * error, gx * error], dim=1)
     yy, yx, xx, by, bx = _window_mean(terms).double().split(1, dim=1)
     determinant = yy * xx - yx * yx
-    known = determinant.abs() >= DETERMINANT  # elsewhere nothing is to be seen, and nothing moves
+    known = determinant.abs() >= DETERMINANT  # elsewhere there is no texture, and the flow is 0
     determinant = torch.where(known, determinant, torch.ones_like(determinant))
     solved = torch.cat([xx * by - yx * bx, yy * bx - yx * by], dim=1) / determinant
     return torch.where(known, solved, torch.zeros_like(solved)).float()
@@ -187,7 +187,7 @@ def _window_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def warp(frames: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Frames `[N, C, H, W]` read at `p + flow`, bilinear; outside, the nearest pixel of the edge."""
+    """Frames `[N, C, H, W]` sampled at `p + flow`, bilinear; outside, the nearest pixel of the edge."""
     y, x, (height, width) = *_target(flow), frames.shape[-2:]
     grid = _unit(x, width), _unit(y, height)
     return functional.grid_sample(
@@ -196,7 +196,7 @@ def warp(frames: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
 
 
 def inside(flow: torch.Tensor) -> torch.Tensor:
-    """Which pixels come from inside the frame before: bool `[N, 1, H, W]`."""
+    """Pixels whose source is inside the frame before: bool `[N, 1, H, W]`."""
     y, x, (height, width) = *_target(flow), flow.shape[-2:]
     return ((y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1))[:, None]
 
@@ -217,22 +217,22 @@ def _stack(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 
 
 STILL = 0.1 / 255
-"""A tenth of a step of 8 bits, added to the original's motion, so that a still original divides too."""
+"""A tenth of an 8-bit step, added to the original's motion, so that the ratio exists for a still original too."""
 
 FLOW_SIDE = 96
-"""Pixels of the shorter side at which flow is found and followed; what matters moves at this size."""
+"""Length of the shorter side, in pixels, at which flow is computed; relevant motion is visible at this size."""
 
 VISIBILITY = 50.0
-"""alpha of Lai et al. 2018: a pixel counts by exp(-alpha |O[t] - warped O[t-1]|^2), next to nothing where uncovered."""
+"""alpha of Lai et al. 2018: a pixel has weight exp(-alpha |O[t] - warped O[t-1]|^2), almost 0 where it was uncovered."""
 
 
 def flicker(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
     """Change from frame to frame that the original does not have: mean |(Q[t] - Q[t-1]) - (O[t] - O[t-1])|.
 
-    A difference that stays (a colour cast, a blur of a still scene) is none; one that comes and goes is.
+    A constant difference (a colour cast, a blur of a still scene) does not count; one that changes over time does.
 
     Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`, frames that follow each other.
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, consecutive frames.
 
     Returns:
         float64 `[N - 1]`, in intensity, for frames 1 to N - 1.
@@ -249,33 +249,33 @@ def motion(frames: torch.Tensor) -> torch.Tensor:
 def motion_ratio(original: np.ndarray, optimized: np.ndarray) -> np.ndarray:
     """Motion of the optimised video over that of the original, from the motion energies of a whole clip.
 
-    The mean over frames is the ratio of the clip's energies; a frame's value says what it adds to that ratio, since
-    a frame in which the original hardly moves has no ratio of its own.
+    The mean over frames is the ratio of the clip's energies; a frame's value is its contribution to that ratio, since
+    a frame in which the original hardly moves has no useful ratio of its own.
     """
     return 1 + (optimized - original) / (original.mean() + STILL)
 
 
 def warp_errors(original: torch.Tensor, optimized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much changes along the original's motion, in the original and in the optimised video.
+    """Change along the original's motion, in the original and in the optimised video.
 
-    E_warp of Lai et al., "Learning Blind Video Temporal Consistency" (2018): each frame less the one before moved
-    along the optical flow of the original, where the mask says that the original shows the same thing in both. Root
-    mean square over pixels, at `FLOW_SIDE` pixels of the shorter side.
+    E_warp of Lai et al., "Learning Blind Video Temporal Consistency" (2018): each frame minus the frame before, warped
+    along the optical flow of the original, masked to pixels that show the same thing in both frames of the original. Root
+    mean square over pixels, with a shorter side of `FLOW_SIDE` pixels.
 
     Args:
-        original, optimized: `[N, 3, H, W]` in `[0, 1]`, frames that follow each other.
+        original, optimized: `[N, 3, H, W]` in `[0, 1]`, consecutive frames.
 
     Returns:
-        float64 `[N - 1]` in intensity, of the original and of the optimised video.
+        float64 `[N - 1]` in intensity, for the original and for the optimised video.
     """
     small = [_shrunk(frames) for frames in (original, optimized)]
     grey = small[0].mean(1)
     flow = optical_flow(grey[1:], grey[:-1])
     moved = [frames[1:] - warp(frames[:-1], flow) for frames in small]
-    seen = torch.exp(-VISIBILITY * moved[0].square().sum(1, keepdim=True)) * inside(flow)
-    weight = seen.double().flatten(1).sum(1).clamp(min=1e-9)
+    visibility = torch.exp(-VISIBILITY * moved[0].square().sum(1, keepdim=True)) * inside(flow)
+    weight = visibility.double().flatten(1).sum(1).clamp(min=1e-9)
     first, second = (
-        ((error.square().mean(1, keepdim=True) * seen).double().flatten(1).sum(1) / weight).sqrt()
+        ((error.square().mean(1, keepdim=True) * visibility).double().flatten(1).sum(1) / weight).sqrt()
         for error in moved
     )
     return first, second
@@ -290,9 +290,9 @@ def _shrunk(frames: torch.Tensor) -> torch.Tensor:
 
 
 FPS_TOLERANCE = 1e-3  # relative; containers round rates such as 30000/1001
-# Pixels scored at a time; a CPU is fastest in its cache, a GPU when it is full.
+# Pixels scored at a time; a CPU is fastest when they fit its cache, a GPU when it is full.
 BATCH_PIXELS = {"cpu": 100_000, "cuda": 8_000_000}
-# Memory that scoring takes at most, both sides together; the widest are the full-size features of LPIPS.
+# Limit of the memory for scoring, both sides together; the largest tensors are the full-size features of LPIPS.
 BYTES_PER_PIXEL = {"lpips-alex": 600, "lpips-squeeze": 1200, "lpips-vgg": 3000, "stlpips-alex": 3000}
 FREE_SHARE = 0.6
 
@@ -307,20 +307,20 @@ def compare_videos(
 ) -> Scores:
     """Score an optimised video against the original, frame by frame.
 
-    Float arrays are scored as they are, not rounded to 8 bits.
+    Float arrays are not rounded to 8 bits.
 
     Args:
         original, optimized: path, `Video`, array `[T, H, W, 3]` (uint8, or float in `[0, 1]`), or an
             object with `.video` and `.fps` such as a generation.
-        metrics: names of `ALL_METRICS` (`CATALOGUE` says what each is), or `"all"`: those that the
+        metrics: names from `ALL_METRICS` (`CATALOGUE` explains each), or `"all"`: those that the
             clip is long enough for.
         backbone: LPIPS backbone; `"auto"` is the shift-tolerant one, which needs no download.
         device: `"auto"` takes the GPU when there is one.
         progress: show a progress bar.
 
     Raises:
-        WanlabError: unreadable video, different length, size or frame rate (both values are given),
-            unknown metric or backbone, backbone not on this machine, frames too small, one frame
+        WanlabError: unreadable video, different length, size or frame rate (the message gives both values),
+            unknown metric or backbone, backbone not on this machine, frames too small, a single frame
             where a metric needs two.
     """
     names = _metric_names(metrics)
@@ -330,7 +330,7 @@ def compare_videos(
     names = _long_enough(names, a, everything=metrics == "all" or "all" in metrics)
     device = device_of(device)
     if "lpips" in names:
-        lpips.load_backbone(backbone, device)  # refuse before the work, not in the middle of it
+        lpips.load_backbone(backbone, device)  # a missing backbone is refused before the work begins
     batch = _batch(a, device, backbone if "lpips" in names else None)
     parts: dict[str, list[np.ndarray]] = {}
     with (
@@ -340,13 +340,13 @@ def compare_videos(
         before = None
         for start in range(0, a.length, batch):
             x, y = (to_tensor(video.frames[start : start + batch], device) for video in (a, b))
-            found = _score_frames(x, y, names, backbone)
-            # What looks at two frames gets the last of the batch before as well.
+            scores = _score_frames(x, y, names, backbone)
+            # Metrics of two frames also need the last frame of the batch before.
             pair = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
             if len(pair[0]) > 1:
-                found |= _score_pairs(*pair, names)
+                scores |= _score_pairs(*pair, names)
             before = x[-1:].clone(), y[-1:].clone()
-            for name, values in found.items():
+            for name, values in scores.items():
                 parts.setdefault(name, []).append(values.cpu().numpy())
             bar.update(len(x))
     fps = a.fps if a.fps is not None else b.fps
@@ -356,22 +356,22 @@ def compare_videos(
 
 def _score_frames(x: torch.Tensor, y: torch.Tensor, names: list[str], backbone: str) -> dict:
     score = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
-    found = {name: score[name](x, y) for name in names if name in score}
+    values = {name: score[name](x, y) for name in names if name in score}
     if "lpips" in names:
-        found["lpips"] = lpips.distances(x, y, backbone)
-    return found
+        values["lpips"] = lpips.distances(x, y, backbone)
+    return values
 
 
 def _score_pairs(x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict:
-    found = {}
+    values = {}
     if "flicker" in names:
-        found["flicker"] = flicker(x, y)
+        values["flicker"] = flicker(x, y)
     if "motion_ratio" in names:
-        found["motion of the original"], found["motion_ratio"] = motion(x), motion(y)
+        values["motion of the original"], values["motion_ratio"] = motion(x), motion(y)
     if "warp_error" in names:
         own, error = warp_errors(x, y)
-        found["warp_error"] = error - own
-    return found
+        values["warp_error"] = error - own
+    return values
 
 
 def _joined(parts: dict, names: list[str], backbone: str, scales: str) -> dict:
@@ -383,11 +383,11 @@ def _joined(parts: dict, names: list[str], backbone: str, scales: str) -> dict:
 
 
 def _batch(video: Video, device: torch.device, backbone: str | None) -> int:
-    """Frames to score at a time: what the processor likes, and on a GPU no more than its free memory holds."""
+    """Number of frames to score at a time: the fastest for the processor, limited on a GPU by its free memory."""
     pixels = BATCH_PIXELS["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        # What PyTorch has set aside and does not use can be used again.
+        # Memory that PyTorch has reserved and does not use is available too.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         pixels = min(pixels, int(FREE_SHARE * free) // BYTES_PER_PIXEL.get(backbone, 600))
     return max(1, pixels // (video.height * video.width))
@@ -417,7 +417,7 @@ def same_geometry(a: Video, b: Video) -> None:
     """Refuse two videos of different length, size or frame rate.
 
     Raises:
-        WanlabError: they differ; both values are given.
+        WanlabError: they differ; the message gives both values.
     """
     differences = []
     if a.length != b.length:

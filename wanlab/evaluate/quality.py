@@ -1,4 +1,4 @@
-"""Quality: divergence beside its noise floor, quality loss, and tiers of lossless and lossy."""
+"""Quality of optimised outputs: divergence against its noise floor, and tiers from exact to lossy."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ HOLDS = {
     "above floor": "the difference is above the noise floor",
     "no floor": "the noise floor is not known",
 }
-"""Verdicts of a divergence in words."""
+"""Verdict of a divergence -> its explanation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """How far the optimised outputs are from the originals, beside the floor.
+    """Difference between optimised and original outputs, with its noise floor.
 
     Attributes:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
-            over cases, undefined for one case), worst, floor, floor_name (the loosest floor),
-            times_floor (error over the floor's error; error is LPIPS, 1 - SSIM, MSE, flicker, or the
-            distance from a perfect copy's score), and verdict:
+            over cases, undefined for one case), worst, floor, floor_name (the largest noise floor),
+            times_floor (ratio to the noise floor: error over the floor's error; error is LPIPS, 1 - SSIM, MSE,
+            flicker, or the distance from a perfect copy's score), and verdict:
             `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
             is above it) or `"no floor"`.
         scores: the scores of each case.
-        floors: the scores of each floor, by name.
+        floors: the scores of each noise floor, by name.
     """
 
     frame: pd.DataFrame
@@ -53,7 +53,7 @@ class Divergence:
         return self._row(metric)["verdict"]
 
     def worst_case(self, metric: str = "lpips") -> int:
-        """Index of the case that differs most."""
+        """Index of the case with the largest difference."""
         self._row(metric)
         error = CATALOGUE[metric].error
         return max(range(len(self.scores)), key=lambda case: error(self.scores[case].mean(metric)))
@@ -87,19 +87,19 @@ def divergence(
     progress: bool = True,
     seed: int = 0,
 ) -> Divergence:
-    """Distance between optimised and original outputs, beside the floor it is read against.
+    """Difference between optimised and original outputs, compared with the noise floor.
 
     Args:
-        original, optimized: a video (anything `compare_videos` takes), or lists of them, one per
-            case, in the same order and made with the same seeds and inputs.
-        floor: what is no change at all: a tuple `(video, video)` of two runs of the unchanged model,
+        original, optimized: a video (as for `compare_videos`), or lists of them, one per
+            case, in the same order and generated with the same seeds and inputs.
+        floor: outputs of the unchanged model that differ by noise only: a tuple `(video, video)` of two runs,
             a list of such tuples, `Scores`, a list of `Scores`, or a dictionary that names several
-            floors, each one of these; or `Floors`. With several, the loosest counts. None: no floor.
-        metrics, backbone, device, progress: as `compare_videos`.
-        seed: of the bootstrap over cases.
+            floors, each one of these; or `Floors`. Of several, the largest is used. None: no floor.
+        metrics, backbone, device, progress: as for `compare_videos`.
+        seed: seed of the bootstrap over cases.
 
     Raises:
-        WanlabError: as `compare_videos`; different numbers of cases; no case; a floor that was
+        WanlabError: as for `compare_videos`; different numbers of cases; no case; a floor that was
             scored with another backbone or lacks a metric.
     """
     floor = getattr(floor, "scores", floor) if not isinstance(floor, Scores) else floor
@@ -176,7 +176,7 @@ def _floor_scores(floor, options: dict) -> list[Scores]:
 
 
 def _least_error(metric: str, mean: float, low: float, high: float) -> float:
-    """The error at the kindest value of an interval; of the mean where there is no interval."""
+    """The smallest error within an interval; the error of the mean where there is no interval."""
     facts = CATALOGUE[metric]
     if math.isnan(low):
         return facts.error(mean)
@@ -205,18 +205,18 @@ def _verdict(largest_error: float, times_floor: float) -> str:
 
 AGAIN, OTHER_ATTENTION, COMPILED = "run again", "other attention kernel", "compiled"
 KINDS = (AGAIN, OTHER_ATTENTION, COMPILED)
-"""What changes nothing but rounding: the same code, inputs and seed once more (0 where everything is deterministic);
-another exact attention kernel; the experts' blocks compiled, their operators fused."""
+"""Changes that affect only rounding: the same code, inputs and seed again (0 where everything is deterministic);
+another exact attention kernel; the experts' blocks compiled, with fused operators."""
 
 
 @dataclass(frozen=True, eq=False)
 class Floors:
-    """What the unchanged model differs from itself by.
+    """Noise floors: how far the unchanged model differs from itself.
 
     Attributes:
         frame: one row per floor and metric: floor, metric, backbone, cases, identical_cases, mean, low,
             high (95 % bootstrap interval over cases, undefined for one case), worst.
-        scores: floor -> the scores of each case; `divergence` takes it as it is.
+        scores: floor -> the scores of each case; `divergence` accepts this dictionary.
         notes: floor -> what was run, or why it was not measured.
     """
 
@@ -241,22 +241,22 @@ def floors(
     progress: bool = True,
     seed: int = 0,
 ) -> Floors:
-    """Generate each case once more in every way that changes nothing but rounding, and score it.
+    """Generate each case again with every change that affects only rounding, and score it against the original.
 
     Costs one generation per case and kind. The videos are not kept.
 
     Args:
-        model: from `wanlab.models.load`, its components eager.
-        asked: what `model.generate` is called with, one dictionary per case.
-        originals: generations of the same `asked` by the unchanged model, when there are some already.
-        kinds: names of `KINDS`; by default all on a GPU; on a CPU the first two, since compiling a small model takes
+        model: from `wanlab.models.load`, with eager components.
+        asked: arguments of `model.generate`, one dictionary per case.
+        originals: generations of the same cases by the unchanged model, if they exist.
+        kinds: names from `KINDS`; by default all on a GPU; on a CPU the first two, since compiling a small model takes
             longer there than running it.
-        metrics, backbone, progress: as `compare_videos`; scored on the model's device.
-        seed: of the bootstrap over cases.
+        metrics, backbone, progress: as for `compare_videos`; scored on the model's device.
+        seed: seed of the bootstrap over cases.
 
     Raises:
         WanlabError: no case, an unknown kind, originals of other cases, a component that is not eager, no C++ compiler for
-            `"compiled"` on a CPU, or as `model.generate` and `compare_videos`.
+            `"compiled"` on a CPU, or as for `model.generate` and `compare_videos`.
     """
     on_gpu = model.device.type == "cuda"
     kinds = [AGAIN, OTHER_ATTENTION] + [COMPILED] * on_gpu if kinds is None else list(kinds)
@@ -269,20 +269,20 @@ def floors(
     with bar:
         if originals is None:
             originals = [_counted(bar, model.generate(**each)) for each in asked]
-        # Kind by kind: what is compiled is compiled once.
+        # All cases of one kind together, so that each kind is compiled once.
         for kind in kinds:
             with _changed(model, kind) as (changed, notes[kind]):
                 for each, original in zip(asked, originals, strict=True):
-                    made = _counted(bar, changed.generate(**each))
-                    scores[kind].append(compare_videos(original, made, **options))
-    kept = {kind: tuple(found) for kind, found in scores.items()}
+                    video = _counted(bar, changed.generate(**each))
+                    scores[kind].append(compare_videos(original, video, **options))
+    case_scores = {kind: tuple(found) for kind, found in scores.items()}
     if COMPILED not in kinds:
         notes[COMPILED] = "not measured" + ("" if on_gpu else ": left out on a CPU unless named in kinds")
-    return Floors(floor_table(kept, seed=seed), kept, notes)
+    return Floors(floor_table(case_scores, seed=seed), case_scores, notes)
 
 
 def floor_table(scores: Mapping[str, Sequence[Scores]], *, seed: int = 0) -> pd.DataFrame:
-    """`Floors.frame` of scores that are there already: floor -> the scores of each case."""
+    """`Floors.frame` from existing scores: floor -> the scores of each case."""
     rows = []
     for floor, cases in scores.items():
         for row in cases[0].summary.itertuples():
@@ -324,7 +324,7 @@ def _check(model, asked, originals, kinds) -> None:
             f"{other[0]} runs on {model.engines[other[0]]}; the floor is of the model as it was loaded"
         )
     if COMPILED in kinds and model.device.type == "cpu":
-        from torch._inductor import (  # as slow to import as torch itself, for this one question
+        from torch._inductor import (  # as slow to import as torch itself, and needed only here
             cpp_builder,
             exc,
         )
@@ -345,7 +345,7 @@ def _counted(bar, made):
 
 @contextmanager
 def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
-    """A block with a model that computes the same in another way, and what was done."""
+    """A block with a model that computes the same in another way, and a description of the change."""
     if kind == OTHER_ATTENTION:
         with alternate_sdpa(model.device) as kernel:
             yield model, kernel
@@ -365,7 +365,7 @@ NEAR_LOSS_PERCENT = 1.0
 
 @dataclass(frozen=True)
 class TierRule:
-    """A tier, what must hold for it, and what that means for a user."""
+    """A quality tier, the rule for it, and its meaning for a user."""
 
     name: str
     rule: str
@@ -406,8 +406,8 @@ TIERS = (
         "worse than the original, or far from it with no truth to judge by",
     ),
 )
-"""From the strictest on. Limits are held by the unfavourable end of the 95 % interval over cases (by the worst case
-where there are too few for one), and a rule about quality loss counts only where the truth is known."""
+"""From the strictest to the loosest. Limits apply to the unfavourable end of the 95 % interval over cases (to the worst
+case where there is no interval), and a rule about quality loss applies only where the ground truth is known."""
 
 
 @dataclass(frozen=True)
@@ -415,9 +415,9 @@ class Tier:
     """The strictest tier whose rule holds.
 
     Attributes:
-        name: of `TIERS`.
-        rule: what must hold for it.
-        why: the measured values that decided, and what kept it from the next stricter tier.
+        name: name of the tier in `TIERS`.
+        rule: rule of the tier.
+        why: the measured values that decided, and the reason why the next stricter tier failed.
     """
 
     name: str
@@ -435,8 +435,8 @@ def tier(divergence: Divergence, quality_loss: QualityLoss | None = None) -> Tie
     """The strictest of `TIERS` whose rule holds.
 
     Args:
-        divergence: with LPIPS and PSNR measured; with a floor where `numeric` is to be decided by it.
-        quality_loss: None or unknown where there is no truth; then the rules are about divergence alone.
+        divergence: must have LPIPS and PSNR; with a noise floor if `numeric` is to be decided by it.
+        quality_loss: None or unknown without ground truth; then only divergence decides.
 
     Raises:
         WanlabError: LPIPS or PSNR was not measured.
@@ -455,7 +455,7 @@ def tier(divergence: Divergence, quality_loss: QualityLoss | None = None) -> Tie
 
 
 def _judged(rows: dict, reach: dict[str, float], loss: QualityLoss | None):
-    """Whether each rule holds, and the values that say so, in the order of `TIERS`."""
+    """Whether each rule holds, and the values that decide it, in the order of `TIERS`."""
     lpips, psnr = rows["lpips"], rows["psnr"]
     far, near = _unfavourable(lpips, "high"), _unfavourable(psnr, "low")
     at_most = _loss_text(loss)
@@ -494,14 +494,14 @@ def _judged(rows: dict, reach: dict[str, float], loss: QualityLoss | None):
 
 
 def _far_error(row: dict) -> float:
-    """The largest error of an interval; of the worst case where there is no interval."""
+    """The largest error within an interval; the error of the worst case where there is no interval."""
     error = CATALOGUE[row["metric"]].error
     ends = [row["worst"]] if math.isnan(row["low"]) else [row["low"], row["high"]]
     return max(map(error, ends))
 
 
 def _reach(divergence: Divergence) -> dict[str, float]:
-    """Metric -> how far the loosest floor reaches: the far end of its own interval, as an error."""
+    """Metric -> largest error of the largest floor: the unfavourable end of its own interval."""
     reach: dict[str, float] = {}
     if divergence.floors:
         for row in floor_table(divergence.floors).to_dict("records"):

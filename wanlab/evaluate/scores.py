@@ -1,4 +1,4 @@
-"""Scores of one video against another: what each metric means, tables and JSON."""
+"""Scores of one video against another: the catalogue of metrics, tables and JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from wanlab.core.files import write_text
 
 @dataclass(frozen=True)
 class Metric:
-    """A score per frame.
+    """A metric with one score per frame.
 
     Attributes:
-        name: as in tables and on the command line.
-        title: as in figures, with its unit.
-        perfect: what a perfect copy scores.
-        better: `"lower"`, `"higher"`, or `"near"`: both sides of `perfect` are a difference.
+        name: name in tables and on the command line.
+        title: title in figures, with its unit.
+        perfect: score of a perfect copy.
+        better: `"lower"`, `"higher"`, or `"near"`: values on both sides of `perfect` are worse.
         first_frame: 1 for a score of a frame and the one before it, so that frame 0 has none.
-        reacts_to: which changes it is for.
-        source: where it was published, or what it is.
+        reacts_to: changes that the metric detects.
+        source: publication or formula.
     """
 
     name: str
@@ -90,10 +90,10 @@ CATALOGUE = {
     )
 }
 METRICS = ("lpips", "psnr", "ssim")
-"""What is measured unless more is asked for."""
+"""Metrics that are measured by default."""
 
 TEMPORAL = tuple(name for name, metric in CATALOGUE.items() if metric.first_frame)
-"""Metrics that see how a video moves; they need two frames."""
+"""Metrics of motion; they need two frames."""
 
 ALL_METRICS = tuple(CATALOGUE)
 
@@ -107,10 +107,10 @@ class Scores:
 
     Attributes:
         per_frame: DataFrame with frame, metric, backbone, value. PSNR in dB (infinite for equal
-            frames), SSIM up to 1, LPIPS from 0; `CATALOGUE` has them all. Metrics that look at two
-            frames begin at frame 1. The backbone is the network of LPIPS, the scales of MS-SSIM,
-            and `"-"` where there is none.
-        original, optimized: what was compared, for reading.
+            frames), SSIM up to 1, LPIPS from 0; `CATALOGUE` lists all metrics. Metrics of two
+            frames begin at frame 1. The backbone is the network of LPIPS, the number of scales of MS-SSIM,
+            and `"-"` for other metrics.
+        original, optimized: names of the two videos.
         frames, height, width, fps: size of both; fps is None for plain arrays.
     """
 
@@ -124,7 +124,7 @@ class Scores:
 
     @property
     def backbone(self) -> str | None:
-        """The LPIPS backbone, or None when LPIPS was not asked for."""
+        """The LPIPS backbone, or None when LPIPS was not measured."""
         names = self.per_frame.loc[self.per_frame["metric"] == "lpips", "backbone"]
         return None if names.empty else str(names.iloc[0])
 
@@ -134,8 +134,8 @@ class Scores:
 
         The mean PSNR is over frames that differ (infinite only if none does), so that one equal
         frame does not hide the others. The drift is the slope of a straight line through the
-        frames' scores (least squares, finite ones): what the score gains per frame, so that a
-        video that comes away from the original as it goes on shows a slope towards the worse.
+        frames' scores (least squares, finite ones): the change of the score per frame. A
+        video whose difference from the original grows has a slope towards the worse.
         """
         rows = []
         for (metric, backbone), group in self.per_frame.groupby(["metric", "backbone"], sort=False):
@@ -188,7 +188,7 @@ class Scores:
         )
         if table.empty:
             raise WanlabError("the two scores have no metric in common; measure the same metrics for both")
-        # Two perfect videos differ by nothing, although inf - inf is undefined.
+        # Two perfect videos differ by 0, although inf - inf is undefined.
         equal = table["mean"] == table["other_mean"]
         table["difference"] = (table["mean"] - table["other_mean"]).mask(equal, 0.0)
         return table[["metric", "backbone", "mean", "other_mean", "difference"]]
@@ -217,7 +217,7 @@ class Scores:
         )
 
     def to_json(self, path: str | os.PathLike | None = None) -> str:
-        """JSON of everything, written to `path` as well when given. Infinity is the string `"inf"`."""
+        """JSON of all scores, also written to `path` if given. Infinity is the string `"inf"`."""
         per_metric = {}
         for (metric, backbone), group in self.per_frame.groupby(["metric", "backbone"], sort=False):
             per_metric[metric] = {
@@ -246,7 +246,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike) -> Scores:
-        """Read back what `to_json` made: the text itself or the path of its file.
+        """Scores from JSON made by `to_json`: its text or the path of its file.
 
         Raises:
             WanlabError: no such file, or not such JSON.
@@ -273,7 +273,7 @@ class Scores:
 
 
 def mean_score(values) -> float:
-    """Mean of scores; infinite ones count only when there is no other."""
+    """Mean of scores; infinite ones are left out unless all are infinite."""
     values = np.asarray(values, dtype=np.float64)
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else float(values.mean())
@@ -293,7 +293,7 @@ def same_backbone(scores: Sequence[Scores]) -> str | None:
     """The one LPIPS backbone of several scores (None when none has LPIPS).
 
     Raises:
-        WanlabError: there is more than one; their scales differ.
+        WanlabError: there is more than one; scores of different backbones cannot be compared.
     """
     names = sorted({score.backbone for score in scores if score.backbone is not None})
     if len(names) > 1:
@@ -304,7 +304,7 @@ def same_backbone(scores: Sequence[Scores]) -> str | None:
 
 
 def long_table(values: dict) -> pd.DataFrame:
-    """`Scores.per_frame` from (metric, backbone) -> the scores of the frames that have one."""
+    """`Scores.per_frame` from (metric, backbone) -> the scores of its frames."""
     return pd.DataFrame(
         [
             {"frame": frame, "metric": metric, "backbone": backbone, "value": float(value)}

@@ -1,4 +1,4 @@
-"""Videos as arrays: reading, writing, and making clips of every kind comparable."""
+"""Videos as arrays: reading and writing files, and one form for videos from any source."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CRF = 16  # x264 quality at which 8-bit clips look the same to the eye
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames with their rate.
+    """Frames of a video and their rate.
 
     Attributes:
         frames: uint8 `[T, H, W, 3]`, RGB; float32 in `[0, 1]` when made from float arrays.
         fps: frames per second, None when not known (plain arrays).
-        path: file it was read from, or what to call it in messages.
+        path: source file, or a name for messages.
     """
 
     frames: np.ndarray
@@ -53,7 +53,7 @@ def read_video(path: str | os.PathLike) -> Video:
         Video: frames uint8 `[T, H, W, 3]`, fps, path.
 
     Raises:
-        WanlabError: the file is missing, is no video, is damaged, or holds no frame; it is named.
+        WanlabError: the file is missing, is not a video, is damaged, or has no frame; the message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -94,10 +94,10 @@ def read_video(path: str | os.PathLike) -> Video:
 def read_pair(
     original: str | os.PathLike | None, optimized: str | os.PathLike | None
 ) -> tuple[list[Video], list[Video]]:
-    """Both files of a comparison as lists of one video, or two empty lists when neither is given.
+    """Both files of a comparison as two lists of one video each, or two empty lists when neither is given.
 
     Raises:
-        WanlabError: one is given without the other, or as `read_video`.
+        WanlabError: only one is given, or as for `read_video`.
     """
     if bool(original) != bool(optimized):
         raise WanlabError("one video is given; give both original and optimized, or neither")
@@ -105,31 +105,31 @@ def read_pair(
 
 
 def _expected_frames(container, stream, rate) -> float:
-    """How many frames the headers promise; 0 when they do not say."""
+    """The number of frames according to the headers; 0 when they do not state it."""
     if not rate:
         return 0.0
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base * rate)
-    # Matroska keeps one duration for all its streams, so another stream may be the long one.
+    # Matroska has one duration for all streams, so another stream may be the longest.
     alone = len(container.streams) == 1
     return float(container.duration / 1e6 * rate) if alone and container.duration else 0.0
 
 
 def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool = False) -> Path:
-    """Encode frames; the file appears complete or not at all.
+    """Encode frames; the file appears only when it is complete.
 
     The default is H.264, yuv420p, BT.709, at a visually transparent rate, with its index first:
-    every browser plays it. It holds half the colour resolution and even sizes only, so an odd
+    every browser plays it. This format has half the colour resolution and even sizes only, so an odd
     height or width is padded by repeating the last row or column. `lossless=True` writes FFV1 in
     RGB, which `read_video` returns bit for bit, odd sizes included (FFV1 needs 2 columns).
 
     Args:
-        path: `.mp4` (or `.mov`), or `.mkv` when lossless. Its folder is made when missing.
+        path: `.mp4` (or `.mov`), or `.mkv` when lossless. Its folder is created when missing.
         frames: uint8 `[T, H, W, 3]`, or float in `[0, 1]`, which is rounded to 8 bits.
         fps: frames per second, above 0.
 
     Raises:
-        WanlabError: wrong suffix, shape, values or rate, or FFmpeg refuses.
+        WanlabError: wrong suffix, shape, values or rate, or an error of FFmpeg.
     """
     path = Path(path)
     suffixes = (".mkv",) if lossless else (".mp4", ".mov", ".mkv")
@@ -152,7 +152,7 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction, *, lossless: bool) -
         frames = np.pad(
             frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"
         )
-    # The index goes before the frames, so that a browser can play before it has all of the file.
+    # The index goes before the frames, so that a browser can play before it has the whole file.
     options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     with av.open(str(path), "w", options=options) as container:
         if lossless:
@@ -177,7 +177,7 @@ def as_video(source, *, name: str = "") -> Video:
     """A Video from a path, a Video, an array `[T, H, W, 3]`, or anything with `.video` and `.fps`.
 
     Raises:
-        WanlabError: a file that cannot be read, or an array that is no video.
+        WanlabError: a file that cannot be read, or an array that is not a video.
     """
     if isinstance(source, Video):
         return source
@@ -203,7 +203,7 @@ def as_frames(frames, name: str = "") -> np.ndarray:
     if not np.issubdtype(frames.dtype, np.floating):
         raise WanlabError(f"{label} has type {frames.dtype}; give uint8, or float from 0 to 1")
     low, high = float(frames.min()), float(frames.max())
-    # A hair outside is rounding of the network's clamp; the comparison is false for NaN as well.
+    # A small excess is rounding of the network's clamp; the comparison is false for NaN as well.
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise WanlabError(f"{label} has float values from {low:g} to {high:g}; give floats from 0 to 1")
     return np.clip(frames, 0, 1).astype(np.float32)

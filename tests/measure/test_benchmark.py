@@ -106,7 +106,9 @@ class Forgetful(engines.TorchEngine):
 
 
 def test_an_engine_whose_outputs_do_not_arrive_has_no_time(model):
-    with pytest.raises(WanlabError, match=r"output 'velocity' of eager over fixed memory differs by .* from its own run"):
+    with pytest.raises(
+        WanlabError, match=r"output 'velocity' of eager over fixed memory differs by .* from its own run"
+    ):
         measure.bench(Forgetful(model, "expert_high"), feeds(model), iterations=2, **QUICK)
 
 

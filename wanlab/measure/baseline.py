@@ -59,7 +59,7 @@ def compare_models(
 ) -> ModelComparison:
     """Compare the times of several variants of a model, then record where the time of each goes.
 
-    A round runs every variant four times: in one order, in its reverse, in its reverse again and in the first order.
+    A round runs every variant four times: in the given order, in its reverse, and the same again.
     Warm the variants up before, with one generation each.
 
     Args:

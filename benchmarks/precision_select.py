@@ -145,7 +145,7 @@ def synthetic(model, component: str, size: dict[str, int], folder: Path):
             RecordedCall(0, component, int(row.step), float(row.timestep), float(row.sigma), "cond", tensors)
         )
     settings = size | {"steps": STEPS, "guidance_scale": 1.0}
-    return Recording(folder, model.spec.name, settings, tuple(calls))
+    return Recording(path=str(folder), model=model.spec.name, settings=settings, calls=tuple(calls))
 
 
 def parse() -> argparse.Namespace:

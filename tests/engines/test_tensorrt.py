@@ -1,4 +1,4 @@
-"""TensorRT without a network of the model: profiles, receipts, refusals, on graphs of a few nodes that are really built."""
+"""TensorRT without a network of the model: profiles, build information, refusals, on graphs of a few nodes, really built."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.tensorrt_tiny import attention_graph, patch_graph
 
 from wanlab import engines, models, plots
@@ -19,9 +20,9 @@ from wanlab.engines import PixelProfile, build_tensorrt, buildable
 from wanlab.engines.tensorrt import network
 from wanlab.engines.tensorrt import runtime as runtimes
 from wanlab.engines.tensorrt.build import layers_from_log, layers_path, parse_line
+from wanlab.engines.tensorrt.build_info import BuildInfo
 from wanlab.engines.tensorrt.engine import deserialize
 from wanlab.engines.tensorrt.profile import clip_range, network_shapes, read_source, traced_range
-from wanlab.engines.tensorrt.receipt import check_receipt, read_receipt, receipt_path
 from wanlab.export.clip import AXES
 
 ARTICLE = PixelProfile(min=(480, 854), opt=(720, 1280), max=(1080, 1920))
@@ -191,7 +192,7 @@ def test_an_engine_comes_with_all_that_is_known_of_it(built):
     assert built.time_ms > 0
     assert built.size_bytes > 1000
     assert len(built.notes) == 2
-    assert read_receipt(built.path) == dataclasses.replace(built, cached=False)
+    assert BuildInfo.read(built.path) == replace(built, cached=False)
     assert not [severity for severity, _ in built.log if severity in ("VERBOSE", "ERROR")]
     assert engines.builds_frame([built])["layers"][0] >= 1
 
@@ -212,7 +213,7 @@ def test_the_same_again_is_kept_and_anything_else_is_built(graph, tmp_path):
     first = build_tensorrt(graph, **how)
     assert not first.cached
     again = build_tensorrt(graph, **how)
-    assert again == dataclasses.replace(first, cached=True)
+    assert again == replace(first, cached=True)
     changed = [
         how | {"level": 1},
         how | {"workspace_gib": 1.5},
@@ -318,7 +319,7 @@ def test_several_graphs_are_built_for_the_gpus_that_take_them(tmp_path, built):
     graphs = [patch_graph(tmp_path / f"{name}.onnx", scale=scale) for name, scale in (("a", 2.0), ("b", 3.0))]
     how = {"profile": ARTICLE, "level": 0, "progress": False}
     builds = engines.build_engines(graphs, compute_capabilities=["7.5", "8.6", "12.0"], **how)
-    assert [receipt.compute_capabilities for receipt in builds.receipts] == [("8.6", "12.0")] * 2
+    assert [info.compute_capabilities for info in builds.built] == [("8.6", "12.0")] * 2
     assert builds.refused["capability"].tolist() == ["7.5", "7.5"]
     assert set(builds.refused["node"]) == {"patch_embedding/node_conv3d"}
     shown = builds.refusals()
@@ -327,12 +328,12 @@ def test_several_graphs_are_built_for_the_gpus_that_take_them(tmp_path, built):
         "Cannot compile for Turing (SM75): FP32 3D convolution is not supported"
     ]
     assert len(builds.notes) == 2
-    assert builds.receipts_table()["max"].tolist() == ["2x36x21x136x240"] * 2
+    assert builds.bindings()["max"].tolist() == ["2x36x21x136x240"] * 2
     assert builds.warnings().columns.tolist() == ["warning", "engines"]
     again = engines.build_engines(graphs, compute_capabilities=["7.5", "8.6", "12.0"], **how)
     assert again.frame()["cached"].all()
     none = engines.build_engines(graphs[:1], compute_capabilities=["7.5"], **how)
-    assert none.receipts == ()
+    assert none.built == ()
     assert none.frame().columns.tolist() == list(built.row())
     assert plots.build_bars(none.frame()).data
     figure = plots.build_bars(builds.frame())
@@ -366,38 +367,44 @@ FITS = {"kind": "tensorrt-rtx", "capability": "8.9", "gpu": "NVIDIA L40S"}
 def test_a_stale_or_foreign_engine_is_refused_with_the_reason(graph, tmp_path):
     made = build_tensorrt(graph, profile=ARTICLE, level=0, progress=False)
     fits = FITS | {"version": made.version}
-    check_receipt(made, **fits)
+    made.check(**fits)
     with pytest.raises(
         WanlabError, match=r"built for compute capability 8.6, 8.9, 12.0, NVIDIA H200 has 9.0"
     ) as no:
-        check_receipt(made, **fits | {"capability": "9.0", "gpu": "NVIDIA H200"})
+        made.check(**fits | {"capability": "9.0", "gpu": "NVIDIA H200"})
     assert "build_tensorrt('expert_high.onnx', 'expert_high.engine'" in str(no.value)
     with pytest.raises(WanlabError, match=r"built by tensorrt-rtx .*, here is tensorrt-rtx 1.5.0"):
-        check_receipt(made, **fits | {"version": "1.5.0"})
+        made.check(**fits | {"version": "1.5.0"})
     with pytest.raises(WanlabError, match="here is tensorrt 11"):
-        check_receipt(made, **fits | {"kind": "tensorrt", "version": "11.4.0.106"})
+        made.check(**fits | {"kind": "tensorrt", "version": "11.4.0.106"})
+    kept = BuildInfo.file(made.path)
+    text = kept.read_text()
+    kept.write_text(json.dumps(json.loads(text) | {"format": 99}))
     with pytest.raises(WanlabError, match="of another wanlab"):
-        check_receipt(dataclasses.replace(made, format=99), **fits)
+        BuildInfo.read(made.path)
+    kept.write_text(text)
     patch_graph(graph, scale=5.0)
     with pytest.raises(WanlabError, match=r"expert_high.onnx was changed after expert_high.engine was built"):
-        check_receipt(made, **fits)
+        made.check(**fits)
     graph.unlink()  # an engine may travel without its graph
-    check_receipt(made, **fits)
+    made.check(**fits)
     engine = tmp_path / "expert_high.engine"
     engine.write_bytes(engine.read_bytes() + b"x")
-    with pytest.raises(WanlabError, match="is not the file that its receipt was written for"):
-        check_receipt(made, **fits)
+    with pytest.raises(WanlabError, match="is not the file that its build information was written for"):
+        made.check(**fits)
 
 
-def test_an_engine_without_a_receipt_is_refused(built, tmp_path):
+def test_an_engine_without_build_information_is_refused(built, tmp_path):
     foreign = tmp_path / "foreign.engine"
     foreign.write_bytes(b"ptrt")
-    with pytest.raises(WanlabError, match=r"no receipt foreign.engine.json .* wanlab.engines.build_tensorrt"):
-        read_receipt(foreign)
+    with pytest.raises(
+        WanlabError, match=r"no build information foreign.engine.json .* wanlab.engines.build_tensorrt"
+    ):
+        BuildInfo.read(foreign)
     for text in ("{", "[]", '{"inputs": {}}'):
-        receipt_path(foreign).write_text(text)
-        with pytest.raises(WanlabError, match=r"cannot read .*; build the engine again"):
-            read_receipt(foreign)
+        BuildInfo.file(foreign).write_text(text)
+        with pytest.raises(WanlabError, match=r"cannot be read .*; build the engine again"):
+            BuildInfo.read(foreign)
     with pytest.raises(WanlabError, match="no engine at"):
         engines.TensorRTEngine(tmp_path / "none.engine")
 

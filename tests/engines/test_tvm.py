@@ -1,4 +1,4 @@
-"""TVM on the CPU, for real: the same numbers as PyTorch, and a library only while it is what its receipt says."""
+"""TVM on the CPU, for real: the same numbers as PyTorch, and a library only while it is what its build information says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from support import convert_tiny as tiny
 
 pytest.importorskip("tvm")
 
+from msgspec.structs import replace
+
 from wanlab import engines, export
 from wanlab.core.errors import WanlabError
 from wanlab.engines.parity import differences
 from wanlab.engines.tvm.build import rewrite
-from wanlab.engines.tvm.receipt import read_receipt, receipt_path, write_receipt
+from wanlab.engines.tvm.build_info import TvmBuildInfo
 from wanlab.export.components import component_spec
 
 pytestmark = pytest.mark.slow
@@ -212,16 +214,14 @@ def test_a_library_is_built_once(graph, built):
     assert again.cached
     assert not built.cached
     assert again.library_sha256 == built.library_sha256
-    assert read_receipt(built.path) == built
+    assert TvmBuildInfo.read(built.path) == built
 
 
 def test_a_library_for_a_gpu_is_refused_where_there_is_none(built, tmp_path):
-    from dataclasses import replace
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     library = shutil.copy(built.path, tmp_path / "gpu.so")
-    write_receipt(replace(built, path=str(library), target={"kind": "cuda", "arch": "sm_90"}))
+    replace(built, path=str(library), target={"kind": "cuda", "arch": "sm_90"}).write()
     with pytest.raises(WanlabError, match=r"gpu\.so was built for sm_90; TVM sees no NVIDIA GPU here"):
         engines.TvmEngine(library)
 
@@ -233,19 +233,17 @@ def test_a_library_for_a_gpu_is_refused_where_there_is_none(built, tmp_path):
         (dict(target={"kind": "llvm", "mcpu": "z80"}), "built for z80, this machine is"),
         (dict(library_sha256="0" * 64), "its bytes differ"),
         (dict(graph_sha256="0" * 64), "was not built from this expert_high.onnx"),
-        ("nothing", "has no receipt"),
-        ("broken", "cannot read"),
+        ("nothing", "has no build information"),
+        ("broken", "cannot be read"),
     ],
 )
 def test_a_stale_or_foreign_library_is_refused_with_the_reason(built, graph, tmp_path, change, said):
-    from dataclasses import replace
-
     library = shutil.copy(built.path, tmp_path / "copy.so")
     shutil.copy(graph, tmp_path / graph.name)
     if isinstance(change, dict):
-        write_receipt(replace(built, path=str(library), **change))
+        replace(built, path=str(library), **change).write()
     elif change == "broken":
-        receipt_path(library).write_text(json.dumps({"path": 1}))
+        TvmBuildInfo.file(library).write_text(json.dumps({"path": 1}))
     with pytest.raises(WanlabError, match=said) as refusal:
         engines.TvmEngine(library)
     assert "build" in str(refusal.value)

@@ -19,7 +19,7 @@ from wanlab.export import (
     graph,
 )
 from wanlab.export import friendly as rotary
-from wanlab.export.export import read_report
+from wanlab.export.export import ExportReport
 
 pytestmark = pytest.mark.slow
 
@@ -182,7 +182,7 @@ def test_exports_are_reused_while_true_and_rebuilt_when_stale(model, reports, fo
     assert not first.cached
     kept = export.export(model, "text_encoder", path, dynamic=False)
     assert kept.cached
-    assert kept.key == first.key == read_report(path).key
+    assert kept.key == first.key == ExportReport.find(path).key
     assert kept.shape.batch == 1
     assert not export.export(model, "text_encoder", path, dynamic=False, opset=18).cached
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec import structs
 
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
@@ -361,9 +362,8 @@ def test_every_expert_has_ranges_of_its_own(model, recording, calibration):
 
 
 def test_another_models_recording_is_refused(model, recording):
-    import dataclasses
 
-    other = dataclasses.replace(recording, model="wan2.2-ti2v-5b")
+    other = structs.replace(recording, model="wan2.2-ti2v-5b")
     with pytest.raises(WanlabError, match="recorded with wan2"):
         precision.calibrate(model, "expert_high", other, progress=False)
 

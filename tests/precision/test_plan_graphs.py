@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from msgspec import structs
 from onnx import TensorProto
 from support import convert_tiny as tiny
 
@@ -193,7 +193,7 @@ def test_graphs_of_one_expert_share_a_file_of_weights(graphs):
     # The attention's codes are held once; only the feed-forward's are there twice.
     apart = file_bytes(first) + file_bytes(second)
     assert weights.stat().st_size < 0.65 * apart
-    assert json.loads((graphs.folder / "plan.json").read_text())["plan_hash"] == graphs.plan.hash
+    assert json.loads((graphs.folder / "plan.json").read_text())["facts"]["plan"] == graphs.plan.hash
 
 
 def test_true_graphs_are_reused_and_stale_ones_made_anew_with_the_reason(
@@ -423,7 +423,7 @@ def test_an_engine_of_another_precision_is_found_out(graphs):
     planted = [
         shutil.copy(file(engine), file(quantised.with_suffix(".engine"))) for file in (Path, layers_path)
     ]
-    alone = dataclasses.replace(graphs, bands={"expert_high": graphs.bands["expert_high"][1:2]})
+    alone = structs.replace(graphs, bands={"expert_high": graphs.bands["expert_high"][1:2]})
     with pytest.raises(WanlabError, match=said):
         precision.load_plan_engines(alone, "tensorrt")
     for path in planted:
@@ -432,7 +432,7 @@ def test_an_engine_of_another_precision_is_found_out(graphs):
 
 @needs_tensorrt
 def test_what_is_built_or_refused_is_a_row_of_its_range_of_steps(graphs):
-    last = dataclasses.replace(graphs, bands={"expert_low": graphs.bands["expert_low"][1:]})
+    last = structs.replace(graphs, bands={"expert_low": graphs.bands["expert_low"][1:]})
     built = precision.build_plan(last, ("7.5", "8.9"), level=0, progress=False).set_index("capability")
     assert (built["component"] == "expert_low").all()
     assert built[["first_step", "last_step"]].stack().unique().tolist() == [3]
@@ -449,7 +449,7 @@ def test_what_is_built_or_refused_is_a_row_of_its_range_of_steps(graphs):
 @needs_tensorrt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_what_is_not_executed_says_so_and_compares_nothing(graphs):
-    last = dataclasses.replace(graphs, bands={"expert_low": graphs.bands["expert_low"][1:]})
+    last = structs.replace(graphs, bands={"expert_low": graphs.bands["expert_low"][1:]})
     (row,) = _tensorrt(last, ("8.9",), 0, False, None)
     assert row["executed"] is False
     assert "agrees" not in row

@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from support import models_tiny
 
 from wanlab import models, plots, precision
@@ -518,7 +519,7 @@ def test_what_cannot_be_measured_is_refused(model, recording, ranges):
             ),
         ),
         ("nothing is left for shard 2 of 3: there are 2 units", dict(shard=(2, 3))),
-        ("record its own inputs", dict(recording=replace(recording, model="another"))),
+        ("record its own inputs", dict(recording=structs.replace(recording, model="another"))),
         ("do not fill", dict(formats=["int4-weight-128"], layers="blocks.0.attn1.to_q")),
     ]
     for message, changed in wrong:

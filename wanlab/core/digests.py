@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,17 +12,18 @@ import onnx
 import torch
 
 from wanlab import __version__
+from wanlab.core.files import file_digest
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
 
 
-def trace_key(plan: Any, settings: dict[str, Any]) -> str:
-    """Hash of everything besides the weights that a traced graph depends on.
+def trace_facts(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything besides the weights that a traced graph depends on.
 
     These are the class and configuration of the network, the part of it that is traced, the tracing settings and the
     package versions.
     """
-    network = plan.network
+    network = spec.network
     config = network.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     # The folder and dtype of loading are left out: the dtype of the graph is a setting of its own.
@@ -32,15 +32,14 @@ def trace_key(plan: Any, settings: dict[str, Any]) -> str:
         for name, value in config.items()
         if not name.startswith("_") and name not in ("dtype", "torch_dtype")
     }
-    facts = {
+    return {
         "class": type(network).__qualname__,
-        "inputs": plan.inputs,
-        "output": plan.output,
+        "inputs": spec.inputs,
+        "output": spec.output,
         "config": config,
         "settings": settings,
         "versions": {"wanlab": __version__} | {name: _version(name) for name in PACKAGES},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_key(network: torch.nn.Module) -> str:
@@ -50,18 +49,6 @@ def weights_key(network: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def component_key(component: str, tracing: str, weights: str, settings: dict[str, Any]) -> str:
-    """Hash of a trace, of the weights that fill it, and of the settings of the steps after tracing."""
-    facts = json.dumps([component, tracing, weights, settings], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def graph_sha256(path: str | os.PathLike) -> str:
@@ -74,9 +61,9 @@ def graph_sha256(path: str | os.PathLike) -> str:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    digest = hashlib.sha256(file_sha256(path).encode())
+    digest = hashlib.sha256(file_digest(path).encode())
     for place in sorted(places):
-        digest.update(f"{place} {file_sha256(path.parent / place)}".encode())
+        digest.update(f"{place} {file_digest(path.parent / place)}".encode())
     return digest.hexdigest()
 
 

@@ -160,9 +160,9 @@ def digest(parts: Iterable[str | bytes], length: int = 64) -> str:
     return state.hexdigest()[:length]
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -34,13 +34,13 @@ from .streamed_vae import open_streamed_encoder as open_streamed_encoder
 from .tensorrt.build import EngineBuilds as EngineBuilds
 from .tensorrt.build import build_engines as build_engines
 from .tensorrt.build import build_tensorrt as build_tensorrt
+from .tensorrt.build_info import BuildInfo as BuildInfo
+from .tensorrt.build_info import builds_frame as builds_frame
 from .tensorrt.engine import TensorRTEngine as TensorRTEngine
 from .tensorrt.engine import try_engines as try_engines
 from .tensorrt.network import buildable as buildable
 from .tensorrt.profile import PixelProfile as PixelProfile
-from .tensorrt.receipt import BuildInfo as BuildInfo
-from .tensorrt.receipt import builds_frame as builds_frame
 from .torch import TorchEngine as TorchEngine
 from .tvm.build import build_tvm as build_tvm
+from .tvm.build_info import TvmBuildInfo as TvmBuildInfo
 from .tvm.engine import TvmEngine as TvmEngine
-from .tvm.receipt import TvmBuildInfo as TvmBuildInfo

@@ -20,7 +20,7 @@ from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.export.clip import ClipShape, default_shape
 from wanlab.export.components import component_spec
-from wanlab.export.export import ExportReport, read_report
+from wanlab.export.export import ExportReport
 from wanlab.export.graph import cut, piece_file
 from wanlab.models.shapes import size_step
 
@@ -186,7 +186,7 @@ def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
 
 def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     """The traced clip, and when the graph takes other sizes too, one on its side and a smaller one."""
-    report = read_report(engine.path) if hasattr(engine, "path") else None
+    report = ExportReport.find(engine.path) if hasattr(engine, "path") else None
     first = default_shape(model) if report is None else report.shape
     free = all(
         isinstance(engine.inputs[name][1][axis], str) for name, axes in plan.inputs.items() for axis in axes

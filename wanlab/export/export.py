@@ -1,4 +1,4 @@
-"""What came of an export, kept beside its file."""
+"""Components written as ONNX files, each with a report beside it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import os
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
+from msgspec.structs import replace
 from tqdm.auto import tqdm
 
 from wanlab import __version__
-from wanlab.core.digests import component_key, trace_key, weights_key
+from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.manifest import Manifest, key_of
 from wanlab.export import graph as graphs
 from wanlab.export.clip import ClipShape, default_shape
 from wanlab.export.components import check_components, component_spec, components_of
@@ -23,13 +25,12 @@ from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, trace
 from wanlab.export.weights import WeightsFile
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What came of one export.
+class ExportReport(Manifest, frozen=True, kw_only=True):
+    """What one ONNX file was made from, and what came of it.
 
     Attributes:
-        path: the ONNX file; a `.json` with this report lies beside it, and `weights_file` if any.
-        key: hash of everything that the file depends on; the file is reused while it stays the same.
+        path: of the ONNX file; this report lies beside it with the suffix `.json`, and `weights_file` if any.
+        facts: network, weights, settings and versions; the file is used again while they stay the same.
         nodes_before: nodes as traced, without any folding.
         nodes_after: nodes in the file.
         operators: operator -> how many nodes of it are in the file.
@@ -43,14 +44,15 @@ class ExportReport:
             graph; other graphs may use it too. weights_written_bytes: of it by this export.
         time_ms: the whole export, or looking it up when `cached`.
         simplified: whether onnxsim went over the graph.
-        cached: the file was there already and still true.
         shared_trace: the graph of an equal network was taken, with this one's weights.
         notes: what a reader should know, each one line.
     """
 
-    path: str
+    KIND: ClassVar[str] = "export report"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "export it again with wanlab.export.export"
+
     component: str
-    key: str
     opset: int
     nodes_before: int
     nodes_after: int
@@ -67,9 +69,21 @@ class ExportReport:
     weights_file: str
     weights_written_bytes: int
     simplified: bool
-    cached: bool = False
     shared_trace: bool = False
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        """Where the report of an ONNX file lies."""
+        return Path(path).with_suffix(".json")
+
+    def damage(self) -> str:
+        size = graphs.file_bytes(Path(self.path))
+        return (
+            ""
+            if size == self.size_bytes
+            else f"{Path(self.path).name} or its weights are not what was written"
+        )
 
     @property
     def external_data(self) -> bool:
@@ -115,32 +129,6 @@ def axes_table(reports: list[ExportReport]) -> pd.DataFrame:
     """The sizes that each graph takes: component, dynamic_axes, fixed_axes, notes, sizes (the range of every free axis)."""
     sizes = ["; ".join(f"{axis}: {text}" for axis, text in report.ranges.items()) for report in reports]
     return report_frame(reports)[["component", "dynamic_axes", "fixed_axes", "notes"]].assign(sizes=sizes)
-
-
-def read_report(path: str | os.PathLike) -> ExportReport | None:
-    """The report beside an ONNX file; None when there is none that can be read."""
-    try:
-        data = json.loads(sidecar(Path(path)).read_text(encoding="utf-8"))
-        data["shape"] = ClipShape(**data["shape"])
-        data["notes"] = tuple(data["notes"])
-        for name in ("dynamic_axes", "fixed_axes"):
-            data[name] = {k: {int(axis): v for axis, v in axes.items()} for k, axes in data[name].items()}
-        return ExportReport(**data)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def write_report(report: ExportReport) -> None:
-    """Write the report beside its file, in one step."""
-    path = sidecar(Path(report.path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def sidecar(path: Path) -> Path:
-    """Where the report of an ONNX file lies."""
-    return path.with_suffix(".json")
 
 
 @dataclass
@@ -225,12 +213,13 @@ def export(
         "dtype": str(kind),
         "forms": forms,
     }
-    tracing = trace_key(plan, settings)
+    traced_from = trace_facts(plan, settings)
+    tracing = key_of(traced_from)
     weights = weights_key(plan.network)
     how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
-    key = component_key(component, tracing, weights, how)
-    if reuse and (kept := kept_report(path, key)) is not None:
-        return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+    facts = {"component": component, "weights": weights, "finishing": how} | traced_from
+    if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
+        return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
     traces = Traces() if traces is None else traces
     shared = tracing in traces.programs
@@ -239,7 +228,7 @@ def export(
             model, component, shape, opset=opset, dynamic=dynamic, dtype=kind, forms=forms
         )
     program, ranges, notes = traces.programs[tracing]
-    before = read_report(path)
+    before = ExportReport.find(path)
     file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
     finished = graphs.finish(
         program,
@@ -255,8 +244,8 @@ def export(
     asked = plan.inputs if dynamic else {}
     report = ExportReport(
         path=str(path),
+        facts=facts,
         component=component,
-        key=key,
         opset=opset,
         nodes_before=finished.nodes_before,
         nodes_after=finished.nodes_after,
@@ -283,7 +272,7 @@ def export(
         shared_trace=shared,
         notes=(*notes, *finished.notes),
     )
-    write_report(report)
+    report.write()
     if before is not None and before.weights_file not in ("", report.weights_file):
         _drop_unused(path.parent / before.weights_file)
     return report
@@ -336,17 +325,9 @@ def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
     }
 
 
-def kept_report(path: Path, key: str) -> ExportReport | None:
-    """The report of a file that is still whole and true."""
-    report = read_report(path)
-    if report is None or report.key != key or graphs.file_bytes(path) != report.size_bytes:
-        return None
-    return replace(report, path=str(path))
-
-
 def _drop_unused(weights: Path) -> None:
     """Remove a file of weights that an export left behind, unless another graph of the folder uses it."""
-    others = [read_report(file.with_suffix(".onnx")) for file in weights.parent.glob("*.json")]
+    others = [ExportReport.find(file.with_suffix(".onnx")) for file in weights.parent.glob("*.json")]
     if not any(report is not None and report.weights_file == weights.name for report in others):
         for file in (weights, weights.with_name(f"{weights.name}.json")):
             file.unlink(missing_ok=True)

@@ -22,15 +22,16 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     patchify,
     unpatchify,
 )
+from msgspec import structs
 from torch.export import Dim
 
 from wanlab import __version__
-from wanlab.core.digests import component_key, trace_key, weights_key
+from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export import graph as graphs
 from wanlab.export.clip import ClipShape, default_shape, latent_size
 from wanlab.export.components import ComponentSpec, component_spec
-from wanlab.export.export import ExportReport, kept_report, write_report
+from wanlab.export.export import ExportReport
 from wanlab.export.friendly import exportable_operators
 from wanlab.export.trace import (
     BFLOAT16_OPSET,
@@ -313,9 +314,9 @@ class _Job:
         """Write one graph and its report, or find them there."""
         begin = time.perf_counter()
         source, path = self.half.source, self.half.file(self.folder, step)
-        key = self._key(step)
-        if reuse and (kept := kept_report(path, key)) is not None:
-            return replace(kept, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+        facts = self._facts(step)
+        if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
+            return structs.replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
         program, axes, ranges, notes = self._trace(step)
         kind = str(self.dtype).removeprefix("torch.")
         file = self.folder / f"{self.half.component}.{kind}.{self.weights[:8]}.weights"
@@ -333,8 +334,8 @@ class _Job:
         free, sizes = finished.free_axes[source], finished.sizes[source]
         report = ExportReport(
             path=str(path),
+            facts=facts,
             component=f"{self.half.component}.{step}",
-            key=key,
             opset=self.opset,
             nodes_before=finished.nodes_before,
             nodes_after=finished.nodes_after,
@@ -353,15 +354,16 @@ class _Job:
             simplified=finished.simplified,
             notes=(*notes, *finished.notes),
         )
-        write_report(report)
+        report.write()
         return report
 
-    def _key(self, step: str) -> str:
+    def _facts(self, step: str) -> dict[str, Any]:
         form = SimpleNamespace(network=self.plan.network, inputs=self.half.source, output=self.half.result)
         settings = {"opset": self.opset, "dynamic": self.dynamic, "shape": asdict(self.shape)}
-        tracing = trace_key(form, settings | {"dtype": str(self.dtype)})
         how = {"simplify": self.simplify, "external_data": self.external_data}
-        return component_key(f"{self.half.component}.{step}", tracing, self.weights, how)
+        component = f"{self.half.component}.{step}"
+        facts = {"component": component, "weights": self.weights, "finishing": how}
+        return facts | trace_facts(form, settings | {"dtype": str(self.dtype)})
 
     def _metadata(self, step: str) -> dict[str, str]:
         return {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import onnx_ir
 import torch
@@ -15,7 +15,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import write_text
+from wanlab.core.manifest import Manifest
 from wanlab.models.networks import stored_dtype
 
 WRAPPER = "network."  # attribute of the traced wrapper that holds the network
@@ -221,7 +221,26 @@ def _is_transpose(node) -> bool:
 
 
 ALIGNMENT_BYTES = 4096  # of a page: engines map the file into memory
-FORMAT = 1
+
+
+class _Places(Manifest, frozen=True, kw_only=True):
+    """Where each weight lies in a file of weights.
+
+    Attributes:
+        facts: the key of the weights.
+        tensors: name -> start and length in bytes, dtype, shape.
+    """
+
+    KIND: ClassVar[str] = "table of weights"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "export the graph again"
+
+    tensors: dict[str, tuple[int, int, str, list[int]]]
+
+    def damage(self) -> str:
+        size = Path(self.path).stat().st_size if Path(self.path).is_file() else -1
+        whole = all(start + length <= size for start, length, *_ in self.tensors.values())
+        return "" if whole else f"{Path(self.path).name} is shorter than it was"
 
 
 class Storable(Protocol):
@@ -265,21 +284,13 @@ class WeightsFile:
                 places[name] = (start, tensor.nbytes, tensor.dtype.name, weight.shape)
                 end = start + tensor.nbytes
                 written += tensor.nbytes
-        manifest = {"format": FORMAT, "key": self.key, "tensors": places}
-        write_text(self._manifest, json.dumps(manifest))
+        _Places(path=str(self.path), facts={"weights": self.key}, tensors=places).write()
         return written
 
     def places(self) -> dict[str, tuple[int, int, str, list[int]]]:
         """Name -> start and length in bytes, dtype, shape; empty when the file is not whole or another's."""
-        try:
-            manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
-            size = self.path.stat().st_size
-        except (OSError, ValueError):
-            return {}
-        if manifest.get("format") != FORMAT or manifest.get("key") != self.key:
-            return {}
-        places = {name: tuple(place) for name, place in manifest["tensors"].items()}
-        return places if all(start + length <= size for start, length, *_ in places.values()) else {}
+        known, _ = _Places.current(self.path, {"weights": self.key})
+        return {} if known is None else known.tensors
 
     def refer(self, graph: onnx_ir.Graph) -> None:
         """Let the initializers of `graph` that lie in the file point into it."""
@@ -295,7 +306,3 @@ class WeightsFile:
                     name=name,
                     base_dir=self.path.parent,
                 )
-
-    @property
-    def _manifest(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.json")

@@ -1,28 +1,30 @@
-"""Ranges of layer inputs for quantization: methods, observers, and a cache that is refused when stale."""
+"""Ranges of layer inputs for quantization: methods, observers, and a cache that is refused when it is out of date."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
-from wanlab import __version__
+import wanlab
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import write_bytes
+from wanlab.core.manifest import Manifest, file_damage, key_of, plain_facts
 from wanlab.export.components import component_spec
 from wanlab.precision.assignment import choose_layers, layer_set_key
 from wanlab.precision.recording import RecordedCall, Recording
@@ -258,10 +260,9 @@ def _divergence(target: np.ndarray, other: np.ndarray) -> float:
     return float(np.sum(p[there] * np.log(p[there] / np.maximum(q[there], 1e-6 / len(p)))))
 
 
-FORMAT = 1
 MEND = "delete it, give another path, or calibrate with force=True"
 
-# Fields of `Identity` in the order in which a difference is told, and what they are called then.
+# Facts of a cache in the order in which differences are named, and what they are called then.
 _PARTS = {
     "model": "model",
     "component": "component",
@@ -274,27 +275,66 @@ _PARTS = {
 }
 
 
-def check(path: Path, found: Calibration, wanted: Identity, layers: Sequence[str]) -> None:
-    """Raise a `WanlabError` that names every part in which a cached calibration is not what is wanted."""
-    differing = [name for name in _PARTS if getattr(found.identity, name) != getattr(wanted, name)]
-    if differing:
-        reasons = "; ".join(_reason(name, found, wanted, layers) for name in differing)
-        raise WanlabError(f"calibration cache {path} does not fit: {reasons}; {MEND}")
+class LayerRange(msgspec.Struct, frozen=True):
+    """The range of one layer's input as a cache keeps it: by the method, the largest seen, exponent of the histogram."""
+
+    layer: str
+    amax: float
+    max: float
+    exponent: int
 
 
-def _reason(name: str, found: Calibration, wanted: Identity, layers: Sequence[str]) -> str:
-    what, had, want = _PARTS[name], getattr(found.identity, name), getattr(wanted, name)
+class CalibrationCache(Manifest, frozen=True, kw_only=True):
+    """A calibration as JSON, with its histograms beside it as safetensors.
+
+    Attributes:
+        facts: the fields of `Identity`, the names of the layers instead of their hash.
+        layers: in the order of the histograms. calls: as in `Calibration`.
+        tensors: SHA-256 and size in bytes of the histograms' file.
+    """
+
+    KIND: ClassVar[str] = "calibration cache"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = MEND
+    NONE: ClassVar[str] = "no calibration cache at {path}; make it with wanlab.precision.calibrate(cache=...)"
+
+    layers: tuple[LayerRange, ...]
+    calls: tuple[dict[str, Any], ...]
+    tensors: tuple[str, int]
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        """The cache is its own record."""
+        return Path(path)
+
+    @property
+    def tensors_file(self) -> Path:
+        return Path(self.path).with_suffix(".safetensors")
+
+    def damage(self) -> str:
+        return file_damage(self.tensors_file, *self.tensors)
+
+    def changed(self, facts: Mapping[str, Any]) -> str:
+        """Every fact that differs, in words."""
+        now = plain_facts(facts)
+        return "; ".join(
+            _difference(name, self.facts[name], now[name]) for name in _PARTS if self.facts[name] != now[name]
+        )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    what = _PARTS[name]
     if name == "layers":
-        more, fewer = set(layers) - set(found.layers), set(found.layers) - set(layers)
+        more, fewer = set(now) - set(before), set(before) - set(now)
         parts = [f"{len(more)} more, e.g. {min(more)}"] if more else []
         parts += [f"{len(fewer)} fewer, e.g. without {min(fewer)}"] if fewer else []
         return f"another {what} ({', '.join(parts)})"
     if name in ("weights", "data"):
-        return f"other {what} ({had[:8]} there, {want[:8]} here)"
-    return f"another {what} ({_said(had)} there, {_said(want)} here)"
+        return f"other {what} ({before[:8]} there, {now[:8]} here)"
+    return f"another {what} ({_in_words(before)} there, {_in_words(now)} here)"
 
 
-def _said(value) -> str:
+def _in_words(value: Any) -> str:
     return ", ".join(str(v) for v in value.values()) if isinstance(value, dict) else str(value)
 
 
@@ -309,77 +349,51 @@ def write(path: Path, calibration: Calibration) -> None:
             "call_amax": torch.tensor(list(calibration.call_amax.values()), dtype=torch.float64),
         }
     )
-    data = {
-        "format": FORMAT,
-        "key": calibration.key,
-        "identity": vars(calibration.identity),
-        "tensors": hashlib.sha256(tensors).hexdigest(),
-        "layers": [
-            {"layer": layer, "amax": amax, "max": histogram.amax, "exponent": histogram.exponent}
+    cache = CalibrationCache(
+        path=str(path),
+        facts=calibration.identity.facts(calibration.layers),
+        layers=tuple(
+            LayerRange(layer, amax, histogram.amax, histogram.exponent)
             for (layer, amax), histogram in zip(calibration.amax.items(), histograms, strict=True)
-        ],
-        "calls": calibration.calls,
-    }
-    data["sha256"] = _digest(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        ),
+        calls=calibration.calls,
+        tensors=(hashlib.sha256(tensors).hexdigest(), len(tensors)),
+    )
     # The JSON comes last: until it is there, and says their hash, the tensors count for nothing.
-    _replace(path.with_suffix(".safetensors"), tensors)
-    _replace(path, json.dumps(data, indent=1).encode())
+    write_bytes(cache.tensors_file, tensors)
+    cache.write()
 
 
-def read(path: Path) -> Calibration:
-    """A calibration from its files.
+def read(path: Path) -> tuple[Calibration, CalibrationCache]:
+    """A calibration from its files, and the record among them.
 
     Raises:
-        WanlabError: missing, truncated or changed since they were written.
+        WanlabError: missing, truncated or changed after they were written.
     """
-    if not path.is_file():
-        raise WanlabError(
-            f"no calibration cache at {path}; make it with wanlab.precision.calibrate(cache=...)"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise WanlabError(f"calibration cache {path} is of another wanlab; {MEND}")
-        identity = Identity(**data["identity"])
-        tensors = path.with_suffix(".safetensors").read_bytes()
-        if hashlib.sha256(tensors).hexdigest() != data["tensors"]:
-            raise ValueError(f"{path.with_suffix('.safetensors').name} is not the file that was written")
-        if data.pop("sha256") != _digest(data):
-            raise ValueError("it was changed since it was written")
-        held = load(tensors)
-        layers = [entry["layer"] for entry in data["layers"]]
-        return Calibration(
-            identity=identity,
-            amax={entry["layer"]: float(entry["amax"]) for entry in data["layers"]},
-            histograms={
-                entry["layer"]: Histogram(counts, int(entry["exponent"]), float(entry["max"]))
-                for entry, counts in zip(data["layers"], held["counts"], strict=True)
-            },
-            calls=tuple(data["calls"]),
-            call_amax={
-                layer: tuple(values) for layer, values in zip(layers, held["call_amax"].tolist(), strict=True)
-            },
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        missing = isinstance(error, KeyError) and f"no {error}"
-        reason = missing or (str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise WanlabError(f"calibration cache {path} is broken ({reason}); {MEND}") from error
-
-
-def _digest(data: dict) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    cache = CalibrationCache.read(path)
+    if wrong := cache.damage():
+        raise WanlabError(f"calibration cache {path} is broken ({wrong}); {MEND}")
+    tensors = load(cache.tensors_file.read_bytes())
+    names = tuple(entry.layer for entry in cache.layers)
+    calibration = Calibration(
+        identity=Identity(**cache.facts | {"layers": layer_set_key(cache.facts["layers"])}),
+        amax={entry.layer: entry.amax for entry in cache.layers},
+        histograms={
+            entry.layer: Histogram(counts, entry.exponent, entry.max)
+            for entry, counts in zip(cache.layers, tensors["counts"], strict=True)
+        },
+        calls=cache.calls,
+        call_amax={
+            layer: tuple(values) for layer, values in zip(names, tensors["call_amax"].tolist(), strict=True)
+        },
+        cached=True,
+    )
+    return calibration, cache
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a calibration is true for.
+    """What a calibration depends on.
 
     Attributes:
         model, component: names.
@@ -403,7 +417,11 @@ class Identity:
     @property
     def key(self) -> str:
         """Hash of all of it."""
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+        return key_of(vars(self))
+
+    def facts(self, layers: Sequence[str]) -> dict[str, Any]:
+        """All of it, the names of the layers instead of their hash."""
+        return vars(self) | {"layers": list(layers)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -411,7 +429,7 @@ class Calibration:
     """Ranges of the inputs of a component's layers.
 
     Attributes:
-        identity: what it is true for.
+        identity: what it depends on.
         amax: layer -> largest magnitude that codes should reach, by the method.
         histograms: layer -> histogram of the magnitudes of its input over all calls.
         calls: example, step, timestep, sigma and branch of every call, in order.
@@ -542,12 +560,13 @@ def calibrate(
         layers=layer_set_key(chosen),
         method=method.to_dict(),
         elements=elements,
-        version=_version_calibration(),
+        version=wanlab.__version__,
     )
     if cache is not None and not force and Path(cache).exists():
-        found = read(Path(cache))
-        check(Path(cache), found, identity, chosen)
-        return replace(found, cached=True, time_ms=(time.perf_counter() - begin) * 1e3)
+        found, record = read(Path(cache))
+        if changed := record.changed(identity.facts(chosen)):
+            raise WanlabError(f"calibration cache {cache} does not fit: {changed}; {MEND}")
+        return replace(found, time_ms=(time.perf_counter() - begin) * 1e3)
 
     observer = _observe(plan, recording, calls, chosen, elements, progress)
     made = Calibration(
@@ -588,7 +607,7 @@ def read_calibration(path: str | os.PathLike) -> Calibration:
     Raises:
         WanlabError: there is none, or it is broken.
     """
-    return replace(read(Path(path)), cached=True)
+    return read(Path(path))[0]
 
 
 def _observe(
@@ -603,7 +622,3 @@ def _observe(
             plan.reference(*[given[name].to(parameter.device) for name in plan.inputs])
             observer.end_call()
     return observer
-
-
-def _version_calibration() -> str:
-    return __version__

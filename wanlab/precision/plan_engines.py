@@ -228,25 +228,25 @@ def read_plan_builds(folder: str | os.PathLike) -> pd.DataFrame:
 
 def _outcome(graphs: PlanGraphs, graph: str, made: EngineBuilds) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for receipt in made.receipts:
-        layers = built_formats(receipt.path, graphs.folder / graph, graphs.formats[graph])
+    for info in made.built:
+        layers = built_formats(info.path, graphs.folder / graph, graphs.formats[graph])
         off = layers[~layers["as_asked"]]
         first = next(off.itertuples(), None)
         rows += [
             {
-                "numbers": receipt.numbers,
+                "numbers": info.numbers,
                 "capability": capability,
                 "built": True,
-                "engine": Path(receipt.path).relative_to(graphs.folder).as_posix(),
-                "size_bytes": receipt.size_bytes,
-                "build_ms": receipt.time_ms,
+                "engine": Path(info.path).relative_to(graphs.folder).as_posix(),
+                "size_bytes": info.size_bytes,
+                "build_ms": info.time_ms,
                 "layers": len(layers),
                 "layers_as_asked": int(layers["as_asked"].sum()),
                 "differing": ""
                 if first is None
                 else f"{first.layer} was asked in {first.asked}, computes in {first.built}",
             }
-            for capability in receipt.compute_capabilities
+            for capability in info.compute_capabilities
         ]
     for refused in made.refused.to_dict("records"):
         rows.append({key: refused[key] for key in ("numbers", "capability", "node", "operator", "reason")})

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir
 import pandas as pd
+from msgspec import structs
 
-from wanlab import __version__
-from wanlab.core.digests import file_sha256
+import wanlab
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import file_digest
+from wanlab.core.manifest import Manifest, file_damage
 from wanlab.export.components import component_spec, components_of
 from wanlab.export.export import ExportReport, export_all
 from wanlab.export.graph import file_bytes
@@ -27,39 +27,65 @@ from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.calibration import Calibration
 from wanlab.precision.formats import get_format
 from wanlab.precision.linear_nodes import find_sites
-from wanlab.precision.plan import FLOATS, Plan, is_float, load_plan, make_plan
+from wanlab.precision.plan import FLOATS, Plan, is_float, load_plan
 from wanlab.precision.qdq import quantize
 
 RECORD = "plan.json"
-FORMAT = 1
-AGAIN = "make it with wanlab.precision.export_plan"
 
 
-@dataclass(frozen=True, eq=False)
-class PlanGraphs:
+class PlanGraphs(Manifest, frozen=True, kw_only=True):
     """The graphs of a plan on one model.
 
     Attributes:
-        folder: where they lie, with `plan.json`, their record.
+        path: of the folder in which they lie, with `plan.json`, this record.
         plan: that they compute by. model: name of the model.
         facts: what they were made from: hashes of plan, weights and calibrations by component, settings, version.
         bands: component -> first step, last step (inclusive; None where nothing changes with the step), graph.
         formats: graph -> layer -> format that it computes in, floats included.
         files: every file, weights too, relative to the folder -> SHA-256 and size in bytes.
-        reused: they were there already and still true. reason: why they were made anew; empty where they were not there.
+        reason: why they were made again; empty where they were not there. Not kept.
         time_ms: exporting, rounding, writing and checking, or looking them up.
     """
 
-    folder: Path
+    KIND: ClassVar[str] = "record"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "make it with wanlab.precision.export_plan"
+    NONE: ClassVar[str] = "no graphs of a plan in {path}; {again}"
+    NOT_KEPT: ClassVar[tuple[str, ...]] = ("cached", "reason")
+
     plan: Plan
     model: str
-    facts: dict[str, Any]
     bands: dict[str, tuple[tuple[int | None, int | None, str], ...]]
     formats: dict[str, dict[str, str]]
     files: dict[str, tuple[str, int]]
-    reused: bool = False
     reason: str = ""
     time_ms: float = 0.0
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        """Where the record of a folder lies."""
+        return Path(path) / RECORD
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
+
+    @property
+    def reused(self) -> bool:
+        """Whether the graphs were there already, and current."""
+        return self.cached
+
+    def damage(self, hashed: Mapping[str, Any] | None = None) -> str:
+        """What is wrong with the files, in a few words; empty when nothing is.
+
+        Args:
+            hashed: files to hash; None hashes all. Of the others the size is looked at.
+        """
+        for name, (sha256, size) in self.files.items():
+            content = sha256 if hashed is None or name in hashed else None
+            if wrong := file_damage(self.folder / name, content, size):
+                return wrong
+        return ""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -105,26 +131,6 @@ def counted(formats: Mapping[str, str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def write_record(graphs: PlanGraphs) -> Path:
-    """Write the record, in one step."""
-    path = graphs.folder / RECORD
-    data = {
-        "format": FORMAT,
-        "plan": graphs.plan.to_dict(),
-        "plan_hash": graphs.plan.hash,
-        "model": graphs.model,
-        "facts": graphs.facts,
-        "bands": graphs.bands,
-        "formats": graphs.formats,
-        "files": graphs.files,
-        "time_ms": graphs.time_ms,
-    }
-    draft = path.with_name(f".{RECORD}.{os.getpid()}")
-    draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    os.replace(draft, path)
-    return path
-
-
 def read_plan_graphs(folder: str | os.PathLike, *, check: bool = True) -> PlanGraphs:
     """The graphs in a folder, by their record.
 
@@ -134,31 +140,11 @@ def read_plan_graphs(folder: str | os.PathLike, *, check: bool = True) -> PlanGr
     Raises:
         WanlabError: there is no record, it cannot be read, or a file is not what it says.
     """
-    folder = Path(folder)
-    path = folder / RECORD
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise WanlabError(f"{path} is of another wanlab; {AGAIN}")
-        plan = data["plan"]
-        rules = [dict(rule) for rule in plan.pop("rules", ())]
-        graphs = PlanGraphs(
-            folder,
-            _plan(plan, rules),
-            data["model"],
-            data["facts"],
-            {name: tuple(tuple(band) for band in bands) for name, bands in data["bands"].items()},
-            data["formats"],
-            {name: (sha256, size) for name, (sha256, size) in data["files"].items()},
-            reused=True,
-            time_ms=data["time_ms"],
+    graphs = structs.replace(PlanGraphs.read(folder), cached=True)
+    if check and (wrong := graphs.damage(hashed=graphs.formats)):
+        raise WanlabError(
+            f"the graphs in {folder} are not what their record says: {wrong}; {PlanGraphs.AGAIN}"
         )
-    except FileNotFoundError as error:
-        raise WanlabError(f"no graphs of a plan in {folder}; {AGAIN}") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WanlabError(f"{path} cannot be read ({type(error).__name__}); {AGAIN}") from error
-    if check and (wrong := damage(graphs, hashed=graphs.formats)):
-        raise WanlabError(f"the graphs in {folder} are not what their record says: {wrong}; {AGAIN}")
     return graphs
 
 
@@ -172,52 +158,6 @@ def files_of(folder: Path, graphs: Iterable[str]) -> tuple[str, ...]:
                 if entry.key == "location":
                     found[(Path(graph).parent / entry.value).as_posix()] = None
     return tuple(found)
-
-
-def damage(graphs: PlanGraphs, *, hashed: Mapping[str, Any] | None = None) -> str:
-    """What is wrong with the files, in a few words; empty when nothing is.
-
-    Args:
-        hashed: files to hash; None hashes all. Of the others the size is looked at.
-    """
-    for name, (sha256, size) in graphs.files.items():
-        path = graphs.folder / name
-        if not path.is_file():
-            return f"{name} is gone"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, it was written with {size:,}"
-        if (hashed is None or name in hashed) and file_sha256(path) != sha256:
-            return f"{name} was changed"
-    return ""
-
-
-def staleness(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first fact that differs, in words; empty when all are the same."""
-    for name, value in now.items():
-        was = before.get(name)
-        if was == value:
-            continue
-        if isinstance(value, dict) and isinstance(was, dict):
-            for part in dict.fromkeys((*value, *was)):
-                if was.get(part) != value.get(part):
-                    return f"{name.replace('_', ' ')}: {part} {_changed(was.get(part), value.get(part))}"
-        return f"{name.replace('_', ' ')} {_changed(was, value)}"
-    return ""
-
-
-def _changed(was: Any, now: Any) -> str:
-    def short(value: Any) -> str:
-        return str(value)[:12] if isinstance(value, str) else str(value)
-
-    return f"was {short(was)}, is {short(now)}"
-
-
-def _plan(fields: dict[str, Any], rules: list[dict[str, Any]]) -> Plan:
-    for rule in rules:
-        if "layers" in rule:
-            rule["layers"] = tuple(rule["layers"])
-    name, default = fields.pop("name"), fields.pop("default")
-    return make_plan(name, default, rules, **fields)
 
 
 SOURCE = "source"  # folder of the graphs as exported
@@ -289,11 +229,11 @@ def export_plan(
         "calibrations": {name: calibrations[name].key for name in sorted(calibrations)},
         "settings": settings | {"default": assignment.default},
         "steps": {name: sorted(steps) for name, steps in _steps(model, plan).items()},
-        "wanlab": {"version": _version()},
+        "wanlab": {"version": wanlab.__version__},
     }
     kept, reason = _kept(folder, facts)
     if kept is not None:
-        return _timed(kept, begin, reused=True)
+        return structs.replace(kept, time_ms=(time.perf_counter() - begin) * 1e3)
     steps = _steps(model, plan)
     bands: dict[str, tuple[tuple[int | None, int | None, str], ...]] = {}
     formats: dict[str, dict[str, str]] = {}
@@ -303,17 +243,17 @@ def export_plan(
         bands[name] = made[0]
         formats |= made[1]
     graphs = PlanGraphs(
-        folder,
-        plan,
-        getattr(model.spec, "name", ""),
-        facts,
-        bands,
-        formats,
-        _files(folder, formats),
+        path=str(folder),
+        facts=facts,
+        plan=plan,
+        model=getattr(model.spec, "name", ""),
+        bands=bands,
+        formats=formats,
+        files=_files(folder, formats),
         reason=reason,
+        time_ms=(time.perf_counter() - begin) * 1e3,
     )
-    graphs = _timed(graphs, begin, reused=False)
-    write_record(graphs)
+    graphs.write()
     return graphs
 
 
@@ -412,29 +352,16 @@ def _steps(model, plan: Plan) -> dict[str, set[int]]:
 
 
 def _kept(folder: Path, facts: dict[str, Any]) -> tuple[PlanGraphs | None, str]:
-    """The graphs that are there, if still true; else what is not."""
-    try:
-        there = read_plan_graphs(folder, check=False)
-    except WanlabError as error:
-        return None, "" if "no graphs of a plan" in str(error) else "the record cannot be read"
-    reason = staleness(there.facts, facts) or damage(there)
-    if not reason:
-        return there, ""
-    for name in there.files:  # of an older plan; what was exported is looked after by the export
-        if not name.startswith(f"{SOURCE}/"):
-            (folder / name).unlink(missing_ok=True)
-    return None, reason
+    """The graphs that are there, if they are current; else why they are not."""
+    graphs, reason = PlanGraphs.current(folder, facts)
+    if graphs is None and (old := PlanGraphs.find(folder)) is not None:
+        for name in old.files:  # of an older plan; the exported graphs below `source` belong to the export
+            if not name.startswith(f"{SOURCE}/"):
+                (folder / name).unlink(missing_ok=True)
+    return graphs, reason
 
 
 def _files(folder: Path, graphs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """Every file that the graphs need -> hash and size."""
     names = files_of(folder, list(graphs))
-    return {name: (file_sha256(folder / name), (folder / name).stat().st_size) for name in names}
-
-
-def _timed(graphs: PlanGraphs, begin: float, *, reused: bool) -> PlanGraphs:
-    return replace(graphs, reused=reused, time_ms=(time.perf_counter() - begin) * 1e3)
-
-
-def _version() -> str:
-    return __version__
+    return {name: (file_digest(folder / name), (folder / name).stat().st_size) for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -10,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -20,9 +19,11 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from wanlab import __version__
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import InternalError, WanlabError
+from wanlab.core.files import file_digest
 from wanlab.core.formats import element_name
-from wanlab.export.export import read_report
+from wanlab.core.manifest import Manifest, key_of
+from wanlab.export.export import ExportReport
 from wanlab.export.graph import EXTERNAL_ABOVE_BYTES, file_bytes, save_checked
 from wanlab.export.weights import WeightsFile
 from wanlab.precision.assignment import choose_layers, layer_set_key, natural
@@ -249,14 +250,13 @@ class QuantizedLayer:
     weight_before_bytes: int
 
 
-@dataclass(frozen=True)
-class QuantizedReport:
-    """What came of quantising a graph; read back from the written file.
+class QuantizedReport(Manifest, frozen=True, kw_only=True):
+    """What a quantised graph was made from, and what came of it; read back from the written file.
 
     Attributes:
         path, source: the graph written and the graph read.
         model, component: as the source's metadata says; empty where it does not.
-        key: hash of source, formats by layer, scales and package version.
+        facts: source, formats by layer, scales and package version.
         layers: every layer that was asked for.
         quantized: format -> layers of it found in the written file with weight and input as asked.
         layer_set: hash of the set of layers. calibration: key of the calibration; empty without.
@@ -267,11 +267,13 @@ class QuantizedReport:
         time_ms: reading, rounding, writing and checking.
     """
 
-    path: str
+    KIND: ClassVar[str] = "report of quantization"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "quantise the graph again with wanlab.precision.quantize"
+
     source: str
     model: str
     component: str
-    key: str
     layers: tuple[QuantizedLayer, ...]
     quantized: dict[str, int]
     layer_set: str
@@ -283,6 +285,11 @@ class QuantizedReport:
     size_bytes: int
     weights_file: str
     time_ms: float
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        """Where the report of a quantised ONNX file lies."""
+        return Path(path).with_suffix(".json")
 
     @property
     def asked(self) -> dict[str, int]:
@@ -306,25 +313,10 @@ class QuantizedReport:
             "time_ms": self.time_ms,
         }
 
-    def write(self) -> Path:
-        """Keep the report beside its file, in one step."""
-        path = Path(self.path).with_suffix(".json")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-        return path
-
 
 def read_quantized_report(path: str | os.PathLike) -> QuantizedReport | None:
     """The report beside a quantised ONNX file; None when there is none that can be read."""
-    try:
-        data = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
-        data["layers"] = tuple(
-            QuantizedLayer(**layer | {"shared_with": tuple(layer["shared_with"])}) for layer in data["layers"]
-        )
-        return QuantizedReport(**data)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    return QuantizedReport.find(path)
 
 
 def verify(
@@ -366,7 +358,7 @@ def verify(
         seen.add(layer)
     missing = [layer for layer in (*asked, *islands) if layer not in seen]
     if missing:
-        raise WanlabError(f"{path.name} was written without {missing[0]}; this is a mistake of wanlab")
+        raise InternalError(f"{path.name} was written without {missing[0]}; this is a mistake of wanlab")
     return dict(counts)
 
 
@@ -393,7 +385,7 @@ def _cast_kind(maker) -> str:
 
 def _compare(path: Path, layer: str, what: str, got: str, wanted: str) -> None:
     if got != wanted:
-        raise WanlabError(
+        raise InternalError(
             f"{path.name}: the {what} of {layer} came out as {got or 'not quantised'}, asked was"
             f" {wanted or 'not quantised'}; this is a mistake of wanlab"
         )
@@ -536,7 +528,8 @@ def quantize(
     rewriter.clear()
 
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
-    key = _key(source, asked, islands, scales, calibration)
+    facts = _facts(source, asked, islands, scales, calibration)
+    key = key_of(facts)
     model.metadata_props.update(
         {
             "wanlab_format": json.dumps(dict(Counter(named.values()))),
@@ -549,10 +542,10 @@ def quantize(
     quantized = verify(path, asked, islands)
     report = QuantizedReport(
         path=str(path),
+        facts=facts,
         source=str(source),
         model=metadata.get("model", ""),
         component=metadata.get("component", ""),
-        key=key,
         layers=tuple(
             _layer(layer, name, sites[layer], scales.get(layer), rewriter, before_bytes[layer])
             for layer, name in named.items()
@@ -611,12 +604,16 @@ def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibrat
     return calibration
 
 
-def _key(source: Path, asked: dict[str, QuantFormat], islands: dict[str, str], scales, calibration) -> str:
-    with open(source, "rb") as file:
-        graph = hashlib.file_digest(file, "sha256").hexdigest()
-    exported = read_report(source)
-    facts: dict[str, Any] = {
-        "graph": graph,
+def _facts(
+    source: Path,
+    asked: dict[str, QuantFormat],
+    islands: dict[str, str],
+    scales: Mapping[str, Any],
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    exported = ExportReport.find(source)
+    return {
+        "graph": file_digest(source),
         "weights": exported.key if exported is not None else "",
         "formats": {layer: wanted.to_dict() for layer, wanted in asked.items()},
         "islands": islands,
@@ -624,7 +621,6 @@ def _key(source: Path, asked: dict[str, QuantFormat], islands: dict[str, str], s
         "calibration": calibration.key if calibration is not None else "",
         "wanlab": __version__,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class _Stored:

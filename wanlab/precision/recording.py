@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
+from msgspec import structs
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,8 +22,10 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
+from wanlab.core.manifest import Manifest
 from wanlab.export.components import check_components, component_spec, components_of
-from wanlab.heldout import cases, clips
+from wanlab.heldout import clips
+from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
 from wanlab.measure.stages import stages
 from wanlab.models.taps import component_calls, intercept_calls
 
@@ -44,8 +47,8 @@ def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
     They go round the motions and photographs, every other round with a moving object, as
     `wanlab.heldout.cases.draw_cases` does; photographs that are too flat to show motion are left out.
     """
-    photographs = [name for name in clips.TRAINING_PHOTOGRAPHS if cases.has_texture(cases.picture(name))]
-    return as_examples(cases.draw_cases(count, seed=seed, photographs=photographs))
+    photographs = [name for name in clips.TRAINING_PHOTOGRAPHS if has_texture(picture(name))]
+    return as_examples(draw_cases(count, seed=seed, photographs=photographs))
 
 
 def as_examples(given: Iterable[Any]) -> list[Example]:
@@ -56,8 +59,8 @@ def as_examples(given: Iterable[Any]) -> list[Example]:
     """
     examples = []
     for index, case in enumerate(given):
-        if isinstance(case, cases.Case):
-            if cases.is_held_out(case.photograph):
+        if isinstance(case, Case):
+            if is_held_out(case.photograph):
                 raise WanlabError(
                     f"{case.photograph} is held out to judge quality, so nothing may be calibrated on it; take"
                     " wanlab.precision.nano_examples"
@@ -81,7 +84,7 @@ def keep(folder: Path, tensor: torch.Tensor) -> str:
     content = _digest(tensor)
     path = tensor_file(folder, content)
     if not path.exists():
-        with atomic_path(path) as draft:
+        with atomic_path(path, ".safetensors") as draft:
             save_file({"tensor": tensor}, draft)
     return content
 
@@ -117,7 +120,6 @@ def tensor_file(folder: Path, content: str) -> Path:
 
 
 MANIFEST = "recording.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -141,21 +143,33 @@ class RecordedCall:
     tensors: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(Manifest, frozen=True, kw_only=True):
     """Inputs of components, one file per distinct tensor.
 
     Attributes:
-        folder: where the files and the manifest lie.
+        path: of the folder in which the files and this record lie.
         model: registry name or folder of the model they were recorded with.
         settings: of the generations, and the examples' names, prompts and seeds.
         calls: in the order in which they were made.
     """
 
-    folder: Path
+    KIND: ClassVar[str] = "recording"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "record it again"
+    NONE: ClassVar[str] = "no recording in {path}; make it with wanlab.precision.record_inputs"
+
     model: str
     settings: dict[str, Any]
     calls: tuple[RecordedCall, ...]
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        """Where the record of a folder lies."""
+        return Path(path) / MANIFEST
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -213,7 +227,7 @@ class Recording:
                     f"a call has no {name!r}{did_you_mean(name, RecordedCall.__dataclass_fields__)}"
                 )
         calls = tuple(c for c in self.calls if all(_is(getattr(c, k), v) for k, v in wanted.items()))
-        return replace(self, calls=calls)
+        return structs.replace(self, calls=calls)
 
 
 def inputs_of(
@@ -276,16 +290,8 @@ def record_inputs(
     kept["examples"] = [[example.name, example.prompt, example.seed] for example in examples]
     sigmas = dict(enumerate(model.schedule(made.settings["steps"])["sigma"].tolist()))
     calls = [replace(call, sigma=sigmas.get(call.step)) for call in calls]
-    recording = Recording(folder, model.spec.name, kept, tuple(calls))
-    manifest = {
-        "format": FORMAT,
-        "model": recording.model,
-        "settings": kept,
-        "calls": [asdict(call) for call in calls],
-    }
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    recording = Recording(path=str(folder), model=model.spec.name, settings=kept, calls=tuple(calls))
+    recording.write()
     return recording
 
 
@@ -295,17 +301,7 @@ def read_recording(folder: str | os.PathLike) -> Recording:
     Raises:
         WanlabError: there is none, or it cannot be read.
     """
-    folder = Path(folder)
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise WanlabError(f"the recording in {folder} is of another wanlab; record it again")
-        calls = tuple(RecordedCall(**call) for call in data["calls"])
-        return Recording(folder, data["model"], data["settings"], calls)
-    except FileNotFoundError as error:
-        raise WanlabError(f"no recording in {folder}; make it with wanlab.precision.record_inputs") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WanlabError(f"{folder / MANIFEST} cannot be read ({error}); record it again") from error
+    return Recording.read(folder)
 
 
 def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:

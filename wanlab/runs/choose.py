@@ -489,6 +489,6 @@ def built_records(folder: str | os.PathLike | None, sweep: Path) -> list[Result]
     path = own if folder is None else Path(folder)
     if folder is not None and not path.is_dir():
         raise WanlabError(
-            f"no folder of build receipts at {path}; 22_tensorrt leaves them beside its engines"
+            f"no folder with build information at {path}; 22_tensorrt leaves them beside its engines"
         )
     return [result for result in load_results([path])[0] if result.state == BUILT] if path.exists() else []

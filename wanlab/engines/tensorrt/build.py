@@ -8,21 +8,20 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from msgspec.structs import replace
 from tqdm.auto import tqdm
 
-from wanlab import __version__, measure
-from wanlab.core.digests import file_sha256
+from wanlab import measure
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import write_text
-from wanlab.engines.tensorrt import receipt as receipts
+from wanlab.core.files import atomic_path, file_digest, write_text
+from wanlab.engines.tensorrt.build_info import BuildInfo, builds_frame
 from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
 from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
-from wanlab.engines.tensorrt.receipt import BuildInfo, builds_frame
 from wanlab.engines.tensorrt.runtime import Kind, Message, Runtime, open_runtime
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ def build_tensorrt(
     reuse: bool = True,
     progress: bool = True,
 ) -> BuildInfo:
-    """Build an engine from an ONNX graph; engine and receipt appear only when all went well.
+    """Build an engine from an ONNX graph; engine and build information appear only when all went well.
 
     The network is strongly typed: it computes in the types that the graph says, quantised where the graph has
     QuantizeLinear and DequantizeLinear. TensorRT for RTX builds ahead of time for a list of GPUs and needs none;
@@ -190,8 +189,8 @@ def build_tensorrt(
 
     Args:
         onnx_path: from `wanlab.export.export` or `wanlab.precision.quantize`; weights beside it are found.
-        engine_path: None takes `<graph>.engine` beside the graph. Beside the engine come `<engine>.json`, the
-            receipt, and `<engine>.layers.json`, what the builder made of each layer.
+        engine_path: None takes `<graph>.engine` beside the graph. Beside the engine come `<engine>.json`, its
+            build information, and `<engine>.layers.json`, what the builder made of each layer.
         profile: sizes to build for, in pixels, or as shapes of the inputs; None takes sizes around the model's clip.
             A graph of fixed sizes needs none.
         workspace_gib: most device memory for a layer's scratch; None sets no limit.
@@ -220,36 +219,32 @@ def build_tensorrt(
     shapes = network_shapes(source, profile)
     targets, gpu = target_gpus(runtime, compute_capabilities)
     settings = {"level": level, "workspace_gib": workspace_gib, "tf32": tf32}
-    key = receipts.build_key(
-        {
-            "graph": source.graph_sha256,
-            "shapes": shapes.inputs,
-            "settings": settings,
-            "runtime": [runtime.kind, runtime.version],
-            "targets": targets,
-            "gpu": gpu,
-        }
-    )
-    if reuse and (known := receipts.kept(path, key)) is not None:
-        return replace(known, cached=True)
+    facts = {
+        "graph": source.graph_sha256,
+        "shapes": shapes.inputs,
+        "settings": settings,
+        "runtime": f"{runtime.kind} {runtime.version}",
+        "targets": targets,
+        "gpu": gpu,
+    }
+    if reuse and (known := BuildInfo.current(path, facts)[0]) is not None:
+        return known
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     begin = time.perf_counter()
     with runtime.messages() as log, measure.peak_memory("cpu") as memory:
         plan = make_plan(runtime, source, shapes, targets, settings, timing_cache, log, progress)
         time_ms = (time.perf_counter() - begin) * 1e3
-        try:
+        with atomic_path(path) as draft:
             draft.write_bytes(plan)
-            made = BuildInfo(
+            info = BuildInfo(
                 path=str(path),
-                key=key,
+                facts=facts,
                 model=source.metadata.get("model", ""),
                 component=source.metadata.get("component", ""),
                 graph=os.path.relpath(source.path, path.parent),
                 graph_sha256=source.graph_sha256,
                 file_sha256=source.file_sha256,
-                engine_sha256=file_sha256(draft),
+                engine_sha256=file_digest(draft),
                 numbers=source.numbers,
                 kind=runtime.kind,
                 version=runtime.version,
@@ -270,14 +265,10 @@ def build_tensorrt(
                 log=tuple((severity, text) for severity, text in log if severity != "VERBOSE"),
                 notes=shapes.notes,
                 metadata=source.metadata,
-                wanlab_version=_wanlab_version(),
             )
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    made = replace(made, peak_host_gib=memory.increase_gib)
-    receipts.write_receipt(made)
-    return made
+    info = replace(info, peak_host_gib=memory.increase_gib)
+    info.write()
+    return info
 
 
 def _layers(runtime: Runtime, path: Path, plan: Any, log: list[Message]) -> dict[str, Any]:
@@ -301,10 +292,6 @@ def _logged_bytes(log: Sequence[Message], what: str) -> int | None:
     return max(found, default=None)
 
 
-def _wanlab_version() -> str:
-    return __version__
-
-
 REFUSED = ["component", "numbers", "capability", "node", "operator", "reason"]
 
 
@@ -321,18 +308,18 @@ class EngineBuilds:
 
     Attributes:
         runtime: name and version of the TensorRT that built.
-        receipts: of the engines, in the order of the graphs.
+        built: build information of the engines, in the order of the graphs.
         refused: a row per graph and GPU that it cannot be built for: component, numbers, capability, node, operator,
             reason.
     """
 
     runtime: str
-    receipts: tuple[BuildInfo, ...]
+    built: tuple[BuildInfo, ...]
     refused: pd.DataFrame
 
     def frame(self) -> pd.DataFrame:
-        """One row per engine, the columns of `EngineReceipt.row`."""
-        return builds_frame(list(self.receipts))
+        """One row per engine, the columns of `BuildInfo.row`."""
+        return builds_frame(list(self.built))
 
     def refusals(self) -> pd.DataFrame:
         """`refused` for the eye: a row per graph and reason, its capabilities joined, layer and operator in one."""
@@ -353,31 +340,31 @@ class EngineBuilds:
     def warnings(self) -> pd.DataFrame:
         """What the builder warned of: warning, engines (those that it was said of)."""
         said: dict[str, list[str]] = {}
-        for receipt in self.receipts:
-            for text in receipt.warnings:
-                said.setdefault(text, []).append(Path(receipt.path).name)
+        for info in self.built:
+            for text in info.warnings:
+                said.setdefault(text, []).append(Path(info.path).name)
         rows = [{"warning": text, "engines": ", ".join(names)} for text, names in said.items()]
         return pd.DataFrame(rows, columns=["warning", "engines"])
 
-    def receipts_table(self) -> pd.DataFrame:
+    def bindings(self) -> pd.DataFrame:
         """What each engine is bound to: engine, input, min, opt, max (its shapes), graph and key (hashes, shortened)."""
         rows = [
-            {"engine": Path(receipt.path).name, "input": name}
+            {"engine": Path(info.path).name, "input": name}
             | {end: "x".join(map(str, shape)) for end, shape in zip(ENDS, shapes, strict=True)}
-            | {"graph": receipt.graph_sha256[:12], "key": receipt.key[:12]}
-            for receipt in self.receipts
-            for name, shapes in receipt.shapes.items()
+            | {"graph": info.graph_sha256[:12], "key": info.key[:12]}
+            for info in self.built
+            for name, shapes in info.shapes.items()
         ]
         return pd.DataFrame(rows, columns=["engine", "input", *ENDS, "graph", "key"])
 
     def records(self) -> list[dict[str, Any]]:
-        """The receipts ready for JSON, as `EngineReceipt.record`; `51_platforms` reads them."""
-        return [receipt.record() for receipt in self.receipts]
+        """Build information ready for JSON, as `BuildInfo.record`; `51_platforms` reads it."""
+        return [info.record() for info in self.built]
 
     def sentence(self, graphs: int) -> str:
         """How many of the graphs became engines, for which GPUs, and what was refused."""
-        targets = sorted({c for built in self.receipts for c in built.compute_capabilities}, key=float)
-        text = f"{len(self.receipts)} of {graphs} graphs became engines of {self.runtime}"
+        targets = sorted({c for info in self.built for c in info.compute_capabilities}, key=float)
+        text = f"{len(self.built)} of {graphs} graphs became engines of {self.runtime}"
         text += f" for compute capability {', '.join(targets)}" if targets else ""
         if len(self.refused):
             capabilities = sorted(set(self.refused["capability"]), key=float)
@@ -387,7 +374,7 @@ class EngineBuilds:
     @property
     def notes(self) -> list[str]:
         """Of all engines, each once."""
-        return list(dict.fromkeys(note for receipt in self.receipts for note in receipt.notes))
+        return list(dict.fromkeys(note for info in self.built for note in info.notes))
 
 
 def build_engines(
@@ -410,7 +397,7 @@ def build_engines(
         WanlabError: as `build_tensorrt`, but for a builder that refuses.
     """
     runtime = open_runtime(kind)
-    receipts: list[BuildInfo] = []
+    built: list[BuildInfo] = []
     refused: list[dict[str, str]] = []
     for graph in tqdm(list(graphs), desc="engines", unit="engine", leave=False, disable=not progress):
         source = read_source(graph)
@@ -418,7 +405,7 @@ def build_engines(
         while left:
             try:
                 wanted = left if runtime.builds_ahead else None
-                receipts.append(
+                built.append(
                     build_tensorrt(
                         graph,
                         compute_capabilities=wanted,
@@ -444,4 +431,4 @@ def build_engines(
                             "reason": found.reason,
                         }
                     )
-    return EngineBuilds(runtime.name, tuple(receipts), pd.DataFrame(refused, columns=REFUSED))
+    return EngineBuilds(runtime.name, tuple(built), pd.DataFrame(refused, columns=REFUSED))

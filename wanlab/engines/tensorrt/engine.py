@@ -17,7 +17,7 @@ from wanlab.engines.base import Engine, TensorType
 from wanlab.engines.component_bench import bench_components
 from wanlab.engines.parity import parity
 from wanlab.engines.tensorrt.build import inspect_engine
-from wanlab.engines.tensorrt.receipt import BuildInfo, check_receipt, read_receipt
+from wanlab.engines.tensorrt.build_info import BuildInfo
 from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
 from wanlab.models.pipeline import Model
 
@@ -115,7 +115,7 @@ class TensorRTEngine(Engine):
     """One engine file, opened on a GPU.
 
     Attributes:
-        name: `"tensorrt"` or `"tensorrt-rtx"`. receipt: of its build.
+        name: `"tensorrt"` or `"tensorrt-rtx"`. info: its build information.
         inputs, outputs, metadata, size_bytes, load_ms, device: see `wanlab.engines.base.Engine`.
     """
 
@@ -133,7 +133,7 @@ class TensorRTEngine(Engine):
         """Open an engine.
 
         Args:
-            path: `.engine` file from `wanlab.engines.build_tensorrt`, with its receipt beside it.
+            path: `.engine` file from `wanlab.engines.build_tensorrt`, with its build information beside it.
             device: the GPU.
             runtime_cache: file of kernels that TensorRT for RTX compiled for this GPU, read if it is there;
                 `save_runtime_cache` writes it.
@@ -147,26 +147,25 @@ class TensorRTEngine(Engine):
         self.path = Path(path)
         if not self.path.is_file():
             raise WanlabError(f"no engine at {self.path}; build it with wanlab.engines.build_tensorrt")
-        self.receipt = read_receipt(self.path)
+        self.info = BuildInfo.read(self.path)
         if not torch.cuda.is_available():
             raise WanlabError(
-                f"{self.path.name} runs on compute capability {', '.join(self.receipt.compute_capabilities)} and"
+                f"{self.path.name} runs on compute capability {', '.join(self.info.compute_capabilities)} and"
                 " PyTorch sees no GPU; run the ONNX graph with wanlab.engines.OrtEngine instead"
             )
         self.device = torch.device(device)
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self._runtime = open_runtime(self.receipt.kind)
+        self._runtime = open_runtime(self.info.kind)
         major, minor = torch.cuda.get_device_capability(self.device)
-        check_receipt(
-            self.receipt,
+        self.info.check(
             kind=self._runtime.kind,
             version=self._runtime.version,
             capability=f"{major}.{minor}",
             gpu=torch.cuda.get_device_name(self.device),
         )
-        self.name, self.metadata = self.receipt.kind, dict(self.receipt.metadata)
-        self.size_bytes, self.build_ms = self.receipt.size_bytes, self.receipt.time_ms
+        self.name, self.metadata = self.info.kind, dict(self.info.metadata)
+        self.size_bytes, self.build_ms = self.info.size_bytes, self.info.time_ms
         begin = time.perf_counter()
         with torch.cuda.device(self.device):
             self._engine = deserialize(self._runtime, self.path)
@@ -205,7 +204,7 @@ class TensorRTEngine(Engine):
         """Whether it can be captured depends on the shapes, which `_bind` knows."""
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        low, _, high = self.receipt.shapes[name]
+        low, _, high = self.info.shapes[name]
         inside = len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
         if not inside:
             raise WanlabError(
@@ -286,7 +285,7 @@ class TensorRTEngine(Engine):
 
     def _types(self) -> tuple[dict[str, TensorType], dict[str, TensorType]]:
         """Of the engine's own tensors; free axes by the names that the graph gave them."""
-        named = self.receipt.inputs | self.receipt.outputs
+        named = self.info.inputs | self.info.outputs
         kinds: tuple[dict[str, TensorType], dict[str, TensorType]] = ({}, {})
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
@@ -338,7 +337,7 @@ COLUMNS = ["component", "numbers", "executed", "reason", "clip", "relative_l2"]
 
 def try_engines(
     model: Any,
-    receipts: Sequence[BuildInfo],
+    built: Sequence[BuildInfo],
     *,
     iterations: int = 10,
     duration_ms: float = 1000.0,
@@ -349,7 +348,7 @@ def try_engines(
 
     Args:
         model: from `wanlab.models.load`, eager, on the GPU where there is one.
-        receipts: from `build_tensorrt` or `build_engines`.
+        built: from `build_tensorrt` or `build_engines`.
         iterations, duration_ms: as in `measure.bench`. seed: of the inputs.
 
     Returns:
@@ -357,28 +356,28 @@ def try_engines(
         that were, the columns of `measure.bench_table` against eager PyTorch.
     """
     rows: list[dict[str, Any]] = []
-    for receipt in receipts:
-        row: dict[str, Any] = {"component": receipt.component, "numbers": receipt.numbers}
+    for info in built:
+        row: dict[str, Any] = {"component": info.component, "numbers": info.numbers}
         rows.append(row)
         if not torch.cuda.is_available():
-            targets = ", ".join(receipt.compute_capabilities)
+            targets = ", ".join(info.compute_capabilities)
             row |= {
                 "executed": False,
                 "reason": f"no GPU is seen here; it runs on compute capability {targets}",
             }
             continue
         try:
-            engine = TensorRTEngine(receipt.path)
+            engine = TensorRTEngine(info.path)
         except WanlabError as error:
             row |= {"executed": False, "reason": str(error)}
             continue
-        clip = receipt.clip()
-        compared = parity(model, receipt.component, engine, shapes=[clip], seed=seed)
+        clip = info.clip()
+        compared = parity(model, info.component, engine, shapes=[clip], seed=seed)
         size = {name: getattr(clip, name) for name in ("batch", "height", "width", "frames", "text_tokens")}
         table = bench_components(
             model,
-            {receipt.component: engine},
-            [receipt.component],
+            {info.component: engine},
+            [info.component],
             iterations=iterations,
             duration_ms=duration_ms,
             seed=seed,

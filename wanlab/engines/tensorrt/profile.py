@@ -15,11 +15,12 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from wanlab import models
-from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import file_digest
 from wanlab.engines.base import TensorType
 from wanlab.export.clip import AXES, ClipShape
-from wanlab.export.export import read_report, sidecar
+from wanlab.export.export import ExportReport
 from wanlab.export.graph import file_bytes
 from wanlab.models.shapes import latent_shape, size_step
 
@@ -332,7 +333,7 @@ class Source:
     @cached_property
     def file_sha256(self) -> str:
         """Hash of the `.onnx` file alone, which names its weights by their hash."""
-        return file_sha256(self.path)
+        return file_digest(self.path)
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
@@ -369,10 +370,12 @@ def _type_of(value: Any) -> TensorType:
 
 
 def _traced(path: Path) -> dict[str, tuple[int, int]]:
-    report = read_report(path)
+    report = ExportReport.find(path)
     if report is None:  # a quantised graph names the one it came from
         try:
-            report = read_report(json.loads(sidecar(path).read_text(encoding="utf-8"))["source"])
+            report = ExportReport.find(
+                json.loads(ExportReport.file(path).read_text(encoding="utf-8"))["source"]
+            )
         except (OSError, ValueError, TypeError, KeyError):
             report = None
     ranges = {} if report is None else {axis: traced_range(text) for axis, text in report.ranges.items()}

@@ -7,17 +7,16 @@ import io
 import math
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
-from wanlab.engines.tvm import receipt as receipts
-from wanlab.engines.tvm.receipt import TvmBuildInfo
+from wanlab.core.files import atomic_path, file_digest
+from wanlab.engines.tvm.build_info import TensorType, TvmBuildInfo
 from wanlab.export.graph import file_bytes, nodes
 
 
@@ -288,7 +287,7 @@ def build_tvm(
     fast_math: bool = True,
     reuse: bool = True,
 ) -> TvmBuildInfo:
-    """Compile an ONNX graph; the library and its receipt appear only when all went well.
+    """Compile an ONNX graph; the library and its build information appear only when all went well.
 
     Args:
         graph: `.onnx` file with fixed sizes (`wanlab.export.export(..., dynamic=False)`), float32 for the CPU, float32
@@ -320,24 +319,22 @@ def build_tvm(
     }
     library = Path(library) if library else graph.with_suffix(f".tvm-{facts['kind']}.so")
     graph_hash = graph_sha256(graph)
-    key = receipts.key_of(graph_hash, {"target": facts, "tvm": tvm.__version__} | how)
-    if reuse and (known := receipts.kept(library, key)) is not None:
-        return replace(known, cached=True)
+    made_from = {"graph": graph_hash, "target": facts, "tvm": tvm.__version__} | how
+    if reuse and (known := TvmBuildInfo.current(library, made_from)[0]) is not None:
+        return known
 
     begin = time.perf_counter()
     module, read = _read(graph, on_gpu)
     imported = time.perf_counter()
     executable, counts = _compile(tvm, module, facts, **how)
     compiled = time.perf_counter()
-    library.parent.mkdir(parents=True, exist_ok=True)
-    draft = library.with_name(f".{library.stem}.{os.getpid()}.so")
-    try:
+    with atomic_path(library, ".so") as draft:
         _link(executable, draft)
         linked = time.perf_counter()
-        made = TvmBuildInfo(
+        info = TvmBuildInfo(
             path=str(library),
-            key=key,
-            library_sha256=file_sha256(draft),
+            facts=made_from,
+            library_sha256=file_digest(draft),
             graph=graph.name,
             graph_sha256=graph_hash,
             target=facts,
@@ -350,11 +347,8 @@ def build_tvm(
             compile_ms=(compiled - imported) * 1e3,
             link_ms=(linked - compiled) * 1e3,
         )
-        os.replace(draft, library)
-    finally:
-        draft.unlink(missing_ok=True)
-    receipts.write_receipt(made)
-    return made
+    info.write()
+    return info
 
 
 def build_graph(
@@ -419,7 +413,7 @@ def _processor(tvm) -> str:
 
 
 def _read(path: Path, on_gpu: bool) -> tuple[Any, dict]:
-    """The graph in Relax, and what the receipt says of it."""
+    """The graph in Relax, and what the build information says of it."""
     from tvm.relax.frontend.onnx import from_onnx
 
     if (size := file_bytes(path)) > MAX_WEIGHTS_BYTES:
@@ -453,7 +447,7 @@ def _read(path: Path, on_gpu: bool) -> tuple[Any, dict]:
     return module, {"inputs": inputs, "outputs": outputs, "metadata": facts, "rewrites": made, "nodes": count}
 
 
-def _type_of(path: Path, value) -> receipts.TensorType:
+def _type_of(path: Path, value) -> TensorType:
     kind = value.type.tensor_type
     free = [dim.dim_param for dim in kind.shape.dim if not dim.HasField("dim_value")]
     if free:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from wanlab.core.digests import file_sha256, graph_sha256
+from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.files import file_digest
 from wanlab.engines.base import Engine
-from wanlab.engines.tvm import receipt as receipts
 from wanlab.engines.tvm.build import load_tvm, target_of
+from wanlab.engines.tvm.build_info import TvmBuildInfo
 from wanlab.models.pipeline import Model
 
 _pool = threading.local()  # TVM has a pool of threads per calling thread
@@ -26,7 +27,7 @@ class TvmEngine(Engine):
     """One component, compiled by TVM.
 
     Attributes:
-        path: the library. receipt: what it was built from.
+        path: of the library. info: what it was built from.
         name: `"tvm-llvm"` or `"tvm-cuda"`. device: where its inputs and outputs live.
         threads: on the CPU, of one run.
         inputs, outputs: tensor name -> (dtype, shape), in order.
@@ -49,20 +50,21 @@ class TvmEngine(Engine):
 
         Args:
             library: the `.so`.
-            graph: the ONNX file that it must come from; None takes the receipt's file beside the library, if any.
+            graph: the ONNX file that it must come from; None takes the one beside the library that the build
+                information names, if it is there.
             threads: of the CPU; None takes `torch.get_num_threads()`, for fair comparisons.
 
         Raises:
-            WanlabError: TVM is missing, there is no library or no receipt, or the library is stale or foreign:
+            WanlabError: TVM is missing, there is no library or no build information, or the library is out of date:
                 changed since, from another graph, of another TVM, for another processor or GPU.
         """
         tvm = load_tvm()
         self.path = Path(library)
         if not self.path.is_file():
             raise WanlabError(f"no TVM library at {self.path}; make it with wanlab.engines.build_tvm")
-        self.receipt = receipts.read_receipt(self.path)
+        self.info = TvmBuildInfo.read(self.path)
         self._check(tvm, graph)
-        kind = self.receipt.target["kind"]
+        kind = self.info.target["kind"]
         self.name = f"tvm-{kind}"
         self.threads = torch.get_num_threads() if threads is None else threads
         most = int(os.environ.get("TVM_NUM_THREADS") or 1)
@@ -71,9 +73,9 @@ class TvmEngine(Engine):
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
         )
-        self.inputs, self.outputs = self.receipt.inputs, self.receipt.outputs
-        self.metadata, self.size_bytes = self.receipt.metadata, self.receipt.size_bytes
-        self.build_ms = self.receipt.build_ms
+        self.inputs, self.outputs = self.info.inputs, self.info.outputs
+        self.metadata, self.size_bytes = self.info.metadata, self.info.size_bytes
+        self.build_ms = self.info.build_ms
         self._tvm = tvm
         self._place = tvm.cuda(self.device.index) if kind == "cuda" else tvm.cpu()
         begin = time.perf_counter()
@@ -143,12 +145,12 @@ class TvmEngine(Engine):
         return [self._tvm.runtime.from_dlpack(tensors[name].detach()) for name in self.inputs]
 
     def _check(self, tvm, graph: str | os.PathLike | None) -> None:
-        """Refuse a library that is stale or foreign, with what differs."""
-        known, again = self.receipt, "build again with wanlab.engines.build_tvm"
+        """Refuse a library that is out of date or built for another machine, with what differs."""
+        known, again = self.info, "build again with wanlab.engines.build_tvm"
         name = self.path.name
-        if file_sha256(self.path) != known.library_sha256:
+        if file_digest(self.path) != known.library_sha256:
             raise WanlabError(
-                f"{name} is not the file that its receipt speaks of (its bytes differ); {again}"
+                f"{name} is not the file that its build information was written for (its bytes differ); {again}"
             )
         if tvm.__version__ != known.tvm_version:
             raise WanlabError(

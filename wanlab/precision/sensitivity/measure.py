@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -10,13 +9,14 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.manifest import Manifest
 from wanlab.export.components import component_spec
 from wanlab.models.device import synchronise
 from wanlab.precision.formats import QuantFormat
@@ -219,6 +219,27 @@ def _layers(passage: CheckpointedForward, target: Target, setting: Setting):
 SUFFIX = ".sensitivity.json"
 
 
+class _Record(Manifest, frozen=True, kw_only=True):
+    """What the parts in a folder belong to.
+
+    Attributes:
+        facts: the settings. bands, wanted: as in `Sensitivity`.
+        keys: component -> key of its parts.
+    """
+
+    KIND: ClassVar[str] = "record of a sensitivity measurement"
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "delete it and measure again"
+
+    bands: dict[str, list[tuple[int, int]]]
+    wanted: tuple[str, ...]
+    keys: dict[str, str]
+
+    @classmethod
+    def file(cls, path: str | os.PathLike) -> Path:
+        return Path(f"{os.fspath(path)}{SUFFIX}")
+
+
 def save_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> Path:
     """Write a measurement into a folder, beside what is there, so that `read_sensitivity` finds it. Returns the folder."""
     folder = Path(folder)
@@ -247,12 +268,8 @@ def read_sensitivity(folder: str | os.PathLike, *, key: str | None = None) -> Se
     if len(found) > 1:
         keys = ", ".join(path.name.removesuffix(SUFFIX) for path in found)
         raise WanlabError(f"{folder} holds measurements with different settings; give key= one of {keys}")
-    try:
-        data = json.loads(found[0].read_text(encoding="utf-8"))
-        settings, keys, wanted = data["settings"], data["keys"], tuple(data["wanted"])
-        bands = {name: [tuple(band) for band in ranges] for name, ranges in data["bands"].items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise WanlabError(f"{found[0]} cannot be read ({error}); delete it and measure again") from error
+    record = _Record.read(str(found[0]).removesuffix(SUFFIX))
+    settings, keys, wanted, bands = record.facts, record.keys, record.wanted, record.bands
     parts = []
     for component, part_key in keys.items():
         pattern = part_file(folder, settings, component, "*", part_key).name
@@ -306,23 +323,11 @@ def write_manifest(
     folder: Path, settings: dict[str, Any], bands: dict, wanted: Sequence[str], keys: dict[str, str]
 ) -> None:
     """Say what the parts belong to; keys of components that another shard measures stay."""
-    path = folder / f"{settings_key(settings)}{SUFFIX}"
-    folder.mkdir(parents=True, exist_ok=True)
-    before: dict[str, Any] = {}
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-    data = {
-        "settings": settings,
-        "bands": bands,
-        "wanted": list(dict.fromkeys([*before.get("wanted", ()), *wanted])),
-        "keys": before.get("keys", {}) | keys,
-    }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data), encoding="utf-8")
-    os.replace(temporary, path)
+    path = folder / settings_key(settings)
+    before = _Record.find(path)
+    if before is not None:
+        wanted, keys = dict.fromkeys([*before.wanted, *wanted]), before.keys | keys
+    _Record(path=str(path), facts=settings, bands=bands, wanted=tuple(wanted), keys=keys).write()
 
 
 METHODS = ("probes", "direct")

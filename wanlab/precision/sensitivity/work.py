@@ -6,10 +6,11 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -262,20 +263,15 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Errors of the layers of one component in one unit of work: an example, or a step of it.
+class PartFacts:
+    """What a part is of, and what it took.
 
     Attributes:
         component, unit: what it is of; unit is like `"e0"` or `"e0-s3"`.
         key: hash of what is measured: the component's weights, its recording, layers, ranges and formats.
         layers, formats: names. parameters, amax: of every layer.
         calls: example, step, branch, velocity_sq (squared norm of the velocity) of every call.
-        local: squared error of a layer's output over its squared norm, `[calls, layers, formats]`.
-        velocity: the same of the velocity, caused by this layer alone, `[calls, layers, formats]`.
-        paths: change of the final latents along random directions, over the latents' norm, `[calls, layers, formats,
-            directions]`: signed, and the same directions for all calls of an example, so that what belongs together
-            can be added before it is squared. Or, where `coherent` is false, its root mean square, `[..., 1]`.
-        coherent: see `paths`.
+        coherent: see `Part`.
         cost: of the unit; of several components in one unit it stands with the first, as does
         passes: calls that were passed, those of components that are not measured included.
     """
@@ -288,12 +284,26 @@ class Part:
     parameters: tuple[int, ...]
     amax: tuple[float | None, ...]
     calls: tuple[dict[str, Any], ...]
-    local: np.ndarray
-    velocity: np.ndarray
-    paths: np.ndarray
     coherent: bool
     cost: Cost
     passes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part(PartFacts):
+    """Errors of the layers of one component in one unit of work: an example, or a step of it.
+
+    Attributes:
+        local: squared error of a layer's output over its squared norm, `[calls, layers, formats]`.
+        velocity: the same of the velocity, caused by this layer alone, `[calls, layers, formats]`.
+        paths: change of the final latents along random directions, over the latents' norm, `[calls, layers, formats,
+            directions]`: signed, and the same directions for all calls of an example, so that what belongs together
+            can be added before it is squared. Or, where `coherent` is false, its root mean square, `[..., 1]`.
+    """
+
+    local: np.ndarray
+    velocity: np.ndarray
+    paths: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,10 +345,13 @@ def make_parts(
 
 def write_part(path: Path, part: Part) -> None:
     """Keep a part; the file appears whole or not at all."""
-    facts = {name: value for name, value in vars(part).items() if name not in ARRAYS}
-    facts["cost"] = asdict(part.cost)
+    facts = {each.name: getattr(part, each.name) for each in fields(PartFacts)}
     with atomic_path(path, ".npz") as draft:
-        np.savez(draft, facts=json.dumps(facts), **{name: getattr(part, name) for name in ARRAYS})
+        np.savez(
+            draft,
+            facts=json.dumps(msgspec.to_builtins(facts)),
+            **{name: getattr(part, name) for name in ARRAYS},
+        )
 
 
 def read_part(path: Path) -> Part:
@@ -349,10 +362,8 @@ def read_part(path: Path) -> Part:
     """
     try:
         with np.load(path, allow_pickle=False) as data:
-            facts = json.loads(str(data["facts"]))
+            facts = msgspec.convert(json.loads(str(data["facts"])), PartFacts)
             arrays = {name: data[name] for name in ARRAYS}
-        listed = ("layers", "formats", "parameters", "amax", "calls")
-        facts |= {name: tuple(facts[name]) for name in listed}
-        return Part(**facts | {"cost": Cost(**facts["cost"])} | arrays)
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        return Part(**vars(facts), **arrays)
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError, zipfile.BadZipFile) as error:
         raise WanlabError(f"{path} is missing or broken ({error}); delete it and measure again") from error

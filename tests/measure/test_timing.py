@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wanlab import measure
 from wanlab.core.errors import WanlabError
-from wanlab.measure import timing as samples_module
+from wanlab.core.stats import resampled_medians
 
 times = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=40)
 QUICK = settings(max_examples=30, deadline=None)
@@ -150,7 +150,7 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_bootstrap_in_chunks_keeps_memory_small(monkeypatch):
     many = measure.Samples("many", tuple(np.linspace(1, 2, 50_000)))
-    medians = samples_module._resampled_medians(many, 100, np.random.default_rng(0))
+    medians = resampled_medians(np.asarray(many.values_ms), np.random.default_rng(0), 100)
     assert medians.shape == (100,)
     assert medians.mean() == pytest.approx(1.5, abs=0.01)
 

@@ -37,14 +37,14 @@ def test_every_graph_becomes_an_engine(done, outputs):
     assert " Int8" in engines["expert_high", "float16, 60 x int8"]["datatypes"]
     assert " FP8" in engines["expert_high", "float16, 60 x fp8"]["datatypes"]
     folder = outputs / "tensorrt" / "wan-nano"
-    receipt = json.loads((folder / "expert_high.engine.json").read_text())
-    assert receipt["shapes"]["hidden_states"][1] == [1, 36, 5, 16, 24]
+    info = json.loads((folder / "expert_high.engine.json").read_text())
+    assert info["shapes"]["hidden_states"][1] == [1, 36, 5, 16, 24]
     assert (folder / "expert_high.engine.layers.json").is_file()
 
 
 def test_the_platforms_notebook_reads_what_was_built(done, outputs):
     folder = next(path.parent for path in outputs.glob("22_tensorrt/*/run.json"))
-    assert str(outputs) not in json.dumps(done.values["receipts"])
+    assert str(outputs) not in json.dumps(done.values["builds"])
     built, _ = runs.load_results(folder)
     assert {record.state for record in built} == {"built only"}
     found = {(record.work.component, record.dtype, record.machine.name[-4:].strip()) for record in built}

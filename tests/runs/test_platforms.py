@@ -142,7 +142,7 @@ def test_nothing_to_show_is_an_error():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The receipt of a build by TensorRT for RTX, here and now."""
+    """Build information of a build by TensorRT for RTX, here and now."""
     pytest.importorskip("onnx")
     from support.tensorrt_tiny import patch_graph
 
@@ -155,7 +155,7 @@ def built(tmp_path_factory):
     return build_tensorrt(graph, level=0, progress=False)
 
 
-def test_the_receipt_of_a_real_build_is_read_from_its_file_and_from_a_run(built, tmp_path):
+def test_the_information_of_a_real_build_is_read_from_its_file_and_from_a_run(built, tmp_path):
     records = read_file(f"{built.path}.json")
     assert [r.machine.name for r in records] == [
         f"GPU of compute capability {c}" for c in ("8.6", "8.9", "12.0")

@@ -1,47 +1,143 @@
-"""Bootstrap intervals of a mean and of the ratio of two means."""
+"""Bootstrap intervals: of a mean, of ratios of means and of medians, and of means over groups.
+
+Every interval is the 95 % percentile interval of resampled statistics, widened to hold the statistic itself. Resamples
+are drawn as `scipy.stats.bootstrap(..., method="percentile")` draws them, number by number (a test compares the
+two); importing `scipy.stats` takes a second, which every command that measures would pay. Grouped samples, drawn by
+their weights, have no counterpart in SciPy.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 RESAMPLES = 10_000
+GROUPED_RESAMPLES = 1000
+_AT_ONCE = 4_000_000  # drawn values, whatever the number of samples
 
 
 def bootstrap_mean(values: ArrayLike, seed: int) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of a mean; contains the mean. None with fewer than two values or a NaN."""
+    """95 % interval of a mean. None when it cannot be had: fewer than two values, or one that is not finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2 or not np.isfinite(values).all():
         return None
-    return _interval(_resampled(values, seed=seed)[0], values.mean())
+    (means,) = resampled([values], _mean, np.random.default_rng(seed))
+    return percentile_interval(means, values.mean())
 
 
 def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of mean(numerator) / mean(denominator) over the same cases.
+    """95 % interval of mean(numerator) / mean(denominator) over the same cases, which are drawn in pairs.
 
-    Cases are resampled in pairs. None with fewer than two cases, a value that is not finite, or a denominator of 0.
+    None when it cannot be had: fewer than two cases, one that is not finite, or a denominator of 0.
     """
     pair = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
     if pair[0].size < 2 or not all(np.isfinite(side).all() for side in pair):
         return None
-    above, below = _resampled(*pair, seed=seed)
+    above, below = resampled(pair, _mean, np.random.default_rng(seed))
     if not pair[1].mean() or not below.all():
         return None
-    return _interval(above / below, pair[0].mean() / pair[1].mean())
+    return percentile_interval(above / below, pair[0].mean() / pair[1].mean())
 
 
-def _resampled(*columns: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Means of resampled cases, the same cases for every column: `[RESAMPLES]` each."""
-    generator, count = np.random.default_rng(seed), columns[0].size
-    chunk = max(1, 4_000_000 // count)
-    means: list[list] = [[] for _ in columns]
-    for start in range(0, RESAMPLES, chunk):
-        drawn = generator.integers(0, count, (min(chunk, RESAMPLES - start), count))
-        for column, parts in zip(columns, means, strict=True):
-            parts.append(column[drawn].mean(axis=1))
-    return [np.concatenate(parts) for parts in means]
+def bootstrap_median_ratio(
+    numerator: ArrayLike, denominator: ArrayLike, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % interval of median(numerator) / median(denominator) of two independent sets of samples, all positive."""
+    top, bottom = (np.asarray(side, dtype=np.float64) for side in (numerator, denominator))
+    generator = np.random.default_rng(seed)
+    # A resample of a timing may have a median of 0 although the timing's own median is positive.
+    least = np.finfo(np.float64).tiny
+    above, below = (
+        np.maximum(resampled_medians(side, generator, resamples), least) for side in (top, bottom)
+    )
+    return percentile_interval(above / below, np.median(top) / np.median(bottom))
 
 
-def _interval(resampled: np.ndarray, value: float) -> tuple[float, float]:
-    low, high = np.percentile(resampled, [2.5, 97.5])
+def resampled(
+    columns: Sequence[np.ndarray],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> list[np.ndarray]:
+    """A statistic of resampled cases, the same cases for every column: `[resamples]` each.
+
+    Args:
+        columns: of one length.
+        statistic: of `[draws, cases]` over the last axis.
+    """
+    count = columns[0].size
+    chunk = max(1, _AT_ONCE // count)
+    values: list[list[np.ndarray]] = [[] for _ in columns]
+    for start in range(0, resamples, chunk):
+        drawn = generator.integers(0, count, (min(chunk, resamples - start), count))
+        for column, parts in zip(columns, values, strict=True):
+            parts.append(statistic(column[drawn]))
+    return [np.concatenate(parts) for parts in values]
+
+
+def resampled_medians(
+    values: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Medians of resampled values: `[resamples]`."""
+    return resampled([values], _median, generator, resamples)[0]
+
+
+def percentile_interval(resamples: np.ndarray, value: float) -> tuple[float, float]:
+    """The middle 95 % of resampled values, widened to hold the value itself; NaN among them are left out."""
+    low, high = np.nanpercentile(resamples, [2.5, 97.5])
     return float(min(low, value)), float(max(high, value))
+
+
+def draw_weights(count: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights `[GROUPED_RESAMPLES, count]`: how often each sample was drawn, over their number."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(count, [1 / count] * count, size=GROUPED_RESAMPLES) / count
+
+
+def draw_group_weights(groups: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Bootstrap weights `[GROUPED_RESAMPLES, samples]`: groups are drawn, then samples within each.
+
+    Args:
+        groups: the group of each sample.
+    """
+    generator = np.random.default_rng(seed)
+    names = np.unique(groups)
+    drawn = generator.multinomial(len(names), [1 / len(names)] * len(names), size=GROUPED_RESAMPLES)
+    weights = np.zeros((GROUPED_RESAMPLES, len(groups)))
+    for column, name in enumerate(names):
+        inside = np.flatnonzero(groups == name)
+        share = generator.multinomial(len(inside), [1 / len(inside)] * len(inside), size=GROUPED_RESAMPLES)
+        weights[:, inside] = drawn[:, column : column + 1] * share / (len(names) * len(inside))
+    # By the number of samples, not of groups, as the mean is.
+    sizes = np.array([np.sum(groups == name) for name in groups]) / len(groups) * len(names)
+    weights = weights * sizes
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def weighted_interval(
+    samples: np.ndarray,
+    weights: np.ndarray,
+    then: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of a mean over the first axis, holding the mean itself. With one sample it is that.
+
+    Args:
+        samples: `[samples, ...]`.
+        weights: `[resamples, samples]`, from `draw_weights` or `draw_group_weights`.
+        then: of the means, e.g. a square root.
+    """
+    flat = samples.reshape(len(samples), -1)
+    low, high = np.percentile(then(weights @ flat), [2.5, 97.5], axis=0)
+    value = then(flat.mean(axis=0))
+    shape = samples.shape[1:]
+    return np.minimum(low, value).reshape(shape), np.maximum(high, value).reshape(shape)
+
+
+def _mean(draws: np.ndarray) -> np.ndarray:
+    return draws.mean(axis=1)
+
+
+def _median(draws: np.ndarray) -> np.ndarray:
+    return np.median(draws, axis=1)

@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.stats import bootstrap_median_ratio
 from wanlab.models.device import synchronise
 
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -322,24 +323,7 @@ def ratio_of_medians(
     ratio = top.median / bottom.median
     if top.n < 2 or bottom.n < 2:
         return ratio, 0.0, math.inf
-    generator = np.random.default_rng(seed)
-    ratios = _resampled_medians(top, resamples, generator) / _resampled_medians(bottom, resamples, generator)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return ratio, min(float(low), ratio), max(float(high), ratio)
-
-
-def _resampled_medians(samples: Samples, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    values = np.asarray(samples.values_ms)
-    # At most about 4 million drawn values at a time, for any number of samples.
-    chunk = max(1, 4_000_000 // samples.n)
-    medians = [
-        np.median(
-            values[generator.integers(0, samples.n, (min(chunk, resamples - start), samples.n))], axis=1
-        )
-        for start in range(0, resamples, chunk)
-    ]
-    # A resample of a timing may have a median of 0 although the timing's own median is positive.
-    return np.maximum(np.concatenate(medians), np.finfo(np.float64).tiny)
+    return ratio, *bootstrap_median_ratio(top.values_ms, bottom.values_ms, seed, resamples)
 
 
 def time_ms(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
+from wanlab.core.stats import percentile_interval, resampled_medians
 from wanlab.engines.registry import title_of_label
 from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import BASELINE, SAME, Comparisons, times_better
@@ -291,8 +292,7 @@ class _Ratio:
         return _Ratio(self.value / other.value, self.drawn / other.drawn)
 
     def ends(self) -> tuple[float, float]:
-        low, high = np.percentile(self.drawn, [2.5, 97.5])
-        return min(float(low), self.value), max(float(high), self.value)
+        return percentile_interval(self.drawn, self.value)
 
     def named(self, *names: str) -> dict[str, float]:
         return dict(zip(names, (self.value, *self.ends()), strict=True))
@@ -307,8 +307,7 @@ def _moved(row: MeasuredConfiguration, base: MeasuredConfiguration, axes: Iterab
 
 
 def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.ndarray:
-    values = np.asarray(row.samples.values_ms)
-    return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
+    return resampled_medians(np.asarray(row.samples.values_ms), generator, RESAMPLES)
 
 
 def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -> str:

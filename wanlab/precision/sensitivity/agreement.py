@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.stats import percentile_interval, resampled
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case, for_selection
 from wanlab.models.variants import alternate_sdpa
@@ -342,9 +343,13 @@ def rank_correlation(predicted: Sequence[float], true: Sequence[float], seed: in
     value = float(of(first[None], second[None])[0]) if count >= 3 else float("nan")
     if value != value:
         return Correlation(None, None, None, count)
-    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    low, high = np.nanpercentile(of(first[drawn], second[drawn]), [2.5, 97.5])
-    return Correlation(value, min(float(low), value), max(float(high), value), count)
+    (values,) = resampled(
+        [np.arange(count)],
+        lambda drawn: of(first[drawn], second[drawn]),
+        np.random.default_rng(seed),
+        RESAMPLES,
+    )
+    return Correlation(value, *percentile_interval(values, value), count)
 
 
 class _Judge:

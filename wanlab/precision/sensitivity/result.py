@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.stats import draw_group_weights, draw_weights, percentile_interval, weighted_interval
 from wanlab.precision.sensitivity.work import Cost, Part
-
-RESAMPLES = 1000
 
 
 def band_rows(
@@ -27,10 +26,10 @@ def band_rows(
     part = parts[0]
     local = np.sqrt(picked["local"].mean(axis=0))
     velocity = np.sqrt(picked["velocity"].mean(axis=0))
-    low, high = interval(picked["velocity"], over_calls(len(picked["velocity"])), np.sqrt)
+    low, high = weighted_interval(picked["velocity"], draw_weights(len(picked["velocity"])), np.sqrt)
     samples, groups = effect_samples(parts, first, last, weights)
     effect = samples.mean(axis=0)
-    effect_low, effect_high = interval(samples, over_groups(groups))
+    effect_low, effect_high = weighted_interval(samples, draw_group_weights(groups))
     for index, layer in enumerate(part.layers):
         _, block, projection = layer.split(".", 2)
         for column, format in enumerate(part.formats):
@@ -93,37 +92,6 @@ def effect_samples(
         samples.append(np.moveaxis(total, -1, 0))
         groups += [example] * total.shape[-1]
     return np.concatenate(samples), np.array(groups)
-
-
-def over_calls(count: int, seed: int = 0) -> np.ndarray:
-    """Bootstrap weights `[RESAMPLES, count]`: how often each call was drawn, over the number of calls."""
-    return np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES) / count
-
-
-def over_groups(groups: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Bootstrap weights `[RESAMPLES, samples]`: examples are drawn, then directions within each."""
-    generator = np.random.default_rng(seed)
-    names = np.unique(groups)
-    drawn = generator.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)
-    weights = np.zeros((RESAMPLES, len(groups)))
-    for column, name in enumerate(names):
-        inside = np.flatnonzero(groups == name)
-        share = generator.multinomial(len(inside), [1 / len(inside)] * len(inside), size=RESAMPLES)
-        weights[:, inside] = drawn[:, column : column + 1] * share / (len(names) * len(inside))
-    # By the number of samples, not of examples, as the mean is.
-    sizes = np.array([np.sum(groups == name) for name in groups]) / len(groups) * len(names)
-    weights = weights * sizes
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def interval(samples: np.ndarray, weights: np.ndarray, then=lambda values: values):
-    """95 % percentile interval of a mean over the first axis; holds the mean itself. With one sample it is that."""
-    flat = samples.reshape(len(samples), -1)
-    means = then(weights @ flat)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    value = then(flat.mean(axis=0))
-    shape = samples.shape[1:]
-    return np.minimum(low, value).reshape(shape), np.maximum(high, value).reshape(shape)
 
 
 COLUMNS = (
@@ -391,8 +359,8 @@ def expert_tolerance(sensitivity: Sensitivity) -> ExpertTolerance:
         effect = effect.sum(axis=1)
         samples[component] = {"velocity_error": calls, "effect": effect, "groups": groups}
         seed = len(samples)
-        velocity_low, velocity_high = interval(calls, over_calls(len(calls), seed), np.sqrt)
-        effect_low, effect_high = interval(effect, over_groups(groups, seed))
+        velocity_low, velocity_high = weighted_interval(calls, draw_weights(len(calls), seed), np.sqrt)
+        effect_low, effect_high = weighted_interval(effect, draw_group_weights(groups, seed))
         for column, format in enumerate(sensitivity.formats):
             rows.append(
                 {
@@ -420,17 +388,19 @@ def _ratios(samples: dict, formats) -> list[dict]:
         if quantity == "effect":
             # The same examples and directions end both: drawn together.
             paired = np.array_equal(high["groups"], low["groups"])
-            weights = [over_groups(high["groups"], 1), over_groups(low["groups"], 1 if paired else 2)]
+            weights = [
+                draw_group_weights(high["groups"], 1),
+                draw_group_weights(low["groups"], 1 if paired else 2),
+            ]
         else:
-            weights = [over_calls(len(side[quantity]), seed) for seed, side in enumerate((high, low), 1)]
+            weights = [draw_weights(len(side[quantity]), seed) for seed, side in enumerate((high, low), 1)]
         power = 0.5 if quantity == "velocity_error" else 1.0
         for column, format in enumerate(formats):
             above, below = high[quantity][:, column], low[quantity][:, column]
             drawn = [w @ values for w, values in zip(weights, (above, below), strict=True)]
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = float((above.mean() / below.mean()) ** power)
-                ends = np.nanpercentile((drawn[0] / drawn[1]) ** power, [2.5, 97.5])
-            least, most = min(float(ends[0]), ratio), max(float(ends[1]), ratio)
+                least, most = percentile_interval((drawn[0] / drawn[1]) ** power, ratio)
             less = "expert_high" if least > 1 else "expert_low" if most < 1 else "neither"
             rows.append(
                 {

@@ -23,6 +23,7 @@ from wanlab.export.components import component_spec
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import cut, piece_file
 from wanlab.models.shapes import size_step
+from wanlab.models.taps import BlockTap
 
 
 def parity(
@@ -291,17 +292,8 @@ class _Shell:
     """What an expert computes around its blocks, in another dtype; the blocks themselves are not copied."""
 
     def __init__(self, network, dtype) -> None:
-        class BlockTap(torch.nn.Module):
-            """Stands for all blocks: takes down what they are given, and hands on what it is told."""
-
-            given, answer = None, None
-
-            def forward(self, state, *others):
-                self.given = (state, *others)
-                return state if self.answer is None else self.answer
-
-        self.door, self.dtype, self.inputs = BlockTap(), dtype, ()
-        stand_in = torch.nn.ModuleList([self.door])
+        self.tap, self.dtype, self.inputs = BlockTap(), dtype, ()
+        stand_in = torch.nn.ModuleList([self.tap])
         shell = copy.deepcopy(network, {id(network.blocks): stand_in})
         self.network = torch.nn.Module.to(shell, dtype)  # diffusers' own warns of modules kept in float32
 
@@ -309,11 +301,11 @@ class _Shell:
         """What the first block is given."""
         self.inputs = _cast(inputs, self.dtype)
         self.network(*self.inputs, return_dict=False)
-        return self.door.given
+        return self.tap.inputs
 
     def leave(self, state):
         """The output of the expert for the hidden states after the last block."""
-        self.door.answer = state
+        self.tap.answer = state
         return self.network(*self.inputs, return_dict=False)[0]
 
 

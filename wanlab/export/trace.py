@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -77,6 +78,17 @@ ORIGINAL = "original"
 FORMS = ("friendly", ORIGINAL)
 
 
+class _Traced(torch.nn.Module):
+    """A network under the attribute `network`, called by a function of its own."""
+
+    def __init__(self, network: torch.nn.Module, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.call(*args)
+
+
 def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool, dtype, forms: str):
     """Trace a component without its weights and translate it to ONNX, unfolded.
 
@@ -96,16 +108,8 @@ def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool,
     friendly = nullcontext() if forms == ORIGINAL else plan.friendly(opset)
     notes: list[str] = []
 
-    class Traced(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = twin
-
-        def forward(self, *args):
-            return call(*args)
-
     with torch.no_grad(), friendly, quiet():
-        module = Traced().eval()
+        module = _Traced(twin, call).eval()
         ranges: dict[str, str] = {}
         if not dynamic:
             program = torch.export.export(module, inputs, strict=False)

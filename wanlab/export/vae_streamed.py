@@ -6,7 +6,7 @@ import json
 import os
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -294,6 +294,23 @@ def half_of(component: str) -> Half:
     return HALVES[component]
 
 
+class _TracedStep(torch.nn.Module):
+    """One step of a half of the VAE as tensors in and out: the source and the caches.
+
+    Args:
+        names: of the caches that it is given; None is the first step, which has none.
+    """
+
+    def __init__(self, network: torch.nn.Module, half: Half, names: Sequence[str] | None) -> None:
+        super().__init__()
+        self.network, self.half, self.names = network, half, names
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        caches = None if self.names is None else dict(zip(self.names, inputs[1:], strict=True))
+        result, present = self.half.step(self.network, inputs[0], caches)
+        return result, *present.values()
+
+
 @dataclass(frozen=True, eq=False)
 class _Job:
     """What both graphs of a half are made from."""
@@ -385,16 +402,6 @@ class _Job:
         frames = period if (step, half.source) == ("next", "video") else 1
         source = mode.from_tensor(example[:, :, :frames].contiguous())
 
-        class Traced(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.network = twin
-
-            def forward(self, *inputs):
-                caches = dict(zip(names, inputs[1:], strict=True)) if step == "next" else None
-                result, present = half.step(self.network, inputs[0], caches)
-                return result, *present.values()
-
         with torch.no_grad(), exportable(twin), quiet():
             with mode:  # names and sizes of the caches, from a first chunk that costs nothing
                 _, caches = half.step(twin, source[:, :, :1], None)
@@ -405,7 +412,7 @@ class _Job:
             scale = twin.config.scale_factor_spatial if half.source == "video" else 1
             dims, ranges = _dimensions(inputs, axes, scale) if self.dynamic else (None, {})
             notes: tuple[str, ...] = ()
-            module = Traced().eval()
+            module = _TracedStep(twin, half, names if step == "next" else None).eval()
             try:
                 program = torch.export.export(module, inputs, dynamic_shapes=dims, strict=False)
             except torch._dynamo.exc.UserError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
 
 
 class CallProxy:
@@ -36,6 +39,24 @@ class CallProxy:
 
     def __repr__(self) -> str:
         return repr(self._wanlab_original)
+
+
+class BlockTap(torch.nn.Module):
+    """Takes the place of a network's blocks: records what they are called with, and returns a fixed output.
+
+    Attributes:
+        inputs: of the last call.
+        answer: what a call returns; None returns the first input.
+    """
+
+    def __init__(self, answer: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.inputs: tuple[Any, ...] = ()
+        self.answer = answer
+
+    def forward(self, state: torch.Tensor, *others: Any) -> torch.Tensor:
+        self.inputs = (state, *others)
+        return state if self.answer is None else self.answer
 
 
 def component_calls(pipeline) -> dict[str, dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +132,31 @@ class Product:
         return f"{self.operator} {self.left} x {self.right}"
 
 
+class _ProductWatch(TorchDispatchMode):
+    """Notes the products of layers while they run.
+
+    Args:
+        layers: name -> module. running: names of the layers that run now, the innermost last.
+        seen: layer -> its products, which grow.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, torch.nn.Module],
+        running: Sequence[str],
+        seen: Mapping[str, list[Product]],
+    ) -> None:
+        super().__init__()
+        self.layers, self.running, self.seen = layers, running, seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if self.running and name in PRODUCTS:
+            layer = self.running[-1]
+            self.seen[layer].append(_product(name, args, self.layers[layer]))
+        return func(*args, **(kwargs or {}))
+
+
 def watch(call: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> dict[str, list[Product]]:
     """Run a forward and note what every layer multiplies; compiled parts run eagerly meanwhile.
 
@@ -145,14 +170,8 @@ def watch(call: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> 
     running: list[str] = []
     seen: dict[str, list[Product]] = {name: [] for name in layers}
 
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.overloadpacket.__name__
-            if running and name in PRODUCTS:
-                seen[running[-1]].append(_product(name, args, layers[running[-1]]))
-            return func(*args, **(kwargs or {}))
-
-    with _named(layers, running), torch.no_grad(), torch.compiler.set_stance("force_eager"), Watching():
+    watch = _ProductWatch(layers, running, seen)
+    with _named(layers, running), torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:
         call()
     return seen
 

@@ -121,7 +121,9 @@ def stepped_scheduler(scheduler, clock: StepClock | None):
 
 
 def _step_tracking(base: Any) -> type:
-    class Telling(base):
+    """The class of a scheduler that counts its steps; its methods keep the signatures that diffusers looks at."""
+
+    class StepTrackingScheduler(base):
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
             made = super().set_timesteps(num_inference_steps, *args, **kwargs)
@@ -139,9 +141,9 @@ def _step_tracking(base: Any) -> type:
             return made
 
     # diffusers finds schedulers by the name of their class.
-    Telling.__name__, Telling.__qualname__, Telling.__module__ = (
+    StepTrackingScheduler.__name__, StepTrackingScheduler.__qualname__, StepTrackingScheduler.__module__ = (
         base.__name__,
         base.__qualname__,
         base.__module__,
     )
-    return Telling
+    return StepTrackingScheduler

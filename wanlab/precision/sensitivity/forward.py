@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from wanlab.core.errors import WanlabError
+from wanlab.models.taps import BlockTap
 from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight
 from wanlab.precision.quant_linear import fake_quantize
 
@@ -181,9 +182,9 @@ class CheckpointedForward:
         self.network, self._inputs = network, [each.detach() for each in inputs]
         grads = torch.is_grad_enabled()
         self._source = self._inputs[0].clone().requires_grad_(grads)
-        with _door(network) as door:
+        with _tapped(network) as tap:
             network(self._source, *self._inputs[1:], return_dict=False)
-            self._entry, *others = door.given
+            self._entry, *others = tap.inputs
         self.others = [_detached(each) for each in others]
         self._states, state = [], self._entry.detach()
         keep_on_host = _too_large(state, len(network.blocks))
@@ -250,7 +251,7 @@ class CheckpointedForward:
         return {name: seen[name][0] for name in names}
 
     def _tail(self, state: torch.Tensor) -> torch.Tensor:
-        with _door(self.network, state):
+        with _tapped(self.network, state):
             return self.network(*self._inputs, return_dict=False)[0]
 
 
@@ -283,20 +284,12 @@ def frozen(network: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _door(network: torch.nn.Module, answer: torch.Tensor | None = None) -> Iterator[torch.nn.Module]:
-    """Inside the block one module stands for all blocks: notes what they are given, and hands on `answer`."""
-
-    class BlockTap(torch.nn.Module):
-        given: tuple = ()
-
-        def forward(self, state, *others):
-            self.given = (state, *others)
-            return state if answer is None else answer
-
-    blocks, door = network.blocks, BlockTap()
-    network.blocks = torch.nn.ModuleList([door])
+def _tapped(network: torch.nn.Module, answer: torch.Tensor | None = None) -> Iterator[BlockTap]:
+    """Inside the context one module takes the place of all blocks; see `BlockTap`."""
+    blocks, tap = network.blocks, BlockTap(answer)
+    network.blocks = torch.nn.ModuleList([tap])
     try:
-        yield door
+        yield tap
     finally:
         network.blocks = blocks
 

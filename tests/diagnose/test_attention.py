@@ -307,7 +307,7 @@ def test_what_is_heard_is_what_the_kernel_gets_and_the_generation_is_unchanged(n
 
     with calls.attention_calls(nano, look):
         heard = nano.generate(*case, output="latent", **FAST).video
-        with pytest.raises(WanlabError, match="listened to already"):
+        with pytest.raises(WanlabError, match="already being recorded"):
             diagnose.attention_map(nano, *case, progress=False, **FAST)
     assert np.array_equal(plain, heard)
     plan = nano.schedule(3)["component"]

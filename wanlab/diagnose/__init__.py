@@ -1,4 +1,4 @@
-"""Diagnosis: a profile of a generation, read back as tables, and where its time went.
+"""Diagnosis: profiles of a generation, read as tables that show where its time and memory went.
 
 >>> from wanlab import diagnose
 >>> trace = diagnose.read_trace(diagnose.capture(model, image, prompt, folder))

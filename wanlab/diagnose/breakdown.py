@@ -1,4 +1,4 @@
-"""Where the wall clock of a trace went: rows that add up, with the work done and the bounds."""
+"""Time breakdown of a trace: rows that add up to the wall clock, with operations, bytes and bounds."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _CROSS = re.compile(r"\.(attn2|cross_attn)(\.|$)")
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """Of every row of `trace.host`, by position; -1 is unknown.
+    """Component, kind and work of every row of `trace.host`, by position; -1 is unknown.
 
     Attributes:
-        parents: the enclosing event; by_depth: positions by depth.
-        component: index into `COMPONENTS`, of the nearest range above or the event itself; in a trace without any named
-            ranges every event counts as an expert's, so that at least kinds of operators can be told apart.
+        parents: position of the enclosing event; by_depth: positions by depth.
+        component: index into `COMPONENTS`, from the nearest enclosing range or the event itself; in a trace without named
+            ranges every event counts as an expert's, so that kinds of operators can still be separated.
         has_ranges: whether the trace has named ranges.
         attention: SELF or CROSS, where the event is inside an attention module.
-        kind: index into `KINDS`, of the outermost product or attention above, else of the nearest operator.
+        kind: index into `KINDS`, from the outermost enclosing product or attention, else from the nearest operator.
         own_kind: the event's own kind.
-        selecting: the event runs between the begin of a step and the first call of an expert in it.
+        selecting: whether the event runs between the start of a step and the first expert call in it.
         flop, moved_bytes: work of the event, counted once in a stack; format: number format of its inputs.
     """
 
@@ -69,7 +69,7 @@ class Attribution:
 
 
 def attribute(trace: Trace) -> Attribution:
-    """Place every host event of a trace."""
+    """Find the component, kind and work of every host event of a trace."""
     host = trace.host
     parents = nest(host)
     by_depth = levels(parents)
@@ -79,7 +79,7 @@ def attribute(trace: Trace) -> Attribution:
     attention[_crosses(host)] = CROSS
     attention = inherit(attention, parents, by_depth)
     own_kind = _by_name(host, _kind, "cpu_op", *RUNTIME_CATEGORIES)
-    # An operator of another library or a compiled one has work of its own, of a kind that its name does not tell.
+    # An operator of another library or a compiled one has work, but its name does not tell its kind.
     unknown = (own_kind == NOTHING) & (host["category"] == "cpu_op").to_numpy()
     own_kind[unknown] = KINDS.index(operators.POINTWISE)
     flop, moved, number_format = _work(host)
@@ -101,10 +101,10 @@ def attribute(trace: Trace) -> Attribution:
 
 
 def _by_name(host: pd.DataFrame, code: Callable[[str], int], *categories: str) -> np.ndarray:
-    """A code per event from its name, asked once per name; -1 for events of other categories."""
+    """A code per event, computed once per name; -1 for events of other categories."""
     codes = np.array([code(name) for name in host["name"].cat.categories], dtype=np.int64)
-    found = codes[host["name"].cat.codes.to_numpy()] if len(codes) else np.zeros(0, np.int64)
-    return np.where(host["category"].isin(categories).to_numpy(), found, NOTHING)
+    values = codes[host["name"].cat.codes.to_numpy()] if len(codes) else np.zeros(0, np.int64)
+    return np.where(host["category"].isin(categories).to_numpy(), values, NOTHING)
 
 
 def _component(name: str) -> int:
@@ -122,7 +122,7 @@ def _kind(name: str) -> int:
 
 
 def _kinds(own: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
-    """A copy inside a product belongs to the product; elsewhere the nearest operator says what it is."""
+    """Kind of every event: a copy inside a product belongs to the product, elsewhere the nearest operator decides."""
     strong = np.isin(own, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
     kind = own.copy()
     held = strong.copy()
@@ -134,7 +134,7 @@ def _kinds(own: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> 
 
 
 def _inside(marked: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
-    """Whether any event above is marked."""
+    """Whether any enclosing event is marked."""
     inside = np.zeros(len(marked), dtype=bool)
     for here in by_depth[1:]:
         inside[here] = inside[parents[here]] | marked[parents[here]]
@@ -142,9 +142,9 @@ def _inside(marked: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray])
 
 
 def _movers(trace: Trace, can: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
-    """The operators that move data themselves: those that launched a kernel, on a CPU those that call no other mover.
+    """The operators that move data themselves: on a GPU those that launched a kernel, on a CPU those without a mover inside.
 
-    A copy between host and GPU is not among them: its bytes are known from the copy.
+    Copies between host and GPU are excluded: their bytes are known from the copy event.
     """
     host = trace.host
     operator = (host["category"] == "cpu_op").to_numpy()
@@ -156,12 +156,12 @@ def _movers(trace: Trace, can: np.ndarray, parents: np.ndarray, by_depth: list[n
     launch = launchers(host, trace.kernels)
     copies = trace.kernels["category"].isin(["gpu_memcpy"]).to_numpy()
     movers = np.zeros(len(host) + 1, dtype=bool)
-    movers[nearest[launch[(launch != NOTHING) & ~copies]]] = True  # -1 falls on the spare last entry
+    movers[nearest[launch[(launch != NOTHING) & ~copies]]] = True  # -1 sets the unused last entry
     return movers[:-1] & can
 
 
 def _crosses(host: pd.DataFrame) -> list[int]:
-    """Attention over other keys than its own: told by shapes where no module is named, as in compiled regions."""
+    """Cross-attention found by the number of keys, where no module is named, as in compiled regions."""
     names = host["name"].cat.categories
     suspects = host.index[host["name"].isin([name for name in names if "scaled_dot_product" in name])]
     return [
@@ -172,7 +172,7 @@ def _crosses(host: pd.DataFrame) -> list[int]:
 
 
 def _work(host: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Operations, bytes and number format, worked out once per operator and shape."""
+    """Operations, bytes and number format, computed once per operator and shape."""
     names, inputs = host["name"].cat, host["inputs"].cat
     both = names.codes.to_numpy().astype(np.int64) * (len(inputs.categories) + 1) + inputs.codes.to_numpy()
     unique, place = np.unique(both, return_inverse=True)
@@ -195,8 +195,8 @@ def _work(host: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _selecting(trace: Trace, host: pd.DataFrame) -> np.ndarray:
-    """Events between the begin of a profiler step and the first expert call in it (the scheduler's step is behind the
-    last one). Step 0 begins with the encoders and is left out."""
+    """Events between the start of a profiler step and the first expert call in it (the scheduler's step comes after the
+    last call). Step 0 begins with the encoders and is left out."""
     starts = host["start_us"].to_numpy()
     selecting = np.zeros(len(host), dtype=bool)
     names = host["name"].cat.categories
@@ -225,14 +225,14 @@ CATEGORIES = (
     "memory_allocation",
     "launch_and_idle",
 )
-"""In this order one wins where kernels of several run at the same time."""
+"""Order of priority where kernels of several categories run at the same time."""
 WEIGHTS_BYTES = 1 << 20
-"""A copy of this size inside an expert swaps in weights: activations do not leave the GPU there."""
+"""A copy of at least this size inside an expert swaps in weights: activations stay on the GPU there."""
 INDEX = {name: i for i, name in enumerate(CATEGORIES)}
 
 
 def category_of(component: np.ndarray, attention: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """Category of operators that do work, by where they stand."""
+    """Category of operators that do work, by their component, attention module and kind."""
     inside = np.select(
         [kind == KINDS.index(operators.ATTENTION), kind == KINDS.index(operators.LINEAR)],
         [
@@ -249,27 +249,27 @@ def category_of(component: np.ndarray, attention: np.ndarray, kind: np.ndarray) 
         ]
         + [INDEX["other"]]  # component -1
     )
-    found = by_component[component]
-    return np.where(found == NOTHING, inside, found)
+    categories = by_component[component]
+    return np.where(categories == NOTHING, inside, categories)
 
 
 def host_categories(trace: Trace, placed: Attribution) -> np.ndarray:
-    """Category of every host event while it is the innermost."""
-    found = category_of(placed.component, placed.attention, placed.kind)
+    """Category of every host event for the time in which it is the innermost."""
+    categories = category_of(placed.component, placed.attention, placed.kind)
     runtime = trace.host["category"].isin(RUNTIME_CATEGORIES).to_numpy()
     own = placed.own_kind
-    # Python between operators, and calls that only hand work to the GPU.
-    found[own == NOTHING] = INDEX["launch_and_idle"]
-    found[placed.selecting] = INDEX["expert_switching"]
-    found[own == KINDS.index(operators.ALLOCATION)] = INDEX["memory_allocation"]
-    found[runtime & (own == KINDS.index(operators.TRANSFER))] = INDEX["host_device_transfer"]
-    return found
+    # Python between operators, and calls that only launch work on the GPU.
+    categories[own == NOTHING] = INDEX["launch_and_idle"]
+    categories[placed.selecting] = INDEX["expert_switching"]
+    categories[own == KINDS.index(operators.ALLOCATION)] = INDEX["memory_allocation"]
+    categories[runtime & (own == KINDS.index(operators.TRANSFER))] = INDEX["host_device_transfer"]
+    return categories
 
 
 def waiting_categories(host_category: np.ndarray) -> np.ndarray:
-    """While the GPU waits, an operator on the host is launch overhead, whatever it computes."""
-    kept = [INDEX[name] for name in ("expert_switching", "host_device_transfer", "memory_allocation")]
-    return np.where(np.isin(host_category, kept), host_category, INDEX["launch_and_idle"])
+    """Categories for the time in which the GPU waits: any operator on the host is then launch overhead."""
+    unchanged = [INDEX[name] for name in ("expert_switching", "host_device_transfer", "memory_allocation")]
+    return np.where(np.isin(host_category, unchanged), host_category, INDEX["launch_and_idle"])
 
 
 def kernel_categories(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np.ndarray]:
@@ -290,9 +290,9 @@ def kernel_categories(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np
 
     kind_of_name = np.array([_kind_of_kernel(name) for name in names.categories], dtype=np.int64)[names.codes]
     kind = of_launch(placed.kind)
-    # In a compiled region or a graph no operator says what a kernel is; its own name does.
-    told = np.isin(kind, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
-    kind = np.where(told, kind, kind_of_name)
+    # In a compiled region or a graph no operator gives the kind of a kernel; its own name does.
+    by_name = np.isin(kind, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
+    kind = np.where(by_name, kind, kind_of_name)
     component = of_launch(placed.component)
     if not placed.has_ranges:
         component[:] = COMPONENTS.index("expert")
@@ -328,28 +328,28 @@ CATEGORY_NAMES = {
     "launch_and_idle": "launch overhead, idle",
     "other": "other",
 }
-"""Categories in words."""
+"""Category -> its name in text."""
 
 GAP_US = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Breakdown:
-    """Where the time went.
+    """Time breakdown of a trace.
 
     Attributes:
-        frame: a row per category that took time, largest first: `category`, `time_ms` (wall clock given to it alone; all
-            rows add up to `wall_ms`), `share_percent`, `hidden_ms` (more GPU time of it, beside kernels of another row),
+        frame: one row per category with time, largest first: `category`, `time_ms` (wall clock assigned to it alone; all
+            rows add up to `wall_ms`), `share_percent`, `hidden_ms` (its other GPU time, concurrent with another row's),
             `calls` (kernels, on a CPU operators), `tflop` and `moved_gb` (from recorded shapes; 0 where unknown),
-            `format` (numbers of most of that work), `tflop_per_s`, `gb_per_s`, `amdahl_bound` (speed-up of the whole if
-            this row cost nothing).
+            `format` (number format of most of that work), `tflop_per_s`, `gb_per_s`, `amdahl_bound` (speed-up of the whole
+            if this row cost nothing).
         parts: component x category: `component`, `category`, `time_ms`, `tflop`.
-        wall_ms: of the trace's window.
-        recorded_ms: wall clock of the generation as the capture itself took it, None if the file does not say.
+        wall_ms: length of the trace's window.
+        recorded_ms: wall clock of the generation, measured by the capture; None if the file does not have it.
         gpu: `busy_percent`, `kernels`, `launch_gaps` (over 10 µs), `launch_gap_median_us`, `launch_gap_ms` (all);
             empty without a GPU.
-        host_busy_percent: of the wall clock the main thread was in an operator or runtime call.
-        notes: what could not be told apart.
+        host_busy_percent: share of the wall clock in which the main thread was in an operator or runtime call.
+        notes: distinctions that the trace does not allow.
     """
 
     frame: pd.DataFrame
@@ -362,7 +362,7 @@ class Breakdown:
 
     @property
     def closes_percent(self) -> float:
-        """How far the rows miss the wall clock: of the generation where it was recorded, else of the trace."""
+        """Difference of the rows' sum to the wall clock: of the generation where it was recorded, else of the trace."""
         wall = self.recorded_ms or self.wall_ms
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
 
@@ -378,7 +378,7 @@ class Breakdown:
         )
 
     def share_percent(self, category: str) -> float:
-        """Share of a category, 0 if it took no time."""
+        """Share of a category; 0 if it took no time."""
         row = self.frame[self.frame["category"] == category]
         return float(row["share_percent"].iloc[0]) if len(row) else 0.0
 
@@ -392,7 +392,7 @@ class Breakdown:
         return table.reset_index(drop=True)
 
     def row(self) -> dict[str, float]:
-        """Everything as one flat record: wall_ms, <category>_percent, gpu_busy_percent, host_busy_percent, kernels..."""
+        """All figures as a flat record: wall_ms, <category>_percent, gpu_busy_percent, host_busy_percent, kernels..."""
         shares = {f"{name}_percent": self.share_percent(name) for name in CATEGORIES}
         gpu = {f"gpu_{name}" if name == "busy_percent" else name: value for name, value in self.gpu.items()}
         return {
@@ -405,10 +405,10 @@ class Breakdown:
 
 
 def breakdown(trace: Trace) -> Breakdown:
-    """Divide the wall clock of a trace among the categories; see `Breakdown`.
+    """Assign the wall clock of a trace to categories; see `Breakdown`.
 
-    A VAE or text encoder is one row, whatever its operators; inside experts an operator is told by its kind and by
-    the attention module around it. Where the trace has no named ranges, everything counts as an expert's.
+    A VAE or text encoder is one row with all its operators; inside experts the kind of an operator and the attention module
+    around it decide. In a trace without named ranges everything counts as an expert's.
     """
     placed = attribute(trace)
     window, kernels = trace.window_us, trace.kernels
@@ -436,7 +436,7 @@ def breakdown(trace: Trace) -> Breakdown:
     work[placed.selecting] = INDEX["expert_switching"]
     notes = list(trace.notes)
     if not placed.has_ranges:
-        notes.append("no named ranges: components, and self- from cross-attention, cannot be told apart")
+        notes.append("no named ranges: components, and self- from cross-attention, cannot be separated")
     return Breakdown(
         _frame(trace, placed, work, table_us.sum(axis=0), alone_us, of_kernel),
         _parts(table_us, placed, work),
@@ -449,7 +449,7 @@ def breakdown(trace: Trace) -> Breakdown:
 
 
 def _at(moments: np.ndarray, times: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """Which event is the innermost at each moment, -1 for none."""
+    """The innermost event at each moment, -1 for none."""
     if not len(times):
         return np.full(len(moments), NOTHING)
     place = np.searchsorted(times, moments, side="right") - 1
@@ -457,31 +457,31 @@ def _at(moments: np.ndarray, times: np.ndarray, inner: np.ndarray) -> np.ndarray
 
 
 def _main_thread(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np.ndarray]:
-    """What the busiest host thread is at, as `stacks.innermost` gives it, with rows of `trace.host`."""
+    """Innermost events of the busiest host thread, as from `innermost`, with rows of `trace.host`."""
     host = trace.host
     if host.empty:
         return np.zeros(0), np.zeros(0, dtype=np.int64)
     outer = placed.parents == NOTHING
     per_thread = host[outer].groupby("thread")["time_us"].sum()
     rows = np.flatnonzero((host["thread"] == per_thread.idxmax()).to_numpy())
-    offset = rows[0]  # the rows of a thread lie together
+    offset = rows[0]  # the rows of a thread are contiguous
     parents = np.where(placed.parents[rows] == NOTHING, NOTHING, placed.parents[rows] - offset)
     times, which = innermost(host.iloc[rows], parents, levels(parents))
     return times, np.where(which == NOTHING, NOTHING, which + offset)
 
 
 def _running(marks, begins, ends, category, component) -> tuple[np.ndarray, np.ndarray]:
-    """Category and component of what the GPU runs in each stretch between marks, -1 where it waits."""
+    """Category and component of the GPU's work in each interval between marks, -1 where it waits."""
     component = np.where(component == NOTHING, COMPONENTS.index(OUTSIDE), component)
     pairs, code = np.unique(category * len(COMPONENTS) + component, return_inverse=True)
     running = np.full(len(marks) - 1, NOTHING)
     which = np.full(len(marks) - 1, NOTHING)
     first, last = np.searchsorted(marks, begins), np.searchsorted(marks, ends)
-    for i in range(len(pairs) - 1, -1, -1):  # the categories that come first are written last
-        mine = code == i
+    for i in range(len(pairs) - 1, -1, -1):  # categories of higher priority are written last
+        member = code == i
         change = np.zeros(len(marks), dtype=np.int64)
-        np.add.at(change, first[mine], 1)
-        np.add.at(change, last[mine], -1)
+        np.add.at(change, first[member], 1)
+        np.add.at(change, last[member], -1)
         active = np.cumsum(change)[:-1] > 0
         running[active], which[active] = divmod(int(pairs[i]), len(COMPONENTS))
     return running, which
@@ -499,7 +499,7 @@ def _frame(
 
     Args:
         work: category of the work of every host event.
-        time_us, alone_us: per category, of the wall clock and of it while its kernels ran.
+        time_us, alone_us: wall clock per category, and the part of it in which its kernels ran.
         of_kernel: category of every kernel.
     """
     n, wall_us = len(CATEGORIES), trace.wall_us
@@ -512,7 +512,7 @@ def _frame(
         calls = np.bincount(host_categories(trace, placed)[placed.own_kind != NOTHING], minlength=n)
     flop = np.bincount(work, weights=placed.flop, minlength=n)
     moved = np.bincount(work, weights=placed.moved_bytes, minlength=n)
-    if trace.has_gpu:  # of a copy the bytes are known
+    if trace.has_gpu:  # the bytes of a copy are recorded
         copied = (
             trace.kernels["size_bytes"].to_numpy() * (trace.kernels["category"] == "gpu_memcpy").to_numpy()
         )
@@ -541,7 +541,7 @@ def _frame(
 
 
 def _format(placed: Attribution, mine: np.ndarray) -> str:
-    """Number format of most of the operations, or of most of the bytes where there are none."""
+    """Number format of most of the operations, or of most of the bytes where there are no operations."""
     weight = placed.flop if placed.flop[mine].any() else placed.moved_bytes
     totals = pd.Series(weight[mine]).groupby(placed.format[mine]).sum()
     totals = totals[(totals > 0) & (totals.index != "")]
@@ -562,7 +562,7 @@ def _parts(table_us: np.ndarray, placed: Attribution, work: np.ndarray) -> pd.Da
 
 
 def _gpu(begins: np.ndarray, ends: np.ndarray, wall_us: float) -> dict[str, float]:
-    """How full the GPU was: any kernel, copy or fill on any stream counts."""
+    """Utilisation of the GPU: any kernel, copy or fill on any stream counts."""
     order = np.argsort(begins, kind="stable")
     reached = np.maximum.accumulate(ends[order])
     gaps = np.maximum(begins[order][1:] - reached[:-1], 0.0)
@@ -578,15 +578,15 @@ def _gpu(begins: np.ndarray, ends: np.ndarray, wall_us: float) -> dict[str, floa
 
 
 def bounds(breakdown: Breakdown, ceilings: Ceilings | None) -> pd.DataFrame:
-    """The rows of a breakdown beside their bounds.
+    """The rows of a breakdown with their roofline and Amdahl bounds.
 
     Args:
-        ceilings: of the device that the trace was taken on; None leaves the columns that need them empty.
+        ceilings: ceilings of the traced device; None leaves the columns that need them empty.
 
     Returns:
-        DataFrame: category, time_ms, share_percent, tflop_per_s, gb_per_s, of_roofline_percent (roofline_ms over the time
-        spent), amdahl_bound (speed-up of the whole if the row cost nothing), roofline_ms (the larger of work over rate and
-        bytes over bandwidth: no exact implementation of the same operators is faster, as far as shapes were recorded),
+        DataFrame: category, time_ms, share_percent, tflop_per_s, gb_per_s, of_roofline_percent (roofline_ms over the
+        measured time), amdahl_bound (speed-up of the whole if the row cost nothing), roofline_ms (the larger of work over
+        rate and bytes over bandwidth: no exact implementation of the same operators with recorded shapes is faster),
         ceiling_tflop_per_s, ceiling_gb_per_s, hidden_ms, calls.
     """
     table = breakdown.frame.copy()

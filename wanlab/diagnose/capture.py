@@ -1,4 +1,4 @@
-"""A profile of one generation as a Chrome trace: named ranges, one step per denoising step, bounded size."""
+"""Captures a profile of one generation as a Chrome trace: named ranges, one step per denoising step, limited size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
 
 DEEPEST = 3
-"""Module levels below a block that get a range: `blocks.0.ffn.net.0` is the third."""
+"""Depth of modules below a block that get a range: `blocks.0.ffn.net.0` has depth three."""
 
 _VAE_HALVES = {
     "encoder": "vae_encoder",
@@ -40,16 +40,16 @@ _BLOCK = re.compile(r"^\w*blocks\.\d+")
 
 @contextmanager
 def ranges(model: Model, *, projections: bool = True) -> Iterator[list[str]]:
-    """Name the parts of a model in every profile that is taken inside the block.
+    """Inside the block every profile has named ranges for the parts of a model.
 
-    Components get a range whatever runs them; modules inside get one where a component is a PyTorch module.
+    Every component gets a range, whatever engine runs it; modules inside it get one if the component is a PyTorch module.
 
     Args:
         model: from `wanlab.models.load`.
-        projections: also name what is inside the blocks: attentions, linear layers, norms.
+        projections: also name the modules inside the blocks: attentions, linear layers, norms.
 
     Yields:
-        The names that were given.
+        The names of the ranges.
     """
     hooks = _Hooks(_named_modules(model.pipeline, projections))
     points = component_calls(model.pipeline)
@@ -67,19 +67,19 @@ def ranges(model: Model, *, projections: bool = True) -> Iterator[list[str]]:
 
 def _named_modules(pipeline, projections: bool) -> dict[str, torch.nn.Module]:
     """Range -> module, inside the components that are PyTorch modules."""
-    found = {}
+    modules = {}
     for attribute, methods in component_calls(pipeline).items():
         network = vars(pipeline)[attribute]
         if isinstance(network, torch.nn.Module):
             for path, module in _reachable(network):
                 name = _name(methods.get("__call__"), path)
                 if name and _wanted(path, projections):
-                    found[name] = module
-    return found
+                    modules[name] = module
+    return modules
 
 
 def _reachable(network: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules by path, except compiled ones and what is in them: a hook there would be compiled in."""
+    """Modules by path, without compiled ones and their contents: a hook there would be compiled too."""
     if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
         return
     yield path, network
@@ -88,7 +88,7 @@ def _reachable(network: torch.nn.Module, path: str = "") -> Iterator[tuple[str, 
 
 
 def _name(component: str | None, path: str) -> str | None:
-    """Range of a module inside a component; None for the component itself, whose entry point is the range."""
+    """Range of a module inside a component; None for the component itself, whose call is the range."""
     if not path:
         return None
     if component is not None:
@@ -108,7 +108,7 @@ def _wanted(path: str, projections: bool) -> bool:
 
 
 class _Hooks:
-    """Hooks of many modules, there or not."""
+    """Hooks of many modules, which can be added and removed."""
 
     def __init__(self, modules: dict[str, torch.nn.Module]) -> None:
         self.modules = modules
@@ -144,7 +144,7 @@ def _ranged(component: str, hooks: _Hooks) -> Callable:
 
 
 def _hook(module: torch.nn.Module, name: str) -> list:
-    """A range around a module's forward."""
+    """Add a range around a module's forward."""
     opened: list = []
 
     def enter(*_) -> None:
@@ -154,7 +154,7 @@ def _hook(module: torch.nn.Module, name: str) -> list:
         if opened:
             opened.pop().__exit__(None, None, None)
 
-    # always_call: a forward that raises still closes its range.
+    # always_call: the range is closed also when the forward raises.
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
@@ -176,27 +176,27 @@ def trim(
     shortest_us: float = 20.0,
     smallest_bytes: int = 1 << 20,
 ) -> Path:
-    """Write a smaller trace that says the same: kernels, launches, ranges, steps and times stay as they are.
+    """Write a smaller trace with the same kernels, launches, ranges, steps and times.
 
-    Left out are host events that launched nothing and took less than `shortest_us` (their time becomes own time of what
-    encloses them), allocations below `smallest_bytes` (the totals beside the others still count them), flow arrows,
-    GPU annotations, the profiler's own overhead, and the arguments that no reader here uses.
+    It leaves out host events that launched nothing and took less than `shortest_us` (their time becomes own time of the
+    enclosing event), allocations below `smallest_bytes` (the totals of the other allocations still count them), flow arrows,
+    GPU annotations, the profiler's own overhead, and arguments that wanlab does not read.
 
     Args:
-        source, target: `.json` or `.json.gz`.
+        source, target: files with suffix `.json` or `.json.gz`.
 
     Raises:
-        WanlabError: as `read_trace`.
+        WanlabError: as for `read_trace`.
     """
     content = json.loads(unpack(Path(source)))
     events = content["traceEvents"]
     origin = min(float(event["ts"]) for event in events if event.get("ph") == "X" and "ts" in event)
-    kept = [_slim(event, origin) for event in _kept(events, shortest_us, smallest_bytes)]
+    slim_events = [_slim(event, origin) for event in _kept(events, shortest_us, smallest_bytes)]
     content = {key: value for key, value in content.items() if key not in ("traceEvents", "traceName")}
     content["trimmed"] = {"shortest_us": shortest_us, "smallest_bytes": smallest_bytes}
-    text = json.dumps(content | {"traceEvents": kept}, separators=(",", ":"))
+    text = json.dumps(content | {"traceEvents": slim_events}, separators=(",", ":"))
     target = Path(target)
-    # No time in the header: the same trace gives the same file.
+    # Without a time stamp, so that the same trace gives the same file.
     packed = gzip.compress(text.encode(), 9, mtime=0) if target.suffix == ".gz" else text.encode()
     target.write_bytes(packed)
     return target
@@ -252,15 +252,15 @@ def _slim(event: dict, origin: float) -> dict:
         event["ts"] = round(float(event["ts"]) - origin, 2)
     if "dur" in event:
         event["dur"] = round(event["dur"], 2)
-    wanted = _KEPT_ARGS.get(event.get("cat", ""))
+    kept_names = _KEPT_ARGS.get(event.get("cat", ""))
     if "args" in event and event.get("ph") != "M":
-        names = (wanted or ()) + (("Concrete Inputs",) if "conv" in event["name"] else ())
+        names = (kept_names or ()) + (("Concrete Inputs",) if "conv" in event["name"] else ())
         event["args"] = {key: event["args"][key] for key in names if key in event["args"]}
     return event
 
 
 MOST_EVENTS = 2_000_000
-"""About 35 MB compressed, 10 s to read, and the most that Perfetto opens without trouble."""
+"""About 35 MB compressed, 10 s to read, and the largest that Perfetto opens without problems."""
 EVENTS_PER_CALL = {"cpu": 23, "cuda": 33}
 """Events per call of a leaf module, counted in traces of Wan models: operators, ranges, on a GPU launches and kernels."""
 MEMORY_FACTOR, PYTHON_FACTOR = 1.5, 6.0
@@ -279,32 +279,32 @@ def capture(
     most_events: int = MOST_EVENTS,
     **settings,
 ) -> Path:
-    """Generate once under the profiler and write its trace; times in it are not to be quoted as latency.
+    """Generate once under the profiler and write its trace; times in it must not be reported as latency.
 
-    Profiler step 0 is everything up to the end of the first denoising step, the last one everything behind the
-    last denoising step. The profiler holds about 1 KiB of host memory per event until the trace is written.
+    Profiler step 0 includes everything up to the end of the first denoising step, the last one everything after the
+    last denoising step. The profiler needs about 1 KiB of host memory per event until the trace is written.
 
     Args:
-        image, prompt, settings: as `Model.generate` takes them. Where all steps do not fit into `most_events`, as many
-            are taken as do: all steps of an expert cost the same. The trace says so in its notes.
-        folder: gets the file `<host>_<process>.<time>.pt.trace.json.gz`, which TensorBoard, Perfetto and HTA read.
+        image, prompt, settings: arguments of `Model.generate`. If all steps do not fit into `most_events`, fewer
+            are run: all steps of an expert cost the same. The notes of the trace say so.
+        folder: folder of the new file `<host>_<process>.<time>.pt.trace.json.gz`, for TensorBoard, Perfetto and HTA.
         projections: as in `ranges`.
         shapes: record the operators' input shapes.
         memory: record allocations.
         python: record the Python stack; the file becomes several times larger.
-        most_events: record about this many at most.
+        most_events: approximate limit of recorded events.
 
     Returns:
         The trace file.
 
     Raises:
-        WanlabError: as `Model.generate`, another profiler is running, not even one step of each expert fits, or
+        WanlabError: as for `Model.generate`, another profiler is running, one step of each expert does not fit, or
             nothing was written.
     """
     if torch.autograd._profiler_enabled():
         raise WanlabError("another profiler is running; leave its block before capturing a trace")
     factor = (MEMORY_FACTOR if memory else 1.0) * (PYTHON_FACTOR if python else 1.0)
-    settings["steps"], asked = _steps(model, settings, factor, most_events)
+    settings["steps"], asked_steps = _steps(model, settings, factor, most_events)
     folder = Path(folder)
     before = set(folder.glob(f"*{SUFFIX}"))
     activities = [ProfilerActivity.CPU]
@@ -323,12 +323,14 @@ def capture(
         _after_each_step(model.pipeline, profiler.step),
     ):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            # HTA reads the rank of a trace here; of several processes PyTorch writes it, of one it does not.
+            # HTA reads the rank from this entry, which PyTorch writes only in a run of several processes.
             profiler.add_metadata_json(
                 "distributedInfo", json.dumps({"backend": "none", "rank": 0, "world_size": 1})
             )
-        made = model.generate(image, prompt, **settings)
-        profiler.add_metadata_json("wanlab", json.dumps(_about(model, made.settings, made.wall_ms, asked)))
+        generation = model.generate(image, prompt, **settings)
+        profiler.add_metadata_json(
+            "wanlab", json.dumps(_about(model, generation.settings, generation.wall_ms, asked_steps))
+        )
     written = sorted(set(folder.glob(f"*{SUFFIX}")) - before)
     if not written:
         raise WanlabError(f"the profiler wrote nothing to {folder}; is there room and may it be written to?")
@@ -336,9 +338,9 @@ def capture(
 
 
 def expected_events(model: Model, *, steps: int, frames: int | None = None, guidance: bool = True) -> int:
-    """About how many events a trace of one generation has, without allocations and the Python stack.
+    """Approximate number of events in a trace of one generation, without allocations and the Python stack.
 
-    A call of a leaf module makes about `EVENTS_PER_CALL`; the causal VAE runs once per latent frame, an expert once per
+    A call of a leaf module has about `EVENTS_PER_CALL`; the causal VAE runs once per latent frame, an expert once per
     step and branch.
     """
     spec = model.spec
@@ -363,21 +365,21 @@ def _leaves(module: Any) -> int:
 
 
 def _steps(model: Model, settings: dict, factor: float, most: int) -> tuple[int, int]:
-    """The steps to run, as many as fit of those that were asked for, and these."""
+    """The number of steps to run, limited by the number of events, and the number that was requested."""
     scale = settings.get("guidance_scale")
     guidance = (model.spec.defaults.guidance_scale if scale is None else scale) > 1
-    asked = settings.get("steps")
-    asked = model.spec.defaults.steps if asked is None else asked
+    requested = settings.get("steps")
+    requested = model.spec.defaults.steps if requested is None else requested
 
     def events(steps: int) -> float:
         return factor * expected_events(model, steps=steps, frames=settings.get("frames"), guidance=guidance)
 
-    if not isinstance(asked, int) or asked < 1 or events(asked) <= most:
-        return asked, asked  # what is no number of steps, `generate` says
+    if not isinstance(requested, int) or requested < 1 or events(requested) <= most:
+        return requested, requested  # `generate` refuses a number of steps that is not legal
     experts = {name for name in model.components if name.startswith("expert")}
-    for steps in range(asked - 1, 0, -1):
+    for steps in range(requested - 1, 0, -1):
         if events(steps) <= most and set(model.schedule(steps)["component"]) == experts:
-            return steps, asked
+            return steps, requested
     raise WanlabError(
         f"a trace of one step of each expert would have more than most_events={most:,} events: "
         "take fewer frames, leave out memory and python, or raise most_events"
@@ -385,7 +387,7 @@ def _steps(model: Model, settings: dict, factor: float, most: int) -> tuple[int,
 
 
 def _about(model: Model, settings: dict, wall_ms: float, asked_steps: int) -> dict[str, Any]:
-    """What a reader of the trace wants to know about the generation."""
+    """Description of the generation that is stored in the trace."""
     modules: dict[str, torch.nn.Module] = {
         model.spec.part_of(name): part for name, part in model.components.items()
     }
@@ -406,7 +408,7 @@ def _about(model: Model, settings: dict, wall_ms: float, asked_steps: int) -> di
 
 
 def _after_each_step(pipeline, note: Callable[[], None]):
-    """A context in which `note` is called behind every step of the pipeline's scheduler, if it has one."""
+    """A context in which `note` is called after every step of the pipeline's scheduler, if it has one."""
 
     def wrap(call: Callable) -> Callable:
         def step(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""What changed between two flame graphs or breakdowns, row by row, with a sum that closes on the wall clock."""
+"""Difference of two flame graphs or breakdowns, row by row; the rows add up to the change of the wall clock."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from wanlab.diagnose.flame import Flame, cpu_flame, gpu_flame
 from wanlab.diagnose.trace import Trace
 
 UNCOVERED = "(idle, or running side by side)"
-"""Wall clock less the sum of all stacks: positive where nothing ran, negative where threads or streams overlapped."""
+"""Wall clock minus the sum of all stacks: positive where nothing ran, negative where threads or streams overlapped."""
 KEYS = ("stack", "name")
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Two profiles laid over one another.
+    """Difference of two profiles.
 
     Attributes:
-        frame: a row per stack, name or category of either: `path` (a tuple, outermost first), `before_us` and
-            `after_us` (own time), `change_us`, `status` ("vanished", "new", "grew", "shrank", "same"); ordered by how
-            much they changed. The `change_us` of all rows add up to `change_us` of the whole.
+        frame: one row per stack, name or category of either: `path` (a tuple, outermost first), `before_us` and
+            `after_us` (own time), `change_us`, `status` ("vanished", "new", "grew", "shrank", "same"), largest change
+            first. The `change_us` of all rows add up to `change_us` of the whole.
         before_us, after_us: wall clock of the two traces.
     """
 
@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def change_us(self) -> float:
-        """Wall clock after less before."""
+        """Wall clock after minus wall clock before."""
         return self.after_us - self.before_us
 
     def of(self, status: str) -> pd.DataFrame:
@@ -42,15 +42,15 @@ class Difference:
 
 
 def difference(before: Flame | Breakdown, after: Flame | Breakdown, *, by: str = "stack") -> Difference:
-    """Compare two profiles, say before and after an optimisation.
+    """Compare two profiles, for example before and after an optimisation.
 
     Args:
         before, after: two flame graphs of one kind, or two breakdowns.
-        by: how rows of flame graphs are told apart: "stack" by the whole stack; "name" by the outermost frame and the
-            innermost one, which stay the same when what is between them does not (compilation, fusion).
+        by: key of the rows of flame graphs: "stack" is the whole stack; "name" is the outermost and the innermost
+            frame, which stay the same when the frames between them change (compilation, fusion).
 
     Raises:
-        WanlabError: one is of the CPU and the other of the GPU, one a breakdown and the other not, or an unknown `by`.
+        WanlabError: a CPU and a GPU graph, a breakdown and a flame graph, or an unknown `by`.
     """
     if by not in KEYS:
         raise WanlabError(f"by is {' or '.join(map(repr, KEYS))}, not {by!r}")
@@ -79,7 +79,7 @@ def difference(before: Flame | Breakdown, after: Flame | Breakdown, *, by: str =
 
 
 def flame_differences(before: Trace, after: Trace) -> tuple[Difference, Difference]:
-    """Two traces by function or kernel, and by stack: of the GPUs where both have one, else of the hosts."""
+    """Differences of two traces by function or kernel, and by stack: of the GPUs where both have one, else of the hosts."""
     graph = gpu_flame if before.has_gpu and after.has_gpu else cpu_flame
     pair = graph(before), graph(after)
     return difference(*pair, by="name"), difference(*pair)

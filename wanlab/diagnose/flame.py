@@ -1,8 +1,8 @@
-"""Flame graphs: where the time of a trace went, by stack, with totals that are the trace's own.
+"""Flame graphs of a trace: time by stack, with the same totals as the trace.
 
-The CPU graph nests the host's events of each thread by time. The GPU graph hangs every kernel below the host
-stack that launched it (found by correlation id), so that a kernel stands under module, operator and call.
-Format of the exports: folded stacks (Gregg, "Flame Graphs", 2011) and speedscope's file format 0.0.1.
+The CPU graph nests the host's events of each thread by time. The GPU graph puts every kernel below the host
+stack that launched it (found by correlation id), so that a kernel is below its module, operator and call.
+Formats of the exports: folded stacks (Gregg, "Flame Graphs", 2011) and speedscope's file format 0.0.1.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ NOT_LAUNCHED = "(launch not in the trace)"
 
 @dataclass(frozen=True, eq=False)
 class Flame:
-    """A tree of stacks.
+    """A flame graph: a tree of stacks.
 
     Attributes:
         frame: one row per node, parents before children: `name`, `parent` (row number, -1 at the top),
             `depth`, `total_us`, `self_us`, `count` (events). Row 0 is the root.
         kind: `"cpu"` or `"gpu"`.
-        wall_us: of the trace, from its first event to the end of its last.
+        wall_us: wall clock of the trace, from the start of its first event to the end of its last.
     """
 
     frame: pd.DataFrame
@@ -39,14 +39,14 @@ class Flame:
         return float(self.frame["total_us"].iloc[0])
 
     def paths(self) -> list[tuple[str, ...]]:
-        """The stack of every node, from the top down, without the root."""
-        found: list[tuple[str, ...]] = []
+        """The stack of every node, outermost first, without the root."""
+        stacks: list[tuple[str, ...]] = []
         for name, parent in zip(self.frame["name"], self.frame["parent"], strict=True):
-            found.append((*found[parent], name) if parent >= 0 else ())
-        return found
+            stacks.append((*stacks[parent], name) if parent >= 0 else ())
+        return stacks
 
     def folded(self) -> str:
-        """Folded stacks, `a;b;c microseconds` a line: what flamegraph.pl and speedscope read."""
+        """Folded stacks, `a;b;c microseconds` per line, as read by flamegraph.pl and speedscope."""
         lines = []
         for path, self_us in zip(self.paths(), self.frame["self_us"], strict=True):
             if path and round(self_us) > 0:
@@ -92,8 +92,8 @@ class Flames:
     """Both flame graphs of a trace.
 
     Attributes:
-        cpu, gpu: None where the trace has no events of it.
-        notes: why one is missing, and what else the trace does not say.
+        cpu, gpu: None where the trace has no events of that kind.
+        notes: why one is missing, and other limits of the trace.
     """
 
     cpu: Flame | None
@@ -102,23 +102,23 @@ class Flames:
 
     @property
     def main(self) -> Flame:
-        """Of the GPU where there is one, else of the host."""
+        """The GPU's graph if there is one, else the host's."""
         return self.gpu or self.cpu
 
     def own_time(self, side: str, rows: int = 12) -> pd.DataFrame | None:
-        """The frames with the most time of their own, of `"cpu"` or `"gpu"`; None where that side is missing."""
+        """The frames with the most own time, of `"cpu"` or `"gpu"`; None where that side is missing."""
         flame = {"cpu": self.cpu, "gpu": self.gpu}[side]
         return None if flame is None else flame.own_time().head(rows).round(3)
 
     def row(self) -> dict[str, Any]:
-        """Flat record: flame_ms, wall_ms, and the frame with the most time of its own."""
+        """Flat record: flame_ms, wall_ms, and the frame with the most own time."""
         flame = self.main
         totals = {"flame_ms": flame.total_us / 1e3, "wall_ms": flame.wall_us / 1e3}
         return totals | flame.own_time().iloc[0].to_dict()
 
 
 def flames(trace: Trace, *, by_step: bool = False) -> Flames:
-    """The flame graphs that a trace has; arguments as in `cpu_flame`.
+    """All flame graphs of a trace; arguments as in `cpu_flame`.
 
     Raises:
         WanlabError: the trace has neither CPU nor GPU events.
@@ -129,10 +129,10 @@ def flames(trace: Trace, *, by_step: bool = False) -> Flames:
 
 
 def cpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
-    """Host time of all threads by stack: the total is the sum of each thread's outermost events.
+    """Host time of all threads by stack; the total is the sum of each thread's outermost events.
 
     Args:
-        by_step: keep the profiler's steps as the outermost frames, else the same stack of all steps is one.
+        by_step: keep the profiler's steps as the outermost frames; else equal stacks of all steps are added.
 
     Raises:
         WanlabError: the trace has no host events.
@@ -152,7 +152,7 @@ def cpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
 
 
 def gpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
-    """GPU time by the host stack that launched it, down to the kernel: the total is the kernels' sum.
+    """GPU time by the host stack that launched it, down to the kernel; the total is the sum of the kernels.
 
     Args:
         by_step: as in `cpu_flame`.
@@ -175,7 +175,7 @@ def gpu_flame(trace: Trace, *, by_step: bool = False) -> Flame:
             lost = tree.child(0, NOT_LAUNCHED) if lost is None else lost
             above = lost
         else:
-            # The runtime call itself says nothing about where: the kernel stands under what made the call.
+            # The runtime call is left out: the kernel is placed directly below the event that made the call.
             above = nodes[parents[launch]] if parents[launch] >= 0 else 0
         node = tree.child(above, name)
         tree.total[node] += time_us
@@ -210,7 +210,7 @@ class _Tree:
         return node
 
     def frame(self, *, inclusive: bool) -> pd.DataFrame:
-        """The table of `Flame`. `inclusive`: `total` already holds a node's whole time, else its own alone."""
+        """The table of `Flame`. `inclusive`: `total` already has the whole time of a node, else only its own time."""
         total, parents = np.array(self.total), np.array(self.parents)
         children = np.zeros_like(total)
         depth = np.zeros(len(total), dtype=int)
@@ -235,15 +235,15 @@ class _Tree:
                 "count": self.count,
             }
         )
-        # Nodes that only host events made, with no GPU time below, have nothing to show in a GPU graph.
+        # Nodes that only host events created, without GPU time below, are dropped from a GPU graph.
         return table if inclusive else _without_empty(table)
 
 
 def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
-    kept = (table["total_us"] > 0).to_numpy(copy=True)
-    kept[0] = True
-    renumbered = np.cumsum(kept) - 1
-    table = table[kept].reset_index(drop=True)
+    nonempty = (table["total_us"] > 0).to_numpy(copy=True)
+    nonempty[0] = True
+    renumbered = np.cumsum(nonempty) - 1
+    table = table[nonempty].reset_index(drop=True)
     above = table["parent"].to_numpy()
     table["parent"] = np.where(above >= 0, renumbered[np.maximum(above, 0)], -1)
     return table

@@ -1,4 +1,4 @@
-"""What an operator of a profile is, and the work that its recorded input shapes stand for."""
+"""Operators of a profile: their kind, and their operations and bytes from recorded input shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = {
     "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
 }  # fmt: skip
 _KINDS = (
-    # Inductor's own kernels are called by what was fused into them, which may have been beside a product, not the product.
+    # Inductor names its kernels after all fused operators, so a product in the name may be outside the kernel.
     (ATTENTION, r"^triton_tem\w*attention"), (LINEAR, r"^triton_tem"), (POINTWISE, r"^triton_"),
     (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
     (ALLOCATION, r"^aten::(empty|resize_|set_)|^cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree|MemMap|MemCreate)"),
@@ -41,15 +41,15 @@ _VIEW = re.compile(
 
 
 def kind(name: str) -> str | None:
-    """linear (convolutions too), attention, allocation, transfer, pointwise; None for what is no operator or kernel."""
-    return next((found for found, pattern in _KINDS if re.search(pattern, name)), None)
+    """linear (convolutions too), attention, allocation, transfer, pointwise; None if it is not an operator or kernel."""
+    return next((name_of_kind for name_of_kind, pattern in _KINDS if re.search(pattern, name)), None)
 
 
 def flop(name: str, inputs: str) -> float:
-    """Operations of a matrix product, convolution or attention, a multiply-add as two; 0 for anything else.
+    """Operations of a matrix product, convolution or attention; a multiply-add counts as two. 0 for anything else.
 
     Args:
-        name: of the operator, "aten::addmm".
+        name: name of the operator, such as "aten::addmm".
         inputs: JSON as in `Trace.events`.
 
     The formulas are those of `torch.utils.flop_counter`: 2 M N K for a product, 4 B H Sq Sk D for attention, twice the
@@ -61,7 +61,7 @@ def flop(name: str, inputs: str) -> float:
     shapes, _, values = json.loads(inputs)
     try:
         return float(_flop(short, shapes, values))
-    except (IndexError, TypeError, ValueError):  # an overload with other arguments: unknown, not an error
+    except (IndexError, TypeError, ValueError):  # an overload with other arguments is unknown, not an error
         return 0.0
 
 
@@ -89,7 +89,7 @@ def _flop(name: str, shapes: list, values: list) -> float:
 
 
 def is_cross_attention(name: str, inputs: str) -> bool:
-    """Whether an attention has another number of keys than of queries: they come from somewhere else."""
+    """Whether an attention has different numbers of keys and queries, so that its keys come from another sequence."""
     if not inputs or not _SDPA.match(name):
         return False
     shapes = json.loads(inputs)[0]
@@ -99,7 +99,7 @@ def is_cross_attention(name: str, inputs: str) -> bool:
 def _convolution(
     x: list, weight: list, stride: list, padding: list, dilation: list, transposed: bool
 ) -> float:
-    if transposed:  # every input position meets the whole kernel once
+    if transposed:  # every input position is multiplied with the whole kernel once
         return 2 * x[0] * math.prod(x[2:]) * math.prod(weight)
     out = [
         (size + 2 * pad - step * (width - 1) - 1) // move + 1
@@ -109,16 +109,16 @@ def _convolution(
 
 
 def moved_bytes(name: str, inputs: str) -> float:
-    """Least traffic of an operator: every input read once and an output as large as the largest input written.
+    """Least traffic of an operator: every input read once, and one output written that is as large as the largest input.
 
-    An estimate from the recorded shapes: what a cache saves or a broadcast repeats is not seen. 0 for views, and for
-    conversions whose work is in another operator.
+    An estimate from recorded shapes: savings by caches and repeated reads of broadcasts are not included. 0 for views, and
+    for conversions whose work is in another operator.
     """
     if not inputs or _VIEW.match(name) or kind(name) == ALLOCATION:
         return 0.0
     shapes, types, _ = json.loads(inputs)
     sizes = [size for pair in zip(shapes, types, strict=False) for size in _sizes(*pair)]
-    # A kernel of Inductor is given its outputs, too.
+    # The inputs of an Inductor kernel include its outputs.
     written = 0.0 if name.startswith("triton_") else max(sizes, default=0)
     return float(sum(sizes) + written)
 

@@ -1,4 +1,4 @@
-"""A profile read back: a Chrome trace file as tables of events, their stacks and launches."""
+"""Reads a profile, a Chrome trace file, as tables of events, their stacks and launches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wanlab.models.pipeline import BEGINS, ENDS
 
 NONE = msgspec.Raw(b"")
 DEVICE_TYPES = {0: "cpu", 1: "cuda"}
-"""c10::DeviceType, as "[memory]" events give it."""
+"""c10::DeviceType, as in "[memory]" events."""
 
 
 class Args(
@@ -39,7 +39,7 @@ class Args(
         "address": "Addr",
     },
 ):
-    """The arguments of an event that are read. Raw ones stay text until somebody asks for them."""
+    """The arguments of an event that wanlab uses. Raw ones are parsed only when they are needed."""
 
     correlation: int | float | None = 0
     stream: int | str | None = -1
@@ -56,7 +56,7 @@ class Args(
 
 
 class Event(msgspec.Struct, gc=False):
-    """One event."""
+    """One event of a trace file."""
 
     ph: str = ""
     cat: str = ""
@@ -69,7 +69,7 @@ class Event(msgspec.Struct, gc=False):
 
 
 class File(msgspec.Struct):
-    """The parts of a trace file that are read."""
+    """The parts of a trace file that wanlab uses."""
 
     traceEvents: list[Event]
     deviceProperties: list[dict] = []
@@ -85,7 +85,7 @@ def decode(path: Path) -> File:
     """Read a trace file, `.json` or `.json.gz`.
 
     Raises:
-        WanlabError: no such file, a truncated or empty file, or one that is no profiler trace.
+        WanlabError: no such file, a truncated or empty file, or one that is not a profiler trace.
     """
     raw = unpack(path)
     try:
@@ -97,7 +97,7 @@ def decode(path: Path) -> File:
 
 
 def unpack(path: Path) -> bytes:
-    """The JSON text of a trace file; errors as `decode`."""
+    """The JSON text of a trace file; errors as for `decode`."""
     if not path.is_file():
         raise WanlabError(f"no trace {path}; give a .json or .json.gz file of torch.profiler")
     raw = path.read_bytes()
@@ -112,26 +112,29 @@ def unpack(path: Path) -> bytes:
 
 
 def tables(events: list[Event]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The complete events and the allocations as `Trace.events` and `Trace.memory` describe them."""
-    kept = [e for e in events if e.ph == "X" and e.ts is not None and e.dur is not None]
+    """The complete events and the allocations, as described in `Trace.events` and `Trace.memory`."""
+    complete = [e for e in events if e.ph == "X" and e.ts is not None and e.dur is not None]
     blocks = [e for e in events if e.name == "[memory]" and e.args is not None and e.args.size is not None]
-    start = np.array([float(e.ts) for e in kept])
+    start = np.array([float(e.ts) for e in complete])
     origin = start.min() if len(start) else 0.0
-    thread, process, where = _places(kept)
-    args = [e.args or NO_ARGS for e in kept]
+    thread, process, where = _places(complete)
+    args = [e.args or NO_ARGS for e in complete]
     table = pd.DataFrame(
         {
-            "name": pd.Categorical([e.name for e in kept]),
-            "category": pd.Categorical([e.cat for e in kept]),
+            "name": pd.Categorical([e.name for e in complete]),
+            "category": pd.Categorical([e.cat for e in complete]),
             "process": process,
             "thread": thread,
             "start_us": start - origin,
-            "time_us": np.array([e.dur for e in kept], dtype=float),
+            "time_us": np.array([e.dur for e in complete], dtype=float),
             "correlation": np.array([a.correlation or 0 for a in args], dtype=np.int64),
             "stream": np.array([a.stream if isinstance(a.stream, int) else -1 for a in args], dtype=np.int64),
             "size_bytes": np.array([a.copied or 0 for a in args], dtype=np.int64),
             "inputs": pd.Categorical(
-                [_inputs(e.name, a) if a.dims is not NONE else "" for e, a in zip(kept, args, strict=True)]
+                [
+                    _inputs(e.name, a) if a.dims is not NONE else ""
+                    for e, a in zip(complete, args, strict=True)
+                ]
             ),
         }
     )
@@ -184,7 +187,7 @@ def _device(args: Args) -> str:
 
 
 def _address(value: int | str | None) -> int:
-    """Kineto writes a number, older files text in hexadecimal."""
+    """An address as a number; older files have hexadecimal text."""
     try:
         return int(value, 0) if isinstance(value, str) else int(value or 0)
     except ValueError:
@@ -192,7 +195,7 @@ def _address(value: int | str | None) -> int:
 
 
 SUFFIX = ".pt.trace.json.gz"
-"""What TensorBoard's profiler plugin looks for in a folder."""
+"""File name pattern that TensorBoard's profiler plugin searches for in a folder."""
 KERNEL_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 HOST_CATEGORIES = ("cpu_op", "user_annotation", "python_function", *RUNTIME_CATEGORIES)
@@ -201,23 +204,23 @@ STEP_PREFIX = "ProfilerStep#"
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One process's trace.
+    """The trace of one process.
 
     Attributes:
         events: one row per complete event, ordered by thread, start and falling end: `name` and `category` (pandas
-            categories), `process` and `thread` (integer codes), `start_us` from the first event on, `time_us`,
-            `correlation` (links a kernel to the runtime call that launched it; 0 where there is none), `stream`
+            categories), `process` and `thread` (integer codes), `start_us` since the first event, `time_us`,
+            `correlation` (links a kernel to the runtime call that launched it; 0 without one), `stream`
             (-1 on the host), `size_bytes` (of a copy or fill on the GPU), `inputs` (pandas category: JSON
             `[shapes, types, values]` of an operator's inputs, values only of convolutions, "" where not recorded).
         memory: one row per allocation or release, in order of time: `time_us` (as `start_us`), `size_bytes`
             (negative for a release), `allocated_bytes` and `reserved_bytes` after it (-1 where unknown), `device`
             ("cpu", "cuda:0"), `address`, `thread` and `process` (as in `events`). Empty if it was not recorded.
-        path: the file.
+        path: path of the file.
         devices: `deviceProperties` of the file, one dictionary per GPU.
-        rank: of a distributed run, else None.
-        generation: what `capture` noted: model, engines, device, dtype, settings, wall_ms, weights_bytes (per part);
-            empty for a trace of other origin.
-        notes: what the file lacks, in sentences.
+        rank: rank in a distributed run, else None.
+        generation: description by `capture`: model, engines, device, dtype, settings, wall_ms, weights_bytes (per part);
+            empty for a trace from another program.
+        notes: limits of the file, as sentences.
     """
 
     events: pd.DataFrame
@@ -234,27 +237,27 @@ class Trace:
 
     @cached_property
     def kernels(self) -> pd.DataFrame:
-        """What the GPU did: kernels, copies and fills."""
+        """The events of the GPU: kernels, copies and fills."""
         return self.of(*KERNEL_CATEGORIES)
 
     @cached_property
     def host(self) -> pd.DataFrame:
-        """What the host did, renumbered."""
+        """The events of the host, renumbered."""
         return self.of(*HOST_CATEGORIES).reset_index(drop=True)
 
     @cached_property
     def steps(self) -> pd.DataFrame:
         """The profiler's steps: step, start_us, time_us."""
         names = self.events["name"].cat.categories
-        wanted = names[names.str.startswith(STEP_PREFIX)]
+        step_names = names[names.str.startswith(STEP_PREFIX)]
         steps = self.of("user_annotation")
-        steps = steps[steps["name"].isin(wanted)].sort_values("start_us")
+        steps = steps[steps["name"].isin(step_names)].sort_values("start_us")
         numbers = steps["name"].astype(str).str.removeprefix(STEP_PREFIX).astype(int)
         return steps.assign(step=numbers)[["step", "start_us", "time_us"]].reset_index(drop=True)
 
     @cached_property
     def window_us(self) -> tuple[float, float]:
-        """Begin and end of the recorded generation; of the first and last event in a trace of other origin."""
+        """Start and end of the recorded generation; of the first and last event in a trace from another program."""
         starts, times = self.events["start_us"], self.events["time_us"]
         marks = [starts[(self.events["name"] == name).to_numpy()] for name in (BEGINS, ENDS)]
         if all(len(mark) == 1 for mark in marks):
@@ -276,7 +279,7 @@ class Trace:
         return self.devices[0].get("name") if self.devices else None
 
     def facts(self) -> pd.DataFrame:
-        """What the trace is and what it lacks, a line each: fact, value."""
+        """Facts about the trace and its limits, one row each: fact, value."""
         facts = {
             "file": self.path.name,
             "model": self.generation.get("model"),
@@ -297,10 +300,10 @@ class Trace:
 
 
 def read_trace(path: str | os.PathLike) -> Trace:
-    """Read a Chrome trace, `.json` or `.json.gz`, or a folder with one trace per rank: then that of the lowest rank.
+    """Read a Chrome trace, `.json` or `.json.gz`, or a folder with one trace per rank, from which the lowest rank is read.
 
     Raises:
-        WanlabError: no such file, a truncated or empty file, one that is no profiler trace, or a folder without
+        WanlabError: no such file, a truncated or empty file, one that is not a profiler trace, or a folder without
             traces or with several of one rank.
     """
     path = locate(path)
@@ -345,9 +348,9 @@ def _of_file(path: Path) -> Trace:
 
 def _notes(events: pd.DataFrame, info: dict, generation: dict, trimmed: dict) -> tuple[str, ...]:
     notes = []
-    steps, asked = generation.get("settings", {}).get("steps"), generation.get("asked_steps")
-    if asked and steps != asked:
-        notes.append(f"{steps} of {asked} steps, as many as make a trace that can be opened")
+    steps, requested = generation.get("settings", {}).get("steps"), generation.get("asked_steps")
+    if requested and steps != requested:
+        notes.append(f"{steps} of {requested} steps, as many as make a trace that can be opened")
     if trimmed:
         notes.append(
             f"trimmed: host events under {trimmed['shortest_us']:g} µs that launched nothing are own time of what is "
@@ -380,7 +383,7 @@ def nest(events: pd.DataFrame) -> np.ndarray:
     Args:
         events: ordered as `Trace.events`: by thread, start and falling end.
 
-    An event that outlasts the one it starts in (clocks of two sources, rounded) counts as inside it.
+    An event that ends after the event in which it starts (two clocks, rounded) still counts as inside it.
     """
     threads = events["thread"].to_numpy().tolist()
     starts = events["start_us"].to_numpy().tolist()
@@ -403,18 +406,18 @@ def nest(events: pd.DataFrame) -> np.ndarray:
 def levels(parents: np.ndarray) -> list[np.ndarray]:
     """Positions of the events by depth, the outermost first."""
     depth = np.full(len(parents), NOTHING)
-    found: list[np.ndarray] = []
+    depths: list[np.ndarray] = []
     here = np.flatnonzero(parents == NOTHING)
     while len(here):
-        depth[here] = len(found)
-        found.append(here)
+        depth[here] = len(depths)
+        depths.append(here)
         above = np.where(parents == NOTHING, NOTHING, depth[parents])
-        here = np.flatnonzero((above == len(found) - 1) & (depth == NOTHING))
-    return found
+        here = np.flatnonzero((above == len(depths) - 1) & (depth == NOTHING))
+    return depths
 
 
 def inherit(values: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:
-    """Every event's own value, or that of the nearest event above that has one; -1 is none."""
+    """Every event's own value, or that of the nearest enclosing event that has one; -1 is none."""
     values = values.copy()
     for here in by_depth[1:]:
         values[here] = np.where(values[here] == NOTHING, values[parents[here]], values[here])
@@ -427,20 +430,20 @@ def launchers(host: pd.DataFrame, kernels: pd.DataFrame) -> np.ndarray:
     numbers = host["correlation"].to_numpy()[calls]
     order = np.argsort(numbers, kind="stable")
     calls, numbers = calls[order], numbers[order]
-    wanted = kernels["correlation"].to_numpy()
+    correlations = kernels["correlation"].to_numpy()
     if not len(numbers):
-        return np.full(len(wanted), NOTHING)
-    place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-    return np.where((numbers[place] == wanted) & (wanted != 0), calls[place], NOTHING)
+        return np.full(len(correlations), NOTHING)
+    place = np.minimum(np.searchsorted(numbers, correlations), len(numbers) - 1)
+    return np.where((numbers[place] == correlations) & (correlations != 0), calls[place], NOTHING)
 
 
 def innermost(
     events: pd.DataFrame, parents: np.ndarray, by_depth: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One thread's events as a sequence: from `times[i]` on, `events` row `which[i]` is the innermost (-1: none).
+    """The innermost events of one thread over time: from `times[i]` on, row `which[i]` of `events` (-1: none).
 
     Args:
-        events: of one thread, with `parents` and `by_depth` of the same rows.
+        events: events of one thread; `parents` and `by_depth` are for the same rows.
     """
     starts = events["start_us"].to_numpy()
     ends = starts + events["time_us"].to_numpy()
@@ -449,11 +452,11 @@ def innermost(
         depth[here] = level
         if level:
             ends[here] = np.minimum(ends[here], ends[parents[here]])
-    # An event of no length is never the innermost of a stretch of time.
+    # An event of zero length is never the innermost for any time.
     lasting = np.flatnonzero(ends > starts)
     times = np.concatenate([ends[lasting], starts[lasting]])
     which = np.concatenate([parents[lasting], lasting])
     opens = np.repeat([0, 1], len(lasting))
-    # At one moment ends come before starts, inner ends before outer ones, outer starts before inner ones.
+    # At equal times, ends come before starts, inner ends before outer ends, outer starts before inner starts.
     order = np.lexsort((np.concatenate([-depth[lasting], depth[lasting]]), opens, times))
     return times[order], which[order]

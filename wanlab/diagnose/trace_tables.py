@@ -1,4 +1,4 @@
-"""What a saved profile says about experts, attention and triage, without the model or the GPU that made it."""
+"""Tables about experts, attention and triage from a saved profile, without the model or GPU of the capture."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def expert_calls(trace: Trace) -> pd.DataFrame:
 
 
 def attention_layers(trace: Trace) -> pd.DataFrame:
-    """Time of the attention of each layer in a profile, columns as `layer_times` without the heads: on a GPU the kernels
-    of one call, else the operators.
+    """Time of the attention of each layer in a profile, with the columns of `layer_times` except those of heads: on a GPU
+    the kernels of one call, else the operators.
 
     Raises:
         WanlabError: the trace names no layers with attention.
@@ -76,13 +76,13 @@ def attention_layers(trace: Trace) -> pd.DataFrame:
     if trace.has_gpu:
         category, _ = kernel_categories(trace, placed)
         event, times = _of_launch(trace, np.arange(len(host))), trace.kernels["time_us"].to_numpy()
-        wanted = np.isin(category, [INDEX["self_attention"], INDEX["cross_attention"]])
+        selected = np.isin(category, [INDEX["self_attention"], INDEX["cross_attention"]])
     else:
         attends = placed.own_kind == KINDS.index(ATTENTION)
         nested = np.append(attends, False)[placed.parents] & (placed.parents != NOTHING)
-        event, times, wanted = np.arange(len(host)), host["time_us"].to_numpy(), attends & ~nested
-    wanted &= (event != NOTHING) & (layer[event] != NOTHING)
-    event, times = event[wanted], times[wanted]
+        event, times, selected = np.arange(len(host)), host["time_us"].to_numpy(), attends & ~nested
+    selected &= (event != NOTHING) & (layer[event] != NOTHING)
+    event, times = event[selected], times[selected]
     if not len(event):
         raise WanlabError(f"{trace.path} names no layers with attention; capture it with `diagnose.capture`")
     frame = pd.DataFrame(
@@ -102,22 +102,24 @@ def attention_layers(trace: Trace) -> pd.DataFrame:
 
 
 def traced_measurements(trace: Trace) -> dict[str, float]:
-    """What `triage` asks for, as far as a profile says it: names as the notebooks record them."""
-    found = {f"breakdown.{name}": float(value) for name, value in breakdown(trace).row().items()}
+    """The measurements for `triage` that a profile contains, with the names that notebooks record."""
+    measurements = {f"breakdown.{name}": float(value) for name, value in breakdown(trace).row().items()}
     if not trace.memory.empty:
-        found |= {f"memory.{name}": float(value) for name, value in memory_account(trace).row().items()}
+        measurements |= {
+            f"memory.{name}": float(value) for name, value in memory_account(trace).row().items()
+        }
     if trace.devices and (size := trace.devices[0].get("totalGlobalMem")):
-        found["14_memory.device_memory_gib"] = size / 2**30
-    return found
+        measurements["14_memory.device_memory_gib"] = size / 2**30
+    return measurements
 
 
 def _of_launch(trace: Trace, values: np.ndarray) -> np.ndarray:
-    """For every kernel the value of the host event that launched it, -1 if that is not in the trace."""
+    """For every kernel the value of the host event that launched it; -1 if that is not in the trace."""
     return np.append(values, NOTHING)[launchers(trace.host, trace.kernels)]
 
 
 def _attention_call(placed: Attribution) -> np.ndarray:
-    """The outermost event of each attention module, by which its calls are told apart."""
+    """The outermost event of each attention module, which identifies its calls."""
     first = np.full(len(placed.parents), NOTHING)
     known = placed.attention != NOTHING
     above = np.append(known, False)[placed.parents] & (placed.parents != NOTHING)

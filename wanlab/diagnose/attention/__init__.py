@@ -1,1 +1,1 @@
-"""Attention: how much of it is needed, by layer, head, step and expert; what it costs; which kernels could do it."""
+"""Attention: which keys each layer and head uses, at which step and expert; its cost; and the kernels for it."""

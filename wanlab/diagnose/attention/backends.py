@@ -1,4 +1,4 @@
-"""The kernels that can compute a model's self-attention, at its shape: time, rate, error and bound of each."""
+"""Benchmark of the kernels for a model's self-attention, at its shape: time, rate, error and bound of each."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from wanlab.models.shapes import latent_shape
 from wanlab.models.weights import GIB, free_bytes
 
 BLOCK = 128
-"""Tokens along a side of the blocks that flex_attention computes or skips."""
+"""Tokens per side of the blocks that flex_attention computes or skips."""
 
 
 def pair_share(latent_frames: int, window_frames: int) -> float:
-    """Share of the pairs of query and key that are in the window."""
+    """Share of the pairs of query and key that are inside the window."""
     near = [
         min(n + window_frames, latent_frames - 1) - max(n - window_frames, 0) + 1
         for n in range(latent_frames)
@@ -37,12 +37,12 @@ def pair_share(latent_frames: int, window_frames: int) -> float:
 
 
 def window_mask(tokens: int, latent_frames: int, window_frames: int, device: Any = "cpu") -> BlockMask:
-    """A flex_attention mask that lets a query see its own latent frame and some on each side.
+    """A flex_attention mask in which a query attends to its own latent frame and some frames on each side.
 
-    Built from blocks: `create_block_mask` holds tokens x tokens booleans unless it is compiled.
+    Built from blocks, because `create_block_mask` allocates tokens x tokens booleans unless it is compiled.
 
     Args:
-        tokens: divisible by latent_frames. window_frames: on each side.
+        tokens: number of tokens, divisible by latent_frames. window_frames: frames on each side.
     """
     per_frame = tokens // latent_frames
 
@@ -54,7 +54,7 @@ def window_mask(tokens: int, latent_frames: int, window_frames: int, device: Any
     low, high = first // per_frame, last // per_frame
     nearest = torch.maximum(low[None] - high[:, None], low[:, None] - high[None])
     farthest = torch.maximum(high[None] - low[:, None], high[:, None] - low[None])
-    whole = last - first == BLOCK - 1  # a block over the end must be masked
+    whole = last - first == BLOCK - 1  # a block that crosses the end of the window must be masked
     full = (farthest <= window_frames) & whole[None] & whole[:, None]
     partial = (nearest <= window_frames) & ~full
 
@@ -85,15 +85,15 @@ _TOOK = (
 
 @dataclass(frozen=True, eq=False)
 class AttentionKernels:
-    """Kernels side by side.
+    """Comparison of attention kernels.
 
     Attributes:
-        table: kernel, took (backend seen in a profile of one call, and on a GPU its longest kernel), time_ms (median),
-            tflop_per_s (of the products of query, key and value that the mask leaves), ceiling_tflop_per_s (of a matrix
+        table: kernel, took (backend in a profile of one call, and on a GPU its longest kernel), time_ms (median),
+            tflop_per_s (of the products of query, key and value inside the mask), ceiling_tflop_per_s (of a matrix
             product), of_ceiling_percent, speedup (over the default; low and high are its 95 % interval), verdict,
             relative_error, density_percent (pairs of query and key that are computed), reason (why there is no time).
-        control: the default measured twice over.
-        default_took: backend that PyTorch chose by itself.
+        control: A/A control of the default.
+        default_took: backend that PyTorch chose as default.
         facts: tokens, heads, dim, latent_frames, window_frames, dtype, device.
     """
 
@@ -103,7 +103,7 @@ class AttentionKernels:
     facts: dict[str, Any]
 
     def fastest(self, dense: bool = True) -> dict[str, Any]:
-        """The fastest row, of those that compute all pairs or of all."""
+        """The fastest row; with `dense`, among the kernels that compute all pairs, else among all."""
         rows = self.table[self.table["time_ms"].notna()]
         rows = rows[rows["density_percent"] == 100] if dense else rows
         return rows.loc[rows["time_ms"].idxmin()].to_dict()
@@ -133,27 +133,27 @@ def attention_kernels(
     seed: int = 0,
     progress: bool = True,
 ) -> AttentionKernels:
-    """Time every kernel for dense self-attention, and one with a local window, on normal random numbers.
+    """Time every kernel for dense self-attention, and one with a local window, on normally distributed random tensors.
 
-    Tensors lie in memory as diffusers hands them over, `[1, tokens, heads, dim]` with tokens and heads exchanged. The error
-    is the norm of the difference over the norm, on sampled queries, to the same attention in float32 (for the window: to
-    the windowed one; what a window costs in quality is not measured here). What cannot run is a row with its reason.
+    Tensors have the memory layout of diffusers, `[1, tokens, heads, dim]` with tokens and heads transposed. The error is the
+    norm of the difference over the norm, on sampled queries, relative to the same attention in float32 (for the window:
+    with the same window; the loss of quality by a window is not measured here). A kernel that cannot run has a reason.
 
     Args:
-        shape: a model (its device, dtype, heads; sizes as `Model.generate` takes them) or (tokens, heads, dim).
-        height, width, frames: of the video, for a model.
-        latent_frames: of the tokens, for a shape; with 1 there is no window.
-        window_frames: latent frames on each side of a query's own that the window has.
-        device, dtype: for a shape; as `models.load` takes them.
-        iterations: samples of each; twice as many of the default, as an A/A control.
-        queries: on which the error is taken.
-        flex: also flex_attention, compiled (Dong et al. 2024, arXiv:2412.05496); by default on a GPU only, since compiling
-            takes about half a minute on a CPU.
-        ceilings: of the device, for ceiling_tflop_per_s.
-        seed: of the numbers.
+        shape: a model (its device, dtype and heads; sizes as for `Model.generate`) or (tokens, heads, dim).
+        height, width, frames: size of the video, for a model.
+        latent_frames: latent frames that the tokens belong to, for a shape; with 1 no window is measured.
+        window_frames: latent frames in the window on each side of the query's own frame.
+        device, dtype: used with a shape; as for `models.load`.
+        iterations: samples of each kernel; twice as many of the default, as an A/A control.
+        queries: number of queries on which the error is computed.
+        flex: also measure flex_attention, compiled (Dong et al. 2024, arXiv:2412.05496); by default on a GPU only, since
+            compilation takes about half a minute on a CPU.
+        ceilings: ceilings of the device, for ceiling_tflop_per_s.
+        seed: seed of the random tensors.
 
     Raises:
-        WanlabError: an illegal shape, or one that does not divide into the frames.
+        WanlabError: an illegal shape, or tokens that are not a multiple of the frames.
     """
     tokens, heads, dim, latent_frames, place, kind = _resolved(
         shape, height, width, frames, latent_frames, device, dtype
@@ -189,11 +189,11 @@ def attention_kernels(
         row: dict[str, Any] = {"kernel": label, "density_percent": 100 * pairs, "reason": reason}
         if call is not None:
             try:
-                with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+                with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
                     row |= _measured(call, wanted, picked, samples, label, iterations, place, progress)
-            except Exception as error:  # compilers and drivers raise whatever they like
-                row["reason"] = _reason(error, told)
+            except Exception as error:  # compilers and drivers raise exceptions of any class
+                row["reason"] = _reason(error, caught)
             else:
                 row["tflop_per_s"] = pairs * flop / row["time_ms"] / 1e9
                 versus = compare(baseline, row.pop("samples"), control.noise_percent)
@@ -227,7 +227,7 @@ def attention_kernels(
 
 
 def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tuple:
-    """tokens, heads, dim, latent frames, device, dtype."""
+    """The values tokens, heads, dim, latent frames, device, dtype, from a model or a shape."""
     if isinstance(shape, tuple):
         sizes = (*shape, latent_frames)
         if (
@@ -252,11 +252,11 @@ def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tup
 
 
 def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, str]:
-    """How to run a backend of SDPA, or why not."""
+    """A call of an SDPA backend, or the reason why there is none."""
     if q.device.type == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         return None, "needs a GPU"
     if backend == "MATH":
-        # Scores and their softmax, in float32 whatever the input.
+        # Scores and their softmax are in float32 for any input.
         needed, free = 8 * q.shape[1] * q.shape[2] ** 2, free_bytes(q.device)
         if needed > 0.9 * free:
             return None, f"tokens x tokens takes {needed / GIB:,.0f} GiB, {free / GIB:,.0f} are free"
@@ -287,9 +287,9 @@ def _add_flex(add: Callable, q, k, v, picked, latent_frames: int, window_frames:
 
 
 def _measured(call, wanted, picked, samples, label, iterations, device, progress) -> dict[str, Any]:
-    made = call()[0, :, picked].float()
-    error = float((made - wanted).norm() / wanted.norm())
-    del made
+    output = call()[0, :, picked].float()
+    error = float((output - wanted).norm() / wanted.norm())
+    del output
     if samples is None:
         samples = time_ms(
             call, warmup=2, iterations=iterations, device=device, progress=progress, label=label
@@ -308,17 +308,17 @@ def _reference(q, k, v, picked, per_frame: int = 1, window_frames: int | None = 
     if window_frames is not None:
         frame = torch.arange(k.shape[2], device=k.device) // per_frame
         outside = (frame[picked][:, None] - frame).abs() > window_frames
-    made = []
+    outputs = []
     for head in range(q.shape[1]):
         scores = q[0, head, picked].float() @ k[0, head].float().t() * q.shape[3] ** -0.5
         if outside is not None:
             scores.masked_fill_(outside, float("-inf"))
-        made.append(scores.softmax(-1) @ v[0, head].float())
-    return torch.stack(made)
+        outputs.append(scores.softmax(-1) @ v[0, head].float())
+    return torch.stack(outputs)
 
 
 def _took(call: Callable, device: Any) -> str:
-    """What ran, from the names in a profile of one call; not timed here."""
+    """Backend and longest kernel, from the names in a profile of one call, which is not timed."""
     if torch.autograd._profiler_enabled():
         return ""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -328,18 +328,18 @@ def _took(call: Callable, device: Any) -> str:
             torch.cuda.synchronize(device)
     events = profiler.events()
     names = {event.name for event in events}
-    found = next((short for short, part in _TOOK if any(part in name for name in names)), "")
+    backend = next((short for short, part in _TOOK if any(part in name for name in names)), "")
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     longest = max(kernels, key=lambda event: event.time_range.elapsed_us(), default=None)
-    return ", ".join(part for part in (found, longest.name[:60] if longest else "") if part)
+    return ", ".join(part for part in (backend, longest.name[:60] if longest else "") if part)
 
 
-def _reason(error: Exception, told: list) -> str:
-    """A few words on why a kernel did not run."""
+def _reason(error: Exception, caught: list) -> str:
+    """A short reason why a kernel did not run."""
     text = first_line(error)
     if re.match(r"No (viable|available)", text):
-        # The exception only says that no kernel is left; why this one is not, PyTorch tells as a warning.
-        lines = [first_line(str(warning.message)) for warning in told]
-        told_why = [line for line in lines if not re.search(r"not used because|disabled", line)]
-        text = told_why[0] if told_why else "not available for this shape, dtype or device"
+        # The exception only says that no kernel is available; the reason is in PyTorch's warnings.
+        lines = [first_line(str(warning.message)) for warning in caught]
+        explanations = [line for line in lines if not re.search(r"not used because|disabled", line)]
+        text = explanations[0] if explanations else "not available for this shape, dtype or device"
     return re.sub(r"\s*\(Triggered internally.*", "", text)[:100]

@@ -1,4 +1,4 @@
-"""How long attention takes, and what leaving out the keys that do not matter could buy at most."""
+"""Time of attention, and an upper bound of the speed-up from skipping keys that hold little of its mass."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from wanlab.models.schedule import fewest_steps, precompute_schedule
 def attention_times(
     model: Model, image: Any, prompt: str, *, repeats: int = 1, warmup: bool = True, **settings
 ) -> pd.DataFrame:
-    """Time every attention of generations that run without statistics; every sample is kept.
+    """Time every attention call of generations that run without statistics; every sample is kept.
 
-    Only the kernel is timed, not the projections, norms and rotary embedding before it: between CUDA events on a GPU, where
-    it includes what the GPU waits for the host, by a monotonic clock elsewhere. A dense kernel does the same work for every
-    head, so a head's time is a head's part of it and is not measured apart.
+    Only the kernel is timed, not the projections, norms and rotary embedding before it: between CUDA events on a GPU, which
+    includes waiting for the host, by a monotonic clock elsewhere. A dense kernel does the same work for every
+    head, so the time of a head is its share of the kernel's and is not measured separately.
 
     Args:
         model: from `wanlab.models.load`, a Wan transformer, eager.
-        image, prompt, settings: as `Model.generate` takes them; the decoder is left out.
-        repeats: generations that are timed.
-        warmup: generate once before, with the fewest steps that reach every expert.
+        image, prompt, settings: arguments of `Model.generate`; the decoder does not run.
+        repeats: number of timed generations.
+        warmup: generate once before, with the smallest number of steps that runs every expert.
 
     Returns:
         DataFrame: repeat, component, step, branch, layer, kind, time_ms, head_ms (time over heads); kind "forward" is the
-        whole expert, without layer.
+        whole expert and has no layer.
 
     Raises:
-        WanlabError: as `attention_calls` and `Model.generate`, or repeats under 1.
+        WanlabError: as for `attention_calls` and `Model.generate`, or repeats under 1.
     """
     if repeats < 1:
         raise WanlabError(f"repeats is {repeats}; time at least 1 generation")
@@ -47,15 +47,15 @@ def attention_times(
         plan = precompute_schedule(model, settings.get("steps"))
         model.generate(image, prompt, **settings | {"steps": fewest_steps(model, plan)})
     mark, elapsed_ms = _clock(model.device)
-    seen: list[tuple[int, AttentionCall, int, Any, Any]] = []
+    samples: list[tuple[int, AttentionCall, int, Any, Any]] = []
     repeat = 0
 
     def timed(call: AttentionCall, run: Callable, query: Any = None, key: Any = None) -> Any:
         begin = mark()
         result = run()
         end = mark()
-        # Without the text: it would be held in memory for every call.
-        seen.append((repeat, replace(call, text=None), 0 if query is None else query.shape[2], begin, end))
+        # Without the text, which would be kept in memory for every call.
+        samples.append((repeat, replace(call, text=None), 0 if query is None else query.shape[2], begin, end))
         return result
 
     with attention_calls(model, timed):
@@ -73,7 +73,7 @@ def attention_times(
             "time_ms": (took := elapsed_ms(begin, end)),
             "head_ms": took / heads if heads else None,
         }
-        for number, call, heads, begin, end in seen
+        for number, call, heads, begin, end in samples
     )
     order = ["repeat", "step", "branch", "component"]
     return frame.astype({"layer": "Int64", "head_ms": float}).sort_values(
@@ -92,20 +92,20 @@ def layer_times(times: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class Skippable:
-    """Heads that a sparse kernel could leave keys out of.
+    """Heads for which a sparse kernel could skip keys.
 
     Attributes:
-        table: self-attention heads, most skippable first: component, layer, head, type, stable_percent (of the steps and
-            branches have that type), density_percent (share of keys that holds the mass, mean over steps and branches),
-            density_max_percent (of them the largest), block_density_percent (in blocks of neighbouring keys),
+        table: self-attention heads, most skippable first: component, layer, head, type, stable_percent (share of steps and
+            branches with that type), density_percent (share of keys that holds the mass, mean over steps and branches),
+            density_max_percent (the largest of them), block_density_percent (in blocks of neighbouring keys),
             skippable_percent (100 - density_percent).
-        level_percent: of the mass that is kept.
+        level_percent: share of the mass that is kept.
         shares: per component: forward_ms, attention_ms (self-attention kernels of one forward), attention_share_percent,
             skippable_percent, bound_ratio and block_bound_ratio. Empty without times.
-        attention_share_percent: of self-attention kernels in the time of all forwards; None without times.
-        bound_ratio: denoising time over what would be left if the keys that are not needed cost nothing (Amdahl): an upper
-            bound, as it picks keys for every query apart and lets the picking cost nothing; None without times.
-        block_bound_ratio: the same, taking or leaving blocks of neighbouring keys, as kernels do.
+        attention_share_percent: share of self-attention kernels in the time of all forwards; None without times.
+        bound_ratio: denoising time over the time that remains if skipped keys cost nothing (Amdahl): an upper
+            bound, as it selects keys for every query separately and counts no time for the selection; None without times.
+        block_bound_ratio: the same for whole blocks of neighbouring keys, as real kernels skip them.
     """
 
     table: pd.DataFrame
@@ -116,7 +116,7 @@ class Skippable:
     block_bound_ratio: float | None
 
     def row(self) -> dict[str, float | None]:
-        """As a flat record, with the median density over heads and the type shares."""
+        """The result as a flat record, with the median density over heads and the shares of the types."""
         types = 100 * self.table["type"].value_counts(normalize=True)
         return {
             "attention_share_percent": self.attention_share_percent,
@@ -138,15 +138,15 @@ class Skippable:
 
 
 def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:
-    """Rank heads by the keys that they do not need for 95 % of their mass, and bound what skipping these could buy.
+    """Rank heads by the keys that they do not need for 95 % of their mass, and bound the speed-up from skipping these.
 
     With a share s of the time in self-attention kernels and a density d (mean over heads, which all take the same time) the
-    denoising is at most 1 / (1 - s (1 - d)) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560). Experts count by
-    their part of the denoising time.
+    denoising is at most 1 / (1 - s (1 - d)) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560). Experts are weighted
+    by their share of the denoising time.
 
     Args:
-        found: from `attention_map`.
-        times: from `attention_times`; by default what the map was saved with.
+        found: map from `attention_map`.
+        times: table from `attention_times`; by default the times that were saved with the map.
 
     Raises:
         WanlabError: the map has no self-attention.
@@ -167,12 +167,12 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
     times_ms = (found if times is None else found.with_times(times)).times_ms
     lines = []
     for component in rows["component"].unique():
-        mine = table[table["component"] == component]
+        own = table[table["component"] == component]
         took = times_ms.get(str(component))
         if took is None:
             continue
         share = took["self_ms"] / took["forward_ms"]
-        kept, blocks = (mine[name].mean() / 100 for name in ("density_percent", "block_density_percent"))
+        dense, blocks = (own[name].mean() / 100 for name in ("density_percent", "block_density_percent"))
         lines.append(
             {
                 "component": component,
@@ -180,8 +180,8 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
                 "forward_ms": took["forward_ms"],
                 "attention_ms": took["self_ms"],
                 "attention_share_percent": 100 * share,
-                "skippable_percent": 100 * (1 - kept),
-                "bound_ratio": 1 / (1 - share * (1 - kept)),
+                "skippable_percent": 100 * (1 - dense),
+                "bound_ratio": 1 / (1 - share * (1 - dense)),
                 "block_bound_ratio": 1 / (1 - share * (1 - blocks)),
             }
         )
@@ -199,7 +199,7 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
 
 
 def _clock(device: Any) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """How to mark a moment, and the milliseconds between two marks."""
+    """Two functions: one marks a moment, the other gives the milliseconds between two marks."""
     if torch.device(device).type != "cuda":
         return time.perf_counter, lambda begin, end: (end - begin) * 1e3
 

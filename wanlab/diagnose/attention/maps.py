@@ -1,4 +1,4 @@
-"""What every head of every layer attends to, by denoising step, expert and guidance branch."""
+"""Attention maps: statistics of what every head of every layer attends to, by step, expert and guidance branch."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ SELF, CROSS, IMAGE, FORWARD = "self", "cross", "image", "forward"
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Where a call happens.
+    """Position of an attention call in a generation.
 
     Attributes:
-        component: the expert.
+        component: name of the expert.
         step: denoising step, from 0.
         branch: "cond" or "uncond", by order within the step.
         layer: number of the block, from 0; None for the whole forward.
         kind: "self", "cross" (on the text), "image" (on image tokens, Wan2.1 only), "forward" (the whole expert).
-        text: the expert's text input `[B, S, C]`, zeros behind the prompt.
+        text: text input of the expert, `[B, S, C]`, with zeros after the prompt.
         scale: factor of the products of query and key; None for 1 / sqrt(dim).
     """
 
@@ -68,27 +68,27 @@ class AttentionCall:
     scale: float | None = None
 
     def prompt_tokens(self) -> int:
-        """Tokens of the text that are not padding: the pipeline fills up with zeros before the expert."""
+        """Number of text tokens that are not padding: the pipeline pads with zeros before it calls the expert."""
         return int((self.text[0] != 0).any(-1).sum())
 
 
 Around = Callable[..., Any]
-"""Called as `around(call, run, query, key)`, or `around(call, run)` for a forward; gives back what `run()` gave."""
+"""Called as `around(call, run, query, key)`, or `around(call, run)` for a forward; returns the result of `run()`."""
 
 
 @contextmanager
 def attention_calls(
     model: Model, around: Around, *, after_step: Callable[[int], None] | None = None
 ) -> Iterator[None]:
-    """Inside the block every attention of every expert, and every forward of one, goes through `around`.
+    """Inside the block every attention call and every forward of every expert goes through `around`.
 
     Args:
         model: from `wanlab.models.load`, eager.
         around: see `Around`; query and key are `[B, tokens, heads, dim]`.
-        after_step: called with the number of a denoising step behind it.
+        after_step: called after every denoising step, with its number.
 
     Raises:
-        WanlabError: the transformer is no Wan one, is compiled or on an engine, or is being listened to already.
+        WanlabError: the transformer is not a Wan transformer, is compiled or on an engine, or is already being recorded.
     """
     blocks = wan_blocks(model)
     listener = _Listener(around, after_step)
@@ -121,9 +121,9 @@ def wan_blocks(model: Model) -> dict[str, Any]:
     """Expert -> its blocks, each with the self-attention `attn1` and the cross-attention `attn2`.
 
     Raises:
-        WanlabError: as `attention_calls`.
+        WanlabError: as for `attention_calls`.
     """
-    found = {}
+    blocks_of = {}
     for name, network in model.components.items():
         if not name.startswith("expert"):
             continue
@@ -151,11 +151,11 @@ def wan_blocks(model: Model) -> dict[str, Any]:
                         " set the default attention processor"
                     )
                 if hasattr(dispatch, _LISTENS):
-                    raise WanlabError("attention is being listened to already; leave the outer block first")
-        found[name] = blocks
-    if not found:
+                    raise WanlabError("attention is already being recorded; leave the outer block first")
+        blocks_of[name] = blocks
+    if not blocks_of:
         raise WanlabError(f"{model.spec.name} has no expert loaded; name one in load(..., components=...)")
-    return found
+    return blocks_of
 
 
 def _is_wan(block: Any) -> bool:
@@ -167,7 +167,7 @@ def _is_wan(block: Any) -> bool:
 
 
 class _Listener:
-    """Knows where the pipeline is."""
+    """Follows a generation, so that each attention call knows its step, branch and layer."""
 
     def __init__(self, around: Around, after_step: Callable[[int], None] | None) -> None:
         self.around, self.after_step = around, after_step
@@ -228,7 +228,7 @@ class _Listener:
         def listening(query, key, value, *args, **kwargs):
             run = partial(original, query, key, value, *args, **kwargs)
             if self.inside is None or self.forward is None:
-                return run()  # another model of this process
+                return run()  # a call of another model in this process
             if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
                 raise WanlabError(
                     "masked attention is not understood here; take a model that attends to everything"
@@ -255,11 +255,11 @@ class AttentionMap:
 
     Attributes:
         frame: one row per component, step, branch, kind ("self", "cross"), layer and head: type of the head and the
-            statistics of `self_statistics` and `cross_statistics`, averaged over queries, each beside its standard error
-            (density95_percent, density95_se_percent). What a kind does not have is NaN.
+            statistics of `self_statistics` and `cross_statistics`, averaged over queries, each with its standard error
+            (density95_percent, density95_se_percent). A statistic that a kind does not have is NaN.
         facts: model, weights, dtype, grid (tokens along frames, height, width), heads, layers, queries_per_frame, text_keys,
             prompt_tokens by branch, near_window, settings, notes.
-        times_ms: per component what `attention_times` measured, see `with_times`; empty if it did not.
+        times_ms: times from `attention_times` per component, see `with_times`; empty without them.
     """
 
     frame: pd.DataFrame
@@ -289,34 +289,34 @@ class AttentionMap:
         return pd.DataFrame({"fact": list(facts), "value": [_as_text(value) for value in facts.values()]})
 
     def row(self) -> dict[str, float]:
-        """Medians over all heads, steps and branches as a flat record; of the prompt, in the branch that has it."""
+        """Medians over all heads, steps and branches as a flat record; for the prompt, of the branch that has it."""
         own, text = self.of(SELF), self.of(CROSS, "cond")
         names = ("entropy_nats", "own_frame_percent", "first_frame_percent", "same_position_percent")
-        found = {_median(name): float(own[name].median()) for name in names}
-        return found | {"prompt_median_percent": float(text["prompt_percent"].median())}
+        record = {_median(name): float(own[name].median()) for name in names}
+        return record | {"prompt_median_percent": float(text["prompt_percent"].median())}
 
     @property
     def caveat(self) -> str:
-        """What a reader must know of the weights, as a sentence; empty if nothing."""
+        """A warning about the weights as a sentence; empty if there is none."""
         random = self.facts.get("weights") == "random"
         return "With random weights only the times mean something." if random else ""
 
     def summary(self, kind: str = SELF) -> pd.DataFrame:
-        """Medians over layers, heads and steps: statistic, one column per expert and branch, uniform (what attention to all
-        keys alike would give; of a prompt that of the branch "cond"), se (median standard error of one head)."""
+        """Medians over layers, heads and steps: statistic, one column per expert and branch, uniform (value for equal
+        attention to all keys; for a prompt in the branch "cond"), se (median standard error of one head)."""
         table = self.of(kind)
         names = [name for name in statistic_names(kind) if table[name].notna().any()]
         grouped = table.groupby(["component", "branch"], sort=False)[names].median()
-        found = grouped.T.set_axis(
+        medians = grouped.T.set_axis(
             [" ".join(where).removeprefix("expert_") for where in grouped.index], axis=1
         )
         even = self.uniform(kind)
-        found["uniform"] = [even.get(name) for name in names]
-        found["se"] = [table[error_name(name)].median() for name in names]
-        return found.rename_axis("statistic").reset_index()
+        medians["uniform"] = [even.get(name) for name in names]
+        medians["se"] = [table[error_name(name)].median() for name in names]
+        return medians.rename_axis("statistic").reset_index()
 
     def uniform(self, kind: str = SELF) -> dict[str, float]:
-        """Every statistic for attention to all keys alike, averaged over all tokens."""
+        """Every statistic for equal attention to all keys, averaged over all tokens."""
         grid, text = self.facts["grid"], self.facts.get("text_keys", 1)
         keys = math.prod(grid) if kind == SELF else text
         blocks = math.ceil(keys / BLOCK_KEYS)
@@ -339,24 +339,24 @@ class AttentionMap:
         }
 
     def with_times(self, times: pd.DataFrame) -> AttentionMap:
-        """The same map with what `attention_times` measured, per component: forwards of a generation, forward_ms and, of it,
-        self_ms and cross_ms, medians of one forward."""
+        """The same map with the times of `attention_times`, per component: forwards of a generation, forward_ms and its
+        parts self_ms and cross_ms, medians of one forward."""
         whole = times[times["kind"] == FORWARD].groupby("component", sort=False).size()
         repeats = times["repeat"].nunique()
-        found: dict[str, dict[str, float]] = {
+        times_ms: dict[str, dict[str, float]] = {
             str(name): {"forwards": n / repeats} for name, n in whole.items()
         }
         one = ["repeat", "component", "step", "branch", "kind"]
         per_forward = times.groupby(one, sort=False)["time_ms"].sum().reset_index()
         for (component, kind), values in per_forward.groupby(["component", "kind"], sort=False)["time_ms"]:
-            found[str(component)][f"{kind}_ms"] = float(values.median())
-        return replace(self, times_ms=found)
+            times_ms[str(component)][f"{kind}_ms"] = float(values.median())
+        return replace(self, times_ms=times_ms)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write to a `.csv.gz`: one line of JSON with the facts, then the table, rounded to five digits (errors to two).
+        """Write a `.csv.gz` file: one line of JSON with the facts, then the table, rounded to five digits (errors to two).
 
         Raises:
-            WanlabError: another ending.
+            WanlabError: another suffix.
         """
         path = Path(path)
         if not path.name.endswith(".csv.gz"):
@@ -366,17 +366,17 @@ class AttentionMap:
             digits = 2 if "_se_" in name else 5
             table[name] = [float(f"{value:.{digits}g}") for value in table[name]]
         head = json.dumps({"format": _MAGIC, "facts": self.facts, "times_ms": self.times_ms})
-        # No time stamp: the same map is the same file.
+        # Without a time stamp, so that the same map gives the same file.
         with open(path, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as file:
             file.write(f"{head}\n{table.to_csv(index=False)}".encode())
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AttentionMap:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            WanlabError: the file is not there or is no attention map.
+            WanlabError: the file is missing or is not an attention map.
         """
         path = locate(path)
         try:
@@ -402,7 +402,7 @@ def _median(name: str) -> str:
 
 
 def _covered(length: int, size: int) -> float:
-    """Share of an axis that a window of odd size covers, clipped at the ends, in the mean over the axis."""
+    """Share of an axis that a window of odd size covers, clipped at the ends; mean over the axis."""
     reach = size // 2
     return sum(min(n + reach, length - 1) - max(n - reach, 0) + 1 for n in range(length)) / length**2
 
@@ -418,7 +418,7 @@ def _as_text(value: Any) -> str:
 
 
 TYPE_PERCENT = 50.0
-"""Mass that a head's mask must hold; less makes it global."""
+"""Mass that the mask of a type must contain; with less in both masks a head is global."""
 
 
 def attention_map(
@@ -435,29 +435,29 @@ def attention_map(
     progress: bool = True,
     **settings,
 ) -> AttentionMap:
-    """Generate once and look at the attention of every head on the way.
+    """Generate once and compute statistics of the attention of every head.
 
-    Query and key are those that the kernel gets. A sample of queries, the same for all heads, attends in float32 to all
-    keys; the kernel then runs as ever, so the generation is not changed. Behind the last asked step it is broken off.
+    Query and key are those of the kernel. A sample of queries, the same for all heads, attends in float32 to all
+    keys; the kernel then runs unchanged, so the generation does not change. It is stopped after the last requested step.
 
-    A head is called spatial when its own frame holds at least half of its mass, temporal when the window of the same
-    size in keys around its position, over all frames, does; of both the larger wins, and global is neither. The two kinds
-    are those of Sparse VideoGen (Xi et al. 2025, arXiv:2502.01776), which picks between two masks of equal size by the
-    error of the output on sampled queries; here the mass under each mask decides, and a head may be neither.
+    A head is spatial when its own frame contains at least half of its mass, and temporal when a window around its
+    position, over all frames and with the same number of keys, does; of both the larger decides, and with neither a head is
+    global. These are the two kinds of Sparse VideoGen (Xi et al. 2025, arXiv:2502.01776), which selects between two masks
+    of equal size by the error of the output on sampled queries; here the mass in each mask decides, and neither is possible.
 
     Args:
         model: from `wanlab.models.load`, a Wan transformer, eager.
-        image, prompt, settings: as `Model.generate` takes them; the decoder is left out.
-        queries: from every latent frame.
-        at_steps: denoising steps to look at, from 0; all if None.
-        layers: blocks to look at, from 0; all if None.
+        image, prompt, settings: arguments of `Model.generate`; the decoder does not run.
+        queries: number of sampled queries per latent frame.
+        at_steps: denoising steps to record, from 0; all if None.
+        layers: blocks to record, from 0; all if None.
         branches: "cond", "uncond"; both if None.
-        seed: of the initial noise and of the sample.
-        most_bytes: of extra memory on the device, about.
+        seed: seed of the initial noise and of the sample.
+        most_bytes: approximate limit of extra memory on the device.
         progress: show a bar over the layers.
 
     Raises:
-        WanlabError: as `attention_calls` and `Model.generate`, a step or layer that there is not, or no queries.
+        WanlabError: as for `attention_calls` and `Model.generate`, a step or layer that does not exist, or no queries.
     """
     blocks = wan_blocks(model)
     defaults = model.spec.defaults
@@ -483,12 +483,12 @@ def attention_map(
     tick, close = _bar(calls, progress)
 
     def look(call: AttentionCall, run: Callable, query: Any = None, key: Any = None) -> Any:
-        wanted = call.step in wanted_steps and (branches is None or call.branch in branches)
+        requested = call.step in wanted_steps and (branches is None or call.branch in branches)
         if call.kind == FORWARD:
-            if wanted and call.branch not in prompt_tokens and call.text is not None:
+            if requested and call.branch not in prompt_tokens and call.text is not None:
                 prompt_tokens[call.branch] = call.prompt_tokens()
             return run()
-        if wanted and (wanted_layers is None or call.layer in wanted_layers):
+        if requested and (wanted_layers is None or call.layer in wanted_layers):
             rows.append(_rows(call, query, key, grid, sampled, prompt_tokens, most_bytes))
             if call.kind == SELF:
                 facts["heads"] = query.shape[2]
@@ -530,25 +530,25 @@ def attention_map(
 
 
 class _Enough(Exception):
-    """All asked steps were seen."""
+    """All requested steps were recorded."""
 
 
 def _rows(call, query, key, grid, sampled, prompt_tokens, most_bytes) -> dict[str, Any]:
-    """Columns of one call: scalars of its place, arrays over the heads."""
-    q, k = query[0], key[0]  # one video is made at a time
+    """Columns of one call: scalars for its position, arrays over the heads."""
+    q, k = query[0], key[0]  # one video is generated at a time
     if q.shape[0] != grid[0] * grid[1] * grid[2]:
         raise WanlabError(
             f"{call.component} attends from {q.shape[0]} tokens, not {grid[0]} frames of {grid[1]}x{grid[2]};"
             " its token order is not known, take a Wan image-to-video or text-to-video model"
         )
     if call.kind == SELF:
-        found = self_statistics(q, k, grid, sampled, scale=call.scale, most_bytes=most_bytes)
+        statistics = self_statistics(q, k, grid, sampled, scale=call.scale, most_bytes=most_bytes)
     else:
         tokens = prompt_tokens.get(call.branch) if call.kind == CROSS else None
-        found = cross_statistics(q, k, tokens, sampled, scale=call.scale, most_bytes=most_bytes)
+        statistics = cross_statistics(q, k, tokens, sampled, scale=call.scale, most_bytes=most_bytes)
     columns: dict[str, Any] = {name: getattr(call, name) for name in PLACE[:-1]}
     columns["head"] = range(q.shape[1])
-    for name, values in found.items():
+    for name, values in statistics.items():
         mean, error = summarise(values, grid[1] * grid[2])
         columns[name], columns[error_name(name)] = mean.cpu().numpy(), error.cpu().numpy()
     return columns
@@ -567,14 +567,14 @@ def _table(rows: list[dict[str, Any]], model: Model, grid: tuple[int, ...]) -> p
     spatial, temporal = table["own_frame_percent"], table["near_position_percent"]
     kind = np.where(temporal > spatial, "temporal", "spatial")
     kind = np.where(np.fmax(spatial, temporal) >= TYPE_PERCENT, kind, "global")
-    # A single frame has no time to look along.
+    # With a single frame no head is temporal.
     kind = np.where(grid[0] > 1, kind, "global")
     table.insert(len(PLACE), "type", np.where(table["kind"] == SELF, kind, ""))
     return table
 
 
 def _chosen(name: str, asked: Sequence[int] | None, count: int, everything: bool = False) -> set[int] | None:
-    """Numbers under `count`; all of them, or None for `everything`, when none is asked for."""
+    """The requested numbers, all below `count`; without a request all of them, or None if `everything`."""
     if asked is None:
         return None if everything else set(range(count))
     wrong = [n for n in asked if not hasattr(n, "__index__") or isinstance(n, bool) or not 0 <= n < count]

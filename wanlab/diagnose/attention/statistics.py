@@ -1,4 +1,4 @@
-"""What attention looks at, from sampled queries: memory grows with the number of tokens, not with its square."""
+"""Attention statistics from sampled queries; memory grows with the number of tokens, not with its square."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 LEVELS_PERCENT = (90, 95, 99)
 BLOCK_KEYS = 64
-"""Neighbouring keys that a block-sparse kernel takes or leaves together."""
+"""Neighbouring keys that a block-sparse kernel computes or skips together."""
 MOST_BYTES = 2 << 30
 BYTES_PER_PRODUCT = 20
-"""Held at the same time per query and key: probability, mask, masked copy, and room for the allocator."""
+"""Bytes in use at the same time per query and key: probability, mask, masked copy, and a reserve for the allocator."""
 BISECTIONS = 20
 ROUNDING = 1e-6
 Grid = tuple[int, int, int]
 
 
 def statistic_names(kind: str) -> tuple[str, ...]:
-    """Columns that a kind of attention has, each with its unit."""
+    """Columns of a kind of attention, each name with its unit."""
     common = ("entropy_nats", *(f"density{level}_percent" for level in LEVELS_PERCENT))
     if kind == "self":
         places = (
@@ -41,11 +41,11 @@ def error_name(statistic: str) -> str:
 
 
 def sample_queries(grid: Grid, per_frame: int, seed: int) -> torch.Tensor:
-    """Tokens drawn without replacement, the same number from every latent frame: `[frames, n]`, int64, in order.
+    """Sampled tokens without replacement, the same number from every latent frame: `[frames, n]`, int64, sorted.
 
     Args:
         grid: tokens along `[frames, height, width]`.
-        per_frame: how many; all of a frame if it has fewer.
+        per_frame: tokens per frame; all of a frame if it has fewer.
     """
     frames, positions = grid[0], grid[1] * grid[2]
     count = min(per_frame, positions)
@@ -58,7 +58,7 @@ def sample_queries(grid: Grid, per_frame: int, seed: int) -> torch.Tensor:
 
 
 def near_window(grid: Grid) -> tuple[int, int]:
-    """Height and width of the window around a position that, over all frames, has about as many keys as one frame."""
+    """Height and width of a window around a position that has, over all frames, about as many keys as one frame."""
     frames, height, width = grid
     side = math.sqrt(height * width / frames)
     odd = max(1, 2 * round((side - 1) / 2) + 1)
@@ -79,12 +79,12 @@ def self_statistics(
     Masses are percent of a query's attention: own_frame, other_frames, first_frame (of queries in later frames; NaN for
     those in the first), same_position (the same height and width in other frames), near_position (a window of
     `near_window` around it, in all frames). densityL is the smallest share of keys that holds L % of the mass;
-    block_density95 the same in blocks of `BLOCK_KEYS` neighbouring keys. entropy is in nats, log(tokens) at most.
+    block_density95 is the same in blocks of `BLOCK_KEYS` neighbouring keys. entropy is in nats, at most log(tokens).
 
     Args:
         query, key: `[tokens, heads, dim]`, tokens in the order frame, height, width.
         sampled: from `sample_queries`.
-        most_bytes: for intermediate results, about.
+        most_bytes: approximate limit of memory for intermediate results.
 
     Returns:
         Statistic -> `[heads, frames, n]`, float32.
@@ -115,8 +115,8 @@ def self_statistics(
             "block_density95_percent": 100 * keys_needed(blocks, 0.95) / blocks.shape[-1],
         }
 
-    found = _statistics(query, key, tokens, of_rows, scale, most_bytes)
-    return {name: values.view(-1, *sampled.shape) for name, values in found.items()}
+    statistics = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    return {name: values.view(-1, *sampled.shape) for name, values in statistics.items()}
 
 
 def cross_statistics(
@@ -132,7 +132,7 @@ def cross_statistics(
 
     Args:
         query: `[tokens, heads, dim]`. key: `[text tokens, heads, dim]`.
-        prompt_tokens: of the text, the rest is padding; None where the keys are no text.
+        prompt_tokens: number of text tokens that are not padding; None where the keys are not text.
 
     Returns:
         Statistic -> `[heads, frames, n]`, float32.
@@ -145,67 +145,67 @@ def cross_statistics(
         return {"prompt_percent": prompt, "padding_percent": 100 * p[..., prompt_tokens:].sum(-1)}
 
     tokens = sampled.flatten().to(query.device)
-    found = _statistics(query, key, tokens, of_rows, scale, most_bytes)
-    return {name: values.view(-1, *sampled.shape) for name, values in found.items()}
+    statistics = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    return {name: values.view(-1, *sampled.shape) for name, values in statistics.items()}
 
 
 def summarise(values: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over all tokens and its standard error, from a stratified sample without replacement.
 
     Frames are the strata: variance of the mean = sum over frames of (1 - n / N) s^2 / n, over the squared number of frames
-    (Cochran 1977, Sampling Techniques, section 5.4). With one query per frame s is that over the frames, which is too
-    large. Where few queries differ much from the rest, a small sample may miss them, and its error is then too small.
+    (Cochran 1977, Sampling Techniques, section 5.4). With one query per frame s is computed over the frames and is too
+    large. Where a few queries differ much from the others, a small sample may miss them, and the error is then too small.
 
     Args:
         values: `[heads, frames, n]`; a frame whose queries have no value is left out.
-        positions: N, tokens per frame.
+        positions: tokens per frame (N).
 
     Returns:
         Mean and standard error, `[heads]`, float64.
     """
-    kept = values[:, ~values[0].isnan().any(-1)].double()
-    heads, frames, n = kept.shape
+    valid = values[:, ~values[0].isnan().any(-1)].double()
+    heads, frames, n = valid.shape
     if frames == 0:
         nothing = torch.full((heads,), math.nan, dtype=torch.float64)
         return nothing, nothing
-    mean = kept.mean((1, 2))
+    mean = valid.mean((1, 2))
     if n == positions:
         return mean, torch.zeros_like(mean)
     if n > 1:
-        variance = kept.var(2).mean(1)
+        variance = valid.var(2).mean(1)
     elif frames > 1:
-        variance = kept[..., 0].var(1)
+        variance = valid[..., 0].var(1)
     else:
         return mean, torch.full_like(mean, math.nan)
     return mean, ((1 - n / positions) * variance / (n * frames)).sqrt()
 
 
 def keys_needed(p: torch.Tensor, share: float) -> torch.Tensor:
-    """The fewest keys that together hold a share of the mass, `[...]` from probabilities `[..., keys]`.
+    """The smallest number of keys that hold a share of the mass, `[...]` from probabilities `[..., keys]`.
 
-    Sorting takes several times the memory and time. Instead the probability of the last key taken is found by bisection,
-    between (1 - share) / keys, under which all keys together hold too little to matter, and the largest; what is left
-    between the last two bounds is counted at its mean.
+    Sorting takes several times the memory and time. Instead the probability of the last needed key is found by bisection
+    between (1 - share) / keys (all keys below it together hold too little mass to matter) and the largest probability; keys
+    between the last two bounds count with their mean.
     """
     total = p.sum(-1)
-    wanted = share * total
+    target = share * total
     low = (1 - share) * total / p.shape[-1]
     high = p.amax(-1) * (1 + 1e-5)
     for _ in range(BISECTIONS):
         middle = (low * high).sqrt()
-        enough = torch.where(p >= middle[..., None], p, 0).sum(-1) >= wanted
+        enough = torch.where(p >= middle[..., None], p, 0).sum(-1) >= target
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     above, between = p >= high[..., None], (p >= low[..., None]) & (p < high[..., None])
-    held = torch.where(above, p, 0).sum(-1)
+    mass = torch.where(above, p, 0).sum(-1)
     count = between.sum(-1).clamp_min(1)
     each = (torch.where(between, p, 0).sum(-1) / count).clamp_min(torch.finfo(p.dtype).tiny)
-    # Sums carry rounding; a key that only rounding asks for is not counted.
-    more = torch.ceil((wanted - held - ROUNDING * total) / each).clamp_min(0)
+    # Sums have rounding errors; a key that is needed only because of them is not counted.
+    more = torch.ceil((target - mass - ROUNDING * total) / each).clamp_min(0)
     return (above.sum(-1) + torch.minimum(more, count.to(more.dtype))).clamp_min(1)
 
 
 def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, torch.Tensor]:
-    """Common statistics and those of `of_rows`, each `[heads, queries]`."""
+    """Statistics of all kinds of attention and those of `of_rows`, each `[heads, queries]`."""
     parts: dict[str, list[list[torch.Tensor]]] = {}
     for first, rows, p in _probabilities(query, key, tokens, scale, most_bytes):
         found = {
@@ -225,20 +225,20 @@ def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, tor
 
 
 def _probabilities(query, key, tokens, scale, most_bytes) -> Iterator[tuple[bool, slice, torch.Tensor]]:
-    """Softmax of some queries of some heads at a time: whether new heads begin, which queries, `[heads, queries, keys]`."""
+    """Softmax in pieces, as (whether a new group of heads begins, slice of queries, `[heads, queries, keys]`)."""
     keys, heads, dim = key.shape
     scale = dim**-0.5 if scale is None else scale
     at_once = max(1, most_bytes // (BYTES_PER_PRODUCT * keys))
     queries_at_once = min(len(tokens), at_once)
     heads_at_once = max(1, at_once // queries_at_once)
-    taken = query[tokens]
+    queries = query[tokens]
     for head in range(0, heads, heads_at_once):
         some = slice(head, head + heads_at_once)
-        q = taken[:, some].permute(1, 0, 2).float()
+        q = queries[:, some].permute(1, 0, 2).float()
         k = key[:, some].permute(1, 2, 0).float()
         for start in range(0, len(tokens), queries_at_once):
             rows = slice(start, start + queries_at_once)
-            # Scaled behind the product, whose factors are then exact also where products are in TF32.
+            # Scaled after the product, so that its factors are exact also where products run in TF32.
             p = torch.matmul(q[:, rows], k).mul_(scale)
             p.sub_(p.logsumexp(-1, keepdim=True)).exp_()
             yield start == 0, rows, p
@@ -250,7 +250,7 @@ def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(p: torch.Tensor) -> torch.Tensor:
-    """Mass of blocks of neighbouring keys; the last may be smaller."""
+    """Mass of blocks of neighbouring keys; the last block may be smaller."""
     whole = p.shape[-1] // BLOCK_KEYS * BLOCK_KEYS
     blocks = p[..., :whole].unflatten(-1, (-1, BLOCK_KEYS)).sum(-1)
     return blocks if whole == p.shape[-1] else torch.cat([blocks, p[..., whole:].sum(-1, keepdim=True)], -1)

@@ -1,1 +1,1 @@
-"""The experts of a model: which runs when, what a switch costs, how far they disagree."""
+"""The experts of a model: when each runs, the cost of a switch, and the difference of their predictions."""

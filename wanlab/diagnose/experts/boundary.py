@@ -1,4 +1,4 @@
-"""What moving the boundary between the experts changes, and how far the experts' predictions differ."""
+"""Effect of the boundary between the experts, and the difference of the experts' predictions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from wanlab.models.variants import alternate_sdpa
 
 @dataclass(frozen=True, eq=False)
 class Disagreement:
-    """How far the two experts' predictions lie apart on the same inputs.
+    """Difference of the two experts' predictions on the same inputs.
 
     Attributes:
-        steps: per asked step: step, timestep, sigma, snr, component (the expert that ran it), other, relative_l2
-            (norm of the difference over the norm of what ran), cosine, and the same relative_l2 for what is no
-            difference at all: again_l2 (the same expert called twice), kernel_l2 (with another exact attention kernel).
-        boundary_timestep: where the experts change over.
+        steps: per requested step: step, timestep, sigma, snr, component (the expert that ran it), other, relative_l2
+            (norm of the difference over the norm of the running expert's prediction), cosine, and relative_l2 of two
+            noise floors: again_l2 (the same expert called twice), kernel_l2 (with another exact attention kernel).
+        boundary_timestep: timestep at which the experts switch.
         kernel: name of the other attention kernel.
     """
 
@@ -40,7 +40,7 @@ class Disagreement:
     kernel: str
 
     def at_boundary(self) -> dict[str, Any]:
-        """The asked step whose timestep is nearest to the boundary, as a record with floor_l2, the larger floor."""
+        """The requested step nearest to the boundary as a record, with floor_l2, the larger noise floor."""
         nearest = (self.steps["timestep"] - self.boundary_timestep).abs().idxmin()
         row = self.steps.loc[nearest].to_dict()
         return row | {"floor_l2": max(row["again_l2"], row["kernel_l2"])}
@@ -60,24 +60,24 @@ class Disagreement:
 def disagreement(
     model: Model, image: Any, prompt: str, *, at_steps: Sequence[int] | None = None, **settings
 ) -> Disagreement:
-    """Ask both experts at the steps of one real generation, which goes on with the answer of the one whose turn it is.
+    """Run both experts at steps of a real generation, which continues with the prediction of the scheduled expert.
 
     Teacher-forced: latents, timestep and text are those of the generation at that step. Only the branch with the prompt
-    is asked. Each asked step costs three forwards more, one of them with an attention kernel that may be slow.
+    is compared. Each step costs three more forwards, one of them with an attention kernel that may be slow.
 
     Args:
-        image, prompt, settings: as `Model.generate` takes them.
-        at_steps: steps to ask at; all if None.
+        image, prompt, settings: arguments of `Model.generate`.
+        at_steps: steps to compare; all if None.
 
     Raises:
-        WanlabError: a model with one expert, a step that the run does not have, or what `Model.generate` refuses.
+        WanlabError: a model with one expert, a step that the run does not have, or an error of `Model.generate`.
     """
     if "expert_low" not in model.spec.components:
         raise WanlabError(f"{model.spec.name} has one expert; two are needed to disagree")
     table = precompute_schedule(model, settings.get("steps"))
     known = table.table.set_index("step")
-    wanted = set(known.index if at_steps is None else at_steps)
-    if not wanted or wanted - set(known.index):
+    steps = set(known.index if at_steps is None else at_steps)
+    if not steps or steps - set(known.index):
         raise WanlabError(
             f"at_steps is {list(at_steps)}; choose from steps 0 to {len(known) - 1}, at least one"
         )
@@ -92,16 +92,19 @@ def disagreement(
             def asked(*args, **kwargs):
                 ran = call(*args, **kwargs)
                 step = at["step"]
-                if step in wanted and not any(row["step"] == step for row in rows):
-                    theirs, again = networks[other](*args, **kwargs)[0], call(*args, **kwargs)[0]
+                if step in steps and not any(row["step"] == step for row in rows):
+                    other_prediction, again = networks[other](*args, **kwargs)[0], call(*args, **kwargs)[0]
                     with alternate_sdpa(model.device) as at["kernel"]:
                         kernel = call(*args, **kwargs)[0]
-                    mine = ran[0]
-                    apart, cosine = _apart(mine, theirs)
+                    prediction = ran[0]
+                    distance, cosine = _apart(prediction, other_prediction)
                     rows.append(
                         {"step": step, **known.loc[step].to_dict(), "component": name, "other": other}
-                        | {"relative_l2": apart, "cosine": cosine}
-                        | {"again_l2": _apart(mine, again)[0], "kernel_l2": _apart(mine, kernel)[0]}
+                        | {"relative_l2": distance, "cosine": cosine}
+                        | {
+                            "again_l2": _apart(prediction, again)[0],
+                            "kernel_l2": _apart(prediction, kernel)[0],
+                        }
                     )
                 return ran
 
@@ -123,7 +126,7 @@ def disagreement(
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """Relative L2 distance and cosine, in double precision: nearly equal predictions differ in late digits."""
+    """Relative L2 distance and cosine, in double precision, because nearly equal predictions differ in the last digits."""
     a, b = ours.double().flatten(), theirs.double().flatten()
     length = torch.linalg.vector_norm(a)
     if not length:
@@ -134,17 +137,17 @@ def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class BoundarySweep:
-    """What moving the boundary does.
+    """Effect of the boundary's position on time and quality.
 
     Attributes:
-        frame: per boundary: boundary, own (the model's), high_steps, low_steps, cases, denoising_ms (experts' time of
-            one video, median over cases), and with quality: lpips and psnr_db against the truth (means over cases),
-            change_percent of LPIPS against the model's own boundary, and its 95 % interval over cases low_percent,
-            high_percent.
+        frame: per boundary: boundary, own (whether it is the model's), high_steps, low_steps, cases, denoising_ms (experts'
+            time of one video, median over cases), and with quality: lpips and psnr_db against the truth (means over
+            cases), change_percent of LPIPS relative to the model's own boundary, and its 95 % interval over cases
+            low_percent, high_percent.
         videos: the same per boundary and case, with high_ms and low_ms (medians of one forward).
-        noise_percent: how far equal work lies apart in time: the largest distance of a case's denoising_ms from their
-            median, at the model's own boundary; None with one case.
-        floor_percent: change of LPIPS of the first case when only the attention kernel is another; None without quality.
+        noise_percent: noise of the time: the largest distance of a case's denoising_ms from the median over cases,
+            at the model's own boundary; None with one case.
+        floor_percent: change of the first case's LPIPS with another attention kernel only; None without quality.
         note: what was not measured, and why; empty if nothing.
     """
 
@@ -163,9 +166,9 @@ class BoundarySweep:
     def __str__(self) -> str:
         if self.note:
             return self.note
-        said = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
+        scores = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
         cases = self.frame["cases"].iloc[0]
-        return f"LPIPS by boundary, {cases} cases, floor {self.floor_percent:.2g} %: {', '.join(said)}"
+        return f"LPIPS by boundary, {cases} cases, floor {self.floor_percent:.2g} %: {', '.join(scores)}"
 
 
 def boundary_sweep(
@@ -178,25 +181,25 @@ def boundary_sweep(
     progress: bool = True,
     **settings,
 ) -> BoundarySweep:
-    """Generate held-out cases with the boundary in several places, the model's own always among them.
+    """Generate held-out cases with several positions of the boundary, always including the model's own.
 
     Args:
         boundaries: shares of the training timesteps, 0 to 1.
-        cases: questions with a known answer, from `wanlab.heldout.cases.draw_cases`.
-        scored_frames: frames that are decoded and scored, from the first; all if None. The VAE is causal in time, so
-            that they equal those of the whole video; rounded down to whole latent frames.
-        quality: score against the truth, where the video has its size and the weights are trained.
-        settings: as `Model.generate` takes them, without image, prompt and seed.
+        cases: cases with a known true video, from `wanlab.heldout.cases.draw_cases`.
+        scored_frames: number of first frames that are decoded and scored; all if None. They equal those of the whole
+            video, because the VAE is causal in time; rounded down to whole latent frames.
+        quality: score against the truth, if the video has its size and the weights are trained.
+        settings: as for `Model.generate`, without image, prompt and seed.
 
     Raises:
-        WanlabError: a model with one expert, no case, a boundary out of range, or what `Model.generate` refuses.
+        WanlabError: a model with one expert, no case, a boundary out of range, or an error of `Model.generate`.
     """
     if not cases:
         raise WanlabError("boundary_sweep of no case; give at least one")
     own = precompute_schedule(model, settings.get("steps")).boundary_ratio
     for boundary in (own, *boundaries):
         with boundary_at(model, boundary):
-            pass  # refused before the first video, not between them
+            pass  # a wrong boundary is refused before the first video
     note = "" if quality else "quality was not asked for"
     size = [settings.get(k) or getattr(model.spec.defaults, k) for k in ("frames", "height", "width")]
     if quality and model.load.weights == "random":
@@ -205,19 +208,19 @@ def boundary_sweep(
         note = f"quality is unknown: the truth is {have[2]}x{have[1]}x{have[0]}, the video {size[2]}x{size[1]}x{size[0]}"
     settings["output"] = "latent" if note else "np"
     places = [own, *dict.fromkeys(float(b) for b in boundaries if float(b) != own)]
-    # Case by case, because the encoded image is kept for one case.
+    # Case by case, because the encoded image is cached for one case.
     runs = [(b, case, False) for case in range(len(cases)) for b in places]
     if not note:
         runs.insert(len(places), (own, 0, True))
-    kept: dict[int, Any] = {}
+    cache: dict[int, Any] = {}
     rows = []
     for boundary, number, control in tqdm(
         runs, "boundaries", unit="video", leave=False, disable=not progress
     ):
         with boundary_at(model, boundary):
-            found = _swept(model, cases[number], scored_frames, control, kept, settings)
+            result = _swept(model, cases[number], scored_frames, control, cache, settings)
         rows.append(
-            {"boundary": boundary, "own": boundary == own, "control": control, "case": number} | found
+            {"boundary": boundary, "own": boundary == own, "control": control, "case": number} | result
         )
     return _summarised(pd.DataFrame(rows), note)
 
@@ -225,7 +228,7 @@ def boundary_sweep(
 def _swept(
     model: Model, case: Case, frames: int | None, other: bool, kept: dict, asked: dict
 ) -> dict[str, Any]:
-    """One video of a sweep: its expert times, and its scores if it is decoded; `kept` holds the encoded image."""
+    """One video of a sweep: its expert times, and its scores if it is decoded; `kept` caches the encoded image."""
 
     def once(encode: Callable) -> Callable:
         def encoded(*args, **kwargs):
@@ -246,16 +249,16 @@ def _swept(
         stages(model) as recorder,
         intercept_calls(model.pipeline, {"vae": {"encode": once, "decode": prefix}}),
     ):
-        made = model.generate(truth[0], case.caption, **asked | {"seed": case.seed})
+        generation = model.generate(truth[0], case.caption, **asked | {"seed": case.seed})
     calls = [call for call in recorder.calls if call.component in EXPERTS]
     row: dict[str, Any] = {"denoising_ms": sum(call.time_ms for call in calls)}
     for side in ("high", "low"):
-        mine = [call for call in calls if call.component == f"expert_{side}"]
-        row[f"{side}_steps"] = len({call.step for call in mine})
-        row[f"{side}_ms"] = median(call.time_ms for call in mine) if mine else float("nan")
+        expert_calls = [call for call in calls if call.component == f"expert_{side}"]
+        row[f"{side}_steps"] = len({call.step for call in expert_calls})
+        row[f"{side}_ms"] = median(call.time_ms for call in expert_calls) if expert_calls else float("nan")
     if asked["output"] == "np":
-        shown = truth[: len(made.video)]
-        scores = compare_videos(shown, made.video, metrics=("lpips", "psnr"), progress=False)
+        truth_frames = truth[: len(generation.video)]
+        scores = compare_videos(truth_frames, generation.video, metrics=("lpips", "psnr"), progress=False)
         row |= {"lpips": scores.mean("lpips"), "psnr_db": scores.mean("psnr")}
     return row
 

@@ -1,4 +1,4 @@
-"""What was measured of the experts of a model, in one record and a few sentences."""
+"""Summary of all measurements of a model's experts: one record and a few sentences."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from wanlab.diagnose.experts.timeline import Timeline
 
 @dataclass(frozen=True, eq=False)
 class ExpertSummary:
-    """Which expert ran when, what a switch costs, how far they differ, what another boundary does.
+    """When each expert ran, the cost of a switch, the difference of predictions, and the effect of the boundary.
 
     Attributes:
-        timeline, switch: as measured.
-        disagreement, boundaries: None where there is one expert, or no other boundary was tried.
+        timeline, switch: the measurements.
+        disagreement, boundaries: None with one expert, or if no other boundary was measured.
     """
 
     timeline: Timeline
@@ -25,7 +25,7 @@ class ExpertSummary:
     boundaries: BoundarySweep | None = None
 
     def row(self) -> dict[str, Any]:
-        """The records of all of them as one."""
+        """One flat record of all measurements."""
         parts = (self.timeline, self.switch, self.disagreement, self.boundaries)
         return {key: value for part in parts if part is not None for key, value in part.row().items()}
 

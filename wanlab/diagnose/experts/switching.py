@@ -1,7 +1,7 @@
-"""What a switch of experts costs: both resident, swapped from the host, or prefetched.
+"""Cost of a switch of experts: both resident, swapped from the host, or prefetched.
 
-The weights are copied from the host into their own place on the GPU, byte for byte what is there already, so that the
-model is the same before, during and after, whatever happens in between.
+The weights are copied from the host over the same weights on the GPU, byte for byte, so that the
+model is the same before, during and after the measurement, also after an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wanlab.models.shapes import latent_shape
 from wanlab.models.weights import check_host_room, host_weights
 
 RECORDED = data("results", "expert_switch_h200.json")
-"""A measurement on an NVIDIA H200 at true size, for machines without a GPU."""
+"""A measurement on an NVIDIA H200 with the full-size model, for machines without a GPU."""
 WAYS = ("resident", "pageable", "pinned", "prefetched")
 WORDS = {
     "resident": "with both experts in GPU memory",
@@ -40,18 +40,18 @@ KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
 @dataclass(frozen=True, eq=False)
 class SwitchCost:
-    """What a switch costs in each of four ways; all samples are kept, and the table is made from them.
+    """Cost of a switch in each of four ways; all samples are kept, and the table is computed from them.
 
     Attributes:
         samples: by name. Forwards of the entering expert after a switch: "after switch", "later", "later again".
             Transfers alone: "pageable", "pageable again", "pinned", "pinned again". Forwards of the leaving expert:
             "alone", "alone again", "beside transfer"; "beside transfer, both" ends when the transfer has ended too,
-            and "transfer beside forward" is the transfer in it. Samples of one position were taken in one round.
-        size_bytes: weights of the entering expert.
-        lock_ms, fill_ms: to allocate that much page-locked memory, and to copy the weights there: part of loading.
-        device, settings: where it was measured; model and sizes.
-        source: "measured here", or the file it was read from.
-        note: why there is nothing, if there is nothing.
+            and "transfer beside forward" is the transfer in it. Samples with the same index are of one round.
+        size_bytes: size of the entering expert's weights.
+        lock_ms, fill_ms: time to allocate that much page-locked memory, and to copy the weights to it: part of loading.
+        device, settings: device of the measurement; model and sizes.
+        source: "measured here", or the name of its file.
+        note: reason why there is no measurement, else empty.
     """
 
     samples: dict[str, Samples] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class SwitchCost:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row per way that was measured.
+        """One row per measured way.
 
-        Columns: way, experts_on_gpu, transfer_ms and gb_per_s (1e9 bytes; medians), time_ms (what the video waits for a
-        switch: median over rounds), noise_ms (largest distance in any round of two equal calls), hidden_percent (share of
-        the transfer that the video did not wait for), slowdown_percent (of the forward beside the transfer).
+        Columns: way, experts_on_gpu, transfer_ms and gb_per_s (1e9 bytes; medians), time_ms (delay of the video by a
+        switch: median over rounds), noise_ms (largest difference in any round of two equal calls), hidden_percent (share of
+        the transfer that overlapped with a forward), slowdown_percent (of the forward beside the transfer).
         """
         return pd.DataFrame([row for way in WAYS if (row := self._row(way))])
 
@@ -109,12 +109,12 @@ class SwitchCost:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was measured; then `note` says why."""
+        """Whether nothing was measured; `note` then says why."""
         return self.frame.empty
 
     @property
     def sentence(self) -> str:
-        """The cheapest and the dearest way in words; `note` where nothing was measured."""
+        """The cheapest and the most expensive way as a sentence; `note` where nothing was measured."""
         if self.frame.empty:
             return self.note
         times = sorted((row.time_ms, WORDS[row.way]) for row in self.frame.itertuples())
@@ -122,7 +122,7 @@ class SwitchCost:
         return f"A switch costs {' to '.join(dict.fromkeys(ends))} ({self.device}, {self.source})"
 
     def row(self) -> dict[str, Any]:
-        """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only what was measured."""
+        """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only measured values."""
         flat: dict[str, Any] = {f"switch_{line.way}_ms": line.time_ms for line in self.frame.itertuples()}
         if "switch_prefetched_ms" in flat:
             last = self.frame.iloc[-1]
@@ -151,7 +151,7 @@ class SwitchCost:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> SwitchCost:
-        """A measurement from a file that `save` wrote.
+        """Read a measurement from a file written by `save`.
 
         Raises:
             WanlabError: the file is missing or holds something else.
@@ -168,15 +168,15 @@ class SwitchCost:
 
 
 def switching(model: Model, record: str | None = None, *, samples: int = 3, **settings) -> SwitchCost:
-    """The cost of a switch: measured where this machine can, else as it was recorded on another.
+    """The cost of a switch: measured on a machine that can, else from a record of another machine.
 
     Args:
-        record: file of a recorded measurement; that on an H200 which comes with the source tree if None.
-        samples: rounds; 0 takes the record on any machine.
-        settings: as `switch_cost` takes them.
+        record: file of a recorded measurement; None takes the one on an H200 that comes with the source tree.
+        samples: number of rounds; 0 uses the record on any machine.
+        settings: as for `switch_cost`.
 
     Raises:
-        WanlabError: a record was named and cannot be read, or what `switch_cost` refuses on a GPU.
+        WanlabError: a named record cannot be read, or an error of `switch_cost` on a GPU.
     """
     if "expert_low" not in model.spec.components:
         return SwitchCost(note=f"{model.spec.name} has one expert: there is nothing to switch")
@@ -201,19 +201,19 @@ def switch_cost(
 ) -> SwitchCost:
     """Measure a switch from the high-noise to the low-noise expert in four ways, on a GPU that holds both.
 
-    Forwards run on random latents and text of the right shape. A round takes, in this order: the leaving expert alone,
+    Forwards run on random latents and text of the right shape. A round runs, in this order: the leaving expert alone,
     the entering one three times (the first is the one after the switch), the transfer twice, the leaving expert beside
-    a transfer on a stream of its own, and the leaving expert alone again. Equal calls of a round are its A/A control.
-    Transfers from pageable memory come before, in rounds of their own: one copy of the weights on the host at a time.
+    a transfer on a separate stream, and the leaving expert alone again. Equal calls of a round are its A/A control.
+    Transfers from pageable memory run before, in separate rounds, so that the host holds one copy of the weights at a time.
 
     Args:
         model: from `wanlab.models.load`, on a GPU; the text encoder and the VAE are not needed.
-        height, width: pixels; the model's default if None. frames: of the video.
-        samples: rounds; each makes 6 forwards.
-        seed: of latents and text.
+        height, width, frames: size of the video, in pixels and frames; the model's default if None.
+        samples: number of rounds; each runs 6 forwards.
+        seed: seed of latents and text.
 
     Raises:
-        WanlabError: a model with one expert, no GPU, an expert that is no PyTorch module, too little host or GPU memory,
+        WanlabError: a model with one expert, no GPU, an expert that is not a PyTorch module, too little host or GPU memory,
             or a size that is not legal.
     """
     leaving, entering = _both_experts(model)
@@ -227,11 +227,11 @@ def switch_cost(
     size = sum(parameter.nbytes for parameter in entering.parameters())
     check_host_room(model.spec.name, size)
     inputs = expert_inputs(model, height=height, width=width, frames=frames, seed=seed)
-    taken: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
 
     def take(name: str, call: Callable) -> None:
         timed = time_ms(call, warmup=0, iterations=1, device=model.device, progress=False)
-        taken.setdefault(name, []).append(timed.values_ms[0])
+        times.setdefault(name, []).append(timed.values_ms[0])
 
     bar = tqdm(total=3 * samples + 1, desc="switches", unit="part", leave=False, disable=not progress)
     try:
@@ -255,7 +255,7 @@ def switch_cost(
                     take("pinned", host.refill)
                     take("pinned again", host.refill)
                     for name, value in _beside(host.refill, lambda: leaving(**inputs)).items():
-                        taken.setdefault(name, []).append(value)
+                        times.setdefault(name, []).append(value)
                     take("alone again", lambda: leaving(**inputs))
                     bar.update()
                 lock_ms, fill_ms = host.lock_ms, host.fill_ms
@@ -263,7 +263,7 @@ def switch_cost(
         reason = "a forward does not fit beside both experts; take a smaller video"
         raise WanlabError(f"{model.spec.name} on {model.device}: {reason}") from error
     device = torch.cuda.get_device_name(model.device)
-    series = {name: Samples(name, tuple(values), device, "CUDA events") for name, values in taken.items()}
+    series = {name: Samples(name, tuple(values), device, "CUDA events") for name, values in times.items()}
     kind = str(model.dtype).removeprefix("torch.")
     settings = {"model": model.spec.name, "dtype": kind, "samples": samples}
     settings |= {key: list(value.shape) for key, value in inputs.items() if hasattr(value, "shape")}
@@ -271,7 +271,7 @@ def switch_cost(
 
 
 def _beside(transfer: Callable, forward: Callable) -> dict[str, float]:
-    """A forward with a transfer on a stream of its own beside it: the end of each, from the common start."""
+    """A forward with a concurrent transfer on a separate stream: the end of each, from the common start."""
     begin, loading, loaded, computed, both = (torch.cuda.Event(enable_timing=True) for _ in range(5))
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -310,13 +310,13 @@ def expert_inputs(
     frames: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What the pipeline would call an expert with, of the right shapes and random content, on the model's device.
+    """Inputs of an expert as the pipeline passes them, with the right shapes and random content, on the model's device.
 
     `hidden_states` `[1, C, T, H, W]`, `timestep` `[1]` (`[1, tokens]` for a model that expands it),
     `encoder_hidden_states` `[1, text tokens, D]`.
 
     Raises:
-        WanlabError: a size that is not legal, or an expert that is not of the Wan kind.
+        WanlabError: a size that is not legal, or an expert that is not a Wan transformer.
     """
     defaults = model.spec.defaults
     latent = latent_shape(

@@ -1,4 +1,4 @@
-"""Which expert runs when and for how long, and the tensors that flow between them."""
+"""Timeline of the experts in a generation, and the flow of tensors between components."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Timeline:
     """The experts of recorded generations, step by step.
 
     Attributes:
-        schedule: what was known beforehand.
-        steps: per step: step, timestep, sigma, snr, component, time_ms (medians of its branches added up), one column
+        schedule: the schedule that was computed before the run.
+        steps: per step: step, timestep, sigma, snr, component, time_ms (sum of the medians of its branches), one column
             per branch (cond_ms, uncond_ms).
         calls: every expert call with all its samples; columns as in `StageCall`.
-        as_planned: whether every step ran the expert that the schedule had named, at its timestep.
+        as_planned: whether every step ran the scheduled expert at the scheduled timestep.
     """
 
     schedule: ExpertSchedule
@@ -42,27 +42,27 @@ class Timeline:
         return frame.reset_index()
 
     def after_switch(self) -> dict[str, float]:
-        """What the first forward after a switch takes more than later ones of that expert, both in memory.
+        """Extra time of the first forward after a switch, compared with later ones of that expert, both in memory.
 
-        Keys excess_ms (median over switches and repeats) and noise_ms (95th percentile of how far a single later
-        forward lies from their median); empty where nothing is switched or compared.
+        Keys excess_ms (median over switches and repeats) and noise_ms (95th percentile of the distance of a single later
+        forward from their median); empty if there is no switch or nothing to compare.
         """
-        excess, apart = [], []
+        excess, distances = [], []
         for step in self.schedule.switches:
             name = self.schedule.table["component"].iloc[step]
-            mine = self.calls[(self.calls["component"] == name) & (self.calls["step"] >= step)]
-            first = (mine["step"] == step) & (mine["branch"] == "cond")
-            later = mine.loc[~first, "time_ms"]
+            calls = self.calls[(self.calls["component"] == name) & (self.calls["step"] >= step)]
+            first = (calls["step"] == step) & (calls["branch"] == "cond")
+            later = calls.loc[~first, "time_ms"]
             if len(later) > 1:
-                excess += (mine.loc[first, "time_ms"] - later.median()).tolist()
-                apart += (later - later.median()).abs().tolist()
+                excess += (calls.loc[first, "time_ms"] - later.median()).tolist()
+                distances += (later - later.median()).abs().tolist()
         if not excess:
             return {}
-        return {"excess_ms": median(excess), "noise_ms": sorted(apart)[int(0.95 * len(apart))]}
+        return {"excess_ms": median(excess), "noise_ms": sorted(distances)[int(0.95 * len(distances))]}
 
     @property
     def switch_text(self) -> str:
-        """What a switch costs here while both experts are in memory, in words."""
+        """The cost of a switch with both experts in memory, as text."""
         first = self.after_switch()
         if not first:
             return "no switch here"
@@ -92,16 +92,16 @@ class Timeline:
 def timeline(
     model: Model, image: Any, prompt: str, *, repeats: int = 1, warmup: bool = True, **settings
 ) -> Timeline:
-    """Generate with every expert call recorded; each step has its own measured time, none is prorated.
+    """Generate and record every expert call; each step has its own measured time, none is estimated from others.
 
     Args:
         model: from `wanlab.models.load`.
-        image, prompt, settings: as `Model.generate` takes them; the decoder is left out unless `output` is given.
-        repeats: generations that are recorded.
-        warmup: generate once before, with the fewest steps that reach every expert.
+        image, prompt, settings: arguments of `Model.generate`; the decoder does not run unless `output` is given.
+        repeats: number of recorded generations.
+        warmup: generate once before, with the smallest number of steps that runs every expert.
 
     Raises:
-        WanlabError: repeats under 1, or what `Model.generate` refuses.
+        WanlabError: repeats under 1, or an error of `Model.generate`.
     """
     if repeats < 1:
         raise WanlabError(f"repeats is {repeats}; record at least 1 generation")
@@ -118,7 +118,7 @@ def timeline(
     ran = calls.groupby("step").agg(component=("component", "first"), timestep=("timestep", "first"))
     known = plan.table.set_index("step")
     same = known["component"].tolist() == ran["component"].tolist()
-    # Half a percent: half-precision timesteps are coarse.
+    # Tolerance of half a percent: timesteps in half precision are coarse.
     near = (known["timestep"] - ran["timestep"].astype(float)).abs() <= 5e-3 * (1 + known["timestep"])
     measured = ran[["component"]].assign(time_ms=times.sum(axis="columns"), **times).reset_index()
     steps = plan.table.drop(columns="component").merge(measured, on="step")
@@ -127,13 +127,13 @@ def timeline(
 
 @dataclass(frozen=True, eq=False)
 class DataFlow:
-    """The parts of a loaded model and the tensors that go from one to the next.
+    """The parts of a loaded model and the tensors that flow between them.
 
     Attributes:
         nodes: node, kind ("input", "network", "decision", "scheduler", "output"), class_name, parameters, size_bytes, dtype,
-            device (of the weights: empty for an engine, each half of a VAE has its own), steps (of an expert).
-        edges: source, target, tensor, shape (e.g. "1x16x5x16x24"), dtype; as recorded in a generation.
-        schedule: what decides.
+            device (of the weights: empty for an engine, separate for each half of a VAE), steps (of an expert).
+        edges: source, target, tensor, shape (e.g. "1x16x5x16x24"), dtype; recorded in a generation.
+        schedule: the schedule that selects the expert.
     """
 
     nodes: pd.DataFrame
@@ -142,23 +142,25 @@ class DataFlow:
 
 
 def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
-    """Record one generation, with the fewest steps that reach every expert, and see what goes in and out of each part.
+    """Record the inputs and outputs of each part in one generation, with the fewest steps that run every expert.
 
     Args:
-        image, prompt, settings: as `Model.generate` takes them; `steps` is that of the schedule which is shown. Without
+        image, prompt, settings: arguments of `Model.generate`; `steps` is the number of steps in the schedule. Without
             guidance unless `guidance_scale` is given.
     """
     plan = precompute_schedule(model, settings.get("steps"))
-    given = {name: value for name, value in settings.items() if value is not None}
-    short = {"guidance_scale": 1.0} | given | {"steps": fewest_steps(model, plan)}
-    seen: dict[str, dict[str, tuple]] = {}
+    stated = {name: value for name, value in settings.items() if value is not None}
+    short = {"guidance_scale": 1.0} | stated | {"steps": fewest_steps(model, plan)}
+    tensors: dict[str, dict[str, tuple]] = {}
 
     def seeing(node: str) -> Callable:
         def wrap(call: Callable) -> Callable:
             def called(*args, **kwargs):
                 result = call(*args, **kwargs)
                 named = {str(i): value for i, value in enumerate(args)} | kwargs
-                seen.setdefault(node, {key: _form(value) for key, value in (named | {"out": result}).items()})
+                tensors.setdefault(
+                    node, {key: _form(value) for key, value in (named | {"out": result}).items()}
+                )
                 return result
 
             return called
@@ -169,7 +171,7 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
     wrap = {part: {method: seeing(node) for method, node in calls.items()} for part, calls in points.items()}
     with intercept_calls(model.pipeline, wrap):
         model.generate(image, prompt, **short)
-    experts = [entry.component for entry in plan.prefetch if entry.component in seen]
+    experts = [entry.component for entry in plan.prefetch if entry.component in tensors]
     router = "boundary" if plan.boundary_ratio is not None else experts[0]
     links = [
         ("prompt", "text_encoder", "tokens", "text_encoder", "0"),
@@ -183,13 +185,13 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
         ("scheduler", "vae_decoder", "latents", "vae_decoder", "0"),
         ("vae_decoder", "video", "frames", "vae_decoder", "out"),
     ]
-    edges = [(*ends, *form) for *ends, of, key in links if (form := seen.get(of, {}).get(key))]
+    edges = [(*ends, *form) for *ends, of, key in links if (form := tensors.get(of, {}).get(key))]
     ends = {name for edge in edges for name in edge[:2]}
     kinds = {"boundary": "decision", "scheduler": "scheduler", "video": "output"}
     nodes: list[dict[str, Any]] = [
         {"node": name, "kind": kinds.get(name, "input")} for name in ("prompt", "image", "noise")
     ]
-    for name in (*seen, "boundary", "video"):
+    for name in (*tensors, "boundary", "video"):
         network = model.components.get(name, getattr(model.pipeline, name, None))
         nodes.append({"node": name, "kind": kinds.get(name, "network")} | _facts(name, network))
         nodes[-1]["steps"] = plan.steps_of(name) if name in experts else None
@@ -200,7 +202,7 @@ def data_flow(model: Model, image: Any, prompt: str, **settings) -> DataFlow:
 
 
 def _form(value: Any) -> tuple[str, str] | None:
-    """Shape and dtype of a tensor, or of the first in what a component gives back."""
+    """Shape and dtype of a tensor, or of the first tensor in a component's output."""
     if hasattr(value, "latent_dist"):
         value = value.latent_dist.mode()
     for name in ("last_hidden_state", "sample", "prev_sample"):
@@ -212,7 +214,7 @@ def _form(value: Any) -> tuple[str, str] | None:
 
 
 def _facts(node: str, part: Any) -> dict[str, Any]:
-    """Class, size and place of a part; the weights of a VAE's half are those that it alone uses."""
+    """Class, size and device of a part; each half of a VAE has only the weights that it uses alone."""
     if part is None:
         return {}
     weights = dict(part.named_parameters()) if hasattr(part, "named_parameters") else {}

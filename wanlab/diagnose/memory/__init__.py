@@ -1,1 +1,1 @@
-"""Memory of a generation: the peak explained, what each part holds over time, and what each option would save."""
+"""Memory of a generation: what the peak consists of, use over time per component, and what each memory option saves."""

@@ -1,4 +1,4 @@
-"""The memory peak explained from a trace's allocations: what was alive, whose it was, what was only reserved."""
+"""Memory peak of a trace, explained by its allocations: blocks in use, their owners, and reserved memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from wanlab.diagnose.trace import NOTHING, Trace, inherit, innermost, levels
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks that were allocated in a trace, one entry each, in order of time.
+    """Allocated blocks of a trace, one entry each, in order of time.
 
     Attributes:
-        size_bytes: as the allocator counts it.
-        start_us, end_us: of its life; infinity where it is not freed in the trace.
+        size_bytes: size according to the allocator.
+        start_us, end_us: start and end of its life; infinity where it is not freed in the trace.
         event: innermost host event around the allocation, as a row of `trace.host`, -1 if none.
-        range, operator: the named range and the operator around it, alike.
+        range, operator: named range and operator around the allocation, as rows of `trace.host`.
         component: index into `COMPONENTS`.
     """
 
@@ -42,7 +42,7 @@ class Blocks:
 def match(trace: Trace, events: pd.DataFrame, placed: Attribution) -> Blocks:
     """Match the releases of one device's `Trace.memory` with their allocations, by address.
 
-    A release of a block that was there before the trace has none and is left out.
+    A release of a block that was allocated before the trace has no match and is left out.
     """
     start: list[float] = []
     size: list[float] = []
@@ -56,7 +56,7 @@ def match(trace: Trace, events: pd.DataFrame, placed: Attribution) -> Blocks:
         if bytes_ > 0:
             if (
                 old := alive.get(address)
-            ) is not None:  # its release is not in the trace, but it must have been
+            ) is not None:  # its release is not in the trace, but the block must have been released
                 end[old] = time
             alive[address] = len(start)
             start.append(time)
@@ -70,7 +70,7 @@ def match(trace: Trace, events: pd.DataFrame, placed: Attribution) -> Blocks:
     host = trace.host
     number = np.arange(len(host))
     ranges = np.where((host["category"] == "user_annotation").to_numpy(), number, NOTHING)
-    # What asks for memory is an operator, not the operator that only allocates.
+    # The operator of a block is the one that needs memory, not an operator that only allocates.
     asking = (host["category"] == "cpu_op").to_numpy() & (
         placed.own_kind != KINDS.index(operators.ALLOCATION)
     )
@@ -92,19 +92,19 @@ def match(trace: Trace, events: pd.DataFrame, placed: Attribution) -> Blocks:
 
 def _around(trace: Trace, placed: Attribution, moments: np.ndarray, threads: np.ndarray) -> np.ndarray:
     """The innermost host event around each moment on its thread, as a row of `trace.host`."""
-    found = np.full(len(moments), NOTHING)
+    around = np.full(len(moments), NOTHING)
     host_threads = trace.host["thread"].to_numpy()
     for thread in np.unique(threads):
         rows = np.flatnonzero(host_threads == thread)
-        mine = threads == thread
+        on_thread = threads == thread
         if len(rows):
-            offset = rows[0]  # the rows of a thread lie together
+            offset = rows[0]  # the rows of a thread are contiguous
             parents = np.where(placed.parents[rows] == NOTHING, NOTHING, placed.parents[rows] - offset)
             times, which = innermost(trace.host.iloc[rows], parents, levels(parents))
-            place = np.searchsorted(times, moments[mine], side="right") - 1
+            place = np.searchsorted(times, moments[on_thread], side="right") - 1
             inner = np.where(place >= 0, which[np.maximum(place, 0)], NOTHING)
-            found[mine] = np.where(inner == NOTHING, NOTHING, inner + offset)
-    return found
+            around[on_thread] = np.where(inner == NOTHING, NOTHING, inner + offset)
+    return around
 
 
 GIB = 1 << 30
@@ -116,31 +116,31 @@ PART_NAMES = {
     "fragmentation": "reserved, not used",
     "other": "other",
 }
-"""Parts of the peak in words."""
+"""Part of the peak -> its name in text."""
 
 POINTS = 1500
-"""Moments of a timeline; of each stretch the one with the most memory is kept, so that no peak is lost."""
+"""Limit of moments in a timeline; of each interval the moment with the most memory is kept, so that no peak is lost."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryAccount:
-    """What a generation held at its peak, and when.
+    """Memory of a generation at its peak, and over time.
 
     Attributes:
         frame: rows that add up to `peak_bytes`: `part` ("weights", "activations", "workspace", "text_embedding",
-            "fragmentation", "other": what was there before the capture and is no weight, and blocks too small for the
-            trace), `component` (in which it was allocated; for weights whose they are),
+            "fragmentation", "other": memory from before the capture that is not weights, and blocks too small for the
+            trace), `component` (in which it was allocated; for weights their owner),
             `size_bytes`, `share_percent`, `blocks`.
-        blocks: the blocks alive at the peak, largest first: `size_mib`, `component`, `range`, `operator`,
+        blocks: the blocks in use at the peak, largest first: `size_mib`, `component`, `range`, `operator`,
             `allocated_ms`, `freed_ms` (NaN if not in the trace).
-        timeline: `time_ms`, `before` (bytes that were there when the trace began) and a column of bytes per component.
+        timeline: `time_ms`, `before` (bytes in use when the trace began) and a column of bytes per component.
         churn: per step and component: `step`, `component`, `allocations`, `churn_gib` (allocated and freed within it).
         device: "cuda:0" or "cpu".
-        peak_bytes: what the process held of the device: on a GPU what the allocator had reserved when most was
-            allocated, on a CPU what was allocated.
-        peak_ms: when.
-        reserved_peak_bytes: most that was ever reserved; -1 where nothing is.
-        notes: what could not be told.
+        peak_bytes: memory of the process on the device: on a GPU the reserved memory at the moment of the largest
+            allocated amount, on a CPU the allocated memory.
+        peak_ms: time of the peak.
+        reserved_peak_bytes: largest reserved amount; -1 where nothing is reserved.
+        notes: limits of the analysis.
     """
 
     frame: pd.DataFrame
@@ -154,7 +154,7 @@ class MemoryAccount:
     notes: tuple[str, ...]
 
     def size_bytes(self, part: str) -> int:
-        """All rows of one part."""
+        """Sum of all rows of one part."""
         return int(self.frame.loc[self.frame["part"] == part, "size_bytes"].sum())
 
     def __str__(self) -> str:
@@ -178,10 +178,10 @@ def memory_account(trace: Trace) -> MemoryAccount:
     """Explain the peak of a trace that was captured with `memory=True`.
 
     A block belongs to the component in whose range it was allocated. It is workspace if the product, convolution or
-    attention that asked for it gave it back before it returned, or never (a library keeps that of its handle); a text
-    embedding if it was made by the text encoder, or between that and the next component (inputs are prepared there,
-    too), and was kept through denoising; an activation otherwise. What was there before the capture is weights: on a GPU
-    the allocator's own total says how much, on a CPU the note of the capture does.
+    attention that allocated it freed it before it returned, or never (a library keeps that of its handle); text
+    embedding if it was allocated in the text encoder, or between it and the next component (where inputs are prepared
+    too), and kept through denoising; an activation otherwise. Memory from before the capture is weights: its size is on
+    a GPU the allocator's own total, on a CPU a note of the capture.
 
     Raises:
         WanlabError: the trace has no allocations.
@@ -236,14 +236,14 @@ def _row(part: str, component: str, size: int, blocks: int = 0) -> dict:
 
 
 def _weight_rows(weights: dict[str, int], before: int) -> list[dict]:
-    """What was there before the capture, by the part of the pipeline that owns it; the rest is nobody's."""
+    """Memory from before the capture, by the part of the pipeline that owns it; the remainder has no owner."""
     names = {
         "transformer": "expert_high" if "transformer_2" in weights else "expert",
         "transformer_2": "expert_low",
     }
     if (
         sum(weights.values()) > before or not weights
-    ):  # some are elsewhere, or nobody wrote down whose they are
+    ):  # some are on another device, or their owner was not recorded
         return [_row("weights", OUTSIDE, before)]
     return [_row("weights", names.get(part, part), size) for part, size in weights.items()]
 
@@ -256,7 +256,7 @@ def _parts(trace: Trace, placed: Attribution, blocks: Blocks) -> np.ndarray:
     product = inherit(np.where(strong, np.arange(len(host)), NOTHING), placed.parents, placed.by_depth)
     of_block = np.append(product, NOTHING)[blocks.event]
     given_back = blocks.end_us <= np.append(ends, -np.inf)[of_block]
-    # What a product takes and never gives back is the workspace of a library's handle; its output is freed some time.
+    # A block that a product never frees is the workspace of a library's handle; its output is freed at some time.
     inside = (of_block != NOTHING) & (given_back | np.isinf(blocks.end_us))
     names = host["name"].astype(str).to_numpy()
     encoding, denoising = names == "text_encoder", np.isin(names, EXPERTS)
@@ -265,19 +265,24 @@ def _parts(trace: Trace, placed: Attribution, blocks: Blocks) -> np.ndarray:
     starts = host["start_us"].to_numpy()
     others = np.isin(names, [name for name in COMPONENTS if name != "text_encoder"])
     after = starts[others & (starts >= ends[encoding].max())]
-    made = (blocks.start_us >= starts[encoding].min()) & (blocks.start_us < after.min(initial=np.inf))
-    kept = made & (blocks.end_us > starts[denoising].max())
-    return np.select([inside, kept], [1, 2], 0)
+    embedding = (blocks.start_us >= starts[encoding].min()) & (blocks.start_us < after.min(initial=np.inf))
+    text = embedding & (blocks.end_us > starts[denoising].max())
+    return np.select([inside, text], [1, 2], 0)
 
 
 def _live_rows(blocks: Blocks, live: np.ndarray, part: np.ndarray) -> list[dict]:
     rows = []
     for number, name in enumerate(("activations", "workspace", "text_embedding")):
         for i, component in enumerate(COMPONENTS):
-            mine = live & (part == number) & (blocks.component == i)
-            if mine.any():
+            selected = live & (part == number) & (blocks.component == i)
+            if selected.any():
                 rows.append(
-                    _row(name, component, int(blocks.size_bytes[mine].sum()), int(np.count_nonzero(mine)))
+                    _row(
+                        name,
+                        component,
+                        int(blocks.size_bytes[selected].sum()),
+                        int(np.count_nonzero(selected)),
+                    )
                 )
     return rows
 
@@ -298,7 +303,7 @@ def _alive(trace: Trace, blocks: Blocks, live: np.ndarray, most: int = 200) -> p
 
 
 def _timeline(blocks: Blocks, before: int, totals: tuple[np.ndarray, np.ndarray]) -> pd.DataFrame:
-    """Bytes per component at the moments that matter."""
+    """Bytes per component at the selected moments."""
     total, times = totals
     edges = np.linspace(times[0], times[-1], POINTS + 1)
     bins = np.searchsorted(edges, times, side="right")
@@ -307,14 +312,14 @@ def _timeline(blocks: Blocks, before: int, totals: tuple[np.ndarray, np.ndarray]
     moments = np.sort(times[order[last]])
     table = {"time_ms": moments / 1e3, "before": np.full(len(moments), before)}
     for i, component in enumerate(COMPONENTS):
-        mine = blocks.component == i
-        if mine.any():
-            held = np.zeros(len(moments))
-            for at, sign in ((blocks.start_us[mine], 1), (blocks.end_us[mine], -1)):
+        own = blocks.component == i
+        if own.any():
+            in_use = np.zeros(len(moments))
+            for at, sign in ((blocks.start_us[own], 1), (blocks.end_us[own], -1)):
                 rank = np.argsort(at, kind="stable")
-                sums = np.concatenate([[0], np.cumsum(blocks.size_bytes[mine][rank])])
-                held += sign * sums[np.searchsorted(at[rank], moments, side="right")]
-            table[component] = held
+                sums = np.concatenate([[0], np.cumsum(blocks.size_bytes[own][rank])])
+                in_use += sign * sums[np.searchsorted(at[rank], moments, side="right")]
+            table[component] = in_use
     return pd.DataFrame(table)
 
 

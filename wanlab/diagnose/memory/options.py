@@ -1,4 +1,4 @@
-"""What each lever on memory saves, and what it costs: measured by pulling it and generating again."""
+"""Memory options: what each saves and costs, measured by a generation with the option applied."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GIB = 1 << 30
 QUERY_CHUNKS = 4
 
 
-class _NotHere(Exception):
-    """A lever that this model or machine lacks, with the reason."""
+class _Unavailable(Exception):
+    """A memory option that this model or machine does not have, with the reason."""
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _Measured:
     peak_bytes: int
     time_ms: float
     video: Any
@@ -39,59 +39,59 @@ class _Taken:
 def memory_options(
     model: Model, image: Any, prompt: str, *, progress: bool = True, **settings
 ) -> pd.DataFrame:
-    """Pull one lever after the other and generate each time; the model is afterwards as it was.
+    """Apply one memory option after another and generate with each; the model is restored afterwards.
 
-    The untouched model is measured twice, first and last: how far these lie apart is the noise of time and memory, and
-    how far their videos do the floor of the divergence. Time is taken without a profiler.
+    The unchanged model is measured twice, first and last: the difference of the two is the noise of time and memory, and
+    the difference of their videos is the noise floor of the divergence. Time is measured without a profiler.
 
     Args:
-        image, prompt, settings: as `Model.generate` takes them.
+        image, prompt, settings: arguments of `Model.generate`.
 
     Returns:
-        DataFrame: lever, state ("baseline", "measured", "not here"), reason, peak_gib (on a GPU the allocator's peak, on a
-        CPU the profiler's allocations and the weights), saved_gib, noise_gib, saves (whether it is beyond the noise),
-        time_ms, time_ratio (to the untouched model), noise_percent (of the time), psnr_db (of the video against the
-        untouched one's; infinity where they are equal), floor_db (the same between the two untouched).
+        DataFrame: lever (the option), state ("baseline", "measured", "not here"), reason, peak_gib (on a GPU the
+        allocator's peak, on a CPU the profiler's allocations and the weights), saved_gib, noise_gib, saves (whether the
+        saving is above the noise), time_ms, time_ratio (to the unchanged model), noise_percent (of the time), psnr_db (to
+        the unchanged model's video; infinity where they are equal), floor_db (the same between the two unchanged runs).
 
     Raises:
-        WanlabError: what `Model.generate` refuses.
+        WanlabError: an error of `Model.generate`.
     """
     take = partial(_take, image=image, prompt=prompt, settings=settings)
-    found: dict[str, _Taken | str] = {}
-    bar = tqdm([*_LEVERS.items()], desc="levers", unit="lever", leave=False, disable=not progress)
-    take(model)  # warm
+    results: dict[str, _Measured | str] = {}
+    bar = tqdm([*_OPTIONS.items()], desc="memory options", unit="option", leave=False, disable=not progress)
+    take(model)  # warm-up
     first = take(model)
-    for name, lever in bar:
+    for name, option in bar:
         bar.set_postfix_str(name)
         try:
-            with lever(model, settings) as pulled:
-                found[name] = take(pulled or model)
-        except _NotHere as reason:
-            found[name] = str(reason)
+            with option(model, settings) as changed:
+                results[name] = take(changed or model)
+        except _Unavailable as reason:
+            results[name] = str(reason)
     again = take(model)
     noise = abs(first.peak_bytes - again.peak_bytes) / GIB
     time_ms, floor = (first.time_ms + again.time_ms) / 2, _psnr(first.video, again.video)
     noise_percent = 100 * abs(first.time_ms / again.time_ms - 1)
     base = min(first.peak_bytes, again.peak_bytes)
 
-    def row(name: str, taken: _Taken, state: str) -> dict:
-        saved = (base - taken.peak_bytes) / GIB
+    def row(name: str, result: _Measured, state: str) -> dict:
+        saved = (base - result.peak_bytes) / GIB
         return {
-            "lever": name, "state": state, "reason": "", "peak_gib": taken.peak_bytes / GIB, "saved_gib": saved,
-            "noise_gib": noise, "saves": saved > noise, "time_ms": taken.time_ms,
-            "time_ratio": taken.time_ms / time_ms, "noise_percent": noise_percent,
-            "psnr_db": _psnr(first.video, taken.video), "floor_db": floor,
+            "lever": name, "state": state, "reason": "", "peak_gib": result.peak_bytes / GIB, "saved_gib": saved,
+            "noise_gib": noise, "saves": saved > noise, "time_ms": result.time_ms,
+            "time_ratio": result.time_ms / time_ms, "noise_percent": noise_percent,
+            "psnr_db": _psnr(first.video, result.video), "floor_db": floor,
         }  # fmt: skip
 
     rows = [row("untouched", first, "baseline"), row("untouched again", again, "baseline")]
-    for name, taken in found.items():
-        missing = {"lever": name, "state": "not here", "reason": taken, "saves": False}
-        rows.append(missing if isinstance(taken, str) else row(name, taken, "measured"))
+    for name, result in results.items():
+        missing = {"lever": name, "state": "not here", "reason": result, "saves": False}
+        rows.append(missing if isinstance(result, str) else row(name, result, "measured"))
     return pd.DataFrame(rows)
 
 
 def memory_advice(options: pd.DataFrame | None) -> str:
-    """The option that saves most, as a sentence; empty where none was applied, or none saves more than the noise."""
+    """The option that saves most, as a sentence; empty if none was applied or none saves more than the noise."""
     useful = options[options["saves"]] if options is not None else pd.DataFrame()
     if useful.empty:
         return ""
@@ -99,19 +99,19 @@ def memory_advice(options: pd.DataFrame | None) -> str:
     return f"Most is saved by {best['lever']}: {best['saved_gib']:.2f} GiB at {best['time_ratio']:.2f}x the time."
 
 
-def _take(model: Model, *, image: Any, prompt: str, settings: dict) -> _Taken:
-    """Peak, time and video of a generation."""
-    made, peak = _with_peak(model, lambda: model.generate(image, prompt, **settings))
+def _take(model: Model, *, image: Any, prompt: str, settings: dict) -> _Measured:
+    """Measure peak, time and video of a generation."""
+    generation, peak = _with_peak(model, lambda: model.generate(image, prompt, **settings))
     if peak is None:
         with tempfile.TemporaryDirectory() as folder:
             path = capture(model, image, prompt, folder, memory=True, shapes=False, **settings)
             sizes = read_trace(path).memory["size_bytes"]
         peak = _weights_bytes(model) + int(max(0, sizes.cumsum().max()))
-    return _Taken(peak, made.wall_ms, made.video)
+    return _Measured(peak, generation.wall_ms, generation.video)
 
 
 def _with_peak(model: Model, generate: Callable[[], Generation]) -> tuple[Generation, int | None]:
-    """A generation and the CUDA allocator's peak in it, less what it held for other models; no peak on a CPU."""
+    """A generation and the CUDA allocator's peak in it, without the memory of other models; no peak on a CPU."""
     if model.device.type != "cuda":
         return generate(), None
     torch.cuda.empty_cache()
@@ -122,7 +122,7 @@ def _with_peak(model: Model, generate: Callable[[], Generation]) -> tuple[Genera
 
 
 def _weights_bytes(model: Model, device: Any = None) -> int:
-    """Weights of a model, those on one device if asked; shared ones once."""
+    """Weights of a model in bytes, on one device if given; shared weights count once."""
     tensors = {
         tensor.data_ptr(): tensor
         for part in model.components.values()
@@ -142,9 +142,9 @@ def _psnr(ours: Any, theirs: Any) -> float:
 @contextmanager
 def _half_precision(model: Model, settings: dict) -> Iterator[Model]:
     if model.dtype != torch.float32:
-        raise _NotHere(f"the weights are {str(model.dtype).removeprefix('torch.')} already")
+        raise _Unavailable(f"the weights are {str(model.dtype).removeprefix('torch.')} already")
     if any(engine != "eager" for engine in model.engines.values()):
-        raise _NotHere("an engine keeps its own precision")
+        raise _Unavailable("an engine keeps its own precision")
     yield load(model.spec, device=model.device, dtype="bfloat16", weights=model.load.weights)
 
 
@@ -152,12 +152,12 @@ def _half_precision(model: Model, settings: dict) -> Iterator[Model]:
 def _vae_tiling(model: Model, settings: dict) -> Iterator[None]:
     vae = getattr(model.pipeline, "vae", None)
     if not hasattr(vae, "enable_tiling") or not hasattr(vae, "tile_sample_min_height"):
-        raise _NotHere("its VAE has no tiles")
+        raise _Unavailable("its VAE has no tiles")
     names = ("use_tiling", *(f"tile_sample_{k}_{d}" for k in ("min", "stride") for d in ("height", "width")))
     before = {name: getattr(vae, name) for name in names}
     sides = {d: settings.get(d) or getattr(model.spec.defaults, d) for d in ("height", "width")}
     if all(sides[d] <= before[f"tile_sample_min_{d}"] for d in sides):
-        # The usual tile covers this video: half of it, with an overlap of a quarter.
+        # The usual tile covers the whole video, so it is cut to half of it, with an overlap of a quarter.
         sizes = {f"tile_sample_min_{d}": max(32, sides[d] // 2 // 16 * 16) for d in sides}
         sizes |= {f"tile_sample_stride_{d}": sizes[f"tile_sample_min_{d}"] * 3 // 4 // 8 * 8 for d in sides}
         vae.enable_tiling(**sizes)
@@ -172,14 +172,14 @@ def _vae_tiling(model: Model, settings: dict) -> Iterator[None]:
 
 @contextmanager
 def _offload_experts(model: Model, settings: dict) -> Iterator[None]:
-    """The expert whose turn it is not lies on the host."""
+    """Keep the expert that is not running on the host."""
     if "expert_low" not in model.spec.components:
-        raise _NotHere("one expert: it is needed at every step")
+        raise _Unavailable("one expert: it is needed at every step")
     if model.device.type == "cpu":
-        raise _NotHere("without a GPU everything is on the host already")
+        raise _Unavailable("without a GPU everything is on the host already")
     parts = {name: model.component(name) for name in ("expert_high", "expert_low")}
     if not all(isinstance(part, torch.nn.Module) for part in parts.values()):
-        raise _NotHere("an expert is an engine that owns its weights")
+        raise _Unavailable("an expert is an engine that owns its weights")
 
     def bringing(name: str) -> Callable:
         def wrap(call: Callable) -> Callable:
@@ -207,7 +207,7 @@ def _offload_experts(model: Model, settings: dict) -> Iterator[None]:
 
 @contextmanager
 def _sliced_attention(model: Model, settings: dict) -> Iterator[None]:
-    """Attention over a quarter of the queries at a time: the same sums, smaller workspaces."""
+    """Compute attention for a quarter of the queries at a time: the same sums, smaller workspaces."""
     whole = functional.scaled_dot_product_attention
 
     def sliced(query, key, value, attn_mask=None, **kwargs):
@@ -223,20 +223,20 @@ def _sliced_attention(model: Model, settings: dict) -> Iterator[None]:
         functional.scaled_dot_product_attention = whole
 
 
-def _only_said(reason: str) -> Callable:
+def _unavailable(reason: str) -> Callable:
     @contextmanager
-    def lever(model: Model, settings: dict) -> Iterator[None]:
-        raise _NotHere(reason)
+    def option(model: Model, settings: dict) -> Iterator[None]:
+        raise _Unavailable(reason)
         yield
 
-    return lever
+    return option
 
 
-_LEVERS: dict[str, Callable] = {
+_OPTIONS: dict[str, Callable] = {
     "bfloat16 weights": _half_precision,
     "VAE tiling": _vae_tiling,
     "expert offload": _offload_experts,
     "attention in query slices": _sliced_attention,
-    "VAE slicing": _only_said("it divides a batch, and there is one video"),
-    "guidance branches one by one": _only_said("the pipeline runs them one after the other already"),
+    "VAE slicing": _unavailable("it divides a batch, and there is one video"),
+    "guidance branches one by one": _unavailable("the pipeline runs them one after the other already"),
 }

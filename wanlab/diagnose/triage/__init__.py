@@ -1,1 +1,1 @@
-"""Which change to make first: a decision tree as data, walked by what saved runs measured."""
+"""Triage: which change to make first, from a decision tree over the measurements of saved runs."""

@@ -1,4 +1,4 @@
-"""A decision tree as data: questions about measurements, thresholds with units, advice; read from JSON and checked."""
+"""The decision tree of triage as data: questions about measurements, thresholds and advice, read from JSON and checked."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Threshold(_Strict, frozen=True):
 
 
 class Quantity(_Strict, frozen=True):
-    """A number that `notebook` records by this name, or one made of others: their sum, a part in percent of a whole, the
-    first that is known. `absent` says what it means that a run of the notebook does not have it."""
+    """A number that `notebook` records under this name, or one computed from others: a sum, a part in percent of a whole, or
+    the first known one. `absent` explains why a run of the notebook may not have it."""
 
     unit: str
     notebook: str
@@ -47,7 +47,7 @@ class Quantity(_Strict, frozen=True):
 
 
 class Branch(_Strict, frozen=True):
-    """Taken where the value is over, or below, the named threshold."""
+    """Leads to node `to` where the value is over, or below, the named threshold."""
 
     to: str
     over: str | None = None
@@ -55,8 +55,8 @@ class Branch(_Strict, frozen=True):
 
 
 class Question(_Strict, frozen=True):
-    """`measurement` with `branches`, or `largest` (share -> node) with the `threshold` that the largest must reach; else
-    `otherwise`. `absent` leads on where the number cannot exist, `unknown` where it was not measured."""
+    """Compares `measurement` in `branches`, or takes the `largest` share (share -> node) if it reaches `threshold`; else
+    leads to `otherwise`. `absent` is the next node where the number cannot exist, `unknown` where it was not measured."""
 
     question: str
     otherwise: str
@@ -74,18 +74,18 @@ class Question(_Strict, frozen=True):
 
     @property
     def leads_to(self) -> list[str]:
-        found = [
+        nodes = [
             *(b.to for b in self.branches),
             *self.largest.values(),
             self.otherwise,
             self.absent,
             self.unknown,
         ]
-        return [node for node in dict.fromkeys(found) if node]
+        return [node for node in dict.fromkeys(nodes) if node]
 
 
 class Advice(_Strict, frozen=True):
-    """What to do: `share` is what it could take away, `removes` which part of that; `also` is shown beside it."""
+    """What to do. `share` names what it can reduce, by the part `removes`; measurements in `also` are shown as evidence."""
 
     advice: str
     hazard: str
@@ -104,7 +104,7 @@ class Advice(_Strict, frozen=True):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number and where it is from; `value` None where there is none, with what that means in `note`, if known."""
+    """One number and its source; `value` is None if it is missing, and `note` then explains why, if known."""
 
     value: float | None
     source: str = ""
@@ -113,13 +113,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunMeasurements:
-    """What runs measured; `runs.run_measurements` collects it.
+    """Measurements of saved runs; `runs.run_measurements` collects them.
 
     Attributes:
         measured: measurements by name.
-        used, refused: the runs as tables, those refused with `why`.
-        options: of a command that measures the same model in the same way.
-        notes: on what to mind.
+        used, refused: tables of the runs that are used, and of those that are refused, with `why`.
+        options: options of a command that measures the same model in the same way.
+        notes: cautions for the reader.
     """
 
     measured: dict[str, Measurement] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class RunMeasurements:
 
 @dataclass(frozen=True)
 class Tree:
-    """A decision tree that was found sound; `read_tree` makes it."""
+    """A decision tree that passed all checks; made by `read_tree`."""
 
     where: str
     roots: dict[str, str]
@@ -145,28 +145,28 @@ class Tree:
         return {**self.questions, **self.advice}
 
     def edges(self, node: str) -> dict[str, str]:
-        """Where a node leads, each with the condition in a word: "> 80 %", "between", "n/a"."""
+        """The next nodes of a node, each with its condition as text: "> 80 %", "between", "n/a"."""
         item = self.nodes[node]
         if isinstance(item, Advice):
             return dict.fromkeys(item.leads_to, "")
         limits = [(b, self.thresholds[b.over or b.below]) for b in item.branches]
-        found = [(b.to, f"{'>' if b.over else '<'} {shown(t.value, t.unit)}") for b, t in limits]
+        pairs = [(b.to, f"{'>' if b.over else '<'} {shown(t.value, t.unit)}") for b, t in limits]
         rest = "between" if item.branches else ""
         if len(limits) == 1:
             rest = f"{'≤' if limits[0][0].over else '≥'} {shown(limits[0][1].value, limits[0][1].unit)}"
-        found += [*((to, "") for to in item.largest.values()), (item.otherwise, rest)]
-        found += [(item.absent, "n/a"), (item.unknown, "unknown")]
+        pairs += [*((to, "") for to in item.largest.values()), (item.otherwise, rest)]
+        pairs += [(item.absent, "n/a"), (item.unknown, "unknown")]
         edges: dict[str, str] = {}
-        for to, label in found:
+        for to, label in pairs:
             if to:
-                edges.setdefault(to, label)  # several ways to one node: the first names it
+                edges.setdefault(to, label)  # of several edges to one node, the first gives the label
         return edges
 
     def quantity(self, name: str, measured: Mapping[str, Measurement]) -> Measurement:
-        """A measurement by name: as it was recorded, or made of others."""
-        found = measured.get(name, Measurement(None))
-        if found.value is not None:
-            return found
+        """A measurement by name: recorded, or computed from others."""
+        recorded = measured.get(name, Measurement(None))
+        if recorded.value is not None:
+            return recorded
         quantity, value = self.measurements[name], None
         parts = [self.quantity(part, measured) for part in quantity.parts]
         if quantity.first:
@@ -175,11 +175,11 @@ class Tree:
             value = sum(part.value for part in parts)
             if quantity.percent:
                 value = 100 * parts[0].value / parts[1].value if parts[1].value > 0 else None
-        if number(value) is not None:  # infinity less infinity is none
+        if number(value) is not None:  # infinity minus infinity is not a number
             return Measurement(value, ", ".join(dict.fromkeys(part.source for part in parts if part.source)))
         beside = [item for n, item in measured.items() if self._notebook(n) == quantity.notebook]
         was_run = any(item.value is not None for item in beside)
-        return Measurement(None, note=found.note or (quantity.absent if was_run else ""))
+        return Measurement(None, note=recorded.note or (quantity.absent if was_run else ""))
 
     def _notebook(self, name: str) -> str | None:
         return self.measurements[name].notebook if name in self.measurements else None
@@ -195,10 +195,10 @@ class Tree:
             if name not in changed:
                 hint = did_you_mean(name, changed) or f"; it has {', '.join(changed)}"
                 raise WanlabError(f"unknown threshold {name!r} of {self.where}{hint}")
-            given = number(value)
-            if given is None or math.isinf(given):
+            number_given = number(value)
+            if number_given is None or math.isinf(number_given):
                 raise WanlabError(f"threshold {name!r} wants a number in {changed[name].unit}, got {value!r}")
-            changed[name] = msgspec.structs.replace(changed[name], value=given)
+            changed[name] = msgspec.structs.replace(changed[name], value=number_given)
         return _sound(replace(self, thresholds=changed))
 
 
@@ -206,8 +206,8 @@ def read_tree(path: str | None = None) -> Tree:
     """A decision tree from a JSON file, by default the one that comes with wanlab.
 
     Raises:
-        WanlabError: unreadable file; unknown key or wrong type; a branch that leads nowhere; a cycle; a node that no root
-            reaches; an unknown measurement or threshold, or two of different units compared. Names the node.
+        WanlabError: unreadable file; unknown key or wrong type; a branch to an unknown node; a cycle; a node that no root
+            reaches; an unknown measurement or threshold, or two of different units compared. The message names the node.
     """
     where = Path(path).name if path else DEFAULT.name
     try:
@@ -227,19 +227,19 @@ def read_tree(path: str | None = None) -> Tree:
         raise WanlabError(
             f"{where} wants the parts {', '.join(kinds)}; missing or unknown: {', '.join(sorted(odd))}"
         )
-    made: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for part, kind in kinds.items():
-        made[part] = {}
+        sections[part] = {}
         for name, value in parts[part].items():
             try:
-                made[part][name] = msgspec.convert(value, kind)
+                sections[part][name] = msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 raise WanlabError(f"{where}, {part}, {name!r}: {error}") from None
-    return _sound(Tree(where, **made))
+    return _sound(Tree(where, **sections))
 
 
 def _sound(tree: Tree) -> Tree:
-    """The tree, if a walk through it ends in advice whatever was measured."""
+    """The tree, after a check that every walk through it ends in advice for any measurements."""
 
     def refuse(node: str, why: str) -> None:
         raise WanlabError(f"{tree.where}, {node!r}: {why}")
@@ -293,23 +293,23 @@ def _sound(tree: Tree) -> Tree:
 
 
 def _without_cycle(leads_to: Mapping[str, list[str]], starts: Iterable[str], refuse: Any) -> set[str]:
-    """All that is reached from the starts; refuses the first node that is reached from itself."""
-    done: set[str] = set()
+    """All nodes that can be reached from the starts; refuses the first node that leads back to itself."""
+    visited: set[str] = set()
     for start in starts:
         path = [(start, iter(leads_to[start]))]
         while path:
             node = next(path[-1][1], None)
             if node is None:
-                done.add(path.pop()[0])
+                visited.add(path.pop()[0])
             elif node in [above for above, _ in path]:
                 refuse(node, "leads back to itself")
-            elif node not in done:
+            elif node not in visited:
                 path.append((node, iter(leads_to[node])))
-    return done
+    return visited
 
 
 def number(value: Any) -> float | None:
-    """A real number as a float (beyond its range: infinity); None for anything else, NaN among it."""
+    """A real number as a float (beyond its range: infinity); None for anything else, including NaN."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:
@@ -320,14 +320,14 @@ def number(value: Any) -> float | None:
 
 
 def shown(value: float, unit: str) -> str:
-    """A number with its unit, short enough for a box of a figure."""
+    """A number with its unit, short enough for a box in a figure."""
     return f"{value:,.0f} {unit}" if 100 <= abs(value) < 1e9 else f"{value:.4g} {unit}"
 
 
 def amdahl(share_percent: float | None, removes: float = 1.0) -> float | None:
-    """The most that removing a part of a share can buy, as a ratio; None where nothing bounds it.
+    """The largest speed-up from removing a part of a share, as a ratio; None where it has no bound.
 
-    1 / (1 - p) of Amdahl, "Validity of the single processor approach", AFIPS 1967, for a part that then costs nothing.
+    1 / (1 - p) of Amdahl, "Validity of the single processor approach", AFIPS 1967, if the removed part p costs nothing.
     """
     if share_percent is None or not 0 <= share_percent <= 100 or removes * share_percent == 100:
         return None

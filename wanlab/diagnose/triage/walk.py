@@ -1,7 +1,7 @@
-"""Which change to make first: a decision tree as data (tree.json), walked by what saved runs measured.
+"""Walks the decision tree of triage (tree.json) with the measurements of saved runs.
 
 A question compares a measurement with thresholds, or takes the largest of several shares; its branch leads to another
-question or to advice. What was not measured stops its own root only, and says which notebook would measure it.
+question or to advice. A missing measurement stops only its own root, and the result names the notebook that measures it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ADVISED += ["evidence", "notebook"]
 
 @dataclass(frozen=True)
 class Triage:
-    """A walk through `tree`.
+    """The result of a walk through `tree`.
 
     Attributes:
-        frame: a row per question, in order: root, node, question, state (measured, unknown, not applicable), what, value,
+        frame: one row per question, in order: root, node, question, state (measured, unknown, not applicable), what, value,
             unit, reads (the value as text), threshold, branch, to, source, notebook and command (that measure it).
-        advice: a row per advice reached: root, node, advice, share_percent, bound_ratio and bound (the most it can buy, by
-            Amdahl), hazard, mitigation, help, evidence, notebook.
+        advice: one row per advice that was reached: root, node, advice, share_percent, bound_ratio and bound (the largest
+            speed-up, by Amdahl), hazard, mitigation, help, evidence, notebook.
     """
 
     tree: Tree
@@ -47,11 +47,11 @@ class Triage:
 
     @property
     def commands(self) -> list[str]:
-        """What would measure what is missing, the first one first."""
+        """Commands that measure what is missing, the most urgent first."""
         return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", "command"]))
 
     def row(self) -> dict[str, Any]:
-        """Flat record: how many questions are measured, unknown, not applicable; the advice as advice1, advice2..."""
+        """Flat record: numbers of measured, unknown and not applicable questions; the advice as advice1, advice2..."""
         states = ("measured", "unknown", "not applicable")
         counts = {state: int((self.frame["state"] == state).sum()) for state in states}
         return counts | {f"advice{i}": name for i, name in enumerate(self.advice["node"], 1)}
@@ -60,15 +60,18 @@ class Triage:
         if not (self.frame["state"] == "measured").any():
             return "Nothing is measured yet. First: " + "; then: ".join(self.commands) + "."
         sentences = []
-        for root, asked in self.frame.groupby("root", sort=False):
-            known, reached = asked[asked["state"] == "measured"], self.advice[self.advice["root"] == root]
-            seen = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
+        for root, questions in self.frame.groupby("root", sort=False):
+            known, reached = (
+                questions[questions["state"] == "measured"],
+                self.advice[self.advice["root"] == root],
+            )
+            last_value = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
             texts = [
                 f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f}x)')}" for a in reached.itertuples()
             ]
-            missing = asked.loc[asked["state"] == "unknown", "notebook"].iloc[-1:]
+            missing = questions.loc[questions["state"] == "unknown", "notebook"].iloc[-1:]
             open_ = "".join(f"unknown until {notebook} is run" for notebook in missing)
-            sentences.append(f"{root} {', then '.join(texts) or open_}{seen}.")
+            sentences.append(f"{root} {', then '.join(texts) or open_}{last_value}.")
         return " ".join(sentences)
 
 
@@ -76,28 +79,28 @@ def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = No
     """Walk all roots of a tree; every node is visited at most once.
 
     Args:
-        measured: from `runs.run_measurements`, or numbers by name; what is no number counts as not measured.
+        measured: from `runs.run_measurements`, or numbers by name; a value that is not a number counts as not measured.
         tree: from `read_tree`, with `Tree.having` for other thresholds; the default tree if not given.
     """
     tree = tree or read_tree()
     if not isinstance(measured, RunMeasurements):
         measured = RunMeasurements({name: _given(value) for name, value in measured.items()})
-    asked, advised, visited = [], [], set()
+    questions, advice, visited = [], [], set()
     for root, node in tree.roots.items():
         while node and node not in visited:
             visited.add(node)
             row = {"root": root, "node": node}
             if node in tree.questions:
-                asked.append(row | _ask(tree, node, measured))
-                node = asked[-1]["to"]
+                questions.append(row | _ask(tree, node, measured))
+                node = questions[-1]["to"]
             else:
-                advised.append(row | _advise(tree, tree.advice[node], measured.measured))
+                advice.append(row | _advise(tree, tree.advice[node], measured.measured))
                 node = tree.advice[node].to
-    return Triage(tree, pd.DataFrame(asked, columns=ASKED), pd.DataFrame(advised, columns=ADVISED))
+    return Triage(tree, pd.DataFrame(questions, columns=ASKED), pd.DataFrame(advice, columns=ADVISED))
 
 
 def bound_text(ratio: float | None, form: str = "at most {:.2f}x") -> str:
-    """A bound in words, nothing where there is none."""
+    """A bound as text, empty where there is none."""
     return form.format(ratio) if number(ratio) is not None else ""
 
 
@@ -108,14 +111,14 @@ def _given(value: Any) -> Measurement:
 
 
 def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
-    """One question: what was measured, what it is held against, where that leads."""
+    """Answer one question: its measurement, its thresholds and the next node."""
     question, labels = tree.questions[node], tree.edges(node)
     names = [*question.largest] or [question.measurement]
-    found = {name: tree.quantity(name, saved.measured) for name in names}
-    known = {name: item for name, item in found.items() if item.value is not None}
+    measurements = {name: tree.quantity(name, saved.measured) for name in names}
+    known = {name: item for name, item in measurements.items() if item.value is not None}
     ranked = sorted(known, key=lambda name: -known[name].value)
     name = (ranked or names)[0]
-    item, quantity = found[name], tree.measurements[name]
+    item, quantity = measurements[name], tree.measurements[name]
     limits = [(b, tree.thresholds[b.over or b.below].value) for b in question.branches]
     texts = [f"{'over' if b.over else 'below'} {shown(limit, quantity.unit)}" for b, limit in limits]
     if question.largest:
@@ -129,8 +132,8 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
     elif question.largest:
         to = question.largest[name] if item.value >= limits[0][1] else question.otherwise
     else:
-        taken = [b.to for b, limit in limits if (item.value > limit if b.over else item.value < limit)]
-        to = (*taken, question.otherwise)[0]
+        reached = [b.to for b, limit in limits if (item.value > limit if b.over else item.value < limit)]
+        to = (*reached, question.otherwise)[0]
     branch = labels.get(to, state) if state == "measured" else state
     if question.largest and known:
         branch = quantity.what if to != question.otherwise else "none is large"
@@ -156,7 +159,7 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
 
 
 def _advise(tree: Tree, advice: Advice, measured: Mapping[str, Measurement]) -> dict[str, Any]:
-    """One advice with its bound and what else was measured about it."""
+    """One advice with its bound and further measurements as evidence."""
     share = tree.quantity(advice.share, measured).value if advice.share else None
     bound, evidence = amdahl(share, advice.removes), []
     for name in filter(None, (advice.share, *advice.also)):

@@ -1,4 +1,4 @@
-"""Manifests: what files were made from, kept beside them, so that they are used again only while nothing has changed."""
+"""Manifests: records beside files of what they were made from, so that files are reused only if nothing has changed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from wanlab.core.files import file_digest, write_text
 
 
 class NoManifest(WanlabError):
-    """There is no manifest: nothing was made yet, or it was not made by wanlab."""
+    """There is no manifest: the files do not exist yet, or wanlab did not make them."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file or a folder was made from, kept as JSON beside or in it.
+    """Record of what a file or a folder was made from, as JSON beside the file or in the folder.
 
-    A subclass adds fields, and says in `KIND`, `FORMAT` and `AGAIN` what it is, which form it has, and how to make the
-    files again. Tuples, records and numbers as keys are restored from the types of the fields.
+    A subclass adds fields, and defines `KIND` (its name in messages), `FORMAT` (version of the form) and `AGAIN` (how to
+    make the files again). Tuples, records and number keys are restored from the types of the fields.
 
     Attributes:
-        path: of the file or folder. Its name alone is kept, so that both can be moved.
-        facts: what the files depend on, by name. The files are out of date as soon as one fact differs.
-        wanlab_version: of the wanlab that made them.
-        cached: they were there already, and current. Not kept.
+        path: path of the file or folder. Only its name is stored, so that both can be moved.
+        facts: facts that the files depend on, by name. The files are out of date when one fact differs.
+        wanlab_version: version of wanlab that made the files.
+        cached: whether the files existed and were current. Not stored.
     """
 
     KIND: ClassVar[str] = "manifest"
@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """Where the manifest of a file lies: `<path>.json`. Subclasses may say otherwise."""
+        """Path of the manifest of a file: `<path>.json`. Subclasses may use another."""
         return Path(f"{os.fspath(path)}.json")
 
     def __post_init__(self) -> None:
@@ -61,11 +61,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return key_of(self.facts)
 
     def write(self) -> Path:
-        """Keep the manifest, whole or not at all; returns its file."""
+        """Write the manifest atomically; returns its path."""
         fields = msgspec.to_builtins(self, str_keys=True)
-        kept = {name: value for name, value in fields.items() if name not in self.NOT_KEPT}
-        kept["path"] = Path(self.path).name
-        data = {"format": self.FORMAT, "sha256": _digest(kept), **kept}
+        stored = {name: value for name, value in fields.items() if name not in self.NOT_KEPT}
+        stored["path"] = Path(self.path).name
+        data = {"format": self.FORMAT, "sha256": _digest(stored), **stored}
         return write_text(self.file(self.path), json.dumps(data, indent=1) + "\n")
 
     @classmethod
@@ -74,8 +74,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises:
             NoManifest: there is none.
-            WanlabError: it is broken, was changed, or has the form of another wanlab. The message says how to make the
-                files again.
+            WanlabError: it is broken, was changed, or has the form of another version of wanlab. The message says how to
+                make the files again.
         """
         file = cls.file(path)
         try:
@@ -95,7 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def find(cls, path: str | os.PathLike) -> Self | None:
-        """The manifest of a file or folder, or None where there is none that can be read."""
+        """The manifest of a file or folder; None if it is missing or cannot be read."""
         try:
             return cls.read(path)
         except WanlabError:
@@ -103,12 +103,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def current(cls, path: str | os.PathLike, facts: Mapping[str, Any]) -> tuple[Self | None, str]:
-        """The manifest of files that are whole and not out of date; else None, and why in words.
+        """The manifest of files that are undamaged and not out of date; else None, and the reason as text.
 
         The reason is empty where there is no manifest.
 
         Args:
-            facts: what the files would be made from now.
+            facts: current values of the facts.
         """
         try:
             manifest = cls.read(path)
@@ -120,16 +120,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return (None, reason) if reason else (replace(manifest, cached=True), "")
 
     def changed(self, facts: Mapping[str, Any]) -> str:
-        """The first fact that differs, in words; empty when the files are not out of date."""
+        """The first fact that differs, as text; empty when the files are not out of date."""
         return next(iter(differences(self.facts, facts)), "")
 
     def damage(self) -> str:
-        """What is wrong with the files, in a few words; empty when nothing is. Subclasses say which files to look at."""
+        """A short description of damage to the files; empty without damage. Subclasses define which files to check."""
         return ""
 
 
 def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as JSON gives them back: tuples become lists, other objects their text."""
+    """Facts as they are after JSON: tuples become lists, other objects become text."""
     return json.loads(json.dumps(facts, default=str))
 
 
@@ -139,7 +139,7 @@ def key_of(facts: Any) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Facts that differ, in words: `"steps was 20, is 40"`; of a mapping the first entry that does."""
+    """Facts that differ, as text: `"steps was 20, is 40"`; of a mapping only the first entry that differs."""
     before, now = plain_facts(before), plain_facts(now)
     words = []
     for name, value in now.items():
@@ -154,10 +154,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def file_damage(path: Path, sha256: str | None, size_bytes: int) -> str:
-    """What is wrong with a file, in a few words; empty when nothing is.
+    """A short description of damage to a file; empty without damage.
 
     Args:
-        sha256: of the file as it was written; None looks at the size alone.
+        sha256: digest of the file when it was written; None checks only the size.
+        size_bytes: size of the file when it was written.
     """
     if not path.is_file():
         return f"{path.name} is gone"

@@ -125,11 +125,11 @@ def _kinds(own: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> 
     """Kind of every event: a copy inside a product belongs to the product, elsewhere the nearest operator decides."""
     strong = np.isin(own, (KINDS.index(operators.LINEAR), KINDS.index(operators.ATTENTION)))
     kind = own.copy()
-    held = strong.copy()
+    in_product = strong.copy()
     for here in by_depth[1:]:
         above = parents[here]
-        kind[here] = np.where(held[above] | (kind[here] == NOTHING), kind[above], kind[here])
-        held[here] |= held[above]
+        kind[here] = np.where(in_product[above] | (kind[here] == NOTHING), kind[above], kind[here])
+        in_product[here] |= in_product[above]
     return kind
 
 
@@ -540,10 +540,10 @@ def _frame(
     return pd.DataFrame(rows).sort_values("time_ms", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _format(placed: Attribution, mine: np.ndarray) -> str:
+def _format(placed: Attribution, selected: np.ndarray) -> str:
     """Number format of most of the operations, or of most of the bytes where there are no operations."""
-    weight = placed.flop if placed.flop[mine].any() else placed.moved_bytes
-    totals = pd.Series(weight[mine]).groupby(placed.format[mine]).sum()
+    weight = placed.flop if placed.flop[selected].any() else placed.moved_bytes
+    totals = pd.Series(weight[selected]).groupby(placed.format[selected]).sum()
     totals = totals[(totals > 0) & (totals.index != "")]
     return str(totals.idxmax()) if len(totals) else ""
 

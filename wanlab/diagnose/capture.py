@@ -209,7 +209,7 @@ def _kept(events: list[dict], shortest_us: float, smallest_bytes: int) -> list[d
         if event.get("cat") in KERNEL_CATEGORIES and "correlation" in event.get("args", {})
     }
     needed = _needed(events, launched, shortest_us)
-    kept = []
+    kept_events = []
     for i, event in enumerate(events):
         phase, category = event.get("ph"), event.get("cat")
         if phase == "X" and category in HOST_CATEGORIES:
@@ -219,8 +219,8 @@ def _kept(events: list[dict], shortest_us: float, smallest_bytes: int) -> list[d
         else:
             keep = phase == "M" or category in KERNEL_CATEGORIES
         if keep:
-            kept.append(event)
-    return kept
+            kept_events.append(event)
+    return kept_events
 
 
 def _needed(events: list[dict], launched: set, shortest_us: float) -> set[int]:

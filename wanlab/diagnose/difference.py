@@ -102,9 +102,9 @@ def _own(profile: Flame | Breakdown, by: str) -> dict[tuple[str, ...], float]:
     return own
 
 
-def _status(was: bool, there: bool, change_us: float) -> str:
-    if not there:
+def _status(in_before: bool, in_after: bool, change_us: float) -> str:
+    if not in_after:
         return "vanished"
-    if not was:
+    if not in_before:
         return "new"
     return "same" if change_us == 0 else "grew" if change_us > 0 else "shrank"

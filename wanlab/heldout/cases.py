@@ -27,7 +27,7 @@ SMALLEST_TEXTURE = 0.01
 """Least mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures motion cannot be measured."""
 
 MOST_DRAWS = 200
-"""Tries to draw a clip of one photograph whose first frame has enough texture."""
+"""Number of tries to draw a clip of one photograph whose first frame has enough texture."""
 
 FOLDER = data("heldout")
 FINAL_PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")

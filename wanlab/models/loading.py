@@ -249,14 +249,14 @@ def _wanted_parts(spec: ModelSpec, components: Sequence[str] | None) -> list[str
     return [part.name for part in spec.parts if part.name in chosen]
 
 
-def _folder(spec: ModelSpec, wanted: list[str], weights: str) -> Path | None:
+def _folder(spec: ModelSpec, part_names: list[str], weights: str) -> Path | None:
     """The folder of the files; None when nothing is on this machine and nothing is needed."""
     if spec.is_local:
         return Path(spec.source)
     if weights == "random":
         return None
     others = [key for key in spec.model_index if key.startswith(("tokenizer", "scheduler"))]
-    return fetch_folder(spec.source, [*wanted, *others])
+    return fetch_folder(spec.source, [*part_names, *others])
 
 
 def _pipeline_class(spec: ModelSpec) -> type:
@@ -270,7 +270,7 @@ def _pipeline_class(spec: ModelSpec) -> type:
 
 
 def _without_weights(
-    spec: ModelSpec, folder: Path | None, wanted: list[str]
+    spec: ModelSpec, folder: Path | None, part_names: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Tokenizers, scheduler and processors; substitutes and notes where the files are not on this machine."""
     extras: dict[str, Any] = {}
@@ -280,7 +280,7 @@ def _without_weights(
             continue
         library, class_name = entry
         text_encoder = name.replace("tokenizer", "text_encoder")
-        if name.startswith("tokenizer") and text_encoder not in wanted:
+        if name.startswith("tokenizer") and text_encoder not in part_names:
             continue
         cls = getattr(importlib.import_module(library), class_name, None)
         if name == "scheduler":

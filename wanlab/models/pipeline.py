@@ -319,9 +319,9 @@ def _whole(name: str, value: int | None, otherwise: int) -> int:
     return int(value)
 
 
-def _array(made: Any) -> np.ndarray:
+def _array(videos: Any) -> np.ndarray:
     """First video of the batch as float32."""
-    first = made[0]
+    first = videos[0]
     if hasattr(first, "detach"):
         first = first.detach().float().cpu().numpy()
     return np.ascontiguousarray(first, dtype=np.float32)

@@ -184,14 +184,14 @@ def attention_kernels(
     rows: list[dict[str, Any]] = []
 
     def add(
-        label: str, call: Callable | None, reason: str = "", wanted=dense, pairs: float = 1.0, samples=None
+        label: str, call: Callable | None, reason: str = "", reference=dense, pairs: float = 1.0, samples=None
     ):
         row: dict[str, Any] = {"kernel": label, "density_percent": 100 * pairs, "reason": reason}
         if call is not None:
             try:
                 with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    row |= _measured(call, wanted, picked, samples, label, iterations, place, progress)
+                    row |= _measured(call, reference, picked, samples, label, iterations, place, progress)
             except Exception as error:  # compilers and drivers raise exceptions of any class
                 row["reason"] = _reason(error, caught)
             else:
@@ -268,9 +268,11 @@ def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, 
     return call, ""
 
 
-def _add_flex(add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, wanted: bool) -> None:
+def _add_flex(
+    add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, measure_flex: bool
+) -> None:
     window = f"flex, window of ±{window_frames} frames"
-    if not wanted:
+    if not measure_flex:
         for label in ("flex", window):
             add(label, None, "compiling takes long on a CPU; ask for it with flex=True")
         return
@@ -286,9 +288,9 @@ def _add_flex(add: Callable, q, k, v, picked, latent_frames: int, window_frames:
     add(window, lambda: run(q, k, v, block_mask=mask), "", windowed, pairs)
 
 
-def _measured(call, wanted, picked, samples, label, iterations, device, progress) -> dict[str, Any]:
+def _measured(call, reference, picked, samples, label, iterations, device, progress) -> dict[str, Any]:
     output = call()[0, :, picked].float()
-    error = float((output - wanted).norm() / wanted.norm())
+    error = float((output - reference).norm() / reference.norm())
     del output
     if samples is None:
         samples = time_ms(

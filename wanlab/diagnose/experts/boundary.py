@@ -125,9 +125,9 @@ def disagreement(
     return Disagreement(pd.DataFrame(rows), table.boundary_timestep, at["kernel"])
 
 
-def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+def _apart(prediction: torch.Tensor, other_prediction: torch.Tensor) -> tuple[float, float]:
     """Relative L2 distance and cosine, in double precision, because nearly equal predictions differ in the last digits."""
-    a, b = ours.double().flatten(), theirs.double().flatten()
+    a, b = prediction.double().flatten(), other_prediction.double().flatten()
     length = torch.linalg.vector_norm(a)
     if not length:
         return float("nan"), float("nan")
@@ -226,16 +226,16 @@ def boundary_sweep(
 
 
 def _swept(
-    model: Model, case: Case, frames: int | None, other: bool, kept: dict, asked: dict
+    model: Model, case: Case, frames: int | None, other: bool, cache: dict, asked: dict
 ) -> dict[str, Any]:
-    """One video of a sweep: its expert times, and its scores if it is decoded; `kept` caches the encoded image."""
+    """One video of a sweep: its expert times, and its scores if it is decoded; `cache` keeps the encoded image."""
 
     def once(encode: Callable) -> Callable:
         def encoded(*args, **kwargs):
-            if case.seed not in kept:
-                kept.clear()
-                kept[case.seed] = encode(*args, **kwargs)
-            return kept[case.seed]
+            if case.seed not in cache:
+                cache.clear()
+                cache[case.seed] = encode(*args, **kwargs)
+            return cache[case.seed]
 
         return encoded
 

@@ -117,8 +117,8 @@ def _with_peak(model: Model, generate: Callable[[], Generation]) -> tuple[Genera
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
     others = torch.cuda.memory_allocated(model.device) - _weights_bytes(model, model.device)
-    made = generate()
-    return made, torch.cuda.max_memory_allocated(model.device) - max(0, others)
+    generation = generate()
+    return generation, torch.cuda.max_memory_allocated(model.device) - max(0, others)
 
 
 def _weights_bytes(model: Model, device: Any = None) -> int:
@@ -133,9 +133,9 @@ def _weights_bytes(model: Model, device: Any = None) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _psnr(ours: Any, theirs: Any) -> float:
+def _psnr(first: Any, second: Any) -> float:
     """Peak signal-to-noise ratio of two videos in [0, 1], in dB."""
-    error = float(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
+    error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 

@@ -78,6 +78,7 @@ def test_the_formula_agrees_with_a_count(expanded):
     assert sum(formula.values()) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["vae_encoder", "vae_decoder"])
 def test_work_of_the_vae_is_continued_exactly(component):
     """A few latent frames are counted and the rest inferred; a full count must agree."""

@@ -260,6 +260,7 @@ def test_a_dtype_below_float32_keeps_its_scales():
     assert distance(forward(applied.model).float(), forward(model).float()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["simulated", "native"])
 @pytest.mark.parametrize("format", ["int8", "fp8", "fp8-channel", "int4-weight"])
 def test_blocks_compile_whole(model, format, kernels):

@@ -78,6 +78,27 @@ def test_make_help_is_the_default_and_lists_every_target(root):
         assert re.search(rf"make {target}\s+\S", said), target
 
 
+def test_the_quick_lane_leaves_out_every_marked_kind_of_test(root):
+    """`make check` runs style, then what has none of the markers; `make test` leaves nothing out and says what is slow."""
+    markers = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    lanes = {
+        lane: subprocess.run(
+            ["make", "-n", "-o", ".venv/.installed", lane],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for lane in ("check", "test")
+    }
+    assert "ruff check ." in lanes["check"]
+    assert "ruff format --check ." in lanes["check"]
+    left_out = re.search(r'-m "(.+)"', lanes["check"]).group(1)
+    assert sorted(left_out.split(" and ")) == sorted(f"not {line.partition(':')[0]}" for line in markers)
+    assert " -m " not in lanes["test"].split("pytest")[1]
+    assert "--durations=10" in lanes["test"]
+
+
 def test_licence_is_the_stated_one(root, project):
     text = (root / "LICENSE").read_text()
     assert project["license"] == "Apache-2.0"

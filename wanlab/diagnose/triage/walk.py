@@ -121,16 +121,17 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
     item, quantity = measurements[name], tree.measurements[name]
     limits = [(b, tree.thresholds[b.over or b.below].value) for b in question.branches]
     texts = [f"{'over' if b.over else 'below'} {shown(limit, quantity.unit)}" for b, limit in limits]
+    thresholds = [limit for _, limit in limits]
     if question.largest:
-        limit = tree.thresholds[question.threshold].value
+        thresholds = [tree.thresholds[question.threshold].value]
         of = f"{len(known)} known" if 0 < len(known) < len(names) else len(names)
-        texts = [f"the largest of {of}, at least {shown(limit, quantity.unit)}"]
+        texts = [f"the largest of {of}, at least {shown(thresholds[0], quantity.unit)}"]
     state, reads, to = "measured", "", question.otherwise
     if not known:
         state = "not applicable" if item.note else "unknown"
         reads, to = item.note or "not measured", question.absent if item.note else question.unknown
     elif question.largest:
-        to = question.largest[name] if item.value >= limits[0][1] else question.otherwise
+        to = question.largest[name] if item.value >= thresholds[0] else question.otherwise
     else:
         reached = [b.to for b, limit in limits if (item.value > limit if b.over else item.value < limit)]
         to = (*reached, question.otherwise)[0]
@@ -139,7 +140,7 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
         branch = quantity.what if to != question.otherwise else "none is large"
     noise = saved.measured.get(NOISE, Measurement(None)).value
     if known and noise and name.startswith(TIMES):
-        rivals = [known[other].value for other in ranked[1:2]] + [limit for _, limit in limits]
+        rivals = [known[other].value for other in ranked[1:2]] + thresholds
         if any(abs(item.value - rival) < noise / 100 * abs(rival) for rival in rivals):
             branch += f" (a close call: the baseline's noise is {noise:.1f} %)"
     return {

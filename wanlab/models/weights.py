@@ -107,7 +107,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name, listed in index.items():
         if where.get(name) != folder / listed:
             raise WanlabError(
-                f"{folder / file} lacks tensor {name} that the index promises; fetch the file again"
+                f"{folder / listed} lacks tensor {name} that the index promises; fetch the file again"
             )
     return Checkpoint(folder, tuple(files), where, shapes, sum(file.stat().st_size for file in files))
 

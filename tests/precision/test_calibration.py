@@ -127,12 +127,16 @@ def test_recorded_inputs_are_what_the_expert_gets(model, recording):
 def test_a_recording_is_read_back_whole(recording):
     again = precision.read_recording(recording.folder)
     assert again == recording
-    assert again.key("expert_low") == recording.key("expert_low") != recording.key("expert_high")
+    assert (
+        again.inputs_key("expert_low")
+        == recording.inputs_key("expert_low")
+        != recording.inputs_key("expert_high")
+    )
     files = list(recording.folder.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) == recording.size_bytes
     few = recording.only(branch="cond", step=[0, 1])
     assert len(few.calls) == 4
-    assert few.key("expert_high") != recording.key("expert_high")
+    assert few.inputs_key("expert_high") != recording.inputs_key("expert_high")
     with pytest.raises(WanlabError, match=r"no 'steps'.*did you mean 'step'"):
         recording.only(steps=3)
     with pytest.raises(WanlabError, match="did you mean 'expert_high'"):

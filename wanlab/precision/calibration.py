@@ -556,7 +556,7 @@ def calibrate(
         model=model.spec.name,
         component=component,
         weights=weights_key(plan.network),
-        data=recording.key(component),
+        data=recording.inputs_key(component),
         layers=layer_set_key(chosen),
         method=method.to_dict(),
         elements=elements,

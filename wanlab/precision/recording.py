@@ -188,7 +188,7 @@ class Recording(Manifest, frozen=True, kw_only=True):
             )
         return tuple(call for call in self.calls if call.component == component)
 
-    def key(self, component: str) -> str:
+    def inputs_key(self, component: str) -> str:
         """Hash of everything that one component was called with, in order."""
         facts = [[call.step, call.branch, call.timestep, call.tensors] for call in self.of(component)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -269,9 +269,9 @@ def read_sensitivity(folder: str | os.PathLike, *, key: str | None = None) -> Se
         keys = ", ".join(path.name.removesuffix(SUFFIX) for path in found)
         raise WanlabError(f"{folder} holds measurements with different settings; give key= one of {keys}")
     record = _Record.read(str(found[0]).removesuffix(SUFFIX))
-    settings, keys, wanted, bands = record.facts, record.keys, record.wanted, record.bands
+    settings, part_keys, wanted, bands = record.facts, record.keys, record.wanted, record.bands
     parts = []
-    for component, part_key in keys.items():
+    for component, part_key in part_keys.items():
         pattern = part_file(folder, settings, component, "*", part_key).name
         parts += [read_part(path) for path in sorted(folder.glob(pattern))]
     return Sensitivity(settings, tuple(parts), bands, wanted, reused=len({part.unit for part in parts}))
@@ -326,7 +326,8 @@ def write_manifest(
     path = folder / settings_key(settings)
     before = _Record.find(path)
     if before is not None:
-        wanted, keys = dict.fromkeys([*before.wanted, *wanted]), before.keys | keys
+        wanted = list(dict.fromkeys([*before.wanted, *wanted]))
+        keys = before.keys | keys
     _Record(path=str(path), facts=settings, bands=bands, wanted=tuple(wanted), keys=keys).write()
 
 

@@ -149,7 +149,7 @@ def make_target(
         for each in formats:
             check_blocks(tuple(module.weight.shape), each.weight, f"{component}'s {name}")
     amax = {name: float(known[name]) for name in names if name in known}
-    inputs = [recording.key(name) for name in recording.components if name in weights]
+    inputs = [recording.inputs_key(name) for name in recording.components if name in weights]
     facts = [component, weights, inputs, names, amax, [each.to_dict() for each in formats]]
     return Target(component, network, names, amax, digest(facts))
 

@@ -1,3 +1,6 @@
+from .component import component_candidates as component_candidates
+from .component_cost import ComponentCost as ComponentCost
+from .component_cost import measure_component as measure_component
 from .configuration import Configuration as Configuration
 from .configuration import configurations as configurations
 from .configuration import load_configuration as load_configuration

@@ -32,6 +32,8 @@ from .flame import Flames as Flames
 from .flame import cpu_flame as cpu_flame
 from .flame import flames as flames
 from .flame import gpu_flame as gpu_flame
+from .kernels import call_kernels as call_kernels
+from .kernels import count_operations as count_operations
 from .memory.account import MemoryAccount as MemoryAccount
 from .memory.account import memory_account as memory_account
 from .memory.options import memory_advice as memory_advice

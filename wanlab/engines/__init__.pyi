@@ -1,9 +1,11 @@
 from .base import Engine as Engine
 from .component_bench import EngineCalls as EngineCalls
+from .component_bench import RangeCost as RangeCost
 from .component_bench import bench_components as bench_components
 from .component_bench import compare_forms as compare_forms
 from .component_bench import engine_calls as engine_calls
 from .component_bench import provider_table as provider_table
+from .component_bench import range_cost as range_cost
 from .onnxruntime import OrtEngine as OrtEngine
 from .onnxruntime import load_engines as load_engines
 from .onnxruntime import node_times as node_times

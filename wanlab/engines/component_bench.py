@@ -14,6 +14,7 @@ import torch
 
 from wanlab import measure
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.capture import ranges
 from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.engines.parity import differences
@@ -23,7 +24,7 @@ from wanlab.export.clip import ClipShape, default_shape
 from wanlab.export.components import FUSED_OPSET, check_components, component_spec, components_of
 from wanlab.export.export import export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
-from wanlab.measure.timing import Samples
+from wanlab.measure.timing import NOT_DISTINGUISHABLE, Samples
 
 
 def bench_components(
@@ -280,3 +281,83 @@ def compare_forms(
         row["verdict"] = "baseline" if mine is base else gain.verdict
         row |= {"noise_percent": control.noise_percent, "samples_ms": mine.values_ms}
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class RangeCost:
+    """What the profiler's ranges cost a call of an expert while no profiler runs.
+
+    Attributes:
+        samples: `"bare"` and `"with ranges"`, in turn. control: of the bare calls.
+        ranges: how many there are.
+    """
+
+    samples: dict[str, measure.Samples]
+    control: measure.AAControl
+    ranges: int
+
+    @property
+    def percent(self) -> tuple[float, float, float]:
+        """Slow-down by the ranges in percent, and its 95 % interval."""
+        gain = measure.compare(*self.samples.values(), self.control.noise_percent)
+        middle, low, high = (100 * (1 / ratio - 1) for ratio in (gain.speedup, gain.high, gain.low))
+        return middle, low, high
+
+    def row(self) -> dict[str, float]:
+        """As recorded: cost_percent with its interval, control_percent, ranges, and the medians."""
+        middle, low, high = self.percent
+        return {
+            "cost_percent": middle,
+            "cost_low_percent": low,
+            "cost_high_percent": high,
+            "control_percent": 100 * (1 / self.control.ratio - 1),
+            "noise_percent": self.control.noise_percent,
+            "ranges": self.ranges,
+        } | {f"{name.replace(' ', '_')}_ms": samples.median for name, samples in self.samples.items()}
+
+    def __str__(self) -> str:
+        middle, low, high = self.percent
+        verdict = measure.compare(*self.samples.values(), self.control.noise_percent).verdict
+        holds = (
+            "cost nothing that can be told from noise" if verdict == NOT_DISTINGUISHABLE else f"are {verdict}"
+        )
+        return f"{self.ranges} ranges {holds} ({middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f})"
+
+
+def range_cost(
+    model,
+    component: str,
+    *,
+    rounds: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+    **size: int | None,
+) -> RangeCost:
+    """Time an expert as the pipeline calls it, bare and with the ranges of `diagnose.ranges`, in turn.
+
+    Args:
+        model: from `wanlab.models.load`; only the expert needs to be loaded. component: an expert.
+        rounds: each takes two calls of both. seed: of the inputs.
+        size: height, width and frames of the clip; the model's own where not given.
+
+    Raises:
+        WanlabError: the component is no expert.
+    """
+    if not component.startswith("expert"):
+        raise WanlabError(
+            f"ranges are timed around experts, which the pipeline calls as networks, not {component}"
+        )
+    spec = component_spec(model, component)
+    inputs = spec.inputs_for(default_shape(model, batch=1, **size), torch.Generator().manual_seed(seed))
+    with ranges(model) as names, torch.no_grad():
+        ranged = getattr(model.pipeline, model.spec.part_of(component))
+        samples, control = measure.interleaved(
+            {
+                "bare": lambda: spec.network(*inputs, return_dict=False),
+                "with ranges": lambda: ranged(*inputs, return_dict=False),
+            },
+            rounds=rounds,
+            device=model.device,
+            progress=progress,
+        )
+    return RangeCost(samples, control, len(names))

@@ -2,6 +2,9 @@ from .attention import head_map as head_map
 from .attention import head_type_bars as head_type_bars
 from .attention import kernel_bars as kernel_bars
 from .attention import layer_time_lines as layer_time_lines
+from .component import component_bars as component_bars
+from .component import component_memory_bars as component_memory_bars
+from .component import kernel_kind_bars as kernel_kind_bars
 from .engines import ROLE_NAMES as ROLE_NAMES
 from .engines import bench_bars as bench_bars
 from .engines import build_bars as build_bars

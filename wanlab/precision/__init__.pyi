@@ -49,6 +49,7 @@ from .recording import Example as Example
 from .recording import Recording as Recording
 from .recording import inputs_of as inputs_of
 from .recording import nano_examples as nano_examples
+from .recording import random_recording as random_recording
 from .recording import read_recording as read_recording
 from .recording import record_inputs as record_inputs
 from .selection.bound import HAND_PICKED as HAND_PICKED
@@ -58,6 +59,8 @@ from .selection.bound import amdahl_bound as amdahl_bound
 from .selection.bound import measured_bound as measured_bound
 from .selection.bound import predict as predict
 from .selection.bound import search_cost as search_cost
+from .selection.by_time import PlansByTime as PlansByTime
+from .selection.by_time import plans_by_time as plans_by_time
 from .selection.choose import Chosen as Chosen
 from .selection.choose import Relation as Relation
 from .selection.choose import Repaired as Repaired

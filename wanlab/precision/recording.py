@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
 from wanlab.core.manifest import Manifest
+from wanlab.export.clip import default_shape
 from wanlab.export.components import check_components, component_spec, components_of
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
@@ -302,6 +303,51 @@ def read_recording(folder: str | os.PathLike) -> Recording:
         WanlabError: there is none, or it cannot be read.
     """
     return Recording.read(folder)
+
+
+def random_recording(
+    model,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    steps: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    seed: int = 0,
+) -> Recording:
+    """Random inputs of one expert at the steps of a generation in which it runs, as a recording.
+
+    For weights that are random, whose generations say nothing: a sensitivity on them only weighs layers against each
+    other.
+
+    Args:
+        component: an expert; the others need not be loaded.
+        folder: is made; of this recording alone.
+        steps: of the generation. height, width, frames: of the clip; None takes the model's default.
+        seed: of the inputs; each step has inputs of its own.
+
+    Raises:
+        WanlabError: the expert runs in none of these steps.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = component_spec(model, component)
+    shape = default_shape(model, batch=1, height=height, width=width, frames=frames)
+    schedule = model.schedule(steps)
+    calls = []
+    for row in schedule[schedule["component"] == component].itertuples():
+        generator = torch.Generator().manual_seed(seed + int(row.step))
+        inputs = dict(zip(spec.inputs, spec.inputs_for(shape, generator), strict=True))
+        inputs["timestep"] = torch.full_like(inputs["timestep"], row.timestep)
+        tensors = {name: keep(folder, tensor) for name, tensor in inputs.items()}
+        step, timestep, sigma = int(row.step), float(row.timestep), float(row.sigma)
+        calls.append(RecordedCall(0, component, step, timestep, sigma, "cond", tensors))
+    if not calls:
+        raise WanlabError(f"{component} runs in none of {steps} steps; give more steps")
+    sizes = {"height": shape.height, "width": shape.width, "frames": shape.frames}
+    settings = sizes | {"steps": steps, "guidance_scale": 1.0}
+    return Recording(path=str(folder), model=model.spec.name, settings=settings, calls=tuple(calls))
 
 
 def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:

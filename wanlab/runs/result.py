@@ -333,15 +333,14 @@ def call_results(
 
     Args:
         work: from `call_work`. samples, control: engine -> timing, and the A/A control of the first.
-        dtype: of the weights. facts: engine -> other fields of `Result`; names that it does not have are left out.
+        dtype: of the weights. facts: engine -> other fields of `Result`; names that it does not have are left out. Where
+            several rows have one engine, the keys are labels and the facts name the engine.
     """
     results = []
     for engine, timing in samples.items():
         known = {name: value for name, value in (facts or {}).get(engine, {}).items() if name in FIELDS}
-        known = {"dtype": dtype, "noise_percent": control.noise_percent} | known
-        results.append(
-            Result(work=work, engine=engine, samples_ms=timing.values_ms, device=timing.device, **known)
-        )
+        known = {"engine": engine, "dtype": dtype, "noise_percent": control.noise_percent} | known
+        results.append(Result(work=work, samples_ms=timing.values_ms, device=timing.device, **known))
     return tuple(results)
 
 

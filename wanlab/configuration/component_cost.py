@@ -1,0 +1,334 @@
+"""What one component costs by each candidate: time, memory, kernels, bound, distance, and whether it did what was asked.
+
+All candidates are timed in turn in one process where they fit in memory together, else each in a process of its own, the
+baseline once more at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from wanlab import measure, models
+from wanlab.configuration.component import Candidate, component_candidates
+from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, in_turn
+from wanlab.configuration.configuration import save_configuration
+from wanlab.configuration.configure import NO_EFFECT
+from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.diagnose import operators
+from wanlab.diagnose.kernels import COLUMNS as KERNEL_COLUMNS
+from wanlab.diagnose.kernels import Operations
+from wanlab.measure.ceilings import Ceilings
+from wanlab.measure.timing import AAControl, Comparison, Samples
+from wanlab.models.loading import resolve
+from wanlab.precision.products import product_bound
+
+SHORT_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentCost:
+    """A component by several candidates, the first of which is the baseline.
+
+    Attributes:
+        model, component, dtype, device: what was measured, and where. size: height, width and frames of the clip.
+        processes: `"one"` or `"each"`.
+        samples: label -> every time of a call. control: of the baseline measured twice.
+        facts: label -> what is known beside the times: engine, plan, configuration, cuda_graph, effect, proof, kernels,
+            load_ms, prepare_ms, build_ms, first_call_ms, size_bytes, weights_gib, forward_gib (what one call adds to the
+            memory), peak_memory_gib (both), relative_l2, cosine and psnr_db to eager in the baseline's dtype,
+            float32_relative_l2, float32_cosine and float32_psnr_db to eager in float32 (None where it does not fit),
+            linear_share_percent (of the time in kernels), product_kernel, roofline_ms, of_roofline_percent,
+            bound_speedup (Amdahl's, over the baseline), planned_percent, product_speedup, not_compared.
+        kernels: longest first: candidate, name, kind, calls, time_ms, share_percent. From a profile after timing.
+        products: linear layers timed alone, from `precision.products.product_times`.
+        operations: of one call. ceilings: of the device.
+        left_out: label -> why it was not measured, in one line.
+    """
+
+    model: str
+    component: str
+    dtype: str
+    device: str
+    size: dict[str, int]
+    processes: str
+    samples: dict[str, Samples]
+    control: AAControl
+    facts: dict[str, dict[str, Any]]
+    kernels: pd.DataFrame
+    products: pd.DataFrame
+    operations: Operations
+    ceilings: Ceilings
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.samples))
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Label -> comparison with the baseline, of those that may be compared."""
+        base = self.samples[self.baseline]
+        return {
+            label: measure.compare(base, samples, self._noise_percent(label))
+            for label, samples in self.samples.items()
+            if label != self.baseline and not self.facts[label].get("not_compared")
+        }
+
+    def _noise_percent(self, label: str) -> float:
+        """In processes of their own each candidate has a noise of its own, too."""
+        own = (self.facts[name].get("noise_percent") or 0.0 for name in (label, self.baseline))
+        return max(self.control.noise_percent, *own)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per candidate: its time, the ratio to the baseline with its interval and verdict, and the facts."""
+        gains, rows = self.comparisons, []
+        for label, samples in self.samples.items():
+            row = {"candidate": label, "time_ms": samples.median, "cv_percent": samples.cv_percent}
+            gain = gains.get(label)
+            row |= {
+                "noise_percent": self._noise_percent(label),
+                "speedup": 1.0 if gain is None else gain.speedup,
+            }
+            row |= {"low": gain.low, "high": gain.high} if gain else {}
+            facts = {name: value for name, value in self.facts[label].items() if name not in row}
+            verdict = "baseline" if label == self.baseline else facts.get("not_compared") or gain.verdict
+            if label != self.baseline and gain is None:
+                row["speedup"] = math.nan
+            rows.append(row | {"verdict": verdict} | facts)
+        return pd.DataFrame(rows)
+
+    @property
+    def kinds(self) -> pd.DataFrame:
+        """Time in kernels by kind: candidate, kind, time_ms, share_percent."""
+        by = self.kernels.groupby(["candidate", "kind"], sort=False, as_index=False)
+        return by[["time_ms", "share_percent"]].sum()
+
+    def result_facts(self) -> dict[str, dict[str, Any]]:
+        """Label -> fields of a `wanlab.runs.Result`, as `runs.call_results` takes them."""
+        named = ("engine", "plan", "effect", "kernels", "load_ms", "prepare_ms", "build_ms", "size_bytes",
+                 "weights_gib", "peak_memory_gib")  # fmt: skip
+        results: dict[str, dict[str, Any]] = {}
+        times = self.kinds.set_index("candidate")
+        gains = self.comparisons
+        for label, facts in self.facts.items():
+            row = {name: facts.get(name) for name in named}
+            row |= {"techniques": ("CUDA graph",) if facts["cuda_graph"] else (), "dtype": self.dtype}
+            row["noise_percent"] = self._noise_percent(label)
+            figures = {
+                name: value for name, value in facts.items() if name not in {*row, "cuda_graph", "proof"}
+            }
+            if label in gains:
+                gain = gains[label]
+                figures |= {"speedup": gain.speedup, "speedup_low": gain.low, "speedup_high": gain.high}
+                figures["verdict"] = gain.verdict
+            if label in times.index:
+                own = times.loc[[label]]
+                figures |= {
+                    f"kernel_{kind}_ms": ms for kind, ms in zip(own["kind"], own["time_ms"], strict=True)
+                }
+            row["figures"] = {name: value for name, value in figures.items() if value is not None}
+            results[label] = row
+        return results
+
+    def __str__(self) -> str:
+        shape = "x".join(str(self.size[name]) for name in ("frames", "height", "width"))
+        where = f"{self.model} {self.component}, {shape}, {self.dtype} on {self.device}"
+        first = f"{self.baseline} takes {self.samples[self.baseline].median:,.2f} ms"
+        first += f" (noise {self.control.noise_percent:.1f} %)"
+        parts = [f"{gain}" + self._distance(label) for label, gain in self.comparisons.items()]
+        parts += [f"{label}: not compared, {facts['not_compared']}"
+                  for label, facts in self.facts.items() if facts.get("not_compared")]  # fmt: skip
+        failed = [label for label, facts in self.facts.items() if facts["effect"] == NO_EFFECT]
+        parts += [f"{label}: {NO_EFFECT}" for label in failed]
+        parts += [f"{label} was not measured: {line}" for label, line in self.left_out.items()]
+        return f"{where}: {'; '.join([first, *parts])}."
+
+    def _distance(self, label: str) -> str:
+        value = self.facts[label].get("relative_l2")
+        return "" if value is None else f", relative L2 {value:.1e}"
+
+
+def measure_component(
+    model: str,
+    component: str,
+    folder: str | os.PathLike,
+    *,
+    engines: Sequence[str] = ("eager",),
+    plans: Sequence[Any] = ("default",),
+    configurations: Sequence[Any] = (),
+    cuda_graphs: bool = False,
+    weights: str = "pretrained",
+    device: str = "auto",
+    dtype: str = "auto",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    rounds: int = 5,
+    processes: Literal["auto", "one", "each"] = "auto",
+    dynamic_ranges: bool = False,
+    float32: bool = True,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ComponentCost:
+    """Measure one component of a model by every engine and plan, at one size and batch 1.
+
+    Args:
+        model: registry name or folder. component: wanlab's name of it; only its network is loaded.
+        folder: of converted networks; what is current is reused.
+        engines, plans, configurations, cuda_graphs: the candidates, see `component_candidates`; the first is the baseline.
+        weights, device, dtype: as `models.load` takes them.
+        height, width, frames: of the clip; the model's defaults if not given.
+        rounds: each takes two times of every candidate.
+        processes: `"one"` takes all in turn in this process; `"each"` one after the other in processes of their own,
+            the baseline again at the end; `"auto"` decides by the memory that is free.
+        dynamic_ranges: plans in PyTorch scale every input by itself; else by ranges of one call.
+        float32: also compare with eager in float32 on the same weights, where a copy of them fits.
+        threads: of the CPU; PyTorch's own number if not given.
+        seed: of random weights and of the inputs.
+
+    Raises:
+        WanlabError: an unknown component, engine, plan or size; nothing could be measured.
+    """
+    place, kind = resolve(device, dtype)
+    known = models.get(model)
+    if component not in known.components:
+        names = ", ".join(known.components)
+        raise WanlabError(
+            f"{known.name} has no component {component!r}{did_you_mean(component, known.components)}; it has {names}"
+        )
+    defaults = known.defaults
+    size = {"height": height, "width": width, "frames": frames}
+    size = {name: getattr(defaults, name) if value is None else value for name, value in size.items()}
+    candidates, left_out = component_candidates(
+        component,
+        engines,
+        plans,
+        configurations,
+        cuda_graphs=cuda_graphs and place.type == "cuda",
+        device=place,
+    )
+    with tempfile.TemporaryDirectory(prefix="wanlab-component-") as scratch:
+        order = {
+            "model": model,
+            "load": {
+                "device": str(place),
+                "dtype": str(kind).removeprefix("torch."),
+                "weights": weights,
+                "seed": seed,
+            },
+            "component": component,
+            "size": size,
+            "rounds": rounds,
+            "dynamic_ranges": dynamic_ranges,
+            "float32": float32,
+            "threads": threads or torch.get_num_threads(),
+            "seed": seed,
+            "progress": progress,
+            "folder": str(Path(folder).resolve()),
+            "scratch": scratch,
+            "candidates": _written(candidates, Path(scratch)),
+        }
+        job = Job(order)
+        if processes == EACH or (processes == "auto" and not fit_together(job, len(candidates))):
+            measured = in_processes(job)
+        else:
+            measured = in_turn(job)
+    rows, samples, control, prepared = measured
+    left_out = left_out | prepared["left_out"]
+    if not rows:
+        raise WanlabError(f"nothing of {component} could be measured: {'; '.join(left_out.values())}")
+    facts, kernels = _with_bounds(rows, samples, prepared, order["load"]["dtype"])
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "the CPU"
+    return ComponentCost(
+        model=known.name,
+        component=component,
+        dtype=order["load"]["dtype"],
+        device=name,
+        size=size,
+        processes=rows[0]["processes"],
+        samples=samples,
+        control=control,
+        facts=facts,
+        kernels=kernels,
+        products=pd.DataFrame(prepared["products"]),
+        operations=Operations(**prepared["operations"]),
+        ceilings=Ceilings(**prepared["ceilings"]),
+        left_out=left_out,
+    )
+
+
+def _written(candidates: Sequence[Candidate], folder: Path) -> list[dict[str, Any]]:
+    """Candidates as JSON values, their configurations as files."""
+    written = []
+    for index, candidate in enumerate(candidates):
+        path = save_configuration(candidate.configuration, folder / f"candidate-{index}.yaml")
+        written.append({"label": candidate.label, "path": str(path), "cuda_graph": candidate.cuda_graph})
+    return written
+
+
+def _with_bounds(
+    rows: Sequence[dict[str, Any]], samples: Mapping[str, Samples], prepared: Mapping[str, Any], dtype: str
+) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
+    """Label -> facts with the roofline and Amdahl's bound; and the kernels of all."""
+    tables = [pd.DataFrame(row["kernel_rows"], columns=KERNEL_COLUMNS) for row in rows]
+    for row, table in zip(rows, tables, strict=True):
+        table.insert(0, "candidate", row["label"])
+    shares = [_linear_share(table) for table in tables]
+    products = pd.DataFrame(prepared["products"])
+    facts: dict[str, dict[str, Any]] = {}
+    for row, table, share in zip(rows, tables, shares, strict=True):
+        own = {
+            name: value
+            for name, value in row.items()
+            if name not in ("label", "kernel_rows", "processes", "formats")
+        }
+        own |= {"linear_share_percent": share, "product_kernel": _product_kernel(table)}
+        roofline = roofline_ms(
+            Operations(**prepared["operations"]), prepared["moved_bytes"], prepared["ceilings"], dtype
+        )
+        if roofline is not None:
+            own["roofline_ms"] = roofline
+            own["of_roofline_percent"] = 100 * roofline / samples[row["label"]].median
+        if len(products) and row.get("formats") and shares[0] is not None:
+            own |= product_bound(products, row["formats"], shares[0]) or {}
+        facts[row["label"]] = own
+    kernels = pd.concat(tables, ignore_index=True)
+    return facts, kernels
+
+
+def roofline_ms(
+    operations: Operations, moved_bytes: float, ceilings: Mapping[str, Any], dtype: str
+) -> float | None:
+    """Least time of one call: its operations at the device's best rate in this dtype, or its weights, inputs and output
+    through the memory once, whichever takes longer; None where the rate is not known.
+
+    Plans compute on codes, which may be faster than this.
+    """
+    rate = ceilings["tflop_per_s"].get(SHORT_TYPES.get(dtype, dtype))
+    if not rate:
+        return None
+    return max(operations.flop / rate / 1e9, moved_bytes / ceilings["memory_gb_per_s"] / 1e6)
+
+
+def _linear_share(table: pd.DataFrame) -> float | None:
+    """Percent of the time in kernels that matrix products take; None without kernels."""
+    if not len(table):
+        return None
+    return float(table.loc[table["kind"] == operators.LINEAR, "share_percent"].sum())
+
+
+def _product_kernel(table: pd.DataFrame) -> str | None:
+    """The product that took most time."""
+    names = table.loc[table["kind"] == operators.LINEAR, "name"]
+    return names.iloc[0] if len(names) else None

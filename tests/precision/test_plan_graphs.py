@@ -13,6 +13,7 @@ import torch
 from msgspec import structs
 from onnx import TensorProto
 from support import convert_tiny as tiny
+from support.plan_agreement import AGREES_BELOW, _tensorrt, agreement, layer_distances
 
 from wanlab import engines, models, precision
 from wanlab.core.errors import WanlabError
@@ -20,11 +21,6 @@ from wanlab.engines.tensorrt import runtime as runtimes
 from wanlab.engines.tensorrt.build import layers_path
 from wanlab.export.clip import AXES
 from wanlab.export.graph import file_bytes
-from wanlab.precision.plan_agreement import (
-    AGREES_BELOW,
-    _tensorrt,
-    layer_distances,
-)
 from wanlab.precision.qdq import chosen_formats, is_norm
 
 pytestmark = pytest.mark.slow
@@ -336,7 +332,7 @@ def test_stepped_engines_say_what_is_wrong(model, graphs, recording):
 
 @pytest.fixture(scope="module")
 def table(model, stepped, graphs, recording, calibrations):
-    return precision.agreement(
+    return agreement(
         model, stepped, graphs.folder, recording, calibrations,
         calls=2, nudges=2, provider="cpu", targets=None, progress=False,
     )  # fmt: skip
@@ -386,7 +382,7 @@ def test_a_graph_of_another_plan_is_found_out_layer_by_layer(model, graphs, reco
 def test_an_agreement_needs_recordings_of_the_plans_steps(model, stepped, graphs, recording, calibrations):
     few = recording.only(step=[0, 1, 2])
     with pytest.raises(WanlabError, match="no call of expert_low at steps 3 to 3 is recorded"):
-        precision.agreement(model, stepped, graphs.folder, few, calibrations, targets=None, progress=False)
+        agreement(model, stepped, graphs.folder, few, calibrations, targets=None, progress=False)
 
 
 # ---- TensorRT

@@ -28,7 +28,6 @@ from .plan import make_plan as make_plan
 from .plan import merge_plans as merge_plans
 from .plan import parse_plan as parse_plan
 from .plan import save_plan as save_plan
-from .plan_agreement import agreement as agreement
 from .plan_engines import SteppedEngine as SteppedEngine
 from .plan_engines import build_plan as build_plan
 from .plan_engines import built_formats as built_formats

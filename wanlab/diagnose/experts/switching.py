@@ -163,7 +163,7 @@ class SwitchCost:
             known = {key: data[key] for key in KEPT}
             return cls(samples=samples, **known, source=f"recorded in {path.name}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            advice = "write one with benchmarks/expert_switch.py"
+            advice = "12_experts writes one on a GPU, artifacts/switch.json"
             raise WanlabError(f"{path} holds no measured switch ({error}); {advice}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from new_records import engines_record, tvm_record
 from table_text import machine, markdown, read
 
 GIB = 2**30
@@ -15,6 +16,8 @@ KERNELS = {
     "rotary embedding": r"RotaryEmbedding",
     "activation": r"[Gg]elu|silu",
 }
+OF_KINDS = {"linear": "matrix products", "attention": "attention"}
+"""Kinds of kernels of 42_component -> rows of the table; the others are not told apart there."""
 
 
 def onnx_export() -> str:
@@ -88,7 +91,7 @@ def engines() -> str:
     rows, notes, environment = [], [], None
     for name in ("engines_dit_h200", "engines_vae_h200"):
         try:
-            record = read(name)
+            record = read(name, engines_record)
         except FileNotFoundError:
             continue
         settings, environment = record["settings"], record["environment"]
@@ -128,7 +131,7 @@ def engines() -> str:
 
 def kernels() -> str:
     """Where each engine's time goes, by kernel."""
-    record = read("engines_dit_h200")
+    record = read("engines_dit_h200", engines_record)
     found = {name: _by_kind(row["kernels"]) for name, row in record["engines"].items() if "kernels" in row}
     kinds = [*KERNELS, "elementwise, casts, copies"]
     rows = [[kind, *(f"{times.get(kind, 0.0):,.0f} ms" for times in found.values())] for kind in kinds]
@@ -139,7 +142,8 @@ def kernels() -> str:
 def _by_kind(listed: list[dict]) -> dict[str, float]:
     times: dict[str, float] = {}
     for row in listed:
-        kind = next(
+        known = OF_KINDS.get(row.get("kind"))
+        kind = known or next(
             (k for k, p in KERNELS.items() if re.search(p, row["name"])), "elementwise, casts, copies"
         )
         times[kind] = times.get(kind, 0.0) + row["time_ms"]
@@ -162,14 +166,16 @@ def expert_engines() -> str:
     off: dict[str, str] = {}
     places, notes, on_codes = [], [], []
     for name in ("expert_engines_h200", "expert_engines_cpu"):
-        record = read(name)
+        record = read(name, engines_record)
+        engines = record["engines"]
+        engines = list(engines.values()) if isinstance(engines, dict) else engines
         gpu = record["environment"].get("gpu")
         notes.append(machine(record["environment"]))
-        for row in record["engines"]:
+        for row in engines:
             place = f"{gpu['name'] if gpu else 'CPU'}, {row['dtype']}"
             if place not in places:
                 places.append(place)
-                noise = next(r["noise_percent"] for r in record["engines"] if r["dtype"] == row["dtype"])
+                noise = next(r["noise_percent"] for r in engines if r["dtype"] == row["dtype"])
                 notes.append(f"A/A noise {noise:.0f} % ({row['dtype']})")
             line = cells.setdefault(row["engine"], {})
             if "failed" in row:
@@ -222,7 +228,7 @@ def bench() -> str:
 
 def tvm() -> str:
     """TVM beside ONNX Runtime and eager on the CPU."""
-    record = read("tvm_cpu")
+    record = read("tvm_cpu", tvm_record)
     gains = {row["candidate"]: row for row in record["comparisons"] if row["baseline"] == "eager"}
     builds = {row["build"]: row["build_ms"] for row in record["builds"]}
     off = {row["engine"]: row["relative_l2"] for row in record["parity"] if row["against"] == "eager"}

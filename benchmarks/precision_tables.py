@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from new_records import variants_record
 from table_text import machine, markdown, read
 
 BESIDE = ("as-loaded", "uniform-fp8", "ffn-fp8")
@@ -17,7 +18,7 @@ def precision_speed() -> str:
         "precision_selected_ti2v",
         "precision_selected_a14b",
     ):
-        record = read(name)
+        record = read(name, variants_record)
         settings = record["settings"]
         for variant, row in record["variants"].items():
             plan, _, mode = variant.partition(":")
@@ -56,10 +57,13 @@ def precision_speed() -> str:
         "relative L2",
         "products",
     ]
-    ti2v, a14b = (read(name)["settings"] for name in ("precision_ti2v_h200", "precision_a14b_h200"))
+    ti2v, a14b = (
+        read(name, variants_record)["settings"] for name in ("precision_ti2v_h200", "precision_a14b_h200")
+    )
+    where = machine(read("precision_a14b_h200", variants_record)["environment"])
     sizes = ", ".join(f"{s['model']} {s['height']}x{s['width']}x{s['frames']}" for s in (ti2v, a14b))
     return markdown(header, rows) + (
-        f"\n\n{sizes}; random weights, batch 1; {machine(read('precision_a14b_h200')['environment'])}. Bound: the linear"
+        f"\n\n{sizes}; random weights, batch 1; {where}. Bound: the linear"
         " layers at the measured rate of their 8-bit products, all else as in compiled bf16. Peak memory: weights of the"
         " expert and what one forward adds. Relative L2 to eager bf16. Selected plans are held against compiled bf16"
         f" timed with them ({' and '.join(again)}; both GPUs of one host were at work)."

@@ -119,11 +119,15 @@ def read_kept(record: dict[str, Any]) -> dict[str, Any]:
         known["settings"] = record["settings"] | {"forwards": 2 * record["settings"]["rounds"]}
     if "sensitivity" in record:  # 30_sensitivity
         known |= {"prediction": record["sensitivity"], "cost": record["cost"][0]}
-    if "floor_notes" in record:  # 40_quality
+    if "floor_work" in record:  # 40_quality
         settings, work = record["settings"], record["floor_work"]
         size = [work["frames"], work["height"], work["width"]]
-        known["notes"] = record["floor_notes"]
-        known["settings"] = settings | {"dtype": work["dtype"], "size": size, "steps": work["steps"]}
+        known["notes"] = work["notes"]
+        known["settings"] = settings | {
+            "dtype": work["dtype"].removeprefix("torch."),
+            "size": size,
+            "steps": work["steps"],
+        }
     if "receipts" in record:  # 22_tensorrt
         known |= {"builds": record["receipts"], "runtime": record["engines"][0]["runtime"]}
     if "before_after" in record and "speedup" in record:  # 21_onnxruntime

@@ -24,6 +24,7 @@ from wanlab.diagnose.kernels import Operations, call_kernels, count_operations
 from wanlab.measure import Ceilings, Samples
 from wanlab.measure.timing import control_of
 from wanlab.precision.products import product_bound, product_times
+from wanlab.precision.quant_linear import QuantLinear
 from wanlab.runs.prepare import prepare
 
 CPU = torch.device("cpu")
@@ -85,18 +86,17 @@ def test_a_plan_in_pytorch_is_proven_and_one_that_was_undone_has_no_effect(model
     (opened,) = open_candidate(model, "expert_high", candidate, files, CPU)
     effect, proof = check_effect(opened)
     assert effect == "as asked"
-    assert "66 of 66 layers in int8-weight" in proof
+    assert "66 of 66 layers of expert_high in int8-weight" in proof
     eager = Candidate("eager", load_configuration())
     (plain,) = open_candidate(model, "expert_high", eager, Files(networks={"eager": None}), CPU)
     assert check_effect(plain)[0] == "nothing asked"
     assert opened.weight_bytes < 0.5 * plain.weight_bytes
 
-    network = opened.effect.__closure__  # the planned network: put every layer back as it was loaded
-    applied = next(cell.cell_contents for cell in network if hasattr(cell.cell_contents, "assignment"))
-    planned, original = applied.model.component("expert_high"), model.component("expert_high")
-    for name in applied.frame["layer"]:
-        parent, _, last = name.rpartition(".")
-        setattr(planned.get_submodule(parent), last, original.get_submodule(name))
+    planned, original = opened.engine._spec.network, model.component("expert_high")
+    for name, layer in list(planned.named_modules()):  # put every layer back as it was loaded
+        if isinstance(layer, QuantLinear):
+            parent, _, last = name.rpartition(".")
+            setattr(planned.get_submodule(parent), last, original.get_submodule(name))
     effect, proof = check_effect(opened)
     assert effect == "no effect"
     assert proof.startswith("plan uniform-int8-weight changed nothing")

@@ -55,6 +55,7 @@ from .selection.bound import HAND_PICKED as HAND_PICKED
 from .selection.bound import AmdahlBound as AmdahlBound
 from .selection.bound import SearchCost as SearchCost
 from .selection.bound import amdahl_bound as amdahl_bound
+from .selection.bound import effect_ceiling as effect_ceiling
 from .selection.bound import measured_bound as measured_bound
 from .selection.bound import predict as predict
 from .selection.bound import search_cost as search_cost

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data, locate
+from wanlab.measure.environment import environment
 from wanlab.measure.timing import Samples, time_ms
 from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
@@ -167,12 +168,20 @@ class SwitchCost:
             raise WanlabError(f"{path} holds no measured switch ({error}); {advice}") from error
 
 
-def switching(model: Model, record: str | None = None, *, samples: int = 3, **settings) -> SwitchCost:
+def switching(
+    model: Model,
+    record: str | None = None,
+    *,
+    samples: int = 3,
+    save: str | os.PathLike | None = None,
+    **settings,
+) -> SwitchCost:
     """The cost of a switch: measured on a machine that can, else from a record of another machine.
 
     Args:
         record: file of a recorded measurement; None takes the one on an H200 that comes with the source tree.
         samples: number of rounds; 0 uses the record on any machine.
+        save: file that a measurement on this machine is written to, to be a `record` elsewhere.
         settings: as for `switch_cost`.
 
     Raises:
@@ -181,7 +190,12 @@ def switching(model: Model, record: str | None = None, *, samples: int = 3, **se
     if "expert_low" not in model.spec.components:
         return SwitchCost(note=f"{model.spec.name} has one expert: there is nothing to switch")
     if model.device.type == "cuda" and samples:
-        return switch_cost(model, samples=samples, **settings)
+        cost = switch_cost(model, samples=samples, **settings)
+        if save is not None:
+            sizes = {name: value for name, value in settings.items() if value is not None}
+            cost.settings.update(sizes, weights=model.load.weights)
+            cost.save(save, environment=environment(model.device))
+        return cost
     if record is not None or RECORDED.is_file():
         return SwitchCost.read(record or RECORDED)
     return SwitchCost(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from wanlab.diagnose.capture import capture
 from wanlab.diagnose.trace import read_trace
 from wanlab.models.pipeline import Model
 from wanlab.precision.assignment import assign
-from wanlab.precision.plan import Plan, is_float
+from wanlab.precision.plan import Plan, is_float, load_plan
 from wanlab.precision.recording import Recording
 from wanlab.precision.selection.costs import COUNTED, DEFAULT, counted_only
 from wanlab.precision.selection.solve import branches_of, table_of
@@ -113,6 +113,29 @@ def predict(
             }
         )
     return pd.DataFrame(rows)
+
+
+def effect_ceiling(
+    predicted: pd.DataFrame, plans: Sequence[str | os.PathLike], headroom: float | None
+) -> float | None:
+    """A limit of predicted effect under which a plan is better than all of some plans picked by hand.
+
+    Args:
+        predicted: from `predict`. plans: presets or files among them.
+        headroom: share of the least effect of these plans; None sets no limit.
+
+    Raises:
+        WanlabError: none of these plans was predicted.
+    """
+    if headroom is None:
+        return None
+    names = {load_plan(plan).name for plan in plans}
+    effects = predicted.loc[predicted["plan"].isin(names), "effect"]
+    if not len(effects):
+        raise WanlabError(
+            "headroom is a share of the effect of plans picked by hand; name some to compare with"
+        )
+    return headroom * float(effects.min())
 
 
 def _shares(own: pd.DataFrame, first: int, last: int):

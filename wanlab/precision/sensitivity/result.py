@@ -212,6 +212,11 @@ class Sensitivity:
         """Calls that were passed, whether or not their layers were measured."""
         return sum(part.passes for part in self.parts)
 
+    def totals(self) -> pd.DataFrame:
+        """Sum of the effects of all layers: component, and a column per format."""
+        sums = self.frame.pivot_table("effect", "component", "format", "sum")
+        return sums.reset_index().rename_axis(columns=None)
+
     def ranked(self, count: int | None = None, *, by: str = "effect") -> pd.DataFrame:
         """The rows of `frame`, most sensitive first.
 

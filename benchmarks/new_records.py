@@ -128,6 +128,21 @@ def read_kept(record: dict[str, Any]) -> dict[str, Any]:
             "size": size,
             "steps": work["steps"],
         }
+    if "host" in record and "exports" in record:  # 20_export_onnx
+        peak_gib, written = record["host"]["peak_gib"], record["host"]["weights_written_bytes"]
+        known["weights_gib"] = max(written) / 2**30
+        known["exports"] = [
+            row
+            | {
+                "graph": "float32 arithmetic"
+                if row["stored_dtype"] not in (None, row["dtype"])
+                else row["dtype"],
+                "weights_written_bytes": count,
+                "peak_host_gib": peak_gib,
+                "peak_over_weights": peak_gib / known["weights_gib"],
+            }
+            for row, count in zip(record["exports"], written, strict=True)
+        ]
     if "receipts" in record:  # 22_tensorrt
         known |= {"builds": record["receipts"], "runtime": record["engines"][0]["runtime"]}
     if "before_after" in record and "speedup" in record:  # 21_onnxruntime

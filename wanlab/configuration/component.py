@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from msgspec.structs import replace
 
 from wanlab.configuration.configuration import Configuration, load_configuration
 from wanlab.configuration.configure import (
@@ -62,6 +64,13 @@ class Candidate:
     def kind(self, component: str) -> EngineKind:
         """The engine that computes the component."""
         return engine_kind(self.configuration.engine_of(component))
+
+    def plan_for(self, component: str) -> Plan | None:
+        """Its plan with the rules for one expert alone, as the other is not loaded."""
+        if self.plan is None:
+            return None
+        rules = (rule for rule in self.plan.rules if fnmatch.fnmatchcase(component, rule.component))
+        return replace(self.plan, rules=tuple(rules))
 
     def settings(self, component: str) -> dict[str, Any]:
         """Settings of that engine."""
@@ -191,15 +200,16 @@ def component_files(
         for candidate in candidates:
             begin = time.perf_counter()
             kind, settings = candidate.kind(component), candidate.settings(component)
+            plan = candidate.plan_for(component)
             try:
-                if candidate.plan is not None and kind.plans == "graph":
-                    if _rounds(model, component, candidate.plan) and not calibrations:
+                if plan is not None and kind.plans == "graph":
+                    if _rounds(model, component, plan) and not calibrations:
                         calibrations = _calibrated(model, component, place, size, seed, progress)
                     graphs = export_plan(
                         model,
-                        candidate.plan,
-                        plan_folder(place, candidate.plan) / component,
-                        calibrations if _rounds(model, component, candidate.plan) else {},
+                        plan,
+                        plan_folder(place, plan) / component,
+                        calibrations if _rounds(model, component, plan) else {},
                         progress=progress,
                         **size,
                     )
@@ -296,7 +306,7 @@ def open_candidate(
     begin, used, applied = time.perf_counter(), model, None
     if candidate.plan is not None:
         ranges = {component: files.ranges} if files.ranges else None
-        applied = apply_plan(model, candidate.plan, ranges)
+        applied = apply_plan(model, candidate.plan_for(component), ranges)
         used = applied.model
     plan_ms = (time.perf_counter() - begin) * 1e3
     path = files.networks.get(candidate.label)

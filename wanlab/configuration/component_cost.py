@@ -6,6 +6,7 @@ baseline once more at the end.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -26,10 +27,12 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.diagnose import operators
 from wanlab.diagnose.kernels import COLUMNS as KERNEL_COLUMNS
 from wanlab.diagnose.kernels import Operations
+from wanlab.engines.component_bench import RangeCost, range_cost
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Comparison, Samples
 from wanlab.models.loading import resolve
 from wanlab.precision.products import product_bound
+from wanlab.precision.selection.by_time import PlansByTime, plans_by_time
 
 SHORT_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -52,6 +55,7 @@ class ComponentCost:
         products: linear layers timed alone, from `precision.products.product_times`.
         operations: of one call. ceilings: of the device.
         left_out: label -> why it was not measured, in one line.
+        selected: plans that were selected by time for this. ranges: what the profiler's ranges cost. None if not asked for.
     """
 
     model: str
@@ -68,6 +72,8 @@ class ComponentCost:
     operations: Operations
     ceilings: Ceilings
     left_out: dict[str, str] = field(default_factory=dict)
+    selected: PlansByTime | None = None
+    ranges: RangeCost | None = None
 
     @property
     def baseline(self) -> str:
@@ -173,6 +179,8 @@ def measure_component(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    select_by_time: bool = False,
+    profiler_ranges: bool = False,
     rounds: int = 5,
     processes: Literal["auto", "one", "each"] = "auto",
     dynamic_ranges: bool = False,
@@ -189,6 +197,8 @@ def measure_component(
         engines, plans, configurations, cuda_graphs: the candidates, see `component_candidates`; the first is the baseline.
         weights, device, dtype: as `models.load` takes them.
         height, width, frames: of the clip; the model's defaults if not given.
+        select_by_time: also two plans selected here by time, see `precision.plans_by_time`.
+        profiler_ranges: also what the profiler's ranges cost the expert, see `engines.range_cost`.
         rounds: each takes two times of every candidate.
         processes: `"one"` takes all in turn in this process; `"each"` one after the other in processes of their own,
             the baseline again at the end; `"auto"` decides by the memory that is free.
@@ -210,6 +220,18 @@ def measure_component(
     defaults = known.defaults
     size = {"height": height, "width": width, "frames": frames}
     size = {name: getattr(defaults, name) if value is None else value for name, value in size.items()}
+    selected, ranges = None, None
+    if select_by_time or profiler_ranges:
+        loaded = models.load(
+            known, components=[component], device=place, dtype=kind, weights=weights, seed=seed
+        )
+        if profiler_ranges:
+            ranges = range_cost(loaded, component, rounds=rounds, seed=seed, progress=progress, **size)
+        if select_by_time:
+            selected = plans_by_time(loaded, component, progress=progress, **size)
+            plans = [*plans, *selected.plans.values()]
+        del loaded
+        gc.collect()
     candidates, left_out = component_candidates(
         component,
         engines,
@@ -265,6 +287,8 @@ def measure_component(
         operations=Operations(**prepared["operations"]),
         ceilings=Ceilings(**prepared["ceilings"]),
         left_out=left_out,
+        selected=selected,
+        ranges=ranges,
     )
 
 

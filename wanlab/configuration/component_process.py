@@ -346,7 +346,7 @@ def in_turn(job: Job) -> Outcome:
                 facts["prepare_ms"] = files.prepare_ms[candidate.label]
                 rows.append({"label": each.label, "processes": ONE} | facts)
         except (WanlabError, torch.cuda.OutOfMemoryError) as error:
-            prepared["left_out"][candidate.label] = str(error).splitlines()[0]
+            prepared["left_out"][candidate.label] = _reason(error)
     if not calls:
         return [], {}, None, prepared
     with torch.no_grad():
@@ -369,7 +369,7 @@ def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             try:
                 rows = _child(job, prepared, index, rounds=0)["rows"]
             except WanlabError as error:
-                prepared["left_out"][candidate.label] = str(error)
+                prepared["left_out"][candidate.label] = _reason(error)
                 continue
             found |= {row["label"]: {name: row[name] for name in ALONE} for row in rows}
     return found
@@ -386,7 +386,7 @@ def in_processes(job: Job) -> Outcome:
         try:
             found = _child(job, prepared, index, rounds=job.rounds)["rows"]
         except WanlabError as error:
-            prepared["left_out"][candidate.label] = str(error)
+            prepared["left_out"][candidate.label] = _reason(error)
             continue
         rows += [row | {"prepare_ms": prepared["files"]["prepare_ms"][candidate.label]} for row in found]
     if not rows:
@@ -412,6 +412,11 @@ def in_processes(job: Job) -> Outcome:
                 f"the device ran {change:+.0f} % off the pace that it had with {first.label}"
             )
     return ordered, samples, control, prepared
+
+
+def _reason(error: Exception) -> str:
+    """Why something failed, in one line; of another process its own reason."""
+    return str(error).splitlines()[0].rpartition("WanlabError: ")[2]
 
 
 def _child(job: Job, prepared: Mapping[str, Any], index: int, *, rounds: int) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from msgspec.structs import replace
 
 from wanlab.precision.calibration import calibrate
-from wanlab.precision.plan import Plan, load_plan
+from wanlab.precision.plan import Plan, load_plan, save_plan
 from wanlab.precision.recording import random_recording
 from wanlab.precision.selection.bound import predict
 from wanlab.precision.selection.costs import layer_costs
@@ -42,6 +44,10 @@ class PlansByTime:
     predicted: pd.DataFrame
     effects: pd.DataFrame
     costs: pd.DataFrame
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write every plan as `NAME.yaml`."""
+        return [save_plan(plan, Path(folder) / f"{name}.yaml") for name, plan in self.plans.items()]
 
 
 def plans_by_time(

@@ -129,6 +129,33 @@ def engines() -> str:
     return markdown(header, rows) + note
 
 
+def vae_memory() -> str:
+    """What ONNX Runtime holds while it decodes chunk by chunk, by how its sessions are opened."""
+    record = read("vae_memory_h200")
+    ways = {
+        "today": "a planned block (memory pattern), as it comes",
+        "no_pattern": "**no planned block**: how `streamed_vae` opens its sessions",
+        "shared.no_pattern": "no planned block, one arena for both sessions",
+        "torch.no_pattern": "no planned block, PyTorch's allocator",
+        "workspace0": "as it comes, small cuDNN workspace",
+        "power_of_two": "as it comes, arena grows by powers of two",
+        "shrink_all.no_pattern": "no planned block, arena shrunk after every chunk",
+    }
+    rows = []
+    for name, what in ways.items():
+        row = next(row for row in record["sets"] if row["set"] == name)
+        chunks = [stage["device_gib"] for stage in row["stages"] if "chunk" in stage["stage"]]
+        held = " / ".join(f"{gib:.1f}" for gib in chunks[:3])
+        rows.append([what, f"{row['median_ms']:,.0f} ms", held, f"{row['peak_gib']:.1f} GiB"])
+    header = ["sessions", "time", "held after chunk 1 / 2 / 3, GiB", "peak of the device"]
+    settings = record["settings"]
+    return markdown(header, rows) + (
+        f"\n\nTI2V-5B's VAE decoder, {settings['height']}x{settings['width']}x41, {settings['dtype']}, random weights; "
+        f"{machine(record['environment'])}. Live at the peak, as PyTorch's allocator counts it: "
+        f"{record['live_peak_gib']:.1f} GiB."
+    )
+
+
 def kernels() -> str:
     """Where each engine's time goes, by kernel."""
     record = read("engines_dit_h200", engines_record)
@@ -287,6 +314,7 @@ TABLES = {
     "onnx_forms": onnx_forms,
     "engines": engines,
     "kernels": kernels,
+    "vae_memory": vae_memory,
     "expert_engines": expert_engines,
     "bench": bench,
     "tensorrt": tensorrt,

@@ -330,7 +330,7 @@ def test_on_a_gpu_device_times_agree_with_other_events(tmp_path, backend, cuda_g
     engine = engines.TorchEngine(model, "expert_high")
     plan = component_spec(model, "expert_high")
     # Clips enough that the device, not the host's launches, sets the pace.
-    shape = export.ClipShape(128, 128, 192, 17, 24)
+    shape = export.ClipShape(512, 128, 192, 17, 24)
     given = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
     result = measure.bench(engine, given, buffers=backend, cuda_graph=cuda_graph, progress=False)
     assert set(result.samples) == {"latency", "h2d", "device", "d2h", "enqueue"}

@@ -382,12 +382,14 @@ def _watch(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Node]:
         for value in node.outputs:
             if value.dtype is None or not value.dtype.is_floating_point() or not value.uses():
                 continue
-            size = onnx_ir.node("Abs", [value])
+            # In float32, which holds every smaller float: ONNX Runtime has no ReduceMax in bfloat16.
+            wide = onnx_ir.node("Cast", [value], {"to": int(onnx_ir.DataType.FLOAT)})
+            size = onnx_ir.node("Abs", [wide.outputs[0]])
             peak = onnx_ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
             peak.outputs[0].name = f"{value.name}{_SUFFIX}"
-            peak.outputs[0].type = onnx_ir.TensorType(value.dtype)
+            peak.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
             peak.outputs[0].shape = onnx_ir.Shape([])
-            graph.extend([size, peak])
+            graph.extend([wide, size, peak])
             graph.outputs.append(peak.outputs[0])
             watched[peak.outputs[0].name] = node
     return watched

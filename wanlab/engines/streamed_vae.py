@@ -236,7 +236,8 @@ def _open(folder: str | os.PathLike, component: str, options: dict) -> list[OrtE
     for file in files:
         if not file.is_file():
             raise WanlabError(f"no {file.name} in {folder}; make it with wanlab.export.export_streamed")
-    return [OrtEngine(file, **options) for file in files]
+    # Both sessions would plan one large block for their second run, and keep beside it what the first run took.
+    return [OrtEngine(file, **{"memory_pattern": False} | options) for file in files]
 
 
 def _file(engine) -> str:

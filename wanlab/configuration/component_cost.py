@@ -166,7 +166,7 @@ class ComponentCost:
 
 def measure_component(
     model: str,
-    component: str,
+    component: str | None,
     folder: str | os.PathLike,
     *,
     engines: Sequence[str] = ("eager",),
@@ -192,7 +192,8 @@ def measure_component(
     """Measure one component of a model by every engine and plan, at one size and batch 1.
 
     Args:
-        model: registry name or folder. component: wanlab's name of it; only its network is loaded.
+        model: registry name or folder.
+        component: wanlab's name of it, None for the first expert; only its network is loaded.
         folder: of converted networks; what is current is reused.
         engines, plans, configurations, cuda_graphs: the candidates, see `component_candidates`; the first is the baseline.
         weights, device, dtype: as `models.load` takes them.
@@ -212,6 +213,7 @@ def measure_component(
     """
     place, kind = resolve(device, dtype)
     known = models.get(model)
+    component = component or next(name for name in known.components if name.startswith("expert"))
     if component not in known.components:
         names = ", ".join(known.components)
         raise WanlabError(

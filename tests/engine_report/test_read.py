@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from wanlab import engine_report
 from wanlab.core.errors import WanlabError
+from wanlab.engine_report.from_tensorrt import dtype_in
 from wanlab.engine_report.layers import (
     block_of,
     module_of,
@@ -23,7 +24,6 @@ from wanlab.engine_report.layers import (
     site_of,
     tensorrt_kind,
 )
-from wanlab.engine_report.read_tensorrt import dtype_in
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 INSPECTOR, ORT = FIXTURES / "inspector", FIXTURES / "ort_profile"
@@ -221,7 +221,7 @@ def test_times_of_trtexec_are_joined_by_name():
     )
     assert layers.total_ms == pytest.approx(0.94)
     assert layers.latency_ms == pytest.approx(0.82)
-    report = engine_report.card(layers)
+    report = engine_report.summarize(layers)
     assert "15 % more" in report.caveat
     assert report.totals["beyond_layers_ms"] == pytest.approx(-0.12)
     rows = json.loads((INSPECTOR / "documented_profile.json").read_text())
@@ -269,7 +269,7 @@ def test_a_profile_of_onnxruntime_becomes_layers():
 
 def test_a_profile_of_cuda_on_an_h200():
     layers = engine_report.read_ort_profile(ORT / "h200_expert_high_float16.json.gz")
-    report = engine_report.card(layers)
+    report = engine_report.summarize(layers)
     assert (layers.times_of, layers.notes[0][:19]) == ("launches", "times of CUDA nodes")
     assert "of what the host spent on launches" in report.verdict()
     assert Counter(layer.provider for layer in layers.layers)["CUDAExecutionProvider"] > 400
@@ -288,7 +288,7 @@ def test_blocking_launches_give_times_of_layers():
     layers = engine_report.read_ort_profile(ORT / "h200_expert_high_float16_blocking.json.gz")
     assert layers.times_of == "layers"
     assert not any("CUDA_LAUNCH_BLOCKING" in note for note in layers.notes)
-    assert "launches" not in engine_report.card(layers).verdict()
+    assert "launches" not in engine_report.summarize(layers).verdict()
     # a node that waits for its kernels takes longer than one that only launches them
     launches = engine_report.read_ort_profile(ORT / "h200_expert_high_float16.json.gz")
     assert layers.total_ms > launches.total_ms

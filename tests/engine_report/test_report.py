@@ -76,7 +76,7 @@ def saved(path, *parts, **more):
 
 
 def tables_add_up(layers):
-    report = engine_report.card(layers)
+    report = engine_report.summarize(layers)
     for table in (report.by_role, report.by_kind, report.by_type, report.by_precision, report.by_site):
         assert table["layers"].sum() == len(layers.layers)
         assert table["weight_bytes"].sum() == report.totals["weight_bytes"]
@@ -120,7 +120,7 @@ def test_a_graph_alone_has_a_card(folder):
     }
     assert len(found["norm not fused"].layers) == 4 * 6
     assert not {"attention not fused", "norm not fused"} & set(rules(fused))
-    assert "no unfused attention" in engine_report.card(fused).verdict()
+    assert "no unfused attention" in engine_report.summarize(fused).verdict()
     weights = sum(p.numel() for p in tiny.expert(2).parameters())
     assert sum(layer.weight_bytes for layer in plain.layers) == pytest.approx(4 * weights, rel=0.25)
 
@@ -173,7 +173,7 @@ def test_what_was_fused_is_told(measured, folder):
 
 
 def test_profiles_of_one_engine_are_merged(measured):
-    from wanlab.engine_report.read_onnxruntime import merged
+    from wanlab.engine_report.from_onnxruntime import merged
 
     both = merged(measured, measured)
     assert all(len(layer.samples_ms) == 8 for layer in both.layers)
@@ -193,7 +193,7 @@ def test_recorded_engines_of_tensorrt():
         "int8 was planned and fp16 is used"
         in rules(fused, planned={"blocks.*.ffn.*": "int8"})["precision not as planned"].hazard
     )
-    plain = engine_report.card(
+    plain = engine_report.summarize(
         engine_report.read_layers(INSPECTOR / "rtx_expert_high_fixed_size.layers.json.gz")
     )
     attention = plain.findings[0]
@@ -228,11 +228,11 @@ def test_documented_engine_shows_every_precision_finding():
     assert found["conversions"].time_ms == pytest.approx(0.045)
     assert "conversions" not in rules(layers, minimum_percent=5)
     assert engine_report.lint(layers)[0].rule == "attention not fused"  # by time
-    frame = engine_report.card(layers).lint_frame()
+    frame = engine_report.summarize(layers).lint_frame()
     assert frame["share_percent"].iloc[0] == pytest.approx(100 * 0.56 / layers.total_ms)
     assert frame[["hazard", "mitigation", "help"]].map(len).min().min() > 10
     with pytest.raises(WanlabError, match="did you mean 'int8'"):
-        engine_report.card(layers, planned={"a": "int9"})
+        engine_report.summarize(layers, planned={"a": "int9"})
 
 
 def test_a_quantised_graph_is_read_as_it_is_meant(folder, tmp_path):

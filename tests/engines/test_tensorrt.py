@@ -439,9 +439,9 @@ def test_type_stubs_are_no_tensorrt(tmp_path, monkeypatch):
 
 
 def test_the_doctor_knows_it():
-    from wanlab.cli.doctor import _tensorrt
+    from wanlab.cli.doctor import _engines
 
-    rows = {row.what: row for row in _tensorrt()}
+    rows = {row.what: row for row in _engines()}
     assert rows["TensorRT for RTX"].state == "ok"
     assert rows["TensorRT for RTX"].found.startswith(runtimes.open_runtime("tensorrt-rtx").version)
     assert ("TensorRT" in rows) == runtimes.installed("tensorrt")

@@ -15,9 +15,9 @@ import torch
 
 from wanlab import measure, models
 from wanlab.core.errors import WanlabError
+from wanlab.engine_report.from_onnx import read_onnx
+from wanlab.engine_report.from_onnxruntime import MARK, merged, optimised_graph, read_ort_profile
 from wanlab.engine_report.layers import EngineLayers
-from wanlab.engine_report.read_onnx import read_onnx
-from wanlab.engine_report.read_onnxruntime import MARK, merged, optimised_graph, read_ort_profile
 from wanlab.engines.onnxruntime import OrtEngine, choose_provider
 from wanlab.export.components import component_spec, random_feeds
 from wanlab.export.export import export

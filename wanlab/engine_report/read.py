@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanlab.core.errors import WanlabError, first_line, require
+from wanlab.engine_report.from_onnx import read_onnx
+from wanlab.engine_report.from_onnxruntime import read_ort_profile
+from wanlab.engine_report.from_tensorrt import latency_of, read_inspector, read_json, with_times
 from wanlab.engine_report.layers import EngineLayers
-from wanlab.engine_report.read_onnx import read_onnx
-from wanlab.engine_report.read_onnxruntime import read_ort_profile
-from wanlab.engine_report.read_tensorrt import latency_of, read_inspector, read_json, with_times
 
 
 def read_planned(path: str | os.PathLike | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from wanlab.engine_report.layers import CONVERSIONS, EngineLayers, Layer, Tensor, described
-from wanlab.engine_report.lint import Finding, lint
+from wanlab.engine_report.rules import Finding, lint
 
 ATTENTION = ("attn1", "attn2")
 
@@ -140,7 +140,7 @@ def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:
     return f"{said}; most of it in {most['role']} ({most['difference_ms']:+,.2f} ms, noise {most['noise_ms']:,.2f})."
 
 
-def card(
+def summarize(
     layers: EngineLayers, *, planned: Mapping[str, str] | None = None, minimum_percent: float = 1.0
 ) -> EngineReport:
     """The report card of an engine, or of a graph without times.

@@ -16,8 +16,8 @@ import torch
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.formats import CODES, FLOATS
+from wanlab.engine_report.from_tensorrt import read_inspector
 from wanlab.engine_report.layers import PRODUCTS, Layer, precision_of
-from wanlab.engine_report.read_tensorrt import read_inspector
 from wanlab.engines.base import Engine, TensorType
 from wanlab.engines.onnxruntime import PROVIDERS as ORT_PROVIDERS
 from wanlab.engines.onnxruntime import OrtEngine

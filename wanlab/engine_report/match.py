@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from wanlab.engine_report.layers import EngineLayers, Layer
-from wanlab.engine_report.lint import total_ms
+from wanlab.engine_report.rules import total_ms
 
 COLUMNS = (
     "status", "how", "modules", "site", "role", "kind", "type_a", "type_b", "precision_a", "precision_b",

@@ -14,9 +14,9 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.core.formats import element_name
+from wanlab.engine_report.from_onnx import read_onnx
+from wanlab.engine_report.from_tensorrt import read_json
 from wanlab.engine_report.layers import EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
-from wanlab.engine_report.read_onnx import read_onnx
-from wanlab.engine_report.read_tensorrt import read_json
 from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 
 _SUFFIX = "_kernel_time"

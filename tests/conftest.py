@@ -34,7 +34,9 @@ LONG = ("notebook", "browser", "slow")
 SLOW_FIXTURES = {"captured", "exported"}  # a generation under the profiler, an export of a model
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own, which would come before this one
+@pytest.hookimpl(
+    tryfirst=True
+)  # xdist reads the groups in a hook of its own, which would come before this one
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order in which test processes take modules, each of which stays in one process (`--dist loadgroup`)."""
     turns: dict[str, int] = {}

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two test processes share the cores: one thread each, or they wait for one another.
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # The order of tests is that of tests/conftest.py: what takes long starts first.
-TESTS = $(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+TESTS = $(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # JupyterLab for this machine only: loopback, a new token at each start, and nothing asked of the internet.
 LAB_CONFIG := $(abspath $(dir $(lastword $(MAKEFILE_LIST))))/.jupyter
 LAB_FLAGS := --ip 127.0.0.1 --ServerApp.root_dir . --LabApp.extension_manager readonly --LabApp.news_url None \

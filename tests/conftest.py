@@ -34,15 +34,11 @@ LONG = ("notebook", "browser", "slow")
 SLOW_FIXTURES = {"captured", "exported"}  # a generation under the profiler, an export of a model
 
 
-@pytest.hookimpl(
-    tryfirst=True
-)  # xdist reads the groups in a hook of its own, which would come before this one
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order in which test processes take modules, each of which stays in one process (`--dist loadgroup`)."""
+    """The order in which test processes take modules, each of which stays in one process (`--dist loadscope`)."""
     turns: dict[str, int] = {}
     for item in items:
         module = item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group(module))
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         turns[module] = min(turns.get(module, len(FIRST) + len(LONG)), _turn(module, item))

@@ -213,7 +213,9 @@ def _matmul(function, target):
     schedule.reorder(*batch, rows, columns, depth, row_in, column_in, lane)
     schedule.reverse_compute_at(after, columns)
     _vectorise_innermost(schedule, after, vector)
-    schedule.parallel(schedule.fuse(*batch, rows, columns))
+    # Asked again: a loop of one turn may have been replaced when the other block was moved into it.
+    *outer, depth, row_in, column_in, lane = schedule.get_loops(block)
+    schedule.parallel(schedule.fuse(*outer))
     schedule.vectorize(lane)
     schedule.unroll(row_in)
     schedule.unroll(column_in)

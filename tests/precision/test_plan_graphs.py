@@ -156,7 +156,7 @@ def test_norms_are_taken_only_by_name():
 
 
 def test_one_table_of_axes():
-    from wanlab.engine_report import read_onnx as sizes
+    from wanlab.engine_report import from_onnx as sizes
     from wanlab.engines.tensorrt import profile
     from wanlab.export import components as inputs
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from support import convert_tiny as tiny
 
 from wanlab import export, models, precision
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import InternalError, WanlabError
 from wanlab.export.graph import file_bytes
 from wanlab.precision.assignment import layer_set_key
 from wanlab.precision.formats import decode_weight, encode_weight, get_format
@@ -601,10 +601,12 @@ def test_a_layer_that_did_not_come_out_as_asked_is_an_error(quantized):
     layers = [layer.layer for layer in quantized["int8-weight"].layers]
     assert verify(path, dict.fromkeys(layers, get_format("int8-weight"))) == {"int8-weight": 60}
     with pytest.raises(
-        WanlabError, match=r"input of blocks.0.attn1.to_. came out as not quantised, asked was int8"
+        InternalError, match=r"input of blocks.0.attn1.to_. came out as not quantised, asked was int8"
     ):
         verify(path, dict.fromkeys(layers, get_format("int8")))
-    with pytest.raises(WanlabError, match=r"weight of blocks.0.attn1.to_. came out as int8, asked was int4"):
+    with pytest.raises(
+        InternalError, match=r"weight of blocks.0.attn1.to_. came out as int8, asked was int4"
+    ):
         verify(path, dict.fromkeys(layers, get_format("int4-weight")))
-    with pytest.raises(WanlabError, match="written without blocks"):
+    with pytest.raises(InternalError, match="written without blocks"):
         verify(path, {"blocks.9": get_format("int8-weight")})

@@ -302,14 +302,15 @@ class SteppedEngine(Engine):
         )
         for _, _, graph in bands if resident else bands[:1]:
             self._engine(graph)
-        self.name = next(iter(self._open.values())).name
+        first = next(iter(self._open.values()))
+        self.name, self._device = first.name, first.device
 
     def __repr__(self) -> str:
         return f"SteppedEngine({self._component!r}, {len(self.bands)} ranges of steps, {self.name})"
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._open.values())).device
+        return self._device
 
     def band(self, step: int) -> Engine:
         """The engine of a step.

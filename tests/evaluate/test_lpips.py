@@ -184,7 +184,7 @@ def test_what_is_available_is_said_without_loading(monkeypatch, tmp_path):
     file.parent.mkdir(parents=True)
     file.touch()
     assert {b.name for b in evaluate.available_backbones() if b.available} == {"stlpips-alex", "lpips-vgg"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert {b.note for b in evaluate.available_backbones()} == {
         "pip install stlpips-pytorch",
         "pip install lpips",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanlab.evaluate.metrics import compare_videos
-from wanlab.evaluate.scores import ALL_METRICS
+from wanlab import evaluate
+from wanlab.evaluate.catalogue import ALL_METRICS
 
 HELP = "Score an optimised video against the original, frame by frame, and write the scores as JSON."
 
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         WanlabError: as `compare_videos`; the caller prints it.
     """
-    scores = compare_videos(
+    scores = evaluate.compare_videos(
         args.original,
         args.optimized,
         metrics=args.metric or ("lpips",),

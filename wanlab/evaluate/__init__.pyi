@@ -1,3 +1,8 @@
+from .catalogue import ALL_METRICS as ALL_METRICS
+from .catalogue import CATALOGUE as CATALOGUE
+from .catalogue import METRICS as METRICS
+from .catalogue import TEMPORAL as TEMPORAL
+from .catalogue import Metric as Metric
 from .heat import DifferenceClip as DifferenceClip
 from .heat import HeatMap as HeatMap
 from .heat import difference_clip as difference_clip
@@ -19,11 +24,6 @@ from .quality import divergence as divergence
 from .quality import floor_table as floor_table
 from .quality import floors as floors
 from .quality import tier as tier
-from .scores import ALL_METRICS as ALL_METRICS
-from .scores import CATALOGUE as CATALOGUE
-from .scores import METRICS as METRICS
-from .scores import TEMPORAL as TEMPORAL
-from .scores import Metric as Metric
 from .scores import Scores as Scores
 from .video import Video as Video
 from .video import read_pair as read_pair

@@ -8,8 +8,9 @@ import numpy as np
 
 from wanlab.core.errors import WanlabError
 from wanlab.evaluate import lpips
+from wanlab.evaluate.catalogue import METRICS
 from wanlab.evaluate.metrics import device_of, same_geometry, to_tensor
-from wanlab.evaluate.scores import METRICS, Scores
+from wanlab.evaluate.scores import Scores
 from wanlab.evaluate.video import as_video
 
 KINDS = ("lpips", "absolute")

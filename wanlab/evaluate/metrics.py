@@ -11,15 +11,8 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.evaluate import lpips
-from wanlab.evaluate.scores import (
-    ALL_METRICS,
-    CATALOGUE,
-    METRICS,
-    NO_BACKBONE,
-    TEMPORAL,
-    Scores,
-    long_table,
-)
+from wanlab.evaluate.catalogue import ALL_METRICS, CATALOGUE, METRICS, TEMPORAL
+from wanlab.evaluate.scores import NO_BACKBONE, Scores, long_table
 from wanlab.evaluate.video import Video, as_video
 
 _SIGMA, _RADIUS = 1.5, 5

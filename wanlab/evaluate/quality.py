@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import bootstrap_mean
+from wanlab.evaluate.catalogue import CATALOGUE, METRICS
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
-from wanlab.evaluate.scores import CATALOGUE, METRICS, Scores, mean_score, same_backbone
+from wanlab.evaluate.scores import Scores, mean_score, same_backbone
 from wanlab.models.variants import alternate_sdpa, compile_blocks
 
 __all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_truth", "quality_loss"]

@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.evaluate.catalogue import CATALOGUE
+from wanlab.evaluate.catalogue import CATALOGUE as titles_of
 from wanlab.evaluate.quality import floor_table
-from wanlab.evaluate.scores import CATALOGUE
-from wanlab.evaluate.scores import CATALOGUE as titles_of
 from wanlab.plots.style import FONT, GREY, OTHERS, ROW_PX, colour, needs, theme
 
 PANELS_A_ROW = 4

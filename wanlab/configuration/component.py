@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def component_candidates(
     return candidates, left_out
 
 
-def _of_pair(component: str, engine: str, plan) -> tuple[str, Configuration, str]:
+def _of_pair(component: str, engine: str, plan: Any) -> tuple[str, Configuration, str]:
     """Label, configuration and, where the two do not go together, why."""
     rules = load_configuration(plan=plan).plan
     label = engine if rules is None else f"{engine} {rules.name}"
@@ -174,7 +175,7 @@ def component_files(
     candidates: Iterable[Candidate],
     folder: str | os.PathLike,
     *,
-    size: Mapping[str, int],
+    size: Mapping[str, Any],
     ranges: Mapping[str, float] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -239,7 +240,7 @@ def component_files(
 
 
 def _calibrated(
-    model: Model, component: str, place: Path, size: Mapping[str, int], seed: int, progress: bool
+    model: Model, component: str, place: Path, size: Mapping[str, Any], seed: int, progress: bool
 ) -> dict[str, Calibration]:
     recording = random_recording(model, component, place / f"random-{component}", steps=2, seed=seed, **size)
     return {component: calibrate(model, component, recording, layers="*", method="max", progress=progress)}
@@ -343,7 +344,7 @@ def open_candidate(
             f"{candidate.label} steps {first}-{last}",
             candidate,
             engine,
-            lambda step=first: applied.at(step),
+            partial(applied.at, first),
             _effect_of(model, component, candidate, engine, applied),
             _on_codes(applied, component, first),
             weight_bytes,

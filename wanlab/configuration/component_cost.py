@@ -220,8 +220,10 @@ def measure_component(
             f"{known.name} has no component {component!r}{did_you_mean(component, known.components)}; it has {names}"
         )
     defaults = known.defaults
-    size = {"height": height, "width": width, "frames": frames}
-    size = {name: getattr(defaults, name) if value is None else value for name, value in size.items()}
+    asked = {"height": height, "width": width, "frames": frames}
+    size: dict[str, Any] = {
+        name: getattr(defaults, name) if value is None else value for name, value in asked.items()
+    }
     selected, ranges = None, None
     if select_by_time or profiler_ranges:
         loaded = models.load(
@@ -243,7 +245,7 @@ def measure_component(
         device=place,
     )
     with tempfile.TemporaryDirectory(prefix="wanlab-component-") as scratch:
-        order = {
+        order: dict[str, Any] = {
             "model": model,
             "load": {
                 "device": str(place),

@@ -363,7 +363,7 @@ ALONE = ("load_ms", "weights_gib", "forward_gib", "peak_memory_gib")
 
 def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Label -> memory and load time, from a process that holds this candidate alone."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for index, candidate in enumerate(job.candidates):
         if candidate.label not in prepared["left_out"]:
             try:
@@ -376,7 +376,7 @@ def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def in_processes(job: Job) -> Outcome:
-    prepared = in_own_process(MODULE, job.order, f"the inputs of {job.component}")
+    prepared: dict[str, Any] = in_own_process(MODULE, job.order, f"the inputs of {job.component}")
     rows: list[dict[str, Any]] = []
     order = [*range(len(job.candidates)), 0]  # the baseline once more, at the end
     for index in order:

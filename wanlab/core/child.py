@@ -10,7 +10,7 @@ from typing import Any
 from wanlab.core.errors import WanlabError
 
 
-def in_own_process(module: str, order: dict[str, Any], what: str) -> dict[str, float]:
+def in_own_process(module: str, order: dict[str, Any], what: str) -> dict[str, Any]:
     """Run `python -m module` with `order` as JSON on its standard input; its last line of output is the result as JSON.
 
     Args:

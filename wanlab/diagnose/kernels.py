@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -74,7 +75,7 @@ class Operations:
         return self.linear + self.attention + self.convolution
 
 
-def count_operations(call: Callable[[], object]) -> tuple[Operations, object]:
+def count_operations(call: Callable[[], Any]) -> tuple[Operations, Any]:
     """Operations of one call of eager PyTorch, by torch.utils.flop_counter; and what the call returned."""
     # PyTorch registers no count for the attention kernel of the CPU.
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_of_cpu}

@@ -299,7 +299,8 @@ class RangeCost:
     @property
     def percent(self) -> tuple[float, float, float]:
         """Slow-down by the ranges in percent, and its 95 % interval."""
-        gain = measure.compare(*self.samples.values(), self.control.noise_percent)
+        without, within = self.samples.values()
+        gain = measure.compare(without, within, self.control.noise_percent)
         middle, low, high = (100 * (1 / ratio - 1) for ratio in (gain.speedup, gain.high, gain.low))
         return middle, low, high
 
@@ -317,7 +318,8 @@ class RangeCost:
 
     def __str__(self) -> str:
         middle, low, high = self.percent
-        verdict = measure.compare(*self.samples.values(), self.control.noise_percent).verdict
+        without, within = self.samples.values()
+        verdict = measure.compare(without, within, self.control.noise_percent).verdict
         holds = (
             "cost nothing that can be told from noise" if verdict == NOT_DISTINGUISHABLE else f"are {verdict}"
         )

@@ -82,8 +82,10 @@ def plans_by_time(
         progress: show bars.
     """
     defaults = model.spec.defaults
-    size = {"height": height, "width": width, "frames": frames}
-    size = {key: getattr(defaults, key) if value is None else value for key, value in size.items()}
+    asked = {"height": height, "width": width, "frames": frames}
+    size: dict[str, Any] = {
+        key: getattr(defaults, key) if value is None else value for key, value in asked.items()
+    }
     if small is None:
         small = SMALL if size["height"] * size["width"] > SMALL["height"] * SMALL["width"] else size
     with tempfile.TemporaryDirectory(prefix="wanlab-by-time-") as folder:

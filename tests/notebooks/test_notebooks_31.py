@@ -20,7 +20,7 @@ def test_the_bound_is_said_before_the_work(done):
     assert 1 < bound["at_format"] < bound["infinite"]
     assert bound["infinite"] == pytest.approx(1 / (1 - bound["share_percent"] / 100))
     text = done.page.get_text()
-    assert text.index("Bound: linear layers") < text.index("What every rounding does")
+    assert text.index("Bound: linear layers") < text.index("What rounding does")
     assert "counted and not timed" in text
 
 

@@ -26,7 +26,6 @@ QUICK = {  # the quickstart in the shortest form that still does all that it doe
     "frames: int = 9": "frames: int = 5",
     "iterations: int = 2": "iterations: int = 1",
     "cases: int = 3": "cases: int = 1",
-    "export_all(original, folder, dynamic": 'export_all(original, folder, ("text_encoder",), dynamic',
 }
 REPORT = """<!doctype html><p>empty</p><script>
 let said = "drawn, and free"; try { document.cookie } catch { said = "drawn, and shut in" }

@@ -135,8 +135,16 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     used = configuration.configure(model, chosen, folder, **SIZE, progress=False)
     assert used.effect == "as asked"
     assert "expert_low.onnx computes expert_low by plan uniform-int8-weight: 66 of 66 layers" in used.proof
-    assert list(used.frame["component"].unique()) == ["expert_high", "expert_low"]
-    assert used.model.engines["expert_high"] == "eager"
+    rows = [
+        ("expert_high", "int8-weight"),
+        ("expert_high", "as-loaded"),
+        ("expert_low", "int8-weight"),
+        ("expert_low", "as-loaded"),
+    ]
+    assert (
+        list(zip(used.frame["component"], used.frame["format"], strict=True)) == rows
+    )  # all but the patch embedding
+    assert used.model.engines["expert_high"] == "eager, plan uniform-int8-weight"
     assert used.weight_bytes < 0.8 * sum(part.memory_bytes for part in model.load.parts)
     everywhere = configuration.configure(model, "onnxruntime-int8-weights", folder, **SIZE, progress=False)
     assert everywhere.effect == "as asked"

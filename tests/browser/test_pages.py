@@ -22,7 +22,7 @@ from support.comparison_runs import result_line
 from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
 from wanlab.pages import publish, render, render_index
-from wanlab.pages.markup import PLOTLY
+from wanlab.pages.report import PLOTLY
 from wanlab.runs.folder import RunFolder
 
 pytestmark = pytest.mark.browser

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanlab.core.errors import WanlabError
-from wanlab.pages import markup
+from wanlab.pages import report
 from wanlab.pages.report import page_of, render
 from wanlab.pages.templates import json_script
 
@@ -167,7 +167,7 @@ def test_hostile_strings_are_text_everywhere():
         f"# {HOSTILE}\n\n{HOSTILE}",
         HOSTILE,
         code(HOSTILE, data={"text/html": HOSTILE, "text/plain": HOSTILE}),
-        code(HOSTILE, data={markup.PLOTLY: figure}),
+        code(HOSTILE, data={report.PLOTLY: figure}),
         code(HOSTILE, data={"text/markdown": HOSTILE}),
         code(HOSTILE, data={"image/svg+xml": f"<svg onload='x'>{HOSTILE}</svg>"}),
         code(HOSTILE, outputs=[v4.new_output("stream", name="stdout", text=HOSTILE)]),
@@ -192,7 +192,7 @@ def test_ends_are_said_in_words(state, words):
 
 
 def test_widgets_show_nothing():
-    bar = {markup.WIDGET: {"model_id": "x"}, "text/plain": "0%|          | 0/10"}
+    bar = {report.WIDGET: {"model_id": "x"}, "text/plain": "0%|          | 0/10"}
     soup = assert_closed(
         page(
             notebook(
@@ -209,7 +209,7 @@ def test_plotly_is_inside_once_and_only_when_needed():
     from plotly.offline import get_plotlyjs
 
     figure = {"data": [], "layout": {"height": 300}}
-    with_figures = page(notebook("# Q?", *[code(data={markup.PLOTLY: figure}) for _ in range(3)]))
+    with_figures = page(notebook("# Q?", *[code(data={report.PLOTLY: figure}) for _ in range(3)]))
     soup = assert_closed(with_figures)
     assert len(soup.select("[data-figure]")) == 3
     assert with_figures.count(get_plotlyjs()[:200]) == 1
@@ -253,7 +253,7 @@ def test_clips_and_pictures_stay_inside_and_others_do_not(tmp_path):
 )
 def test_a_picture_whose_name_is_no_file_is_left_out(source, tmp_path):
     # What is raised inside nh3 is printed and lost, so nothing may be.
-    assert markup.sanitise(f'<img src="{source}" alt="a">', markup.Page(tmp_path)) == '<img alt="a">'
+    assert report.sanitise(f'<img src="{source}" alt="a">', report.Page(tmp_path)) == '<img alt="a">'
 
 
 @pytest.mark.parametrize(
@@ -323,10 +323,10 @@ def test_a_picture_whose_name_is_no_file_is_left_out(source, tmp_path):
     ],
 )
 def test_html_of_a_notebook_keeps_what_is_allowed(given, kept):
-    clean = markup.sanitise(given, markup.Page())
+    clean = report.sanitise(given, report.Page())
     assert kept is None or clean == kept
     soup = BeautifulSoup(clean, "html.parser")
-    assert {tag.name for tag in soup.find_all(True)} <= markup.TAGS
+    assert {tag.name for tag in soup.find_all(True)} <= report.TAGS
     assert {name for tag in soup.find_all(True) for name in tag.attrs} <= {
         "class",
         "title",
@@ -335,7 +335,7 @@ def test_html_of_a_notebook_keeps_what_is_allowed(given, kept):
         "src",
         "alt",
     }
-    assert markup.sanitise(clean, markup.Page()) == clean
+    assert report.sanitise(clean, report.Page()) == clean
 
 
 def test_tables_of_pandas_survive():
@@ -348,26 +348,26 @@ def test_tables_of_pandas_survive():
 
 
 def test_long_output_is_folded_and_floods_are_cut():
-    short = markup.text("a\nb")
+    short = report.text_html("a\nb")
     assert "<details>" not in short
-    assert markup.text("\n".join(["x"] * 40)).startswith("<details>")
-    flood = markup.text("\n".join(f"line {i}" for i in range(100_000)))
-    assert len(flood) < 2 * markup.KEPT_CHARS
+    assert report.text_html("\n".join(["x"] * 40)).startswith("<details>")
+    flood = report.text_html("\n".join(f"line {i}" for i in range(100_000)))
+    assert len(flood) < 2 * report.KEPT_CHARS
     assert "line 0" in flood
     assert "line 99999" in flood
     assert "99600 lines left out" in flood
-    assert len(markup.text("x" * 10**7)) < 2 * markup.KEPT_CHARS
+    assert len(report.text_html("x" * 10**7)) < 2 * report.KEPT_CHARS
 
 
 def test_progress_bars_show_their_last_state():
-    assert "100%" in markup.text("\r 10%|#\r 50%|##\r100%|###\n", quiet=True)
-    assert "10%|#" not in markup.text("\r 10%|#\r 50%|##\r100%|###\n").replace("100%|###", "")
-    assert markup.text(" \n\n") == ""
+    assert "100%" in report.text_html("\r 10%|#\r 50%|##\r100%|###\n", quiet=True)
+    assert "10%|#" not in report.text_html("\r 10%|#\r 50%|##\r100%|###\n").replace("100%|###", "")
+    assert report.text_html(" \n\n") == ""
 
 
-@pytest.mark.parametrize("kind", [*markup.IMAGES, "image/svg+xml"])
+@pytest.mark.parametrize("kind", [*report.IMAGES, "image/svg+xml"])
 def test_a_picture_is_base64_and_nothing_more(kind):
-    text = '"onerror="alert(1)"><p>' if kind in markup.IMAGES else '<svg onload="alert(1)"/>'
+    text = '"onerror="alert(1)"><p>' if kind in report.IMAGES else '<svg onload="alert(1)"/>'
     soup = assert_closed(page(notebook("# Q?", code(data={kind: text}))))
     assert "onerror" not in str(soup.select_one("section.cell img"))
     wrapped = code(data={kind: "AA\nAA\n"})  # as Jupyter writes it
@@ -377,12 +377,12 @@ def test_a_picture_is_base64_and_nothing_more(kind):
 @given(st.text())
 @settings(max_examples=60)
 def test_any_text_is_safe_as_html_markdown_and_json(text):
-    beside = markup.Page(Path(__file__).parent)
+    beside = report.Page(Path(__file__).parent)
     picture = f'<img src="{html.escape(text)}">'
     for fragment in (
-        markup.sanitise(text, markup.Page()),
-        markup.markdown(text, markup.Page()),
-        markup.sanitise(picture, beside),
+        report.sanitise(text, report.Page()),
+        report.markdown_html(text, report.Page()),
+        report.sanitise(picture, beside),
     ):
         soup = BeautifulSoup(fragment, "html.parser")
         assert not soup.find_all(["script", "style", "iframe", "link"])

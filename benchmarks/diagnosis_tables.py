@@ -38,7 +38,9 @@ def breakdown() -> str:
     rows.append(
         ["wall clock under the profiler", *(f"{b.wall_ms / 1e3:.1f} s" for b in found.values()), "", ""]
     )
-    rows.append(["rows miss it by", *(f"{abs(b.closes_percent):.2f} %" for b in found.values()), "", ""])
+    rows.append(
+        ["sum of the rows, off by", *(f"{abs(b.residual_percent):.2f} %" for b in found.values()), "", ""]
+    )
     experts = first.experts().set_index(["component", "category"]).loc[("expert_high", "self_attention")]
     environment = json.loads((ROOT / "data" / "traces" / "environment.json").read_text())
     note = (
@@ -115,10 +117,10 @@ def memory() -> str:
 
 
 def memory_options() -> str:
-    record = read("memory_levers_h200")
+    record = read("memory_options_h200")
     rows = []
-    for model, table in record["levers"].items():
-        base = next(row for row in table if row["lever"] == "untouched")
+    for model, table in record["options"].items():
+        base = next(row for row in table if row["option"] == "untouched")
         rows.append([model, "untouched", f"{base['peak_gib']:.1f} GiB", "", "", ""])
         for row in table:
             if row["state"] == "measured":
@@ -127,14 +129,14 @@ def memory_options() -> str:
                 )
                 saved = f"{row['saved_gib']:.2f} GiB" if row["saves"] else "nothing"
                 cost = f"{row['time_ratio']:.2f}x"
-                rows.append(["", row["lever"], f"{row['peak_gib']:.1f} GiB", saved, cost, psnr])
+                rows.append(["", row["option"], f"{row['peak_gib']:.1f} GiB", saved, cost, psnr])
     sizes = "; ".join(
         f"{model} {s['height']}x{s['width']}x{s['frames']}"
         for model, s in record["settings"].items()
         if isinstance(s, dict)
     )
     note = f"\n\n{machine(record['environment'])}; {sizes}; BF16, random weights, 2 steps, no guidance."
-    return markdown(["model", "lever", "allocated at the peak", "saves", "time", "video"], rows) + note
+    return markdown(["model", "option", "allocated at the peak", "saves", "time", "video"], rows) + note
 
 
 def reading() -> str:
@@ -179,6 +181,6 @@ def captures() -> str:
 
 
 TABLES = {
-    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "levers": memory_options,
+    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
     "ranges": ranges, "captures": captures, "reading": reading,
 }  # fmt: skip

@@ -155,7 +155,7 @@ def captured(nano, tmp_path_factory):
 
 def test_a_real_generation_closes_on_its_own_clock(captured):
     found = diagnose.breakdown(captured)
-    assert abs(found.closes_percent) < 1
+    assert abs(found.residual_percent) < 1
     assert found.recorded_ms == captured.generation["wall_ms"]
     assert {"expert_high", "expert_low", "vae_decoder", "text_encoder"} <= set(found.parts["component"])
     row = found.row()

@@ -1,4 +1,4 @@
-"""Memory: rows that add up to the peak, blocks with their owners, levers that leave the model as it was."""
+"""Memory: rows that add up to the peak, blocks with their owners, options that leave the model as it was."""
 
 from __future__ import annotations
 
@@ -164,13 +164,13 @@ def test_a_trace_without_allocations_says_how_to_get_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_levers_are_measured_and_let_go(nano):
+def test_options_are_measured_and_let_go(nano):
     case = heldout.example_case()
     vae, attention = nano.pipeline.vae, torch.nn.functional.scaled_dot_product_attention
     before = {name: value for name, value in vars(vae).items() if "til" in name}
     weights = {name: tensor.clone() for name, tensor in nano.component("expert_low").state_dict().items()}
     table = diagnose.memory_options(nano, case.truth()[0], case.caption, progress=False, **TINY).set_index(
-        "lever"
+        "option"
     )
     assert {name: value for name, value in vars(vae).items() if "til" in name} == before
     assert torch.nn.functional.scaled_dot_product_attention is attention
@@ -185,5 +185,5 @@ def test_levers_are_measured_and_let_go(nano):
     assert "GPU" in table.loc["expert offload", "reason"]
     assert np.isnan(table.loc["expert offload", "saved_gib"])
     assert len(plots.memory_option_bars(table.reset_index()).data[0].x) == 3
-    with pytest.raises(WanlabError, match="no lever"):
+    with pytest.raises(WanlabError, match="no option"):
         plots.memory_option_bars(table.reset_index().head(2))

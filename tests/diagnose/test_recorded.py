@@ -24,7 +24,7 @@ def test_it_is_small_and_closes_on_the_wall_clock(recorded, name):
     trace = recorded[name]
     assert trace.path.stat().st_size <= 3e6
     found = diagnose.breakdown(trace)
-    assert abs(found.closes_percent) < 1
+    assert abs(found.residual_percent) < 1
     assert found.gpu["busy_percent"] > 80
     flame = diagnose.gpu_flame(trace)
     assert flame.total_us == pytest.approx(trace.kernels["time_us"].sum(), rel=1e-6)
@@ -79,7 +79,7 @@ def test_one_trace_per_rank_is_read_as_the_lowest_rank(root, tmp_path):
     assert (trace.rank, trace.path.name) == (0, "rank0.pt.trace.json.gz")
     assert any("rank 0 of 2" in note and "rank 1 " in note for note in trace.notes)
     found = diagnose.breakdown(trace)
-    assert abs(found.closes_percent) < 1
+    assert abs(found.residual_percent) < 1
     assert found.share_percent("communication") > 10
     one = diagnose.read_trace(folder / "rank1.pt.trace.json.gz")
     assert any("one rank of 2" in note for note in one.notes)

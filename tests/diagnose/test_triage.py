@@ -214,7 +214,7 @@ def test_quality(low, high, expected):
 
 @pytest.mark.parametrize(("times", "end"), [(0.4, "same_video"), (math.inf, "find_truth")])
 def test_without_a_truth_the_divergence_is_held_against_its_floor(times, end):
-    numbers = measured(divergence__lpips_times_floor=times)
+    numbers = measured(divergence__lpips_ratio_to_noise_floor=times)
     del numbers["quality_loss.low_percent"], numbers["quality_loss.high_percent"]
     assert way(diagnose.triage(numbers), "Quality?") == ["quality_lost", "divergence", end]
 
@@ -438,7 +438,7 @@ def test_what_lies_beside_a_run_is_read(tmp_path):
     (tmp_path / "base" / "run.json").write_text(json.dumps({"environment": environment}))
     with (tmp_path / "quality" / "artifacts" / "divergence.csv").open("w", newline="") as file:
         lines = csv.writer(file)
-        lines.writerows([["metric", "mean", "times_floor"], ["psnr", 40, 2], ["lpips", 0.1, "inf"]])
+        lines.writerows([["metric", "mean", "ratio_to_noise_floor"], ["psnr", 40, 2], ["lpips", 0.1, "inf"]])
     rows = [
         row("10_baseline", folder=tmp_path / "base", m__baseline__peak_memory_gib=139.8 / 2),
         row(

@@ -111,7 +111,7 @@ def test_divergence_is_read_against_its_loosest_floor():
     assert set(small.frame["floor_name"]) == {"other kernel"}
     assert set(small.frame["verdict"]) == {"within floor"}
     assert set(large.frame["verdict"]) == {"above floor"}
-    assert (large.frame["times_floor"] > 2).all()
+    assert (large.frame["ratio_to_noise_floor"] > 2).all()
     expected = evaluate.compare_videos(*floors["other kernel"], progress=False)
     assert small.frame["floor"].tolist() == expected.summary["mean"].tolist()
     assert "above the noise floor" in str(large)
@@ -140,7 +140,7 @@ def test_an_interval_that_reaches_the_floor_is_within_it():
     floor = [(original, near(original, 0.02, 2))]
     result = evaluate.divergence([original] * 2, optimized, floor, metrics="psnr", progress=False)
     row = result.frame.iloc[0]
-    assert row["times_floor"] > 1
+    assert row["ratio_to_noise_floor"] > 1
     assert row["low"] < row["floor"] < row["high"]
     assert row["verdict"] == "within floor"
     assert str(result).startswith("the difference is within the noise floor")
@@ -162,10 +162,10 @@ def test_divergence_of_equal_videos_from_a_floor_of_zero():
     video = clip()
     exact = evaluate.divergence(video, video.copy(), floor=(video, video), progress=False)
     assert set(exact.frame["verdict"]) == {"identical"}
-    assert set(exact.frame["times_floor"]) == {0}
+    assert set(exact.frame["ratio_to_noise_floor"]) == {0}
     off = evaluate.divergence(video, near(video, 0.001), floor=[(video, video)], progress=False)
     assert set(off.frame["verdict"]) == {"above floor"}
-    assert set(off.frame["times_floor"]) == {math.inf}
+    assert set(off.frame["ratio_to_noise_floor"]) == {math.inf}
 
 
 def test_divergence_refuses_cases_that_do_not_pair():

@@ -44,7 +44,7 @@ def with_scores(lpips, psnr, floor=None):
         {
             "metric": metric, "backbone": backbone, "cases": 2, "mean": value, "low": value, "high": value,
             "worst": value, "floor": floor if metric == "lpips" and floor else math.nan,
-            "times_floor": math.nan, "verdict": "above floor",
+            "ratio_to_noise_floor": math.nan, "verdict": "above floor",
         }
         for metric, backbone, value in (("lpips", "stlpips-alex", lpips), ("psnr", "-", psnr))
     ]  # fmt: skip

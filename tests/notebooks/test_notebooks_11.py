@@ -31,5 +31,5 @@ def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, ro
         "-p", f"compare={traces / 'wan2.2-ti2v-5b-compiled.pt.trace.json.gz'}",
     )  # fmt: skip
     assert read.values["breakdown"]["gpu_busy_percent"] > 80
-    assert abs(read.values["breakdown"]["closes_percent"]) < 1
+    assert abs(read.values["breakdown"]["residual_percent"]) < 1
     assert read.values["difference"]["change_ms"] < -1000

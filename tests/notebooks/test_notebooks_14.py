@@ -1,4 +1,4 @@
-"""The memory notebook: a fresh capture with its levers, and the recorded trace of a large model."""
+"""The memory notebook: a fresh capture with its options, and the recorded trace of a large model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.notebook
 
 
-def test_memory_of_a_fresh_capture_and_what_levers_save(run_notebook):
+def test_memory_of_a_fresh_capture_and_what_options_save(run_notebook):
     done = run_notebook("14_memory", "-p", "height=64", "-p", "width=64", "-p", "steps=2")
     memory = done.values["memory"]
     parts = ("weights", "activations", "workspace", "text_embedding", "fragmentation", "other")

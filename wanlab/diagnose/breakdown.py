@@ -361,7 +361,7 @@ class Breakdown:
     notes: tuple[str, ...]
 
     @property
-    def closes_percent(self) -> float:
+    def residual_percent(self) -> float:
         """Difference of the rows' sum to the wall clock: of the generation where it was recorded, else of the trace."""
         wall = self.recorded_ms or self.wall_ms
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
@@ -397,7 +397,7 @@ class Breakdown:
         gpu = {f"gpu_{name}" if name == "busy_percent" else name: value for name, value in self.gpu.items()}
         return {
             "wall_ms": self.wall_ms,
-            "closes_percent": self.closes_percent,
+            "residual_percent": self.residual_percent,
             "host_busy_percent": self.host_busy_percent,
             **gpu,
             **shares,

@@ -38,7 +38,7 @@ class Divergence:
     Attributes:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
             over cases, undefined for one case), worst, floor, floor_name (the largest noise floor),
-            times_floor (ratio to the noise floor: error over the floor's error; error is LPIPS, 1 - SSIM, MSE,
+            ratio_to_noise_floor (ratio to the noise floor: error over the floor's error; error is LPIPS, 1 - SSIM, MSE,
             flicker, or the distance from a perfect copy's score), and verdict:
             `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
             is above it) or `"no floor"`.
@@ -71,7 +71,7 @@ class Divergence:
         row = self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
         floor = ""
         if row["floor_name"] is not None and row["verdict"] != "identical":
-            times = _times_text(row["times_floor"])
+            times = _times_text(row["ratio_to_noise_floor"])
             floor = f", {times} the floor of {row['floor']:.4g} ({row['floor_name']})"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
         return f"{HOLDS[row['verdict']]}: {row['metric'].upper()}{backbone} {row['mean']:.4g}{floor}"
@@ -122,7 +122,7 @@ def divergence(
         name = max(known, key=lambda floor: error(known[floor])) if known else None
         mean = mean_score(values)
         times, least_times = (
-            _times_floor(value, error(known[name])) if known else math.nan
+            _ratio_to_floor(value, error(known[name])) if known else math.nan
             for value in (error(mean), _least_error(row.metric, mean, low, high))
         )
         rows.append(
@@ -136,7 +136,7 @@ def divergence(
                 "worst": max(values, key=error),
                 "floor": known[name] if known else math.nan,
                 "floor_name": name,
-                "times_floor": times,
+                "ratio_to_noise_floor": times,
                 "verdict": _verdict(max(map(error, values)), least_times),
             }
         )
@@ -190,18 +190,18 @@ def _times_text(times: float) -> str:
     return f"{times:.3g} times" if times < 1000 else "over 1,000 times"
 
 
-def _times_floor(error: float, least: float) -> float:
+def _ratio_to_floor(error: float, least: float) -> float:
     if error <= 0:
         return 0.0
     return error / least if least > 0 else math.inf
 
 
-def _verdict(largest_error: float, times_floor: float) -> str:
+def _verdict(largest_error: float, ratio_to_noise_floor: float) -> str:
     if largest_error <= 0:
         return "identical"
-    if math.isnan(times_floor):
+    if math.isnan(ratio_to_noise_floor):
         return "no floor"
-    return "within floor" if times_floor <= 1 else "above floor"
+    return "within floor" if ratio_to_noise_floor <= 1 else "above floor"
 
 
 AGAIN, OTHER_ATTENTION, COMPILED = "run again", "other attention kernel", "compiled"

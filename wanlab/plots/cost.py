@@ -501,17 +501,17 @@ def memory_timeline(account: Any) -> go.Figure:
 
 
 def memory_option_bars(table: Any) -> go.Figure:
-    """What each lever saves, beside what it costs in time; levers within the noise are grey.
+    """What each option saves, beside what it costs in time; options within the noise are grey.
 
     Args:
         table: as `diagnose.memory_options` gives it.
 
     Raises:
-        WanlabError: no lever was measured.
+        WanlabError: no option was measured.
     """
     measured = table[table["state"] == "measured"]
     if measured.empty:
-        raise WanlabError("no lever was measured; see the reasons in the table")
+        raise WanlabError("no option was measured; see the reasons in the table")
     scale, unit = _unit(float(table["peak_gib"].max()) * 2**30)
     saved = measured["saved_gib"] * 2**30 / scale
     slower = [
@@ -521,7 +521,7 @@ def memory_option_bars(table: Any) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=saved.tolist(),
-            y=measured["lever"].tolist(),
+            y=measured["option"].tolist(),
             orientation="h",
             text=slower,
             textposition="outside",

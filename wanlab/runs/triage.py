@@ -125,7 +125,7 @@ class _Run:
         for line in _table(folder, "divergence"):
             if line.get("metric") == "lpips":
                 numbers["divergence.lpips"] = _float(line.get("mean"))
-                numbers["divergence.lpips_times_floor"] = _float(line.get("times_floor"))
+                numbers["divergence.lpips_ratio_to_noise_floor"] = _float(line.get("ratio_to_noise_floor"))
         memory = facts.get("gpu_memory_gib") if elsewhere else read_run(folder).machine.memory_gib
         numbers[f"{notebook}.device_memory_gib"] = _float(memory)
         known = {

@@ -48,7 +48,7 @@ def memory_options(
         image, prompt, settings: arguments of `Model.generate`.
 
     Returns:
-        DataFrame: lever (the option), state ("baseline", "measured", "not here"), reason, peak_gib (on a GPU the
+        DataFrame: option, state ("baseline", "measured", "not here"), reason, peak_gib (on a GPU the
         allocator's peak, on a CPU the profiler's allocations and the weights), saved_gib, noise_gib, saves (whether the
         saving is above the noise), time_ms, time_ratio (to the unchanged model), noise_percent (of the time), psnr_db (to
         the unchanged model's video; infinity where they are equal), floor_db (the same between the two unchanged runs).
@@ -77,7 +77,7 @@ def memory_options(
     def row(name: str, result: _Measured, state: str) -> dict:
         saved = (base - result.peak_bytes) / GIB
         return {
-            "lever": name, "state": state, "reason": "", "peak_gib": result.peak_bytes / GIB, "saved_gib": saved,
+            "option": name, "state": state, "reason": "", "peak_gib": result.peak_bytes / GIB, "saved_gib": saved,
             "noise_gib": noise, "saves": saved > noise, "time_ms": result.time_ms,
             "time_ratio": result.time_ms / time_ms, "noise_percent": noise_percent,
             "psnr_db": _psnr(first.video, result.video), "floor_db": floor,
@@ -85,7 +85,7 @@ def memory_options(
 
     rows = [row("untouched", first, "baseline"), row("untouched again", again, "baseline")]
     for name, result in results.items():
-        missing = {"lever": name, "state": "not here", "reason": result, "saves": False}
+        missing = {"option": name, "state": "not here", "reason": result, "saves": False}
         rows.append(missing if isinstance(result, str) else row(name, result, "measured"))
     return pd.DataFrame(rows)
 
@@ -96,7 +96,7 @@ def memory_advice(options: pd.DataFrame | None) -> str:
     if useful.empty:
         return ""
     best = useful.loc[useful["saved_gib"].idxmax()]
-    return f"Most is saved by {best['lever']}: {best['saved_gib']:.2f} GiB at {best['time_ratio']:.2f}x the time."
+    return f"Most is saved by {best['option']}: {best['saved_gib']:.2f} GiB at {best['time_ratio']:.2f}x the time."
 
 
 def _take(model: Model, *, image: Any, prompt: str, settings: dict) -> _Measured:

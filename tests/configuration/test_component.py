@@ -20,7 +20,7 @@ from wanlab.configuration.component import (
 from wanlab.configuration.component_cost import ComponentCost, roofline_ms
 from wanlab.configuration.configuration import load_configuration
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.kernels import Operations, call_kernels, count_operations
+from wanlab.diagnose.operators import Operations, call_kernels, count_operations
 from wanlab.measure import Ceilings, Samples
 from wanlab.measure.timing import control_of
 from wanlab.precision.products import product_bound, product_times

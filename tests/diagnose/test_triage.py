@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from wanlab import diagnose, plots
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import CATEGORIES
-from wanlab.diagnose.triage.tree import DEFAULT
+from wanlab.diagnose.triage import DEFAULT
 from wanlab.evaluate.loss import QualityLoss
 from wanlab.measure.memory import PeakMemory
 from wanlab.runs.parameters import read_schema

@@ -23,7 +23,7 @@ from wanlab.engines.tensorrt.build import layers_from_log, layers_path, parse_li
 from wanlab.engines.tensorrt.build_info import BuildInfo
 from wanlab.engines.tensorrt.engine import deserialize
 from wanlab.engines.tensorrt.profile import clip_range, network_shapes, read_source, traced_range
-from wanlab.export.clip import AXES
+from wanlab.export.components import AXES
 
 ARTICLE = PixelProfile(min=(480, 854), opt=(720, 1280), max=(1080, 1920))
 TARGETS = ("8.6", "8.9", "12.0")

@@ -16,8 +16,7 @@ from support import convert_tiny as tiny
 from wanlab import engines, export, measure
 from wanlab.core.errors import WanlabError
 from wanlab.export.components import component_spec
-from wanlab.measure.bench import Bench
-from wanlab.measure.buffers import buffers
+from wanlab.measure.bench import Bench, make_buffers
 
 pytestmark = pytest.mark.slow
 
@@ -254,7 +253,7 @@ def test_mistakes_are_named(model, engine):
         (lambda: measure.bench(engine, {"hidden": torch.zeros(1)}), "did you mean 'hidden_states'"),
         (lambda: measure.events_check(engine, feeds(model), made_up()), "no events to check"),
         (lambda: measure.bench_table([]), "no benchmark"),
-        (lambda: buffers("pycudda", {}, {}, torch.device("cpu")), "did you mean 'pycuda'"),
+        (lambda: make_buffers("pycudda", {}, {}, torch.device("cpu")), "did you mean 'pycuda'"),
         (
             lambda: engine.bind(feeds(model), {"velocity": torch.zeros(1, dtype=torch.float16)}),
             "'velocity' of expert_high.onnx is float32 on cpu; torch.float16",

@@ -19,7 +19,7 @@ from wanlab import engines, models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.engines.tensorrt import runtime as runtimes
 from wanlab.engines.tensorrt.build import layers_path
-from wanlab.export.clip import AXES
+from wanlab.export.components import AXES
 from wanlab.export.graph import file_bytes
 from wanlab.precision.qdq import chosen_formats, is_norm
 

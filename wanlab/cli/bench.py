@@ -22,8 +22,7 @@ from wanlab.engines.registry import (
     open_engine,
     suffixes,
 )
-from wanlab.export.clip import default_shape
-from wanlab.export.components import component_spec, random_feeds
+from wanlab.export.components import component_spec, default_shape, random_feeds
 
 HELP = """Time an engine file, or a component of a model in PyTorch, as trtexec does: host and device latency,
 throughput, and the noise of the measurement against itself."""

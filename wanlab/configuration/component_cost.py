@@ -25,8 +25,8 @@ from wanlab.configuration.configuration import save_configuration
 from wanlab.configuration.configure import NO_EFFECT
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.diagnose import operators
-from wanlab.diagnose.kernels import COLUMNS as KERNEL_COLUMNS
-from wanlab.diagnose.kernels import Operations
+from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
+from wanlab.diagnose.operators import Operations
 from wanlab.engines.component_bench import RangeCost, range_cost
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Comparison, Samples

@@ -32,14 +32,13 @@ from wanlab.configuration.component import (
     open_candidate,
 )
 from wanlab.configuration.configuration import load_configuration
-from wanlab.core.child import in_own_process
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose import operators
-from wanlab.diagnose.kernels import call_kernels, count_operations, kernel_table
+from wanlab.diagnose.operators import call_kernels, count_operations, kernel_table
 from wanlab.engines.onnxruntime import node_times
 from wanlab.engines.parity import differences
-from wanlab.export.clip import default_shape
-from wanlab.export.components import component_spec
+from wanlab.export.components import component_spec, default_shape
+from wanlab.measure.memory import in_own_process
 from wanlab.measure.timing import AAControl, Samples, control_of
 from wanlab.models.device import synchronise
 from wanlab.models.networks import skeleton

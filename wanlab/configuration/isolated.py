@@ -19,7 +19,7 @@ import torch
 from wanlab import measure, models
 from wanlab.configuration.configuration import load_configuration, save_configuration
 from wanlab.configuration.configure import Configured, open_files
-from wanlab.core.child import in_own_process
+from wanlab.measure.memory import in_own_process
 from wanlab.models.loading import resolve
 
 

@@ -1,10 +1,18 @@
-"""Operators of a profile: their kind, and their operations and bytes from recorded input shapes."""
+"""Operators and kernels: their kind, their operations and bytes from recorded input shapes, and those of one call."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 LINEAR, ATTENTION, ALLOCATION, TRANSFER, POINTWISE = (
     "linear",
@@ -138,3 +146,83 @@ def number_format(inputs: str) -> str:
         return ""
     types = json.loads(inputs)[1]
     return next((FORMATS[name] for name in types if name in FORMATS), "")
+
+
+COLUMNS = ["name", "kind", "calls", "time_ms", "share_percent"]
+OTHER = "other"
+"""The kind of everything that is no product, attention or simple operator, such as copies inside a library."""
+
+
+def call_kernels(call: Callable[[], object], device: torch.device | str) -> pd.DataFrame:
+    """Kernels of one call by torch.profiler, of every library in this process; on the CPU PyTorch's operators.
+
+    Use it after timing: the profiler slows the call, so the sum of the times is not the latency.
+
+    Args:
+        call: a function without arguments. It runs twice, because libraries choose their kernels at the first call.
+
+    Returns:
+        name, kind (see `kind`, or `"other"`), calls, time_ms, share_percent of the sum; longest first.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    call()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    with profile(activities=[activity]) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    rows = []
+    for event in profiler.key_averages():
+        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if time_us > 0:
+            rows.append((event.key, event.count, time_us / 1e3))
+    return kernel_table(pd.DataFrame(rows, columns=["name", "calls", "time_ms"]))
+
+
+def kernel_table(rows: pd.DataFrame, kind_of: Callable[[str], str | None] = kind) -> pd.DataFrame:
+    """The columns of `call_kernels` from name, calls and time_ms.
+
+    Args:
+        kind_of: name of a kernel or operator -> its kind; None stands for `"other"`.
+    """
+    kinds = [kind_of(name) or OTHER for name in rows["name"]]
+    total = rows["time_ms"].sum() or 1.0
+    table = rows.assign(kind=kinds, share_percent=100 * rows["time_ms"] / total)
+    return table.sort_values("time_ms", ascending=False, kind="stable", ignore_index=True)[COLUMNS]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one call, a multiply-add as two.
+
+    Attributes:
+        linear, attention, convolution: operations of matrix products, scaled dot products, and convolutions.
+    """
+
+    linear: float = 0.0
+    attention: float = 0.0
+    convolution: float = 0.0
+
+    @property
+    def flop(self) -> float:
+        return self.linear + self.attention + self.convolution
+
+
+def count_operations(call: Callable[[], Any]) -> tuple[Operations, Any]:
+    """Operations of one call of eager PyTorch, by torch.utils.flop_counter; and what the call returned."""
+    # PyTorch registers no count for the attention kernel of the CPU.
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_of_cpu}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        output = call()
+    sums = {"linear": 0.0, "attention": 0.0, "convolution": 0.0}
+    for operator, flop in counter.get_flop_counts().get("Global", {}).items():
+        name = str(operator)
+        kind = "attention" if "attention" in name else "convolution" if "conv" in name else "linear"
+        sums[kind] += flop
+    return Operations(**sums), output
+
+
+def _attention_of_cpu(query, key, value, *_, out_shape=None, **__) -> int:
+    return sdpa_flop(query, key, value)

@@ -13,11 +13,11 @@ from .match import difference_by as difference_by
 from .match import match_layers as match_layers
 from .profile import profile_engine as profile_engine
 from .profile import profile_levels as profile_levels
-from .read import read_layers as read_layers
-from .read import read_planned as read_planned
 from .report import EngineReport as EngineReport
 from .report import compared as compared
 from .report import grouped as grouped
+from .report import read_layers as read_layers
+from .report import read_planned as read_planned
 from .report import summarize as summarize
 from .rules import Finding as Finding
 from .rules import lint as lint

@@ -18,7 +18,7 @@ from wanlab import models
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ITEM_BYTES, element_name
 from wanlab.engine_report.layers import PRODUCTS, EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
-from wanlab.export.clip import AXES
+from wanlab.export.components import AXES
 from wanlab.models.shapes import latent_shape
 
 _BINARY = {

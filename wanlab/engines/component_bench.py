@@ -20,8 +20,14 @@ from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.engines.parity import differences
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind, open_component
 from wanlab.engines.torch import TorchEngine
-from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import FUSED_OPSET, check_components, component_spec, components_of
+from wanlab.export.components import (
+    FUSED_OPSET,
+    ClipShape,
+    check_components,
+    component_spec,
+    components_of,
+    default_shape,
+)
 from wanlab.export.export import export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, Samples

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
-from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import component_spec
+from wanlab.export.components import ClipShape, component_spec, default_shape
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import cut, piece_file
 from wanlab.models.shapes import size_step

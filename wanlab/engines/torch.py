@@ -9,8 +9,7 @@ import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.base import Engine, TensorType
-from wanlab.export.clip import default_shape
-from wanlab.export.components import component_spec
+from wanlab.export.components import component_spec, default_shape
 from wanlab.models.pipeline import Model
 from wanlab.models.variants import compiled_copy
 

@@ -1,4 +1,4 @@
-from .clip import ClipShape as ClipShape
+from .components import ClipShape as ClipShape
 from .components import random_feeds as random_feeds
 from .export import ExportReport as ExportReport
 from .export import axes_table as axes_table

@@ -1,11 +1,11 @@
-"""Every component as a function of named tensors: what is traced, fed to an engine, and compared."""
+"""Every component as a function of named tensors, which is traced, run by an engine, and compared; sizes of its inputs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.export import Dim
 
 from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.clip import AXES, ClipShape, latent_size
 from wanlab.export.friendly import (
     decode_video,
     encode_moments,
@@ -25,6 +24,51 @@ from wanlab.models.shapes import latent_shape
 
 FUSED_OPSET = 23
 """From this opset on attention, rotary embedding and root-mean-square norms are operators of ONNX."""
+
+
+AXES: dict[str, dict[int, str]] = {
+    "input_ids": {0: "batch", 1: "text_tokens"},
+    "attention_mask": {0: "batch", 1: "text_tokens"},
+    "hidden_states": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "timestep": {0: "batch", 1: "tokens"},
+    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+    "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
+    "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
+}
+"""Input -> {axis: what it is}, as `wanlab.export.components` names them: by place, as a free axis may be named by an
+expression of a symbol (`4 * frames_units + 1`)."""
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What a component is called with: pixels and frames of the clip, tokens of the text."""
+
+    batch: int
+    height: int
+    width: int
+    frames: int
+    text_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.frames}x{self.height}x{self.width}, {self.text_tokens} text tokens"
+
+
+def default_shape(model, **changes: int | None) -> ClipShape:
+    """The model's own default clip at batch 2, with `changes` (None keeps the default)."""
+    defaults = model.spec.defaults
+    shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, defaults.text_tokens)
+    return replace(shape, **{key: value for key, value in changes.items() if value is not None})
+
+
+def latent_size(model, shape: ClipShape) -> tuple[int, int, int]:
+    """Latent frames, height and width of a clip.
+
+    Raises:
+        WanlabError: the size is not legal for this model; names the nearest one that is.
+    """
+    latent = latent_shape(model.spec, shape.height, shape.width, shape.frames)
+    return latent.frames, latent.height, latent.width
+
 
 # Component -> attribute of the diffusers pipeline that holds its network.
 PARTS = {

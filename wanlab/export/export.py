@@ -19,8 +19,7 @@ from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import Manifest, key_of
 from wanlab.export import graph as graphs
-from wanlab.export.clip import ClipShape, default_shape
-from wanlab.export.components import check_components, component_spec, components_of
+from wanlab.export.components import ClipShape, check_components, component_spec, components_of, default_shape
 from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, trace
 from wanlab.export.weights import WeightsFile
 

@@ -12,8 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.export.clip import ClipShape
-from wanlab.export.components import FUSED_OPSET, component_spec
+from wanlab.export.components import FUSED_OPSET, ClipShape, component_spec
 from wanlab.models.loading import DTYPES
 from wanlab.models.networks import stored_dtype
 

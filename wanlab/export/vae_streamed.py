@@ -29,8 +29,7 @@ from wanlab import __version__
 from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.export import graph as graphs
-from wanlab.export.clip import ClipShape, default_shape, latent_size
-from wanlab.export.components import ComponentSpec, component_spec
+from wanlab.export.components import ClipShape, ComponentSpec, component_spec, default_shape, latent_size
 from wanlab.export.export import ExportReport
 from wanlab.export.friendly import exportable_operators
 from wanlab.export.trace import (

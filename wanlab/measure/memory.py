@@ -1,13 +1,17 @@
-"""Peak memory of a block of code: PyTorch's CUDA allocator and the whole device, or the resident set of the process."""
+"""Peak memory of a block of code, and a process of its own for measurements whose peaks cannot be separated in one."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import psutil
 import torch
@@ -170,3 +174,21 @@ class _Sampler:
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def in_own_process(module: str, order: dict[str, Any], what: str) -> dict[str, Any]:
+    """Run `python -m module` with `order` as JSON on its standard input; its last line of output is the result as JSON.
+
+    Args:
+        what: name of the measurement, for the error message.
+
+    Raises:
+        WanlabError: the process failed; the message ends with its last line of output.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", module], input=json.dumps(order), capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        last = (process.stderr.strip() or "no message").splitlines()[-1]
+        raise WanlabError(f"measuring {what} in a process of its own failed: {last}")
+    return json.loads(process.stdout.splitlines()[-1])

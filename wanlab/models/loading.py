@@ -23,10 +23,9 @@ from transformers import AutoTokenizer, BatchEncoding
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
-from wanlab.models.hub import fetch_folder
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
 from wanlab.models.pipeline import LoadReport, Model, PartLoad
-from wanlab.models.registry import get
+from wanlab.models.registry import fetch_folder, get
 from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_room
 

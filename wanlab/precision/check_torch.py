@@ -14,8 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanlab.core.errors import WanlabError
-from wanlab.export.clip import default_shape
-from wanlab.export.components import component_spec
+from wanlab.export.components import component_spec, default_shape
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.precision.apply import AS_LOADED, Applied, asked, experts_of

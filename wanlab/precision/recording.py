@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
 from wanlab.core.manifest import Manifest
-from wanlab.export.clip import default_shape
-from wanlab.export.components import check_components, component_spec, components_of
+from wanlab.export.components import check_components, component_spec, components_of, default_shape
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
 from wanlab.measure.stages import stages

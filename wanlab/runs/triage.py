@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.diagnose.triage.tree import Measurement, RunMeasurements, Tree, number, read_tree
+from wanlab.diagnose.triage import Measurement, RunMeasurements, Tree, number, read_tree
 from wanlab.runs.results import read_run
 
 # Parameters that every measuring notebook has.

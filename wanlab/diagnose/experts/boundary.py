@@ -1,4 +1,4 @@
-"""Effect of the boundary between the experts, and the difference of the experts' predictions."""
+"""Effect of the boundary between the experts, difference of their predictions, and a summary of all their measurements."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.experts.switching import SwitchCost
+from wanlab.diagnose.experts.timeline import Timeline
 from wanlab.evaluate.loss import quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case
@@ -283,3 +285,30 @@ def _summarised(videos: pd.DataFrame, note: str) -> BoundarySweep:
         ratios = again.set_index("case")["lpips"] / own.set_index("case")["lpips"]
         floor = 100 * float((ratios - 1).abs().max())
     return BoundarySweep(pd.DataFrame(rows), videos, noise, floor, note)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSummary:
+    """When each expert ran, the cost of a switch, the difference of predictions, and the effect of the boundary.
+
+    Attributes:
+        timeline, switch: the measurements.
+        disagreement, boundaries: None with one expert, or if no other boundary was measured.
+    """
+
+    timeline: Timeline
+    switch: SwitchCost
+    disagreement: Disagreement | None = None
+    boundaries: BoundarySweep | None = None
+
+    def row(self) -> dict[str, Any]:
+        """One flat record of all measurements."""
+        parts = (self.timeline, self.switch, self.disagreement, self.boundaries)
+        return {key: value for part in parts if part is not None for key, value in part.row().items()}
+
+    def __str__(self) -> str:
+        sentences = [f"{self.timeline}", self.switch.sentence]
+        if self.disagreement is not None:
+            sentences.append(f"{self.disagreement}")
+        first, *others = sentences
+        return ". ".join([first, *(text[:1].upper() + text[1:] for text in others)])

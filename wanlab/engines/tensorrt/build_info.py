@@ -15,7 +15,7 @@ from wanlab.core.manifest import Manifest, file_damage
 from wanlab.engines.base import TensorType
 from wanlab.engines.tensorrt.profile import Range
 from wanlab.engines.tensorrt.runtime import Kind
-from wanlab.export.clip import ClipShape
+from wanlab.export.components import ClipShape
 
 COLUMNS = [
     "component",

@@ -19,7 +19,7 @@ from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import file_digest
 from wanlab.engines.base import TensorType
-from wanlab.export.clip import AXES, ClipShape
+from wanlab.export.components import AXES, ClipShape
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import file_bytes
 from wanlab.models.shapes import latent_shape, size_step

@@ -19,8 +19,7 @@ from wanlab.evaluate.loss import QualityLoss, quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.quality import Divergence, divergence
 from wanlab.evaluate.scores import Scores
-from wanlab.export.clip import default_shape
-from wanlab.export.components import component_spec
+from wanlab.export.components import component_spec, default_shape
 from wanlab.heldout.cases import EXAMINATION, FINAL, Case
 from wanlab.measure.timing import Comparison, compare, interleaved
 from wanlab.models.pipeline import first_frame

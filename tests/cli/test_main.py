@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -26,15 +27,18 @@ def test_help_and_version(capsys):
     assert capsys.readouterr().out == f"wanlab {wanlab.__version__}\n"
 
 
-def test_every_command_is_one_module_and_stands_once_under_one_heading(root):
+def test_every_command_has_one_module_and_stands_once_under_one_heading(root):
     names = [name for commands in cli.GROUPS.values() for name in commands]
     assert len(names) == len(set(names)) == len(cli.COMMANDS)
-    others = {"__init__", "__main__", "main", "text"}
+    others = {"__init__", "__main__", "main", "command"}
     modules = {path.stem for path in (root / "wanlab" / "cli").glob("*.py")} - others
-    assert modules == {name.replace("-", "_") for name in names}
+    assert modules == {module for module, _ in cli.COMMANDS.values()}
+    for module in modules:
+        commands = importlib.import_module(f"wanlab.cli.{module}").COMMANDS
+        assert sorted(commands) == sorted(name for name, (home, _) in cli.COMMANDS.items() if home == module)
     for name in names:
         command = cli.load(name)
-        assert command.HELP
+        assert command.help
         command.add_arguments(argparse.ArgumentParser())
         assert callable(command.main)
 

@@ -234,9 +234,9 @@ def test_kernel_goes_first_and_keeps_orphans():
     code = """if True:
         import os, subprocess
         from pathlib import Path
-        from wanlab.launch.kernel import settle
+        from wanlab.launch.kernel import prepare_process
         before = int(Path("/proc/self/oom_score_adj").read_text())
-        settle()
+        prepare_process()
         print(int(Path("/proc/self/oom_score_adj").read_text()) - before)
         pid = subprocess.check_output(["sh", "-c", "sleep 60 >/dev/null & echo $!"], text=True).strip()
         print(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[1] == str(os.getpid()))

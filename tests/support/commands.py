@@ -124,12 +124,12 @@ class Commands:
 def serve() -> None:
     """The warm process: one command a line, answered by its process id and, when it has ended, its exit status."""
     from wanlab.launch.kernel import die_with_parent
-    from wanlab.launch.prefork import prime
+    from wanlab.launch.prefork import preload
 
     die_with_parent()
     answers = os.dup(1)
     os.dup2(2, 1)
-    prime()
+    preload()
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -151,8 +151,8 @@ def serve() -> None:
 def _become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     """The fork: one command, from its output files to its exit status."""
     from wanlab.cli.main import main
-    from wanlab.launch import seed
     from wanlab.launch.kernel import die_with_parent
+    from wanlab.launch.prefork import fork_kernel
 
     code: object = 1
     try:
@@ -165,7 +165,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) 
         os.environ.update(env)
         os.chdir(cwd)
         sys.argv = ["wanlab", *argv]
-        seed.plant()
+        fork_kernel()
         code = main(argv)
     except SystemExit as end:
         code = end.code

@@ -1,1 +1,1 @@
-"""The `wanlab` command: one module a command, imported only when it is asked for; `main.py` has the table."""
+"""The `wanlab` command: the table of commands is in `main.py`, and a module is imported only when its command runs."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from wanlab import measure, models
+from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import default_outputs
 from wanlab.engines.base import Engine
@@ -157,3 +158,6 @@ def _settings(options: argparse.Namespace, kind: EngineKind) -> dict[str, Any]:
     """The options that were given and that this engine has."""
     given = {name: getattr(options, name, None) for name in kind.open_settings}
     return {name: value for name, value in given.items() if value not in (None, False)}
+
+
+COMMANDS = {"bench": Command(HELP, add_arguments, main)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from wanlab.cli.command import Command
 from wanlab.configuration.configuration import Configuration, configurations, load_configuration
 
 HELP = "list configurations, and say what one becomes on a model"
@@ -81,3 +82,6 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     for line in explanation.checks:
         print(f"  {line}")
     return 0
+
+
+COMMANDS = {"config": Command(HELP, add_arguments, main)}

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from wanlab import models
+from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.engines.registry import ENGINES
 from wanlab.evaluate.lpips import available_backbones
@@ -222,3 +223,6 @@ PROBES: tuple[Callable[[], list[Row]], ...] = (
     _sharing,
     _models,
 )
+
+
+COMMANDS = {"doctor": Command(HELP, add_arguments, main)}

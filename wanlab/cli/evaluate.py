@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from wanlab import evaluate
+from wanlab.cli.command import Command
 from wanlab.evaluate.catalogue import ALL_METRICS
 
 HELP = "Score an optimised video against the original, frame by frame, and write the scores as JSON."
@@ -58,3 +59,6 @@ def main(args: argparse.Namespace) -> int:
     print(scores.table())
     print(f"scores written to {target}")
     return 0
+
+
+COMMANDS = {"evaluate": Command(HELP, add_arguments, main)}

@@ -1,4 +1,4 @@
-"""The `wanlab` command. One table of commands; the module of a command is imported only when it is the one to run."""
+"""The `wanlab` command: one table of commands. The module of a command is imported only when that command runs."""
 
 from __future__ import annotations
 
@@ -6,47 +6,46 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 import wanlab
+from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError, did_you_mean
 
 GROUPS = {
     "run notebooks": {
-        "run": "execute a notebook into a run folder and render its report",
-        "params": "list a notebook's parameters with types, defaults and help",
-        "notebooks": "list the notebooks that come with wanlab, or copy them",
-        "sweep": "run a grid of configurations, and write one page about them",
+        "run": ("run", "execute a notebook into a run folder and render its report"),
+        "params": ("notebooks", "list a notebook's parameters with types, defaults and help"),
+        "notebooks": ("notebooks", "list the notebooks that come with wanlab, or copy them"),
+        "sweep": ("sweep", "run a grid of configurations, and write one page about them"),
     },
     "look at runs": {
-        "runs": "list runs with their state",
-        "compare": "compare runs with a baseline and its noise",
-        "report": "render report.html again from a run folder, or from a saved notebook",
-        "index": "write one page about a sweep, or about all runs of a folder",
-        "publish": "copy pages of runs into a folder for any static server",
-        "export": "give runs to other tools: CSV, Parquet, MLflow",
+        "runs": ("runs", "list runs with their state"),
+        "compare": ("runs", "compare runs with a baseline and its noise"),
+        "report": ("pages", "render report.html again from a run folder, or from a saved notebook"),
+        "index": ("pages", "write one page about a sweep, or about all runs of a folder"),
+        "publish": ("pages", "copy pages of runs into a folder for any static server"),
+        "export": ("runs", "give runs to other tools: CSV, Parquet, MLflow"),
     },
     "models, configurations and engines": {
-        "models": "list the models that wanlab knows, with their facts",
-        "config": "list configurations, or show and explain one on a model",
-        "plan": "list precision plans, or show and explain one on a model",
-        "bench": "time any engine as trtexec does",
+        "models": ("models", "list the models that wanlab knows, with their facts"),
+        "config": ("config", "list configurations, or show and explain one on a model"),
+        "plan": ("plan", "list precision plans, or show and explain one on a model"),
+        "bench": ("bench", "time any engine as trtexec does"),
     },
     "quality": {
-        "evaluate": "score an optimised video against the original",
-        "nano-eval": "examine wan-nano on photographs it never saw",
+        "evaluate": ("evaluate", "score an optimised video against the original"),
+        "nano-eval": ("nano_eval", "examine wan-nano on photographs it never saw"),
     },
     "this machine": {
-        "doctor": "say what this machine can do, and what would add the rest",
+        "doctor": ("doctor", "say what this machine can do, and what would add the rest"),
     },
 }
-"""Heading in `wanlab --help` -> the commands below it, each with its line.
+"""Heading in `wanlab --help` -> the commands below it, each with its module in `wanlab.cli` and its line of help.
 
-The command `nano-eval` is the module `wanlab.cli.nano_eval`, and so on. A module has `HELP` (what its own --help says above
-the options), `add_arguments(parser)` and `main(options)`, which returns the exit status.
+The module has a `Command` of that name in its own `COMMANDS`.
 """
 
-COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
+COMMANDS = {name: row for commands in GROUPS.values() for name, row in commands.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] not in COMMANDS:
             return _without_command(arguments)
         command = load(arguments[0])
-        parser = argparse.ArgumentParser(prog=f"wanlab {arguments[0]}", description=command.HELP)
+        parser = argparse.ArgumentParser(prog=f"wanlab {arguments[0]}", description=command.help)
         command.add_arguments(parser)
         return int(command.main(parser.parse_args(arguments[1:])) or 0)
     except WanlabError as error:
@@ -69,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def load(name: str) -> ModuleType:
-    """The module of a command."""
-    return importlib.import_module(f"wanlab.cli.{name.replace('-', '_')}")
+def load(name: str) -> Command:
+    """The command of a name; imports its module."""
+    module, _ = COMMANDS[name]
+    return importlib.import_module(f"wanlab.cli.{module}").COMMANDS[name]
 
 
 def _without_command(arguments: Sequence[str]) -> int:
@@ -94,7 +94,7 @@ def _without_command(arguments: Sequence[str]) -> int:
 def _listing() -> str:
     width = max(map(len, COMMANDS))
     blocks = (
-        "\n".join([f"{heading}:", *(f"    {name:{width}}  {line}" for name, line in commands.items())])
+        "\n".join([f"{heading}:", *(f"    {name:{width}}  {line}" for name, (_, line) in commands.items())])
         for heading, commands in GROUPS.items()
     )
     return "\n\n".join(blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from wanlab.cli.text import print_table
+from wanlab.cli.command import Command, print_table
 from wanlab.core.errors import WanlabError
 from wanlab.models.facts import facts
 from wanlab.models.registry import get, names
@@ -39,3 +39,6 @@ def _row(name: str) -> tuple[str, ...]:
     size = f"{spec.defaults.width}x{spec.defaults.height}x{spec.defaults.frames}"
     experts = "one expert" if spec.boundary_ratio is None else f"boundary {spec.boundary_ratio:g}"
     return (name, size, f"{spec.defaults.steps} steps", experts, ", ".join(spec.components))
+
+
+COMMANDS = {"models": Command(HELP, add_arguments, main)}

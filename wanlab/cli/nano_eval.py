@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab import measure, models
+from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, write_json
 from wanlab.core.paths import default_outputs
@@ -248,3 +249,6 @@ def main(args: argparse.Namespace) -> int:
         journal.done()
         print(f"\n{args.json}")
     return 0 if all(met for figures in results.values() for *_, met in verdicts(figures)) else 1
+
+
+COMMANDS = {"nano-eval": Command(HELP, add_arguments, main)}

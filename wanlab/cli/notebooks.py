@@ -1,26 +1,24 @@
-"""`wanlab notebooks`: the notebooks that come with wanlab, listed or copied."""
+"""`wanlab notebooks` and `wanlab params`: the notebooks that come with wanlab, and the parameters of one."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from wanlab.cli.text import print_table
+from wanlab.cli.command import Command, print_table
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import why, write_bytes
 from wanlab.core.paths import existing, from_here, notebooks
 from wanlab.runs.catalogue import questions
-
-HELP = """List the notebooks that come with wanlab, each with the question that it answers. `wanlab run NAME` runs one
-by its name; --to copies them all, to open and change them."""
+from wanlab.runs.parameters import read_schema
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_notebooks_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="DIR", help="copy them into this folder")
     parser.add_argument("--force", action="store_true", help="overwrite notebooks in DIR that were changed")
 
 
-def main(options: argparse.Namespace) -> int:
+def notebooks_main(options: argparse.Namespace) -> int:
     folder = existing(notebooks())
     if options.to is None:
         rows = [(row.group, row.notebook, row.question) for row in questions(folder)]
@@ -52,3 +50,29 @@ def copy_notebooks(folder: Path, target: Path, *, force: bool = False) -> list[P
     except OSError as error:
         raise WanlabError(f"cannot copy notebooks to {target}: {why(error)}") from error
     return list(contents)
+
+
+def add_params_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("notebook", help="a file, or the name of a notebook such as 00_quickstart")
+
+
+def params_main(options: argparse.Namespace) -> int:
+    rows = [(p.name, p.type_text, repr(p.default), p.help) for p in read_schema(options.notebook).parameters]
+    if rows:
+        print_table(("parameter", "type", "default", "help"), rows)
+    else:
+        print(f"{options.notebook} has no parameters")
+    return 0
+
+
+COMMANDS = {
+    "params": Command(
+        "List a notebook's parameters with types, defaults and help.", add_params_arguments, params_main
+    ),
+    "notebooks": Command(
+        """List the notebooks that come with wanlab, each with the question that it answers. `wanlab run NAME` runs one
+by its name; --to copies them all, to open and change them.""",
+        add_notebooks_arguments,
+        notebooks_main,
+    ),
+}

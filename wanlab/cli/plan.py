@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from wanlab import models
+from wanlab.cli.command import Command
 from wanlab.models.shapes import latent_shape
 from wanlab.precision.assignment import Assignment, assign_architecture
 from wanlab.precision.plan import PRESETS
@@ -67,3 +68,6 @@ def _text(assignment: Assignment, model: str) -> str:
     ]
     few = f"{100 * assignment.share(8):.1f} % of linear weights at 8 bits or fewer"
     return "\n".join([*rows, f"{few}; {usual.height}x{usual.width}x{usual.frames} pixels, {tokens:,} tokens"])
+
+
+COMMANDS = {"plan": Command(HELP, add_arguments, main)}

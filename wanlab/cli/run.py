@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wanlab.cli.text import positive
+from wanlab.cli.command import Command, positive
 from wanlab.core.files import read_json
 from wanlab.core.paths import from_here
 from wanlab.launch.execute import execute
@@ -61,3 +61,6 @@ def main(options: argparse.Namespace) -> int:
         print(verdict)
     print(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
+
+
+COMMANDS = {"run": Command(HELP, add_arguments, main)}

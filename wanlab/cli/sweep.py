@@ -6,6 +6,7 @@ import argparse
 import ast
 from pathlib import Path
 
+from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import why
 from wanlab.core.paths import from_here
@@ -112,3 +113,6 @@ def _count(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots from 1 to 1024")
     return int(text)
+
+
+COMMANDS = {"sweep": Command(HELP, add_arguments, main)}

@@ -27,7 +27,7 @@ from papermill.engines import Engine, NotebookExecutionManager, papermill_engine
 from tqdm import tqdm
 
 from wanlab.core.files import why, write_text
-from wanlab.launch import guard, seed
+from wanlab.launch import guard
 from wanlab.launch.guard import EXIT_CODES, Console, Limits, Watch
 from wanlab.pages.report import render
 from wanlab.runs.folder import Heartbeat, RunFolder
@@ -97,7 +97,13 @@ IPC_PATH_LIMIT = 90  # a Unix socket path holds 107 bytes, and a suffix is added
 
 
 class ThisInterpreter(AsyncKernelManager):
-    """A kernel of `sys.executable`, whatever kernelspecs are installed, on sockets no other run can meet."""
+    """A kernel of `sys.executable`, whatever kernelspecs are installed, on sockets of this run alone.
+
+    Attributes:
+        provisioner_name: Jupyter's name of what starts the kernel's process; None starts a fresh process.
+    """
+
+    provisioner_name: str | None = None
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -105,8 +111,10 @@ class ThisInterpreter(AsyncKernelManager):
             entry = str(Path(__file__).with_name("kernel.py"))
             argv = [sys.executable, entry, "-f", "{connection_file}", "--HistoryManager.enabled=False"]
             self._kernel_spec = KernelSpec(argv=argv, display_name="Python 3 (wanlab)", language="python")
-            if seed.planted():
-                self._kernel_spec.metadata = {"kernel_provisioner": {"provisioner_name": seed.PROVISIONER}}
+            if self.provisioner_name:
+                self._kernel_spec.metadata = {
+                    "kernel_provisioner": {"provisioner_name": self.provisioner_name}
+                }
         return self._kernel_spec
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.launch.grid import Task
 from wanlab.launch.slots import THREADS, available_cores, default_slots, visible_gpus
-from wanlab.launch.sweep import End, start_cold
+from wanlab.launch.sweep import End, start_process
 
 MACHINE = "wanlab_machine"  # ray start --resources='{"wanlab_machine": 1}'
 STEP = 1e-4  # Ray counts resources in steps of it
@@ -118,7 +118,7 @@ class RaySlots:
 
 def run_task(text: str, environment: dict[str, str]) -> int:
     """In a Ray worker: the run as a process, whose exit status it returns. Ray has set CUDA_VISIBLE_DEVICES."""
-    process = start_cold(Task.from_json(text), environment)
+    process = start_process(Task.from_json(text), environment)
     try:
         return process.wait()
     except BaseException:  # cancelled

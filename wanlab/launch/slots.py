@@ -1,4 +1,4 @@
-"""The executor of one machine: a slot for each GPU, or some for the processor's cores."""
+"""The executor of one machine: a slot for each GPU, or several slots that share the cores of the CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wanlab.launch.grid import Task
-from wanlab.launch.prefork import WarmStart, Worker
-from wanlab.launch.sweep import End, start_cold
+from wanlab.launch.prefork import ForkedWorker, ForkServer
+from wanlab.launch.sweep import End, start_process
 
 POLL_S = 0.05
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -23,7 +23,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 @dataclass
 class _Running:
     task: Task
-    process: subprocess.Popen | Worker
+    process: subprocess.Popen | ForkedWorker
     places: list[int]
 
     def send(self, number: int) -> None:
@@ -35,28 +35,29 @@ class _Running:
 class LocalSlots:
     """Runs tasks as processes of this machine.
 
-    Shared tasks take a slot each; a task that needs the machine alone waits until all are free and takes all. On a machine
-    without a GPU shared tasks start warm (see `seed`), and the cores are divided among the slots; a task that is alone
-    always starts cold, with all cores.
+    A shared task takes one slot; a task that needs the machine alone waits until all slots are free and takes them all. On a
+    machine without a GPU shared tasks are forked from a process with its imports done (see `prefork`), and the cores are
+    divided among the slots; a task that is alone always starts as a fresh process, with all cores.
 
     Args:
-        slots: how many shared tasks at a time; by default the GPUs, or else the cores up to 4, half of them above.
-        preload: modules that the warm start imports beside those of `prime`.
-        warm: start shared tasks warm; by default where there is no GPU.
+        slots: shared tasks that run at a time; by default one for each GPU, or else one for each core up to 4 cores, and one
+            for two above.
+        preload: modules that are imported before the first fork, beside those of `prefork`.
+        fork: fork shared tasks; by default where there is no GPU.
     """
 
     kind = "local"
 
-    def __init__(self, slots: int | None = None, *, preload: Iterable[str] = (), warm: bool | None = None):
+    def __init__(self, slots: int | None = None, *, preload: Iterable[str] = (), fork: bool | None = None):
         self.gpus = visible_gpus()
         cores = available_cores()
         self.slots = slots or default_slots(self.gpus)
-        self.warm = sys.platform == "linux" and (not self.gpus if warm is None else warm)
+        self.fork = sys.platform == "linux" and (not self.gpus if fork is None else fork)
         self.preload = list(preload)
         self.threads = max(1, cores // self.slots)
         self._queue: deque[Task] = deque()
         self._running: list[_Running] = []
-        self._warm_start: WarmStart | None = None
+        self._server: ForkServer | None = None
 
     def submit(self, task: Task) -> None:
         self._queue.append(task)
@@ -85,54 +86,55 @@ class LocalSlots:
 
     def close(self) -> None:
         self.stop(0.0)
-        if self._warm_start is not None:
-            self._warm_start.close()
-            self._warm_start = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def _start(self) -> None:
         while self._queue:
             taken = {place for run in self._running for place in run.places}
             free = [place for place in range(self.slots) if place not in taken]
             task = self._queue[0]
-            wanted = self.slots if task.alone else 1
-            if len(free) < wanted:
+            count = self.slots if task.alone else 1
+            if len(free) < count:
                 return
             self._queue.popleft()
-            places = free[:wanted]
-            cold = task.alone or not self.warm
-            process = self._cold(task, places) if cold else self._forked(task)
+            places = free[:count]
+            fork = self.fork and not task.alone
+            process = self._forked(task) if fork else self._fresh(task, places)
             self._running.append(_Running(task, process, places))
 
-    def _cold(self, task: Task, places: list[int]) -> subprocess.Popen:
+    def _fresh(self, task: Task, places: list[int]) -> subprocess.Popen:
         environment = {} if task.alone else dict.fromkeys(THREADS, str(self.threads))
         if self.gpus and not task.alone:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[places[0] % len(self.gpus)]
-        return start_cold(task, environment)
+        return start_process(task, environment)
 
-    def _forked(self, task: Task) -> Worker:
-        if self._warm_start is None:
-            self._warm_start = WarmStart(self.preload, dict.fromkeys(THREADS, str(self.threads)))
-        return self._warm_start.start(task)
+    def _forked(self, task: Task) -> ForkedWorker:
+        if self._server is None:
+            self._server = ForkServer(self.preload, dict.fromkeys(THREADS, str(self.threads)))
+        return self._server.start(task)
 
 
 def default_slots(gpus: list[str]) -> int:
-    """One for each GPU; without one the cores up to 4, and half of them above."""
+    """One for each GPU; without a GPU one for each core up to 4 cores, and one for two above."""
     cores = available_cores()
     return len(gpus) or (cores if cores <= 4 else cores // 2)
 
 
 def visible_gpus() -> list[str]:
     """Ids of the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [each.strip() for each in given.split(",") if each.strip() not in ("", "-1")]
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is not None:
+        return [each.strip() for each in setting.split(",") if each.strip() not in ("", "-1")]
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [
-        str(i) for i, line in enumerate(x for x in done.stdout.splitlines() if x.startswith("GPU ")) if line
-    ]
+    count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return [str(number) for number in range(count)]
 
 
 def available_cores() -> int:

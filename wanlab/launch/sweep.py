@@ -64,8 +64,8 @@ class Executor(Protocol):
         """Give back what the executor holds."""
 
 
-def start_cold(task: Task, environment: Mapping[str, str]) -> subprocess.Popen:
-    """A worker from nothing, in a session of its own; it ends when the calling thread's process does."""
+def start_process(task: Task, environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a worker as a fresh process in a session of its own; it ends when the calling process ends."""
     process = subprocess.Popen(
         [sys.executable, "-m", "wanlab.launch.worker"],
         stdin=subprocess.PIPE,

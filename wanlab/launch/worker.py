@@ -1,4 +1,4 @@
-"""What runs one task in a process of its own: `python -m wanlab.launch.worker < task.json`, or a warm fork."""
+"""Runs one task in this process; as a fresh process: `python -m wanlab.launch.worker < task.json`."""
 
 from __future__ import annotations
 
@@ -12,38 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError
-from wanlab.launch import seed
 from wanlab.launch.execute import execute
 from wanlab.launch.grid import Task
 from wanlab.launch.kernel import die_with_parent
 from wanlab.runs.prepare import prepare
 
-MISTAKE = 2  # exit status for what the user can mend; the last line of the log says what
-WAIT_S = 30.0  # for an earlier attempt to let go of the run's folder
+MISTAKE = 2  # exit status of a mistake that the user can mend; the last line of the log describes it
+WAIT_S = 30.0  # longest wait until an earlier attempt has written its end
 WAIT_EVERY_S = 0.2
-
-
-def run_warm(task: Task) -> int:
-    """Run a task in a process that was just forked; its kernel will be forked too. Returns its exit status."""
-    os.setsid()
-    die_with_parent(signal.SIGTERM)
-    with _log(task):
-        seed.plant()
-        return run(task)
 
 
 def run(task: Task) -> int:
     """Execute the task's notebook in this process; returns its exit status."""
     try:
         os.chdir(task.cwd)
-        where: dict[str, Any] = {"output": task.output, "name": task.name, "repeat": task.repeat}
-        now = prepare(task.notebook, task.overrides, **where).run_id
-        if now != task.run_id:
+        place: dict[str, Any] = {"output": task.output, "name": task.name, "repeat": task.repeat}
+        run_id = prepare(task.notebook, task.overrides, **place).run_id
+        if run_id != task.run_id:
             raise WanlabError(
-                f"{task.notebook}, a file it names, or wanlab was changed while the sweep ran: this run would be {now}; "
+                f"{task.notebook}, a file it names, or wanlab was changed while the sweep ran: this run would be {run_id}; "
                 "start the sweep again"
             )
-        _wait_for(task)
+        _wait_for_earlier_attempt(task)
         return execute(
             task.notebook,
             task.overrides,
@@ -52,7 +42,7 @@ def run(task: Task) -> int:
             memory_limit_gib=task.memory_limit_gib,
             output_limit_mib=task.output_limit_mib,
             progress=False,
-            **where,
+            **place,
         ).exit_code
     except (WanlabError, OSError) as error:
         print(error, file=sys.stderr, flush=True)
@@ -61,16 +51,16 @@ def run(task: Task) -> int:
         return 130
 
 
-def _wait_for(task: Task) -> None:
-    """An earlier attempt that was told to stop may still be writing its end."""
+def _wait_for_earlier_attempt(task: Task) -> None:
+    """An earlier attempt that was stopped may still be writing its end."""
     deadline = time.monotonic() + WAIT_S
     while task.folder.status().get("state") == "running" and time.monotonic() < deadline:
         time.sleep(WAIT_EVERY_S)
 
 
 @contextlib.contextmanager
-def _log(task: Task) -> Iterator[None]:
-    """Everything that this process says goes to the task's log."""
+def log_to_file(task: Task) -> Iterator[None]:
+    """Send everything that this process prints to the task's log."""
     task.log.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(file, 1)
@@ -84,7 +74,7 @@ def _log(task: Task) -> Iterator[None]:
 
 
 def last_line(log: Path) -> str:
-    """The last thing that a worker said, or an empty string."""
+    """The last line of a worker's log, or an empty string."""
     try:
         lines = log.read_text("utf-8", "replace").strip().splitlines()
     except OSError:
@@ -95,7 +85,7 @@ def last_line(log: Path) -> str:
 def main() -> int:
     die_with_parent(signal.SIGTERM)
     task = Task.from_json(sys.stdin.read())
-    with _log(task):
+    with log_to_file(task):
         return run(task)
 
 

@@ -1,0 +1,58 @@
+"""What the modules of commands share: the form of a command, tables of text, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+CELL_WIDTH = 160  # characters of the longest cell that is printed whole
+
+
+class Command(NamedTuple):
+    """One command of `wanlab`.
+
+    Attributes:
+        help: text above the options in `wanlab COMMAND --help`.
+        add_arguments: adds the options to a parser.
+        main: runs the command with the parsed options; returns the exit status.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    main: Callable[[argparse.Namespace], int]
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, cut: bool = False) -> None:
+    """Print columns as wide as their cells.
+
+    Args:
+        cut: shorten cells to 160 characters, and align columns of numbers to the right.
+    """
+    lines = [[safe(cell, CELL_WIDTH if cut else None) for cell in line] for line in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    right = [cut and all(_numeric(line[i]) for line in lines[1:]) for i in range(len(head))]
+    for line in lines:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def safe(value: Any, width: int | None = CELL_WIDTH) -> str:
+    """Text from a run as one line without control characters, which a terminal would obey."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return text if width is None or len(text) <= width else f"{text[: width - 3]}..."
+
+
+def positive(text: str) -> float:
+    """A number above 0, as the type of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell.lstrip("+-")[:1].isdigit()

@@ -78,7 +78,7 @@ def write(root: Path, count: int, samples: int) -> None:
                 quality_loss_low_percent=loss - 1,
                 quality_loss_high_percent=loss + 1,
             ),
-            effect="as asked",
+            effect="applied",
             device="cpu",
             machine=Machine(cpu="Any CPU", threads=1),
         )

@@ -85,11 +85,11 @@ def test_a_plan_in_pytorch_is_proven_and_one_that_was_undone_has_no_effect(model
     assert needs_model("expert_high", candidate, files)
     (opened,) = open_candidate(model, "expert_high", candidate, files, CPU)
     effect, proof = check_effect(opened)
-    assert effect == "as asked"
+    assert effect == "applied"
     assert "66 of 66 layers of expert_high in int8-weight" in proof
     eager = Candidate("eager", load_configuration())
     (plain,) = open_candidate(model, "expert_high", eager, Files(networks={"eager": None}), CPU)
-    assert check_effect(plain)[0] == "nothing asked"
+    assert check_effect(plain)[0] == "baseline"
     assert opened.weight_bytes < 0.5 * plain.weight_bytes
 
     planned, original = opened.engine._spec.network, model.component("expert_high")
@@ -98,21 +98,21 @@ def test_a_plan_in_pytorch_is_proven_and_one_that_was_undone_has_no_effect(model
             parent, _, last = name.rpartition(".")
             setattr(planned.get_submodule(parent), last, original.get_submodule(name))
     effect, proof = check_effect(opened)
-    assert effect == "no effect"
+    assert effect == "not applied"
     assert proof.startswith("plan uniform-int8-weight changed nothing")
 
 
 def test_an_engine_that_runs_instead_of_another_has_no_effect(model):
     candidate = Candidate("compiled", load_configuration(engine="compiled"))
     (opened,) = open_candidate(model, "expert_high", candidate, Files(networks={"compiled": None}), CPU)
-    assert check_effect(opened, compiled_graphs=0)[0] == "no effect"
+    assert check_effect(opened, compiled_graphs=0)[0] == "not applied"
     assert check_effect(opened, compiled_graphs=2) == (
-        "as asked",
+        "applied",
         "PyTorch, compiled ran; torch.compile made 2 graphs",
     )
     opened.engine.name = "eager uncompiled"
     assert check_effect(opened, compiled_graphs=2) == (
-        "no effect",
+        "not applied",
         "eager uncompiled ran instead of compiled",
     )
 
@@ -175,9 +175,9 @@ def _cost(**facts) -> ComponentCost:
     }
     base = {"engine": "eager", "plan": None, "cuda_graph": False, "weights_gib": 1.0, "relative_l2": 0.0}
     rows = {
-        "eager": base | {"effect": "nothing asked"},
-        "fast": base | {"engine": "onnxruntime", "effect": "as asked", "relative_l2": 1e-6},
-        "odd": base | {"plan": "mine", "effect": "no effect"},
+        "eager": base | {"effect": "baseline"},
+        "fast": base | {"engine": "onnxruntime", "effect": "applied", "relative_l2": 1e-6},
+        "odd": base | {"plan": "mine", "effect": "not applied"},
     }
     for label, changes in facts.items():
         rows[label] |= changes
@@ -198,7 +198,7 @@ def test_the_verdict_says_what_holds_first_and_what_had_no_effect():
     assert text.startswith("wan-nano expert_high, 5x64x64, float32 on the CPU: eager takes 100.00 ms")
     assert "fast is 2.00 times as fast as eager" in text
     assert "odd: no difference from eager can be told from noise" in text
-    assert "odd: no effect" in text
+    assert "odd: not applied" in text
     assert "tensorrt was not measured: not installed" in text
 
 

@@ -20,14 +20,14 @@ def model():
 def test_the_default_is_the_model_itself(model, tmp_path):
     used = configuration.configure(model, "eager", tmp_path, **SIZE)
     assert used.model is model
-    assert (used.effect, used.plan, used.label) == ("nothing asked", "default", "eager")
+    assert (used.effect, used.plan, used.label) == ("baseline", "default", "eager")
     assert used.weight_bytes == sum(part.memory_bytes for part in model.load.parts)
 
 
 def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
     chosen = configuration.load_configuration(plan="ffn-int8")
     used = configuration.configure(model, chosen, tmp_path, **SIZE, progress=False)
-    assert (used.effect, used.label) == ("as asked", "eager ffn-int8")
+    assert (used.effect, used.label) == ("applied", "eager ffn-int8")
     assert "layers of expert_high in int8" in used.proof
     assert "simulated on the CPU" in used.kernels
     before = sum(part.memory_bytes for part in model.load.parts)
@@ -44,7 +44,7 @@ def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
 
 def test_what_changes_nothing_had_no_effect(model, tmp_path):
     used = configuration.configure(model, configuration.load_configuration(plan="all-fp32"), tmp_path, **SIZE)
-    assert used.effect == "no effect"
+    assert used.effect == "not applied"
     assert "changed nothing" in used.proof
 
 
@@ -115,7 +115,7 @@ def test_every_component_runs_on_its_own_engine(model, folder, request_of_a_vide
         "expert_low": "onnxruntime-cpu",
         "vae_decoder": "onnxruntime-cpu-streamed",
     }
-    assert (used.effect, used.label, used.engine) == ("as asked", "mixed", "onnxruntime + streamed_vae")
+    assert (used.effect, used.label, used.engine) == ("applied", "mixed", "onnxruntime + streamed_vae")
     assert "1 of 5 networks run in ONNX Runtime. " in used.proof + " "
     assert "2 of 5 networks run in ONNX Runtime, VAE chunk by chunk." in used.proof
     assert set(used.paths) == {"vae_encoder", "expert_low", "vae_decoder"}
@@ -133,7 +133,7 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     plan = precision.load_plan("uniform-int8-weight")
     chosen = configuration.Configuration(name="halves", engines={"expert_low": "onnxruntime"}, plan=plan)
     used = configuration.configure(model, chosen, folder, **SIZE, progress=False)
-    assert used.effect == "as asked"
+    assert used.effect == "applied"
     assert "expert_low.onnx computes expert_low by plan uniform-int8-weight: 66 of 66 layers" in used.proof
     rows = [
         ("expert_high", "int8-weight"),
@@ -147,7 +147,7 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     assert used.model.engines["expert_high"] == "eager, plan uniform-int8-weight"
     assert used.weight_bytes < 0.8 * sum(part.memory_bytes for part in model.load.parts)
     everywhere = configuration.configure(model, "onnxruntime-int8-weights", folder, **SIZE, progress=False)
-    assert everywhere.effect == "as asked"
+    assert everywhere.effect == "applied"
     assert list(everywhere.frame["component"].unique()) == ["expert_high", "expert_low"]
     assert everywhere.weight_bytes < used.weight_bytes
     assert difference(used.model, everywhere, request_of_a_video) < 0.02  # the same plan by other kernels
@@ -165,7 +165,7 @@ def test_an_engine_of_ones_own_is_configured_and_measured(
             model, configuration.Configuration(name="toy", engines={"expert*": "negated"}), folder, **SIZE
         )
         assert used.model.engines["expert_high"] == used.model.engines["expert_low"] == "negated"
-        assert (used.effect, used.proof) == ("as asked", "2 of 5 networks run in Negated twice.")
+        assert (used.effect, used.proof) == ("applied", "2 of 5 networks run in Negated twice.")
         assert used.weight_bytes == sum(part.memory_bytes for part in model.load.parts)
         assert difference(model, used, request_of_a_video) == 0
         assert configuration.measure_isolated(used, **request_of_a_video)["load_ms"] > 0

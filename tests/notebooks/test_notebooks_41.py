@@ -22,7 +22,7 @@ def test_the_original_is_its_own_baseline(run_notebook, outputs):
     (result,) = runs.load_results(done.folder)[0]
     row = result.row()
     assert set(row) >= SUMMARY
-    assert row["effect"] == "nothing asked"
+    assert row["effect"] == "baseline"
     assert (row["divergence_lpips"], row["quality_loss_percent"], row["psnr_db"]) == (0, 0, math.inf)
     assert row["divergence_floor_lpips"] > 0
     assert all(row[name] > 0 for name in ("time_per_video_ms", "peak_memory_gib", "load_ms", "weights_gib"))
@@ -43,7 +43,7 @@ def test_a_plan_on_onnxruntime_is_proven_and_both_are_compared(run_notebook, out
     given = ("engine=onnxruntime", "plan=uniform-int8", "cases=1", f"engines={outputs / 'configured'}")
     done = run_notebook("41_configuration", *(word for each in given for word in ("-p", each)))
     row = runs.load_results(done.folder)[0][0].row()
-    assert (row["effect"], row["plan"]) == ("as asked", "uniform-int8")
+    assert (row["effect"], row["plan"]) == ("applied", "uniform-int8")
     assert "66 of 66 layers in int8" in done.page.get_text()
     assert "5 of 5 networks run in ONNX Runtime" in done.page.get_text()
     assert row["divergence_lpips"] > row["divergence_floor_lpips"]

@@ -32,7 +32,7 @@ def test_two_engines_are_timed_in_turn_and_held_against_each_other(default):
     assert fast["speedup"] == pytest.approx(rows["eager"]["time_ms"] / fast["time_ms"])
     assert fast["relative_l2"] < 1e-5
     assert fast["cosine"] == pytest.approx(1)
-    assert (rows["eager"]["effect"], fast["effect"]) == ("nothing asked", "as asked")
+    assert (rows["eager"]["effect"], fast["effect"]) == ("baseline", "applied")
     assert "nodes on CPUExecutionProvider" in fast["proof"]
     assert default.values["left_out"] == {}
     for row in rows.values():
@@ -71,14 +71,14 @@ def test_a_plan_that_is_not_applied_and_an_engine_that_is_not_here_are_said(run_
     done = run_notebook("42_component", *(word for each in given for word in ("-p", each)))
     rows = {row["candidate"]: row for row in done.values["candidates"]}
     assert list(rows) == ["eager", "eager uniform-int8-weight", "eager other-expert"]
-    assert rows["eager uniform-int8-weight"]["effect"] == "as asked"
+    assert rows["eager uniform-int8-weight"]["effect"] == "applied"
     assert rows["eager uniform-int8-weight"]["weights_gib"] < 0.5 * rows["eager"]["weights_gib"]
-    assert rows["eager other-expert"]["effect"] == "no effect"
+    assert rows["eager other-expert"]["effect"] == "not applied"
     assert "changed nothing" in rows["eager other-expert"]["proof"]
     left_out = done.values["left_out"]
     assert set(left_out) == {"tensorrt", "tensorrt uniform-int8-weight", "tensorrt other-expert"}
     assert all("\n" not in line for line in left_out.values())
-    assert "eager other-expert: no effect" in done.record["verdict"]
+    assert "eager other-expert: not applied" in done.record["verdict"]
     assert "tensorrt was not measured" in done.record["verdict"]
     assert json.dumps(done.values["products"]) == "[]"  # nothing is multiplied on codes on a CPU
 

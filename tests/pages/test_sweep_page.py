@@ -257,7 +257,7 @@ def test_columns_that_a_sweep_asks_for_and_those_that_it_does_not():
             "m.quality_loss_low_percent": [0.5, 1.0],
             "m.quality_loss_high_percent": [1.5, 3.0],
             "m.time_per_video_ms": [5.0, math.nan],
-            "m.effect": ["as asked", "no effect"],
+            "m.effect": ["applied", "not applied"],
         }
     )
     found = columns.metrics(frame, results=[name[2:] for name in frame if name != "m.rows"])

@@ -264,7 +264,7 @@ def test_gains_that_multiply_are_said_to(tmp_path):
 
 def test_a_technique_without_effect_is_no_technique(tmp_path):
     rows = techniques()
-    rows[2]["summary"] = {"effect": "no effect"}
+    rows[2]["summary"] = {"effect": "not applied"}
     matrix = technique_matrix(compare(write_sweep(tmp_path / "s", rows)))
     assert "plan=uniform-int8" not in set(matrix["techniques"])
     assert math.isnan(matrix["product"].iloc[-1])
@@ -300,7 +300,7 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     rows = techniques()
     rows[1]["summary"] = {"quality_loss_percent": 2.9, "quality_loss_high_percent": 3.2}
     assert choose(compare(write_sweep(tmp_path / "a", rows))).label == "engine=onnxruntime, plan=uniform-int8"
-    rows[3]["summary"] |= {"effect": "no effect"}
+    rows[3]["summary"] |= {"effect": "not applied"}
     assert choose(compare(write_sweep(tmp_path / "b", rows))).label == "engine=eager, plan=uniform-int8"
     slow = choose(
         compare(write_sweep(tmp_path / "c", [{"ms": 100.0}, {"ms": 99.0, "parameters": {"plan": "x"}}]))
@@ -351,7 +351,7 @@ def test_pareto_is_what_nobody_dominates(rows, sense):
 
 def test_what_had_no_effect_is_not_efficient():
     frame = pd.DataFrame(
-        {"time_ms": [2.0, 1.0, 3.0], "effect": ["as asked", "no effect", "as asked"]}, index=[5, 6, 7]
+        {"time_ms": [2.0, 1.0, 3.0], "effect": ["applied", "not applied", "applied"]}, index=[5, 6, 7]
     )
     assert efficient(frame, {"time_ms": "min"}).to_dict() == {5: True, 6: False, 7: False}
     assert efficient(frame[["time_ms"]], {"time_ms": "min"}).tolist() == [False, True, False]

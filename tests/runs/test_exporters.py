@@ -40,7 +40,7 @@ def outputs(tmp_path, monkeypatch):
         "10_x",
         "aaa",
         parameters={"steps": 3, "sizes": [1, 2], "prompt": "=1+1, größer"},
-        metrics={"time_ms": 3.5, "q": {"psnr_db": "inf", "n": 3}, "effect": "as asked", "same": True},
+        metrics={"time_ms": 3.5, "q": {"psnr_db": "inf", "n": 3}, "effect": "applied", "same": True},
         verdict="3.5 ms [x](javascript:alert(1))",
     )
     make(root, "10_x", "bbb", state="failed", parameters={"steps": "auto", "sizes": None, "loud": True})
@@ -94,7 +94,7 @@ def test_mlflow_holds_each_run_once(outputs, capsys):
     assert one.data.params == {"steps": "3", "sizes": "[1, 2]", "prompt": "=1+1, größer"}
     assert one.data.metrics == {"time_ms": 3.5, "q.n": 3.0, "same": 1.0, "seconds": 60.0}
     assert one.data.tags["metric.q.psnr_db"] == "inf"
-    assert one.data.tags["metric.effect"] == "as asked"
+    assert one.data.tags["metric.effect"] == "applied"
     tags = {name: one.data.tags[f"wanlab.{name}"] for name in ("state", "notebook", "gpu")}
     assert tags == {"state": "finished", "notebook": "notebooks/10_x.ipynb", "gpu": "G"}
     assert "[x](" not in one.data.tags["mlflow.note.content"]

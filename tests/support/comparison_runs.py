@@ -60,7 +60,7 @@ def write_run(
         "engine": parameters["engine"], "plan": parameters["plan"], "time_per_video_ms": float(np.median(samples)),
         "time_per_frame_ms": float(np.median(samples)) / 5, "noise_percent": 1.0, "peak_memory_gib": 1.0, "load_ms": 200.0,
         "weights_gib": 0.04, "divergence_lpips": 0.0, "psnr_db": "inf", "quality_loss_percent": 0.0,
-        "quality_loss_low_percent": 0.0, "quality_loss_high_percent": 0.0, "effect": "as asked",
+        "quality_loss_low_percent": 0.0, "quality_loss_high_percent": 0.0, "effect": "applied",
     } | dict(summary or {})  # fmt: skip
     row = result_line(figures, WORK | dict(work or {}), samples_ms=samples, device=device)
     record = {

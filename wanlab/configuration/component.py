@@ -17,14 +17,8 @@ from filelock import FileLock
 from msgspec.structs import replace
 
 from wanlab.configuration.configuration import Configuration, load_configuration
-from wanlab.configuration.configure import (
-    AS_ASKED,
-    COMPILED,
-    NO_EFFECT,
-    NOTHING_ASKED,
-    files_folder,
-    plan_folder,
-)
+from wanlab.configuration.configure import COMPILED, files_folder, plan_folder
+from wanlab.core.effects import APPLIED, BASELINE, NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
@@ -446,23 +440,23 @@ def _graph_effect(
 
 
 def check_effect(opened: Opened, compiled_graphs: int | None = None) -> tuple[str, str]:
-    """Whether what was asked for happened, and what says so.
+    """Whether a candidate was applied, and how that was seen.
 
     Args:
-        compiled_graphs: that torch.compile made in the first call.
+        compiled_graphs: number of graphs that torch.compile made in the first call.
 
     Returns:
-        `"as asked"`, `"no effect"` or `"nothing asked"` (eager as it was loaded); and a sentence.
+        `"applied"`, `"not applied"` or `"baseline"` (eager as it was loaded); and a sentence.
     """
     configuration, label = opened.candidate.configuration, opened.engine.name
     if label == EAGER and configuration.plan is None and not opened.candidate.cuda_graph:
-        return NOTHING_ASKED, "the component as it was loaded"
+        return BASELINE, "the component as it was loaded"
     try:
         sentence = opened.effect()
     except WanlabError as error:
-        return NO_EFFECT, str(error)
+        return NOT_APPLIED, str(error)
     if label == COMPILED:
         if not compiled_graphs:
-            return NO_EFFECT, f"{sentence}; torch.compile made no graph"
+            return NOT_APPLIED, f"{sentence}; torch.compile made no graph"
         sentence += f"; torch.compile made {compiled_graphs} graph{'s' * (compiled_graphs != 1)}"
-    return AS_ASKED, sentence
+    return APPLIED, sentence

@@ -22,7 +22,7 @@ from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, in_turn
 from wanlab.configuration.configuration import save_configuration
-from wanlab.configuration.configure import NO_EFFECT
+from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.diagnose import operators
 from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
@@ -154,8 +154,8 @@ class ComponentCost:
         parts = [f"{gain}" + self._distance(label) for label, gain in self.comparisons.items()]
         parts += [f"{label}: not compared, {facts['not_compared']}"
                   for label, facts in self.facts.items() if facts.get("not_compared")]  # fmt: skip
-        failed = [label for label, facts in self.facts.items() if facts["effect"] == NO_EFFECT]
-        parts += [f"{label}: {NO_EFFECT}" for label in failed]
+        failed = [label for label, facts in self.facts.items() if facts["effect"] == NOT_APPLIED]
+        parts += [f"{label}: {NOT_APPLIED}" for label in failed]
         parts += [f"{label} was not measured: {line}" for label, line in self.left_out.items()]
         return f"{where}: {'; '.join([first, *parts])}."
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from wanlab.configuration.configuration import Configuration, load_configuration
+from wanlab.core.effects import APPLIED, BASELINE, NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.pipeline import use
@@ -36,7 +37,6 @@ from wanlab.precision.plan_engines import load_plan_engines
 from wanlab.precision.plan_graphs import export_plan, read_plan_graphs
 
 COMPILED = "compiled"
-AS_ASKED, NO_EFFECT, NOTHING_ASKED = "as asked", "no effect", "nothing asked"
 GIB = 2**30
 
 
@@ -47,7 +47,7 @@ class Configured:
     Attributes:
         model: generates by it. original: the model it was made from, as it was loaded.
         configuration: what was asked for.
-        effect: `"as asked"`, `"no effect"`, or `"nothing asked"` where the configuration is that of the original.
+        effect: `"applied"`, `"not applied"`, or `"baseline"` where the configuration changes nothing.
         proof: what the effect check saw, in a sentence or two. kernels: what multiplies.
         frame: of the plan's effect check: a row per component and format; None without a plan.
         weight_bytes: of all components as this configuration holds them, or keeps them in its files.
@@ -200,9 +200,9 @@ def configure(
         opened = open_files(model, configuration, files)
     checks = _check(model, configuration, opened, settings)
     if configuration.plan is None and all(name == EAGER for name in opened.kinds.values()):
-        effect, proof = NOTHING_ASKED, "the model as it was loaded"
+        effect, proof = BASELINE, "the model as it was loaded"
     else:
-        effect = AS_ASKED if all(check.passed for check in checks) else NO_EFFECT
+        effect = APPLIED if all(check.passed for check in checks) else NOT_APPLIED
         proof = " ".join(check.sentence for check in checks)
     tables = [check.frame for check in checks if check.frame is not None]
     return Configured(

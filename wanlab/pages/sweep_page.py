@@ -11,6 +11,7 @@ import numpy as np
 import plotly.io as pio
 from markupsafe import Markup
 
+from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import sweep_table, templates
@@ -109,6 +110,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
                 "selected": selected[:PLAYING],
                 "playing": PLAYING,
                 "reference": reference,
+                "not_applied": NOT_APPLIED,
                 "states": {state: templates.WORDS.get(state, state) for state in dict.fromkeys(states)},
                 "layout": _layout(),
             }

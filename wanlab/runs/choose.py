@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import percentile_interval, resampled_medians
@@ -23,7 +24,6 @@ from wanlab.runs.result import BUILT, MEASURED, Result
 from wanlab.runs.results import MeasuredConfiguration, better, is_ratio, is_time, known, load_results, shown
 
 SENSES = ("min", "max")
-NO_EFFECT = "no effect"
 
 
 def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
@@ -72,8 +72,8 @@ def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
 
 
 def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
-    """`pareto` among the rows whose `effect` is not "no effect": those are another configuration than their name says."""
-    real = frame["effect"] != NO_EFFECT if "effect" in frame else frame.index == frame.index
+    """`pareto` among the rows whose `effect` is not "not applied": those are another configuration than their name says."""
+    real = frame["effect"] != NOT_APPLIED if "effect" in frame else frame.index == frame.index
     return pareto(frame[real], goals).reindex(frame.index, fill_value=False)
 
 
@@ -104,7 +104,7 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
 
     Of those that cannot be told apart from the best, the one that loses least: noise does not choose.
-    A configuration that had no effect, or whose loss is not known, is not chosen.
+    A configuration that was not applied, or whose loss is not known, is not chosen.
     """
     frame = comparisons.frame.set_index("configuration")
     within, without = [], 0
@@ -112,7 +112,7 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         loss = _loss(row.results)
         fits = loss is not None and loss <= limit_percent
         without += loss is None
-        if row is comparisons.baseline or (fits and row.results.get("effect") != NO_EFFECT):
+        if row is comparisons.baseline or (fits and row.results.get("effect") != NOT_APPLIED):
             within.append(row.label)
     ahead = [
         label
@@ -192,8 +192,8 @@ RESAMPLES = 4_000
 def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame:
     """Techniques alone and combined.
 
-    A technique is a parameter moved off its value in the baseline, e.g. `engine=onnxruntime`; one that had no effect is left
-    out. Intervals are percentile bootstraps (95 %) over all samples of all configurations involved at once, so that the
+    A technique is a parameter moved off its value in the baseline, e.g. `engine=onnxruntime`; one that was not applied is
+    left out. Intervals are percentile bootstraps (95 %) over all samples of all configurations involved at once, so that the
     baseline, which stands in every ratio, is drawn once.
 
     Args:
@@ -215,7 +215,7 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
     base = comparisons.baseline
     moved: dict[tuple[str, ...], MeasuredConfiguration] = {}
     for row in comparisons.rows[1:]:
-        applied = row.samples is not None and row.results.get("effect") != NO_EFFECT
+        applied = row.samples is not None and row.results.get("effect") != NOT_APPLIED
         if applied and (names := _moved(row, base, comparisons.axes)):
             moved.setdefault(names, row)
     if not moved or base.samples is None:
@@ -396,7 +396,7 @@ def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     for row in comparisons.frame.to_dict(orient="records"):
         known = row["low"] == row["low"]
         named = {axis: shown(row[axis]) for axis in comparisons.axes} if apart and comparisons.axes else None
-        effect = f", {NO_EFFECT}" if row.get("effect") == NO_EFFECT else ""
+        effect = f", {NOT_APPLIED}" if row.get("effect") == NOT_APPLIED else ""
         cells = (named or {"configuration": row["configuration"]}) | {
             "verdict": row["verdict"] + effect,
             comparisons.by: figure(row[comparisons.by]),

@@ -141,7 +141,7 @@ class Result(_Row, frozen=True):
         peak_memory_gib: of everything during the run. weights_gib: as this configuration holds them.
         load_ms: into a model or engine that can run. prepare_ms: conversion, calibration, compilation.
         size_bytes, build_ms: of the engine's files, and of making them.
-        effect: `"as asked"`, `"no effect"`, `"nothing asked"`. kernels: what multiplies.
+        effect: `"applied"`, `"not applied"`, `"baseline"`, see `wanlab.core.effects`. kernels: what multiplies.
         figures: other numbers or words by name, with the unit at the end of the name.
         device: that the samples were taken on. machine, software: of the environment; `run.result` fills them in.
         taken: when, ISO 8601. source: run or file that it was read from.

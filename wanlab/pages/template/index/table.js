@@ -17,7 +17,7 @@ const nameCell = (i) => {
   if (run.baseline) tags.append(el("span", { className: "tag base", textContent: "baseline" }));
   if (run.state !== "finished") tags.append(el("span", { className: `state ${run.state}`, textContent: board.states[run.state] }));
   const effect = Object.keys(table).find(key => key === "m.effect");
-  if (effect && table[effect][i] === "no effect") tags.append(el("span", { className: "tag warn", textContent: "no effect" }));
+  if (effect && table[effect][i] === board.not_applied) tags.append(el("span", { className: "tag warn", textContent: board.not_applied }));
   if (run.apart) tags.append(el("span", { className: "tag warn", textContent: `other ${run.apart}`, title: "not the work of its baseline: no ratio" }));
   for (const [what, words] of [["report", "report"], ["notebook", "notebook"]]) {
     if (run[what]) tags.append(el("a", { href: run[what], textContent: words }));

@@ -49,7 +49,8 @@ def sweep_precision() -> str:
         f"{first.repeats} times, each with the machine alone."
     )
     table = markdown(list(shown.columns), [[str(cell) for cell in row] for row in shown.to_numpy().tolist()])
-    return f"{table}\n\n{choose(found, 3.0).text}\n\n{note}"
+    choice = choose(found, 3.0)
+    return f"{table}\n\n{choice.text} {'; '.join(choice.notes).capitalize()}.\n\n{note}"
 
 
 TABLES = {"sweep_speed": sweep_speed, "sweep_precision": sweep_precision}

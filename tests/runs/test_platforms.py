@@ -205,8 +205,8 @@ def test_engines_that_were_only_built_have_no_figures():
     ]
     assert rows[timed].isna().all(axis=None)
     assert (rows["note"] == "expert_high built for it, not executed: no such machine here").all()
-    said = runs.platform_verdict(table, refused)
-    assert "; 4 engines built for 3 machines not there, not executed; " in said
+    notes = runs.platform_notes(table, refused)
+    assert notes.startswith("4 engines built for 3 machines not there, not executed; ")
     only = runs.platform_table(kept[1:])
     assert runs.platform_verdict(only, only.iloc[:0]).startswith("Nothing here was measured: 4 engines")
     # Both components are of a video; of another model there are none.
@@ -529,11 +529,13 @@ def test_the_verdict_tells_gains_losses_and_noise():
     other = replace(EAGER, work=replace(WORK, steps=2))
     kept, refused = runs.comparable([EAGER, FAST, slower, same, other])
     said = runs.platform_verdict(runs.platform_table(kept), refused)
-    assert "fastest onnxruntime-cuda bfloat16 on NVIDIA H200, 500.0 ms" in said
+    assert said.endswith(
+        "Fastest of 4 rows on 1 machine: onnxruntime-cuda bfloat16 on NVIDIA H200, 500.0 ms."
+    )
     assert "onnxruntime-cuda is 2.00 times as fast as eager (noise 3.0 %)" in said
     assert "tvm-cuda is slower: 0.50 times as fast as eager" in said
     assert "compiled: no difference from eager can be told from noise (ratio 0.99, noise 3.0 %)" in said
-    assert "1 row refused as other work" in said
+    assert runs.platform_notes(runs.platform_table(kept), refused) == "1 row refused as other work"
 
 
 def test_the_figure_draws_no_bar_for_what_was_not_run():

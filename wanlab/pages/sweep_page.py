@@ -26,7 +26,7 @@ from wanlab.pages.sweep_table import (
     verdict,
 )
 from wanlab.plots.style import theme
-from wanlab.runs.choose import choose, pareto
+from wanlab.runs.choose import Choice, choose, pareto
 from wanlab.runs.compare import compare
 from wanlab.runs.results import is_time
 
@@ -66,6 +66,7 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
             runs[i]["clip"] = shelf.put(board.entries[i].clips["video"])
     if not start:
         selected = [i for i, run in enumerate(runs) if "clip" in run][:PLAYING]
+    choice = _choice(board) if start and best else None
     failures = [(entry, run) for entry, run in zip(board.entries, runs, strict=True) if entry.failed]
     states = [entry.state for entry in board.entries]
     text = templates.fill(
@@ -73,7 +74,8 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
         title=board.title,
         state=_state(board, states),
         verdict=verdict(board),
-        lead=_lead(board, axes, start, best, ratios, beside),
+        lead=choice.text if choice else _frontier_text(board, axes, start, best, ratios, beside),
+        lead_notes="; ".join(choice.notes).capitalize() if choice else "",
         problems=board.problems + _caution(board),
         facts=_facts(board),
         failures=[
@@ -173,7 +175,7 @@ def _caution(board: SweepTable) -> list[str]:
     return [f"These runs differ in {names}: compare times and memory only between runs that agree."]
 
 
-def _lead(
+def _frontier_text(
     board: SweepTable,
     axes: list[Column],
     start: tuple[str, str] | None,
@@ -181,11 +183,9 @@ def _lead(
     ratios: dict[str, Any],
     beside: list[BesideBaseline],
 ) -> str | None:
-    """Which configuration to use, where that can be said, and what the frontier says in words."""
+    """How many runs are on the first frontier, and the best of them by its first metric."""
     if not start or not best:
         return None
-    if answer := _answer(board):
-        return answer
     by = {column.name: column for column in axes}
     x, y = by[start[0]], by[start[1]]
     values = [sweep_table.number(value) for value in board.frame[x.name]]
@@ -202,12 +202,12 @@ def _lead(
     )
 
 
-def _answer(board: SweepTable) -> str | None:
+def _choice(board: SweepTable) -> Choice | None:
     """The answer of `60_sweep`, over all samples and repeats; None where no baseline or no quality loss was recorded."""
     if not board.sweep.get("baseline") or QUALITY not in board.frame.columns:
         return None
     try:
-        return choose(compare(board.configurations)).text
+        return choose(compare(board.configurations))
     except WanlabError:  # a baseline that did not finish, or that fits several: the page says what it can
         return None
 

@@ -23,6 +23,7 @@ from .parameters import read_schema as read_schema
 from .platforms import HERE as HERE
 from .platforms import RESULTS as RESULTS
 from .platforms import comparable as comparable
+from .platforms import platform_notes as platform_notes
 from .platforms import platform_table as platform_table
 from .platforms import platform_verdict as platform_verdict
 from .result import Machine as Machine

@@ -90,7 +90,8 @@ class Choice:
         row: of the comparison's frame.
         within: labels that are within the limit, the baseline among them.
         alike: of these, those that cannot be told apart from the fastest; the choice loses least of them.
-        text: the answer in a sentence or two.
+        text: the answer in one sentence.
+        notes: what stands behind it: how many are within the limit, were refused, did not finish.
     """
 
     label: str
@@ -98,6 +99,7 @@ class Choice:
     within: tuple[str, ...]
     alike: tuple[str, ...]
     text: str
+    notes: tuple[str, ...]
 
 
 def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
@@ -134,8 +136,8 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         else comparisons.baseline.label
     )
     row = frame.loc[best]
-    text = _text(comparisons, best, row, within, alike, without, limit_percent)
-    return Choice(best, row, tuple(within), tuple(alike), text)
+    notes = _notes(comparisons, within, alike, without, limit_percent)
+    return Choice(best, row, tuple(within), tuple(alike), _text(comparisons, best, row), tuple(notes))
 
 
 def _loss(values: dict[str, Any]) -> float | None:
@@ -143,27 +145,21 @@ def _loss(values: dict[str, Any]) -> float | None:
     return next((float(values[name]) for name in QUALITY if known(values.get(name))), None)
 
 
-def _text(
-    comparisons: Comparisons,
-    best: str,
-    row: Any,
-    within: list[str],
-    alike: list[str],
-    without: int,
-    limit: float,
-) -> str:
-    beside = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
-    beside += [f"{len(within)} of {len(comparisons.rows)} configurations within {limit:g} % of quality loss"]
-    beside += [f"{without} of unknown loss"] if without else []
-    beside += (
-        [f"{comparisons.refused['configuration'].nunique()} refused"] if len(comparisons.refused) else []
-    )
-    beside += [f"{len(comparisons.failures)} not finished"] if len(comparisons.failures) else []
-    beside += [DRIFT] if comparisons.baseline.repeats == 1 else []
-    tail = f" ({'; '.join(beside)})."
+def _notes(
+    comparisons: Comparisons, within: list[str], alike: list[str], without: int, limit: float
+) -> list[str]:
+    notes = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
+    notes += [f"{len(within)} of {len(comparisons.rows)} configurations within {limit:g} % of quality loss"]
+    notes += [f"{without} of unknown loss"] if without else []
+    notes += [f"{comparisons.refused['configuration'].nunique()} refused"] if len(comparisons.refused) else []
+    notes += [f"{len(comparisons.failures)} not finished"] if len(comparisons.failures) else []
+    return notes + ([DRIFT] if comparisons.baseline.repeats == 1 else [])
+
+
+def _text(comparisons: Comparisons, best: str, row: Any) -> str:
     if best == comparisons.baseline.label:
         floor = f"the noise and the threshold of {comparisons.threshold_percent:g} %"
-        return f"Keep {best}: nothing within the limit is better by {comparisons.by} than {floor}{tail}"
+        return f"Keep {best}: nothing within the limit is better by {comparisons.by} than {floor}."
     how = "as fast" if comparisons.by.endswith("_ms") else f"as good by {comparisons.by}"
     figures = (row.get("ratio", math.nan), row["low"], row["high"], row["noise_percent"])
     text = f"Use {best}: " + verdict_sentence(
@@ -174,7 +170,7 @@ def _text(
         ends = [results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
         span = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(known, ends)) else ""
         text += f", quality loss {_signed(loss)} %{span}"
-    return f"{text}{tail}"
+    return f"{text}."
 
 
 def _signed(percent: float) -> str:
@@ -247,36 +243,45 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
 
 
 def technique_verdict(matrix: pd.DataFrame) -> str:
-    """The matrix in two sentences: the best technique alone, and the best combination beside its product."""
+    """The matrix in one or two sentences: the best technique alone, and the best combination.
+
+    Where neither can be told from noise, this is said first.
+    """
+    best = {}
+    for word, rows in (("alone", matrix[matrix["moved"] == 1]), ("combined", matrix[matrix["moved"] > 1])):
+        if len(rows):
+            row = rows.loc[rows["speedup"].idxmax()]
+            figures = [row[name] for name in ("speedup", "low", "high", "noise_percent")]
+            best[word] = (row, verdict_of(*figures), figures)
+    if all(verdict == SAME for _, verdict, _ in best.values()):
+        ends = "; ".join(
+            f"best {word} {row['techniques']}, ratio {ratio:.2f} "
+            f"(95 % interval {low:.2f} to {high:.2f}, noise {noise:.1f} %)"
+            for word, (row, _, (ratio, low, high, noise)) in best.items()
+        )
+        return f"No difference from the baseline can be told from noise on this machine now: {ends}."
     sentences = []
-    for moved, word in ((matrix["moved"] == 1, "alone"), (matrix["moved"] > 1, "combined")):
-        if not moved.any():
-            continue
-        best = matrix[moved].sort_values("speedup", ascending=False).iloc[0]
-        figures = [best[name] for name in ("speedup", "low", "high", "noise_percent")]
-        verdict = verdict_of(*figures)
+    for word, (row, verdict, figures) in best.items():
         if verdict == SAME:
-            sentence = f"Best {word}: " + verdict_sentence(verdict, *figures, candidate=best["techniques"])
+            text = f"Best {word}: " + verdict_sentence(verdict, *figures, candidate=row["techniques"])
         else:
-            span = f"{best['speedup']:.2f}x ({best['low']:.2f} to {best['high']:.2f})"
-            sentence = f"Best {word}: {best['techniques']}, {span}"
-        if best["product"] == best["product"]:
-            sentence += f", beside a product of {best['product']:.2f}x: {best['verdict']}"
-        sentences.append(f"{sentence}.")
+            text = f"Best {word}: {row['techniques']}, "
+            text += verdict_sentence(verdict, *figures, baseline="the baseline")
+        sentences.append(text + (f"; {row['verdict']}" if row["verdict"] else "") + ".")
     return " ".join(sentences)
 
 
 def gains_text(table: pd.DataFrame) -> str:
-    """What a table of `engine_table` says: the engines that are faster than the original, and those only built."""
-    faster = table[(table["state"] == MEASURED) & (table["engine"] != table["engine"][0])]
+    """A table of `engine_table` in words: the engines that are faster than the original, and those only built."""
+    others = table[(table["state"] == MEASURED) & (table["engine"] != table["engine"][0])]
     gains = [
         f"{row.engine} {row.time_per_video_ms_ratio:.2f} times as fast as the original"
-        for row in faster.itertuples()
+        for row in others.itertuples()
         if row.note == "faster"
     ]
     text = ", ".join(gains) or "No engine is distinguishably faster than the original"
-    only = ", ".join(table.loc[table["state"] != MEASURED, "engine"])
-    return f"{text}; {only} built, not executed" if only else text
+    not_run = ", ".join(table.loc[table["state"] != MEASURED, "engine"])
+    return f"{text}; {not_run} built, not executed" if not_run else text
 
 
 class _Ratio:
@@ -315,7 +320,7 @@ def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -
     only = [
         name for name, one in zip(names, alone, strict=True) if "simulated" in str(one.results.get("kernels"))
     ]
-    return f" ({', '.join(only)} alone is simulated, so its own gain is not known)" if only else ""
+    return f" ({', '.join(only)} alone is simulated)" if only else ""
 
 
 def _verdict(part: _Ratio, noise_percent: float) -> str:

@@ -106,30 +106,30 @@ def platform_table(
 
 
 def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
-    """The table in a sentence: the fastest row, what each engine did against eager, what was left out."""
+    """The table in two sentences: what each engine of the first machine gains over eager, and the fastest row of all."""
     measured = table[table["state"] == MEASURED]
     if measured.empty:
-        return f"Nothing here was measured: {_built(table)}."
-    best = measured.loc[measured["latency_ms"].idxmin()]
-    first = measured.iloc[0]
-    parts = [
-        f"{first['model']} {first['what']}, {first['shape']}: {_count(measured['machine'].nunique(), 'machine')},"
-        f" {_count(len(measured), 'row')};"
-        f" fastest {best['engine']} {best['precision']} on {best['machine']}, {best['latency_ms']:,.1f} ms"
-    ]
+        return f"Nothing here was measured: {platform_notes(table, refused)}."
+    best, first = measured.loc[measured["latency_ms"].idxmin()], measured.iloc[0]
+    gains = []
     for _, row in measured[measured["machine"] == first["machine"]].iterrows():
         if row["engine"] == "eager" or math.isnan(row["ratio_to_eager"]):
             continue
         figures = (row["ratio_to_eager"], row["low"], row["high"], row["noise_percent"])
         verdict = NOT_DISTINGUISHABLE if NOT_DISTINGUISHABLE in row["note"] else ""
-        parts.append(
-            verdict_sentence(
-                verdict, *figures, candidate=row["engine"], baseline="eager", here=row["source"] == HERE
-            )
-        )
-    parts += [built] if (built := _built(table)) else []
-    parts += [f"{_count(len(refused), 'row')} refused as other work"] if len(refused) else []
-    return "; ".join(parts) + "."
+        names = {"candidate": row["engine"], "baseline": "eager", "here": row["source"] == HERE}
+        gains.append(verdict_sentence(verdict, *figures, **names))
+    work = f"{first['model']} {first['what']}, {first['shape']}: "
+    rows = f"{_count(len(measured), 'row')} on {_count(measured['machine'].nunique(), 'machine')}"
+    end = f"{rows}: {best['engine']} {best['precision']} on {best['machine']}, {best['latency_ms']:,.1f} ms."
+    return work + (f"{'; '.join(gains)}. Fastest of {end}" if gains else f"fastest of {end}")
+
+
+def platform_notes(table: pd.DataFrame, refused: pd.DataFrame) -> str:
+    """What is in the table without figures, and what is not in it: engines only built, rows of other work."""
+    notes = [built] if (built := _built(table)) else []
+    notes += [f"{_count(len(refused), 'row')} refused as other work"] if len(refused) else []
+    return "; ".join(notes)
 
 
 def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from wanlab.core.errors import WanlabError
 from wanlab.diagnose.operators import Operations, call_kernels, count_operations
 from wanlab.measure import Ceilings, Samples
 from wanlab.measure.timing import control_of
-from wanlab.precision.products import product_bound, product_times
 from wanlab.precision.quant_linear import QuantLinear
+from wanlab.precision.selection.bound import product_bound
+from wanlab.precision.selection.costs import product_times
 from wanlab.runs.prepare import prepare
 
 CPU = torch.device("cpu")

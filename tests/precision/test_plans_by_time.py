@@ -6,7 +6,7 @@ import pytest
 
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
-from wanlab.precision.selection.by_time import FORMATS
+from wanlab.precision.selection.select import TIMED_FORMATS
 
 SIZE = {"height": 64, "width": 64, "frames": 5}
 
@@ -28,7 +28,7 @@ def test_plans_are_selected_by_time_and_within_half_the_effect(model, tmp_path):
         assert "GFLOP (counted)" in plan.note  # nothing is timed on a CPU, and the plan says so
         assert row["saved_percent"] > 0
     assert found.selected["effect"].iloc[-1] <= effects["uniform-fp8"] / 2
-    assert set(found.costs["format"]) == {"default", *FORMATS}
+    assert set(found.costs["format"]) == {"default", *TIMED_FORMATS}
 
 
 def test_a_random_recording_has_the_steps_of_its_expert_and_inputs_of_their_own(model, tmp_path):

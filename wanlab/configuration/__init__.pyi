@@ -9,7 +9,7 @@ from .configuration import save_configuration as save_configuration
 from .configure import Configured as Configured
 from .configure import check_configuration as check_configuration
 from .configure import configure as configure
+from .configure import measure_isolated as measure_isolated
 from .configure import missing as missing
 from .explain import Explanation as Explanation
 from .explain import explain as explain
-from .isolated import measure_isolated as measure_isolated

@@ -31,8 +31,8 @@ from wanlab.engines.component_bench import RangeCost, range_cost
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Comparison, Samples
 from wanlab.models.loading import resolve
-from wanlab.precision.products import product_bound
-from wanlab.precision.selection.by_time import PlansByTime, plans_by_time
+from wanlab.precision.selection.bound import product_bound
+from wanlab.precision.selection.select import PlansByTime, plans_by_time
 
 SHORT_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -52,7 +52,7 @@ class ComponentCost:
             linear_share_percent (of the time in kernels), product_kernel, roofline_ms, of_roofline_percent,
             bound_speedup (Amdahl's, over the baseline), planned_percent, product_speedup, not_compared.
         kernels: longest first: candidate, name, kind, calls, time_ms, share_percent. From a profile after timing.
-        products: linear layers timed alone, from `precision.products.product_times`.
+        products: linear layers timed alone, from `precision.selection.costs.product_times`.
         operations: of one call. ceilings: of the device.
         left_out: label -> why it was not measured, in one line.
         selected: plans that were selected by time for this. ranges: what the profiler's ranges cost. None if not asked for.

@@ -44,7 +44,7 @@ from wanlab.models.device import synchronise
 from wanlab.models.networks import skeleton
 from wanlab.models.pipeline import Model
 from wanlab.precision.plan import KEEP, is_float
-from wanlab.precision.products import product_times
+from wanlab.precision.selection.costs import product_times
 
 MODULE = "wanlab.configuration.component_process"
 ONE, EACH = "one", "each"

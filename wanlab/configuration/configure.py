@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
+import json
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +20,16 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from wanlab.configuration.configuration import Configuration, load_configuration
+from wanlab import measure, models
+from wanlab.configuration.configuration import Configuration, load_configuration, save_configuration
 from wanlab.core.effects import APPLIED, BASELINE, NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.pipeline import use
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
 from wanlab.export.export import Traces
+from wanlab.measure.memory import in_own_process
+from wanlab.models.loading import resolve
 from wanlab.models.pipeline import Model
 from wanlab.models.spec import EXPERTS
 from wanlab.models.variants import compile_blocks
@@ -470,3 +477,69 @@ def _weight_bytes(opened: Opened) -> int:
     }
     filed = [engine for name, engine in opened.engines.items() if name not in opened.networks]
     return sum(tensors.values()) + sum(engine.size_bytes for engine in filed)
+
+
+def measure_isolated(configured: Configured, image: Any, prompt: str, **settings: Any) -> dict[str, float]:
+    """Open a configuration from its files in a fresh process, and generate once.
+
+    Two configurations in one process share libraries and allocator, so that their peaks cannot be told apart there.
+
+    Args:
+        configured: from `configure`. Its model's name, device, dtype and weights are used again.
+        image: first frame, `[H, W, 3]` in [0, 1].
+        prompt, settings: as `Model.generate` takes them; JSON values only.
+
+    Returns:
+        `peak_memory_gib` during the generation (on a GPU what this process added to the device, on the CPU its resident
+        set), `load_ms` (the networks alone: weights into PyTorch and the plan applied, or files into sessions),
+        `first_video_ms` (with all that happens only once, such as compiling).
+
+    Raises:
+        WanlabError: the process failed; its last line is the reason.
+    """
+    model = configured.original
+    with tempfile.TemporaryDirectory(prefix="wanlab-isolated-") as folder:
+        np.save(Path(folder) / "image.npy", np.asarray(image))
+        order = {
+            "model": model.spec.name if model.spec.name in models.names() else str(model.spec.source),
+            "load": {
+                "device": str(model.device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "weights": model.load.weights,
+            },
+            "configuration": str(
+                save_configuration(configured.configuration, Path(folder) / "configuration.yaml")
+            ),
+            "files": configured.files,
+            "image": str(Path(folder) / "image.npy"),
+            "prompt": prompt,
+            "settings": {name: value for name, value in settings.items() if value is not None},
+        }
+        return in_own_process("wanlab.configuration.configure", order, configured.label)
+
+
+def _measure_in_process(order: dict[str, Any]) -> dict[str, float]:
+    device = resolve(order["load"]["device"], "auto")[0]
+    image = np.load(order["image"], allow_pickle=False)
+    configuration = load_configuration(order["configuration"])
+    with measure.peak_memory(device) as whole:
+        model = models.load(order["model"], **order["load"])
+        opened = open_files(model, configuration, order["files"], in_place=True)
+        used, load_ms = opened.model, opened.load_ms
+        del model, opened
+        gc.collect()  # networks that engines replaced are freed
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with measure.peak_memory(device) as memory:
+            generation = used.generate(image, order["prompt"], **order["settings"])
+    # A GPU may hold other processes, which were there before.
+    before = whole.start_gib if device.type == "cuda" else 0.0
+    return {
+        "peak_memory_gib": memory.peak_gib - before,
+        "load_ms": load_ms,
+        "first_video_ms": generation.wall_ms,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_in_process(json.load(sys.stdin))))

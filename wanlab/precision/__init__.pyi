@@ -59,8 +59,6 @@ from .selection.bound import effect_ceiling as effect_ceiling
 from .selection.bound import measured_bound as measured_bound
 from .selection.bound import predict as predict
 from .selection.bound import search_cost as search_cost
-from .selection.by_time import PlansByTime as PlansByTime
-from .selection.by_time import plans_by_time as plans_by_time
 from .selection.choose import Chosen as Chosen
 from .selection.choose import Relation as Relation
 from .selection.choose import Repaired as Repaired
@@ -71,9 +69,11 @@ from .selection.choose import repair as repair
 from .selection.costs import cost_totals as cost_totals
 from .selection.costs import layer_costs as layer_costs
 from .selection.select import Frontier as Frontier
+from .selection.select import PlansByTime as PlansByTime
 from .selection.select import Selection as Selection
 from .selection.select import compress as compress
 from .selection.select import frontier as frontier
+from .selection.select import plans_by_time as plans_by_time
 from .selection.select import select_plan as select_plan
 from .selection.verify import Batched as Batched
 from .selection.verify import Originals as Originals

@@ -17,9 +17,8 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.precision.apply import AS_LOADED, asked
 from wanlab.precision.assignment import Assignment
-from wanlab.precision.check_torch import Effect, Fault, at_step, raise_weights, summary
+from wanlab.precision.check_torch import Effect, Fault, at_step, near, raise_weights, summary
 from wanlab.precision.formats import CODES_OF_ONNX, QuantFormat, decode_weight, encode_weight, get_format
-from wanlab.precision.layer_state import near
 from wanlab.precision.linear_nodes import OPERATORS, find_sites, sites_of
 from wanlab.precision.plan import FLOATS, is_float
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from wanlab.diagnose.breakdown import breakdown
 from wanlab.diagnose.capture import capture
 from wanlab.diagnose.trace import read_trace
 from wanlab.models.pipeline import Model
+from wanlab.precision.apply import AS_LOADED
 from wanlab.precision.assignment import assign
 from wanlab.precision.plan import Plan, is_float, load_plan
 from wanlab.precision.recording import Recording
@@ -235,6 +236,39 @@ def speedup(share_percent: float, rate: float) -> float:
 def _called(schedule: Any) -> dict[str, int]:
     """How often every component is called."""
     return Counter(str(name) for name in schedule)
+
+
+def product_bound(
+    products: pd.DataFrame, formats: Mapping[str, str], linear_share_percent: float
+) -> dict[str, Any] | None:
+    """Amdahl's bound of a plan: its linear layers at the measured rate of their products, all else as in the baseline.
+
+    Args:
+        products: from `product_times`.
+        formats: layer -> format whose codes it multiplies.
+        linear_share_percent: of the baseline's time that its matrix products take.
+
+    Returns:
+        bound_speedup, planned_percent (of the time of all products, that the plan changes), product_speedup (of those);
+        None where none of the layers was timed in its format.
+    """
+    times = {(layer, row.format): row.time_ms for row in products.itertuples() for layer in row.layers}
+    before = sum(time for (_, name), time in times.items() if name == AS_LOADED)
+    planned = {
+        layer: (times[layer, AS_LOADED], times[layer, name])
+        for layer, name in formats.items()
+        if (layer, name) in times
+    }
+    if not planned or not before:
+        return None
+    own = sum(first for first, _ in planned.values())
+    saved = own - sum(second for _, second in planned.values())
+    rest = 1 - linear_share_percent / 100 * saved / before
+    return {
+        "bound_speedup": 1 / rest if rest > 0 else float("inf"),
+        "planned_percent": 100 * own / before,
+        "product_speedup": own / (own - saved),
+    }
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.measure.timing import time_ms
 from wanlab.models.shapes import latent_shape
-from wanlab.precision.apply import experts_of
+from wanlab.precision.apply import AS_LOADED, experts_of
 from wanlab.precision.assignment import operations, quantizable_layers, weight_bits, weight_bytes
 from wanlab.precision.formats import QuantFormat, check_blocks, get_format
-from wanlab.precision.quant_linear import planned
+from wanlab.precision.plan import is_float
+from wanlab.precision.quant_linear import (
+    DECODED,
+    FEWEST_ROWS,
+    INTEGER,
+    SIMULATED,
+    kernel_for,
+    planned,
+    scaled_mm,
+)
 
 DEFAULT = "default"
 """The format of a layer that stays as the model was loaded; plans call it so too."""
@@ -29,6 +39,9 @@ COLUMNS = [
     "component", "layer", "block", "projection", "format", "bits", "weights", "rows", "flop", "size_bytes",
     "source", "kernel", "time_ms", "cv_percent", "work_gflop",
 ]  # fmt: skip
+
+
+PRODUCT_COLUMNS = ["rows", "inputs", "outputs", "dtype", "format", "layers", "time_ms", "tflop_per_s"]
 
 
 def layer_costs(
@@ -164,3 +177,58 @@ def cost_totals(costs: pd.DataFrame) -> pd.DataFrame:
     """A table of `layer_costs` summed per format: format, source, and of time_ms, work_gflop, size_bytes what is known."""
     sums = costs.groupby(["format", "source"], sort=False)[["time_ms", "work_gflop", "size_bytes"]]
     return sums.sum(min_count=1).reset_index().dropna(axis="columns").round(3)
+
+
+def product_times(
+    layers: Mapping[str, tuple[int, torch.nn.Linear]], formats: Sequence[str], *, iterations: int = 5
+) -> pd.DataFrame:
+    """Every distinct shape of a linear layer: its product alone, without the rounding of its input.
+
+    Args:
+        layers: name -> rows of its input in one call, and the layer.
+        formats: to add to the layer's own float. One whose products are not computed on codes here (weight-only formats,
+            simulated ones, too few rows) is left out.
+        iterations: samples of each.
+
+    Returns:
+        A row per shape and format: rows, inputs, outputs, dtype, format (`"as-loaded"` for the float), layers (names),
+        time_ms (median), tflop_per_s.
+    """
+    shapes: dict[tuple, list[str]] = {}
+    for name, (rows, layer) in layers.items():
+        weight = layer.weight
+        shapes.setdefault((rows, *weight.shape, weight.dtype, weight.device), []).append(name)
+    records = []
+    for (rows, outputs, inputs, dtype, device), names in shapes.items():
+        values = torch.randn(rows, inputs, device=device, dtype=dtype)
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        calls = {AS_LOADED: lambda a=values, b=weight: linear(a, b)}
+        calls |= {name: _on_codes(name, values, weight) for name in formats}
+        for name, call in calls.items():
+            if call is None:
+                continue
+            with torch.no_grad():
+                taken = time_ms(call, warmup=2, iterations=iterations, device=device, progress=False).median
+            speed = 2 * rows * inputs * outputs / taken / 1e9 if taken > 0 else float("nan")
+            kind = str(dtype).removeprefix("torch.")
+            records.append((rows, inputs, outputs, kind, name, tuple(names), taken, speed))
+    return pd.DataFrame(records, columns=PRODUCT_COLUMNS)
+
+
+def _on_codes(name: str, values: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """A call of the product on codes; None where there is none on this device."""
+    if is_float(name) or get_format(name).activation is None:
+        return None
+    rows, device = len(values), weight.device
+    format = get_format(name)
+    kernel = kernel_for(format, tuple(weight.shape), device, device.type == "cuda")
+    if kernel in (DECODED, SIMULATED) or (kernel == INTEGER and rows < FEWEST_ROWS):
+        return None
+    if kernel == INTEGER:
+        a, b = values.to(torch.int8), weight.to(torch.int8)
+        return lambda: torch._int_mm(a, b.t())
+    a, b = values.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    by_row = format.weight.granularity == "channel"
+    step = torch.ones((rows, 1) if by_row else (), device=device)
+    scale = torch.ones(len(weight) if by_row else (), device=device)
+    return lambda: scaled_mm(a, step, b, scale, None, values.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -62,26 +64,7 @@ def test_unknown_names_are_told_before_anything_is_made(model, tmp_path, given, 
     assert not list(tmp_path.iterdir())
 
 
-TOY = '''
-"""PyTorch, whose output is negated twice."""
-
-from wanlab.engines.registry import EngineKind, register
-from wanlab.engines.torch import TorchEngine
-
-
-class NegatedEngine(TorchEngine):
-    def __init__(self, model, component):
-        super().__init__(model, component)
-        self.name, forward = "negated", self._call
-        self._call = lambda *inputs: -(-1 * forward(*inputs))
-
-
-def open_negated(model, component, path):
-    return NegatedEngine(model, component)
-
-
-register(EngineKind("negated", "Negated twice", "#123456", open=open_negated))
-'''
+TOY = Path(__file__).parents[1] / "support" / "toy_engine.py"
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +136,9 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     assert difference(used.model, everywhere, request_of_a_video) < 0.02  # the same plan by other kernels
 
 
-def test_an_engine_of_ones_own_is_configured_and_measured(
-    model, folder, request_of_a_video, tmp_path, monkeypatch
-):
-    file = tmp_path / "negated.py"
-    file.write_text(TOY)
-    monkeypatch.setenv(registry.VARIABLE, str(file))  # for the process of its own
-    registry._load_files(str(file))
+def test_an_engine_of_ones_own_is_configured_and_measured(model, folder, request_of_a_video, monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, str(TOY))  # for the process of its own
+    registry._load_files(str(TOY))
     try:
         used = configuration.configure(
             model, configuration.Configuration(name="toy", engines={"expert*": "negated"}), folder, **SIZE

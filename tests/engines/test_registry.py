@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,26 +21,7 @@ from wanlab.plots.style import colour
 from wanlab.runs.result import completed
 
 SIZE = dict(height=32, width=48, frames=5)
-TOY = '''
-"""PyTorch, whose output is negated twice."""
-
-from wanlab.engines.registry import EngineKind, register
-from wanlab.engines.torch import TorchEngine
-
-
-class NegatedEngine(TorchEngine):
-    def __init__(self, model, component):
-        super().__init__(model, component)
-        self.name, forward = "negated", self._call
-        self._call = lambda *inputs: -(-1 * forward(*inputs))
-
-
-def open_negated(model, component, path):
-    return NegatedEngine(model, component)
-
-
-register(EngineKind("negated", "Negated twice", "#123456", open=open_negated))
-'''
+TOY = Path(__file__).parents[1] / "support" / "toy_engine.py"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +29,10 @@ def model():
     return tiny.bare(tiny.pipeline())
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("toy") / "negated.py"
-    path.write_text(TOY)
-    return path
-
-
 @pytest.fixture
-def toy(file):
+def toy():
     """The toy, in the table for one test."""
-    registry._load_files(str(file))
+    registry._load_files(str(TOY))
     yield registry.ENGINES["negated"]
     del registry.ENGINES["negated"]
 
@@ -106,9 +81,9 @@ def test_doctor_has_a_row_for_each_engine(toy):
         assert bool(kind.missing()) == any(rows[title].add != "" for title in titles & rows.keys())
 
 
-def test_other_processes_read_the_file_that_the_variable_names(file, tmp_path):
+def test_other_processes_read_the_file_that_the_variable_names(tmp_path):
     code = "from wanlab.engines.registry import ENGINES; print(*ENGINES)"
-    for path, expected in ((file, "negated"), (tmp_path / "none.py", "WANLAB_ENGINES names")):
+    for path, expected in ((TOY, "negated"), (tmp_path / "none.py", "WANLAB_ENGINES names")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
@@ -210,7 +185,7 @@ def test_a_compiled_component_is_opened_by_name(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_named(model, tmp_path, file):
+def test_mistakes_are_named(model, tmp_path):
     with pytest.raises(WanlabError, match=r"no setting 'optimisation' \(did you mean 'optimization'\?\)"):
         engines.open_component("onnxruntime", model, "expert_high", tmp_path, optimisation="basic")
     with pytest.raises(WanlabError, match=r"eager has no setting 'threads'; it has none"):

@@ -1,8 +1,10 @@
-"""Which configuration to use: Pareto efficiency, the fastest within a quality limit, what each technique bought."""
+"""Which configuration to use: Pareto efficiency, the fastest within a quality limit, the gain of each technique."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,18 @@ from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import percentile_interval, resampled_medians
 from wanlab.engines.registry import title_of_label
 from wanlab.measure.timing import verdict_of, verdict_sentence
-from wanlab.runs.compare import BASELINE, SAME, Comparisons, times_better
+from wanlab.runs.compare import SAME, Comparisons, gain_of, times_better
 from wanlab.runs.platforms import RESULTS
 from wanlab.runs.result import BUILT, MEASURED, Result
-from wanlab.runs.results import MeasuredConfiguration, better, is_ratio, is_time, known, load_results, shown
+from wanlab.runs.results import (
+    MeasuredConfiguration,
+    better,
+    is_number,
+    is_time,
+    load_results,
+    number,
+    parameter_text,
+)
 
 SENSES = ("min", "max")
 
@@ -29,18 +39,18 @@ SENSES = ("min", "max")
 def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
     """Which rows are efficient: no other row is at least as good in every column and better in one.
 
-    Rows that are equal in every column stand or fall together. A row that lacks one of the values is not efficient and
-    beats nobody.
+    Rows that are equal in every column are all efficient or all not. A row without one of the values is not efficient
+    and dominates no other.
 
     Args:
         frame: one row per candidate.
-        goals: column -> `"min"` where less is better, `"max"` where more is.
+        goals: column -> `"min"` where less is better, `"max"` where more is better.
 
     Returns:
         Booleans with the frame's index.
 
     Raises:
-        WanlabError: no goal, an unknown column, or another sense.
+        WanlabError: no goal, an unknown column, or another word than `"min"` and `"max"`.
     """
     if not goals:
         raise WanlabError('pareto needs at least one column, e.g. {"time_ms": "min"}')
@@ -56,9 +66,9 @@ def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
             for column, sense in goals.items()
         ]
     )
-    known = ~np.isnan(costs).any(axis=1)
-    rows = costs[known] + 0.0  # no -0.0, which is another row than 0.0
-    # Of equal rows one is looked at. Sorted, a row can only be beaten by one before it.
+    complete = ~np.isnan(costs).any(axis=1)
+    rows = costs[complete] + 0.0  # no -0.0, which is another row than 0.0
+    # One of equal rows is enough, and in sorted order only an earlier row can dominate a row.
     points, of_row = np.unique(rows, axis=0, return_inverse=True)
     efficient = np.zeros(len(points), dtype=bool)
     best = np.empty((0, points.shape[1]))
@@ -67,12 +77,12 @@ def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
             efficient[index] = True
             best = np.vstack([best, point])
     mask = np.zeros(len(frame), dtype=bool)
-    mask[known] = efficient[of_row.reshape(-1)]
+    mask[complete] = efficient[of_row.reshape(-1)]
     return pd.Series(mask, index=frame.index, name="efficient")
 
 
 def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
-    """`pareto` among the rows whose `effect` is not "not applied": those are another configuration than their name says."""
+    """`pareto` without the rows whose `effect` is "no effect": they are not the configuration that their name says."""
     real = frame["effect"] != NOT_APPLIED if "effect" in frame else frame.index == frame.index
     return pareto(frame[real], goals).reindex(frame.index, fill_value=False)
 
@@ -87,11 +97,12 @@ class Choice:
 
     Attributes:
         label: its name; the baseline's where nothing better is within the limit.
-        row: of the comparison's frame.
-        within: labels that are within the limit, the baseline among them.
-        alike: of these, those that cannot be told apart from the fastest; the choice loses least of them.
+        row: its row of the comparison's frame.
+        within: labels of the configurations within the limit, the baseline among them.
+        alike: of these, those that are not distinguishable from the fastest, the fastest among them; the choice has the
+            least quality loss of them.
         text: the answer in one sentence.
-        notes: what stands behind it: how many are within the limit, were refused, did not finish.
+        notes: counts of configurations within the limit, refused and not finished.
     """
 
     label: str
@@ -105,72 +116,69 @@ class Choice:
 def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
 
-    Of those that cannot be told apart from the best, the one that loses least: noise does not choose.
-    A configuration that was not applied, or whose loss is not known, is not chosen.
+    Of several that are not distinguishable from the best, the one with the least loss is chosen, so that noise does not
+    decide. A configuration that was not applied, or whose loss is not known, is not chosen.
     """
-    frame = comparisons.frame.set_index("configuration")
-    within, without = [], 0
-    for row in comparisons.rows:
-        loss = _loss(row.results)
-        fits = loss is not None and loss <= limit_percent
-        without += loss is None
-        if row is comparisons.baseline or (fits and row.results.get("effect") != NOT_APPLIED):
-            within.append(row.label)
-    ahead = [
-        label
-        for label in within
-        if frame.loc[label, "verdict"] not in (SAME, BASELINE, "slower", "worse", "")
+    base, by = comparisons.baseline, comparisons.by
+    losses = {row.label: _loss(row.results) for row in comparisons.rows}
+    within = [
+        row
+        for row in comparisons.rows
+        if row is base
+        or (row.applied and losses[row.label] is not None and losses[row.label] <= limit_percent)
     ]
-    pick = min if better(comparisons.by) == "min" else max
+    ahead = [row for row in within if comparisons.ratios[row.label].verdict in ("faster", "better")]
     alike = []
     if ahead:
-        first = comparisons.row(pick(ahead, key=lambda label: frame.loc[label, comparisons.by]))
-        alike = [
-            label
-            for label in ahead
-            if label == first.label or comparisons.verdict(first, comparisons.row(label)) in (SAME, "")
-        ]
-    best = (
-        min(alike, key=lambda label: _loss(comparisons.row(label).results))
-        if alike
-        else comparisons.baseline.label
+        pick = min if better(by) == "min" else max
+        first = pick(ahead, key=lambda row: number(row.results.get(by)))
+        alike = [row for row in ahead if row is first or comparisons.verdict(first, row) in (SAME, "")]
+    best = min(alike, key=lambda row: losses[row.label]) if alike else base
+    notes = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
+    notes += [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
+    if unknown := sum(loss is None for loss in losses.values()):
+        notes += [f"{unknown} of unknown loss"]
+    return Choice(
+        label=best.label,
+        row=comparisons.frame.set_index("configuration").loc[best.label],
+        within=tuple(row.label for row in within),
+        alike=tuple(row.label for row in alike),
+        text=_answer(comparisons, best),
+        notes=(*notes, *_left_out(comparisons)),
     )
-    row = frame.loc[best]
-    notes = _notes(comparisons, within, alike, without, limit_percent)
-    return Choice(best, row, tuple(within), tuple(alike), _text(comparisons, best, row), tuple(notes))
 
 
 def _loss(values: dict[str, Any]) -> float | None:
     """Upper end of the quality loss in percent, or the loss where it has no interval."""
-    return next((float(values[name]) for name in QUALITY if known(values.get(name))), None)
+    return next((float(values[name]) for name in QUALITY if is_number(values.get(name))), None)
 
 
-def _notes(
-    comparisons: Comparisons, within: list[str], alike: list[str], without: int, limit: float
-) -> list[str]:
-    notes = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
-    notes += [f"{len(within)} of {len(comparisons.rows)} configurations within {limit:g} % of quality loss"]
-    notes += [f"{without} of unknown loss"] if without else []
-    notes += [f"{comparisons.refused['configuration'].nunique()} refused"] if len(comparisons.refused) else []
-    notes += [f"{len(comparisons.failures)} not finished"] if len(comparisons.failures) else []
-    return notes + ([DRIFT] if comparisons.baseline.repeats == 1 else [])
+def _left_out(comparisons: Comparisons) -> list[str]:
+    """Counts of configurations that were not compared, and a warning about a baseline that was run once."""
+    remarks = []
+    if len(comparisons.refused):
+        remarks += [f"{comparisons.refused['configuration'].nunique()} refused"]
+    if len(comparisons.failures):
+        remarks += [f"{len(comparisons.failures)} not finished"]
+    return [*remarks, DRIFT] if comparisons.baseline.repeats == 1 else remarks
 
 
-def _text(comparisons: Comparisons, best: str, row: Any) -> str:
-    if best == comparisons.baseline.label:
+def _answer(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
+    """Which configuration to use, with its gain and its quality loss."""
+    base, by = comparisons.baseline, comparisons.by
+    if best is base:
         floor = f"the noise and the threshold of {comparisons.threshold_percent:g} %"
-        return f"Keep {best}: nothing within the limit is better by {comparisons.by} than {floor}."
-    how = "as fast" if comparisons.by.endswith("_ms") else f"as good by {comparisons.by}"
-    figures = (row.get("ratio", math.nan), row["low"], row["high"], row["noise_percent"])
-    text = f"Use {best}: " + verdict_sentence(
-        row["verdict"], *figures, baseline=comparisons.baseline.label, how=how
-    )
-    results = comparisons.row(best).results
-    if known(loss := results.get(QUALITY[1])):
-        ends = [results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
-        span = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(known, ends)) else ""
-        text += f", quality loss {_signed(loss)} %{span}"
-    return f"{text}."
+        return f"Keep {best.label}: nothing within the limit is better by {by} than {floor}."
+    how = "as fast" if by.endswith("_ms") else f"as good by {by}"
+    ratio = comparisons.ratios[best.label]
+    value = ratio.value if gain_of(by) == "ratio" else math.nan
+    figures = (value, ratio.low, ratio.high, ratio.noise_percent)
+    text = verdict_sentence(ratio.verdict, *figures, baseline=base.label, how=how)
+    if is_number(loss := best.results.get(QUALITY[1])):
+        ends = [best.results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
+        interval = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(is_number, ends)) else ""
+        text += f", quality loss {_signed(loss)} %{interval}"
+    return f"Use {best.label}: {text}."
 
 
 def _signed(percent: float) -> str:
@@ -186,53 +194,59 @@ RESAMPLES = 4_000
 
 
 def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame:
-    """Techniques alone and combined.
+    """Gains of techniques alone and combined.
 
-    A technique is a parameter moved off its value in the baseline, e.g. `engine=onnxruntime`; one that was not applied is
-    left out. Intervals are percentile bootstraps (95 %) over all samples of all configurations involved at once, so that the
-    baseline, which stands in every ratio, is drawn once.
+    A technique is a parameter with another value than in the baseline, e.g. `engine=onnxruntime`; one that was not applied
+    is left out. Intervals are percentile bootstraps (95 %) of all configurations together, so that each ratio uses the same
+    resamples of the baseline.
 
     Args:
         comparisons: from `compare`, by a time with samples.
 
     Returns:
-        One row per configuration but the baseline, fewest techniques first: techniques (joined by " + "), moved (how many),
-        speedup, low, high; and where each of its techniques was measured alone too: product of their speed-ups, with
-        product_low and product_high; of_product (measured over product, 1 where gains multiply), with of_low and of_high;
-        noise_percent (of all that are involved); verdict, which says what became of the product.
+        One row per configuration but the baseline, fewest techniques first: techniques (joined by " + "), moved (their
+        number), speedup, low, high; and where each of its techniques was measured alone too: product of their speed-ups,
+        with product_low and product_high; of_product (measured over product, 1 where gains multiply), with of_low and
+        of_high; noise_percent (the largest of all configurations involved); verdict, which compares the measured speed-up
+        with the product.
 
     Raises:
-        WanlabError: compared by something without samples, or nothing was moved.
+        WanlabError: `comparisons` is by something without samples, or all configurations are the baseline's.
     """
     if not is_time(comparisons.by):
         raise WanlabError(
             f"a technique matrix is of times; compare by time_per_video_ms, not by {comparisons.by}"
         )
     base = comparisons.baseline
-    moved: dict[tuple[str, ...], MeasuredConfiguration] = {}
+    measured: dict[tuple[str, ...], MeasuredConfiguration] = {}
     for row in comparisons.rows[1:]:
-        applied = row.samples is not None and row.results.get("effect") != NOT_APPLIED
-        if applied and (names := _moved(row, base, comparisons.axes)):
-            moved.setdefault(names, row)
-    if not moved or base.samples is None:
+        names = tuple(f"{axis}={parameter_text(row.parameters.get(axis))}" for axis in comparisons.moved(row))
+        if names and row.applied and row.samples is not None:
+            measured.setdefault(names, row)
+    if not measured or base.samples is None:
         raise WanlabError(
             f"no technique beside the baseline {base.label}: no other configuration with samples"
         )
     generator = np.random.default_rng(seed)
-    drawn = {id(row): _medians(row, generator) for row in (base, *moved.values())}
+    times = {
+        names: _Resampled(
+            row.samples.median,
+            resampled_medians(np.asarray(row.samples.values_ms), generator, RESAMPLES),
+        )
+        for names, row in {(): base, **measured}.items()
+    }
+    gains = {names: times[()] / time for names, time in times.items()}
     rows = []
-    for names, row in sorted(moved.items(), key=lambda item: (len(item[0]), item[1].results[comparisons.by])):
-        gain = _Ratio(base.samples.median / row.samples.median, drawn[id(base)] / drawn[id(row)])
-        alone = [moved.get((name,)) for name in names]
-        cells = {"techniques": " + ".join(names), "moved": len(names), **gain.named("speedup", "low", "high")}
+    for names, row in sorted(
+        measured.items(), key=lambda item: (len(item[0]), item[1].results[comparisons.by])
+    ):
+        alone = [measured.get((name,)) for name in names]
+        cells = {"techniques": " + ".join(names), "moved": len(names)}
+        cells |= gains[names].named("speedup", "low", "high")
         cells["noise_percent"] = comparisons.noise_percent(row)
         if len(names) > 1 and all(alone):
-            gains = [
-                _Ratio(base.samples.median / one.samples.median, drawn[id(base)] / drawn[id(one)])
-                for one in alone
-            ]
-            product = math.prod(gains[1:], start=gains[0])
-            part = gain / product
+            product = functools.reduce(operator.mul, (gains[name,] for name in names))
+            part = gains[names] / product
             noise = comparisons.noise_percent(row, *alone)
             cells |= product.named("product", "product_low", "product_high")
             cells |= part.named("of_product", "of_low", "of_high")
@@ -284,49 +298,37 @@ def gains_text(table: pd.DataFrame) -> str:
     return f"{text}; {not_run} built, not executed" if not_run else text
 
 
-class _Ratio:
-    """A ratio with its bootstrap distribution."""
+class _Resampled:
+    """A statistic with its bootstrap distribution, `[RESAMPLES]`."""
 
-    def __init__(self, value: float, drawn: np.ndarray) -> None:
-        self.value, self.drawn = value, drawn
+    def __init__(self, value: float, resamples: np.ndarray) -> None:
+        self.value, self.resamples = value, resamples
 
-    def __mul__(self, other: _Ratio) -> _Ratio:
-        return _Ratio(self.value * other.value, self.drawn * other.drawn)
+    def __mul__(self, other: _Resampled) -> _Resampled:
+        return _Resampled(self.value * other.value, self.resamples * other.resamples)
 
-    def __truediv__(self, other: _Ratio) -> _Ratio:
-        return _Ratio(self.value / other.value, self.drawn / other.drawn)
+    def __truediv__(self, other: _Resampled) -> _Resampled:
+        return _Resampled(self.value / other.value, self.resamples / other.resamples)
 
-    def ends(self) -> tuple[float, float]:
-        return percentile_interval(self.drawn, self.value)
+    def interval(self) -> tuple[float, float]:
+        return percentile_interval(self.resamples, self.value)
 
     def named(self, *names: str) -> dict[str, float]:
-        return dict(zip(names, (self.value, *self.ends()), strict=True))
-
-
-def _moved(row: MeasuredConfiguration, base: MeasuredConfiguration, axes: Iterable[str]) -> tuple[str, ...]:
-    return tuple(
-        f"{axis}={shown(row.parameters.get(axis))}"
-        for axis in axes
-        if row.parameters.get(axis) != base.parameters.get(axis)
-    )
-
-
-def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.ndarray:
-    return resampled_medians(np.asarray(row.samples.values_ms), generator, RESAMPLES)
+        return dict(zip(names, (self.value, *self.interval()), strict=True))
 
 
 def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -> str:
-    """Of a technique that was only simulated alone the gain is not known, nor is the product."""
-    only = [
-        name for name, one in zip(names, alone, strict=True) if "simulated" in str(one.results.get("kernels"))
+    """A remark where a technique alone was only simulated: then its gain and the product are not known."""
+    simulated = [
+        name for name, row in zip(names, alone, strict=True) if "simulated" in str(row.results.get("kernels"))
     ]
-    return f" ({', '.join(only)} alone is simulated)" if only else ""
+    return f" ({', '.join(simulated)} alone is simulated)" if simulated else ""
 
 
-def _verdict(part: _Ratio, noise_percent: float) -> str:
-    low, high = part.ends()
+def _verdict(part: _Resampled, noise_percent: float) -> str:
+    """Verdict on a measured speed-up over the product of the single ones."""
     off = 100 * (part.value - 1)
-    if low <= 1 <= high or max(part.value, 1 / part.value) - 1 <= noise_percent / 100:
+    if verdict_of(part.value, *part.interval(), noise_percent) == SAME:
         return f"{MULTIPLY} within noise"
     if off < 0:
         return f"gains do not multiply: {-off:.0f} % less than their product"
@@ -344,26 +346,21 @@ def engine_table(
 
     Args:
         comparisons: from `compare`, with the original as its baseline.
-        built: results of engines that no machine here could run, see `built_records`.
+        built: results of engines that this machine cannot run, from `built_records`.
         axis: the parameter that names the engine.
 
     Returns:
         engine, state, then each figure with `<figure>_ratio` to the baseline (above 1 is better), note.
     """
-    base = comparisons.baseline
-    rows = []
+    base, rows = comparisons.baseline.results, []
     for row in comparisons.rows:
-        moved = [name for name in comparisons.axes if row.parameters.get(name) != base.parameters.get(name)]
-        if moved not in ([], [axis]):
-            continue
-        engine = str(row.parameters.get(axis, row.label))
-        cells: dict[str, Any] = {"engine": title_of_label(engine), "state": MEASURED}
-        for name in FIGURES:
-            value = row.results.get(name)
-            cells[name] = math.nan if value is None else value
-            cells[f"{name}_ratio"] = times_better(name, cells[name], base.results.get(name))
-        verdict = comparisons.frame.loc[comparisons.frame["configuration"] == row.label, "verdict"].iloc[0]
-        rows.append(cells | {"note": verdict})
+        if comparisons.moved(row) in ([], [axis]):
+            engine = str(row.parameters.get(axis, row.label))
+            cells: dict[str, Any] = {"engine": title_of_label(engine), "state": MEASURED}
+            for name in FIGURES:
+                cells[name] = number(row.results.get(name))
+                cells[f"{name}_ratio"] = times_better(name, cells[name], base.get(name))
+            rows.append(cells | {"note": comparisons.ratios[row.label].verdict})
     rows += _built(built)
     columns = [column for name in FIGURES for column in (name, f"{name}_ratio")]
     frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "note"])
@@ -372,7 +369,7 @@ def engine_table(
 
 
 def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row per engine, whatever it was built for."""
+    """One row per engine, for all GPUs that it was built for."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         if result.state == BUILT:
@@ -390,39 +387,38 @@ def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
-    """Words only: configuration, verdict, the compared figure, its ratio with interval and noise, the other figures.
+    """Cells as text: configuration, verdict, the compared figure, its ratio with interval and noise, the other figures.
 
     Args:
         apart: a column for each varied parameter in place of the configuration's name.
     """
-    gain = "ratio" if is_ratio(comparisons.by) else "difference"
+    gain = gain_of(comparisons.by)
     others = [name for name in comparisons.shown if name != comparisons.by]
     rows = []
     for row in comparisons.frame.to_dict(orient="records"):
-        known = row["low"] == row["low"]
-        named = {axis: shown(row[axis]) for axis in comparisons.axes} if apart and comparisons.axes else None
+        axes = {axis: parameter_text(row[axis]) for axis in comparisons.axes} if apart else {}
         effect = f", {NOT_APPLIED}" if row.get("effect") == NOT_APPLIED else ""
-        cells = (named or {"configuration": row["configuration"]}) | {
+        cells = (axes or {"configuration": row["configuration"]}) | {
             "verdict": row["verdict"] + effect,
             comparisons.by: figure(row[comparisons.by]),
             gain: figure(row[gain], gain),
-            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if known else "",
+            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if is_number(row["low"]) else "",
             "noise %": figure(row["noise_percent"]),
         }
         for name in others:
-            kind = "ratio" if is_ratio(name) else "difference"
-            first = row["configuration"] == comparisons.baseline.label
-            change = "" if first else figure(row[f"{name}_{kind}"], kind)
+            kind = gain_of(name)
+            is_baseline = row["configuration"] == comparisons.baseline.label
+            change = "" if is_baseline else figure(row[f"{name}_{kind}"], kind)
             cells[name] = figure(row[name]) + (f" ({change})" if change else "")
         rows.append(cells | ({"effect": row["effect"]} if "effect" in row else {}))
     return pd.DataFrame(rows)
 
 
 def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
-    """Words only: technique, speed-up with its interval, the product of the single ones, what became of it."""
+    """Cells as text: technique, speed-up with its interval, product of the single speed-ups, verdict on it."""
     rows = []
     for row in matrix.to_dict(orient="records"):
-        both = row["product"] == row["product"]
+        both = is_number(row["product"])
         rows.append(
             {
                 "techniques": row["techniques"],
@@ -438,7 +434,7 @@ def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
-    """Words only: a line per measure, a column per engine, the ratio to the first behind each figure."""
+    """Cells as text: a line per figure, a column per engine, the ratio to the first engine after each value."""
     names = [name for name in table.columns if f"{name}_ratio" in table.columns]
     lines: list[dict[str, str]] = []
     for name in ["state", *names, "note"]:
@@ -454,7 +450,7 @@ def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(value: Any, kind: str = "") -> str:
-    """A number in few digits; nothing for NaN."""
+    """A number in few digits; an empty text for NaN."""
     if value is None or value != value:
         return ""
     if kind == "ratio":
@@ -468,10 +464,10 @@ SWEEPS = data("sweeps")
 
 
 def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
-    """The folder of a sweep that was given, else of a recorded one.
+    """The folder of a sweep: `given`, else the recorded sweep of that name in the project's data.
 
     Raises:
-        WanlabError: it is not there.
+        WanlabError: there is no such folder.
     """
     if given is not None:
         path = locate(given)
@@ -482,15 +478,17 @@ def sweep_folder(given: str | os.PathLike | None, recorded: str) -> Path:
 
 
 def built_records(folder: str | os.PathLike | None, sweep: Path) -> list[Result]:
-    """Receipts of engines that were only built, from a folder.
+    """Results of engines that were built and did not run.
 
-    None looks for `built/` beside the sweep's runs, and for a sweep of the project in its recorded results.
+    Args:
+        folder: where their build information is; None takes `built/` in the sweep's folder, and for a recorded sweep the
+            recorded results of the project.
 
     Raises:
-        WanlabError: the folder that was given is not there.
+        WanlabError: there is no such folder.
     """
-    own = RESULTS if sweep.parent == SWEEPS else sweep / "built"
-    path = own if folder is None else Path(folder)
+    usual = RESULTS if sweep.parent == SWEEPS else sweep / "built"
+    path = usual if folder is None else Path(folder)
     if folder is not None and not path.is_dir():
         raise WanlabError(
             f"no folder with build information at {path}; 22_tensorrt leaves them beside its engines"

@@ -1,4 +1,4 @@
-"""Rows compared with a baseline: which one it is, ratio, interval, noise, verdict, and what is refused."""
+"""Configurations compared with a baseline: its choice, ratio, interval, noise and verdict, and refused rows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from wanlab.runs.results import (
     MeasuredConfigurations,
     better,
     configurations,
+    is_number,
     is_ratio,
     is_time,
-    known,
     number,
+    parameter_text,
     resolve,
-    shown,
 )
 
 Row = TypeVar("Row")
@@ -33,7 +33,7 @@ PART = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
 
 
 def parse_baseline(text: str | Sequence[str] | Mapping[str, Any] | None) -> dict[str, str]:
-    """`"engine=eager,plan=default"`, several such, or a mapping, as parameter -> value in words.
+    """Parameter -> value as text, from `"engine=eager,plan=default"`, several such texts, or a mapping.
 
     Raises:
         WanlabError: a part without "=".
@@ -41,43 +41,44 @@ def parse_baseline(text: str | Sequence[str] | Mapping[str, Any] | None) -> dict
     if text is None:
         return {}
     if isinstance(text, Mapping):
-        return {str(name): shown(value) for name, value in text.items()}
-    asked: dict[str, str] = {}
-    for given in [text] if isinstance(text, str) else text:
-        for part in PART.split(given):
-            name, equals, value = part.partition("=")
-            if not equals:
-                raise WanlabError(f"baseline {part!r} is not NAME=VALUE, such as plan=default")
-            asked[name.strip().removeprefix("p.")] = value.strip()
-    return asked
+        return {str(name): parameter_text(value) for name, value in text.items()}
+    parameters: dict[str, str] = {}
+    for part in (part for each in ([text] if isinstance(text, str) else text) for part in PART.split(each)):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise WanlabError(f"baseline {part!r} is not NAME=VALUE, such as plan=default")
+        parameters[name.strip().removeprefix("p.")] = value.strip()
+    return parameters
 
 
 def find_baseline(
-    measured: MeasuredConfigurations, wanted: str | Sequence[str] | Mapping[str, Any] | None
+    measured: MeasuredConfigurations, baseline: str | Sequence[str] | Mapping[str, Any] | None
 ) -> MeasuredConfiguration:
-    """The one configuration with these parameters; without any, the sweep's own baseline, else the first.
+    """The one configuration with these parameters; without parameters the sweep's own baseline, else the first.
 
     Raises:
-        WanlabError: an unknown parameter or value, none that fits or several, or nothing finished.
+        WanlabError: an unknown parameter or value, no or several configurations with them, or no finished run.
     """
     if not measured.rows:
-        failed = f": {len(measured.failures)} did not finish" if len(measured.failures) else ""
-        raise WanlabError(f"no finished run in {measured.where}{failed}; see `wanlab runs`")
-    asked = parse_baseline(wanted if wanted is not None else measured.sweep.get("baseline"))
-    if not asked:
+        unfinished = f": {len(measured.failures)} did not finish" if len(measured.failures) else ""
+        raise WanlabError(f"no finished run in {measured.where}{unfinished}; see `wanlab runs`")
+    parameters = parse_baseline(baseline if baseline is not None else measured.sweep.get("baseline"))
+    if not parameters:
         return measured.rows[0]
-    words = ", ".join(f"{name}={value}" for name, value in asked.items())
+    words = ", ".join(f"{name}={value}" for name, value in parameters.items())
     names = dict.fromkeys(name for row in measured.rows for name in row.parameters)
-    for name, value in asked.items():
+    for name, value in parameters.items():
         if name not in names:
             raise WanlabError(f"baseline {words}: no parameter {name!r}{did_you_mean(name, names)}")
-        values = dict.fromkeys(shown(row.parameters[name]) for row in measured.rows if name in row.parameters)
+        values = dict.fromkeys(
+            parameter_text(row.parameters[name]) for row in measured.rows if name in row.parameters
+        )
         if value not in values:
             failed = measured.failures["configuration"].str.contains(f"{name}={value}", regex=False).any()
             more = "; that run did not finish" if failed else did_you_mean(value, values)
             some = ", ".join(list(values)[:8])
             raise WanlabError(f"baseline {words}: no run has {name}={value}{more}; {name} is {some}")
-    fitting = [row for row in measured.rows if has_parameters(row.parameters, asked)]
+    fitting = [row for row in measured.rows if has_parameters(row.parameters, parameters)]
     if not fitting:
         raise WanlabError(f"baseline {words}: no finished run has all of it")
     if len(fitting) > 1:
@@ -87,33 +88,34 @@ def find_baseline(
     return fitting[0]
 
 
-def has_parameters(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether a row has all the parameters of a baseline, in words: 4 and "4" are the same."""
+def has_parameters(parameters: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
+    """Whether a row has all the parameters of a baseline, compared as text: 4 and "4" are the same."""
     return all(
-        name in parameters and shown(parameters[name]) == shown(value) for name, value in asked.items()
+        name in parameters and parameter_text(parameters[name]) == parameter_text(value)
+        for name, value in baseline.items()
     )
 
 
 def baselines(
     rows: Iterable[Row], candidates: Iterable[Row], *keys: Callable[[Row], Hashable]
 ) -> list[Row | None]:
-    """For each row its baseline among the candidates: the first that agrees with it in the keys that a baseline leaves open.
+    """For each row its baseline: the first candidate with the same key; None without one.
 
     Args:
-        keys: the first that finds one counts; the later are less strict.
+        keys: functions of a row; a later one is less strict, and counts where no candidate has the same earlier key.
     """
-    by_key: list[dict[Hashable, Row]] = [{} for _ in keys]
+    first: dict[tuple[int, Hashable], Row] = {}
     for candidate in candidates:
-        for by, key in zip(by_key, keys, strict=True):
-            by.setdefault(key(candidate), candidate)
+        for level, key in enumerate(keys):
+            first.setdefault((level, key(candidate)), candidate)
     return [
-        next((by[key(row)] for by, key in zip(by_key, keys, strict=True) if key(row) in by), None)
+        next((first[at] for level, key in enumerate(keys) if (at := (level, key(row))) in first), None)
         for row in rows
     ]
 
 
 THRESHOLD_PERCENT = 3.0
-"""Smaller changes are reported as not distinguishable, whatever the samples say."""
+"""Smaller changes are reported as not distinguishable, even where the samples distinguish them."""
 
 SHOWN = (
     "time_per_video_ms",
@@ -123,7 +125,7 @@ SHOWN = (
     "divergence_lpips",
     "quality_loss_percent",
 )
-"""Figures that are shown when nobody says which."""
+"""Figures that are shown where neither the caller nor the sweep names any."""
 
 MOST_SHOWN = 8
 SAME = NOT_DISTINGUISHABLE
@@ -134,22 +136,27 @@ REFUSED_COLUMNS = ("configuration", "field", "value", "baseline", "reason")
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """Configurations beside their baseline.
+    """Configurations compared with their baseline.
 
     Attributes:
         baseline: the configuration that the others are compared with.
-        by: the figure that is compared. rows: the configurations that did the baseline's work, the baseline first.
-        frame: one row each: configuration, the axes, `by`, ratio (above 1 is better; of percentages, decibels and LPIPS
-            difference instead), low, high (its 95 % interval; NaN where there are no samples), noise_percent, verdict, then
-            the other figures, each with `<figure>_ratio` or `<figure>_difference`, and effect where it was recorded.
+        by: name of the compared figure.
+        rows: the configurations that did the baseline's work, the baseline first.
+        ratios: label -> `by` of that configuration compared with the baseline's.
+        frame: one row per configuration: configuration, the axes, `by`, ratio (above 1 is better; a difference for
+            percentages, decibels and LPIPS), low, high (its 95 % interval; NaN without samples), noise_percent, verdict,
+            then the other figures, each with `<figure>_ratio` or `<figure>_difference`, and effect where it was recorded.
         refused: a row per difference: configuration, field, value, baseline, reason.
         failures: runs that did not finish.
-        axes: parameters that vary. shown: figures of the frame. threshold_percent: declared.
+        axes: parameters that vary.
+        shown: figures of the frame.
+        threshold_percent: smallest effect that counts.
     """
 
     baseline: MeasuredConfiguration
     by: str
     rows: tuple[MeasuredConfiguration, ...]
+    ratios: dict[str, Ratio]
     frame: pd.DataFrame
     refused: pd.DataFrame
     failures: pd.DataFrame
@@ -162,13 +169,17 @@ class Comparisons:
         return next(row for row in self.rows if row.label == label)
 
     def verdict(self, first: MeasuredConfiguration, second: MeasuredConfiguration) -> str:
-        """The second compared with the first, as the others are with the baseline."""
+        """Verdict on the second compared with the first, by the rule of all comparisons here."""
         return ratio_to(first, second, self.by, self.threshold_percent).verdict
 
+    def moved(self, row: MeasuredConfiguration) -> list[str]:
+        """Axes on which a configuration has another value than the baseline."""
+        base = self.baseline.parameters
+        return [axis for axis in self.axes if row.parameters.get(axis) != base.get(axis)]
+
     def noise_percent(self, *rows: MeasuredConfiguration) -> float:
-        """What an effect must exceed: the threshold, or the noise of the baseline and of these, where that is more."""
-        known_noise = [row.noise_percent for row in (self.baseline, *rows) if row.noise_percent is not None]
-        return max([self.threshold_percent, *known_noise])
+        """What an effect must exceed: the largest of the threshold and the noise of the baseline and of these rows."""
+        return max(self.threshold_percent, *(row.noise_percent or 0.0 for row in (self.baseline, *rows)))
 
 
 def compare(
@@ -184,21 +195,22 @@ def compare(
     """Compare configurations with a baseline.
 
     Times are compared over all samples (`measure.compare`): the ratio of medians with its 95 % bootstrap interval. An effect
-    whose interval holds 1, or which is within the threshold or the A/A noise of either side, reads "not distinguishable".
-    What differs from the baseline in model, weights, resolution, frames, steps, guidance, seed or machine is refused, with
-    the field and both values, unless `allow` names it.
+    whose interval includes 1, or which is within the threshold or the A/A noise of either side, is "not distinguishable".
+    A configuration that differs from the baseline in a field of `runs.differences` is refused, with the field and both
+    values, unless `allow` names the field.
 
     Args:
-        runs: as `configurations` takes them.
-        baseline: `"plan=default"`, `{"plan": "default"}`, ...; None takes the sweep's own, else the first run.
-        by: a recorded number; None takes the time per video, else the first that all runs have.
-        allow: fields that may differ, e.g. `("steps",)`; see `runs.differences`. A dtype that the runs vary may.
-        threshold_percent: the smallest effect that counts.
-        show: other numbers in the table; None takes the sweep's, else the usual ones.
-        seed: of the bootstrap.
+        runs: runs as `configurations` takes them.
+        baseline: parameters of the baseline, `"plan=default"` or `{"plan": "default"}`; None takes the sweep's own, else
+            the first run.
+        by: name of a recorded number; None takes the time per video, else the number that most runs have.
+        allow: fields that may differ, e.g. `("steps",)`. The dtype may always differ where the runs vary it.
+        threshold_percent: smallest effect that counts.
+        show: names of other numbers in the table; None takes the sweep's, else `SHOWN`.
+        seed: seed of the bootstrap.
 
     Raises:
-        WanlabError: no runs, a baseline that fits none or several, an unknown column or field.
+        WanlabError: no runs, no or several runs with the baseline's parameters, an unknown column or field.
     """
     measured = configurations(runs)
     if not (math.isfinite(threshold_percent) and threshold_percent >= 0):
@@ -206,26 +218,30 @@ def compare(
     fields(allow)
     base = find_baseline(measured, baseline)
     by = _by(measured, by)
-    if not known(base.results.get(by)):
+    if not is_number(base.results.get(by)):
         raise WanlabError(f"the baseline {base.label} has no {by}; name another with by= or baseline=")
-    kept, refused = [base], []
+    allow = [*allow, *(["dtype"] if "dtype" in measured.axes else [])]
+    rows, refused = [base], []
     for row in measured.rows:
-        if row is base:
-            continue
-        reasons = _reasons(row, base, by, [*allow, *(["dtype"] if "dtype" in measured.axes else [])])
-        refused += [(row.label, *reason) for reason in reasons]
-        if not reasons:
-            kept.append(row)
-    shown_columns = _shown(measured, by, show)
+        if row is not base:
+            reasons = _reasons(row, base, by, allow)
+            refused += [(row.label, *reason) for reason in reasons]
+            rows += [] if reasons else [row]
+    resamples = resamples_of(len(rows))
+    ratios = {
+        row.label: ratio_to(base, row, by, threshold_percent, resamples=resamples, seed=seed) for row in rows
+    }
+    columns = _shown(measured, by, show)
     return Comparisons(
         baseline=base,
         by=by,
-        rows=tuple(kept),
-        frame=_frame(kept, by, measured.axes, shown_columns, threshold_percent, seed),
-        refused=_refused(refused),
+        rows=tuple(rows),
+        ratios=ratios,
+        frame=_frame(rows, ratios, by, measured.axes, columns),
+        refused=pd.DataFrame(refused, columns=list(REFUSED_COLUMNS)),
         failures=measured.failures,
         axes=measured.axes,
-        shown=shown_columns,
+        shown=columns,
         threshold_percent=threshold_percent,
     )
 
@@ -241,8 +257,8 @@ def _by(measured: MeasuredConfigurations, by: str | None) -> str:
 
 def _shown(measured: MeasuredConfigurations, by: str, show: Sequence[str] | None) -> tuple[str, ...]:
     if show is None:
-        asked = [str(name) for name in measured.sweep.get("show") or ()]
-        show = [name for name in asked if name in measured.columns]
+        of_sweep = map(str, measured.sweep.get("show") or ())
+        show = [name for name in of_sweep if name in measured.columns]
         show = show or [name for name in SHOWN if name in measured.columns]
         show = show or [name for name in measured.columns if name not in measured.axes][:MOST_SHOWN]
     return tuple(dict.fromkeys([by, *(resolve(name, measured.columns) for name in show)]))
@@ -252,54 +268,40 @@ def _reasons(
     row: MeasuredConfiguration, base: MeasuredConfiguration, by: str, allow: Sequence[str]
 ) -> list[tuple]:
     reasons = [
-        (name, shown(value), shown(other), f"{name} is {shown(value)}, the baseline's {shown(other)}")
-        for name, value, other in differences(row, base, allow)
+        (name, text, base_text, f"{name} is {text}, the baseline's {base_text}")
+        for name, *values in differences(row, base, allow)
+        for text, base_text in [map(parameter_text, values)]
     ]
-    if not known(row.results.get(by)):
-        reasons.append((by, "none", shown(base.results[by]), f"it recorded no {by}"))
+    if not is_number(row.results.get(by)):
+        reasons.append((by, "none", parameter_text(base.results[by]), f"it recorded no {by}"))
     return reasons
-
-
-def _refused(rows: list[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(REFUSED_COLUMNS))
 
 
 def _frame(
     rows: Sequence[MeasuredConfiguration],
+    ratios: Mapping[str, Ratio],
     by: str,
     axes: Sequence[str],
     columns: Sequence[str],
-    threshold_percent: float,
-    seed: int,
 ) -> pd.DataFrame:
-    base = rows[0]
-    resamples = resamples_of(len(rows))
-    ratios = [ratio_to(base, row, by, threshold_percent, resamples=resamples, seed=seed) for row in rows]
     data: dict[str, list] = {"configuration": [row.label for row in rows]}
     data |= {axis: [row.parameters.get(axis) for row in rows] for axis in axes}
     data["repeats"] = [row.repeats for row in rows]
     data[by] = [number(row.results.get(by)) for row in rows]
-    gain = "ratio" if is_ratio(by) else "difference"
-    data |= {gain: [each.value for each in ratios]}
-    data |= {
-        name: [getattr(each, name) for each in ratios] for name in ("low", "high", "noise_percent", "verdict")
-    }
+    data[gain_of(by)] = [ratio.value for ratio in ratios.values()]
+    for name in ("low", "high", "noise_percent", "verdict"):
+        data[name] = [getattr(ratio, name) for ratio in ratios.values()]
     for name in columns:
-        if name == by:
-            continue
-        values = [number(row.results.get(name)) for row in rows]
-        data[name] = values
-        if is_ratio(name):
-            data[f"{name}_ratio"] = [times_better(name, value, values[0]) for value in values]
-        else:
-            data[f"{name}_difference"] = [value - values[0] for value in values]
+        if name != by:
+            data[name] = values = [number(row.results.get(name)) for row in rows]
+            data[f"{name}_{gain_of(name)}"] = [gain(name, value, values[0]) for value in values]
     if any("effect" in row.results for row in rows):
         data["effect"] = [str(row.results.get("effect", "")) for row in rows]
     return pd.DataFrame(data)
 
 
 class Measured(Protocol):
-    """What a ratio is taken of: a `Result`, or all repeats of one configuration."""
+    """What `ratio_to` compares: a `Result`, or all repeats of one configuration."""
 
     @property
     def results(self) -> Mapping[str, Any]: ...
@@ -313,13 +315,13 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure beside its baseline's.
+    """One figure compared with its baseline's.
 
     Attributes:
-        value: how many times better, above 1 is better; the difference of what is subtracted (percentages, decibels, LPIPS).
+        value: ratio, above 1 is better; for percentages, decibels and LPIPS the difference.
         low, high: its 95 % interval; NaN without samples.
-        noise_percent: that an effect must exceed; NaN for a difference.
-        verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where nothing can be words.
+        noise_percent: noise that an effect must exceed; NaN for a difference.
+        verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where none can be given.
     """
 
     value: float
@@ -340,9 +342,9 @@ def ratio_to(
 ) -> Ratio:
     """A row's figure compared with its baseline's: the only rule of ratios, intervals and verdicts.
 
-    Times are compared over all samples. Whether the two did the same work is asked before, by `differences`.
+    Times are compared over all samples. The caller checks with `differences` that both did the same work.
     """
-    mine, theirs = number(row.results.get(by)), number(base.results.get(by))
+    value, base_value = number(row.results.get(by)), number(base.results.get(by))
     noises = [each.noise_percent or 0.0 for each in (base, row)] if is_time(by) else []
     noise = max([threshold_percent, *noises])
     if row is base:
@@ -354,36 +356,43 @@ def ratio_to(
             noise,
             resamples=resamples,
             seed=seed,
-            allow_different_devices=True,  # what may differ was settled before
+            allow_different_devices=True,  # `differences` has decided what may differ
         )
         return Ratio(timed.speedup, timed.low, timed.high, noise, timed.verdict)
     if not is_ratio(by):
-        return Ratio(mine - theirs, math.nan, math.nan, math.nan, _moved(row, base, by))
-    gain = times_better(by, mine, theirs)
-    if math.isnan(gain):
-        return Ratio(gain, math.nan, math.nan, noise, "")
+        return Ratio(value - base_value, math.nan, math.nan, math.nan, _difference_verdict(row, base, by))
+    ratio = times_better(by, value, base_value)
     words = ("faster", "slower") if by.endswith(("_ms", "_s")) else ("better", "worse")
-    return Ratio(gain, math.nan, math.nan, noise, verdict_of(gain, noise_percent=noise, words=words))
+    verdict = "" if math.isnan(ratio) else verdict_of(ratio, noise_percent=noise, words=words)
+    return Ratio(ratio, math.nan, math.nan, noise, verdict)
 
 
 def resamples_of(rows: int) -> int:
-    """Resamples of each row's bootstrap, so that a table of hundreds of rows takes no longer than one of fifty."""
+    """Resamples of each row's bootstrap: fewer for many rows, so that hundreds take no longer than fifty."""
     return max(1_000, min(RESAMPLES, 500_000 // max(rows, 1)))
 
 
+def gain_of(column: str) -> str:
+    """How a figure is compared: `"ratio"` or `"difference"`."""
+    return "ratio" if is_ratio(column) else "difference"
+
+
+def gain(column: str, value: float, baseline: float) -> float:
+    """Ratio or difference of two values of a figure, as `gain_of` says."""
+    return times_better(column, value, baseline) if is_ratio(column) else value - baseline
+
+
 def times_better(column: str, value: Any, baseline: Any) -> float:
-    """How many times better than the baseline, above 1 is better; NaN where there is nothing to divide."""
+    """Ratio to the baseline, above 1 is better; NaN where a value is missing or 0."""
     top, bottom = (value, baseline) if better(column) == "max" else (baseline, value)
-    if not (known(top) and known(bottom)) or bottom == 0 or top == 0:
-        return math.nan
-    return top / bottom
+    return top / bottom if is_number(top) and is_number(bottom) and top and bottom else math.nan
 
 
-def _moved(row: Measured, base: Measured, by: str) -> str:
-    """Verdict on a figure that is subtracted: only where both sides have intervals, by whether these overlap."""
+def _difference_verdict(row: Measured, base: Measured, by: str) -> str:
+    """Verdict on a figure that is subtracted: "" unless both sides have intervals; else by whether these overlap."""
     stem = by.removesuffix("_percent")
     ends = [each.results.get(f"{stem}_{end}_percent") for each in (row, base) for end in ("low", "high")]
-    if not all(known(end) for end in ends):
+    if not all(map(is_number, ends)):
         return ""
     low, high, base_low, base_high = ends
     if low <= base_high and base_low <= high:

@@ -1,4 +1,4 @@
-"""The same optimization on different machines, side by side: a view on results."""
+"""Results of several machines in one table."""
 
 from __future__ import annotations
 
@@ -12,55 +12,51 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, verdict_sentence
 from wanlab.runs.compare import Ratio, baselines, ratio_to
-from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Result, differences
+from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Machine, Result, differences
+from wanlab.runs.results import number
 
 RESULTS = data("results", "platforms.jsonl")
 DIFFER = ("machine", "dtype")
-"""What rows of a platform table may differ in: that is what it shows."""
+"""Fields in which the rows of a platform table may differ: the table compares them."""
 
 
 def other_work(result: Result, first: Result) -> list[str]:
-    """In what a row is other work than the first, machine and dtype aside: `"steps is 10, here 2"`.
+    """Fields in which a row did other work than the first, without machine and dtype: `"steps is 10, here 2"`.
 
     A precision plan counts as work here. An engine that did not run is compared by its model, and by its component
-    when that alone was timed.
+    where the first row is of one component.
     """
     if BUILT in (result.state, first.state):
         names = ["model"] + ["component"] * (first.work.component is not None)
         pairs = [(name, getattr(result.work, name), getattr(first.work, name)) for name in names]
-        return [f"{name} is {mine}, here {theirs}" for name, mine, theirs in pairs if mine and mine != theirs]
-    pairs = differences(result, first, DIFFER)
-    pairs += [("plan", result.plan, first.plan)] if result.plan != first.plan else []
-    return [f"{name} is {_value(name, mine)}, here {_value(name, theirs)}" for name, mine, theirs in pairs]
+        pairs = [pair for pair in pairs if pair[1] and pair[1] != pair[2]]
+    else:
+        pairs = differences(result, first, DIFFER)
+        pairs += [("plan", result.plan, first.plan)] if result.plan != first.plan else []
+    return [f"{name} is {_text(name, value)}, here {_text(name, other)}" for name, value, other in pairs]
 
 
 def comparable(results: Sequence[Result], first: Result | None = None) -> tuple[list[Result], pd.DataFrame]:
-    """Split results into those of the first one's work, and the others with their reasons.
+    """Split results into those that did the work of the first, and the others with their reasons.
 
     Args:
-        first: whose work counts; None takes the first that ran. Engines that were built only did no work; they are kept
-            where they are of the model, and of the component that was timed.
+        first: the result whose work counts; None takes the first that ran. Engines that were built only did no work; they
+            are kept where their model is the same, and their component where the first row is of one component.
 
     Returns:
         The results that `platform_table` takes, in their order, and a DataFrame of the others: source, machine,
         engine, what, reason (every field that differs, with both values).
     """
-    kept, refused, first = [], [], first or _first(results)
-    for result in results:
-        reasons = other_work(result, first) if first else []
-        if not reasons:
-            kept.append(result)
-            continue
-        refused.append(
-            {
-                "source": result.source,
-                "machine": _machine(result),
-                "engine": result.engine_name,
-                "what": _what(result),
-                "reason": "; ".join(reasons),
-            }
-        )
-    return kept, pd.DataFrame(refused, columns=["source", "machine", "engine", "what", "reason"])
+    first = first or _first(results)
+    reasons = [other_work(result, first) if first else [] for result in results]
+    pairs = list(zip(results, reasons, strict=True))
+    refused = [
+        (result.source, _machine(result), result.engine_name, _what(result), "; ".join(why))
+        for result, why in pairs
+        if why
+    ]
+    frame = pd.DataFrame(refused, columns=["source", "machine", "engine", "what", "reason"])
+    return [result for result, why in pairs if not why], frame
 
 
 def platform_table(
@@ -69,15 +65,15 @@ def platform_table(
     """One row per machine, engine and dtype: the newest result of each, of those with an A/A control if any.
 
     Args:
-        first: whose work all of them must have done; None takes the first that ran.
-        allow_different: keep rows of other work, each with a note that says in what it differs.
+        first: the result whose work all must have done; None takes the first that ran.
+        allow_different: keep rows of other work, each with a note of the fields in which it differs.
 
     Returns:
         machine, memory_gib, state, engine, precision, plan, model, what, shape, steps, seed, latency_ms,
         latency_per_frame_ms and throughput_per_s (videos or calls), ratio_to_eager (eager's latency on the same machine
         over this one, above 1 is faster; eager in the same dtype where there is one), low and high (its 95 % interval),
         noise_percent, samples, peak_memory_gib, load_ms, size_bytes, build_ms, software, note, source.
-        What was not measured is empty.
+        A figure that was not measured is NaN.
 
     Raises:
         WanlabError: no result, or one of other work, with the fields and both values.
@@ -100,7 +96,7 @@ def platform_table(
         rows,
         [row for row in rows if row.engine == "eager"],
         lambda row: (_machine(row), row.work, row.plan, row.dtype),
-        lambda row: (_machine(row), row.work, row.plan),  # in another dtype, which the note says
+        lambda row: (_machine(row), row.work, row.plan),  # in another dtype, which the note names
     )
     return pd.DataFrame([_row(row, first, base) for row, base in zip(rows, eager, strict=True)])
 
@@ -136,8 +132,7 @@ def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str
     work, ms, ran = result.work, result.time_ms, result.state == MEASURED
     ratio = Ratio(math.nan, math.nan, math.nan, math.nan, "")
     if eager and ms and eager.time_ms:
-        by = "time_per_video_ms" if work.component is None else "time_per_call_ms"
-        ratio = ratio_to(eager, result, by)
+        ratio = ratio_to(eager, result, result.time_name)
     notes = other_work(result, first) if first else []
     if not ran:
         notes.append(f"{work.component} built for it, not executed: no such machine here".strip())
@@ -151,7 +146,7 @@ def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str
         notes.append(f"eager is in {eager.dtype}")
     return {
         "machine": _machine(result),
-        "memory_gib": _number(result.machine.memory_gib if result.machine else None),
+        "memory_gib": number((result.machine or Machine()).memory_gib),
         "state": result.state,
         "engine": result.engine_name,
         "precision": result.dtype or "",
@@ -161,20 +156,18 @@ def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str
         "shape": work.shape if ran else "",
         "steps": work.steps,
         "seed": work.seed,
-        "latency_ms": _number(ms),
-        "latency_per_frame_ms": ms / work.frames
-        if ms and work.component is None and work.frames
-        else math.nan,
+        "latency_ms": number(ms),
+        "latency_per_frame_ms": number(result.row().get("time_per_frame_ms")),
         "throughput_per_s": 1e3 / ms if ms else math.nan,
         "ratio_to_eager": ratio.value,
         "low": ratio.low,
         "high": ratio.high,
-        "noise_percent": _number(result.noise_percent),
+        "noise_percent": number(result.noise_percent),
         "samples": result.n,
-        "peak_memory_gib": _number(result.peak_memory_gib),
-        "load_ms": _number(result.load_ms),
-        "size_bytes": _number(result.size_bytes),
-        "build_ms": _number(result.build_ms),
+        "peak_memory_gib": number(result.peak_memory_gib),
+        "load_ms": number(result.load_ms),
+        "size_bytes": number(result.size_bytes),
+        "build_ms": number(result.build_ms),
         "software": ", ".join(f"{name} {version}" for name, version in result.software.items()),
         "note": "; ".join(notes),
         "source": result.source,
@@ -182,7 +175,7 @@ def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str
 
 
 def _built(table: pd.DataFrame) -> str:
-    """How many engines were built for how many machines; one engine may serve several. Empty without any."""
+    """Number of engines that were only built, and of the machines they were built for; "" without any."""
     rows = table[table["state"] == BUILT]
     if rows.empty:
         return ""
@@ -208,14 +201,10 @@ def _what(result: Result) -> str:
     return f"{result.work}{f', {result.plan}' if result.plan else ''}"
 
 
-def _value(name: str, value: Any) -> str:
-    """A field's value in words; no component is the whole video, no plan none."""
+def _text(name: str, value: Any) -> str:
+    """A field's value in words; without a component it is the whole video."""
     return str(value) if value is not None else {"component": VIDEO, "plan": "none"}.get(name, "not known")
 
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

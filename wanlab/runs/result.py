@@ -1,11 +1,10 @@
-"""What a run measured as one typed row, and the one rule by which two rows did the same work."""
+"""A typed row of what a run measured, and the only rule of which rows may be compared."""
 
 from __future__ import annotations
 
 import functools
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -21,10 +20,19 @@ BUILT: Final = "built only"
 HERE = "measured here"
 VIDEO = "the whole video"
 UNCHANGED = (None, "", "default")
-"""Names under which notebooks take no plan."""
+"""Values of a notebook's parameter `plan` that mean no plan."""
 
 SOFTWARE = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "apache-tvm")
-_NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+"""Numbers that JSON does not have, by the words that stand for them."""
+
+TIMED = ("time_per_video_ms", "time_per_frame_ms", "time_per_call_ms")
+"""Figures that the samples of a result are samples of."""
+
+OWN_FIGURES = (
+    "noise_percent", "peak_memory_gib", "load_ms", "weights_gib", "prepare_ms", "size_bytes", "build_ms",
+)  # fmt: skip
+"""Fields of a result that are figures under their own names."""
 
 
 class _Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -35,10 +43,13 @@ class Work(_Row, frozen=True):
     """What was done: one video, or one call of a component.
 
     Attributes:
-        model: registry name. weights: `"pretrained"` or `"random"`; None where it is not known.
-        component: None for a whole video, else whose single call was timed, such as `"expert_high"`.
-        height, width: in pixels. frames: of the clip. batch: clips in one call.
-        steps, guided, seed: of a generation; None for one call, which has none of them.
+        model: registry name.
+        weights: `"pretrained"` or `"random"`; None where it is not known.
+        component: component of which one call was timed, such as `"expert_high"`; None for a whole video.
+        height, width: size in pixels.
+        frames: frames of the clip.
+        batch: clips in one call.
+        steps, guided, seed: settings of a generation; None for one call, which has none of them.
     """
 
     model: str | None = None
@@ -69,12 +80,13 @@ class Work(_Row, frozen=True):
 
 
 class Machine(_Row, frozen=True):
-    """What it ran on: a GPU with its limits, or a processor with its threads.
+    """Hardware that did the work: a GPU with its limits, or a CPU with its threads.
 
     Attributes:
-        gpu: its name; None where the CPU did the work, also on a machine with a GPU.
-        sm_clock_max_mhz, power_limit_w: of the GPU. cpu, threads: where the CPU did the work.
-        memory_gib: of the GPU, or of the host.
+        gpu: name of the GPU; None where the CPU did the work, also on a machine with a GPU.
+        sm_clock_max_mhz, power_limit_w: limits of the GPU.
+        cpu, threads: name of the CPU and number of threads, where it did the work.
+        memory_gib: memory of the GPU, or of the host.
     """
 
     gpu: str | None = None
@@ -93,11 +105,12 @@ class Machine(_Row, frozen=True):
 
 
 class Quality(_Row, frozen=True):
-    """Distance of the videos from the original's and from the truth.
+    """Distance of the videos from the original's and from the ground truth.
 
     Attributes:
-        divergence_lpips, psnr_db: to the original's videos. divergence_floor_lpips: of what is no change at all.
-        quality_loss_percent: relative worsening of LPIPS to the ground truth, with its 95 % interval; None without truth.
+        divergence_lpips, psnr_db: distance from the original's videos.
+        divergence_floor_lpips: distance of the original from itself under changes that do not count.
+        quality_loss_percent: relative increase of LPIPS to the ground truth, with its 95 % interval; None without truth.
     """
 
     divergence_lpips: float | None = None
@@ -109,7 +122,7 @@ class Quality(_Row, frozen=True):
 
     @classmethod
     def of(cls, divergence: Any = None, loss: Any = None) -> Quality:
-        """From `evaluate.divergence` and `evaluate.QualityLoss`; either may be missing."""
+        """Quality from `evaluate.divergence` and `evaluate.QualityLoss`; either may be missing."""
         values: dict[str, float | None] = {}
         if divergence is not None:
             scores = divergence.frame.set_index("metric")
@@ -131,20 +144,28 @@ class Result(_Row, frozen=True):
     """One typed row of what a run measured; `run.result` writes it, `load_results` reads it.
 
     Attributes:
-        work: what was done. engine: what did it, such as `"eager"` or `"onnxruntime"`.
-        plan: name of the precision plan, None without one. configuration: name of the configuration file, or its hash.
-        techniques: names of what was switched on beside engine and plan.
-        dtype: that the model was loaded in, such as `"bfloat16"`; of an engine file that of its inputs.
-        state: `"measured"`, or `"built only"` where the machine that an engine was built for was not there.
-        samples_ms: every sample. median_ms, sample_count: where only these are known.
-        noise_percent: of the A/A control; None where there was none.
-        peak_memory_gib: of everything during the run. weights_gib: as this configuration holds them.
-        load_ms: into a model or engine that can run. prepare_ms: conversion, calibration, compilation.
-        size_bytes, build_ms: of the engine's files, and of making them.
-        effect: `"applied"`, `"not applied"`, `"baseline"`, see `wanlab.core.effects`. kernels: what multiplies.
+        work: what was done.
+        engine: registry name of the engine, such as `"eager"` or `"onnxruntime"`.
+        plan: name of the precision plan, None without one.
+        configuration: name of the configuration file, or its hash.
+        techniques: names of the techniques that were applied beside engine and plan.
+        dtype: dtype that the model was loaded in, such as `"bfloat16"`; of an engine file the dtype of its inputs.
+        state: `"measured"`, or `"built only"` where this machine lacks the GPU that an engine was built for.
+        samples_ms: every sample.
+        median_ms, sample_count: median and number of samples, where the samples themselves are not known.
+        noise_percent: noise of the A/A control; None without one.
+        peak_memory_gib: peak of the whole run.
+        weights_gib: size of the weights as this configuration stores them.
+        load_ms: time to load a model or engine until it can run.
+        prepare_ms: time of conversion, calibration and compilation.
+        size_bytes, build_ms: size of the engine's files, and time to build them.
+        effect: `"applied"`, `"not applied"` or `"baseline"`, see `wanlab.core.effects`.
+        kernels: kernels that do the matrix products.
         figures: other numbers or words by name, with the unit at the end of the name.
-        device: that the samples were taken on. machine, software: of the environment; `run.result` fills them in.
-        taken: when, ISO 8601. source: run or file that it was read from.
+        device: device that the samples were taken on.
+        machine, software: hardware and package versions; `run.result` fills them in.
+        taken: time of the measurement, ISO 8601.
+        source: run or file that the row was read from.
     """
 
     work: Work
@@ -177,32 +198,37 @@ class Result(_Row, frozen=True):
     @property
     def time_ms(self) -> float | None:
         """Median over all samples."""
-        return statistics.median(self.samples_ms) if self.samples_ms else self.median_ms
+        return self.samples.median if self.samples else self.median_ms
+
+    @property
+    def time_name(self) -> str:
+        """Name of its time among the figures: of a video, or of one call."""
+        return TIMED[0] if self.work.component is None else TIMED[2]
 
     @property
     def n(self) -> int | None:
-        """How many samples."""
+        """Number of samples."""
         return len(self.samples_ms) or self.sample_count
 
     @property
     def samples(self) -> Samples | None:
-        """All samples as a timing; None where only their median is known."""
+        """All samples as a timing; None where the samples are not known."""
         return Samples(self.engine, self.samples_ms, self.device) if self.samples_ms else None
 
     @property
     def results(self) -> dict[str, Any]:
-        """As `row`; comparisons read results and configurations alike."""
+        """The same as `row()`, under the name that a `MeasuredConfiguration` has for it."""
         return self.row()
 
     @property
     def engine_name(self) -> str:
-        """The engine with the place that it ran in, such as `"onnxruntime-cuda"`."""
-        place = "cuda" if self.machine and self.machine.gpu else "cpu"
-        return ENGINES[self.engine].label(place) if self.engine in ENGINES else self.engine
+        """The engine with the kind of device that it ran on, such as `"onnxruntime-cuda"`."""
+        device = "cuda" if self.machine and self.machine.gpu else "cpu"
+        return ENGINES[self.engine].label(device) if self.engine in ENGINES else self.engine
 
     @property
     def key(self) -> tuple:
-        """What names this row among those of its run: recorded again, it replaces the earlier one."""
+        """Identity of this row among those of its run: a later row with the same key replaces it."""
         gpu = self.machine.gpu if self.machine and self.state == BUILT else None
         return (
             self.work,
@@ -216,35 +242,24 @@ class Result(_Row, frozen=True):
         )
 
     def row(self) -> dict[str, Any]:
-        """All figures by name, as comparisons, tables and exports show them; what is not known is left out."""
-        kind, time_ms = "video" if self.work.component is None else "call", self.time_ms
+        """All figures by name, as comparisons, tables and exports show them; figures that are not known are left out."""
+        time_ms, samples = self.time_ms, self.samples
         values: dict[str, Any] = {
             "engine": self.engine,
             "plan": self.plan or "default",
-            f"time_per_{kind}_ms": time_ms,
+            self.time_name: time_ms,
         }
-        if time_ms is not None and kind == "video" and self.work.frames:
+        if time_ms is not None and self.work.component is None and self.work.frames:
             values["time_per_frame_ms"] = time_ms / self.work.frames
-        if len(self.samples_ms) > 1:
-            mean = statistics.fmean(self.samples_ms)
-            values["p95_ms"] = _percentile(self.samples_ms, 95)
-            values["cv_percent"] = 100 * statistics.pstdev(self.samples_ms) / mean if mean else 0.0
-        names = (
-            "noise_percent",
-            "peak_memory_gib",
-            "load_ms",
-            "weights_gib",
-            "prepare_ms",
-            "size_bytes",
-            "build_ms",
-        )
-        values |= {name: getattr(self, name) for name in names}
+        if samples and samples.n > 1:
+            values |= {"p95_ms": samples.p95, "cv_percent": samples.cv_percent}
+        values |= {name: getattr(self, name) for name in OWN_FIGURES}
         values |= msgspec.structs.asdict(self.quality) if self.quality else {}
         values |= {"effect": self.effect, "kernels": self.kernels} | self.figures
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `parse_result` reads it back."""
+        """The row as data for JSON; `parse_result` reads it back."""
         return msgspec.to_builtins(self)
 
 
@@ -252,19 +267,19 @@ def parse_result(value: Any, where: str) -> Result:
     """A `Result` from JSON.
 
     Raises:
-        WanlabError: a field that is missing or of another type, with its path; `where` names the file and line.
+        WanlabError: a field is missing or of another type; the message names its path, and the file and line (`where`).
     """
     try:
         if isinstance(value, Mapping) and isinstance(value.get("figures"), Mapping):
-            figures = {name: _NUMBERS.get(item, item) for name, item in value["figures"].items()}
+            figures = {name: NON_FINITE.get(item, item) for name, item in value["figures"].items()}
             value = {**value, "figures": figures}
-        return msgspec.convert(value, Result, strict=False)  # not strict: JSON has no infinity but in words
+        return msgspec.convert(value, Result, strict=False)  # not strict: infinity is a word in JSON
     except (msgspec.ValidationError, TypeError) as error:
         raise WanlabError(f"cannot read {where}: {error}") from error
 
 
 def checked_result(result: Any) -> Result:
-    """The result, if every field is of its type; a `Struct` itself does not look.
+    """The result, if every field is of its type; a `Struct` itself does not check types.
 
     Raises:
         WanlabError: it is no `Result`, or a field is of another type.
@@ -276,48 +291,47 @@ def checked_result(result: Any) -> Result:
     return parse_result(result.to_dict(), "the result")
 
 
-# Made from what notebooks have
+# Rows from the measurements of a notebook
 
 
 def video_result(model: Any, cost: Any, *, engine: str = "eager", **facts: Any) -> Result:
-    """Whole videos that `measure.baseline` timed.
+    """Row of whole videos that `measure.baseline` timed.
 
     Args:
-        model: the `Model` that was timed. cost: its `Baseline`.
-        facts: other fields of `Result`, such as plan, quality, peak_memory_gib; they win over what `cost` knows.
+        model: the `Model` that was timed.
+        cost: its `Baseline`.
+        facts: other fields of `Result`, such as plan, quality, peak_memory_gib; they replace those of `cost`.
     """
-    known = {"peak_memory_gib": cost.memory.peak_gib, "load_ms": cost.load_ms}
-    return _timed(
-        video_work(model, cost.generation), model, cost.samples, cost.control, engine, known | facts
-    )
+    facts = {"peak_memory_gib": cost.memory.peak_gib, "load_ms": cost.load_ms} | facts
+    return _timed(video_work(model, cost.generation), model, cost.samples, cost.control, engine, facts)
 
 
 def comparison_results(
     variants: Mapping[str, Any], pair: Any, facts: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Result, ...]:
-    """Whole videos of several variants that `measure.compare_models` timed, in its order.
+    """Rows of whole videos of several variants that `measure.compare_models` timed, in its order.
 
     Args:
-        variants: label -> model, as `compare_models` took them; the label is the engine, unless `facts` names another.
+        variants: label -> model, as given to `compare_models`; the label is the engine, unless `facts` names another.
         facts: label -> other fields of `Result`.
     """
     results = []
     for label, model in variants.items():
-        known = dict((facts or {}).get(label, {}))
-        engine, work = known.pop("engine", label), video_work(model, pair.generations[label])
-        results.append(_timed(work, model, pair.samples[label], pair.control, engine, known))
+        values = dict((facts or {}).get(label, {}))
+        engine, work = values.pop("engine", label), video_work(model, pair.generations[label])
+        results.append(_timed(work, model, pair.samples[label], pair.control, engine, values))
     return tuple(results)
 
 
 def forward_results(model: Any, cost: Any, *, engine: str = "eager", **facts: Any) -> tuple[Result, ...]:
-    """Single calls of each expert, as the recorded generation of a `Baseline` made them; without an A/A control."""
+    """Rows of single calls of each expert in the recorded generation of a `Baseline`; without an A/A control."""
     results, settings = [], cost.generation.settings
     for component, calls in cost.calls.groupby("component", sort=False):
         if str(component).startswith("expert"):
             samples = tuple(map(float, calls["time_ms"]))
-            known = {"samples_ms": samples, "device": cost.samples.device, "dtype": _dtype(model)} | facts
+            values = {"samples_ms": samples, "device": cost.samples.device, "dtype": _dtype(model)} | facts
             work = call_work(model, str(component), **{name: settings[name] for name in SIZE})
-            results.append(Result(work=work, engine=engine, **known))
+            results.append(Result(work=work, engine=engine, **values))
     return tuple(results)
 
 
@@ -329,28 +343,31 @@ def call_results(
     dtype: str | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Result, ...]:
-    """Calls of one component in several engines that `measure.interleaved` timed.
+    """Rows of calls of one component in several engines that `measure.interleaved` timed.
 
     Args:
-        work: from `call_work`. samples, control: engine -> timing, and the A/A control of the first.
-        dtype: of the weights. facts: engine -> other fields of `Result`; names that it does not have are left out. Where
-            several rows have one engine, the keys are labels and the facts name the engine.
+        work: work of one call, from `call_work`.
+        samples: engine -> timing.
+        control: A/A control of the first engine.
+        dtype: dtype of the weights.
+        facts: engine -> other fields of `Result`; names that `Result` does not have are left out. Where several rows have
+            one engine, the keys are labels and the facts name the engine.
     """
     results = []
     for engine, timing in samples.items():
-        known = {name: value for name, value in (facts or {}).get(engine, {}).items() if name in FIELDS}
-        known = {"engine": engine, "dtype": dtype, "noise_percent": control.noise_percent} | known
-        results.append(Result(work=work, samples_ms=timing.values_ms, device=timing.device, **known))
+        values = {"engine": engine, "dtype": dtype, "noise_percent": control.noise_percent}
+        values |= {name: value for name, value in (facts or {}).get(engine, {}).items() if name in FIELDS}
+        results.append(Result(work=work, samples_ms=timing.values_ms, device=timing.device, **values))
     return tuple(results)
 
 
 def build_results(
     builds: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, taken: str = "", source: str = ""
 ) -> tuple[Result, ...]:
-    """Engines of `engines.build_tensorrt` that did not run: a row for each GPU that each was built for.
+    """Rows of engines of `engines.build_tensorrt` that did not run: one for each GPU that each was built for.
 
     Args:
-        builds: one or several, as `BuildInfo.record` gives them, or as they lie beside the engines.
+        builds: one or several records of `BuildInfo.record`, or of the files beside the engines.
     """
     return tuple(
         Result(
@@ -371,7 +388,7 @@ def build_results(
 
 
 def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
-    """What `wanlab bench` saved: the device's time where it is known apart from transfers."""
+    """Row of a file of `wanlab bench`: the device's time without transfers where it is known, else the latency."""
     facts, inputs, engine = bench["metadata"], bench["inputs"], str(bench["engine"])
     samples = bench["samples"].get("device") or bench["samples"]["latency"]
     name = str(facts.get("model", ""))
@@ -399,35 +416,35 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
 
 
 def video_work(model: Any, generation: Any) -> Work:
-    """What a generation of a model did."""
+    """Work of a generation."""
     settings = generation.settings
-    guidance = settings["guidance_scale"]
-    known: dict[str, Any] = {name: settings[name] for name in (*SIZE, "steps")}
     return Work(
-        model=model.spec.name, weights=model.load.weights, guided=guidance > 1, seed=generation.seed, **known
+        model=model.spec.name,
+        weights=model.load.weights,
+        guided=settings["guidance_scale"] > 1,
+        seed=generation.seed,
+        **{name: settings[name] for name in (*SIZE, "steps")},
     )
 
 
 def call_work(model: Any, component: str, **size: Any) -> Work:
-    """One call of a component: height, width, frames, batch."""
+    """Work of one call of a component; `size` is height, width, frames, batch."""
     return Work(model=model.spec.name, weights=model.load.weights, component=component, **size)
 
 
 def work_of_parameters(parameters: Mapping[str, Any]) -> Work:
-    """What a run with these parameters does, where it recorded no result: what was not given is the model's default."""
-    given = {name: value for name, value in parameters.items() if value is not None}
-    known = _defaults(str(given["model"])) | given if "model" in given else given
-    guidance = known.get("guidance_scale")
-    if "guided" not in known and isinstance(guidance, int | float):
-        known["guided"] = guidance > 1
-    values = {
-        name: known[name] for name in (*SIZE, "model", "weights", "steps", "guided", "seed") if name in known
-    }
-    return Work(**values)
+    """Work of a run that recorded no result, from its parameters and the defaults of its model."""
+    values = {name: value for name, value in parameters.items() if value is not None}
+    values = _defaults(str(values.get("model"))) | values
+    guidance = values.get("guidance_scale")
+    if "guided" not in values and isinstance(guidance, int | float):
+        values["guided"] = guidance > 1
+    names = (*SIZE, "model", "weights", "steps", "guided", "seed")
+    return Work(**{name: values[name] for name in names if name in values})
 
 
 def completed(result: Result, environment: Mapping[str, Any], *, taken: str = "", source: str = "") -> Result:
-    """The row with machine and software of an environment, where it does not name its own."""
+    """The row with machine and software of an environment, where it has none of its own."""
     changes: dict[str, Any] = {"taken": result.taken or taken, "source": result.source or source}
     if result.machine is None:
         changes["machine"] = machine_of(environment, device=result.device, engine=result.engine)
@@ -437,18 +454,22 @@ def completed(result: Result, environment: Mapping[str, Any], *, taken: str = ""
 
 
 def machine_of(environment: Mapping[str, Any], *, device: str = "", engine: str = "") -> Machine:
-    """What it ran on, from `measure.environment`.
+    """Hardware that did the work, from `measure.environment`.
 
     Args:
-        device: of the samples. engine: one that says that it ran on the CPU did so on a machine with a GPU too.
+        device: device of the samples.
+        engine: engine that ran; some compute on the CPU also on a machine with a GPU.
     """
     gpu = environment.get("gpu")
     if gpu and not str(device).startswith("cpu") and not computes_on_cpu(engine):
         facts = gpu if isinstance(gpu, Mapping) else {"name": gpu}
         names = ("sm_clock_max_mhz", "power_limit_w", "memory_gib")
         return Machine(gpu=facts.get("name"), **{name: facts.get(name) for name in names})
-    known = {"cpu": environment.get("cpu"), "threads": environment.get("threads")}
-    return Machine(**known, memory_gib=environment.get("ram_gib"))
+    return Machine(
+        cpu=environment.get("cpu"),
+        threads=environment.get("threads"),
+        memory_gib=environment.get("ram_gib"),
+    )
 
 
 def software_of(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -456,7 +477,7 @@ def software_of(environment: Mapping[str, Any]) -> dict[str, str]:
     packages = environment.get("packages", {})
     versions = {name: packages[name] for name in SOFTWARE if name in packages}
     if environment.get("gpu") and "onnxruntime-gpu" in versions:
-        # Both are one package when imported; only this one has the CUDA provider, so it is the one that ran.
+        # Both are imported under one name; the one with the CUDA provider is the one that ran.
         versions.pop("onnxruntime", None)
     gpu = environment.get("gpu")
     driver = gpu.get("driver") if isinstance(gpu, Mapping) else None
@@ -467,22 +488,13 @@ def _timed(
     work: Work, model: Any, samples: Any, control: Any, engine: str, facts: Mapping[str, Any]
 ) -> Result:
     plan = facts.get("plan")
-    known = {"dtype": _dtype(model), "noise_percent": control.noise_percent, "taken": now()} | dict(facts)
-    known |= {"plan": None if plan in UNCHANGED else str(plan)}
-    return Result(work=work, engine=engine, samples_ms=samples.values_ms, device=samples.device, **known)
+    values = {"dtype": _dtype(model), "noise_percent": control.noise_percent, "taken": now()} | dict(facts)
+    values |= {"plan": None if plan in UNCHANGED else str(plan)}
+    return Result(work=work, engine=engine, samples_ms=samples.values_ms, device=samples.device, **values)
 
 
 def _dtype(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
-
-
-def _percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between samples, as numpy's default."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 @functools.cache
@@ -502,25 +514,25 @@ OF_WORK = ("model", "weights", "component", *SIZE, "batch", *OF_VIDEO)
 OF_GPU = ("gpu", "sm_clock_max_mhz", "power_limit_w")
 OF_CPU = ("cpu", "threads")
 FACTS = (*OF_WORK, "dtype", *OF_GPU, *OF_CPU)
-"""All that must be equal for two rows to be compared."""
+"""Fields that must be equal for two rows to be compared."""
 
 UNKNOWN_ALLOWED = ("weights", "dtype")
-"""No difference where a row does not say: the values of weights do not change a time."""
+"""Fields that are no difference where one row does not have them: the values of weights do not change a time."""
 
-MEANT = {
+ALIASES = {
     "clocks": ("sm_clock_max_mhz", "power_limit_w"),
     "machine": (*OF_GPU, *OF_CPU),
     "guidance_scale": ("guided",),
     "size": ("height", "width"),
     "resolution": ("height", "width"),
 }
-"""Words for several fields, or for what a field comes from."""
+"""Other words that `allow` takes, with the fields that each allows."""
 
 FIELDS = frozenset(Result.__struct_fields__)
 
 
-class Done(Protocol):
-    """What `differences` compares: a `Result`, or all repeats of one configuration."""
+class Comparable(Protocol):
+    """What `differences` compares: a `Result`, a run, or all repeats of one configuration."""
 
     @property
     def work(self) -> Work: ...
@@ -532,11 +544,11 @@ class Done(Protocol):
     def dtype(self) -> str | None: ...
 
 
-def differences(one: Done, other: Done, allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Fields in which one did other work than the other, or on another machine: field, its value, the other's.
+def differences(one: Comparable, other: Comparable, allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Fields in which two rows differ so that they must not be compared: field, value of `one`, value of `other`.
 
-    This is the only rule of what may be compared: model, weights, component, size, frames, batch, steps, guidance, seed,
-    dtype of the model, and the machine with its clocks or threads.
+    This is the only rule of what may be compared. The fields are model, weights, component, size, frames, batch, steps,
+    guidance, seed, dtype of the model, and the machine with its clocks or threads.
 
     Args:
         allow: fields that may differ.
@@ -544,42 +556,41 @@ def differences(one: Done, other: Done, allow: Iterable[str] = ()) -> list[tuple
     Raises:
         WanlabError: an unknown field in `allow`.
     """
-    left = fields(allow)
+    ignored = fields(allow)
     if one.work.component != other.work.component and None in (one.work.component, other.work.component):
-        left |= set(OF_VIDEO)  # of which one call has none
-    mine, theirs = _facts(one), _facts(other)
-    if mine["gpu"] != theirs["gpu"]:  # clocks and threads of different machines say nothing more
-        left |= {*OF_GPU[1:], *OF_CPU}
-    left |= {name for name in UNKNOWN_ALLOWED if None in (mine[name], theirs[name])}
-    return [
-        (name, mine[name], theirs[name]) for name in FACTS if name not in left and mine[name] != theirs[name]
-    ]
+        ignored |= set(OF_VIDEO)  # one call has none of them
+    values, others = _facts(one), _facts(other)
+    if values["gpu"] != others["gpu"]:  # then clocks and threads add nothing
+        ignored |= {*OF_GPU[1:], *OF_CPU}
+    ignored |= {name for name in UNKNOWN_ALLOWED if None in (values[name], others[name])}
+    names = [name for name in FACTS if name not in ignored and values[name] != others[name]]
+    return [(name, values[name], others[name]) for name in names]
 
 
-def same_work(one: Done, other: Done, allow: Iterable[str] = ()) -> bool:
+def same_work(one: Comparable, other: Comparable, allow: Iterable[str] = ()) -> bool:
     """Whether two rows may be compared; see `differences`."""
     return not differences(one, other, allow)
 
 
 def fields(allow: Iterable[str]) -> set[str]:
-    """Fields that words of `allow` mean.
+    """Fields that the words of `allow` name.
 
     Raises:
         WanlabError: an unknown word.
     """
     names: set[str] = set()
     for word in [allow] if isinstance(allow, str) else allow:
-        if word not in FACTS and word not in MEANT:
+        if word not in FACTS and word not in ALIASES:
             raise WanlabError(
-                f"nothing is refused for {word!r}{did_you_mean(word, (*FACTS, *MEANT))}; allow takes"
-                f" {', '.join((*FACTS, *MEANT))}"
+                f"nothing is refused for {word!r}{did_you_mean(word, (*FACTS, *ALIASES))}; allow takes"
+                f" {', '.join((*FACTS, *ALIASES))}"
             )
-        names |= set(MEANT.get(word, (word,)))
+        names |= set(ALIASES.get(word, (word,)))
     return names
 
 
-def _facts(done: Done) -> dict[str, Any]:
-    machine = done.machine or Machine()
-    values = {name: getattr(done.work, name) for name in OF_WORK} | {"dtype": done.dtype}
+def _facts(row: Comparable) -> dict[str, Any]:
+    machine = row.machine or Machine()
+    values = {name: getattr(row.work, name) for name in OF_WORK} | {"dtype": row.dtype}
     values |= {name: getattr(machine, name) for name in (*OF_GPU, *OF_CPU)}
     return values | {name: None for name in OF_CPU if machine.gpu}

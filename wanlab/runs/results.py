@@ -1,4 +1,4 @@
-"""All runs below a folder: as one tidy table, as typed results, and as configurations whose repeats are pooled."""
+"""Reads the runs below a folder: as one table, as typed results, and as configurations with their repeats pooled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,12 +17,15 @@ from typing import Any
 import msgspec
 import pandas as pd
 
+from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import plain, read_json
 from wanlab.core.paths import default_outputs, locate
 from wanlab.measure.timing import Samples
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.result import (
+    NON_FINITE,
+    TIMED,
     Machine,
     Result,
     Work,
@@ -35,19 +40,17 @@ COLUMNS = (
     "name", "run_id", "notebook", "state", "started", "seconds", "verdict", "reason", "gpu", "cpu", "wanlab", "folder",
 )  # fmt: skip
 MARKS = ("run.json", "status.json", "executed.ipynb")
-TIMED = ("time_per_video_ms", "time_per_frame_ms", "time_per_call_ms")
-"""Figures that the samples of a result are samples of."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the files of one run say.
+    """Content of the files of one run.
 
     Attributes:
         row: the columns of `load_runs`.
-        record: run.json. metrics: name -> its last recorded value, tables and samples too. All empty where the run cannot
-            be read.
-        results: typed rows, first what the run is about.
+        record: run.json; like all that follows empty where the run cannot be read.
+        metrics: name -> its last recorded value, tables and samples too.
+        results: typed rows; the first is what the run is about.
     """
 
     row: dict[str, Any]
@@ -69,12 +72,12 @@ class RunRecord:
 
     @property
     def result(self) -> Result | None:
-        """What the run is about; None where it recorded no result."""
+        """The row that the run is about; None where it recorded none."""
         return self.results[0] if self.results else None
 
     @cached_property
     def work(self) -> Work:
-        """Of its result, else of its parameters and the model's defaults."""
+        """Work of its result, else of its parameters and the defaults of its model."""
         return self.result.work if self.result else work_of_parameters(self.parameters)
 
     @cached_property
@@ -89,7 +92,7 @@ class RunRecord:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Recorded numbers and words by name, those of the result without a prefix."""
+        """Recorded numbers and words by name, and the figures of its result."""
         return scalars(self.metrics) | (self.result.row() if self.result else {})
 
 
@@ -148,7 +151,7 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """What one run folder says; it never raises."""
+    """The record of one run folder. It never raises: a folder that cannot be read has the state "unreadable"."""
     folder = RunFolder(path)
     row: dict[str, Any] = {"name": path.parent.name, "run_id": path.name, "folder": str(path)}
     try:
@@ -180,21 +183,22 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_results(folder: RunFolder) -> tuple[Result, ...]:
-    """The rows of results.jsonl; one that was recorded again stands in the place of the first.
+    """The rows of results.jsonl; a row that was recorded again replaces the first, in its place.
 
     Raises:
-        WanlabError: a line that is no result.
+        WanlabError: a line is no result.
     """
     source = f"{folder.path.parent.name}/{folder.path.name}"
     return _results_of(folder.results, source)
 
 
 def _results_of(path: Path, source: str) -> tuple[Result, ...]:
+    one_run = path.name == "results.jsonl"  # other files hold rows of several runs and machines
     rows: dict[tuple, Result] = {}
-    for number, value in _json_lines(path):
-        row = parse_result(value, f"{path}, line {number}")
+    for line, value in _json_lines(path):
+        row = parse_result(value, f"{path}, line {line}")
         row = row if row.source else msgspec.structs.replace(row, source=source)
-        rows[row.key + ((row.source, row.machine) if path.name != "results.jsonl" else ())] = row
+        rows[row.key if one_run else (*row.key, row.source, row.machine)] = row
     return tuple(rows.values())
 
 
@@ -202,11 +206,11 @@ def load_results(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> tupl
     """Every result in files and folders.
 
     Args:
-        paths: run folders, `.jsonl` files of results, JSON files that `wanlab bench` saved or that lie beside a built
-            engine, or folders of such files.
+        paths: run folders, `.jsonl` files of results, JSON files of `wanlab bench` or of the engines of
+            `engines.build_tensorrt`, or folders of such files.
 
     Returns:
-        The results in the order of the paths, and a DataFrame of what holds none: source, reason.
+        The results in the order of the paths, and a DataFrame of the files without a result: source, reason.
     """
     results, unread = [], []
     for path in _files([paths] if isinstance(paths, str | os.PathLike) else paths):
@@ -226,7 +230,7 @@ def read_file(path: str | os.PathLike) -> list[Result]:
     path = Path(path)
     rows: Sequence[Result] = ()
     if path.is_dir():
-        rows = read_results(RunFolder(path)) or read_run(path).results
+        rows = read_results(RunFolder(path))
     elif path.suffix == ".jsonl":
         rows = _results_of(path, path.name)
     else:
@@ -252,19 +256,19 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The last value of each name in a metrics.jsonl, as it was recorded.
+    """The last recorded value of each name in a metrics.jsonl.
 
     Raises:
-        WanlabError: a line before the last one is torn.
+        WanlabError: a line before the last is incomplete.
     """
     return {entry["name"]: entry["value"] for _, entry in _json_lines(path)}
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and value. A torn last line is skipped.
+    """Number and value of each line. An incomplete last line is skipped.
 
     Raises:
-        WanlabError: a line before the last one is torn.
+        WanlabError: a line before the last is incomplete.
     """
     lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -280,23 +284,18 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers, words and truth values among recorded values, entries of a dict as `<name>.<key>`; "inf", "-inf" and "nan"
-    are numbers again."""
+    """Numbers, words and booleans among recorded values, entries of a dict as `<name>.<key>`; "inf", "-inf" and "nan"
+    become numbers."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": _scalar(item) for key, item in value.items() if _is_scalar(item)}
-        elif _is_scalar(value):
-            flat[name] = _scalar(value)
-    return flat
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _scalar(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
+        flat |= (
+            {f"{name}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    kinds = (bool, int, float, str, type(None))
+    scalar = {name: value for name, value in flat.items() if isinstance(value, kinds)}
+    return {n: NON_FINITE.get(v, v) if isinstance(v, str) else v for n, v in scalar.items()}
 
 
 def parameter_cells(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +316,7 @@ def better(column: str) -> str:
 
 
 def is_ratio(column: str) -> bool:
-    """Whether two values are divided (a time, a size) or subtracted (a percentage, decibels, LPIPS)."""
+    """Whether two values are divided (times, sizes), not subtracted (percentages, decibels, LPIPS)."""
     return not _SUBTRACTED.search(_last(column))
 
 
@@ -326,28 +325,28 @@ def is_time(column: str) -> bool:
     return _last(column) in TIMED
 
 
-def known(value: Any) -> bool:
-    """Whether it is a number other than NaN; a truth value is none."""
+def is_number(value: Any) -> bool:
+    """Whether it is a number other than NaN; a boolean is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def number(value: Any) -> float:
     """A value as a number, NaN where it is none."""
-    return float(value) if known(value) else math.nan
+    return float(value) if is_number(value) else math.nan
 
 
-def shown(value: Any) -> str:
-    """A parameter's value as it is typed."""
+def parameter_text(value: Any) -> str:
+    """A parameter's value as one types it on the command line."""
     if isinstance(value, list | tuple):
-        return ",".join(map(shown, value))
+        return ",".join(map(parameter_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def resolve(name: str, columns: Iterable[str]) -> str:
-    """The column that a name means: itself, or the only one that ends in it (`speedup` of `gain.speedup`).
+    """The column that a name means: itself, or the only one that ends in it (`speedup` means `gain.speedup`).
 
     Raises:
-        WanlabError: none or several.
+        WanlabError: no column, or several.
     """
     columns = list(dict.fromkeys(columns))
     short = name.removeprefix("m.")
@@ -370,19 +369,21 @@ def _last(column: str) -> str:
 
 # Configurations: repeats pooled
 
+SAMPLED = (TIMED[0], TIMED[2])  # whose values are the samples themselves
 FAILURE_COLUMNS = ("configuration", "state", "reason", "repeat", "run_id", "folder")
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredConfiguration:
-    """What was measured with one set of parameters on one machine.
+    """Repeats of one set of parameters on one machine, pooled.
 
     Attributes:
         label: its varied parameters, `"engine=eager, plan=default"`.
-        name: of the notebook. parameters: all of them.
-        results: recorded numbers and words by name; of repeats the median, of words all that differ.
-        samples: of all repeats together; None where none were recorded.
-        noise_percent: A/A noise, or how far repeats are apart where that is more; None where neither is known.
+        name: name of the notebook.
+        parameters: all parameters.
+        results: recorded numbers and words by name; the median of repeats, and all words that differ.
+        samples: samples of all repeats together; None where none were recorded.
+        noise_percent: A/A noise, or the spread of the repeats where that is more; None where neither is known.
         runs: the run of every repeat.
     """
 
@@ -407,30 +408,35 @@ class MeasuredConfiguration:
         return self.runs[0].dtype
 
     @property
+    def applied(self) -> bool:
+        """False where the effect check says "not applied": then it is not the configuration that its name says."""
+        return self.results.get("effect") != NOT_APPLIED
+
+    @property
     def repeats(self) -> int:
         return len(self.runs)
 
     @property
     def folder(self) -> Path:
-        """Of the first repeat."""
+        """Folder of the first repeat."""
         return self.runs[0].folder
 
     def clip(self, name: str = "video") -> Path | None:
-        """A clip that the run saved, `"video"`, `"original"` or `"truth"`; None where there is none."""
+        """A clip that the run saved, `"video"`, `"original"` or `"truth"`; None without one."""
         path = self.folder / "artifacts" / f"{name}.mp4"
         return path if path.is_file() else None
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredConfigurations:
-    """What is below some folders.
+    """Configurations and failed runs below some folders.
 
     Attributes:
         rows: finished configurations, in the order of their sweep, else oldest first.
         axes: parameters that vary between the runs.
         failures: runs that did not finish: configuration, state, reason, repeat, run_id, folder.
-        sweep: sweep.json of the only or first folder that has one, else empty.
-        where: the folders, for messages.
+        sweep: sweep.json of the first folder that has one, else empty.
+        where: names of the folders, for messages.
     """
 
     rows: tuple[MeasuredConfiguration, ...]
@@ -441,19 +447,15 @@ class MeasuredConfigurations:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Names of the recorded numbers, most recorded first."""
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            for name, value in row.results.items():
-                counts[name] = counts.get(name, 0) + known(value)
-        most = [name for name, count in counts.items() if count]
-        return tuple(sorted(most, key=lambda name: -counts[name]))
+        """Names of the recorded numbers, the most frequent first."""
+        counts = Counter(n for row in self.rows for n, value in row.results.items() if is_number(value))
+        return tuple(name for name, _ in counts.most_common())
 
 
 def configurations(runs: Any) -> MeasuredConfigurations:
     """Runs below folders as configurations.
 
-    Below a folder with a sweep.json only the runs that it lists count; earlier ones, of other code, may lie beside them.
+    In a folder with a sweep.json only the runs that it lists count: runs of earlier code may be in the folder too.
 
     Args:
         runs: a folder of runs, several, a table of `load_runs`, or `MeasuredConfigurations`.
@@ -480,7 +482,7 @@ def configurations(runs: Any) -> MeasuredConfigurations:
             below.sort(key=lambda run: str(run.row.get("started") or ""))
         records |= {run.folder.resolve(): run for run in below}
         sweep = sweep or own
-        if own and own is not sweep:  # several sweeps: none of them says what all are
+        if own and own is not sweep:  # several sweeps: none of them describes all runs
             axes = [*sweep.get("axes", ()), *own.get("axes", ())]
             sweep = {"axes": axes, "baseline": sweep.get("baseline")}
     return pooled(list(records.values()), sweep, ", ".join(map(str, paths)))
@@ -500,7 +502,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
 
 
 def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -> MeasuredConfigurations:
-    """Runs as configurations, those of a sweep and those that it lists and that never started.
+    """Runs as configurations. Runs that the sweep lists and that never started are among the failures.
 
     Raises:
         WanlabError: no run at all.
@@ -512,7 +514,7 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
     several = len({run.row["name"] for run in records if run.state == "finished"}) > 1
 
     def label(run: RunRecord) -> str:
-        parts = [f"{axis}={shown(run.parameters[axis])}" for axis in axes if axis in run.parameters]
+        parts = [f"{axis}={parameter_text(run.parameters[axis])}" for axis in axes if axis in run.parameters]
         return ", ".join([str(run.row["name"])] * (several or not parts) + parts)
 
     groups: dict[str, list[RunRecord]] = {}
@@ -543,58 +545,50 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
 
 
 def varied_parameters(records: Sequence[RunRecord], sweep: Mapping[str, Any] | None = None) -> list[str]:
-    """Parameters that vary between runs; those that a sweep names as axes come first, and stay even where they do not."""
-    seen: dict[str, set[str]] = {}
+    """Parameters that vary between runs. The axes of a sweep come first, also those with one value."""
+    values: dict[str, set[str]] = {}
     for run in records:
         for name, value in run.parameters.items():
-            seen.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(plain(value)))
-    named = map(str, (sweep or {}).get("axes") or ())
-    first = [axis for axis in dict.fromkeys(named) if axis in seen]
-    return [*first, *(name for name, values in seen.items() if len(values) > 1 and name not in first)]
+            values.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(plain(value)))
+    axes = dict.fromkeys(map(str, (sweep or {}).get("axes") or ()))
+    names = [*axes, *(name for name, each in values.items() if len(each) > 1)]
+    return [name for name in dict.fromkeys(names) if name in values]
 
 
 def _identity(run: RunRecord) -> str:
-    """Equal for runs that are repeats of one another: same notebook, code, parameters and machine."""
+    """Key that repeats of one configuration share: notebook, code, parameters and machine."""
     source = run.record.get("wanlab_source")
     return json.dumps(plain([run.row["name"], source, run.parameters, repr(run.machine)]), sort_keys=True)
 
 
 def _pooled(label: str, group: Sequence[RunRecord]) -> MeasuredConfiguration:
     first = group[0]
-    each = [run.figures for run in group]
-    values = {name: _middle([v[name] for v in each if name in v]) for v in reversed(each) for name in v}
+    figures = [run.figures for run in group]
+    names = dict.fromkeys(name for each in reversed(figures) for name in each)
+    values = {name: _one_value([each[name] for each in figures if name in each]) for name in names}
     results = [run.result for run in group if run.result]
     taken = tuple(sample for result in results for sample in result.samples_ms)
     samples = Samples(label, taken, results[0].device) if taken else None
     if samples is not None:
-        values |= {name: samples.median for name in (TIMED[0], TIMED[2]) if name in values}
-    noise = _noise_percent(each)
+        values |= {name: samples.median for name in SAMPLED if name in values}
+    noise = _noise_percent(figures)
     return MeasuredConfiguration(
         label, str(first.row["name"]), dict(first.parameters), values, samples, noise, tuple(group)
     )
 
 
-def _middle(values: Sequence[Any]) -> Any:
+def _one_value(values: Sequence[Any]) -> Any:
     """One value for those of several repeats."""
     if len(values) == 1 or all(value == values[0] for value in values):
         return values[0]
-    if all(known(value) for value in values):
-        ordered = sorted(values)
-        half = len(ordered) // 2
-        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-    return ", ".join(dict.fromkeys(str(value) for value in values))
+    if all(map(is_number, values)):
+        return statistics.median(values)
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def _noise_percent(each: Sequence[Mapping[str, Any]]) -> float | None:
-    """A/A noise of one run; of several at least how far their times are apart, which no control within a run shows."""
-    controls = sorted(values["noise_percent"] for values in each if known(values.get("noise_percent")))
-    times = [
-        value
-        for values in each
-        for name in (TIMED[0], TIMED[2])
-        if known(value := values.get(name)) and value > 0
-    ]
-    noise = controls[len(controls) // 2] if controls else None
-    if len(times) < 2:
-        return noise
-    return max(noise or 0.0, 100 * (max(times) / min(times) - 1))
+def _noise_percent(figures: Sequence[Mapping[str, Any]]) -> float | None:
+    """A/A noise, and at least the spread of the repeats, which no control within one run shows."""
+    controls = [each["noise_percent"] for each in figures if is_number(each.get("noise_percent"))]
+    noise = statistics.median_high(controls) if controls else None
+    times = [time for each in figures for name in SAMPLED if number(time := each.get(name)) > 0]
+    return max(noise or 0.0, 100 * (max(times) / min(times) - 1)) if len(times) > 1 else noise

@@ -1,4 +1,4 @@
-"""A model opened in a configuration, proven or said to have had no effect; the whole measurement is 41_configuration's."""
+"""A model opened in a configuration: applied, and proven to be; the whole measurement is 41_configuration's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
     assert len(list(tmp_path.glob("*/*/*/recording"))) == 1
 
 
-def test_what_changes_nothing_had_no_effect(model, tmp_path):
+def test_what_changes_nothing_is_not_applied(model, tmp_path):
     used = configuration.configure(model, configuration.load_configuration(plan="all-fp32"), tmp_path, **SIZE)
     assert used.effect == "not applied"
     assert "changed nothing" in used.proof
@@ -132,7 +132,8 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     everywhere = configuration.configure(model, "onnxruntime-int8-weights", folder, **SIZE, progress=False)
     assert everywhere.effect == "applied"
     assert list(everywhere.frame["component"].unique()) == ["expert_high", "expert_low"]
-    assert everywhere.weight_bytes < used.weight_bytes
+    # The same weights: a file also holds its graph, and both halves of the VAE are one network in PyTorch.
+    assert everywhere.weight_bytes == pytest.approx(used.weight_bytes, rel=0.02)
     assert difference(used.model, everywhere, request_of_a_video) < 0.02  # the same plan by other kernels
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from msgspec import structs
+from PIL import Image
 
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
@@ -25,6 +26,7 @@ from wanlab.precision.calibration import (
     Observer,
     histogram_of,
 )
+from wanlab.precision.recording import as_examples
 
 SIZE = dict(height=64, width=64, frames=5, steps=4, progress=False)
 FEW = ("blocks.0.attn1.to_[qkv]", "blocks.2.ffn.net.*")
@@ -178,6 +180,23 @@ def test_what_must_not_be_recorded_is_refused(model, tmp_path):
     with pytest.raises(WanlabError, match="other files"):
         precision.record_inputs(model, precision.nano_examples(1), tmp_path, **SIZE)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_examples_are_read_from_a_folder_of_images_with_prompts(tmp_path):
+    for message in ("no folder at", "holds no image"):
+        with pytest.raises(WanlabError, match=message):
+            precision.load_examples(tmp_path / "own")
+        (tmp_path / "own").mkdir(exist_ok=True)
+    for name in ("b.png", "a.JPG"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "own" / name)
+    (tmp_path / "own" / "a.txt").write_text("the camera\n  pans right\n")
+    with pytest.raises(WanlabError, match=r"b\.png has no prompt that can be read; write it into .*b\.txt"):
+        precision.load_examples(tmp_path / "own")
+    (tmp_path / "own" / "b.txt").write_text("a boat")
+    examples = as_examples(tmp_path / "own")
+    prompts = [("a", "the camera pans right", 0), ("b", "a boat", 1)]
+    assert [(example.name, example.prompt, example.seed) for example in examples] == prompts
+    assert [example.image.name for example in examples] == ["a.JPG", "b.png"]
 
 
 def test_a_broken_recording_is_refused(recording, tmp_path):

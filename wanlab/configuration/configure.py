@@ -162,7 +162,7 @@ def configure(
     frames: int | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    examples: Sequence | None = None,
+    examples: str | os.PathLike | Sequence | None = None,
     progress: bool = True,
 ) -> Configured:
     """Open a configuration on a model, and prove that it is applied.
@@ -180,8 +180,9 @@ def configure(
         folder: of converted networks and calibrations, of all models and sizes.
         height, width, frames, steps, guidance_scale: of the videos it is for (pixels, pixels, frames, denoising steps);
             None takes the model's defaults.
-        examples: generations that a plan's inputs are calibrated on, as `precision.record_inputs` takes them; None takes
-            two of `precision.nano_examples`.
+        examples: generations that a plan's inputs are calibrated on: a folder of images with prompts, or what else
+            `precision.record_inputs` takes. None takes two of `precision.nano_examples` whatever the model is, with images
+            and prompts that suit wan-nano; for another model give some of the kind that it is used for.
         progress: show bars.
 
     Raises:
@@ -260,7 +261,7 @@ def _prepare(
     place: Path,
     settings: Mapping[str, Any],
     sizes: dict[str, int],
-    examples: Sequence | None,
+    examples: str | os.PathLike | Sequence | None,
     progress: bool,
 ) -> dict[str, Any]:
     """Calibrate, export and build; what is current already is found.

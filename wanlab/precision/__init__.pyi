@@ -47,6 +47,7 @@ from .quant_linear import fake_quantized as fake_quantized
 from .recording import Example as Example
 from .recording import Recording as Recording
 from .recording import inputs_of as inputs_of
+from .recording import load_examples as load_examples
 from .recording import nano_examples as nano_examples
 from .recording import random_recording as random_recording
 from .recording import read_recording as read_recording

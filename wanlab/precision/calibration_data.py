@@ -58,7 +58,7 @@ class CalibrationData:
 
 def keep_inputs(
     model,
-    cases: Sequence,
+    cases: str | os.PathLike | Sequence,
     folder: str | os.PathLike,
     *,
     components: Sequence[str] | None = None,
@@ -136,7 +136,7 @@ def plan_ranges(
     plan: Plan | None,
     folder: str | os.PathLike,
     *,
-    examples: Sequence | None = None,
+    examples: str | os.PathLike | Sequence | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, tuple[Path, Calibration]]:
@@ -144,7 +144,7 @@ def plan_ranges(
 
     Args:
         folder, settings: as `keep_inputs` takes them.
-        examples: generations to record; None takes two of `nano_examples`.
+        examples: generations to record, as `record_inputs` takes its cases; None takes two of `nano_examples`.
 
     Returns:
         Component -> file and calibration; empty where the plan rounds no inputs.

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
 from wanlab.core.manifest import Manifest
+from wanlab.core.paths import locate
 from wanlab.export.components import check_components, component_spec, components_of, default_shape
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
@@ -51,12 +52,48 @@ def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
     return as_examples(draw_cases(count, seed=seed, photographs=photographs))
 
 
-def as_examples(given: Iterable[Any]) -> list[Example]:
-    """Examples from examples, `wanlab.heldout.cases.Case`s, or (image, prompt) pairs.
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def load_examples(folder: str | os.PathLike) -> list[Example]:
+    """Examples from a folder of images, each with its prompt in a text file of the same name (`cat.png`, `cat.txt`).
+
+    They come in the order of their names; each has its position as its seed.
 
     Raises:
-        WanlabError: something else, nothing, or a photograph that quality is judged on.
+        WanlabError: no such folder, no image in it, or an image whose prompt is missing or cannot be read.
     """
+    folder = locate(folder)
+    if not folder.is_dir():
+        raise WanlabError(
+            f"no folder at {folder}; give one with images and, beside each, its prompt as a text file"
+        )
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    if not images:
+        raise WanlabError(
+            f"{folder} holds no image ({', '.join(IMAGES)}); put some in, each with its prompt beside it"
+        )
+    examples = []
+    for index, path in enumerate(images):
+        file = path.with_suffix(".txt")
+        try:
+            prompt = " ".join(file.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise WanlabError(
+                f"{path} has no prompt that can be read; write it into {file} as text"
+            ) from error
+        examples.append(Example(path, prompt, seed=index, name=path.stem))
+    return examples
+
+
+def as_examples(given: str | os.PathLike | Iterable[Any]) -> list[Example]:
+    """Examples from examples, `wanlab.heldout.cases.Case`s, (image, prompt) pairs, or a folder as `load_examples` reads it.
+
+    Raises:
+        WanlabError: something else, nothing, or a photograph that quality is judged on; as `load_examples`.
+    """
+    if isinstance(given, str | os.PathLike):
+        return load_examples(given)
     examples = []
     for index, case in enumerate(given):
         if isinstance(case, Case):
@@ -245,7 +282,7 @@ def inputs_of(
 
 def record_inputs(
     model,
-    cases: Sequence,
+    cases: str | os.PathLike | Sequence,
     folder: str | os.PathLike,
     *,
     components: Sequence[str] | None = None,
@@ -259,7 +296,8 @@ def record_inputs(
 
     Args:
         model: from `wanlab.models.load`.
-        cases: `Example`s, (image, prompt) pairs, or cases of `wanlab.heldout.cases` whose photograph is not held out.
+        cases: `Example`s, (image, prompt) pairs, a folder as `load_examples` reads it, or cases of `wanlab.heldout.cases`
+            whose photograph is not held out.
         folder: is made, and must be empty or hold an older recording, which is replaced.
         components: which to listen to; None takes the experts.
         progress: show a bar over the examples.

@@ -19,8 +19,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines import PixelProfile, build_tensorrt, buildable
 from wanlab.engines.tensorrt import network
 from wanlab.engines.tensorrt import runtime as runtimes
-from wanlab.engines.tensorrt.build import layers_from_log, layers_path, parse_line
-from wanlab.engines.tensorrt.build_info import BuildInfo
+from wanlab.engines.tensorrt.build import BuildInfo, layers_from_log, layers_path, parse_line
 from wanlab.engines.tensorrt.engine import deserialize
 from wanlab.engines.tensorrt.profile import clip_range, network_shapes, read_source, traced_range
 from wanlab.export.components import AXES

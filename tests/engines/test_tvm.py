@@ -22,8 +22,7 @@ from msgspec.structs import replace
 from wanlab import engines, export
 from wanlab.core.errors import WanlabError
 from wanlab.engines.parity import differences
-from wanlab.engines.tvm.build import rewrite
-from wanlab.engines.tvm.build_info import TvmBuildInfo
+from wanlab.engines.tvm.build import TvmBuildInfo, rewrite
 from wanlab.export.components import component_spec
 
 pytestmark = pytest.mark.slow
@@ -213,7 +212,7 @@ def test_a_library_is_built_once(graph, built):
     again = engines.build_tvm(graph)
     assert again.cached
     assert not built.cached
-    assert again.library_sha256 == built.library_sha256
+    assert again.engine_sha256 == built.engine_sha256
     assert TvmBuildInfo.read(built.path) == built
 
 
@@ -229,9 +228,9 @@ def test_a_library_for_a_gpu_is_refused_where_there_is_none(built, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(tvm_version="0.1"), r"built by TVM 0\.1, this is"),
+        (dict(version="0.1"), r"built by TVM 0\.1, this is"),
         (dict(target={"kind": "llvm", "mcpu": "z80"}), "built for z80, this machine is"),
-        (dict(library_sha256="0" * 64), "its bytes differ"),
+        (dict(engine_sha256="0" * 64), "its bytes differ"),
         (dict(graph_sha256="0" * 64), "was not built from this expert_high.onnx"),
         ("nothing", "has no build information"),
         ("broken", "cannot be read"),

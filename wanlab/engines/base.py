@@ -11,9 +11,59 @@ import numpy as np
 import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.manifest import Manifest, file_damage
 
 TensorType = tuple[str, tuple[int | str, ...]]
 """dtype as torch names it, and shape; a free axis is its name. An empty shape is not known beforehand."""
+
+
+class EngineBuild(Manifest, frozen=True, kw_only=True):
+    """Build information of an engine's file: the facts that every kind of engine that is built records beside the file.
+
+    Attributes:
+        path: path of the engine's file; this record is beside it as `<path>.json`.
+        facts: what the file depends on, such as the graph, the settings and the version of the library; the file is used
+            again while they stay the same.
+        graph: path of the ONNX file, relative to the engine's file.
+        graph_sha256: SHA-256 of the ONNX file and of its weights in other files.
+        engine_sha256: SHA-256 of the engine's file.
+        version: version of the library that built the engine; only the same version opens it.
+        inputs, outputs: tensor name -> dtype and shape, in order.
+        metadata: metadata of the graph: model, component, wanlab_version, shape.
+        size_bytes: size of the engine's file.
+    """
+
+    KIND: ClassVar[str] = "build information"
+    NONE: ClassVar[str] = (
+        "{name} has no build information {file} beside it, so nothing says what it was built from; {again}"
+    )
+
+    graph: str
+    graph_sha256: str
+    engine_sha256: str
+    version: str
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
+    metadata: dict[str, str]
+    size_bytes: int
+
+    def damage(self) -> str:
+        return file_damage(Path(self.path), self.engine_sha256, self.size_bytes)
+
+    def check_file(self, again: str) -> None:
+        """Refuse a file whose bytes differ from those that were built.
+
+        Args:
+            again: how to build it again, for the message.
+
+        Raises:
+            WanlabError: the file is gone or was changed.
+        """
+        if self.damage():
+            raise WanlabError(
+                f"{Path(self.path).name} is not the file that its build information was written for (its bytes"
+                f" differ); {again}"
+            )
 
 
 class Engine(ABC):

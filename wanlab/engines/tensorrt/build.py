@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import pandas as pd
 from msgspec.structs import replace
 from tqdm.auto import tqdm
@@ -19,13 +20,162 @@ from tqdm.auto import tqdm
 from wanlab import measure
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import atomic_path, file_digest, write_text
-from wanlab.engines.tensorrt.build_info import BuildInfo, builds_frame
+from wanlab.engines.base import EngineBuild
 from wanlab.engines.tensorrt.network import Refused, make_plan, target_gpus
 from wanlab.engines.tensorrt.profile import ENDS, PixelProfile, Range, network_shapes, read_source
 from wanlab.engines.tensorrt.runtime import Kind, Message, Runtime, open_runtime
+from wanlab.export.components import ClipShape
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+
+COLUMNS = [
+    "component",
+    "numbers",
+    "runtime",
+    "compute_capabilities",
+    "build_ms",
+    "peak_host_gib",
+    "size_mib",
+    "onnx_mib",
+    "activation_mib",
+    "layers",
+    "datatypes",
+    "warnings",
+    "cached",
+]
+
+
+class BuildInfo(EngineBuild, frozen=True, kw_only=True):
+    """Build information of one engine, with time and memory of the build; layer information is in `<path>.layers.json`.
+
+    Attributes:
+        model, component: names in the graph's metadata; empty where it has none.
+        file_sha256: SHA-256 of the ONNX file without weights in other files.
+        numbers: dtype of the first floating input, and formats of quantised layers, e.g. `"float16, 42 x int8"`.
+        kind: kind of the runtime; only the same kind and version open the engine.
+        compute_capabilities: compute capabilities of the GPUs that it runs on, e.g. `("8.6", "8.9")`.
+        gpu: name of the GPU it was built on; empty when it was built ahead of time, without one.
+        clips: `"min"`, `"opt"`, `"max"` -> clip in pixels, empty where shapes were given.
+        shapes: input -> smallest, preferred and largest shape.
+        settings: level, workspace_gib and other settings of the build.
+        graph_bytes: size of the graph with its weights.
+        layers: layer type -> number of layers of the engine, not of the graph.
+        layers_source: where `layers` and `datatypes` are from.
+        datatypes: datatypes of a layer's inputs -> number of layers; shows whether quantised products are computed as such.
+        activation_bytes, weights_bytes: device memory that the builder planned; None where it does not say it.
+        time_ms: time of parsing and building.
+        peak_host_gib: increase of the process's resident memory during the build.
+        log: severity and text of the builder's messages, except the verbose ones.
+        notes: remarks for the reader, each one line.
+    """
+
+    FORMAT: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "build the engine again with wanlab.engines.build_tensorrt"
+
+    model: str
+    component: str
+    file_sha256: str
+    numbers: str
+    kind: Kind
+    compute_capabilities: tuple[str, ...]
+    gpu: str
+    clips: dict[str, ClipShape]
+    shapes: dict[str, Range]
+    settings: dict[str, Any]
+    graph_bytes: int
+    layers: dict[str, int]
+    datatypes: dict[str, int]
+    layers_source: str
+    activation_bytes: int | None
+    weights_bytes: int | None
+    time_ms: float
+    peak_host_gib: float
+    log: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Distinct warnings of the builder."""
+        return tuple(dict.fromkeys(text for severity, text in self.log if severity == "WARNING"))
+
+    def clip(self) -> ClipShape:
+        """The clip that the engine was optimised for.
+
+        Raises:
+            WanlabError: it was built from shapes, and its graph names no clip.
+        """
+        if self.clips:
+            return self.clips["opt"]
+        if "shape" not in self.metadata:
+            raise WanlabError(f"{Path(self.path).name} names no clip; give the inputs yourself")
+        return ClipShape(**json.loads(self.metadata["shape"]))
+
+    def row(self) -> dict[str, Any]:
+        """One flat row of a table."""
+        waits = {"signal", "wait", "shape_call"}  # layers that wait for streams or for the host
+        return {
+            "component": self.component or Path(self.graph).stem,
+            "numbers": self.numbers,
+            "runtime": f"{self.kind} {self.version}",
+            "compute_capabilities": ", ".join(self.compute_capabilities),
+            "build_ms": self.time_ms,
+            "peak_host_gib": self.peak_host_gib,
+            "size_mib": self.size_bytes / 2**20,
+            "onnx_mib": self.graph_bytes / 2**20,
+            "activation_mib": None if self.activation_bytes is None else self.activation_bytes / 2**20,
+            "layers": sum(count for kind, count in self.layers.items() if kind not in waits) or None,
+            "datatypes": ", ".join(f"{count} {kind}" for kind, count in self.datatypes.items()),
+            "warnings": len(self.warnings),
+            "cached": self.cached,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The record of a run, ready for JSON: without metadata of the graph, and with the warnings instead of the log."""
+        left_out = ("log", "inputs", "outputs", "metadata", "cached", "facts")
+        fields = {name: value for name, value in msgspec.to_builtins(self).items() if name not in left_out}
+        return fields | {"path": Path(self.path).name, "key": self.key, "warnings": list(self.warnings)}
+
+    def rebuild(self) -> str:
+        """The command that builds the engine again."""
+        return f"wanlab.engines.build_tensorrt({self.graph!r}, {Path(self.path).name!r})"
+
+    def check(self, *, kind: str, version: str, capability: str, gpu: str) -> None:
+        """Refuse an engine that is out of date, or built for another runtime or GPU than this machine's.
+
+        Args:
+            kind, version: kind and version of the runtime that is to open it.
+            capability, gpu: compute capability (`"8.9"`) and name of the GPU that is to run it.
+
+        Raises:
+            WanlabError: the reason, and the command that builds it again.
+        """
+        path = Path(self.path)
+        again = f"build it again with {self.rebuild()}"
+        self.check_file(again)
+        graph = path.parent / self.graph
+        if graph.is_file() and file_digest(graph) != self.file_sha256:
+            raise WanlabError(f"{graph.name} was changed after {path.name} was built from it; {again}")
+        if (kind, version) != (self.kind, self.version):
+            raise WanlabError(
+                f"{path.name} was built by {self.kind} {self.version}, here is {kind} {version}; {again}"
+            )
+        if capability not in self.compute_capabilities:
+            names = ", ".join(self.compute_capabilities)
+            raise WanlabError(
+                f"{path.name} was built for compute capability {names}, {gpu} has {capability}; build it for this GPU"
+                f" with {self.rebuild()[:-1]}, compute_capabilities=[{capability!r}])"
+                if kind == "tensorrt-rtx"
+                else f"{path.name} was built for compute capability {names}, {gpu} has {capability}; {again} on this"
+                " machine"
+            )
+
+
+def builds_frame(builds: list[BuildInfo]) -> pd.DataFrame:
+    """One row per engine, the columns of `BuildInfo.row`."""
+    return pd.DataFrame([build.row() for build in builds], columns=COLUMNS)
+
 
 LAYERS, TENSORS, ENGINE = "Layers", "I/O Tensors", "Engine Metadata"
 TEXTS = (

@@ -16,8 +16,7 @@ from wanlab.core.files import write_bytes
 from wanlab.engines.base import Engine, TensorType
 from wanlab.engines.component_bench import bench_components
 from wanlab.engines.parity import parity
-from wanlab.engines.tensorrt.build import inspect_engine
-from wanlab.engines.tensorrt.build_info import BuildInfo
+from wanlab.engines.tensorrt.build import BuildInfo, inspect_engine
 from wanlab.engines.tensorrt.runtime import Runtime, open_runtime
 from wanlab.models.pipeline import Model
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -16,8 +16,63 @@ import onnx
 from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.core.files import atomic_path, file_digest
-from wanlab.engines.tvm.build_info import TensorType, TvmBuildInfo
+from wanlab.engines.base import EngineBuild, TensorType
 from wanlab.export.graph import file_bytes, nodes
+
+
+class TvmBuildInfo(EngineBuild, frozen=True, kw_only=True):
+    """Build information of one library, with the times of the build.
+
+    Attributes:
+        target: what TVM compiled for, in TVM's terms: kind, processor or architecture.
+        schedule: `"tiled"` (loop schedules of this module), `"plain"` (TVM's own loop nests) or `"default"` (TVM's own
+            rules for GPUs).
+        fast_math: whether exp and tanh are polynomials that can be vectorised.
+        rewrites: kind of rewrite of the graph -> how often it was applied.
+        nodes: number of nodes of the graph before the rewrites.
+        kernels: number of functions that TVM generated; None where TVM does not say it.
+        scheduled: number of those functions that have a schedule; None as for `kernels`.
+        import_ms, compile_ms, link_ms: time to read the graph; of scheduling and code generation; of the C++ compiler's
+            link.
+    """
+
+    FORMAT: ClassVar[int] = 3
+    AGAIN: ClassVar[str] = "build again with wanlab.engines.build_tvm"
+
+    target: dict[str, str]
+    schedule: str
+    fast_math: bool
+    rewrites: dict[str, int]
+    nodes: int
+    kernels: int | None
+    scheduled: int | None
+    import_ms: float
+    compile_ms: float
+    link_ms: float
+
+    @property
+    def build_ms(self) -> float:
+        """Time from the graph to a library."""
+        return self.import_ms + self.compile_ms + self.link_ms
+
+    def row(self) -> dict[str, Any]:
+        """One flat row of a table."""
+        return {
+            "engine": f"tvm-{self.target['kind']}",
+            "component": self.metadata.get("component", self.graph),
+            "target": self.target.get("mcpu") or self.target.get("arch", ""),
+            "schedule": self.schedule,
+            "fast_math": self.fast_math,
+            "nodes": self.nodes,
+            "kernels": self.kernels,
+            "import_ms": self.import_ms,
+            "compile_ms": self.compile_ms,
+            "link_ms": self.link_ms,
+            "build_ms": self.build_ms,
+            "size_bytes": self.size_bytes,
+            "tvm": self.version,
+            "cached": self.cached,
+        }
 
 
 def rewrite(model: onnx.ModelProto) -> dict[str, int]:
@@ -336,11 +391,11 @@ def build_tvm(
         info = TvmBuildInfo(
             path=str(library),
             facts=made_from,
-            library_sha256=file_digest(draft),
+            engine_sha256=file_digest(draft),
             graph=graph.name,
             graph_sha256=graph_hash,
             target=facts,
-            tvm_version=tvm.__version__,
+            version=tvm.__version__,
             **how,
             **read,
             **counts,

@@ -14,10 +14,8 @@ import torch
 
 from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.files import file_digest
 from wanlab.engines.base import Engine
-from wanlab.engines.tvm.build import load_tvm, target_of
-from wanlab.engines.tvm.build_info import TvmBuildInfo
+from wanlab.engines.tvm.build import TvmBuildInfo, load_tvm, target_of
 from wanlab.models.pipeline import Model
 
 _pool = threading.local()  # TVM has a pool of threads per calling thread
@@ -146,16 +144,11 @@ class TvmEngine(Engine):
 
     def _check(self, tvm, graph: str | os.PathLike | None) -> None:
         """Refuse a library that is out of date or built for another machine, with what differs."""
-        known, again = self.info, "build again with wanlab.engines.build_tvm"
+        known, again = self.info, self.info.AGAIN
         name = self.path.name
-        if file_digest(self.path) != known.library_sha256:
-            raise WanlabError(
-                f"{name} is not the file that its build information was written for (its bytes differ); {again}"
-            )
-        if tvm.__version__ != known.tvm_version:
-            raise WanlabError(
-                f"{name} was built by TVM {known.tvm_version}, this is {tvm.__version__}; {again}"
-            )
+        known.check_file(again)
+        if tvm.__version__ != known.version:
+            raise WanlabError(f"{name} was built by TVM {known.version}, this is {tvm.__version__}; {again}")
         on_gpu = known.target["kind"] == "cuda"
         if on_gpu and not (tvm.runtime.enabled("cuda") and tvm.cuda(0).exist):
             raise WanlabError(

@@ -178,11 +178,11 @@ def test_noise_is_what_two_halves_of_one_engine_differ_by():
     rows = engine_report.match_layers(a, b)
     assert rows["noise_ms"][0] == 0.5
     roles = engine_report.difference_by(rows)
-    assert (roles["noise_ms"][0], roles["told"][0]) == (0.5, "within noise")
+    assert (roles["noise_ms"][0], roles["outside_noise"][0]) == (0.5, "no")
     assert "outside the noise" in engine_report.compared(a, b, roles)
     far = engine([timed((3.0, 3.0, 3.1, 3.1))])
     roles = engine_report.difference_by(engine_report.match_layers(a, far))
-    assert roles["told"][0] == "yes"
+    assert roles["outside_noise"][0] == "yes"
     assert "+1.80 ms, noise 0.50" in engine_report.compared(a, far, roles)
     # two layers whose halves differ in opposite directions cancel in their sum
     up = replace(timed((1.0, 1.0, 2.0, 2.0)), modules=("proj_out",))

@@ -129,7 +129,7 @@ def test_ranges_of_a_graph_in_half_precision_show_where_it_does_overflow(model, 
 
 
 def test_ranges_want_inputs(path):
-    with pytest.raises(WanlabError, match="no inputs to take ranges on"):
+    with pytest.raises(WanlabError, match="no inputs to measure ranges with"):
         engines.value_ranges(path, [], provider="cpu", progress=False)
 
 

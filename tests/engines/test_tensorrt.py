@@ -158,7 +158,7 @@ def test_every_axis_that_a_component_leaves_free_is_known_here():
 
 def test_a_graph_of_nobody_needs_whole_shapes(tmp_path):
     path = patch_graph(tmp_path / "foreign.onnx", model=None)
-    with pytest.raises(WanlabError, match="does not say which model"):
+    with pytest.raises(WanlabError, match="does not name its model"):
         build_tensorrt(path)
     with pytest.raises(WanlabError, match="has no shapes for hidden_states"):
         build_tensorrt(path, profile={"x": ((1,), (1,), (1,))})
@@ -266,12 +266,12 @@ def test_attention_without_a_kernel_of_its_own_is_built_in_pieces(tmp_path, monk
     assert made.layers["gemm"] == 2  # QK and PV
     assert "blocks.3.attn1/node_attention" in layers_path(made.path).read_text()
     # A TensorRT that cannot take it apart names no layer.
-    monkeypatch.setattr(network, "let_decompose", lambda *_: None)
+    monkeypatch.setattr(network, "allow_decomposition", lambda *_: None)
     with pytest.raises(WanlabError) as refused:
         build_tensorrt(path, **how, reuse=False)
     assert str(refused.value).endswith(
         "for compute capability 8.9: blocks.3.attn1/node_attention (Attention): Attention operation was not supported"
-        " by a dedicated kernel; export with opset=20, which says it in plain operators"
+        " by a dedicated kernel; export with opset=20, which expresses it in plain operators"
     )
 
 
@@ -296,7 +296,7 @@ def test_turing_refuses_a_convolution_by_its_name(graph, tmp_path):
         ({"compute_capabilities": []}, "no compute capability to build for"),
         ({"level": 6}, "level is 6"),
         ({"workspace_gib": 0}, "workspace_gib is 0"),
-        ({"timing_cache": "x.cache"}, "times nothing while it builds"),
+        ({"timing_cache": "x.cache"}, "does not time kernels at the build"),
         ({"engine_path": "x.bin"}, "does not end in .engine"),
         ({"kind": "tensorrt_rtx"}, "did you mean 'tensorrt-rtx'"),
     ],

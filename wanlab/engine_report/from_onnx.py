@@ -26,14 +26,14 @@ _BINARY = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.floordiv,  # of sizes, which divide
+    ast.Div: operator.floordiv,  # sizes divide without a remainder
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
 
 
 def traced_sizes(metadata: Mapping[str, str]) -> dict[str, int]:
-    """Sizes of the axes as wanlab names them, of the clip that a graph was traced with, at batch 1."""
+    """Axis name -> size for the clip of the export, at batch 1; empty if the metadata has no clip."""
     try:
         clip = json.loads(metadata["shape"])
         latent = latent_shape(models.get(metadata["model"]), clip["height"], clip["width"], clip["frames"])
@@ -46,10 +46,10 @@ def traced_sizes(metadata: Mapping[str, str]) -> dict[str, int]:
 
 
 def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """The graph with its free axes set and shapes inferred again; as it is where nothing is free or known.
+    """The graph with sizes for its free axes and shapes inferred again; unchanged if no axis is free or no size is known.
 
-    Axes of inputs are known by name (`text_tokens`) or place (axis 2 of `hidden_states` is `latent_frames`); where one
-    is an expression (`2*latent_height_units`), its symbol follows, and with it every other expression of it.
+    Axes of inputs are known by name (`text_tokens`) or position (axis 2 of `hidden_states` is `latent_frames`). If an axis
+    is an expression (`2*latent_height_units`), its symbol is solved and used in all other expressions.
     """
     symbols = dict(sizes)
     for value in model.graph.input:
@@ -67,11 +67,11 @@ def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelPr
     for value in (*copy.graph.input, *copy.graph.value_info, *copy.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                found = evaluated(dim.dim_param, symbols)
-                # An unnamed axis is filled in by inference; a name would stay.
+                size = evaluated(dim.dim_param, symbols)
+                # Inference sets the size of an unnamed axis, but not of a named one.
                 dim.ClearField("dim_param")
-                if found is not None:
-                    dim.dim_value = found
+                if size is not None:
+                    dim.dim_value = size
     try:
         return onnx.shape_inference.infer_shapes(copy, data_prop=True)
     except onnx.shape_inference.InferenceError:
@@ -79,7 +79,7 @@ def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelPr
 
 
 def evaluated(text: str, symbols: Mapping[str, int]) -> int | None:
-    """Value of `2*latent_height_units + 1`; None where a symbol is not known."""
+    """Value of an expression such as `2*latent_height_units + 1`; None if a symbol is unknown."""
 
     def walk(node: ast.AST) -> int:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
@@ -101,7 +101,7 @@ def evaluated(text: str, symbols: Mapping[str, int]) -> int | None:
 
 
 def _solved(text: str, size: int) -> dict[str, int]:
-    """The one symbol of a linear expression that has this value."""
+    """Symbol -> value for a linear expression of one symbol that is equal to `size`; empty for others."""
     try:
         names = {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
     except SyntaxError:
@@ -109,14 +109,14 @@ def _solved(text: str, size: int) -> dict[str, int]:
     if len(names) != 1:
         return {}
     name = names.pop()
-    none, one = evaluated(text, {name: 0}), evaluated(text, {name: 1})
-    if none is None or one is None or one == none or (size - none) % (one - none):
+    at_0, at_1 = evaluated(text, {name: 0}), evaluated(text, {name: 1})
+    if at_0 is None or at_1 is None or at_1 == at_0 or (size - at_0) % (at_1 - at_0):
         return {}
-    return {name: (size - none) // (one - none)}
+    return {name: (size - at_0) // (at_1 - at_0)}
 
 
 _PASSING = ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Identity", "Flatten")
-"""Operators behind which a weight is still the same weight."""
+"""Operators that do not change the values of a weight."""
 
 
 def read_onnx(
@@ -126,19 +126,20 @@ def read_onnx(
 
     Args:
         path: the `.onnx` file.
-        sizes: axis name (`"latent_frames"`) -> size, for graphs with free axes; by default those of the clip that
-            wanlab traced it with, at batch 1. Axes that stay free leave sizes in bytes unknown.
-        source: `"onnxruntime"` for a graph that ONNX Runtime has optimised.
+        name: name for headings; the file name by default.
+        sizes: axis name (`"latent_frames"`) -> size, for graphs with free axes; by default those of the clip of the
+            export, at batch 1. With free axes sizes in bytes are unknown.
+        source: `"onnxruntime"` for a graph that ONNX Runtime optimised.
 
     Raises:
-        WanlabError: no such file, or no ONNX graph.
+        WanlabError: no such file, or another kind of file.
     """
     model = _load(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     sizes = dict(sizes) if sizes is not None else traced_sizes(metadata)
     tensors = _tensors(with_sizes(model, sizes))
     nested = sum(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute)
-    notes = [f"{nested} subgraphs are not looked into"] if nested else []
+    notes = [f"{nested} subgraphs are not read"] if nested else []
     layers: list[Layer] = []
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
@@ -166,7 +167,7 @@ def read_onnx(
     sizes_of = [tensor.shape for layer in layers for tensor in layer.outputs]
     free = sum(shape is None or any(isinstance(size, str) for size in shape) for shape in sizes_of)
     if free:
-        notes.append(f"{free} tensors have sizes that are not known: activation bytes are a lower bound")
+        notes.append(f"{free} tensors have unknown sizes: activation bytes are a lower bound")
     return EngineLayers(
         name or Path(path).name,
         source,
@@ -181,7 +182,7 @@ def read_onnx(
 def _load(path: str | os.PathLike) -> onnx.ModelProto:
     path = Path(path)
     if not path.is_file():
-        raise WanlabError(f"no ONNX file at {path}; make it with wanlab.export.export")
+        raise WanlabError(f"no ONNX file at {path}; export it with wanlab.export.export")
     try:
         return onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -190,22 +191,22 @@ def _load(path: str | os.PathLike) -> onnx.ModelProto:
 
 def _tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
     graph = model.graph
-    found = {}
+    tensors = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         kind = value.type.tensor_type
         shape = tuple(_size(dim) for dim in kind.shape.dim) if kind.HasField("shape") else None
-        found[value.name] = Tensor(value.name, _dtype(kind.elem_type), shape)
+        tensors[value.name] = Tensor(value.name, _dtype(kind.elem_type), shape)
     for constant in graph.initializer:
-        found[constant.name] = Tensor(
+        tensors[constant.name] = Tensor(
             constant.name, _dtype(constant.data_type), tuple(constant.dims), constant=True
         )
     for node in graph.node:
         value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
         if value is not None:
-            found[node.output[0]] = Tensor(
+            tensors[node.output[0]] = Tensor(
                 node.output[0], _dtype(value.data_type), tuple(value.dims), constant=True
             )
-    return found
+    return tensors
 
 
 def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
@@ -218,38 +219,38 @@ def _dtype(number: int) -> str:
 
 
 def _weights_of(layers: list[Layer] | tuple[Layer, ...]) -> list[Layer]:
-    """The dtype that the weights of products are stored in, through casts and dequantising."""
-    made = list(layers)
+    """The layers with the stored dtype of the weights of products, also behind casts and dequantising."""
+    result = list(layers)
     edges = EngineLayers("", "", tuple(layers)).edges
-    for place, layer in enumerate(made):
+    for place, layer in enumerate(result):
         if layer.kind not in PRODUCTS or layer.kind == "attention":
             continue
         constants = [tensor for tensor in layer.inputs if tensor.constant]
-        todo = [i for i in edges.before[place] if layers[i].type in (*_PASSING, "DequantizeLinear")]
-        while todo:
-            i = todo.pop()
+        pending = [i for i in edges.before[place] if layers[i].type in (*_PASSING, "DequantizeLinear")]
+        while pending:
+            i = pending.pop()
             constants += [tensor for tensor in layers[i].inputs[:1] if tensor.constant]
-            todo += [j for j in edges.before[i] if layers[j].type in _PASSING]
+            pending += [j for j in edges.before[i] if layers[j].type in _PASSING]
         constants = [tensor for tensor in constants if tensor.dtype in ITEM_BYTES and _elements(tensor) > 1]
         if constants:
             largest = max(constants, key=_elements)
-            made[place] = replace(layer, weight_dtype=largest.dtype)
-    return made
+            result[place] = replace(layer, weight_dtype=largest.dtype)
+    return result
 
 
 def _codes_of(layers: list[Layer]) -> list[Layer]:
-    """Products between DequantizeLinear nodes, as an engine is meant to compute them: on the codes."""
-    made = list(layers)
+    """The layers with the planned precision of products after DequantizeLinear: the dtype of the quantised values."""
+    result = list(layers)
     edges = EngineLayers("", "", tuple(layers)).edges
-    for place, layer in enumerate(made):
+    for place, layer in enumerate(result):
         if layer.kind not in PRODUCTS:
             continue
         read = [layers[i] for i in edges.before[place]]
         codes = [other for other in read if other.type == "DequantizeLinear"]
         activations = [other for other in codes if other.inputs and not other.inputs[0].constant]
         if codes and activations:
-            made[place] = replace(layer, precision=activations[0].inputs[0].dtype or layer.precision)
-    return made
+            result[place] = replace(layer, precision=activations[0].inputs[0].dtype or layer.precision)
+    return result
 
 
 def _elements(tensor: Tensor) -> float:

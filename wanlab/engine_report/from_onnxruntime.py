@@ -1,4 +1,4 @@
-"""ONNX Runtime's own profile and optimized graph as layers with times."""
+"""Layers with times from ONNX Runtime's profile and optimised graph; fusions between two graphs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 
 _SUFFIX = "_kernel_time"
 MARK = "wanlab"
-"""Category of an event that says how a profile was taken."""
+"""Category of an event with the settings of a profile."""
 LAUNCHES = (
-    "times of CUDA nodes are what the host spent on them: profile with CUDA_LAUNCH_BLOCKING=1 in the environment, or"
-    " they are launches and not kernels"
+    "times of CUDA nodes are times of launches on the host, not of kernels: profile with CUDA_LAUNCH_BLOCKING=1 in the"
+    " environment to time kernels"
 )
 
 
@@ -41,16 +41,17 @@ def read_ort_profile(
     Args:
         profile: the JSON that a session with `SessionOptions.enable_profiling` writes (`OrtEngine.profile`), plain or
             as `.gz`, or its content.
-        onnx_path: the graph that ran, best as the session optimised it (`optimised_graph`): it tells weights and
-            neighbours, so that nodes that ONNX Runtime made find their modules. The graph before optimisation tells
-            them for the nodes that stayed.
-        warmup: runs at the beginning that do not count, while there are more.
-        blocking: the profile was taken with `CUDA_LAUNCH_BLOCKING=1`, so that times of CUDA nodes are of their kernels;
-            profiles of `profile_engine` say so themselves.
+        onnx_path: the graph that ran, preferably as the session optimised it (`optimised_graph`). It has the weights and
+            neighbours, from which modules of nodes of ONNX Runtime are found. The graph before optimisation has them only
+            for nodes that were not changed.
+        name: name for headings; the file name by default.
+        warmup: number of first runs to leave out, if there are more.
+        blocking: whether the profile was taken with `CUDA_LAUNCH_BLOCKING=1`, so that times of CUDA nodes are times of
+            kernels; profiles of `profile_engine` contain this.
 
     Returns:
-        A layer per node in the order of the first run, its time the median over runs. `facts`: runs, run_ms (median of
-        whole runs under the profiler), load_ms, peak_arena_bytes.
+        A layer per node in the order of the first run, with the median time of the runs. `facts`: runs, run_ms (median
+        time of a whole run under the profiler), load_ms, peak_arena_bytes.
 
     Raises:
         WanlabError: no such profile, or one without nodes.
@@ -61,9 +62,7 @@ def read_ort_profile(
         raise WanlabError(f"{name} is no profile of ONNX Runtime; write one with OrtEngine.profile")
     nodes = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(_SUFFIX)]
     if not nodes:
-        raise WanlabError(
-            f"{name} has no node events: the session was not run between enabling and ending its profile"
-        )
+        raise WanlabError(f"{name} has no node events: the session did not run while its profile was enabled")
     nodes.sort(key=lambda event: event["ts"])
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for event in nodes:
@@ -71,7 +70,7 @@ def read_ort_profile(
     kernels = _kernel_ms(events)
     layers = [_layer(index, *item, warmup, kernels) for index, item in enumerate(grouped.items())]
     wholes = [e["dur"] / 1e3 for e in events if e.get("cat") == "Session" and e.get("name") == "model_run"]
-    counts = {len(found) for found in grouped.values()}
+    counts = {len(node_events) for node_events in grouped.values()}
     facts = {"runs": float(len(wholes[warmup:] or wholes) or min(counts))}
     if wholes:
         facts["run_ms"] = statistics.median(wholes[warmup:] or wholes)
@@ -98,7 +97,7 @@ def read_ort_profile(
         if missing:
             notes.append(
                 f"{missing} of {len(layers)} nodes are not in {Path(onnx_path).name}, which is the graph before"
-                " optimisation: their weights are not known"
+                " optimisation: their weights are unknown"
             )
     else:
         notes.append(
@@ -118,7 +117,7 @@ def read_ort_profile(
 
 
 def merged(first: EngineLayers, second: EngineLayers) -> EngineLayers:
-    """Two profiles of one engine as one, the samples of the first before those of the second.
+    """Two profiles of one engine as one; the samples of the first come before those of the second.
 
     Raises:
         WanlabError: their layers differ.
@@ -138,16 +137,18 @@ def merged(first: EngineLayers, second: EngineLayers) -> EngineLayers:
     return replace(first, layers=tuple(layers), facts=facts, latency_ms=latency_ms)
 
 
-def _layer(index: int, key: tuple[str, str], found: list, warmup: int, kernels: Mapping[str, float]) -> Layer:
+def _layer(
+    index: int, key: tuple[str, str], node_events: list, warmup: int, kernels: Mapping[str, float]
+) -> Layer:
     name, _ = key
-    arguments = found[0]["args"]
+    arguments = node_events[0]["args"]
     operator = str(arguments.get("op_name", ""))
     kind = onnx_kind(operator)
     inputs, outputs = (_tensors(arguments.get(f"{side}_type_shape")) for side in ("input", "output"))
-    samples = tuple(event["dur"] / 1e3 for event in found[warmup:] or found)
+    samples = tuple(event["dur"] / 1e3 for event in node_events[warmup:] or node_events)
     time_ms = statistics.median(samples)
     if name in kernels:
-        time_ms, samples = kernels[name] / len(found), ()
+        time_ms, samples = kernels[name] / len(node_events), ()
     return Layer(
         index=index,
         name=name,
@@ -164,7 +165,7 @@ def _layer(index: int, key: tuple[str, str], found: list, warmup: int, kernels: 
 
 
 def _tensors(described: Any) -> tuple[Tensor, ...]:
-    """`[{"float": [1, 24]}]`; tensors have no names in a profile."""
+    """Tensors from `[{"float": [1, 24]}]`; they have no names in a profile."""
     return tuple(
         Tensor("", element_name(kind) or kind, tuple(int(size) for size in shape))
         for one in described or ()
@@ -173,7 +174,7 @@ def _tensors(described: Any) -> tuple[Tensor, ...]:
 
 
 def _kernel_ms(events: list) -> dict[str, float]:
-    """Node -> time of its GPU kernels over all runs, where this build of ONNX Runtime records kernels."""
+    """Node -> time of its GPU kernels in all runs, if this build of ONNX Runtime records kernels."""
     total: dict[str, float] = defaultdict(float)
     for event in events:
         if event.get("cat") == "Kernel" and (parent := str(event.get("args", {}).get("parent_name", ""))):
@@ -182,26 +183,26 @@ def _kernel_ms(events: list) -> dict[str, float]:
 
 
 def _with_graph(layers: list[Layer], graph: EngineLayers) -> tuple[list[Layer], int]:
-    """Names of tensors and weights from the graph, sizes from the run; how many nodes the graph does not have."""
+    """Layers with tensors and weights of the graph and sizes of the run; and the number of nodes that the graph lacks."""
     by_name = {layer.name: layer for layer in graph.layers}
     sizes: dict[str, Tensor] = {}
     for layer in layers:
         if (node := by_name.get(layer.name)) is not None and node.type == layer.type:
-            for known, ran in zip(node.outputs, layer.outputs, strict=False):
-                sizes[known.name] = replace(known, dtype=ran.dtype, shape=ran.shape)
-    made: list[Layer] = []
+            for named, sized in zip(node.outputs, layer.outputs, strict=False):
+                sizes[named.name] = replace(named, dtype=sized.dtype, shape=sized.shape)
+    completed: list[Layer] = []
     missing, seen = 0, set[str]()
     for layer in layers:
         node = by_name.get(layer.name)
         if node is None or node.type != layer.type:
             missing += 1
-            made.append(layer)
+            completed.append(layer)
             continue
         inputs = tuple(sizes.get(tensor.name, tensor) for tensor in node.inputs)
         outputs = tuple(sizes.get(tensor.name, tensor) for tensor in node.outputs)
         fresh = [tensor for tensor in inputs if tensor.constant and tensor.name not in seen]
         seen.update(tensor.name for tensor in fresh)
-        made.append(
+        completed.append(
             replace(
                 layer,
                 subtype=node.subtype,
@@ -214,22 +215,24 @@ def _with_graph(layers: list[Layer], graph: EngineLayers) -> tuple[list[Layer], 
                 weight_bytes=sum(tensor.size_bytes for tensor in fresh),
             )
         )
-    return made, missing
+    return completed, missing
 
 
-EXTERNAL_ABOVE_BYTES = 1024  # weights over this size go beside the graph
+EXTERNAL_ABOVE_BYTES = 1024  # larger weights are stored in a separate file
 
 
 def optimised_graph(
     path: str | os.PathLike, out: str | os.PathLike, *, provider: str = "cpu", optimization: str = "all"
 ) -> Path:
-    """The graph that ONNX Runtime makes of a file for a provider; weights go to `<out>.data` beside it.
+    """Write the graph that ONNX Runtime optimised for a provider; weights are written to `<out>.data`.
 
-    Opens a session, which takes the memory of the weights, and writes all of them.
+    This opens a session, which needs memory for the weights, and writes all of them.
 
     Args:
-        out: the `.onnx` file to write.
-        provider: `"cpu"` or `"cuda"`; fusions differ. optimization: a level of `OrtEngine`.
+        path: ONNX file.
+        out: `.onnx` file to write.
+        provider: `"cpu"` or `"cuda"`, which have different fusions.
+        optimization: level of optimisation as in `OrtEngine`.
 
     Raises:
         WanlabError: as `OrtEngine`.
@@ -261,24 +264,30 @@ def optimised_graph(
 
 
 def fusions(before: EngineLayers | None, after: EngineLayers | None) -> pd.DataFrame:
-    """Operators of a graph and of what an engine made of it; no rows where one of the two is not known.
+    """Numbers of operators in a graph and in the engine; no rows if one of the two is unknown.
 
     Returns:
-        type, layers_before, layers_after, change, roles (where the change is, largest first); ordered by how much
-        changed.
+        type, layers_before, layers_after, change, roles (with the largest changes first); rows with the largest change
+        first.
     """
     sides = (before, after) if before is not None and after is not None else ()
     counts = [Counter((layer.type, layer.role) for layer in side.layers) for side in sides]
     rows = []
     for kind in dict.fromkeys(kind for side in counts for kind, _ in side):
         roles = {role for side in counts for name, role in side if name == kind}
-        moved = {role: counts[1][kind, role] - counts[0][kind, role] for role in roles}
-        here, there = (sum(side[kind, role] for role in roles) for side in counts)
+        changes = {role: counts[1][kind, role] - counts[0][kind, role] for role in roles}
+        count_before, count_after = (sum(side[kind, role] for role in roles) for side in counts)
         changed = [
-            role for _, role in sorted((-abs(change), role) for role, change in moved.items() if change)
+            role for _, role in sorted((-abs(change), role) for role, change in changes.items() if change)
         ]
         rows.append(
-            (kind, here, there, there - here, ", ".join(f"{role} {moved[role]:+d}" for role in changed))
+            (
+                kind,
+                count_before,
+                count_after,
+                count_after - count_before,
+                ", ".join(f"{role} {changes[role]:+d}" for role in changed),
+            )
         )
     frame = pd.DataFrame(rows, columns=["type", "layers_before", "layers_after", "change", "roles"])
     order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
@@ -286,21 +295,21 @@ def fusions(before: EngineLayers | None, after: EngineLayers | None) -> pd.DataF
 
 
 def fused_layers(before: EngineLayers, after: EngineLayers) -> pd.DataFrame:
-    """Layers that an engine made by fusing, and the module they stand for.
+    """Fused layers of an engine and their modules.
 
     Returns:
-        name, type, modules, nodes_before: how many nodes of the same modules the graph had that the engine no longer
-        has. Only layers of a type that the graph did not have, or that name several modules.
+        name, type, modules, nodes_before (number of nodes of the same modules in the graph that the engine does not
+        have). Only layers of a type that the graph does not have, or with several modules.
     """
     kinds = {layer.type for layer in before.layers}
     names = {layer.name for layer in after.layers}
-    gone = Counter(layer.modules for layer in before.layers if layer.name not in names)
+    replaced = Counter(layer.modules for layer in before.layers if layer.name not in names)
     rows = [
         {
             "name": layer.name,
             "type": layer.type,
             "modules": ", ".join(layer.modules),
-            "nodes_before": gone[layer.modules] if len(layer.modules) == 1 else len(layer.nodes),
+            "nodes_before": replaced[layer.modules] if len(layer.modules) == 1 else len(layer.nodes),
         }
         for layer in after.layers
         if layer.modules and (layer.type not in kinds or len(layer.modules) > 1)

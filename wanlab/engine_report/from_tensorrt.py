@@ -1,4 +1,4 @@
-"""TensorRT's inspector JSON and trtexec's times as layers."""
+"""Layers from TensorRT's inspector JSON, and times from trtexec."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """The content of a `.json` or `.json.gz` file.
 
     Raises:
-        WanlabError: no such file, or not JSON.
+        WanlabError: no such file, or a file that is not JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,34 +44,34 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def with_times(layers: EngineLayers, profile: str | os.PathLike | list) -> EngineLayers:
-    """The layers with the times that `trtexec --exportProfile` wrote, joined by the layers' names.
+    """The layers with the times of `trtexec --exportProfile`, matched by the layers' names.
 
     Args:
         profile: a file or its content: `[{"count": n}, {"name", "timeMs", "averageMs", "medianMs", ...}, ...]`. The
-            median is taken; without one the average, or the total over all runs divided by their number.
+            median is used; without one the average, or the total time divided by the number of runs.
 
     Raises:
-        WanlabError: no such JSON, or no layer of it is in the engine.
+        WanlabError: another kind of file, or none of its layers is in the engine.
     """
     data = profile if isinstance(profile, list) else read_json(profile)
     if not isinstance(data, list) or not all(isinstance(row, Mapping) for row in data):
         raise WanlabError("a profile is a list of objects, as trtexec --exportProfile writes it")
     runs = next((int(row["count"]) for row in data if "count" in row), 0)
     times = {str(row["name"]): _time(row, runs) for row in data if "name" in row}
-    there = {layer.name for layer in layers.layers}
-    matched = there & set(times)
+    names = {layer.name for layer in layers.layers}
+    matched = names & set(times)
     if not matched:
         raise WanlabError(
             f"no layer of {layers.name} is in the profile; give the profile of the same engine"
             " (trtexec --exportLayerInfo and --exportProfile of one run)"
         )
     notes = list(layers.notes)
-    if len(there) > len(matched):
-        notes.append(f"{len(there) - len(matched)} of {len(there)} layers have no time")
-    lost = [name for name in times if name not in there]
-    if lost:
-        lost_ms = sum(times[name] for name in lost)
-        notes.append(f"{len(lost)} timed layers, {lost_ms:.3f} ms, are not in the engine")
+    if len(names) > len(matched):
+        notes.append(f"{len(names) - len(matched)} of {len(names)} layers have no time")
+    unmatched = [name for name in times if name not in names]
+    if unmatched:
+        unmatched_ms = sum(times[name] for name in unmatched)
+        notes.append(f"{len(unmatched)} timed layers, {unmatched_ms:.3f} ms, are not in the engine")
     return replace(
         layers,
         layers=tuple(replace(layer, time_ms=times.get(layer.name, math.nan)) for layer in layers.layers),
@@ -87,13 +87,13 @@ def read_latency(path: str | os.PathLike) -> float:
         path: JSON of `trtexec --exportTimes` or of `wanlab bench`.
 
     Raises:
-        WanlabError: neither of the two.
+        WanlabError: another kind of file.
     """
     return latency_of(read_json(path), str(path))
 
 
 def latency_of(data: Any, name: str) -> float:
-    """`read_latency` of a file's content."""
+    """`read_latency` for the content of a file; `name` is for the error message."""
     if (
         isinstance(data, list)
         and data
@@ -105,7 +105,7 @@ def latency_of(data: Any, name: str) -> float:
         values = samples.get("values_ms") if isinstance(samples, Mapping) else samples
         if values:
             return float(statistics.median(values))
-    raise WanlabError(f"{name} has no times of runs; give what trtexec --exportTimes or wanlab bench wrote")
+    raise WanlabError(f"{name} has no times of runs; give a file of trtexec --exportTimes or wanlab bench")
 
 
 def _time(row: Mapping, runs: int) -> float:
@@ -117,7 +117,7 @@ def _time(row: Mapping, runs: int) -> float:
 
 REBUILD = (
     "build the engine again with config.profiling_verbosity = ProfilingVerbosity.DETAILED"
-    " (trtexec --profilingVerbosity=detailed) and inspect that one"
+    " (trtexec --profilingVerbosity=detailed) and inspect the new one"
 )
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 
@@ -125,18 +125,18 @@ _PROFILE = re.compile(r" \[profile (\d+)\]$")
 def read_inspector(
     source: str | os.PathLike | Mapping[str, Any], *, name: str = "", profile: int = 0
 ) -> EngineLayers:
-    """Layers of a TensorRT engine from what its inspector prints as JSON.
+    """Layers of a TensorRT engine from the JSON of its inspector.
 
     Args:
-        source: a file (`.json` or `.json.gz`) or its content: `get_engine_information(LayerInformationFormat.JSON)`,
-            what `trtexec --exportLayerInfo` wrote, or the `.layers.json` that wanlab keeps beside an engine that was
-            built without its GPU. 10.x names the engine's inputs and outputs under `Bindings`, 11.x describes them under
-            `I/O Tensors` and divides `Format/Datatype` into two fields.
-        name: for headings; the file's name if not given.
-        profile: number of the optimisation profile, where an engine has several.
+        source: a file (`.json` or `.json.gz`) or its content, from `get_engine_information(LayerInformationFormat.JSON)`,
+            `trtexec --exportLayerInfo`, or the `.layers.json` that wanlab writes beside an engine. TensorRT 10 names the
+            engine's inputs and outputs under `Bindings`; 11 describes them under `I/O Tensors` and has two fields instead
+            of `Format/Datatype`.
+        name: name for headings; the file name by default.
+        profile: number of the optimisation profile, if an engine has several.
 
     Raises:
-        WanlabError: no such JSON, or an engine that was built without detailed layer information.
+        WanlabError: another kind of file, or an engine that was built without detailed layer information.
     """
     data = source if isinstance(source, Mapping) else read_json(source)
     name = name or ("engine" if isinstance(source, Mapping) else os.path.basename(source))
@@ -150,17 +150,17 @@ def read_inspector(
         raise WanlabError(f"{name} has no layers: its profiling verbosity was NONE; {REBUILD}")
     if not all(isinstance(layer, Mapping) and "Outputs" in layer for layer in raw):
         raise WanlabError(f"{name} has names of layers only; {REBUILD}")
-    kept = [layer for layer in raw if _profile_of(layer.get("Name", "")) in (None, profile)]
-    if not kept or (profile and all(_profile_of(layer.get("Name", "")) is None for layer in raw)):
+    selected = [layer for layer in raw if _profile_of(layer.get("Name", "")) in (None, profile)]
+    if not selected or (profile and all(_profile_of(layer.get("Name", "")) is None for layer in raw)):
         raise WanlabError(f"{name} has no optimisation profile {profile}; profile 0 is the first")
     seen: set[str] = set()
-    layers = [_layer(index, layer, seen) for index, layer in enumerate(kept)]
+    layers = [_layer(index, layer, seen) for index, layer in enumerate(selected)]
     inputs, outputs = _bindings(data, layers)
     notes = []
-    if len(kept) < len(raw):
-        notes.append(f"{len(raw) - len(kept)} layers of other optimisation profiles are left out")
-    if not any("Constants" in layer for layer in kept):
-        notes.append("the inspector does not say the weights of every layer: weight bytes are a lower bound")
+    if len(selected) < len(raw):
+        notes.append(f"{len(raw) - len(selected)} layers of other optimisation profiles are left out")
+    if not any("Constants" in layer for layer in selected):
+        notes.append("the inspector does not give the weights of every layer: weight bytes are a lower bound")
     if any(layer.kind != "shape" and not layer.activation_bytes for layer in layers):
         notes.append("sizes of free axes are not in an engine: activation bytes are unknown or a lower bound")
     return EngineLayers(
@@ -175,7 +175,7 @@ def read_inspector(
 
 
 def dtype_in(text: str) -> str:
-    """`"Row major linear FP16 format"`, `"Half"` -> `"fp16"`; empty for none."""
+    """Number format in a text of the inspector: `"fp16"` for `"Row major linear FP16 format"`, `"Half"`; empty if none."""
     return element_in(text)
 
 
@@ -207,7 +207,7 @@ def _layer(index: int, raw: Mapping[str, Any], seen: set[str]) -> Layer:
 
 
 def _weights(raw: Mapping[str, Any], constants: tuple[Tensor, ...], seen: set[str]) -> tuple[str, int]:
-    """Dtype of the largest weight, and bytes of those that no layer before has; from whichever field says them."""
+    """Dtype of the largest weight, and bytes of the weights that no earlier layer has, from the fields that give them."""
     if constants:
         fresh = [tensor for tensor in constants if tensor.name not in seen]
         seen.update(tensor.name for tensor in constants)
@@ -223,7 +223,7 @@ def _weights(raw: Mapping[str, Any], constants: tuple[Tensor, ...], seen: set[st
 def _tensor(raw: Any) -> Tensor:
     if not isinstance(raw, Mapping):
         return Tensor(str(raw))
-    # 10.x: one field for both. 11.x: two, and the type is spelt in more than one way.
+    # TensorRT 10 has one field for both; 11 has two, and two spellings of the name for the type.
     both = str(raw.get("Format/Datatype", ""))
     dtype = str(raw.get("DataType", raw.get("Datatype", both)))
     form = str(raw.get("Format", both))
@@ -239,20 +239,20 @@ def _bindings(data: Mapping[str, Any], layers: list[Layer]) -> tuple[tuple[Tenso
         for raw in described:
             sides.setdefault(str(raw.get("IOMode", "")).lower().removeprefix("k"), []).append(_tensor(raw))
         return tuple(sides["input"]), tuple(sides["output"])
-    # 10.x has names only; which side they are on, and their types, is known from the layers that touch them.
+    # TensorRT 10 has only names; direction and type are known from the layers that read or write the tensors.
     names = [_PROFILE.sub("", str(name)) for name in data.get("Bindings", ())]
     read = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.inputs}
-    made = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.outputs}
+    written = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.outputs}
     unique = list(dict.fromkeys(names))
-    outputs = tuple(made[name] for name in unique if name in made)
-    return tuple(read.get(name, Tensor(name)) for name in unique if name not in made), outputs
+    outputs = tuple(written[name] for name in unique if name in written)
+    return tuple(read.get(name, Tensor(name)) for name in unique if name not in written), outputs
 
 
 def _metadata(data: Mapping[str, Any]) -> dict[str, str]:
-    found = data.get("Engine Metadata")
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
+    metadata = data.get("Engine Metadata")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, Mapping) else {}
 
 
 def _profile_of(name: str) -> int | None:
-    found = _PROFILE.search(name)
-    return int(found[1]) if found else None
+    match = _PROFILE.search(name)
+    return int(match[1]) if match else None

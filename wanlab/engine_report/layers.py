@@ -1,4 +1,4 @@
-"""One table of an engine's layers, whatever it was read from: roles, module names, sizes."""
+"""One table of an engine's layers, in the same form for every source: roles, module names, sizes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _MOVES = {"Tran", "Resh", "Move", "Repl", "Slic", "Conc", "Copy", "Shuf", "Pad"}
 
 
 def onnx_kind(operator: str) -> str:
-    """Kind of an ONNX operator, contributed ones of ONNX Runtime included."""
+    """Kind of an ONNX operator or of a contributed operator of ONNX Runtime."""
     if operator in _BY_OPERATOR:
         return _BY_OPERATOR[operator]
     if operator.startswith(("Reduce", "Arg", "CumSum", "TopK")):
@@ -82,16 +82,16 @@ def onnx_kind(operator: str) -> str:
 def tensorrt_kind(layer_type: str, name: str = "", tactic: str = "") -> str:
     """Kind of a layer of an engine.
 
-    Kernels that TensorRT's compiler made (`kgen`, `fusion`, `Myelin`) tell what they do only by their names, which are
-    made of their operations: `__myl_MulMaxSubExpSum_myl0_12` is a softmax.
+    Kernels that TensorRT's compiler generated (`kgen`, `fusion`, `Myelin`) are known only by their names, which list
+    their operations: `__myl_MulMaxSubExpSum_myl0_12` is a softmax.
     """
     if _FUSED_ATTENTION.search(f"{layer_type} {name} {tactic}"):
         return "attention"
     kind = _BY_LAYER.get(layer_type.replace(" ", "").lower())
     if kind is not None:
         return kind
-    found = _MYELIN.search(name)
-    operations = set(re.findall(r"[A-Z][a-z0-9]*", found[1])) if found else set()
+    match = _MYELIN.search(name)
+    operations = set(re.findall(r"[A-Z][a-z0-9]*", match[1])) if match else set()
     if operations & {"Fc", "Gemm", "Matm", "Bmm", "Dot"} or re.search(
         r"gemm|matmul", f"{name} {tactic}", re.I
     ):
@@ -112,8 +112,8 @@ def tensorrt_kind(layer_type: str, name: str = "", tactic: str = "") -> str:
 
 
 ROLES = ("attn1", "attn2", "ffn", "norm", "embeddings", "convolution", "reformat_cast", "other", "several")
-"""What a layer serves: self-attention, cross-attention, feed-forward, norms and modulation, embeddings and output
-projection, convolutions, conversions of dtype or format, nothing that is known, more than one of these."""
+"""Roles of layers: self-attention, cross-attention, feed-forward, norms and modulation, embeddings and output projection,
+convolutions, conversions of dtype or format, an unknown role, more than one of these."""
 
 _PATTERNS = (
     ("attn2", r"(^|\.)(attn2|cross_attn|EncDecAttention)(\.|$)"),
@@ -133,18 +133,18 @@ _NODE = re.compile(r"\[([^\[\]]+)\]")
 
 
 def module_of(node: str) -> str:
-    """Module path of an ONNX node's name; empty where it has none.
+    """Module path in the name of an ONNX node; empty if the name has none.
 
-    `"blocks.0.attn1.to_q/node_linear"` is how wanlab names nodes, and `"/blocks.0/attn1/to_q/MatMul"` how the older
-    exporter of PyTorch does. What an engine appends (`.../MatMulAddFusion`) is ignored.
+    wanlab's names are like `"blocks.0.attn1.to_q/node_linear"`, those of PyTorch's older exporter like
+    `"/blocks.0/attn1/to_q/MatMul"`. Suffixes of engines (`.../MatMulAddFusion`) are ignored.
     """
     if node.startswith("/"):
         return ".".join(part for part in node.strip("/").split("/")[:-1] if part)
     head, slash, _ = node.partition("/")
     if not slash:
-        found = _WEIGHT.fullmatch(head)
-        return found[1] if found else ""
-    # `node_view_9/GatherSliceToSplitFusion`, `Transpose_12/...`: a node of no module, extended by the engine
+        match = _WEIGHT.fullmatch(head)
+        return match[1] if match else ""
+    # `node_view_9/GatherSliceToSplitFusion`, `Transpose_12/...`: a node without a module, with a suffix of the engine
     named = (
         _MODULE.fullmatch(head)
         and not head.startswith("node_")
@@ -156,37 +156,37 @@ def module_of(node: str) -> str:
 def onnx_nodes(metadata: str) -> tuple[str, ...]:
     """The ONNX nodes in the metadata of a TensorRT layer: `"[ONNX Layer: a]\\x1e[ONNX Layer: b]"`."""
     return tuple(
-        dict.fromkeys(found.partition("ONNX Layer:")[2].strip() or found for found in _NODE.findall(metadata))
+        dict.fromkeys(text.partition("ONNX Layer:")[2].strip() or text for text in _NODE.findall(metadata))
     )
 
 
 def modules_in(texts: Iterable[str]) -> tuple[str, ...]:
-    """Every module named in the names of layers or nodes, in order, each once.
+    """Distinct modules in the names of layers or nodes, in order.
 
-    Takes apart what engines join: `"a/x + b/y"`, `"PWN(a/x, b/y)"`, `"{ForeignNode[a/x...b/y]}"`,
+    Names that engines joined are split: `"a/x + b/y"`, `"PWN(a/x, b/y)"`, `"{ForeignNode[a/x...b/y]}"`,
     `"Reformatting CopyNode for Input Tensor 0 to a/x"`.
     """
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for text in texts:
         for part in _PARTS.findall(text.replace("...", " ")):
             if module := module_of(part):
-                found[module] = None
-    # Codes that several layers read are made by nodes of the list that holds them: `blocks` of `blocks.3.attn2.to_k`.
+                modules[module] = None
+    # Quantised values that several layers read come from nodes of their list: `blocks` of `blocks.3.attn2.to_k`.
     lists = {
-        module for module in found if any(re.match(rf"{re.escape(module)}\.\d", other) for other in found)
+        module for module in modules if any(re.match(rf"{re.escape(module)}\.\d", other) for other in modules)
     }
-    return tuple(module for module in found if module not in lists)
+    return tuple(module for module in modules if module not in lists)
 
 
 def role_of(modules: Iterable[str], kind: str) -> str:
-    """One of `ROLES` for a layer of these modules; conversions are that wherever they stand."""
+    """One of `ROLES` for a layer of these modules; conversions have one role in all modules."""
     if kind in ("cast", "quantize", "reformat", "copy"):
         return "reformat_cast"
     roles = {_role(module) for module in modules}
     if kind == "norm" and "norm" in roles:
-        return "norm"  # with the sum before it, and the rounding after it
+        return "norm"  # with the sum before it and the rounding after it
     if len(roles) > 1:
-        # A norm or nothing in particular that was pulled into the work beside it.
+        # A norm or an unknown role that was fused into another layer does not count.
         roles = roles - {"norm", "other"} or {"norm"}
     if len(roles) > 1:
         return "several"
@@ -195,15 +195,15 @@ def role_of(modules: Iterable[str], kind: str) -> str:
 
 
 def block_of(modules: Iterable[str]) -> int | None:
-    """Number of the one block that all modules lie in; None where there is no such block."""
+    """Number of the block that contains all modules; None if there is none."""
     numbers = {
-        int(found[1]) for module in modules if (found := re.match(r"(?:\w+\.)*?blocks?\.(\d+)(\.|$)", module))
+        int(match[1]) for module in modules if (match := re.match(r"(?:\w+\.)*?blocks?\.(\d+)(\.|$)", module))
     }
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def site_of(modules: Iterable[str]) -> str:
-    """The modules with `*` for their numbers of blocks, which is what layers of all blocks have in common."""
+    """The modules with `*` instead of the numbers of blocks, so that layers of all blocks have the same site."""
     return ", ".join(dict.fromkeys(re.sub(r"((?:^|\.)blocks?\.)\d+", r"\1*", module) for module in modules))
 
 
@@ -216,10 +216,10 @@ class Tensor:
     """One input or output of a layer.
 
     Attributes:
-        dtype: `"fp32"`, `"bf16"`, `"int8"`, ...; empty where unknown.
-        shape: None where unknown; a size that is not fixed is a string.
-        format: layout in memory, as the engine says it.
-        constant: a weight or another constant.
+        dtype: `"fp32"`, `"bf16"`, `"int8"`, ...; empty if unknown.
+        shape: sizes; a free axis is a string; None if unknown.
+        format: memory layout in the engine's terms.
+        constant: whether it is a weight or another constant.
     """
 
     name: str
@@ -230,7 +230,7 @@ class Tensor:
 
     @property
     def size_bytes(self) -> int:
-        """0 where dtype or shape is not known."""
+        """Size in bytes; 0 if dtype or shape is unknown."""
         sizes = [size for size in self.shape or () if isinstance(size, int)]
         if self.shape is None or len(sizes) < len(self.shape):
             return 0
@@ -242,15 +242,20 @@ class Layer:
     """One layer of an engine, or one node of a graph.
 
     Attributes:
-        index: place in the order of execution.
-        type, subtype, tactic: as the engine says them. kind: one of `kinds.KINDS`.
-        modules: of the network that it computes, several where layers were fused.
-        joined_by: how they were found: `"name"`, `"weight"`, `"graph"` (of a neighbour), `"order"`, or empty.
-        nodes: of the ONNX graph that it was made from, as far as it says.
-        provider: of ONNX Runtime. stream: of TensorRT.
-        precision: that it computes in, from its tensors; see `precision_of`. weight_dtype: that its weights are kept in.
-        weight_bytes: of constants that no layer before it has.
-        time_ms: median; NaN where it was not measured. samples_ms: one per run, where they are known.
+        index: position in the order of execution.
+        name: name in the engine.
+        type, subtype, tactic: type and kernel in the engine's terms.
+        kind: one of `KINDS`.
+        modules: modules of the network that it computes; several if layers were fused.
+        joined_by: source of `modules`: `"name"`, `"weight"`, `"graph"` (a neighbour), `"order"`, or empty.
+        nodes: nodes of the ONNX graph that it computes, as far as the engine states them.
+        provider: execution provider of ONNX Runtime.
+        stream: stream of TensorRT.
+        precision: number format of its computation, see `precision_of`.
+        weight_dtype: number format of its stored weights.
+        weight_bytes: bytes of constants that no earlier layer has.
+        time_ms: median time; NaN if it was not measured.
+        samples_ms: time of each run, if they are known.
     """
 
     index: int
@@ -278,7 +283,7 @@ class Layer:
 
     @property
     def site(self) -> str:
-        """`"blocks.*.attn1.to_q"`: its modules without the numbers of their blocks."""
+        """Its modules without numbers of blocks, such as `"blocks.*.attn1.to_q"`."""
         return site_of(self.modules)
 
     @property
@@ -287,9 +292,9 @@ class Layer:
 
     @property
     def halves_ms(self) -> float:
-        """Median of the first half of the runs less that of the second: what the same layer differs by.
+        """Median of the first half of the runs minus median of the second half, as a measure of noise.
 
-        NaN with under 4 samples.
+        NaN with fewer than 4 samples.
         """
         if len(self.samples_ms) < 4:
             return math.nan
@@ -298,23 +303,24 @@ class Layer:
 
     @property
     def activation_bytes(self) -> int:
-        """Of its outputs."""
+        """Size of its outputs in bytes."""
         return sum(tensor.size_bytes for tensor in self.outputs)
 
 
 @dataclass(frozen=True, eq=False)
 class EngineLayers:
-    """The layers of one engine in the order they run.
+    """The layers of one engine in the order of execution.
 
     Attributes:
-        name: of the engine, for headings.
-        source: `"tensorrt"`, `"onnxruntime"` or `"onnx"` (a graph that no engine has seen).
-        inputs, outputs: of the whole engine.
-        latency_ms: of the whole engine as measured apart from its layers; NaN where it was not.
-        metadata: model and component where the source says them.
-        facts: numbers about the whole that only some sources have (`peak_arena_bytes`, `runs`).
-        times_of: `"layers"`, or `"launches"` where only what the host spent on each is known.
-        notes: what a reader should know, one line each.
+        name: name of the engine, for headings.
+        source: `"tensorrt"`, `"onnxruntime"` or `"onnx"` (a graph before any engine).
+        layers: the layers.
+        inputs, outputs: tensors of the whole engine.
+        latency_ms: time of the whole engine, measured separately from its layers; NaN if it was not measured.
+        metadata: model and component, if the source states them.
+        facts: numbers about the whole engine that only some sources have (`peak_arena_bytes`, `runs`).
+        times_of: `"layers"`, or `"launches"` if only the time of the host per layer is known.
+        notes: remarks for the reader, one line each.
     """
 
     name: str
@@ -340,20 +346,20 @@ class EngineLayers:
 
     @property
     def total_ms(self) -> float:
-        """Sum of all layers; NaN without times."""
+        """Sum of the times of all layers; NaN without times."""
         if not self.timed:
             return math.nan
         return math.fsum(layer.time_ms for layer in self.layers if not math.isnan(layer.time_ms))
 
     def with_latency(self, latency_ms: float) -> EngineLayers:
-        """The same with the time of the whole engine."""
+        """A copy with the time of the whole engine."""
         return replace(self, latency_ms=latency_ms)
 
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
         """A row per layer: the attributes of `Layer`, and site, role, block, activation_bytes, share_percent.
 
-        `inputs` and `outputs` are text: `name fp16[1, 480, 192]`.
+        `inputs` and `outputs` are text, such as `name fp16[1, 480, 192]`.
         """
         total = self.total_ms
         rows = [
@@ -393,14 +399,18 @@ class EngineLayers:
 
     @functools.cached_property
     def edges(self) -> Edges:
-        """Which layer reads what which other layer wrote."""
+        """Neighbours of the layers in the graph."""
         return Edges(self.layers)
 
 
 class Edges:
-    """Neighbours of layers by the names of their tensors; places in the tuple, not `Layer.index`.
+    """Neighbours of layers by the names of their tensors, as positions in the tuple (not `Layer.index`).
 
-    TensorRT uses names of scratch tensors again: a reader belongs to the last writer before it.
+    TensorRT reuses names of temporary tensors: the writer of an input is the last layer before that wrote the name.
+
+    Attributes:
+        before: for each layer the positions of the layers whose outputs it reads.
+        after: for each layer the positions of the layers that read its outputs.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -418,51 +428,51 @@ class Edges:
 
 
 def precision_of(kind: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> str:
-    """Number format that a layer computes in, from the dtypes of its tensors.
+    """Number format of the computation of a layer, from the dtypes of its tensors.
 
     A product computes in the narrowest format of its activations (an INT8 product has INT8 inputs and may write FP16);
-    anything else in the widest float it touches; conversions are named by what they make.
+    other layers compute in the widest float of their tensors; conversions have the format of their output.
     """
     inputs, outputs = list(inputs), list(outputs)
-    made = [tensor.dtype for tensor in outputs if tensor.dtype]
+    written = [tensor.dtype for tensor in outputs if tensor.dtype]
     read = [tensor.dtype for tensor in inputs if tensor.dtype and not tensor.constant]
     if kind in ("cast", "quantize", "reformat", "copy"):
-        return next(iter(made), "")
+        return next(iter(written), "")
     known = [name for name in read if name in FLOATS or name in CODES] or [
         tensor.dtype for tensor in inputs if tensor.dtype in FLOATS or tensor.dtype in CODES
     ]
     if kind in PRODUCTS and known:
         return min(known, key=ITEM_BYTES.__getitem__)
-    floats = [name for name in (*known, *made) if name in FLOATS]
+    floats = [name for name in (*known, *written) if name in FLOATS]
     if floats:
         return max(floats, key=ITEM_BYTES.__getitem__)
-    return next(iter(made or read), "")
+    return next(iter(written or read), "")
 
 
 def described(tensor: Tensor) -> str:
-    """`fp16[1, 480, 192]`."""
+    """A tensor as text, such as `fp16[1, 480, 192]`."""
     shape = "[?]" if tensor.shape is None else f"[{', '.join(map(str, tensor.shape))}]"
     return f"{tensor.dtype}{shape}"
 
 
 _NEXT = ("cast", "quantize", "reformat", "copy")
-_ROUNDS = 8  # a chain of nameless layers is seldom longer
+_ROUNDS = 8  # chains of layers without names are seldom longer
 
 
 def join(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers with modules, where they can be known.
+    """The layers with their modules, as far as these can be determined.
 
-    In this order: the layer's own name and the ONNX nodes it says it was made from; its weights; a neighbour in the
-    graph (a conversion belongs to what reads it, anything else to what wrote its input); a neighbour in the order of
-    execution, where the graph is not known.
+    The sources are, in this order: the layer's name and its ONNX nodes; its weights; a neighbour in the graph (for a
+    conversion the layer that reads its output, for other layers the one that wrote their input); a neighbour in the order
+    of execution, if the graph is not known.
     """
-    joined = [layer if layer.modules else _by_itself(layer) for layer in layers]
+    joined = [layer if layer.modules else _by_name(layer) for layer in layers]
     edges = Edges(joined)
     for _ in range(_ROUNDS):
         changed = False
         for place, layer in enumerate(joined):
-            if not layer.modules and (found := _by_graph(joined, edges, place)):
-                joined[place] = replace(layer, modules=found, joined_by="graph")
+            if not layer.modules and (modules := _by_graph(joined, edges, place)):
+                joined[place] = replace(layer, modules=modules, joined_by="graph")
                 changed = True
         if not changed:
             break
@@ -471,13 +481,13 @@ def join(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(joined)
 
 
-def _by_itself(layer: Layer) -> Layer:
-    found = modules_in((*layer.nodes, layer.name))
-    if found:
-        return replace(layer, modules=found, joined_by="name")
-    # `blocks.0.attn1.to_q.weight`; a constant that folding made (`velocity/shape`) is named after a tensor.
-    found = modules_in(tensor.name for tensor in layer.inputs if tensor.constant and "/" not in tensor.name)
-    return replace(layer, modules=found, joined_by="weight" if found else "")
+def _by_name(layer: Layer) -> Layer:
+    modules = modules_in((*layer.nodes, layer.name))
+    if modules:
+        return replace(layer, modules=modules, joined_by="name")
+    # `blocks.0.attn1.to_q.weight`; a constant from constant folding (`velocity/shape`) is named after a tensor.
+    modules = modules_in(tensor.name for tensor in layer.inputs if tensor.constant and "/" not in tensor.name)
+    return replace(layer, modules=modules, joined_by="weight" if modules else "")
 
 
 def _by_graph(layers: list[Layer], edges: Edges, place: int) -> tuple[str, ...]:
@@ -491,8 +501,8 @@ def _by_graph(layers: list[Layer], edges: Edges, place: int) -> tuple[str, ...]:
 
 
 def _by_order(layers: list[Layer]) -> list[Layer]:
-    """Without a graph: the layer just before that wrote a tensor of a shape that this one reads, else the next one."""
-    made = list(layers)
+    """Without a graph: modules of a layer shortly before with an output of the shape of an input, else of the next one."""
+    joined = list(layers)
     for place, layer in enumerate(layers):
         if layer.modules:
             continue
@@ -501,12 +511,12 @@ def _by_order(layers: list[Layer]) -> list[Layer]:
         leads = next(
             (
                 other.modules
-                for other in reversed(made[max(place - 4, 0) : place])
+                for other in reversed(joined[max(place - 4, 0) : place])
                 if other.modules and shapes & {tensor.shape for tensor in other.outputs}
             ),
             (),
         )
-        found = follows if layer.name.startswith("gemm_input") or layer.kind in _NEXT else leads or follows
-        if found := found or leads:
-            made[place] = replace(layer, modules=found, joined_by="order")
-    return made
+        modules = follows if layer.name.startswith("gemm_input") or layer.kind in _NEXT else leads or follows
+        if modules := modules or leads:
+            joined[place] = replace(layer, modules=modules, joined_by="order")
+    return joined

@@ -1,4 +1,4 @@
-"""Two engines laid over one another: which layer of one is which of the other."""
+"""Matches the layers of two engines of one network, and compares their times."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ COLUMNS = (
 
 
 def match_layers(a: EngineLayers, b: EngineLayers) -> pd.DataFrame:
-    """Match the layers of two engines of one network: of other precision, version or tool.
+    """Match the layers of two engines of one network that differ in precision, version or tool.
 
-    Layers of the same modules are matched first, by kind, type and output shapes, then by kind alone, in the order they
-    run. Layers whose modules the other engine does not have (or that have none) are matched by kind, type and shapes.
-    What is left of the modules that both sides still have is one row: layers were fused, or divided, differently.
+    Layers of the same modules are matched first, by kind, type and output shapes, then by kind alone, in the order of
+    execution. Layers whose modules the other engine does not have (or without modules) are matched by kind, type and
+    shapes. Remaining layers that share modules become one row: they were fused or divided differently.
 
     Returns:
-        Every layer of both is in exactly one row, so the differences add up to the difference of the totals; ordered by
-        how much time changed. Columns: status (`"matched"`, `"fused"`, `"only in a"`, `"only in b"`), how
-        (`"modules"`, `"shape"`, `"shared modules"` or empty), modules, site, role, kind, type_a, type_b, precision_a,
-        precision_b; time_a_ms, time_b_ms and difference_ms (b less a; a side without the layer counts 0); noise_ms (how
-        far the first half of a side's runs is from the second, the larger side; NaN without samples), halves_a_ms and
-        halves_b_ms (the same, signed); layers_a and layers_b (their indices), names_a, names_b.
+        Every layer of both is in exactly one row, so the differences add up to the difference of the totals; the largest
+        change is first. Columns: status (`"matched"`, `"fused"`, `"only in a"`, `"only in b"`), how (`"modules"`,
+        `"shape"`, `"shared modules"` or empty), modules, site, role, kind, type_a, type_b, precision_a, precision_b;
+        time_a_ms, time_b_ms and difference_ms (b minus a; a side without the layer counts 0); noise_ms (difference
+        between the first and the second half of a side's runs, the larger of both sides; NaN without samples),
+        halves_a_ms and halves_b_ms (the same of each side, signed); layers_a and layers_b (their indices), names_a,
+        names_b.
     """
     left, right = list(a.layers), list(b.layers)
     rows: list[tuple[str, str, list[Layer], list[Layer]]] = []
     known = [{module for layer in side.layers for module in layer.modules} for side in (a, b)]
 
-    def strangers(layers: Iterable[Layer], others: set[str]) -> list[Layer]:
-        return [layer for layer in layers if not others.intersection(layer.modules)]
+    def without_modules_of(layers: Iterable[Layer], modules: set[str]) -> list[Layer]:
+        return [layer for layer in layers if not modules.intersection(layer.modules)]
 
     def of_modules(*more: Callable[[Layer], Hashable]) -> Callable[[Layer], Hashable | None]:
         return lambda layer: (
@@ -49,16 +50,16 @@ def match_layers(a: EngineLayers, b: EngineLayers) -> pd.DataFrame:
     for key in (of_modules(_kind, _type, _shapes), of_modules(_kind, _shapes), of_modules(_kind)):
         _pair(left, right, key, "modules", rows)
     for key in (lambda x: (_kind(x), _type(x), _shapes(x)), lambda x: (_kind(x), _shapes(x))):
-        lone = strangers(left, known[1]), strangers(right, known[0])
+        unshared = without_modules_of(left, known[1]), without_modules_of(right, known[0])
         before = len(rows)
-        _pair(*lone, key, "shape", rows)
-        for _, _, mine, theirs in rows[before:]:
-            _drop(left, mine)
-            _drop(right, theirs)
-    for mine, theirs in _shared(left, right):
-        rows.append(("fused", "shared modules", mine, theirs))
-        _drop(left, mine)
-        _drop(right, theirs)
+        _pair(*unshared, key, "shape", rows)
+        for _, _, layers_a, layers_b in rows[before:]:
+            _drop(left, layers_a)
+            _drop(right, layers_b)
+    for layers_a, layers_b in _shared(left, right):
+        rows.append(("fused", "shared modules", layers_a, layers_b))
+        _drop(left, layers_a)
+        _drop(right, layers_b)
     rows += [("only in a", "", [layer], []) for layer in left]
     rows += [("only in b", "", [], [layer]) for layer in right]
     timed = a.timed and b.timed
@@ -71,19 +72,18 @@ def difference_by(matched: pd.DataFrame, by: str = "role") -> pd.DataFrame:
     """Time of both engines, their difference and its noise by a column of `match_layers`.
 
     Returns:
-        `by`, time_a_ms, time_b_ms, difference_ms, noise_ms, told (`"yes"`, `"within noise"`, `"no noise known"`); the
-        rows add up to the whole. Layers that differ by chance in both directions cancel, so noise is found anew.
+        `by`, time_a_ms, time_b_ms, difference_ms, noise_ms, outside_noise (`"yes"`, `"no"`, or `"unknown"` without
+        samples); the rows add up to the whole. The noise is computed from the sums, where random differences of layers
+        partly cancel.
     """
     columns = ["time_a_ms", "time_b_ms", "difference_ms", "halves_a_ms", "halves_b_ms"]
-    made = matched.groupby(by, sort=False, dropna=False)[columns].sum(min_count=1).reset_index()
-    made["noise_ms"] = made[["halves_a_ms", "halves_b_ms"]].abs().max(axis=1)
-    made["told"] = np.select(
-        [made["noise_ms"].isna(), made["difference_ms"].abs() > made["noise_ms"]],
-        ["no noise known", "yes"],
-        "within noise",
+    sums = matched.groupby(by, sort=False, dropna=False)[columns].sum(min_count=1).reset_index()
+    sums["noise_ms"] = sums[["halves_a_ms", "halves_b_ms"]].abs().max(axis=1)
+    sums["outside_noise"] = np.select(
+        [sums["noise_ms"].isna(), sums["difference_ms"].abs() > sums["noise_ms"]], ["unknown", "yes"], "no"
     )
-    order = made["difference_ms"].abs().sort_values(ascending=False, kind="stable").index
-    return made.loc[order].drop(columns=["halves_a_ms", "halves_b_ms"]).reset_index(drop=True)
+    order = sums["difference_ms"].abs().sort_values(ascending=False, kind="stable").index
+    return sums.loc[order].drop(columns=["halves_a_ms", "halves_b_ms"]).reset_index(drop=True)
 
 
 def _kind(layer: Layer) -> str:
@@ -101,23 +101,23 @@ def _shapes(layer: Layer) -> tuple:
 def _pair(
     left: list[Layer], right: list[Layer], key: Callable[[Layer], Hashable], how: str, rows: list
 ) -> None:
-    """Match one to one, in order, what has the same key; matched layers leave both lists."""
+    """Match layers with the same key one to one, in order; matched layers are removed from both lists."""
     waiting: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in right:
         waiting[key(layer)].append(layer)
     pairs = []
     for layer in left:
-        found = key(layer)
-        if found is not None and waiting[found]:
-            pairs.append((layer, waiting[found].pop(0)))
-    rows += [("matched", how, [mine], [theirs]) for mine, theirs in pairs]
-    _drop(left, [mine for mine, _ in pairs])
-    _drop(right, [theirs for _, theirs in pairs])
+        layer_key = key(layer)
+        if layer_key is not None and waiting[layer_key]:
+            pairs.append((layer, waiting[layer_key].pop(0)))
+    rows += [("matched", how, [layer_a], [layer_b]) for layer_a, layer_b in pairs]
+    _drop(left, [layer_a for layer_a, _ in pairs])
+    _drop(right, [layer_b for _, layer_b in pairs])
 
 
-def _drop(layers: list[Layer], taken: list[Layer]) -> None:
-    gone = {id(layer) for layer in taken}
-    layers[:] = [layer for layer in layers if id(layer) not in gone]
+def _drop(layers: list[Layer], matched: list[Layer]) -> None:
+    ids = {id(layer) for layer in matched}
+    layers[:] = [layer for layer in layers if id(layer) not in ids]
 
 
 def _shared(left: list[Layer], right: list[Layer]) -> list[tuple[list[Layer], list[Layer]]]:
@@ -142,16 +142,18 @@ def _shared(left: list[Layer], right: list[Layer]) -> list[tuple[list[Layer], li
     return [group for group in groups.values() if all(group)]
 
 
-def _row(status: str, how: str, mine: list[Layer], theirs: list[Layer], *, timed: bool) -> dict:
-    both = [*mine, *theirs]
-    times = [total_ms(side) for side in (mine, theirs)]
-    # A layer that is not there takes no time; one that was not measured takes an unknown one.
+def _row(status: str, how: str, layers_a: list[Layer], layers_b: list[Layer], *, timed: bool) -> dict:
+    both = [*layers_a, *layers_b]
+    times = [total_ms(side) for side in (layers_a, layers_b)]
+    # The time of a missing layer is 0; the time of a layer that was not measured is unknown.
     counted = [
         0.0 if not side or (timed and math.isnan(t)) else t
-        for side, t in zip((mine, theirs), times, strict=True)
+        for side, t in zip((layers_a, layers_b), times, strict=True)
     ]
     roles = dict.fromkeys(layer.role for layer in both)
-    halves = [math.fsum(layer.halves_ms for layer in side) if side else math.nan for side in (mine, theirs)]
+    halves = [
+        math.fsum(layer.halves_ms for layer in side) if side else math.nan for side in (layers_a, layers_b)
+    ]
     return {
         "status": status,
         "how": how,
@@ -159,18 +161,18 @@ def _row(status: str, how: str, mine: list[Layer], theirs: list[Layer], *, timed
         "site": ", ".join(dict.fromkeys(layer.site for layer in both if layer.site)),
         "role": next(iter(roles)) if len(roles) == 1 else "several",
         "kind": ", ".join(dict.fromkeys(layer.kind for layer in both)),
-        "type_a": ", ".join(dict.fromkeys(layer.type for layer in mine)),
-        "type_b": ", ".join(dict.fromkeys(layer.type for layer in theirs)),
-        "precision_a": ", ".join(dict.fromkeys(layer.precision for layer in mine)),
-        "precision_b": ", ".join(dict.fromkeys(layer.precision for layer in theirs)),
+        "type_a": ", ".join(dict.fromkeys(layer.type for layer in layers_a)),
+        "type_b": ", ".join(dict.fromkeys(layer.type for layer in layers_b)),
+        "precision_a": ", ".join(dict.fromkeys(layer.precision for layer in layers_a)),
+        "precision_b": ", ".join(dict.fromkeys(layer.precision for layer in layers_b)),
         "time_a_ms": counted[0],
         "time_b_ms": counted[1],
         "difference_ms": counted[1] - counted[0],
         "noise_ms": max((abs(half) for half in halves if not math.isnan(half)), default=math.nan),
         "halves_a_ms": halves[0],
         "halves_b_ms": halves[1],
-        "layers_a": tuple(layer.index for layer in mine),
-        "layers_b": tuple(layer.index for layer in theirs),
-        "names_a": ", ".join(layer.name for layer in mine),
-        "names_b": ", ".join(layer.name for layer in theirs),
+        "layers_a": tuple(layer.index for layer in layers_a),
+        "layers_b": tuple(layer.index for layer in layers_b),
+        "names_a": ", ".join(layer.name for layer in layers_a),
+        "names_b": ", ".join(layer.name for layer in layers_b),
     }

@@ -1,11 +1,10 @@
-"""The layers of a component in ONNX Runtime, measured here and now."""
+"""Measures the layers of a component in ONNX Runtime on this machine."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from wanlab.engines.onnxruntime import OrtEngine, choose_provider
 from wanlab.export.components import component_spec, random_feeds
 from wanlab.export.export import export
 from wanlab.export.graph import file_bytes
+from wanlab.measure.memory import in_own_process
 
 LARGE_BYTES = 4 * 2**30
-"""Above this the optimised graph, weights and all, is not written: the graph that was read serves instead."""
+"""Size of weights above which the optimised graph is not written; the exported graph is used instead."""
 
 
 def profile_levels(
@@ -44,17 +44,20 @@ def profile_levels(
 ) -> tuple[EngineLayers, EngineLayers, EngineLayers | None]:
     """One network of a model at one size, as a graph and in ONNX Runtime at one or two levels of optimisation.
 
-    The network is loaded, exported (kept files that are still true are used again) and let go before anything is timed.
-    Two levels are profiled in turn, forwards and backwards, so that a drift of the machine falls on both alike and shows
-    as noise.
+    The network is loaded, exported (current files are reused) and freed before the timing. Two levels are profiled
+    alternately, forwards and backwards, so that a drift of the machine affects both equally and shows as noise.
 
     Args:
-        folder: of graphs and profiles (the last of each level); a folder of the model's name is made in it.
-        model, device, dtype, weights: as `models.load`. component: None takes the first expert.
-        levels: of `OrtEngine`'s optimisation, one or two. runs: that count, of each.
+        folder: folder for a folder with the model's name, with graphs and profiles (the last of each level).
+        model, device, dtype, weights: as in `models.load`.
+        component: name of the component; None takes the first expert.
+        levels: one or two levels of optimisation as in `OrtEngine`.
+        height, width, frames: size of the clip; the model's default where None.
+        runs: number of timed runs of each level.
+        seed: seed of weights and inputs.
 
     Returns:
-        The graph as exported, and the engine of each level; None where only one was asked for.
+        The graph as exported, and the engine of each level; None in place of a second level that was not requested.
 
     Raises:
         WanlabError: as `models.load`, `export` and `OrtEngine`, or another number of levels.
@@ -72,7 +75,7 @@ def profile_levels(
     del loaded
     gc.collect()
     if provider == "cuda":
-        torch.cuda.empty_cache()  # what PyTorch keeps, ONNX Runtime cannot have
+        torch.cuda.empty_cache()  # memory that PyTorch caches is not available to ONNX Runtime
     source = read_onnx(path, name=f"{component} as exported")
     order = [*levels, *reversed(levels)] if len(levels) > 1 else list(levels)
     settings: dict[str, Any] = {
@@ -80,11 +83,11 @@ def profile_levels(
         "runs": max(runs * len(levels) // len(order), 2),
         "seed": seed,
     }
-    found: dict[str, EngineLayers] = {}
+    profiles: dict[str, EngineLayers] = {}
     for level in order:
-        made = profile_engine(path, folder / f"{component}.{kind}", optimization=level, **settings)
-        found[level] = merged(found[level], made) if level in found else made
-    return source, found[levels[0]], found[levels[1]] if len(levels) > 1 else None
+        layers = profile_engine(path, folder / f"{component}.{kind}", optimization=level, **settings)
+        profiles[level] = merged(profiles[level], layers) if level in profiles else layers
+    return source, profiles[levels[0]], profiles[levels[1]] if len(levels) > 1 else None
 
 
 def profile_engine(
@@ -99,17 +102,20 @@ def profile_engine(
     seed: int = 0,
     **size: int | None,
 ) -> EngineLayers:
-    """Run a graph in ONNX Runtime under its own profiler, and once more without for the time of the whole.
+    """Run a graph in ONNX Runtime with its profiler, and again without it for the time of the whole engine.
 
-    On CUDA the profile is taken in a process of its own with `CUDA_LAUNCH_BLOCKING=1`: otherwise the times of nodes are
-    those of launches. The whole engine is timed without either.
+    On CUDA the profile is taken in another process with `CUDA_LAUNCH_BLOCKING=1`: otherwise the times of nodes would be
+    times of launches. The whole engine is timed without the profiler and without this setting.
 
     Args:
-        path: graph made by `wanlab.export.export`.
-        folder: for `<optimization>.profile.json` and `<optimization>.onnx`, the graph as ONNX Runtime optimised it
+        path: graph from `wanlab.export.export`.
+        folder: folder for `<optimization>.profile.json` and `<optimization>.onnx`, the graph as ONNX Runtime optimised it
             (unless it is over 4 GiB).
         provider, optimization, threads: as in `OrtEngine`.
-        runs: that count, after `warmup`. size: batch, height, width, frames, text_tokens of the inputs.
+        runs: number of timed runs.
+        warmup: number of runs before them.
+        seed: seed of the inputs.
+        size: batch, height, width, frames, text_tokens of the inputs.
 
     Raises:
         WanlabError: as `OrtEngine` and `random_feeds`, or the process failed.
@@ -123,7 +129,11 @@ def profile_engine(
     }  # fmt: skip
     if file_bytes(Path(path)) <= LARGE_BYTES:
         order["graph"] = str(folder / f"{optimization}.onnx")
-    _blocking(order) if provider == "cuda" else capture(order)
+    if provider == "cuda":
+        blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+        in_own_process("wanlab.engine_report.profile", order, Path(path).name, environment=blocking)
+    else:
+        capture(order)
     engine = OrtEngine(
         path, provider=provider, optimization=optimization, threads=threads, allow_cpu_fallback=True
     )
@@ -140,14 +150,14 @@ def profile_engine(
         record,
         order["graph"] or path,
         name=f"{engine.name} {optimization}",
-        # `OrtEngine.profile` warms up once itself.
+        # `OrtEngine.profile` has one warm-up run of its own.
         warmup=warmup + 1,
     )
     return layers.with_latency(whole.median)
 
 
 def capture(order: dict[str, Any]) -> None:
-    """Take a profile, and write the optimised graph where one is asked for."""
+    """Write a profile, and the optimised graph if `order["graph"]` has its path."""
     engine = OrtEngine(
         order["path"],
         provider=order["provider"],
@@ -158,11 +168,11 @@ def capture(order: dict[str, Any]) -> None:
     feeds = random_feeds(engine, seed=order["seed"], **order["size"])
     record = engine.profile(feeds, order["record"], runs=order["runs"])
     events = json.loads(record.read_text(encoding="utf-8"))
-    how = {
+    settings = {
         "launch_blocking": os.environ.get("CUDA_LAUNCH_BLOCKING", "0"),
         "optimization": order["optimization"],
     }
-    events.append({"cat": MARK, "name": MARK, "ph": "i", "ts": 0, "args": how})
+    events.append({"cat": MARK, "name": MARK, "ph": "i", "ts": 0, "args": settings})
     record.write_text(json.dumps(events), encoding="utf-8")
     if order["graph"]:
         optimised_graph(
@@ -170,19 +180,6 @@ def capture(order: dict[str, Any]) -> None:
         )
 
 
-def _blocking(order: dict[str, Any]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "wanlab.engine_report.profile"],
-        input=json.dumps(order),
-        env=os.environ | {"CUDA_LAUNCH_BLOCKING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise WanlabError(f"profiling {Path(order['path']).name} in a process of its own failed: {last}")
-
-
 if __name__ == "__main__":
     capture(json.load(sys.stdin))
+    print("{}")  # no result besides the files

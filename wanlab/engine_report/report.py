@@ -23,13 +23,13 @@ ATTENTION = ("attn1", "attn2")
 
 @dataclass(frozen=True, eq=False)
 class EngineReport:
-    """What is to be known of one engine at a glance.
+    """Summary of one engine.
 
     Attributes:
-        layers: that it was made from.
-        findings: of `lint`, by time.
+        layers: layers of the engine.
+        findings: findings of `lint`, longest first.
         by_role, by_kind, by_type, by_precision, by_site: tables of layers, time_ms, share_percent, weight_bytes,
-            activation_bytes; each adds up to the whole. A site is what modules of all blocks have in common.
+            activation_bytes; each adds up to the whole. A site is a module without the number of its block.
     """
 
     layers: EngineLayers
@@ -41,7 +41,7 @@ class EngineReport:
     by_site: pd.DataFrame
 
     def top(self, rows: int = 10) -> pd.DataFrame:
-        """The layers with the most time; without times, with the most bytes of outputs or, if unknown, weights."""
+        """The layers with the most time; without times those with the most bytes of outputs or, if unknown, of weights."""
         known = "activation_bytes" if self.totals["activations_written_bytes"] else "weight_bytes"
         by = "time_ms" if self.layers.timed else known
         frame = self.layers.frame.sort_values(by, ascending=False, kind="stable", na_position="last").head(
@@ -52,15 +52,15 @@ class EngineReport:
         return frame[columns].assign(outputs=outputs, name=frame["name"]).reset_index(drop=True)
 
     def share_percent(self, roles: Iterable[str]) -> float:
-        """Share of the time of all layers that these roles take; NaN without times."""
+        """Time of the layers of these roles in percent of the time of all layers; NaN without times."""
         return _share(self.layers.layers, lambda layer: layer.role in roles, self.layers.total_ms)
 
     @property
     def totals(self) -> dict[str, float]:
-        """Layers, their summed time, the whole engine's latency and what is between them, weights, conversions.
+        """Number and total time of the layers, latency of the engine and the difference, weights, conversions.
 
-        `beyond_layers_ms` is the latency less the sum of the layers. It is negative where measuring layer by layer
-        costs time, as with TensorRT, whose summed layers exceed the engine.
+        `beyond_layers_ms` is the latency minus the sum of the layers. It is negative if the measurement of each layer adds
+        time, as with TensorRT.
         """
         layers = self.layers.layers
         conversions = [layer for layer in layers if layer.kind in CONVERSIONS]
@@ -79,7 +79,7 @@ class EngineReport:
             if layers
             else math.nan,
             "weight_bytes": sum(layer.weight_bytes for layer in layers),
-            # 0 where no size is known: with free axes.
+            # 0 if no size is known, as with free axes.
             "largest_activation_bytes": max(sizes, default=0),
             "activations_written_bytes": sum(sizes),
             **self.layers.facts,
@@ -103,24 +103,24 @@ class EngineReport:
 
     @property
     def caveat(self) -> str:
-        """How the layers' sum is to be read beside the latency, in one sentence; empty without a latency."""
+        """A sentence about the difference between the layers' sum and the latency; empty without a latency."""
         sum_ms, latency_ms = self.layers.total_ms, self.layers.latency_ms
         if math.isnan(latency_ms) or math.isnan(sum_ms):
             return ""
-        how = "more" if sum_ms > latency_ms else "less"
+        direction = "more" if sum_ms > latency_ms else "less"
         return (
-            f"the layers add up to {sum_ms:,.2f} ms, {abs(sum_ms / latency_ms - 1) * 100:.0f} % {how} than the"
-            f" {latency_ms:,.2f} ms of the whole engine measured apart: measuring each layer costs time, and work between"
-            " layers belongs to none; read shares, not sums"
+            f"the layers add up to {sum_ms:,.2f} ms, {abs(sum_ms / latency_ms - 1) * 100:.0f} % {direction} than the"
+            f" {latency_ms:,.2f} ms of the whole engine measured separately: measuring each layer adds time, and work"
+            " between layers belongs to none; read shares, not sums"
         )
 
     def verdict(self) -> str:
-        """The card in a sentence."""
+        """The report in a sentence."""
         totals = self.totals
         fused = [finding for finding in self.findings if finding.rule == "attention not fused"]
         unfused = sum(len(finding.layers) for finding in fused)
         launches = self.layers.times_of == "launches"
-        whole = "what the host spent on launches (no kernel was timed)" if launches else "the time"
+        whole = "the launch time on the host (no kernel was timed)" if launches else "the time"
         attention = (
             f"attention is {totals['attention_percent']:.0f} % of {whole}, " if self.layers.timed else ""
         )
@@ -134,28 +134,29 @@ class EngineReport:
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:
-    """Two engines in a sentence, made of `difference_by(match_layers(a, b), "role")`."""
-    said = f"{b.name} has {len(b.layers)} layers"
+    """A sentence about two engines, from `difference_by(match_layers(a, b), "role")`."""
+    sentence = f"{b.name} has {len(b.layers)} layers"
     if not (a.timed and b.timed):
-        return f"{said}, {a.name} {len(a.layers)}."
+        return f"{sentence}, {a.name} {len(a.layers)}."
     change = 100 * (b.total_ms / a.total_ms - 1)
-    said += f" and takes {abs(change):.0f} % {'more' if change > 0 else 'less'} time in them"
-    told = roles[roles["told"] != "within noise"]
-    if not len(told):
-        return f"{said}; no part of it is outside the noise."
-    most = told.iloc[0]
-    return f"{said}; most of it in {most['role']} ({most['difference_ms']:+,.2f} ms, noise {most['noise_ms']:,.2f})."
+    sentence += f" and takes {abs(change):.0f} % {'more' if change > 0 else 'less'} time in them"
+    distinct = roles[roles["outside_noise"] != "no"]
+    if not len(distinct):
+        return f"{sentence}; no part of it is outside the noise."
+    most = distinct.iloc[0]
+    return f"{sentence}; most of it in {most['role']} ({most['difference_ms']:+,.2f} ms, noise {most['noise_ms']:,.2f})."
 
 
 def summarize(
     layers: EngineLayers, *, planned: Mapping[str, str] | None = None, minimum_percent: float = 1.0
 ) -> EngineReport:
-    """The report card of an engine, or of a graph without times.
+    """The report of an engine, or of a graph without times.
 
     Args:
-        planned: pattern of module names (`"blocks.*.attn1.to_q"`) -> number format (`"fp16"`, `"int8"`, `"fp8"`,
-            `"int8-weight"`) that it was to compute in; later patterns win.
-        minimum_percent: share of the time from which conversions are a finding.
+        layers: layers of the engine.
+        planned: pattern of module names (`"blocks.*.attn1.to_q"`) -> planned number format (`"fp16"`, `"int8"`, `"fp8"`,
+            `"int8-weight"`); later patterns have priority.
+        minimum_percent: share of the time, in percent, from which conversions are a finding.
     """
     return EngineReport(
         layers,
@@ -169,18 +170,18 @@ def grouped(layers: EngineLayers, by: str | list[str]) -> pd.DataFrame:
     frame = layers.frame
     keys = [by] if isinstance(by, str) else by
     groups = frame.groupby(keys, sort=False, dropna=False)
-    made = groups.agg(
+    table = groups.agg(
         layers=("index", "size"),
         weight_bytes=("weight_bytes", "sum"),
         activation_bytes=("activation_bytes", "sum"),
     )
-    made["time_ms"] = groups["time_ms"].sum(min_count=1)
-    made["share_percent"] = 100 * made["time_ms"] / layers.total_ms
-    made = made.reset_index()[
+    table["time_ms"] = groups["time_ms"].sum(min_count=1)
+    table["share_percent"] = 100 * table["time_ms"] / layers.total_ms
+    table = table.reset_index()[
         [*keys, "layers", "time_ms", "share_percent", "weight_bytes", "activation_bytes"]
     ]
-    made = made.sort_values("time_ms" if layers.timed else "layers", ascending=False, kind="stable")
-    return pd.DataFrame(made).reset_index(drop=True)
+    table = table.sort_values("time_ms" if layers.timed else "layers", ascending=False, kind="stable")
+    return pd.DataFrame(table).reset_index(drop=True)
 
 
 def _shown(tensors: tuple[Tensor, ...], most: int = 2) -> str:
@@ -195,14 +196,13 @@ def _share(layers: tuple[Layer, ...], chosen: Callable[[Layer], bool], total_ms:
 
 
 def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
-    """Pattern of module names -> number format, from a file; nothing from None.
+    """Pattern of module names -> planned number format, from a file; empty for None.
 
     Args:
-        path: YAML or JSON of a flat mapping, or the report that wanlab keeps beside a graph that it quantised (the
-            graph's name with `.json`).
+        path: YAML or JSON of a flat mapping, or the report beside a graph that wanlab quantised (`<graph>.json`).
 
     Raises:
-        WanlabError: no such file, or another content.
+        WanlabError: no such file, or other content.
     """
     if path is None:
         return {}
@@ -226,16 +226,16 @@ def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
 def read_layers(
     path: str | os.PathLike, beside: Sequence[str | os.PathLike] | None = None, *, blocking: bool = False
 ) -> EngineLayers:
-    """The layers of an engine from whatever was saved of it; what a file is, is told by its content.
+    """The layers of an engine from saved files; the kind of each file is recognised by its content.
 
     Args:
         path: inspector JSON of TensorRT, profile of ONNX Runtime (both plain or `.gz`), or an ONNX graph.
-        beside: files that go with it: the ONNX graph of a profile; layer times of `trtexec --exportProfile`; times of
-            whole runs of `trtexec --exportTimes` or `wanlab bench`.
-        blocking: the profile of ONNX Runtime was taken with `CUDA_LAUNCH_BLOCKING=1`.
+        beside: additional files: the ONNX graph of a profile; layer times of `trtexec --exportProfile`; times of whole
+            runs of `trtexec --exportTimes` or `wanlab bench`.
+        blocking: whether the profile of ONNX Runtime was taken with `CUDA_LAUNCH_BLOCKING=1`.
 
     Raises:
-        WanlabError: a file that is none of these, or one that does not go with `path`.
+        WanlabError: another kind of file, or one that does not belong to `path`.
     """
     path, extra = Path(path), [Path(file) for file in beside or ()]
     graphs = [file for file in extra if file.suffix == ".onnx"]

@@ -1,4 +1,4 @@
-"""What is wrong with an engine, found in its layers."""
+"""Rules that find problems of an engine in its layers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from wanlab.engines.onnxruntime import SHAPE_OPERATORS
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, and where.
+    """One problem and its layers.
 
     Attributes:
-        rule: which check found it, the same words in every engine.
-        hazard: what is wrong here, with its number. mitigation: what to do. help: why it matters, or where to read on.
-        layers: that it concerns. size_bytes: that it costs, 0 where that is not the point.
+        rule: name of the rule, the same for every engine.
+        hazard: the problem, with its number.
+        mitigation: what to do about it.
+        help: why it matters, or where to read more.
+        layers: layers that it concerns.
+        size_bytes: bytes that it costs; 0 if it is not about bytes.
     """
 
     rule: str
@@ -34,7 +37,7 @@ class Finding:
 
     @property
     def time_ms(self) -> float:
-        """Of its layers; NaN without times."""
+        """Time of its layers; NaN without times."""
         return total_ms(self.layers)
 
     def row(self) -> dict[str, Any]:
@@ -51,34 +54,34 @@ class Finding:
 
 
 def total_ms(layers: Iterable[Layer]) -> float:
-    """Sum of the times that are known; NaN when none is."""
+    """Sum of the known times; NaN if none is known."""
     times = [layer.time_ms for layer in layers if not math.isnan(layer.time_ms)]
     return math.fsum(times) if times else math.nan
 
 
 def counted(layers: Iterable[Layer], most: int = 6) -> str:
-    """`24 Cast, 2 Transpose and 3 others`."""
+    """Numbers of layers by type as text, such as `24 Cast, 2 Transpose and 3 others`."""
     counts = Counter(layer.type for layer in layers).most_common()
     others = sum(n for _, n in counts[most:])
     return ", ".join(f"{n} {name}" for name, n in counts[:most]) + (f" and {others} others" if others else "")
 
 
 def mib(size_bytes: float) -> str:
-    """Bytes as text with a fitting unit."""
+    """Bytes as text in KiB, MiB, GiB or TiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if size_bytes >= size:
             return f"{size_bytes / size:,.1f} {unit}"
     return f"{size_bytes / 2**10:,.1f} KiB"
 
 
-_HOPS = 3  # between a product and the softmax: scale, mask, cast
+_HOPS = 3  # layers between a product and the softmax: scale, mask, cast
 _CHAIN = {"Pow", "Mul", "Add", "Sub", "Sqrt", "Rsqrt", "Reciprocal", "Div", "Cast", "Clip", "Max", "Expand"}
 _REDUCTIONS = {"ReduceMean", "ReduceL2", "ReduceSumSquare", "ReduceSum"}
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "NoOp")
 _BAD = {
-    "ScatterND": "write whole tensors (concatenate, stack) instead of parts; wanlab's friendly forms do for rotary tables",
+    "ScatterND": "write whole tensors (concatenate, stack) instead of parts; as friendly forms do for rotary tables",
     "ScatterElements": "write whole tensors (concatenate, stack) instead of parts",
-    "NonZero": "select by a mask instead; its size is known only when it has run",
+    "NonZero": "select by a mask instead; the size of its output is known only after a run",
     "Loop": "unroll it",
     "SequenceAt": "index tensors instead of lists",
     "SplitToSequence": "split into tensors instead of a list",
@@ -86,8 +89,8 @@ _BAD = {
 
 
 def unfused_attention(layers: EngineLayers) -> Iterator[Finding]:
-    """A softmax of its own between two products: the scores of all tokens against all are written and read."""
-    found: dict[int, Layer] = {}
+    """A separate softmax between two products: the scores of all pairs of tokens are written and read."""
+    parts: dict[int, Layer] = {}
     scores: list[Layer] = []
     for place, layer in enumerate(layers.layers):
         if layer.kind != "softmax":
@@ -95,7 +98,7 @@ def unfused_attention(layers: EngineLayers) -> Iterator[Finding]:
         around = _products_around(layers, place)
         if around or layer.role in ("attn1", "attn2"):
             scores.append(layer)
-            found |= {place: layer} | around
+            parts |= {place: layer} | around
     if not scores:
         return
     size = sum(layer.activation_bytes for layer in scores)
@@ -116,13 +119,13 @@ def unfused_attention(layers: EngineLayers) -> Iterator[Finding]:
         hazard,
         "export at opset 23 or later, where attention is one operator, and use an engine with a kernel for its head size",
         "a fused kernel never writes the scores, whose size grows with the square of the tokens (Dao et al. 2022)",
-        tuple(found[place] for place in sorted(found)),
+        tuple(parts[place] for place in sorted(parts)),
         size,
     )
 
 
 def norm_chains(layers: EngineLayers) -> Iterator[Finding]:
-    """A norm as single operators: Pow, ReduceMean, Add, Sqrt, Div, Mul."""
+    """A norm as a chain of operators: Pow, ReduceMean, Add, Sqrt, Div, Mul."""
     modules: dict[tuple[str, ...], list[Layer]] = defaultdict(list)
     for layer in layers.layers:
         modules[layer.modules].append(layer)
@@ -145,8 +148,8 @@ def norm_chains(layers: EngineLayers) -> Iterator[Finding]:
 
 
 def weight_transposes(layers: EngineLayers) -> Iterator[Finding]:
-    """Weights that are turned round at every run."""
-    found = tuple(
+    """Weights that are transposed at every run."""
+    transposes = tuple(
         layer
         for layer in layers.layers
         if layer.type in ("Transpose", "Shuffle")
@@ -155,30 +158,30 @@ def weight_transposes(layers: EngineLayers) -> Iterator[Finding]:
             or 0 < layer.activation_bytes == layer.weight_bytes  # a profile without its graph
         )
     )
-    if found:
-        size = sum(layer.activation_bytes for layer in found)
+    if transposes:
+        size = sum(layer.activation_bytes for layer in transposes)
         yield Finding(
             "weights transposed at run time",
-            f"weights are transposed at every run: {len(found)}, {mib(size)}",
+            f"weights are transposed at every run: {len(transposes)}, {mib(size)}",
             "fold them when exporting, or store the weight as its product reads it",
             "constant folding skips large weights, to keep files small",
-            found,
+            transposes,
             size,
         )
 
 
 def bad_operators(layers: EngineLayers) -> Iterator[Finding]:
-    """Operators and number formats that engines run badly or refuse."""
+    """Operators and number formats that engines run slowly or refuse."""
     for name, mitigation in _BAD.items():
-        found = tuple(layer for layer in layers.layers if layer.type == name)
-        if found:
+        nodes = tuple(layer for layer in layers.layers if layer.type == name)
+        if nodes:
             yield Finding(
                 f"{name} in the graph",
-                f"{len(found)} {name}",
+                f"{len(nodes)} {name}",
                 mitigation,
                 "engines run it one element at a time, or not at all",
-                found,
-                sum(layer.activation_bytes for layer in found),
+                nodes,
+                sum(layer.activation_bytes for layer in nodes),
             )
     double = tuple(
         layer for layer in layers.layers if any(t.dtype == "fp64" for t in (*layer.inputs, *layer.outputs))
@@ -196,8 +199,8 @@ def bad_operators(layers: EngineLayers) -> Iterator[Finding]:
 def moved(layers: EngineLayers, minimum_percent: float) -> Iterator[Finding]:
     """Layers that only move activations: transposed, sliced, concatenated, padded."""
     if layers.source == "onnx":
-        return  # an engine may still take them into other layers
-    found = tuple(
+        return  # an engine may still fuse them into other layers
+    moves = tuple(
         layer
         for layer in layers.layers
         if layer.kind in ("layout", "gather")
@@ -206,22 +209,22 @@ def moved(layers: EngineLayers, minimum_percent: float) -> Iterator[Finding]:
         and layer.precision in ITEM_BYTES
         and not layer.precision.startswith(("int", "bool"))
     )
-    share = 100 * total_ms(found) / layers.total_ms if layers.timed else math.nan
-    if not found or (layers.timed and not share >= minimum_percent):
+    share = 100 * total_ms(moves) / layers.total_ms if layers.timed else math.nan
+    if not moves or (layers.timed and not share >= minimum_percent):
         return
-    taken = f", which takes {share:.1f} % of the time" if layers.timed else ""
+    time_share = f", which takes {share:.1f} % of the time" if layers.timed else ""
     yield Finding(
         "activations moved",
-        f"activations are only moved{taken}: {counted(found)}",
-        "write rotary embedding and head splitting so that an engine can take them into the products beside them",
+        f"activations are only moved{time_share}: {counted(moves)}",
+        "write rotary embedding and head splitting so that an engine can fuse them into neighbouring products",
         "a move computes nothing; it reads and writes an activation",
-        found,
-        sum(layer.activation_bytes for layer in found),
+        moves,
+        sum(layer.activation_bytes for layer in moves),
     )
 
 
 def off_device(layers: EngineLayers) -> Iterator[Finding]:
-    """Nodes of a GPU session that run on the CPU, and the copies between."""
+    """Nodes of a GPU session that run on the CPU, and the copies between GPU and CPU."""
     if not any(layer.provider not in ("", "CPUExecutionProvider") for layer in layers.layers):
         return
     copies = tuple(layer for layer in layers.layers if layer.type.startswith("Memcpy"))
@@ -229,122 +232,122 @@ def off_device(layers: EngineLayers) -> Iterator[Finding]:
         yield Finding(
             "copies between host and GPU",
             f"activations are copied inside the graph: {counted(copies)}",
-            "give the operators around them a form that the GPU provider has",
-            "each copy waits for the GPU, and forbids capturing the graph",
+            "express the operators around them in a form that the GPU provider supports",
+            "each copy waits for the GPU, and prevents graph capture",
             copies,
             sum(layer.activation_bytes for layer in copies),
         )
-    lost = tuple(
+    on_cpu = tuple(
         layer
         for layer in layers.layers
         if layer.provider == "CPUExecutionProvider"
         and (layer.type not in SHAPE_OPERATORS or layer.precision.startswith(("fp", "bf")))
     )
-    if lost:
+    if on_cpu:
         yield Finding(
             "computed on the CPU",
-            f"a GPU session computes on the CPU: {counted(lost)}",
-            "export them in another dtype or opset, or use a provider that has them",
-            "their inputs and outputs cross the bus at every run",
-            lost,
+            f"a GPU session computes on the CPU: {counted(on_cpu)}",
+            "export them in another dtype or opset, or use a provider that supports them",
+            "their inputs and outputs are copied between GPU and host at every run",
+            on_cpu,
         )
 
 
 def _products_around(layers: EngineLayers, place: int) -> dict[int, Layer]:
-    """The products whose result a softmax reads and that read its result."""
+    """The products whose output a softmax reads, and those that read its output."""
     table, edges = layers.layers, layers.edges
-    found: dict[int, Layer] = {}
+    products: dict[int, Layer] = {}
     if any(edges.before):
         for neighbours in (edges.before, edges.after):
             near = {place}
             for _ in range(_HOPS):
                 near = {j for i in near for j in neighbours[i]}
-                found |= {i: table[i] for i in near if table[i].kind in PRODUCTS}
+                products |= {i: table[i] for i in near if table[i].kind in PRODUCTS}
                 near = {i for i in near if table[i].kind not in (*PRODUCTS, "softmax")}
-        return found
+        return products
     softmax = table[place]
     shapes = {tensor.shape for tensor in (*softmax.inputs, *softmax.outputs)}
     for i, layer in enumerate(table):
-        touched = {tensor.shape for tensor in (*layer.inputs, *layer.outputs)}
-        if layer.kind in PRODUCTS and layer.modules == softmax.modules and shapes & touched:
-            found[i] = layer
-    return found
+        layer_shapes = {tensor.shape for tensor in (*layer.inputs, *layer.outputs)}
+        if layer.kind in PRODUCTS and layer.modules == softmax.modules and shapes & layer_shapes:
+            products[i] = layer
+    return products
 
 
-_HOPS_rules_precision = 2
+_CONVERSION_HOPS = 2  # conversions in a row between two products
 
 
 def not_as_planned(layers: EngineLayers, planned: Mapping[str, str]) -> Iterator[Finding]:
-    """Products that compute, or keep their weights, in another format than planned."""
+    """Products that compute, or store their weights, in another format than planned."""
     if not planned:
         return
-    wanted = {pattern: _format(name) for pattern, name in planned.items()}
-    wrong: dict[tuple[str, str], list[Layer]] = {}
-    met: set[str] = set()
+    formats = {pattern: _format(name) for pattern, name in planned.items()}
+    deviations: dict[tuple[str, str], list[Layer]] = {}
+    matched: set[str] = set()
     for layer in layers.layers:
         if layer.kind not in ("matmul", "conv"):
             continue
-        matching = [p for p in wanted if any(fnmatch.fnmatchcase(module, p) for module in layer.modules)]
+        matching = [p for p in formats if any(fnmatch.fnmatchcase(module, p) for module in layer.modules)]
         if not matching:
             continue
-        met.update(matching)
-        name, weights_only = wanted[matching[-1]]
+        matched.update(matching)
+        name, weights_only = formats[matching[-1]]
         used = layer.weight_dtype if weights_only else layer.precision
-        # An activation against an activation (scores) has no weights, and an inspector may not say them.
+        # A product of two activations (scores) has no weights, and an inspector may not give them.
         if used and used != name:
-            wrong.setdefault((f"a weight in {name}" if weights_only else name, used), []).append(layer)
-    for (name, used), found in wrong.items():
+            deviations.setdefault((f"a weight in {name}" if weights_only else name, used), []).append(layer)
+    for (name, used), layers_of in deviations.items():
         yield Finding(
             "precision not as planned",
-            f"{name} was planned and {used} is used: {counted(found)}",
-            "check that Q/DQ or Cast stands right at the layer's inputs, and that the engine has a kernel for it there",
-            "a layer that falls back is as slow as before and has lost quality all the same",
-            tuple(found),
+            f"{name} was planned and {used} is used: {counted(layers_of)}",
+            "check that Q/DQ or Cast is directly at the layer's inputs, and that the engine has a kernel for it there",
+            "a layer that falls back is as slow as before and still loses quality",
+            tuple(layers_of),
         )
-    if absent := [pattern for pattern in wanted if pattern not in met]:
+    if absent := [pattern for pattern in formats if pattern not in matched]:
         yield Finding(
             "planned layers not found",
-            f"no layer fits what was planned: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}",
-            "compare with the module names of the card; names of exporter and plan have to agree",
-            "a pattern that fits nothing quantises nothing",
+            f"no layer matches the planned patterns: {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}",
+            "compare with the module names of the report; names of exporter and plan have to agree",
+            "a pattern without a layer quantises nothing",
             (),
         )
 
 
 def between_quantised(layers: EngineLayers) -> Iterator[Finding]:
-    """Conversions on the way from one quantised product to the next."""
+    """Conversions between one quantised product and the next."""
     table, edges = layers.layers, layers.edges
-    found = []
+    between = []
     for place, layer in enumerate(table):
         if layer.kind not in CONVERSIONS or (layers.source == "onnx" and layer.kind == "quantize"):
             continue
         sides = [_nearest_products(table, neighbours, place) for neighbours in (edges.before, edges.after)]
         if all(any(table[i].precision in CODES for i in side) for side in sides):
-            found.append(layer)
-    if found:
+            between.append(layer)
+    if between:
         yield Finding(
             "conversions between quantised layers",
-            f"conversions stand between quantised layers: {counted(found)}",
-            "give both layers one scale and one format, so that codes pass from one to the next",
-            "each writes and reads the activation once more, often more than quantising saved",
-            tuple(found),
-            sum(layer.activation_bytes for layer in found),
+            f"there are conversions between quantised layers: {counted(between)}",
+            "give both layers one scale and one format, so that the next layer reads the quantised values directly",
+            "each writes and reads the activation again, which often costs more than quantisation saves",
+            tuple(between),
+            sum(layer.activation_bytes for layer in between),
         )
 
 
 def left_quantisers(layers: EngineLayers) -> Iterator[Finding]:
-    """Q/DQ nodes that the engine runs as layers instead of taking them into products."""
+    """Q/DQ nodes that the engine runs as layers instead of fusing them into products."""
     if layers.source == "onnx":
         return
-    left = [layer for layer in layers.layers if layer.kind == "quantize"]
-    weights = tuple(layer for layer in left if layer.inputs and layer.inputs[0].constant)
-    others = tuple(layer for layer in left if layer not in weights)
+    unfused = [layer for layer in layers.layers if layer.kind == "quantize"]
+    weights = tuple(layer for layer in unfused if layer.inputs and layer.inputs[0].constant)
+    others = tuple(layer for layer in unfused if layer not in weights)
     if others:
         yield Finding(
             "Q/DQ not fused",
-            f"quantising and dequantising are layers of their own: {counted(others)}",
-            "place Q/DQ right before the product it belongs to, in a type that the engine has a kernel for",
-            "without a quantised kernel behind it, quantising only adds work",
+            f"quantising and dequantising are separate layers: {counted(others)}",
+            "place Q/DQ directly before its product, in a type for which the engine has a kernel",
+            "without a quantised kernel after it, quantising only adds work",
             others,
             sum(layer.activation_bytes for layer in others),
         )
@@ -353,14 +356,14 @@ def left_quantisers(layers: EngineLayers) -> Iterator[Finding]:
         yield Finding(
             "weights dequantised at run time",
             f"weights become {mib(size)} of floats at every run: {counted(weights)}",
-            "use an engine with a kernel that reads the codes, or keep these weights in 16 bits",
-            "memory is saved on disk only, and every run pays for the conversion",
+            "use an engine with a kernel that reads quantised weights, or keep these weights in 16 bits",
+            "this saves space on disk only, and every run has the time of the conversion",
             weights,
             size,
         )
 
 
-def islands(layers: EngineLayers) -> Iterator[Finding]:
+def float32_layers(layers: EngineLayers) -> Iterator[Finding]:
     """Float32 layers in an engine whose products are narrower."""
     products = Counter(
         layer.precision for layer in layers.layers if layer.kind in PRODUCTS and layer.precision
@@ -370,64 +373,64 @@ def islands(layers: EngineLayers) -> Iterator[Finding]:
     usual = products.most_common(1)[0][0]
     if ITEM_BYTES.get(usual, 4.0) >= ITEM_BYTES["fp32"]:
         return
-    found = tuple(
+    wide = tuple(
         layer
         for layer in layers.layers
         if layer.precision in ("fp32", "fp64") and layer.kind not in (*CONVERSIONS, "shape", "sync")
     )
-    if not found:
+    if not wide:
         return
-    slow = [layer for layer in found if layer.kind in PRODUCTS]
+    slow = [layer for layer in wide if layer.kind in PRODUCTS]
     yield Finding(
         "FP32 islands",
-        f"FP32 layers in an engine whose products are {usual.upper()}: {counted(found)}; products among them: {len(slow)}",
+        f"FP32 layers in an engine whose products are {usual.upper()}: {counted(wide)}; products among them: {len(slow)}",
         "give products the engine's format; keep norms, modulation and timestep embedding as the library keeps them",
-        "Wan keeps norms and modulation in FP32 on purpose; a product there runs at a fraction of the speed",
-        found,
-        sum(layer.activation_bytes for layer in found),
+        "Wan keeps norms and modulation in FP32 on purpose; a product in FP32 runs at a fraction of the speed",
+        wide,
+        sum(layer.activation_bytes for layer in wide),
     )
 
 
 def conversions(layers: EngineLayers, minimum_percent: float) -> Iterator[Finding]:
-    """Changes of dtype, layout or place of activations, where they take a share of the time that is worth having."""
-    found = tuple(
+    """Changes of dtype, layout or device of activations, if they take at least a share of the time."""
+    changes = tuple(
         layer
         for layer in layers.layers
         if layer.kind in CONVERSIONS
-        and layer.kind != "quantize"  # has a finding of its own
+        and layer.kind != "quantize"  # `left_quantisers` has these
         and not (layer.inputs and all(tensor.constant for tensor in layer.inputs))
         and any(
             tensor.dtype in FLOATS or tensor.dtype in CODES or not tensor.dtype for tensor in layer.outputs
         )
     )
-    if not found:
+    if not changes:
         return
-    time_ms, whole_ms = total_ms(found), layers.total_ms
+    time_ms, whole_ms = total_ms(changes), layers.total_ms
     share = 100 * time_ms / whole_ms if whole_ms else math.nan
     if layers.timed and not share >= minimum_percent:
         return
-    taken = f" take {share:.1f} % of the time" if layers.timed else ""
+    time_share = f" take {share:.1f} % of the time" if layers.timed else ""
     yield Finding(
         "conversions",
-        f"conversions of dtype or layout{taken}: {counted(found)}",
-        "make neighbours agree on dtype and layout: cast once at the input, keep islands of other formats together",
+        f"conversions of dtype or layout{time_share}: {counted(changes)}",
+        "make neighbours agree on dtype and layout: cast once at the input, keep layers of one format together",
         "a conversion computes nothing; it reads and writes an activation",
-        found,
-        sum(layer.activation_bytes for layer in found),
+        changes,
+        sum(layer.activation_bytes for layer in changes),
     )
 
 
 def _nearest_products(table: tuple[Layer, ...], neighbours: list[list[int]], place: int) -> set[int]:
-    near, found = {place}, set()
-    for _ in range(_HOPS_rules_precision + 1):
+    near, products = {place}, set()
+    for _ in range(_CONVERSION_HOPS + 1):
         near = {j for i in near for j in neighbours[i]}
-        found |= {i for i in near if table[i].kind in PRODUCTS}
-        near -= found
-    return found
+        products |= {i for i in near if table[i].kind in PRODUCTS}
+        near -= products
+    return products
 
 
 def _format(name: str) -> tuple[str, bool]:
-    """Format as tensors have it, and whether it is of the weights alone: `"int4-weight-64"` -> `("int4", True)`."""
+    """Format of tensors, and whether only weights have it: `"int4-weight-64"` gives `("int4", True)`."""
     plain, weight, _ = str(name).lower().partition("-weight")
     plain = element_name(plain.removesuffix("-channel")) or plain
     if plain not in ITEM_BYTES:
@@ -439,18 +442,19 @@ def _format(name: str) -> tuple[str, bool]:
 def lint(
     layers: EngineLayers, *, planned: Mapping[str, str] | None = None, minimum_percent: float = 1.0
 ) -> tuple[Finding, ...]:
-    """Findings by time, then by bytes, then by how many layers they concern.
+    """Findings, ordered by time, then by bytes, then by number of layers, largest first.
 
-    Of a graph that no engine has seen, only what no engine is sure to mend is said.
+    For a graph before any engine, problems that every engine solves are left out.
 
     Args:
-        planned: pattern of module names -> number format; see `card`.
-        minimum_percent: share of the time from which conversions and moves are a finding.
+        layers: layers of the engine.
+        planned: pattern of module names -> planned number format; see `report.summarize`.
+        minimum_percent: share of the time, in percent, from which conversions and moves are a finding.
 
     Raises:
         WanlabError: a planned format that does not exist.
     """
-    found = [
+    findings = [
         *unfused_attention(layers),
         *norm_chains(layers),
         *weight_transposes(layers),
@@ -459,7 +463,7 @@ def lint(
         *not_as_planned(layers, planned or {}),
         *between_quantised(layers),
         *left_quantisers(layers),
-        *islands(layers),
+        *float32_layers(layers),
         *conversions(layers, minimum_percent),
         *moved(layers, minimum_percent),
     ]
@@ -468,4 +472,4 @@ def lint(
         time_ms = finding.time_ms
         return 0.0 if math.isnan(time_ms) else time_ms, finding.size_bytes, len(finding.layers)
 
-    return tuple(sorted(found, key=weight, reverse=True))
+    return tuple(sorted(findings, key=weight, reverse=True))

@@ -1,4 +1,4 @@
-"""What every engine is: one component of the model, named tensors in, named tensors out."""
+"""The base class of every engine, which runs one component with named tensors, and of its build information."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import Manifest, file_damage
 
 TensorType = tuple[str, tuple[int | str, ...]]
-"""dtype as torch names it, and shape; a free axis is its name. An empty shape is not known beforehand."""
+"""dtype as torch names it, and shape. A free axis is given by its name; an empty shape is unknown before a run."""
 
 
 class EngineBuild(Manifest, frozen=True, kw_only=True):
@@ -69,21 +69,22 @@ class EngineBuild(Manifest, frozen=True, kw_only=True):
 class Engine(ABC):
     """One component, ready to run.
 
-    `run` and `bind` check names, dtypes, shapes and memory for every engine; a subclass writes `_run` and `_bind`, which
-    get only what fits.
+    `run` and `bind` check names, dtypes, shapes and memory for every engine; a subclass implements `_run` and `_bind`,
+    which get only tensors that passed the checks.
 
     Attributes:
-        name: kind and place, e.g. `"eager"`, `"compiled"`, `"onnxruntime-cuda"`, `"tensorrt"`, `"tvm-llvm"`.
-        device: where its inputs and outputs live.
+        name: kind of the engine and where it computes, e.g. `"eager"`, `"compiled"`, `"onnxruntime-cuda"`, `"tensorrt"`,
+            `"tvm-llvm"`.
+        device: device of its inputs and outputs.
         inputs, outputs: tensor name -> type, in the order of the network's arguments.
-        metadata: at least `component` and `model` where they are known.
-        size_bytes: of its files, or of its weights where there is no file.
-        load_ms: from the files to an engine that can run.
-        build_ms: what making its files took; None where nothing is built.
-        path: the file that it was opened from, or None.
-        alignment: bytes that the addresses of its inputs and outputs are a multiple of.
-        checks_output_dtypes: False where the dtype of outputs is known only after a run.
-        takes_shapes: what messages call that which has fixed shapes.
+        metadata: `component`, `model` and other facts, as far as they are known.
+        size_bytes: size of its files, or of its weights where there is no file.
+        load_ms: time from the files to an engine that can run.
+        build_ms: time of building its files; None where nothing is built.
+        path: its file; None without one.
+        alignment: number of bytes that divides the addresses of its inputs and outputs.
+        checks_output_dtypes: whether `bind` checks dtypes of outputs; False where they are known only after a run.
+        takes_shapes: name, in messages, of what fixes the shapes.
     """
 
     alignment: ClassVar[int] = 1
@@ -102,7 +103,7 @@ class Engine(ABC):
 
     @property
     def label(self) -> str:
-        """How messages name it: its file, or its name and component."""
+        """Its name in messages: the name of its file, or its name and component."""
         return self.path.name if self.path else f"{self.name} {self.metadata.get('component', '')}".strip()
 
     def run(
@@ -111,13 +112,13 @@ class Engine(ABC):
         """Run once.
 
         Args:
-            feeds: every input by name; cast and moved where it differs from the engine's type and device.
+            feeds: input name -> tensor or array; cast and moved to the engine's dtype and device where they differ.
 
         Returns:
             Output name -> new tensor on `device`, or numpy array when all feeds are numpy arrays.
 
         Raises:
-            WanlabError: an unknown or missing input, or a shape that the engine does not take.
+            WanlabError: an unknown or missing input, or a shape that the engine does not accept.
         """
         self._check_names(feeds)
         as_numpy = not any(isinstance(value, torch.Tensor) for value in feeds.values())
@@ -138,18 +139,18 @@ class Engine(ABC):
         stream: int | None = None,
         cuda_graph: bool = False,
     ) -> Callable[[], None]:
-        """A call that runs the engine once over memory that stays where it is.
+        """A function that runs the engine once on these tensors each time it is called.
 
-        On a GPU it puts the work on `stream` (a `CUstream` handle) and returns at once; on the CPU it returns
+        On a GPU it enqueues the work on `stream` (a `CUstream` handle) and returns at once; on the CPU it returns
         when the outputs are written. Nothing is copied between host and device.
 
         Args:
-            inputs, outputs: every tensor by name, on `device`, contiguous, of the engine's dtypes.
-            stream: None takes the current stream of PyTorch.
-            cuda_graph: capture once and replay.
+            inputs, outputs: tensor name -> tensor on `device`, contiguous, of the engine's dtype.
+            stream: handle of the stream; None is the current stream of PyTorch.
+            cuda_graph: whether to capture the work as a CUDA graph once and replay it.
 
         Raises:
-            WanlabError: a tensor that does not fit, or an engine that cannot be captured.
+            WanlabError: a missing or unsuitable tensor, or an engine that cannot be captured.
         """
         self._check_capture(cuda_graph)
         self._check_memory("input", self.inputs, inputs)
@@ -157,11 +158,11 @@ class Engine(ABC):
         for name in self.inputs:
             self._check_shape(name, tuple(inputs[name].shape))
         for name, (_, shape) in self.outputs.items():
-            given = tuple(outputs[name].shape)
-            if shape and not fits(shape, given):
+            actual = tuple(outputs[name].shape)
+            if shape and not fits(shape, actual):
                 raise WanlabError(
                     f"output {name!r} of {self.label} is {spell_shape(shape)};"
-                    f" memory for {list(given)} was given"
+                    f" memory for {list(actual)} was given"
                 )
         return self._bind(inputs, outputs, stream, cuda_graph)
 
@@ -177,10 +178,10 @@ class Engine(ABC):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """The call over memory that was checked; see `bind`."""
+        """The function that `bind` returns, for tensors that passed its checks."""
 
     def _check_capture(self, cuda_graph: bool) -> None:
-        """Refuse `cuda_graph` where it cannot be; by default on the CPU."""
+        """Refuse `cuda_graph` where the engine cannot be captured; by default on the CPU."""
         if cuda_graph and self.device.type != "cuda":
             raise WanlabError(f"{self.name} runs on the CPU, which has no CUDA graphs; leave cuda_graph out")
 
@@ -195,7 +196,7 @@ class Engine(ABC):
             raise WanlabError(f"{self.label} misses input {', '.join(map(repr, missing))}")
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a shape of an input that the engine does not take."""
+        """Refuse a shape of an input that the engine does not accept."""
         if not fits(self.inputs[name][1], shape):
             raise WanlabError(
                 f"input {name!r} of {self.label} is {list(shape)},"
@@ -211,7 +212,7 @@ class Engine(ABC):
         *,
         dtypes: bool = True,
     ) -> None:
-        """Refuse memory that is missing, unknown, of another dtype or device, not contiguous or not aligned.
+        """Refuse tensors that are missing, unknown, of another dtype or device, not contiguous or not aligned.
 
         Args:
             what: `"input"` or `"output"`, for messages.
@@ -244,13 +245,13 @@ class Engine(ABC):
                 )
 
 
-def fits(wanted: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a shape is one of a graph's, whose free axes are names."""
-    return len(shape) == len(wanted) and all(
-        isinstance(want, str) or want == size for want, size in zip(wanted, shape, strict=True)
+def fits(declared: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a shape agrees with a declared one, in which free axes are names."""
+    return len(shape) == len(declared) and all(
+        isinstance(axis, str) or axis == size for axis, size in zip(declared, shape, strict=True)
     )
 
 
 def spell_shape(shape: tuple[int | str, ...]) -> str:
-    """`[batch, 36, 3]`."""
+    """A shape as text, such as `[batch, 36, 3]`."""
     return f"[{', '.join(map(str, shape))}]"

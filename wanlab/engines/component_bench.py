@@ -1,4 +1,4 @@
-"""One component on several engines: benchmarked, timed side by side, and measured in a process of its own."""
+"""One component on several engines: benchmarks, interleaved timing, forms of the graph, and cost of profiler ranges."""
 
 from __future__ import annotations
 
@@ -49,16 +49,18 @@ def bench_components(
     """`measure.bench` of eager PyTorch and of an engine, component by component.
 
     Args:
-        model: from `wanlab.models.load`, all components eager.
-        engines: component -> engine. components: which of them; None takes the experts.
+        model: a model from `wanlab.models.load` whose components are eager.
+        engines: component -> engine.
+        components: components to measure; None takes the experts of `engines`.
         iterations, duration_ms, warmup_ms, transfers: as in `measure.bench`.
-        seed: of the inputs. size: batch (1 by default), height, width, frames, text_tokens; the model's own where None.
+        seed: seed of the inputs.
+        size: batch (default 1), height, width, frames, text_tokens; the model's default where None.
 
     Returns:
         component, and the columns of `measure.bench_table`; eager is the baseline of each component.
 
     Raises:
-        WanlabError: a component that the model lacks, or whatever `measure.bench` refuses.
+        WanlabError: a component that the model does not have, or as `measure.bench`.
     """
     names = [n for n in engines if n.startswith("expert")] if components is None else list(components)
     check_components(model, names)
@@ -83,7 +85,7 @@ def bench_components(
 
 
 def provider_table(engines: Mapping[str, OrtEngine]) -> pd.DataFrame:
-    """Where the nodes of ONNX Runtime engines run.
+    """Providers on which the nodes of ONNX Runtime engines run.
 
     Args:
         engines: component -> `OrtEngine`.
@@ -117,11 +119,13 @@ class EngineCalls:
     """Calls of one component on the same inputs.
 
     Attributes:
-        component: wanlab's name of it. size: height, width and frames of the clip. precision: of eager's weights.
-        calls: engine name (`"eager"`, `"onnxruntime-cpu"`, `"tvm-llvm"`) -> one forward on inputs that are in place.
-        facts: engine name -> load_ms, size_bytes, build_ms (None where there is nothing to build) and relative_l2,
-            the distance of its output from eager's.
-        left_out: engine -> why there is no call of it, one line each.
+        component: name of the component.
+        size: height, width and frames of the clip.
+        precision: dtype of the eager weights.
+        calls: engine name (`"eager"`, `"onnxruntime-cpu"`, `"tvm-llvm"`) -> function that runs one forward.
+        facts: engine name -> load_ms, size_bytes, build_ms (None if nothing is built) and relative_l2, the distance of
+            its output from eager's.
+        left_out: engine -> reason why it has no call, in one line.
     """
 
     component: str
@@ -150,17 +154,17 @@ def engine_calls(
 ) -> EngineCalls:
     """Open one component at one size, batch 1, in several engines, and check each of them against eager.
 
-    An engine that cannot be had here is left out with its reason; eager is always first.
+    An engine that cannot run on this machine is left out, with the reason; eager is always first.
 
     Args:
-        model: from `wanlab.models.load`, all components eager.
-        component: wanlab's name of it; None takes the first expert.
-        folder: where graphs and built files are kept and, while current, reused.
-        engines: names in `wanlab.engines.registry.ENGINES`; None takes those that are measured by default where the
-            weights are under 1 GiB, and else eager, as the export of a large network is a work of its own.
-        threads: on the CPU, of all of them; None takes `torch.get_num_threads()`.
-        seed: of the inputs.
-        size: height, width, frames, text_tokens; the model's defaults where not given.
+        model: a model from `wanlab.models.load` whose components are eager.
+        component: name of the component; None takes the first expert.
+        folder: folder of graphs and built files, which are reused while they are current.
+        engines: names in `wanlab.engines.registry.ENGINES`; None takes the default engines if the weights are under
+            1 GiB, else only eager, because the export of a large network takes long.
+        threads: number of CPU threads of every engine; None is `torch.get_num_threads()`.
+        seed: seed of the inputs.
+        size: height, width, frames, text_tokens; the model's default where not given.
 
     Raises:
         WanlabError: an unknown engine or component, or a size that is not legal.
@@ -182,8 +186,8 @@ def engine_calls(
     facts: dict[str, dict[str, Any]] = {EAGER: _facts(None, weights, None, 0.0)}
     left_out: dict[str, str] = {}
     if engines is None and weights > SMALL_BYTES:
-        why = f"{component} has {weights / 2**30:.1f} GiB of weights: name it in `engines` to export and build it"
-        left_out, others = {kind.name: why for kind in others}, []
+        reason = f"{component} has {weights / 2**30:.1f} GiB of weights: name it in `engines` to export and build it"
+        left_out, others = {kind.name: reason for kind in others}, []
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     for kind in others:
         settings: dict[str, Any] = {"threads": threads} if "threads" in kind.open_settings else {}
@@ -232,18 +236,20 @@ def compare_forms(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Export a component as it is, in friendly forms, and with fused operators; run all of them in turn.
+    """Export a component in its original form, in friendly forms, and with fused operators; time all of them interleaved.
 
-    Sizes are fixed, which exports several times faster and is the kindest to the network as it is.
+    Sizes are fixed, because the export is then several times faster and the original form exports best.
 
     Args:
-        model: eager. folder: where the graphs are kept.
-        shape: clip of the timed inputs; None takes the model's default with batch 1.
-        provider: of ONNX Runtime. rounds: each gives two samples a row, interleaved.
+        model: model whose component is eager.
+        folder: folder of the graphs.
+        shape: clip of the timed inputs; None is the model's default with batch 1.
+        provider: provider of ONNX Runtime.
+        rounds: number of rounds; each gives two interleaved samples of every row.
 
     Returns:
-        A row for `eager` and for each graph: form, opset, nodes, nodes of the operators in `COUNTED`, notes (what
-        `onnx.graph.lint` finds), relative_l2 to eager, time_ms (median), low and high of the ratio to `original`,
+        A row for `eager` and for each graph: form, opset, nodes, nodes of the operators in `COUNTED`, notes
+        (findings of `export.graph.lint`), relative_l2 to eager, time_ms (median), low and high of the ratio to `original`,
         ratio, verdict, noise_percent (A/A of `original`), samples_ms.
     """
     plan = component_spec(model, component)
@@ -265,13 +271,13 @@ def compare_forms(
             path = Path(folder) / f"{component}.{kind}.{label}.onnx"
             report = export(model, component, path, opset=opset, forms=forms, dynamic=False, **asdict(shape))
             engine = OrtEngine(path, provider=provider)
-            made = engine.run(feeds)[plan.output].to(expected.device)
+            output = engine.run(feeds)[plan.output].to(expected.device)
             calls[label] = functools.partial(engine.run, feeds)
             rows.append(
                 {"form": label, "opset": opset, "nodes": report.nodes_after}
                 | {name: report.operators.get(name, 0) for name in COUNTED}
                 | {"notes": "; ".join(report.notes)}
-                | {"relative_l2": ((made - expected).norm() / expected.norm()).item()}
+                | {"relative_l2": ((output - expected).norm() / expected.norm()).item()}
             )
         calls[EAGER] = lambda: plan.reference(*inputs)
         rows.append({"form": EAGER})
@@ -281,21 +287,22 @@ def compare_forms(
         )
     base = samples["original"]
     for row in rows:
-        mine = samples[row["form"]]
-        gain = measure.compare(base, mine, control.noise_percent)
-        row |= {"time_ms": mine.median, "ratio": gain.speedup, "low": gain.low, "high": gain.high}
-        row["verdict"] = "baseline" if mine is base else gain.verdict
-        row |= {"noise_percent": control.noise_percent, "samples_ms": mine.values_ms}
+        timing = samples[row["form"]]
+        gain = measure.compare(base, timing, control.noise_percent)
+        row |= {"time_ms": timing.median, "ratio": gain.speedup, "low": gain.low, "high": gain.high}
+        row["verdict"] = "baseline" if timing is base else gain.verdict
+        row |= {"noise_percent": control.noise_percent, "samples_ms": timing.values_ms}
     return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True, eq=False)
 class RangeCost:
-    """What the profiler's ranges cost a call of an expert while no profiler runs.
+    """Time that the profiler's ranges add to a call of an expert while no profiler runs.
 
     Attributes:
-        samples: `"bare"` and `"with ranges"`, in turn. control: of the bare calls.
-        ranges: how many there are.
+        samples: samples of `"bare"` and `"with ranges"`, interleaved.
+        control: A/A control of the bare calls.
+        ranges: number of ranges.
     """
 
     samples: dict[str, measure.Samples]
@@ -311,7 +318,7 @@ class RangeCost:
         return middle, low, high
 
     def row(self) -> dict[str, float]:
-        """As recorded: cost_percent with its interval, control_percent, ranges, and the medians."""
+        """Flat record: cost_percent with its interval, control_percent, ranges, and the medians."""
         middle, low, high = self.percent
         return {
             "cost_percent": middle,
@@ -326,10 +333,10 @@ class RangeCost:
         middle, low, high = self.percent
         without, within = self.samples.values()
         verdict = measure.compare(without, within, self.control.noise_percent).verdict
-        holds = (
+        effect = (
             "cost nothing that can be told from noise" if verdict == NOT_DISTINGUISHABLE else f"are {verdict}"
         )
-        return f"{self.ranges} ranges {holds} ({middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f})"
+        return f"{self.ranges} ranges {effect} ({middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f})"
 
 
 def range_cost(
@@ -341,12 +348,14 @@ def range_cost(
     progress: bool = True,
     **size: int | None,
 ) -> RangeCost:
-    """Time an expert as the pipeline calls it, bare and with the ranges of `diagnose.ranges`, in turn.
+    """Time an expert as the pipeline calls it, bare and with the ranges of `diagnose.ranges`, interleaved.
 
     Args:
-        model: from `wanlab.models.load`; only the expert needs to be loaded. component: an expert.
-        rounds: each takes two calls of both. seed: of the inputs.
-        size: height, width and frames of the clip; the model's own where not given.
+        model: a model from `wanlab.models.load`; only the expert has to be loaded.
+        component: name of an expert.
+        rounds: number of rounds; each has two calls of both.
+        seed: seed of the inputs.
+        size: height, width and frames of the clip; the model's default where not given.
 
     Raises:
         WanlabError: the component is no expert.

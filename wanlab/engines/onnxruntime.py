@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine."""
+"""ONNX Runtime as an engine, and its own times of every node."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SHAPE_OPERATORS = frozenset(
 
 
 def assigned_nodes(session) -> pd.DataFrame:
-    """Where each node of a session runs, as ONNX Runtime recorded it when it divided the graph.
+    """Provider of each node of a session, as ONNX Runtime recorded it when it partitioned the graph.
 
     Returns:
         node (wanlab's name), operator, provider (`"CUDAExecutionProvider"`, ...).
@@ -78,12 +78,11 @@ def assigned_nodes(session) -> pd.DataFrame:
 def fallen_back(nodes: pd.DataFrame, tensor_kinds: dict[str, bool]) -> pd.DataFrame:
     """Nodes of a CUDA session that compute on the CPU.
 
-    A node that only handles sizes is none of them: an operator of `SHAPE_OPERATORS` none of whose outputs is a
-    floating-point tensor.
+    Nodes that only compute sizes are not included: operators of `SHAPE_OPERATORS` without a floating-point output.
 
     Args:
-        nodes: of `assigned_nodes`.
-        tensor_kinds: node -> whether it makes a floating-point tensor, as far as the graph says.
+        nodes: table of `assigned_nodes`.
+        tensor_kinds: node -> whether it has a floating-point output, as far as the graph states it.
     """
     on_cpu = nodes[nodes["provider"] == "CPUExecutionProvider"]
     makes_floats = on_cpu["node"].map(lambda name: tensor_kinds.get(name, False)).astype(bool)
@@ -91,7 +90,7 @@ def fallen_back(nodes: pd.DataFrame, tensor_kinds: dict[str, bool]) -> pd.DataFr
 
 
 def floating_nodes(path) -> dict[str, bool]:
-    """Node -> whether it makes a floating-point tensor, from the types that a graph carries."""
+    """Node -> whether it has a floating-point output, by the types in the graph."""
 
     def floats(node) -> bool:
         return any(value.dtype is not None and value.dtype.is_floating_point() for value in node.outputs)
@@ -106,14 +105,14 @@ LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-"""Graph optimisation: none; folding and dead nodes; also fusions; also the layout of memory."""
+"""Level of graph optimisation: none; constant folding and removal of dead nodes; also fusions; also memory layout."""
 
 
 def choose_provider(provider: str) -> str:
     """`"cpu"` or `"cuda"` for a name or `"auto"`.
 
     Raises:
-        WanlabError: unknown, not in this ONNX Runtime, or no GPU.
+        WanlabError: an unknown provider, one that this ONNX Runtime does not have, or no GPU.
     """
     ort = require("onnxruntime", "onnxruntime-gpu")
     available = ort.get_available_providers()
@@ -145,13 +144,13 @@ def open_session(
     formats: str = "",
     memory_pattern: bool = True,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` that keeps account of where its nodes run.
+    """An `onnxruntime.InferenceSession` that records the provider of each node.
 
     Args:
-        stream: `CUstream` that all of its work goes to.
-        profile_prefix: where its profile goes when `end_profiling` is called; none when empty.
-        formats: that the graph is quantised in, as its metadata says: JSON, format -> layers.
-        memory_pattern: whether a second run of the same sizes takes its memory as one planned block.
+        stream: `CUstream` handle for all of its work.
+        profile_prefix: prefix of the file that `end_profiling` writes; empty for no profile.
+        formats: formats of quantised layers in the graph's metadata: JSON, format -> layers.
+        memory_pattern: whether a second run of the same sizes allocates its memory as one planned block.
 
     Raises:
         WanlabError: an option that does not exist, or a graph that cannot be loaded.
@@ -176,28 +175,28 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not fuses_codes(formats, provider):
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 3  # errors only; they come as exceptions as well
+    options.log_severity_level = 3  # errors only; they are raised as exceptions too
     if profile_prefix:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
-    wanted: list[Any] = [PROVIDERS["cpu"]]
+    providers: list[Any] = [PROVIDERS["cpu"]]
     if provider == "cuda":
         ort.set_default_logger_severity(3)
-        ort.preload_dlls()  # CUDA and cuDNN that came with torch
+        ort.preload_dlls()  # CUDA and cuDNN libraries that were installed with torch
         settings = {
             "device_id": str(torch.cuda.current_device()),
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",
             "enable_cuda_graph": str(int(cuda_graph)),
-            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),  # as PyTorch beside it
+            "use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32)),  # the same setting as PyTorch
         }
         if stream:
             settings["user_compute_stream"] = str(stream)
-        wanted.insert(0, (PROVIDERS["cuda"], settings))
+        providers.insert(0, (PROVIDERS["cuda"], settings))
     try:
-        session = ort.InferenceSession(str(path), options, providers=wanted)
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has one exception class per failure, without a common base
-        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {why(error)}") from error
+        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {_reason(error)}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise WanlabError(
             f"{PROVIDERS[provider]} did not load for {path.name} (it runs on"
@@ -207,23 +206,23 @@ def open_session(
 
 
 def fuses_codes(formats: str, provider: str) -> bool:
-    """Whether ONNX Runtime may replace Q/DQ around an operator by one that takes codes.
+    """Whether ONNX Runtime may replace Q/DQ around an operator by an operator on quantised values.
 
-    Those take integers only. On CUDA there is none that rounds inputs: what is left of the rewriting is biases in int32,
-    which only the CPU can decode. Weights alone in codes have theirs on both.
+    Such operators accept integers only. On CUDA none of them quantises inputs: the rewriting would only leave biases in
+    int32, which only the CPU can dequantise. Operators with quantised weights alone exist on both.
     """
-    given = json.loads(formats or "{}")
-    return not any("fp8" in name for name in given) and not (provider == "cuda" and "int8" in given)
+    names = json.loads(formats or "{}")
+    return not any("fp8" in name for name in names) and not (provider == "cuda" and "int8" in names)
 
 
-def why(error: Exception) -> str:
-    """What ONNX Runtime says, in its words, or which operator it has no kernel for."""
+def _reason(error: Exception) -> str:
+    """The message of ONNX Runtime, or the operator that it has no kernel for."""
     text = first_line(error, 1000)
     unset = re.search(r"Provider type for (\w+) node with name '([^']*)' is not set", text)
     absent = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text)
-    if found := unset or absent:
+    if match := unset or absent:
         return (
-            f"it has no kernel for {found[1]} ({found[2]}) in the type that the graph computes in;"
+            f"it has no kernel for {match[1]} ({match[2]}) in the type that the graph computes in;"
             " export in float16 or float32"
         )
     return text
@@ -247,18 +246,20 @@ UNCAPTURED = -1
 class OrtEngine(Engine):
     """One ONNX file in one ONNX Runtime session.
 
-    On CUDA the session has a stream of its own, which waits for PyTorch's current stream before a run and is waited
-    for after it: inputs and outputs stay on the device, and the host waits for nothing.
+    On CUDA the session has its own stream. It waits for PyTorch's current stream before a run, and that stream waits for
+    it after the run: inputs and outputs stay on the device, and the host does not wait.
 
     Attributes:
         name: `"onnxruntime-cpu"` or `"onnxruntime-cuda"`.
-        path: the file. size_bytes: it and its external data.
-        load_ms: from the file to a session that can run.
-        provider: `"cpu"` or `"cuda"`, what was asked for or chosen.
-        providers_used: execution providers of the session, read back from it, first choice first.
-        threads: threads inside an operator on the CPU. optimization: of the graph, see `LEVELS`.
+        path: the ONNX file.
+        size_bytes: size of the file and its external data.
+        load_ms: time from the file to a session that can run.
+        provider: `"cpu"` or `"cuda"`.
+        providers_used: execution providers that the session reports, in order of priority.
+        threads: number of threads inside an operator on the CPU.
+        optimization: level of graph optimisation, see `LEVELS`.
         inputs, outputs: name -> (dtype, shape); free axes of a shape are names.
-        metadata: what the exporter wrote into the file: model, component, wanlab_version.
+        metadata: metadata of the file: model, component, wanlab_version.
     """
 
     def __init__(
@@ -277,16 +278,16 @@ class OrtEngine(Engine):
         Args:
             path: `.onnx` file.
             provider: `"cpu"`, `"cuda"`, or `"auto"`: CUDA when both PyTorch and ONNX Runtime have it.
-            threads: of the CPU; None takes `torch.get_num_threads()`, for fair comparisons.
+            threads: number of CPU threads; None is `torch.get_num_threads()`, for fair comparisons.
             optimization: `"disabled"`, `"basic"`, `"extended"` or `"all"`.
-            cuda_graph: let the session capture and replay what `bind` gives it; every node must be on the GPU.
-            allow_cpu_fallback: let nodes that compute run on the CPU in a CUDA session.
-            memory_pattern: take the memory of a second run of the same sizes as one planned block. The block comes beside
-                what the first run took, so large graphs hold less without it, at the same speed.
+            cuda_graph: whether calls from `bind` are captured as CUDA graphs; every node has to be on the GPU.
+            allow_cpu_fallback: whether nodes that compute may run on the CPU in a CUDA session.
+            memory_pattern: whether a second run of the same sizes allocates its memory as one planned block. The block is
+                added to the memory of the first run, so large graphs need less without it, at the same speed.
 
         Raises:
-            WanlabError: no such file, not a graph this ONNX Runtime can run, the provider did not load, or nodes
-                fell back to the CPU.
+            WanlabError: no such file, a graph that this ONNX Runtime cannot run, a provider that did not load, or nodes
+                that fell back to the CPU.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -322,16 +323,16 @@ class OrtEngine(Engine):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs live."""
+        """Device of inputs and outputs."""
         return torch.device(self.provider, torch.cuda.current_device() if self.provider == "cuda" else None)
 
     def nodes_by_provider(self) -> pd.DataFrame:
-        """Rows of provider, operator, nodes: where ONNX Runtime put what, most first."""
+        """Number of nodes by provider and operator, largest first: provider, operator, nodes."""
         counts = assigned_nodes(self.session).value_counts(["provider", "operator"])
         return counts.rename("nodes").reset_index()
 
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """On the CPU tensors are handed over without a copy; on CUDA nothing leaves the device."""
+        """Without copies: on the CPU arrays share memory with tensors; on CUDA all tensors stay on the device."""
         try:
             return self._run_bound(tensors) if self.provider == "cuda" else self._run_numpy(tensors)
         except Exception as error:
@@ -340,8 +341,8 @@ class OrtEngine(Engine):
 
     def _check_capture(self, cuda_graph: bool) -> None:
         if cuda_graph != self.cuda_graph:
-            how = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
-            raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {how}")
+            setting = "with cuda_graph=True" if cuda_graph else "without cuda_graph"
+            raise WanlabError(f"ONNX Runtime captures for a whole session; open {self.path.name} {setting}")
 
     def _bind(
         self,
@@ -350,9 +351,9 @@ class OrtEngine(Engine):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """With `cuda_graph`, for which the session has to be opened, the first call captures and later ones replay."""
+        """With `cuda_graph`, which the session was opened with, the first call captures and later calls replay."""
         binding = self._binding(inputs, outputs)
-        # A binding holds addresses only: the tensors have to live as long as the call.
+        # A binding has only addresses: the tensors have to exist as long as the function.
         memory = (dict(inputs), dict(outputs))
         if self._stream is None:
 
@@ -361,7 +362,7 @@ class OrtEngine(Engine):
 
             return run
         caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
-        # A captured graph replays its own addresses, so every binding has one of its own.
+        # A captured graph uses fixed addresses, so every binding has its own graph.
         options = self._without_waiting(graph=next(self._graphs) if cuda_graph else UNCAPTURED)
 
         def enqueue(_memory=memory) -> None:
@@ -374,9 +375,9 @@ class OrtEngine(Engine):
     def profile(
         self, feeds: Mapping[str, torch.Tensor | np.ndarray], path: str | os.PathLike, runs: int = 3
     ) -> Path:
-        """Run in a session that profiles itself, after one warm-up; its own times of every node as JSON.
+        """Write ONNX Runtime's profile of some runs, after one warm-up run, as JSON to `path`; `node_times` reads it.
 
-        Times of this engine's own session are not touched by it.
+        The runs use another session, so that this engine is not slowed.
 
         Returns:
             `path`.
@@ -384,8 +385,8 @@ class OrtEngine(Engine):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="wanlab-profile-") as folder:
-            twin = copy.copy(self)
-            twin.session = open_session(
+            profiled = copy.copy(self)
+            profiled.session = open_session(
                 self.path,
                 self.provider,
                 threads=self.threads,
@@ -395,17 +396,17 @@ class OrtEngine(Engine):
                 formats=self.metadata.get("wanlab_format", ""),
             )
             for _ in range(runs + 1):
-                twin.run(feeds)
-            shutil.copyfile(twin.session.end_profiling(), path)
+                profiled.run(feeds)
+            shutil.copyfile(profiled.session.end_profiling(), path)
         return path
 
     def _refuse_fallback(self) -> None:
-        lost = fallen_back(assigned_nodes(self.session), floating_nodes(self.path))
-        if len(lost):
-            kinds = ", ".join(f"{count} {name}" for name, count in lost["operator"].value_counts().items())
+        on_cpu = fallen_back(assigned_nodes(self.session), floating_nodes(self.path))
+        if len(on_cpu):
+            kinds = ", ".join(f"{count} {name}" for name, count in on_cpu["operator"].value_counts().items())
             raise WanlabError(
-                f"{len(lost)} nodes of {self.path.name} fell back to the CPU ({kinds}; the first is"
-                f" {lost['node'].iloc[0] or lost['operator'].iloc[0]}): allow_cpu_fallback=True runs it all the same"
+                f"{len(on_cpu)} nodes of {self.path.name} fell back to the CPU ({kinds}; the first is"
+                f" {on_cpu['node'].iloc[0] or on_cpu['operator'].iloc[0]}); allow_cpu_fallback=True allows it"
             )
 
     def _run_numpy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -413,7 +414,7 @@ class OrtEngine(Engine):
         return {name: torch.from_numpy(array) for name, array in zip(self.outputs, arrays, strict=True)}
 
     def _run_bound(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inputs and outputs stay on the device; dlpack hands the outputs to torch without a copy."""
+        """Inputs and outputs stay on the device; dlpack converts the outputs to tensors without a copy."""
         binding = self._binding(tensors, None)
         if self._stream is None:
             self.session.run_with_iobinding(binding)
@@ -428,7 +429,7 @@ class OrtEngine(Engine):
         }
 
     def _binding(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor] | None):
-        """Where a run reads and writes; without outputs ONNX Runtime makes them on the device."""
+        """Addresses of inputs and outputs of a run; without outputs ONNX Runtime allocates them on the device."""
         index = self.device.index or 0
         binding = self.session.io_binding()
 
@@ -453,7 +454,7 @@ class OrtEngine(Engine):
             ) from error
 
     def _without_waiting(self, graph: int = UNCAPTURED):
-        """Options of a run that the host does not wait for; `graph` is the number of its captured graph."""
+        """Options of a run for which the host does not wait; `graph` is the number of its captured graph."""
         import onnxruntime as ort
 
         options = ort.RunOptions()
@@ -465,14 +466,14 @@ class OrtEngine(Engine):
 def open_onnxruntime(
     model: Model | None, component: str | None, path: str | os.PathLike, **settings: Any
 ) -> OrtEngine:
-    """A graph in a session, on the model's device where there is a model; the `open` of the kind `onnxruntime`."""
+    """A graph in a session, on the model's device if a model is given; the `open` of the kind `onnxruntime`."""
     if model is not None:
         settings = {"provider": model.device.type, **settings}
     return OrtEngine(path, **settings)
 
 
 def describe() -> dict[str, str]:
-    """What ONNX Runtime is here, for `wanlab doctor`."""
+    """Version and providers of the installed ONNX Runtime, for `wanlab doctor`."""
     import onnxruntime
 
     built = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
@@ -492,29 +493,29 @@ def load_engines(
     """Engines for the files that `export_all` wrote.
 
     Args:
-        folder: holds `<component>.onnx`.
-        components: which; None takes every one that is there.
+        folder: folder with `<component>.onnx`.
+        components: components to open; None takes every one in the folder.
         provider, threads, options: as in `OrtEngine`.
 
     Returns:
-        Component -> engine, in the order a generation uses them.
+        Component -> engine, in the order of a generation.
 
     Raises:
         WanlabError: no file for a component, or none at all.
     """
     folder = Path(folder)
-    there = [name for name in PARTS if (folder / f"{name}.onnx").is_file()]
-    wanted = there if components is None else list(components)
-    for name in wanted:
-        if name not in there:
+    converted = [name for name in PARTS if (folder / f"{name}.onnx").is_file()]
+    names = converted if components is None else list(components)
+    for name in names:
+        if name not in converted:
             raise WanlabError(
-                f"no {name}.onnx in {folder}{did_you_mean(name, there)}; "
-                f"there is {', '.join(there) or 'nothing'} (make it with wanlab.export.export_all)"
+                f"no {name}.onnx in {folder}{did_you_mean(name, converted)}; "
+                f"it has {', '.join(converted) or 'none'} (export it with wanlab.export.export_all)"
             )
-    if not wanted:
-        raise WanlabError(f"no converted component in {folder}; make them with wanlab.export.export_all")
+    if not names:
+        raise WanlabError(f"no converted component in {folder}; export them with wanlab.export.export_all")
     options |= {"provider": provider, "threads": threads}
-    return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in wanted}
+    return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in names}
 
 
 def _type_of(value) -> TensorType:
@@ -523,31 +524,31 @@ def _type_of(value) -> TensorType:
 
 
 def _element_type(dtype) -> int:
-    """ONNX element type, which is what a binding takes for types that numpy lacks."""
+    """ONNX element type of a dtype; a binding needs it for types that numpy does not have."""
     names = {"float32": "FLOAT", "float64": "DOUBLE", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
     name = str(dtype).removeprefix("torch.")
     return int(getattr(onnx.TensorProto, names.get(name, name.upper())))
 
 
 KERNEL = "_kernel_time"
-"""How the events that time a node end; the node's name stands before it."""
+"""Suffix of the events that time a node, after the node's name."""
 
 
 def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
     """Time of every node in a profile that `OrtEngine.profile` wrote.
 
-    The nodes are those that are left after fusion, so their number is smaller than the file's. On the CPU a node's time is
-    its computation. On a GPU it is what the host takes to launch it: ONNX Runtime's CUDA build does not time kernels.
+    The nodes are those after fusion, so there are fewer than in the file. On the CPU the time of a node is the time of its
+    computation. On a GPU it is the time of the launch on the host: ONNX Runtime's CUDA build does not time kernels.
 
     Args:
         path: JSON of ONNX Runtime's profiler.
-        warmup: first runs to leave out.
+        warmup: number of first runs to leave out.
 
     Returns:
         node, operator, provider, runs, time_ms (median over the runs), share_percent of the sum; longest first.
 
     Raises:
-        WanlabError: not such a file, or no more runs in it than `warmup`.
+        WanlabError: another kind of file, or no more runs in it than `warmup`.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -565,27 +566,27 @@ def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WanlabError(
-            f"{path} is no profile of ONNX Runtime ({error}); make one with OrtEngine.profile"
+            f"{path} is no profile of ONNX Runtime ({error}); write one with OrtEngine.profile"
         ) from error
     frame = pd.DataFrame(rows, columns=["node", "operator", "provider", "start", "time_ms"])
     keys = ["node", "operator", "provider"]
     frame = frame.sort_values("start", kind="stable")
-    kept = frame[frame.groupby(keys).cumcount() >= warmup]
-    if kept.empty:
-        raise WanlabError(f"{path} holds no run of a node after {warmup} to warm up; profile more runs")
-    found = kept.groupby(keys, as_index=False).agg(runs=("time_ms", "size"), time_ms=("time_ms", "median"))
-    found["share_percent"] = 100 * found["time_ms"] / max(found["time_ms"].sum(), 1e-12)
-    return found.sort_values("time_ms", ascending=False, ignore_index=True)
+    timed = frame[frame.groupby(keys).cumcount() >= warmup]
+    if timed.empty:
+        raise WanlabError(f"{path} has no run of a node after {warmup} warm-up runs; profile more runs")
+    nodes = timed.groupby(keys, as_index=False).agg(runs=("time_ms", "size"), time_ms=("time_ms", "median"))
+    nodes["share_percent"] = 100 * nodes["time_ms"] / max(nodes["time_ms"].sum(), 1e-12)
+    return nodes.sort_values("time_ms", ascending=False, ignore_index=True)
 
 
 def profile_operators(engine: OrtEngine, folder: str | os.PathLike, **size: int | None) -> pd.DataFrame:
-    """`operator_times` of an engine on random inputs; ONNX Runtime's own profile of it stays in the folder."""
+    """`operator_times` of an engine on random inputs; ONNX Runtime's profile stays in the folder."""
     path = Path(folder) / f"{Path(engine.path).stem}_profile.json"
     return operator_times(node_times(engine.profile(random_feeds(engine, **size), path)))
 
 
 def operator_text(operators: pd.DataFrame, component: str) -> str:
-    """The longest operator of `operator_times`, in words."""
+    """A sentence about the longest operator of `operator_times`."""
     top = operators.iloc[0]
     return f"{top['operator']} takes {top['share_percent']:.0f} % of {component}'s node time"
 
@@ -596,7 +597,7 @@ def operator_times(nodes: pd.DataFrame) -> pd.DataFrame:
     Returns:
         operator, provider, nodes, time_ms, share_percent; longest first.
     """
-    found = nodes.groupby(["operator", "provider"], as_index=False).agg(
+    operators = nodes.groupby(["operator", "provider"], as_index=False).agg(
         nodes=("node", "size"), time_ms=("time_ms", "sum"), share_percent=("share_percent", "sum")
     )
-    return found.sort_values("time_ms", ascending=False, ignore_index=True)
+    return operators.sort_values("time_ms", ascending=False, ignore_index=True)

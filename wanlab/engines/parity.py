@@ -1,4 +1,4 @@
-"""How far an engine's outputs are from PyTorch's: by component, block by block, and where half precision overflows."""
+"""Distances of an engine's outputs from PyTorch's: by component, by block, and where half precision overflows."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ def parity(
 ) -> pd.DataFrame:
     """Compare a converted component with the network as the pipeline runs it.
 
-    The reference is the original forward (for the VAE the chunked one), in the network's own dtype, not the form
-    that was traced.
+    The reference is the original forward (for the VAE the chunked one) in the network's own dtype, not the rewritten
+    form that was traced.
 
     Args:
-        model: eager, the one that was exported.
-        onnx_path: file, or an engine that is open already.
-        shapes: clips to compare at; None takes the traced one and, as far as the graph's axes are free, one on its
-            side and a smaller one, both shorter and with batch 1.
+        model: the model that was exported, eager.
+        onnx_path: ONNX file, or an open engine.
+        shapes: clips to compare at; None takes the traced one and, if the axes of the graph are free, one with height and
+            width exchanged and a smaller one, both shorter and with batch 1.
         provider: as in `OrtEngine`.
-        cases: label -> inputs by name, e.g. recorded from a generation at some step; replaces the random inputs.
-        seed: of the random inputs.
+        cases: label -> inputs by name, e.g. recorded from a generation; used instead of random inputs.
+        seed: seed of the random inputs.
 
     Returns:
         One row per shape or label and output: component, shape, output, elements, max_abs, mean_abs, relative_l2
         (||a - b|| / ||a||), cosine, psnr_db (peak = range of the reference; inf when equal).
 
     Raises:
-        WanlabError: as `component_spec` and `OrtEngine`, or a shape that the graph does not take.
+        WanlabError: as `component_spec` and `OrtEngine`, or a shape that the graph does not accept.
     """
     plan = component_spec(model, component)
     if isinstance(onnx_path, str | os.PathLike):
@@ -63,18 +63,18 @@ def parity(
         engine = onnx_path
     rows = []
     if cases is None:
-        drawn = _shapes(model, plan, engine) if shapes is None else shapes
-        cases = {str(shape): _random(plan, shape, seed) for shape in drawn}
+        clips = _shapes(model, plan, engine) if shapes is None else shapes
+        cases = {str(shape): _random(plan, shape, seed) for shape in clips}
     training = plan.network.training
     plan.network.eval()
     try:
         for label, inputs in cases.items():
-            given = [inputs[name].to(plan.network.device) for name in plan.inputs]
+            arguments = [inputs[name].to(plan.network.device) for name in plan.inputs]
             with torch.no_grad():
-                expected = plan.reference(*given)
-            made = engine.run(inputs)[plan.output]
+                expected = plan.reference(*arguments)
+            output = engine.run(inputs)[plan.output]
             row = {"component": component, "shape": label, "output": plan.output}
-            rows.append(row | differences(expected, made))
+            rows.append(row | differences(expected, output))
     finally:
         plan.network.train(training)
     return pd.DataFrame(rows)
@@ -91,8 +91,8 @@ def parity_all(
     """`parity` of several exports, on random inputs and on recorded ones.
 
     Args:
-        reports: from `export_all`.
-        cases: component -> label -> inputs by name; compared besides the random inputs.
+        reports: reports from `export_all`.
+        cases: component -> label -> inputs by name; compared in addition to the random inputs.
 
     Returns:
         The rows of `parity`, with `inputs` (`"random"` or `"recorded"`).
@@ -111,10 +111,11 @@ def parity_all(
 
 @dataclass(frozen=True)
 class ParitySummary:
-    """How many components agree with PyTorch.
+    """Number of components that agree with PyTorch.
 
     Attributes:
-        components: that were compared. agree: of them, those within the tolerance on all inputs.
+        components: number of components that were compared.
+        agree: number of those within the tolerance on all inputs.
         tolerance: largest relative L2 distance that counts as agreement.
         worst: the row of the table with the largest distance.
     """
@@ -137,31 +138,31 @@ class ParitySummary:
 
 
 def parity_summary(table: pd.DataFrame, tolerance: float) -> ParitySummary:
-    """What a table of `parity` or `parity_all` comes to."""
+    """Summary of a table of `parity` or `parity_all`."""
     worst = table.groupby("component")["relative_l2"].max()
     row = table.loc[table["relative_l2"].idxmax()].to_dict()
     return ParitySummary(len(worst), int((worst <= tolerance).sum()), tolerance, row)
 
 
 def float16_text(ranges: pd.DataFrame | None) -> str:
-    """How many tensors of `value_ranges` come near float16's largest number, as a sentence; empty where unknown."""
+    """Number of tensors of `value_ranges` that are near float16's largest number, as a sentence; empty where unknown."""
     if ranges is None:
         return ""
     near = int((ranges["state"] != "fits").sum())
     return f"{near} of {len(ranges)} tensors are near float16's limit."
 
 
-def executed_text(tried: pd.DataFrame) -> str:
-    """How many engines of a table of `try_engines` ran, and how far they are from PyTorch."""
-    done = tried[tried["executed"]]
-    if done.empty:
+def executed_text(engines: pd.DataFrame) -> str:
+    """Number of engines of a table of `try_engines` that ran, and their largest distance from PyTorch."""
+    executed = engines[engines["executed"]]
+    if executed.empty:
         return "none executed on this machine"
-    return f"{len(done)} executed, at worst {done['relative_l2'].max():.1e} from PyTorch"
+    return f"{len(executed)} executed, at worst {executed['relative_l2'].max():.1e} from PyTorch"
 
 
-def differences(expected: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
+def differences(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
     """Distances between two tensors of one shape, computed in float64; keys as in `parity`."""
-    a, b = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (expected, made))
+    a, b = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (expected, actual))
     error = b - a
     peak = (a.max() - a.min()).item()
     mean_square = error.square().mean().item()
@@ -185,7 +186,7 @@ def _random(plan, shape: ClipShape, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
-    """The traced clip, and when the graph takes other sizes too, one on its side and a smaller one."""
+    """The traced clip; if the graph accepts other sizes, also one with height and width exchanged and a smaller one."""
     report = ExportReport.find(engine.path) if hasattr(engine, "path") else None
     first = default_shape(model) if report is None else report.shape
     free = all(
@@ -221,27 +222,28 @@ def blockwise_parity(
 ) -> pd.DataFrame:
     """Compare every transformer block of an exported expert with the same block of PyTorch.
 
-    The graph is cut where one block ends and the next begins. What comes before the first block (patches,
-    timestep and text embedding, rotary tables) runs once in the engine. Then each block runs alone on the hidden
-    states that PyTorch computed in `reference_dtype`, so that errors do not add up; at any time one block is in
-    memory in the reference dtype and one in the engine. Where the network is in the graph's dtype, its own block
-    is compared with the reference as well: that error is rounding, which no engine can avoid.
+    The graph is cut between the blocks. The part before the first block (patches, timestep and text embedding, rotary
+    tables) runs once in the engine. Then each block runs alone on the hidden states that PyTorch computed in
+    `reference_dtype`, so that errors do not accumulate; at any time one block is in memory in the reference dtype and
+    one in the engine. Where the network is in the graph's dtype, its own block
+    is compared with the reference as well: its error is rounding, which no engine can avoid.
 
     Args:
-        model: eager, the one that was exported. component: an expert of it.
-        onnx_path: from `wanlab.export.export`.
-        shape: clip of the random inputs; None takes the model's default with batch 1.
-        feeds: inputs to use instead, by name.
-        reference_dtype: of PyTorch's blocks; `"float32"` or `"float64"`.
+        model: the model that was exported, eager.
+        component: an expert of the model.
+        onnx_path: graph from `wanlab.export.export`.
+        shape: clip of the random inputs; None is the model's default with batch 1.
+        feeds: inputs by name to use instead of random ones.
+        reference_dtype: dtype of PyTorch's blocks, `"float32"` or `"float64"`.
         provider: as in `OrtEngine`.
 
     Returns:
-        A row per piece (`blocks.0` …, `after`): piece, relative_l2 (||a - b|| / ||a||), max_abs, mean_abs, cosine of its
-        output; update_relative_l2 of what the block adds to its input; eager_relative_l2, the same network's in
-        the graph's dtype (NaN where it is in another).
+        A row per piece (`before`, `blocks.0` …, `after`): piece, relative_l2 (||a - b|| / ||a||), max_abs, mean_abs,
+        cosine of its output; update_relative_l2 of the difference between the block's output and input;
+        eager_relative_l2 of PyTorch's own block (NaN where the network is not in the graph's dtype).
 
     Raises:
-        WanlabError: no expert, or a graph that cannot be cut into blocks.
+        WanlabError: the component is no expert, or its graph cannot be cut into blocks.
     """
     plan = component_spec(model, component)
     if not hasattr(plan.network, "blocks"):
@@ -256,28 +258,28 @@ def blockwise_parity(
     graph = onnx_ir.load(path)
     before, *pieces = cut(graph)
     with piece_file(graph, before, path.parent) as file:
-        made = OrtEngine(file, provider=provider).run({name: feeds[name] for name in before.inputs})
-    made |= dict(feeds)
+        values = OrtEngine(file, provider=provider).run({name: feeds[name] for name in before.inputs})
+    values |= dict(feeds)
     rows = []
     with torch.no_grad():
         shell = _Shell(plan.network, kind)
         state, *others = shell.enter(*(feeds[name].to(plan.network.device) for name in plan.inputs))
-        rows.append({"piece": "before"} | differences(state, made[pieces[0].state]))
+        rows.append({"piece": "before"} | differences(state, values[pieces[0].state]))
         for index, piece in enumerate(
             tqdm(pieces, desc="blocks", unit="block", leave=False, disable=not progress)
         ):
-            given = {name: state if name == piece.state else made[name] for name in piece.inputs}
+            inputs = {name: state if name == piece.state else values[name] for name in piece.inputs}
             with piece_file(graph, piece, path.parent) as file:
                 engine = OrtEngine(file, provider=provider)
-                result = engine.run(given)
+                result = engine.run(inputs)
             if piece is pieces[-1]:
                 rows.append({"piece": piece.name} | differences(shell.leave(state), result[plan.output]))
                 break
             block = plan.network.blocks[index]
             expected = torch.nn.Module.to(copy.deepcopy(block), kind)(state, *others)
-            got = result[pieces[index + 1].state].to(state.device)
-            row = {"piece": piece.name} | differences(expected, got)
-            row["update_relative_l2"] = differences(expected - state, got.to(kind) - state)["relative_l2"]
+            actual = result[pieces[index + 1].state].to(state.device)
+            row = {"piece": piece.name} | differences(expected, actual)
+            row["update_relative_l2"] = differences(expected - state, actual.to(kind) - state)["relative_l2"]
             dtype = engine.inputs[piece.state][0]
             if plan.network.dtype == getattr(torch, dtype):
                 eager = block(*_cast((state, *others), plan.network.dtype))
@@ -288,16 +290,18 @@ def blockwise_parity(
 
 
 class _Shell:
-    """What an expert computes around its blocks, in another dtype; the blocks themselves are not copied."""
+    """The parts of an expert before and after its blocks, in another dtype; the blocks themselves are not copied."""
 
     def __init__(self, network, dtype) -> None:
         self.tap, self.dtype, self.inputs = BlockTap(), dtype, ()
-        stand_in = torch.nn.ModuleList([self.tap])
-        shell = copy.deepcopy(network, {id(network.blocks): stand_in})
-        self.network = torch.nn.Module.to(shell, dtype)  # diffusers' own warns of modules kept in float32
+        blocks = torch.nn.ModuleList([self.tap])
+        shell = copy.deepcopy(network, {id(network.blocks): blocks})
+        self.network = torch.nn.Module.to(
+            shell, dtype
+        )  # diffusers' `to` warns about modules that stay in float32
 
     def enter(self, *inputs) -> tuple:
-        """What the first block is given."""
+        """The inputs of the first block."""
         self.inputs = _cast(inputs, self.dtype)
         self.network(*self.inputs, return_dict=False)
         return self.tap.inputs
@@ -309,7 +313,7 @@ class _Shell:
 
 
 def _cast(values: tuple, dtype) -> tuple:
-    """Tensors in another dtype; rotary tables, a tuple of their own, stay in float32, as the network has them."""
+    """Tensors in another dtype; rotary tables, which are a tuple, stay in float32, as in the network."""
     return tuple(value if isinstance(value, tuple) else value.to(dtype) for value in values)
 
 
@@ -326,12 +330,12 @@ def value_ranges(
 ) -> pd.DataFrame:
     """Largest magnitude of every floating-point tensor that a graph computes.
 
-    Every tensor gets a maximum beside it, and the graph runs as it is otherwise. Take the float32 graph to see
-    what float16 would not hold (above 65,504); the float16 graph itself shows where it does overflow.
+    A maximum of every tensor is added to the outputs of the graph. The float32 graph shows which values float16 could not
+    represent (above 65,504); the float16 graph shows which tensors do overflow.
 
     Args:
-        onnx_path: a graph of `wanlab.export.export`.
-        inputs: feeds by name, best recorded from real generations; the largest of all is kept.
+        onnx_path: graph from `wanlab.export.export`.
+        inputs: sets of feeds by name, best recorded from real generations; the result is the largest value of all sets.
 
     Returns:
         One row per tensor, largest first: node (wanlab's name), operator, tensor, max_abs (inf where it overflowed),
@@ -342,21 +346,21 @@ def value_ranges(
     """
     path = Path(onnx_path)
     model = onnx_ir.load(path)
-    watched = _watch(model.graph)
+    nodes = _add_maxima(model.graph)
     draft = path.with_name(f".{path.stem}.ranges.{os.getpid()}.onnx")
-    largest = dict.fromkeys(watched, -1.0)
+    largest = dict.fromkeys(nodes, -1.0)
     try:
         onnx_ir.save(model, draft)
         engine = OrtEngine(draft, provider=provider)
         for feeds in tqdm(inputs, desc="ranges", unit="input", leave=False, disable=not progress):
-            made = engine.run(feeds)
-            for name in watched:
-                value = float(made[name])
+            outputs = engine.run(feeds)
+            for name in nodes:
+                value = float(outputs[name])
                 largest[name] = max(largest[name], math.inf if math.isnan(value) else value)
     finally:
         draft.unlink(missing_ok=True)
     if any(value < 0 for value in largest.values()):
-        raise WanlabError("no inputs to take ranges on; give at least one set of feeds")
+        raise WanlabError("no inputs to measure ranges with; give at least one set of feeds")
     rows = [
         {
             "node": node.name,
@@ -366,7 +370,7 @@ def value_ranges(
             "float16_share": largest[name] / FLOAT16_MAX,
             "state": _state(largest[name]),
         }
-        for name, node in watched.items()
+        for name, node in nodes.items()
     ]
     return pd.DataFrame(rows).sort_values("max_abs", ascending=False, kind="stable", ignore_index=True)
 
@@ -374,9 +378,9 @@ def value_ranges(
 _SUFFIX = "/max_abs"
 
 
-def _watch(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Node]:
-    """Add the largest magnitude of every floating-point tensor as an output; output -> node it belongs to."""
-    watched = {}
+def _add_maxima(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Node]:
+    """Add the largest magnitude of every floating-point tensor as an output; name of the output -> node of the tensor."""
+    nodes = {}
     for node in list(graph):
         for value in node.outputs:
             if value.dtype is None or not value.dtype.is_floating_point() or not value.uses():
@@ -390,8 +394,8 @@ def _watch(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Node]:
             peak.outputs[0].shape = onnx_ir.Shape([])
             graph.extend([wide, size, peak])
             graph.outputs.append(peak.outputs[0])
-            watched[peak.outputs[0].name] = node
-    return watched
+            nodes[peak.outputs[0].name] = node
+    return nodes
 
 
 def _state(value: float) -> str:

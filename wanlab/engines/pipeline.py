@@ -31,11 +31,11 @@ def use(model: Model, engines: Mapping[str, Engine]) -> Model:
 
     Args:
         model: from `wanlab.models.load`, or from here.
-        engines: component -> engine that has the inputs and outputs of `wanlab.export.export`. One with a method
-            `follow` is given the new pipeline, to listen to its scheduler.
+        engines: component -> engine with the inputs and outputs of `wanlab.export.export`. If an engine has a method
+            `follow`, it is called with the new pipeline, so that the engine knows the scheduler's step.
 
     Returns:
-        A new model; its `.engines` says which component runs on what.
+        A new model; its `.engines` maps components to names of engines.
 
     Raises:
         WanlabError: an unknown component, an engine made for another component, or one with other inputs.
@@ -47,10 +47,10 @@ def use(model: Model, engines: Mapping[str, Engine]) -> Model:
     # A scheduler keeps state between steps; two pipelines must not share it.
     pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
     for part in dict.fromkeys(PARTS[component] for component in engines):
-        mine = {component: engine for component, engine in engines.items() if PARTS[component] == part}
-        setattr(pipeline, part, _engine_part(getattr(model.pipeline, part), mine))
+        of_part = {component: engine for component, engine in engines.items() if PARTS[component] == part}
+        setattr(pipeline, part, _engine_part(getattr(model.pipeline, part), of_part))
     for engine in engines.values():
-        if hasattr(engine, "follow"):  # it changes with the step, which the scheduler knows
+        if hasattr(engine, "follow"):  # the engine depends on the step, which the scheduler knows
             engine.follow(pipeline)
     changed = copy.copy(model)
     changed.pipeline = pipeline
@@ -67,14 +67,14 @@ def use_engines(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> Model:
-    """A model whose components run on the engines chosen by name, made ready where they have to be.
+    """A model whose components run on engines that are chosen by name; missing files are prepared first.
 
     Args:
         model: from `wanlab.models.load`, all components eager.
-        chosen: component -> engine; those left out, and those on `"eager"`, stay as they are.
+        chosen: component -> name of its engine; components that are not given, or are on `"eager"`, are not changed.
         folder, size: as `wanlab.engines.open_component` takes them.
         settings: engine -> its settings.
-        progress: show a bar.
+        progress: whether to show a bar.
 
     Raises:
         WanlabError: as `open_component` and `use`; unknown names are refused before any work is done.
@@ -102,18 +102,18 @@ _EXPERT_INPUTS = {"hidden_states", "timestep", "encoder_hidden_states"}
 
 def _check_engine(component: str, engine: Engine) -> None:
     made_for = engine.metadata.get("component", component)
-    # The experts are interchangeable as far as shapes go, which is why a mix-up must not pass.
+    # The experts have the same shapes, so that only this check detects an exchange of the two.
     if made_for != component:
         raise WanlabError(f"{engine.label} was exported from {made_for}; it cannot run {component}")
-    wanted = _INPUTS.get(component, _EXPERT_INPUTS)
-    if set(engine.inputs) != wanted:
+    required = _INPUTS.get(component, _EXPERT_INPUTS)
+    if set(engine.inputs) != required:
         raise WanlabError(
-            f"{engine.label} takes {', '.join(engine.inputs)}; {component} needs {', '.join(sorted(wanted))}"
+            f"{engine.label} takes {', '.join(engine.inputs)}; {component} needs {', '.join(sorted(required))}"
         )
 
 
 def _engine_part(original: torch.nn.Module, engines: dict[str, Engine]) -> EnginePart:
-    """The object that takes the place of a network of the pipeline."""
+    """The module that replaces a network of the pipeline."""
     if "text_encoder" in engines:
         return EngineTextEncoder(original, engines["text_encoder"])
     if "vae_encoder" in engines or "vae_decoder" in engines:
@@ -122,7 +122,7 @@ def _engine_part(original: torch.nn.Module, engines: dict[str, Engine]) -> Engin
 
 
 class EnginePart(torch.nn.Module):
-    """What a diffusers pipeline asks of its networks: configuration, dtype and device."""
+    """Replacement of a network with the attributes that a diffusers pipeline reads: configuration, dtype and device."""
 
     def __init__(self, original: torch.nn.Module) -> None:
         super().__init__()

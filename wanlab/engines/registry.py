@@ -1,10 +1,10 @@
-"""Every kind of engine in one table: what it is called, how it is made and opened, what it needs, its colour.
+"""Table of all kinds of engines: names, how an engine is prepared and opened, required packages, colours.
 
-Whoever asks "which engines are there?" asks here: notebooks, `wanlab bench`, `wanlab doctor`, configurations, plots, tables.
-The table itself loads no engine; what does the work is named by its place and imported when it is used.
+Notebooks, `wanlab bench`, `wanlab doctor`, configurations, plots and tables read it. Reading the table imports no engine;
+the functions of an engine are given as text and imported when they are first called.
 
-An engine of your own is one Python file that ends in `register(EngineKind(...))`. Name the file in the environment variable
-`WANLAB_ENGINES` (several are separated by commas) and it is there in every command, notebook and child process.
+An engine of your own is one Python file that ends in `register(EngineKind(...))`. If the environment variable
+`WANLAB_ENGINES` names the file (several are separated by commas), every command, notebook and child process knows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "WANLAB_ENGINES"
 EAGER = "eager"
-"""What every model runs on as it was loaded; others are compared with it."""
+"""The engine of a model as it was loaded; other engines are compared with it."""
 HALVES_OF_VAE = ("vae_encoder", "vae_decoder")
 
 
@@ -38,10 +38,10 @@ class Need:
     """A package that an engine needs.
 
     Attributes:
-        name: as a reader knows it.
-        modules: names it is imported by; one of them will do.
-        install: the line that adds it.
-        package: the distribution whose version `wanlab doctor` shows.
+        name: name for readers.
+        modules: names of modules, one of which has to be importable.
+        install: command that installs it.
+        package: name of the distribution whose version `wanlab doctor` shows.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Need:
     package: str = ""
 
     def here(self) -> bool:
-        """Whether it can be imported. Type stubs alone, a package without code, do not count."""
+        """Whether the package can be imported. Type stubs alone, a package without code, do not count."""
         specs = (importlib.util.find_spec(module) for module in self.modules)
         return any(spec is not None and spec.origin is not None for spec in specs)
 
@@ -59,28 +59,31 @@ class Need:
 class EngineKind:
     """One kind of engine.
 
-    A function is given as itself, or as `Deferred("module:function")`, which is imported when it is called first.
+    A function is given directly, or as `Deferred("module:function")`, which imports it at the first call.
 
     Attributes:
-        name: in parameters, files and tables, e.g. `"onnxruntime"`. title: for readers. colour: in every plot.
-        open: `open(model, component, path, **settings) -> Engine`. A kind with `suffixes` opens files without a model, too:
+        name: name in parameters, files and tables, e.g. `"onnxruntime"`.
+        title: name for readers.
+        colour: colour in every plot.
+        open: `open(model, component, path, **settings) -> Engine`. A kind with `suffixes` also opens files without a model:
             `model` and `component` are None then.
-        prepare: `prepare(model, component, folder, *, size, progress, **settings) -> path` makes what `open` takes, or
-            finds it made by an earlier call that is still current. None: nothing is made, unless the kind opens graphs.
-        build: `build(graph, *, device, progress, **settings) -> path`, of kinds that are built from an ONNX graph of fixed
-            sizes for `"cpu"` or `"cuda"`. Their `prepare` is the export of the component and this.
-        suffixes: of the files that it opens.
-        needs: packages without which it does not run.
-        components: that it can run; None is all.
-        usual: components that run on it where it is named for the whole model; None is all that it can run.
+        prepare: `prepare(model, component, folder, *, size, progress, **settings) -> path` writes the file for `open`, or
+            reuses the file of an earlier call if it is current. Without it nothing is written, except that the component
+            is exported for kinds that open ONNX graphs or have `build`.
+        build: `build(graph, *, device, progress, **settings) -> path`, for kinds that are built from an ONNX graph of fixed
+            sizes for `"cpu"` or `"cuda"`. Their `prepare` exports the component and then calls `build`.
+        suffixes: suffixes of the files that it opens.
+        needs: packages that it needs to run.
+        components: components that it can run; None is all.
+        usual: components that run on it where it is chosen for the whole model; None is all that it can run.
         plans: how precision plans are applied: `"torch"` in PyTorch, `"graph"` as QuantizeLinear and DequantizeLinear
             in the ONNX graph, `""` not at all.
-        labels: what its engines call themselves -> where they compute: `"cpu"`, `"cuda"`, or `""` where the model is.
-        titles: of labels that have a title of their own.
+        labels: name of an engine of this kind -> where it computes: `"cpu"`, `"cuda"`, or `""` for the model's device.
+        titles: label -> title, for labels that have a title of their own.
         build_settings, open_settings: settings of `prepare` and `build`, and of `open` -> a line of help.
-        by_default: measured in tables where no engine is named; False where making it ready takes minutes.
-        describe: `describe() -> {title: what is here}` for `wanlab doctor`; None says the versions of `needs`.
-        required: wanlab's own notebooks need it everywhere.
+        by_default: whether tables include it where no engine is chosen; False where preparing it takes minutes.
+        describe: `describe() -> {title: text}` for `wanlab doctor`; None shows the versions of `needs`.
+        required: whether wanlab's own notebooks need it on every machine.
     """
 
     name: str
@@ -114,7 +117,7 @@ class EngineKind:
         return {**self.build_settings, **self.open_settings}
 
     def missing(self) -> str:
-        """What has to be installed before it can run here, in one line; empty where nothing has."""
+        """The missing packages and how to install them, in one line; empty if none is missing."""
         lacking = [need for need in self.needs if not need.here()]
         return "; ".join(f"{need.name} is not installed; add it with: {need.install}" for need in lacking)
 
@@ -123,11 +126,11 @@ class EngineKind:
         return self.components is None or component in self.components
 
     def runs_usually(self, component: str) -> bool:
-        """Whether a component runs on it where it is named for the whole model."""
+        """Whether a component runs on it where it is chosen for the whole model."""
         return self.runs(component) if self.usual is None else component in self.usual
 
     def check(self, component: str | None = None, settings: Iterable[str] = ()) -> None:
-        """Refuse what it cannot do before any work is done.
+        """Refuse a component or settings that it does not support, before any work is done.
 
         Raises:
             WanlabError: a package is missing, it does not run this component, or has no such setting.
@@ -144,21 +147,21 @@ class EngineKind:
                 )
 
     def opening(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some settings that `open` takes."""
+        """The settings that `open` accepts, out of the given ones."""
         return {name: value for name, value in settings.items() if name in self.open_settings}
 
     def building(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some settings that `prepare` and `build` take."""
+        """The settings that `prepare` and `build` accept, out of the given ones."""
         return {name: value for name, value in settings.items() if name in self.build_settings}
 
     def label(self, device: str) -> str:
-        """What an engine of this kind calls itself where it computes on `"cpu"` or `"cuda"`."""
+        """The name of an engine of this kind that computes on `"cpu"` or `"cuda"`."""
         names = [label for label, place in self.labels.items() if place == device]
         return names[0] if names else next(iter(self.labels))
 
 
 class Deferred:
-    """A function named by its place, imported when it is called first."""
+    """A function given as `"module:function"`, imported at the first call."""
 
     def __init__(self, place: str) -> None:
         self.module, _, self.name = place.partition(":")
@@ -172,7 +175,7 @@ class Deferred:
 
 @dataclass(frozen=True)
 class _FromGraph:
-    """The `prepare` of kinds that open an ONNX graph, or what is built from one."""
+    """The `prepare` of kinds that open an ONNX graph, or a file that is built from one."""
 
     build: Callable[..., Path] | None
 
@@ -203,7 +206,7 @@ ONNXRUNTIME = Need("ONNX Runtime", ("onnxruntime",), f"pip install {ORT_PACKAGE}
 ONNXRUNTIME_SETTINGS = {
     "provider": "auto, cpu or cuda",
     "threads": "threads of the CPU; PyTorch's own number if not given",
-    "optimization": "of the graph: disabled, basic, extended or all",
+    "optimization": "optimisation of the graph: disabled, basic, extended or all",
     "cuda_graph": "capture the work of the GPU once and replay it",
     "allow_cpu_fallback": "let nodes that compute run on the CPU in a CUDA session",
 }
@@ -264,11 +267,11 @@ ENGINES: dict[str, EngineKind] = {
                 "level": "builder optimisation level, 0 to 5",
                 "workspace_gib": "most GPU memory for the scratch of a layer, in GiB",
                 "tf32": "let float32 products use TF32",
-                "timing_cache": "file that kernel timings are taken from and added to",
+                "timing_cache": "file of kernel timings, which is read and added to",
             },
             open_settings={
                 "runtime_cache": "file of kernels that TensorRT for RTX compiled for this GPU",
-                "specialization": "of kernels to shapes, TensorRT for RTX: lazy, eager or none",
+                "specialization": "specialisation of kernels to shapes in TensorRT for RTX: lazy, eager or none",
                 "device_cuda_graphs": "let TensorRT for RTX capture its own CUDA graphs",
             },
             by_default=False,
@@ -284,7 +287,7 @@ ENGINES: dict[str, EngineKind] = {
             needs=(Need("tvm", ("tvm",), 'pip install "wanlab[tvm]"', "apache-tvm"),),
             labels={"tvm-llvm": "cpu", "tvm-cuda": "cuda"},
             build_settings={
-                "schedule": "of the CPU: tiled, or plain for TVM's own loop nests",
+                "schedule": "loop schedule on the CPU: tiled, or plain for TVM's own loop nests",
                 "fast_math": "on the CPU, polynomials for exp and tanh, and sums in another order",
             },
             open_settings={"threads": "threads of the CPU; PyTorch's own number if not given"},
@@ -302,14 +305,14 @@ ENGINES: dict[str, EngineKind] = {
         ),
     )
 }
-"""Name -> kind, in the order of tables. An engine of wanlab's own is a file of this package and a row here."""
+"""Name -> kind, in the order of tables. An engine that is part of wanlab is a file of this package and a row here."""
 
 
 def register(kind: EngineKind) -> EngineKind:
-    """Add a kind from elsewhere to the table; given again, as when its file is imported twice, it replaces itself.
+    """Add a kind from outside wanlab to the table, or replace an earlier one of the same name.
 
     Raises:
-        WanlabError: the name is one of wanlab's own.
+        WanlabError: an engine of wanlab has this name.
     """
     if kind.name in OWN:
         raise WanlabError(f"an engine named {kind.name!r} is part of wanlab; give yours another name")
@@ -324,7 +327,7 @@ def engine_kind(name: str) -> EngineKind:
     """The kind of this name.
 
     Raises:
-        WanlabError: there is none; names those that there are.
+        WanlabError: no such kind; the message names those that exist.
     """
     if name not in ENGINES:
         raise WanlabError(f"unknown engine {name!r}{did_you_mean(name, ENGINES)}; give {', '.join(ENGINES)}")
@@ -332,7 +335,7 @@ def engine_kind(name: str) -> EngineKind:
 
 
 def kind_of_label(label: str) -> EngineKind | None:
-    """The kind of an engine by what it calls itself in tables: `"onnxruntime-cuda"`, `"eager, plan fp8"`, or its name."""
+    """The kind of an engine by its label in tables: `"onnxruntime-cuda"`, `"eager, plan fp8"`, or its name."""
     plain = _without_remark(label)
     if plain in ENGINES:
         return ENGINES[plain]
@@ -340,12 +343,12 @@ def kind_of_label(label: str) -> EngineKind | None:
 
 
 def _without_remark(label: str) -> str:
-    """`"tvm-llvm (plain)"` and `"eager, plan fp8"` without what is said beside the engine."""
+    """`"tvm-llvm (plain)"` and `"eager, plan fp8"` without the remark after the engine's name."""
     return re.split(r" \(|, ", label)[0]
 
 
 def title_of_label(label: str) -> str:
-    """What readers call an engine; the label itself where no kind is known by it."""
+    """The title of an engine for readers; the label itself where it belongs to no kind."""
     kind = kind_of_label(label)
     return label if kind is None else kind.titles.get(label, kind.title)
 
@@ -366,15 +369,15 @@ def open_engine(path: str | os.PathLike, **settings: Any) -> Engine:
 
     Args:
         path: `.onnx` (ONNX Runtime), `.engine` or `.plan` (TensorRT), `.so` (TVM).
-        settings: of the engine, see `EngineKind.open_settings`.
+        settings: settings of the engine, see `EngineKind.open_settings`.
 
     Raises:
         WanlabError: no such file, a suffix that no engine has, or as the engine itself.
     """
     path, known = Path(path), suffixes()
     if path.suffix not in known:
-        words = ", ".join(f"{suffix} ({kind.title})" for suffix, kind in known.items())
-        raise WanlabError(f"{path} is no engine; give a file that ends in {words}")
+        names = ", ".join(f"{suffix} ({kind.title})" for suffix, kind in known.items())
+        raise WanlabError(f"{path} is no engine; give a file that ends in {names}")
     if not path.is_file():
         raise WanlabError(f"no file at {path}")
     return known[path.suffix].open(None, None, path, **settings)
@@ -391,7 +394,7 @@ def open_component(
     traces: Any = None,
     **settings: Any,
 ) -> Engine:
-    """One component of a model in an engine, made ready where it has to be.
+    """One component of a model in an engine; its file is prepared first if it is missing or out of date.
 
     Args: as `prepare_component`.
 
@@ -415,15 +418,16 @@ def prepare_component(
     traces: Any = None,
     **settings: Any,
 ) -> Path | None:
-    """Make what an engine opens for one component, or find it made and current; None where nothing is made.
+    """Path of the file that an engine opens for one component, written unless it is current; None without a file.
 
     Args:
-        name: of the engine. component: wanlab's name of it.
-        folder: where graphs and built files are kept and, while current, reused.
-        size: height, width and frames (pixels, pixels, frames), text_tokens, batch (1 if not given) that files are made
-            for; the model's own where not given.
-        traces: an `export.Traces` that calls for components of one architecture share, so that it is traced once.
-        settings: of this engine, see `EngineKind.settings`.
+        name: name of the engine.
+        component: name of the component.
+        folder: folder of graphs and built files, which are reused while they are current.
+        size: height, width (pixels), frames, text_tokens and batch (default 1) of the inputs; the model's default where
+            not given.
+        traces: an `export.Traces` to share between components of one architecture, so that it is traced once.
+        settings: settings of this engine, see `EngineKind.settings`.
 
     Raises:
         WanlabError: an unknown engine, component or setting, a missing package, or as the export and the builder.

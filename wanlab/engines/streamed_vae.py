@@ -20,20 +20,20 @@ from wanlab.models.pipeline import Model
 class Streamed(Engine):
     """One half of the VAE over two engines: the first chunk of a clip, and every later one.
 
-    What the causal convolutions have seen stays where the engines put it; peak memory is that of one chunk, beside the
-    input and the output. Both engines hold the weights, so `size_bytes` counts them twice.
+    The caches of the causal convolutions stay in the memory where the engines wrote them; peak memory is that of one chunk,
+    the input and the output. Both engines have the weights, so `size_bytes` counts them twice.
 
-    Attributes: as `wanlab.engines.base.Engine`, with the input and the output of the whole clip; `name` is that of the
-        engines with `-streamed` after it. path: of the first engine's file, where it has one.
+    Attributes: as `wanlab.engines.base.Engine`, with the input and the output of the whole clip; `name` is the name of
+        the engines and `-streamed`; `path` is the path of the first engine, if it has one.
     """
 
     component = ""
 
     def __init__(self, first: Engine, next: Engine) -> None:
-        """Put two engines together.
+        """Combine two engines.
 
         Args:
-            first, next: of `<component>.first.onnx` and `<component>.next.onnx` (`wanlab.export.export_streamed`).
+            first, next: engines of `<component>.first.onnx` and `<component>.next.onnx` (`wanlab.export.export_streamed`).
 
         Raises:
             WanlabError: engines of another component or step, of different weights, dtypes or places.
@@ -41,11 +41,11 @@ class Streamed(Engine):
         half = HALVES[self.component]
         self.first, self.next = first, next
         for engine, step in ((first, STEPS[0]), (next, STEPS[1])):
-            made = f"{engine.metadata.get('component', 'something')}.{engine.metadata.get('step', 'whole')}"
-            if made != f"{self.component}.{step}":
+            actual = f"{engine.metadata.get('component', 'something')}.{engine.metadata.get('step', 'whole')}"
+            if actual != f"{self.component}.{step}":
                 raise WanlabError(
-                    f"{_file(engine)} is {made}, not {self.component}.{step};"
-                    " make the pair with wanlab.export.export_streamed"
+                    f"{_file(engine)} is {actual}, not {self.component}.{step};"
+                    " export the pair with wanlab.export.export_streamed"
                 )
         carried = {name: kind[0] for name, kind in first.outputs.items() if name.startswith(PRESENT)}
         self.caches = tuple(name.removeprefix(PAST) for name in next.inputs if name.startswith(PAST))
@@ -57,7 +57,7 @@ class Streamed(Engine):
             )
         if first.device != next.device:
             raise WanlabError(
-                f"{_file(first)} runs on {first.device}, {_file(next)} on {next.device}; open both alike"
+                f"{_file(first)} runs on {first.device}, {_file(next)} on {next.device}; open both on one device"
             )
         self.source, self.result = half.source, half.result
         self.name, self.device = f"{next.name}-streamed", next.device
@@ -65,7 +65,7 @@ class Streamed(Engine):
         self.size_bytes = first.size_bytes + next.size_bytes
         self.load_ms = first.load_ms + next.load_ms
         self.path = getattr(first, "path", None)
-        # Frames of a later chunk, which its graph is fixed to.
+        # Frames of a later chunk in source and result; the graph is fixed to them.
         self._later = int(next.inputs[self.source][1][2]), int(next.outputs[self.result][1][2])
         self.inputs: dict[str, TensorType] = {self.source: _whole(first.inputs[self.source], half.source)}
         self.outputs: dict[str, TensorType] = {self.result: _whole(first.outputs[self.result], half.result)}
@@ -75,30 +75,30 @@ class Streamed(Engine):
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"the streamed {self.component}"
 
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`latents` `[B, C, 1 + k, H', W']`, not normalised, to `video` in [-1, 1], or `video` to `moments`."""
         source = tensors[self.source]
         chunks = self._chunks(source.shape)
-        made = self.first.run({self.source: source[:, :, :1]})
-        frame = made.pop(self.result)
+        outputs = self.first.run({self.source: source[:, :, :1]})
+        frame = outputs.pop(self.result)
         whole = frame.new_empty((*frame.shape[:2], 1 + self._later[1] * chunks, *frame.shape[3:]))
         whole[:, :, :1] = frame
         for index in range(chunks):
             start = 1 + self._later[0] * index
-            given = {f"{PAST}{name}": made.pop(f"{PRESENT}{name}") for name in self.caches}
-            given[self.source] = source[:, :, start : start + self._later[0]]
-            made = self.next.run(given)
+            feeds = {f"{PAST}{name}": outputs.pop(f"{PRESENT}{name}") for name in self.caches}
+            feeds[self.source] = source[:, :, start : start + self._later[0]]
+            outputs = self.next.run(feeds)
             start = 1 + self._later[1] * index
-            whole[:, :, start : start + self._later[1]] = made.pop(self.result)
+            whole[:, :, start : start + self._later[1]] = outputs.pop(self.result)
         return {self.result: whole}
 
     def _check_capture(self, cuda_graph: bool) -> None:
         if cuda_graph:
             raise WanlabError(
-                f"{self.name} runs a clip as many calls, which one CUDA graph does not hold; leave it out"
+                f"{self.name} runs a clip as many calls, which do not fit into one CUDA graph; leave cuda_graph out"
             )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -112,7 +112,7 @@ class Streamed(Engine):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """The caches are allocated here, twice: one set is read while the other is written."""
+        """Two sets of caches are allocated here: one is read while the other is written."""
         source, whole = inputs[self.source], outputs[self.result]
         chunks = self._chunks(source.shape)
         frames = 1 + self._later[1] * chunks
@@ -120,46 +120,46 @@ class Streamed(Engine):
             raise WanlabError(
                 f"{self.result!r} has memory for {whole.shape[2]} frames, this clip gives {frames}"
             )
-        where = nullcontext()
+        on_stream = nullcontext()
         if self.device.type == "cuda":
             caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
-            where, stream = torch.cuda.stream(caller), caller.cuda_stream
+            on_stream, stream = torch.cuda.stream(caller), caller.cuda_stream
         sets = [self._empty_caches(source) for _ in range(min(1 + chunks, 2))]
-        taken, given = source[:, :, :1].contiguous(), torch.empty_like(whole[:, :, :1].contiguous())
+        chunk, output = source[:, :, :1].contiguous(), torch.empty_like(whole[:, :, :1].contiguous())
         written = {f"{PRESENT}{name}": cache for name, cache in sets[0].items()}
-        first = self.first.bind({self.source: taken}, {self.result: given} | written, stream=stream)
-        calls = [(first, taken, given)]
+        first = self.first.bind({self.source: chunk}, {self.result: output} | written, stream=stream)
+        calls = [(first, chunk, output)]
         if chunks:
-            taken = source[:, :, 1 : 1 + self._later[0]].contiguous()
-            given = torch.empty_like(whole[:, :, 1 : 1 + self._later[1]].contiguous())
+            chunk = source[:, :, 1 : 1 + self._later[0]].contiguous()
+            output = torch.empty_like(whole[:, :, 1 : 1 + self._later[1]].contiguous())
         for turn in range(min(chunks, 2)):
             read = {f"{PAST}{name}": cache for name, cache in sets[turn].items()}
             written = {f"{PRESENT}{name}": cache for name, cache in sets[1 - turn].items()}
-            call = self.next.bind({self.source: taken} | read, {self.result: given} | written, stream=stream)
-            calls.append((call, taken, given))
+            call = self.next.bind({self.source: chunk} | read, {self.result: output} | written, stream=stream)
+            calls.append((call, chunk, output))
 
         def run() -> None:
-            with where:
+            with on_stream:
                 at_source = at_result = 0
                 for index in range(1 + chunks):
-                    call, taken, given = calls[2 - index % 2 if index else 0]
-                    taken.copy_(source[:, :, at_source : at_source + taken.shape[2]])
+                    call, chunk, output = calls[2 - index % 2 if index else 0]
+                    chunk.copy_(source[:, :, at_source : at_source + chunk.shape[2]])
                     call()
-                    whole[:, :, at_result : at_result + given.shape[2]] = given
-                    at_source, at_result = at_source + taken.shape[2], at_result + given.shape[2]
+                    whole[:, :, at_result : at_result + output.shape[2]] = output
+                    at_source, at_result = at_source + chunk.shape[2], at_result + output.shape[2]
 
         return run
 
     def _chunks(self, shape: Sequence[int]) -> int:
-        """How many chunks follow the first in a source of this shape."""
+        """Number of chunks after the first in a source of this shape."""
         frames, step = shape[2] if len(shape) == 5 else 0, self._later[0]
         if frames < 1 or (frames - 1) % step:
-            wanted = "1 or more frames" if step == 1 else f"{step}k + 1 frames"
-            raise WanlabError(f"{self.source!r} is {list(shape)}; give [B, C, T, H, W] with {wanted}")
+            allowed = "1 or more frames" if step == 1 else f"{step}k + 1 frames"
+            raise WanlabError(f"{self.source!r} is {list(shape)}; give [B, C, T, H, W] with {allowed}")
         return (frames - 1) // step
 
     def _empty_caches(self, source: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Memory for what the convolutions have seen, at the size that `source` asks for."""
+        """Memory for the caches of the convolutions, at the size that belongs to `source`."""
         own = self.next.inputs[self.source][1]
         sizes = {
             _factor(axis)[1]: size / _factor(axis)[0] for axis, size in zip(own, source.shape, strict=True)
@@ -189,8 +189,8 @@ def open_streamed_decoder(folder: str | os.PathLike, **options) -> StreamedDecod
     """The pair that `export_streamed` wrote for the decoder.
 
     Args:
-        folder: holds `vae_decoder.first.onnx` and `vae_decoder.next.onnx`.
-        options: of `OrtEngine`: provider, threads and so on.
+        folder: folder with `vae_decoder.first.onnx` and `vae_decoder.next.onnx`.
+        options: options of `OrtEngine`: provider, threads and so on.
 
     Raises:
         WanlabError: a file is missing, or as `OrtEngine` and `StreamedDecoder`.
@@ -216,7 +216,7 @@ def prepare_streamed(
     The graphs take any number of frames, so only batch, height and width of `size` count.
 
     Returns:
-        The file of the first chunk; that of the later ones lies beside it.
+        The file of the first chunk; the file of the later ones is in the same folder.
     """
     fixed: dict[str, Any] = {name: size.get(name) for name in ("batch", "height", "width")}
     first, _ = export_streamed(model, folder, component, dynamic=False, **fixed)
@@ -224,7 +224,7 @@ def prepare_streamed(
 
 
 def open_streamed(model: Model | None, component: str, path: str | os.PathLike, **settings: Any) -> Streamed:
-    """The pair that `prepare_streamed` made; the `open` of the kind `streamed_vae`."""
+    """The pair that `prepare_streamed` exported; the `open` of the kind `streamed_vae`."""
     if model is not None:
         settings = {"provider": model.device.type, **settings}
     kinds = {kind.component: kind for kind in (StreamedDecoder, StreamedEncoder)}
@@ -235,8 +235,8 @@ def _open(folder: str | os.PathLike, component: str, options: dict) -> list[OrtE
     files = [half_of(component).file(folder, step) for step in STEPS]
     for file in files:
         if not file.is_file():
-            raise WanlabError(f"no {file.name} in {folder}; make it with wanlab.export.export_streamed")
-    # Both sessions would plan one large block for their second run, and keep beside it what the first run took.
+            raise WanlabError(f"no {file.name} in {folder}; export it with wanlab.export.export_streamed")
+    # With memory patterns both sessions would allocate one large block at their second run and keep the memory of the first.
     return [OrtEngine(file, **{"memory_pattern": False} | options) for file in files]
 
 
@@ -244,14 +244,14 @@ def _file(engine) -> str:
     return getattr(getattr(engine, "path", None), "name", engine.name)
 
 
-def _whole(kind: TensorType, name: str) -> TensorType:
-    """The type of a whole clip from that of its first chunk."""
-    dtype, axes = kind
+def _whole(chunk: TensorType, name: str) -> TensorType:
+    """The type of a whole clip from the type of its first chunk."""
+    dtype, axes = chunk
     return dtype, (*axes[:2], "frames" if name == "video" else "latent_frames", *axes[3:])
 
 
 def _factor(axis: int | str) -> tuple[int, str]:
-    """`"4*latent_height"` as 4 and the name; a fixed size as itself and no name."""
+    """Factor and name of an axis: `"4*latent_height"` gives 4 and `"latent_height"`; a fixed size gives itself and `""`."""
     if isinstance(axis, int):
         return axis, ""
     times, _, name = axis.rpartition("*")

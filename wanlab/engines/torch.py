@@ -19,7 +19,7 @@ MODES = ("eager", "compiled")
 class TorchEngine(Engine):
     """One component of a model, computed by PyTorch as the pipeline computes it.
 
-    Attributes: as `wanlab.engines.base.Engine`. `load_ms` is what wrapping took; loading is the model's.
+    Attributes: as `wanlab.engines.base.Engine`. `load_ms` is the time of wrapping, without the load of the model.
     """
 
     checks_output_dtypes = False
@@ -29,9 +29,9 @@ class TorchEngine(Engine):
         """Wrap a component.
 
         Args:
-            model: from `wanlab.models.load`, the component eager.
-            mode: `"eager"`, or `"compiled"`: each transformer block (of a VAE: its halves) by `torch.compile`, which
-                happens at the first run.
+            model: a model from `wanlab.models.load` whose component is eager.
+            mode: `"eager"`, or `"compiled"`: `torch.compile` of each transformer block, or of each half of a VAE, at the
+                first run.
 
         Raises:
             WanlabError: unknown mode or component.
@@ -63,31 +63,31 @@ class TorchEngine(Engine):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """PyTorch makes its own output, which is then copied on the device into `outputs`."""
-        given = [inputs[name] for name in self.inputs]
+        """PyTorch allocates its own output, which is then copied on the device into `outputs`."""
+        arguments = [inputs[name] for name in self.inputs]
         target = outputs[self._spec.output]
 
         @torch.no_grad()
         def call() -> None:
-            output = self._call(*given)
-            if output.shape != target.shape or output.dtype != target.dtype:  # copying would repeat, or cast
+            output = self._call(*arguments)
+            if output.shape != target.shape or output.dtype != target.dtype:  # a copy would broadcast or cast
                 raise WanlabError(
-                    f"{self.label} makes {list(output.shape)} in {output.dtype};"
+                    f"{self.label} returns {list(output.shape)} in {output.dtype};"
                     f" memory for {list(target.shape)} in {target.dtype} was given"
                 )
             target.copy_(output)
 
         if self.device.type != "cuda":
             return call
-        where = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
+        target_stream = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
         if not cuda_graph:
 
             def enqueue() -> None:
-                with torch.cuda.stream(where):
+                with torch.cuda.stream(target_stream):
                     call()
 
             return enqueue
-        with torch.cuda.stream(where):
+        with torch.cuda.stream(target_stream):
             for _ in range(3):  # libraries choose and allocate on their first calls
                 call()
         torch.cuda.synchronize(self.device)
@@ -96,7 +96,7 @@ class TorchEngine(Engine):
             call()
 
         def replay() -> None:
-            with torch.cuda.stream(where):
+            with torch.cuda.stream(target_stream):
                 graph.replay()
 
         return replay

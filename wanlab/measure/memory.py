@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -176,17 +176,27 @@ class _Sampler:
         self._thread.join()
 
 
-def in_own_process(module: str, order: dict[str, Any], what: str) -> dict[str, Any]:
+def in_own_process(
+    module: str, order: dict[str, Any], what: str, *, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run `python -m module` with `order` as JSON on its standard input; its last line of output is the result as JSON.
 
     Args:
+        module: name of the module.
+        order: settings of the measurement.
         what: name of the measurement, for the error message.
+        environment: additional environment variables.
 
     Raises:
         WanlabError: the process failed; the message ends with its last line of output.
     """
     process = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps(order), capture_output=True, text=True, check=False
+        [sys.executable, "-m", module],
+        input=json.dumps(order),
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if process.returncode:
         last = (process.stderr.strip() or "no message").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""ONNX graphs built into engines, for one GPU or several, each with its build information."""
+"""Builds TensorRT engines from ONNX graphs, for one or several GPUs; build and layer information is kept beside them."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ _TOKEN = re.compile(r"([A-Z][\w/ ]*): ")
 
 
 def layers_from_log(messages: Sequence[Message]) -> dict[str, Any] | None:
-    """Layer information that a builder logged, as its inspector would give it; None where there is none.
+    """Layer information that a builder logged, in the form of the inspector's; None if it logged none.
 
     Returns:
         `"Layers"`: list of dicts (Name, LayerType, Inputs, Constants, Outputs, TacticName, StreamId, Metadata);
@@ -205,7 +205,7 @@ def layers_from_log(messages: Sequence[Message]) -> dict[str, Any] | None:
         if line.rstrip(":") in sections and line.endswith(":"):
             section = line.rstrip(":")
         elif line.strip():
-            sections[section].append(line.lstrip())  # an empty last field ends in its blank
+            sections[section].append(line.lstrip())  # an empty last field ends with a space
     engine = dict(line.split(": ", 1) for line in sections[ENGINE] if ": " in line)
     return {
         LAYERS: [parse_line(line) for line in sections[LAYERS]],
@@ -225,13 +225,13 @@ def parse_line(line: str) -> dict[str, Any]:
 
 def _fields(text: str, at: int) -> tuple[dict[str, Any], int]:
     """`Key: value, Key: value`, until a closing brace or the end."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     while match := _TOKEN.match(text, at):
         key = match[1]
-        found[key], at = _value(text, match.end(), key)
+        fields[key], at = _value(text, match.end(), key)
         if text.startswith(", ", at):
             at += 2
-    return found, at
+    return fields, at
 
 
 def _value(text: str, at: int, key: str) -> tuple[Any, int]:
@@ -246,7 +246,7 @@ def _value(text: str, at: int, key: str) -> tuple[Any, int]:
     if key != "Metadata" and (match := re.compile(r"\[([-\d, ]*)\]").match(text, at)):
         numbers = [int(number) for number in match[1].split(",") if number.strip()]
         return numbers, match.end()
-    # Names may hold anything but this: the next key after a comma, or the end of the item.
+    # A name ends at the next key after a comma, or at the end of the item.
     end = re.compile(r", (?=[A-Z][\w/ ]*: )| }|$").search(text, at)
     stop = len(text) if key == "Metadata" or end is None else end.start()
     word = text[at:stop]
@@ -260,13 +260,13 @@ def _skip(text: str, at: int, choices: tuple[str, ...]) -> int:
 
 
 def count_types(information: dict[str, Any]) -> dict[str, int]:
-    """Layer type -> how many, most first; of layers that only name themselves, nothing."""
+    """Layer type -> number of layers, largest first; layers for which only a name is known are not counted."""
     layers = [layer for layer in information.get(LAYERS, ()) if isinstance(layer, dict)]
     return dict(Counter(layer.get("LayerType", "") for layer in layers).most_common())
 
 
 def count_datatypes(information: dict[str, Any]) -> dict[str, int]:
-    """Datatypes of a layer's inputs, e.g. `"Int8"` or `"Float+Half"` -> how many layers read these, most first."""
+    """Datatypes of a layer's inputs, e.g. `"Int8"` or `"Float+Half"` -> number of layers, largest first."""
     counts: Counter[str] = Counter()
     for layer in information.get(LAYERS, ()):
         inputs = layer.get("Inputs") if isinstance(layer, dict) else None
@@ -277,7 +277,7 @@ def count_datatypes(information: dict[str, Any]) -> dict[str, int]:
 
 
 def layers_path(engine: str | os.PathLike) -> Path:
-    """Where the layer information of an engine lies."""
+    """Path of the layer information of an engine."""
     return Path(f"{os.fspath(engine)}.layers.json")
 
 
@@ -287,10 +287,10 @@ def write_layers(engine: str | os.PathLike, information: dict[str, Any]) -> Path
 
 
 def inspect_plan(runtime: Runtime, plan: Any) -> dict[str, Any] | None:
-    """Open a serialised engine for a look; None where it cannot be opened here.
+    """Layer information of a serialised engine; None if it cannot be opened on this machine.
 
     Args:
-        plan: bytes, or what the builder gave.
+        plan: bytes or buffer of the builder.
     """
     opener: trt.Runtime | None = runtime.module.Runtime(runtime.logger)
     engine = opener.deserialize_cuda_engine(plan) if opener else None
@@ -300,21 +300,25 @@ def inspect_plan(runtime: Runtime, plan: Any) -> dict[str, Any] | None:
 def inspect_engine(
     runtime: Runtime, engine: trt.ICudaEngine, context: trt.IExecutionContext | None = None
 ) -> dict[str, Any] | None:
-    """What the inspector says, as a dict with `"Layers"`; None where it says nothing that can be read.
+    """Layer information of the inspector, as a dict with `"Layers"`; None if it cannot be read.
 
     Args:
-        context: with its input shapes set, tells the shapes of free axes too.
+        context: context with input shapes; with it the information has the sizes of free axes.
     """
     inspector = engine.create_engine_inspector()
     if context is not None:
         inspector.execution_context = context
     try:
-        found = json.loads(
+        information = json.loads(
             inspector.get_engine_information(runtime.module.LayerInformationFormat.JSON), strict=False
         )
     except ValueError:
         return None
-    return found | {"Source": "inspector"} if isinstance(found, dict) and found.get(LAYERS) else None
+    return (
+        information | {"Source": "inspector"}
+        if isinstance(information, dict) and information.get(LAYERS)
+        else None
+    )
 
 
 def build_tensorrt(
@@ -331,30 +335,31 @@ def build_tensorrt(
     reuse: bool = True,
     progress: bool = True,
 ) -> BuildInfo:
-    """Build an engine from an ONNX graph; engine and build information appear only when all went well.
+    """Build an engine from an ONNX graph; its file and build information are written only after a successful build.
 
-    The network is strongly typed: it computes in the types that the graph says, quantised where the graph has
-    QuantizeLinear and DequantizeLinear. TensorRT for RTX builds ahead of time for a list of GPUs and needs none;
+    The network is strongly typed: it computes in the types of the graph, quantised where the graph has
+    QuantizeLinear and DequantizeLinear. TensorRT for RTX builds ahead of time for a list of GPUs and does not need one;
     TensorRT builds for the GPU of this machine and times its kernels on it.
 
     Args:
-        onnx_path: from `wanlab.export.export` or `wanlab.precision.quantize`; weights beside it are found.
-        engine_path: None takes `<graph>.engine` beside the graph. Beside the engine come `<engine>.json`, its
-            build information, and `<engine>.layers.json`, what the builder made of each layer.
-        profile: sizes to build for, in pixels, or as shapes of the inputs; None takes sizes around the model's clip.
-            A graph of fixed sizes needs none.
-        workspace_gib: most device memory for a layer's scratch; None sets no limit.
-        level: builder optimisation level, 0 to 5; None takes TensorRT's own.
-        tf32: let float32 products use TF32 where the GPU has it, which TensorRT does by default.
-        timing_cache: file that kernel timings are taken from and added to; TensorRT only.
-        compute_capabilities: for TensorRT for RTX, e.g. `["8.6", "12.0"]`; None takes 8.6, 8.9 and 12.0.
+        onnx_path: graph from `wanlab.export.export` or `wanlab.precision.quantize`, with its files of weights.
+        engine_path: path of the engine; None is `<graph>.engine` beside the graph. Build information is written to
+            `<engine>.json`, layer information to `<engine>.layers.json`.
+        profile: sizes to build for, in pixels or as shapes of the inputs; None takes sizes around the model's clip. A
+            graph of fixed sizes needs none.
+        workspace_gib: limit of temporary device memory of a layer, in GiB; None sets no limit.
+        level: builder optimisation level, 0 to 5; None is TensorRT's default.
+        tf32: whether float32 products may use TF32 where the GPU has it, as is TensorRT's default.
+        timing_cache: file of kernel timings, which is read and added to; TensorRT only.
+        compute_capabilities: GPUs for TensorRT for RTX, e.g. `["8.6", "12.0"]`; None takes 8.6, 8.9 and 12.0.
         kind: `"tensorrt"` or `"tensorrt-rtx"`; None as in `open_runtime`.
-        reuse: keep an engine that was built from the same graph, shapes, settings and version for the same GPUs.
-        progress: show a bar while the builder works.
+        reuse: whether to keep an engine that was built from the same graph, shapes, settings and version for the same
+            GPUs.
+        progress: whether to show a bar.
 
     Raises:
-        WanlabError: TensorRT is not installed, the parser or the builder refuses the graph (with the node's name),
-            the profile does not fit the graph, or a setting makes no sense.
+        WanlabError: TensorRT is not installed, the parser or the builder refuses the graph (with the node's name), the
+            profile does not suit the graph, or a setting is impossible.
     """
     runtime, source = open_runtime(kind), read_source(onnx_path)
     path = Path(engine_path) if engine_path else source.path.with_suffix(".engine")
@@ -365,7 +370,7 @@ def build_tensorrt(
     if workspace_gib is not None and workspace_gib <= 0:
         raise WanlabError(f"workspace_gib is {workspace_gib}; give more than 0, or None for no limit")
     if timing_cache is not None and runtime.builds_ahead:
-        raise WanlabError(f"{runtime.name} times nothing while it builds; leave timing_cache out")
+        raise WanlabError(f"{runtime.name} does not time kernels at the build; leave timing_cache out")
     shapes = network_shapes(source, profile)
     targets, gpu = target_gpus(runtime, compute_capabilities)
     settings = {"level": level, "workspace_gib": workspace_gib, "tf32": tf32}
@@ -422,24 +427,23 @@ def build_tensorrt(
 
 
 def _layers(runtime: Runtime, path: Path, plan: Any, log: list[Message]) -> dict[str, Any]:
-    """Layer information beside the engine: from its inspector where a GPU can open it, else from the log."""
-    found = None if runtime.builds_ahead else inspect_plan(runtime, plan)
-    found = found or layers_from_log(log)
-    if found is None:
+    """Write layer information, from the inspector if a GPU can open the engine, else from the log; fields of `BuildInfo`."""
+    information = None if runtime.builds_ahead else inspect_plan(runtime, plan)
+    information = information or layers_from_log(log)
+    if information is None:
         return {
             "layers": {},
             "datatypes": {},
             "layers_source": f"none: {runtime.last_error(log) or 'the builder logged no layers'}",
         }
-    write_layers(path, found)
-    counts = {"layers": count_types(found), "datatypes": count_datatypes(found)}
-    return counts | {"layers_source": found["Source"]}
+    write_layers(path, information)
+    counts = {"layers": count_types(information), "datatypes": count_datatypes(information)}
+    return counts | {"layers_source": information["Source"]}
 
 
 def _logged_bytes(log: Sequence[Message], what: str) -> int | None:
     pattern = re.compile(rf"{what}: (\d+) bytes")
-    found = [int(match[1]) for _, text in log if (match := pattern.search(text))]
-    return max(found, default=None)
+    return max((int(match[1]) for _, text in log if (match := pattern.search(text))), default=None)
 
 
 REFUSED = ["component", "numbers", "capability", "node", "operator", "reason"]
@@ -454,12 +458,12 @@ def build_graph(
 
 @dataclass(frozen=True, eq=False)
 class EngineBuilds:
-    """What came of several builds.
+    """Results of several builds.
 
     Attributes:
-        runtime: name and version of the TensorRT that built.
+        runtime: name and version of TensorRT.
         built: build information of the engines, in the order of the graphs.
-        refused: a row per graph and GPU that it cannot be built for: component, numbers, capability, node, operator,
+        refused: a row per graph and GPU for which it cannot be built: component, numbers, capability, node, operator,
             reason.
     """
 
@@ -472,7 +476,7 @@ class EngineBuilds:
         return builds_frame(list(self.built))
 
     def refusals(self) -> pd.DataFrame:
-        """`refused` for the eye: a row per graph and reason, its capabilities joined, layer and operator in one."""
+        """`refused` for readers: a row per graph and reason, capabilities in one column, layer and operator in another."""
         columns = ["component", "numbers", "capability", "layer", "reason"]
         shown = self.refused.assign(
             layer=[
@@ -488,16 +492,16 @@ class EngineBuilds:
         return pd.DataFrame(rows, columns=columns)
 
     def warnings(self) -> pd.DataFrame:
-        """What the builder warned of: warning, engines (those that it was said of)."""
-        said: dict[str, list[str]] = {}
+        """Warnings of the builder: warning, engines (names of those that it is about)."""
+        engines: dict[str, list[str]] = {}
         for info in self.built:
             for text in info.warnings:
-                said.setdefault(text, []).append(Path(info.path).name)
-        rows = [{"warning": text, "engines": ", ".join(names)} for text, names in said.items()]
+                engines.setdefault(text, []).append(Path(info.path).name)
+        rows = [{"warning": text, "engines": ", ".join(names)} for text, names in engines.items()]
         return pd.DataFrame(rows, columns=["warning", "engines"])
 
     def bindings(self) -> pd.DataFrame:
-        """What each engine is bound to: engine, input, min, opt, max (its shapes), graph and key (hashes, shortened)."""
+        """Shapes and graph of each engine: engine, input, min, opt, max (shapes), graph and key (shortened hashes)."""
         rows = [
             {"engine": Path(info.path).name, "input": name}
             | {end: "x".join(map(str, shape)) for end, shape in zip(ENDS, shapes, strict=True)}
@@ -512,7 +516,7 @@ class EngineBuilds:
         return [info.record() for info in self.built]
 
     def sentence(self, graphs: int) -> str:
-        """How many of the graphs became engines, for which GPUs, and what was refused."""
+        """Number of graphs that became engines, their GPUs, and the number of refusals."""
         targets = sorted({c for info in self.built for c in info.compute_capabilities}, key=float)
         text = f"{len(self.built)} of {graphs} graphs became engines of {self.runtime}"
         text += f" for compute capability {', '.join(targets)}" if targets else ""
@@ -523,7 +527,7 @@ class EngineBuilds:
 
     @property
     def notes(self) -> list[str]:
-        """Of all engines, each once."""
+        """Distinct notes of all engines."""
         return list(dict.fromkeys(note for info in self.built for note in info.notes))
 
 
@@ -535,16 +539,16 @@ def build_engines(
     progress: bool = True,
     **settings: Any,
 ) -> EngineBuilds:
-    """Build every graph for as many of the GPUs as take it; what is refused is a row, not an error.
+    """Build every graph for all GPUs for which that is possible; a refusal is a row of the result, not an error.
 
     Args:
-        graphs: ONNX files; each engine comes to lie beside its graph.
-        compute_capabilities: for TensorRT for RTX; TensorRT builds for the GPU of this machine whatever is given.
+        graphs: ONNX files; each engine is written beside its graph.
+        compute_capabilities: GPUs for TensorRT for RTX; TensorRT always builds for the GPU of this machine.
         kind, settings: as in `build_tensorrt`.
-        progress: show a bar over the graphs, and one for each build.
+        progress: whether to show a bar for all graphs and one for each build.
 
     Raises:
-        WanlabError: as `build_tensorrt`, but for a builder that refuses.
+        WanlabError: as `build_tensorrt`, except when the builder refuses a graph.
     """
     runtime = open_runtime(kind)
     built: list[BuildInfo] = []
@@ -554,11 +558,11 @@ def build_engines(
         left = list(target_gpus(runtime, compute_capabilities if runtime.builds_ahead else None)[0])
         while left:
             try:
-                wanted = left if runtime.builds_ahead else None
+                capabilities = left if runtime.builds_ahead else None
                 built.append(
                     build_tensorrt(
                         graph,
-                        compute_capabilities=wanted,
+                        compute_capabilities=capabilities,
                         kind=runtime.kind,
                         progress=progress,
                         **settings,
@@ -566,9 +570,9 @@ def build_engines(
                 )
                 break
             except Refused as error:
-                found = error.refusal
-                # Without a name among them it is all of them.
-                named = [target for target in left if target in found.targets] or list(left)
+                refusal = error.refusal
+                # If the reason names no capability, it is about all of them.
+                named = [target for target in left if target in refusal.targets] or list(left)
                 for target in named:
                     left.remove(target)
                     refused.append(
@@ -576,9 +580,9 @@ def build_engines(
                             "component": source.metadata.get("component") or Path(graph).stem,
                             "numbers": source.numbers,
                             "capability": target,
-                            "node": found.node,
-                            "operator": found.operator,
-                            "reason": found.reason,
+                            "node": refusal.node,
+                            "operator": refusal.operator,
+                            "reason": refusal.reason,
                         }
                     )
     return EngineBuilds(runtime.name, tuple(built), pd.DataFrame(refused, columns=REFUSED))

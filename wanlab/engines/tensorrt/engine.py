@@ -30,7 +30,7 @@ def deserialize(runtime: Runtime, path: Path) -> trt.ICudaEngine:
     """Open an engine file.
 
     Raises:
-        WanlabError: the GPU or its driver cannot run it, or the file is broken; in TensorRT's words.
+        WanlabError: the GPU or its driver cannot run it, or the file is damaged; with TensorRT's message.
     """
     plan = path.read_bytes()
     with runtime.messages() as log:
@@ -39,16 +39,16 @@ def deserialize(runtime: Runtime, path: Path) -> trt.ICudaEngine:
             raise WanlabError(
                 f"{runtime.name} cannot run here: {runtime.last_error(log) or 'no GPU is seen'}"
             )
-        wrong = _invalidity(runtime, opener, plan)
-        engine = None if wrong else opener.deserialize_cuda_engine(plan)
+        invalid = _invalidity(runtime, opener, plan)
+        engine = None if invalid else opener.deserialize_cuda_engine(plan)
     if engine is None:
-        reason = "; ".join(part for part in (wrong, runtime.last_error(log)) if part)
+        reason = "; ".join(part for part in (invalid, runtime.last_error(log)) if part)
         raise WanlabError(f"{runtime.name} cannot open {path.name}: {reason or 'no reason given'}")
     return engine
 
 
 def _invalidity(runtime: Runtime, opener: Any, plan: bytes) -> str:
-    """Why TensorRT for RTX calls an engine invalid on this GPU; empty when it does not."""
+    """Reasons why an engine of TensorRT for RTX is invalid on this GPU; empty when it is valid."""
     if not hasattr(opener, "get_engine_validity"):
         return ""
     verdict, bits = opener.get_engine_validity(plan)
@@ -67,7 +67,7 @@ def runtime_settings(
     specialization: str,
     device_cuda_graphs: bool,
 ) -> Any:
-    """The `IRuntimeConfig` of TensorRT for RTX, with its runtime cache; None for TensorRT, which has none of this.
+    """The `IRuntimeConfig` of TensorRT for RTX with its runtime cache; None for TensorRT, which does not have one.
 
     Raises:
         WanlabError: a setting that the runtime does not have.
@@ -82,16 +82,15 @@ def runtime_settings(
             raise WanlabError(f"{runtime.name} has no runtime cache; leave runtime_cache out")
         return None
     module = runtime.module
-    settings: Any = engine.create_runtime_config()  # more than the stubs of TensorRT 10 know
+    settings: Any = engine.create_runtime_config()  # not in the stubs of TensorRT 10
     strategies = module.DynamicShapesKernelSpecializationStrategy
     settings.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, specialization.upper())
     graphs = module.CudaGraphStrategy
     settings.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if device_cuda_graphs else graphs.DISABLED
     kernels = settings.create_runtime_cache()
     if cache is not None and Path(cache).is_file():
-        kernels.deserialize(
-            Path(cache).read_bytes()
-        )  # one of another GPU or driver is left aside by TensorRT
+        # TensorRT ignores a cache of another GPU or driver.
+        kernels.deserialize(Path(cache).read_bytes())
     settings.set_runtime_cache(kernels)
     return settings
 
@@ -114,7 +113,8 @@ class TensorRTEngine(Engine):
     """One engine file, opened on a GPU.
 
     Attributes:
-        name: `"tensorrt"` or `"tensorrt-rtx"`. info: its build information.
+        name: `"tensorrt"` or `"tensorrt-rtx"`.
+        info: its build information.
         inputs, outputs, metadata, size_bytes, load_ms, device: see `wanlab.engines.base.Engine`.
     """
 
@@ -134,14 +134,15 @@ class TensorRTEngine(Engine):
         Args:
             path: `.engine` file from `wanlab.engines.build_tensorrt`, with its build information beside it.
             device: the GPU.
-            runtime_cache: file of kernels that TensorRT for RTX compiled for this GPU, read if it is there;
+            runtime_cache: file of kernels that TensorRT for RTX compiled for this GPU, read if it exists;
                 `save_runtime_cache` writes it.
-            specialization: of kernels to the shapes that are run, TensorRT for RTX: `"lazy"` (in the background),
-                `"eager"` (before the first run of a shape) or `"none"`.
-            device_cuda_graphs: let TensorRT for RTX capture and replay its own CUDA graphs.
+            specialization: when TensorRT for RTX compiles kernels for the shapes that are run: `"lazy"` (in the
+                background), `"eager"` (before the first run of a shape) or `"none"`.
+            device_cuda_graphs: whether TensorRT for RTX captures and replays its own CUDA graphs.
 
         Raises:
-            WanlabError: no GPU, a stale or foreign engine, or one that this GPU or driver cannot run; says why.
+            WanlabError: no GPU, an engine that is out of date or built for another machine, or one that this GPU or driver
+                cannot run; with the reason.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -172,7 +173,9 @@ class TensorRTEngine(Engine):
                 self._runtime, self._engine, runtime_cache, specialization, device_cuda_graphs
             )
             self._context: trt.IExecutionContext | None = self._new_context()
-            self._stream = torch.cuda.Stream(self.device)  # on the default one TensorRT waits for the device
+            self._stream = torch.cuda.Stream(
+                self.device
+            )  # on the default stream TensorRT waits for the device
         self.load_ms = (time.perf_counter() - begin) * 1e3
         self.inputs, self.outputs = self._types()
 
@@ -180,7 +183,7 @@ class TensorRTEngine(Engine):
         return f"TensorRTEngine({self.path.name!r}, {self._runtime.name}, device={str(self.device)!r})"
 
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """After what the current stream has to do, and before what it gets afterwards."""
+        """The run starts after the work that is queued on the current stream, and later work on it waits for the run."""
         context = self._context = self._context or self._new_context()
         shapes = self._set_shapes(context, {name: tuple(t.shape) for name, t in tensors.items()})
         outputs = {
@@ -192,15 +195,12 @@ class TensorRTEngine(Engine):
         self._stream.wait_stream(caller)
         self._enqueue(context, self._stream.cuda_stream)
         caller.wait_stream(self._stream)
-        for tensor in (
-            *tensors.values(),
-            *outputs.values(),
-        ):  # whose memory may be freed and used again meanwhile
-            tensor.record_stream(self._stream)
+        for tensor in (*tensors.values(), *outputs.values()):
+            tensor.record_stream(self._stream)  # otherwise its memory could be reused before the run ends
         return outputs
 
     def _check_capture(self, cuda_graph: bool) -> None:
-        """Whether it can be captured depends on the shapes, which `_bind` knows."""
+        """Nothing to refuse here: whether a capture is possible depends on the shapes, which `_bind` knows."""
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         low, _, high = self.info.shapes[name]
@@ -208,7 +208,7 @@ class TensorRTEngine(Engine):
         if not inside:
             raise WanlabError(
                 f"input {name!r} of {self.path.name} is {list(shape)}; it was built for {list(low)} to"
-                f" {list(high)}: build it with a profile that holds yours"
+                f" {list(high)}: build it with a profile that includes your shape"
             )
 
     def _bind(
@@ -218,8 +218,10 @@ class TensorRTEngine(Engine):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """Every bound call has a context of its own, as a context holds one set of shapes and addresses."""
-        self._context = None  # a context holds all the memory of its activations; `run` makes its own anew
+        """Every bound function has its own context, because a context has one set of shapes and addresses."""
+        self._context = (
+            None  # a context holds the memory of all activations; `run` creates another when it needs one
+        )
         context = self._new_context()
         shapes = self._set_shapes(context, {name: tuple(inputs[name].shape) for name in self.inputs})
         for name, shape in shapes.items():
@@ -230,14 +232,14 @@ class TensorRTEngine(Engine):
                 )
         memory = dict(inputs) | dict(outputs)
         self._set_addresses(context, {name: memory[name] for name in (*self.inputs, *self.outputs)})
-        where = (
+        target_stream = (
             torch.cuda.current_stream(self.device)
             if stream is None
             else torch.cuda.ExternalStream(stream, device=self.device)
         )
-        handle = where.cuda_stream
+        handle = target_stream.cuda_stream
 
-        # The context holds addresses only: the tensors have to live as long as the call.
+        # The context has only addresses: the tensors have to exist as long as the function.
         def enqueue(_memory: Any = memory) -> None:
             self._enqueue(context, handle)
 
@@ -249,25 +251,25 @@ class TensorRTEngine(Engine):
             enqueue()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # TensorRT for RTX compiles in threads of its own, which may allocate meanwhile.
+        # TensorRT for RTX compiles in its own threads, which may allocate memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._enqueue(context, torch.cuda.current_stream(self.device).cuda_stream)
 
         def replay(_memory: Any = memory, _context: Any = context) -> None:
-            with torch.cuda.stream(where):
+            with torch.cuda.stream(target_stream):
                 graph.replay()
 
         return replay
 
     def layers(self) -> dict[str, Any] | None:
-        """What the engine's inspector says of its layers, as a dict with `"Layers"`."""
+        """Layer information from the engine's inspector, as a dict with `"Layers"`."""
         return inspect_engine(self._runtime, self._engine)
 
     def save_runtime_cache(self, path: str | os.PathLike[str]) -> Path:
-        """Write the kernels that TensorRT for RTX compiled for this GPU, so that the next start has them.
+        """Write the kernels that TensorRT for RTX compiled for this GPU, so that the next process can load them.
 
         Raises:
-            WanlabError: TensorRT itself, which compiles everything when it builds.
+            WanlabError: the runtime is TensorRT, which compiles everything at the build.
         """
         if self._settings is None:
             raise WanlabError(f"{self._runtime.name} has no runtime cache; an engine holds all its kernels")
@@ -283,29 +285,29 @@ class TensorRTEngine(Engine):
         return context
 
     def _types(self) -> tuple[dict[str, TensorType], dict[str, TensorType]]:
-        """Of the engine's own tensors; free axes by the names that the graph gave them."""
+        """Types of inputs and outputs; free axes have their names in the graph."""
         named = self.info.inputs | self.info.outputs
         kinds: tuple[dict[str, TensorType], dict[str, TensorType]] = ({}, {})
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             shape = _sizes(self._engine.get_tensor_shape(name))
             names = named[name][1] if name in named else tuple(f"{name}[{i}]" for i in range(len(shape)))
-            free = tuple(given if size < 0 else size for size, given in zip(shape, names, strict=True))
+            axes = tuple(axis if size < 0 else size for size, axis in zip(shape, names, strict=True))
             is_input = self._engine.get_tensor_mode(name).name == "INPUT"
             dtype = DTYPES[self._engine.get_tensor_dtype(name).name]
-            kinds[0 if is_input else 1][name] = (dtype, free)
+            kinds[0 if is_input else 1][name] = (dtype, axes)
         return kinds
 
     def _set_shapes(
         self, context: trt.IExecutionContext, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[int, ...]]:
-        """Set input shapes; gives those of the outputs."""
+        """Set the shapes of the inputs; returns those of the outputs."""
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise WanlabError(f"{self.path.name} refuses input {name!r} of {list(shape)}")
         unknown = context.infer_shapes()
         if unknown:
-            raise WanlabError(f"{self.path.name} does not know the shape of {', '.join(unknown)}")
+            raise WanlabError(f"{self.path.name} cannot infer the shape of {', '.join(unknown)}")
         return {name: _sizes(context.get_tensor_shape(name)) for name in self.outputs}
 
     def _set_addresses(self, context: trt.IExecutionContext, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -321,7 +323,7 @@ class TensorRTEngine(Engine):
 def open_tensorrt(
     model: Model | None, component: str | None, path: str | os.PathLike[str], **settings: Any
 ) -> TensorRTEngine:
-    """An engine file on the model's GPU where there is a model; the `open` of the kind `tensorrt`."""
+    """An engine file on the model's GPU if a model is given; the `open` of the kind `tensorrt`."""
     if model is not None and model.device.type == "cuda":
         settings = {"device": model.device, **settings}
     return TensorRTEngine(path, **settings)
@@ -346,13 +348,14 @@ def try_engines(
     """Open every engine, compare it with PyTorch at the clip it was optimised for, and benchmark both.
 
     Args:
-        model: from `wanlab.models.load`, eager, on the GPU where there is one.
-        built: from `build_tensorrt` or `build_engines`.
-        iterations, duration_ms: as in `measure.bench`. seed: of the inputs.
+        model: an eager model from `wanlab.models.load`, on the GPU if there is one.
+        built: build information from `build_tensorrt` or `build_engines`.
+        iterations, duration_ms: as in `measure.bench`.
+        seed: seed of the inputs.
 
     Returns:
-        A row per engine: component, numbers, executed (bool), reason (why it was not), clip, relative_l2; and for those
-        that were, the columns of `measure.bench_table` against eager PyTorch.
+        A row per engine: component, numbers, executed (bool), reason (why it was not executed), clip, relative_l2; for
+        engines that were executed also the columns of `measure.bench_table` against eager PyTorch.
     """
     rows: list[dict[str, Any]] = []
     for info in built:

@@ -1,4 +1,4 @@
-"""An ONNX graph and settings as a serialized TensorRT engine, with errors by layer name."""
+"""Converts an ONNX graph with settings into a serialised TensorRT engine; errors name the layer."""
 
 from __future__ import annotations
 
@@ -58,17 +58,18 @@ def monitor(runtime: Runtime, label: str, progress: bool) -> Iterator[Any]:
 
 _QUOTED = re.compile(r"operation '([^']+)'")
 _UNNAMED = re.compile(r"\b(\w+) operation was not supported")
-# What was seen refused, and another way to say the same.
-MENDS = {"Attention": "export with opset=20, which says it in plain operators"}
+# Operator that TensorRT was seen to refuse -> another way to express it.
+MENDS = {"Attention": "export with opset=20, which expresses it in plain operators"}
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why TensorRT did not take a graph.
+    """Reason why TensorRT refused a graph.
 
     Attributes:
-        node: of the graph, `module path/node`; empty where TensorRT names none. operator: of ONNX.
-        reason: in TensorRT's words.
+        node: name of a node of the graph, `module path/node`; empty if TensorRT names none.
+        operator: ONNX operator of the node.
+        reason: message of TensorRT.
     """
 
     node: str
@@ -77,18 +78,18 @@ class Refusal:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Compute capabilities that the reason names, `"7.5"` for SM75; often none."""
+        """Compute capabilities in the reason, `"7.5"` for SM75; often none."""
         return tuple(f"{name[:-1]}.{name[-1]}" for name in re.findall(r"(?i)\bsm_?(\d{2,3})\b", self.reason))
 
     def __str__(self) -> str:
-        at = f"{self.node} ({self.operator}): " if self.node else ""
+        place = f"{self.node} ({self.operator}): " if self.node else ""
         mend = f"; {MENDS[self.operator]}" if self.operator in MENDS else ""
-        return f"{at}{self.reason}{mend}"
+        return f"{place}{self.reason}{mend}"
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A parsed graph; builder and parser live as long as the network."""
+    """A parsed graph; the network needs its builder and parser."""
 
     builder: trt.Builder
     network: trt.INetworkDefinition
@@ -99,16 +100,16 @@ def parse(runtime: Runtime, source: Source, log: Sequence[Message]) -> Network:
     """Parse an ONNX graph into a strongly typed network; weights beside the file are found by its path.
 
     Args:
-        log: that the runtime's messages go to meanwhile.
+        log: messages of the runtime during this call.
 
     Raises:
-        WanlabError: a node that the parser cannot take, with its name, operator and the parser's reason.
+        WanlabError: a node that the parser refuses, with its name, operator and the parser's reason.
     """
     module = runtime.module
     builder: trt.Builder | None = module.Builder(runtime.logger)
     if not builder:
         raise WanlabError(f"{runtime.name} cannot build here: {runtime.last_error(log) or 'no GPU is seen'}")
-    # The only kind there is from TensorRT 11 on; before, a flag.
+    # From TensorRT 11 on every network is strongly typed; before, it is a flag.
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network: trt.INetworkDefinition = builder.create_network(0 if flag is None else 1 << int(flag))
     parser: trt.OnnxParser = module.OnnxParser(network, runtime.logger)
@@ -117,22 +118,22 @@ def parse(runtime: Runtime, source: Source, log: Sequence[Message]) -> Network:
         first = faults[0] if faults else Refusal("", "", runtime.last_error(log) or "no reason given")
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise WanlabError(f"{runtime.name} cannot read {source.path.name}: {first}{more}")
-    let_decompose(runtime, network)
+    allow_decomposition(runtime, network)
     return Network(builder, network, parser)
 
 
-def let_decompose(runtime: Runtime, network: trt.INetworkDefinition) -> None:
-    """Let attention that no kernel computes whole be computed as products and softmax, where TensorRT can.
+def allow_decomposition(runtime: Runtime, network: trt.INetworkDefinition) -> None:
+    """Allow attention without a fused kernel to be computed as products and softmax, where TensorRT supports that.
 
-    The parser leaves that off, and TensorRT refuses then what it has no such kernel for: ONNX's Attention in float32.
+    The parser does not allow it, and TensorRT then refuses attention without a fused kernel: ONNX's Attention in float32.
     """
-    module: Any = runtime.module  # newer than the stubs
+    module: Any = runtime.module  # not in the stubs
     if not hasattr(module, "IAttentionInputLayer"):
         return
     for index in range(network.num_layers):
         layer: Any = network.get_layer(index)
         if layer.type == module.LayerType.ATTENTION_INPUT:
-            layer.__class__ = module.IAttentionInputLayer  # the bindings give every layer as an ILayer
+            layer.__class__ = module.IAttentionInputLayer  # the bindings return every layer as an ILayer
             layer.attention.decomposable = True
 
 
@@ -142,10 +143,11 @@ def _parser_error(error: trt.ParserError) -> Refusal:
 
 
 def refusal(log: Sequence[Message], operators: Mapping[str, str]) -> Refusal:
-    """What the first error of a failed build says.
+    """Node and reason of the first error of a failed build.
 
     Args:
-        operators: node -> operator, of the graph.
+        log: messages of the build.
+        operators: node of the graph -> its operator.
     """
     text = next((text for severity, text in log if severity in SEVERE), "no reason given")
     quoted = _QUOTED.search(text)
@@ -153,9 +155,11 @@ def refusal(log: Sequence[Message], operators: Mapping[str, str]) -> Refusal:
     node = next((name for name in names if name in operators), "") or max(
         (name for name in operators if name and name in text), key=len, default=""
     )
-    if not node and (unnamed := _UNNAMED.search(text)):  # only its kind is said: the first of that
+    if not node and (
+        unnamed := _UNNAMED.search(text)
+    ):  # the message has only the operator: take its first node
         node = next((name for name, operator in operators.items() if operator == unnamed[1]), "")
-    # The name is said already.
+    # `Refusal` has the name already.
     reason = plain(text).replace(f"operation '{node}' ", "") if node else plain(text)
     return Refusal(node, operators.get(node, ""), reason)
 
@@ -165,10 +169,10 @@ CAPABILITIES = ("8.6", "8.9", "12.0")  # Ampere, Ada and Blackwell of the RTX li
 
 
 def target_gpus(runtime: Runtime, capabilities: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
-    """Compute capabilities to build for, and the GPU's name where the engine is for this machine's.
+    """Compute capabilities to build for, and the name of the GPU if the engine is for the one of this machine.
 
     Raises:
-        WanlabError: a capability that the runtime does not know, or a list where there is no choice.
+        WanlabError: a capability that the runtime does not know, or a list for TensorRT, which has no choice.
     """
     if runtime.builds_ahead:
         known = {
@@ -176,16 +180,16 @@ def target_gpus(runtime: Runtime, capabilities: Sequence[str] | None) -> tuple[t
             for name in runtime.module.ComputeCapability.__members__
             if name.startswith("SM")
         }
-        wanted = tuple(dict.fromkeys(CAPABILITIES if capabilities is None else capabilities))
-        for one in wanted:
-            if one not in known:
+        targets = tuple(dict.fromkeys(CAPABILITIES if capabilities is None else capabilities))
+        for target in targets:
+            if target not in known:
                 raise WanlabError(
-                    f"{runtime.name} builds for no compute capability {one!r}{did_you_mean(str(one), known)}; it"
+                    f"{runtime.name} builds for no compute capability {target!r}{did_you_mean(str(target), known)}; it"
                     f" knows {', '.join(known)}"
                 )
-        if not wanted:
+        if not targets:
             raise WanlabError(f"no compute capability to build for; give some of {', '.join(known)}")
-        return wanted, ""
+        return targets, ""
     if not torch.cuda.is_available():
         raise WanlabError(
             f"{runtime.name} builds on the GPU that will run the engine and PyTorch sees none; build ahead of time"
@@ -200,7 +204,7 @@ def target_gpus(runtime: Runtime, capabilities: Sequence[str] | None) -> tuple[t
 
 
 class Refused(WanlabError):
-    """The builder made no engine; `refusal` says why."""
+    """The builder refused a graph; `refusal` has the reason."""
 
     def __init__(self, text: str, refusal: Refusal) -> None:
         super().__init__(text)
@@ -220,7 +224,7 @@ def make_plan(
     """The serialised engine.
 
     Args:
-        log: that the runtime's messages go to meanwhile; the builder's details among them.
+        log: messages of the runtime during this call, with the builder's details.
 
     Raises:
         WanlabError: the parser refuses the graph. Refused: the builder does.
@@ -228,18 +232,18 @@ def make_plan(
     parsed = parse(runtime, source, log)
     config = _config(runtime, parsed.builder, shapes, targets, settings)
     cache = _load_timings(config, timing_cache, log)
-    with monitor(runtime, f"build {source.path.stem}", progress) as watching:
-        if watching is not None:
-            config.progress_monitor = watching
+    with monitor(runtime, f"build {source.path.stem}", progress) as bar:
+        if bar is not None:
+            config.progress_monitor = bar
         plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
-        found = refusal(log, source.operators)
+        reason = refusal(log, source.operators)
         raise Refused(
-            f"{runtime.name} cannot build {source.path.name} for compute capability {', '.join(targets)}: {found}",
-            found,
+            f"{runtime.name} cannot build {source.path.name} for compute capability {', '.join(targets)}: {reason}",
+            reason,
         )
     if cache is not None:
-        timings: Any = config.get_timing_cache().serialize()  # a buffer, which its stub does not say
+        timings: Any = config.get_timing_cache().serialize()  # a buffer, other than in its stub
         write_bytes(cache, timings)
     return plan
 
@@ -261,7 +265,7 @@ def _config(
     if not settings["tf32"]:
         config.clear_flag(module.BuilderFlag.TF32)
     if runtime.builds_ahead:
-        rtx: Any = config  # not in the stubs, which are of TensorRT 10
+        rtx: Any = config  # not in the stubs of TensorRT 10
         rtx.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(module.ComputeCapability, f"SM{target.replace('.', '')}")
@@ -284,7 +288,7 @@ def _load_timings(
     path = Path(file)
     known = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(known), False):
-        log.append(("WARNING", f"{path} holds timings of another GPU or version; it is written anew"))
+        log.append(("WARNING", f"{path} has timings of another GPU or version; it is replaced"))
         config.set_timing_cache(config.create_timing_cache(b""), False)
     return path
 
@@ -297,18 +301,19 @@ def buildable(
     level: int | None = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Try which GPUs TensorRT for RTX builds a graph for; nothing is written and nothing is run.
+    """Find the GPUs for which TensorRT for RTX can build a graph; nothing is written or run.
 
     Args:
-        capabilities: compute capabilities, each built for alone.
+        onnx_path: ONNX file.
+        capabilities: compute capabilities; one build for each.
         profile, level: as in `build_tensorrt`.
 
     Returns:
         A row per capability: capability, built (bool), time_ms, size_bytes (of the engine), node, operator, reason
-        (of the first node that was refused; empty when it was built).
+        (of the first refused node; empty when it was built).
 
     Raises:
-        WanlabError: as `build_tensorrt`, but for a builder that refuses.
+        WanlabError: as `build_tensorrt`, except when the builder refuses the graph.
     """
     runtime, source = open_runtime("tensorrt-rtx"), read_source(onnx_path)
     shapes = network_shapes(source, profile)
@@ -322,9 +327,8 @@ def buildable(
                 plan = make_plan(runtime, source, shapes, (target,), settings, None, log, progress)
                 row |= {"size_bytes": memoryview(plan).nbytes, "node": "", "operator": "", "reason": ""}
             except Refused as error:
-                found = error.refusal
-                row |= {"built": False, "size_bytes": None}
-                row |= {"node": found.node, "operator": found.operator, "reason": found.reason}
+                row |= {"built": False, "size_bytes": None, "node": error.refusal.node}
+                row |= {"operator": error.refusal.operator, "reason": error.refusal.reason}
         rows.append(row | {"time_ms": (time.perf_counter() - begin) * 1e3})
     columns = ["capability", "built", "time_ms", "size_bytes", "node", "operator", "reason"]
     return pd.DataFrame(rows, columns=columns)

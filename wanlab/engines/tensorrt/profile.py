@@ -18,7 +18,7 @@ from wanlab import models
 from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import file_digest
-from wanlab.engines.base import TensorType
+from wanlab.engines.base import TensorType, fits, spell_shape
 from wanlab.export.components import AXES, ClipShape
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import file_bytes
@@ -29,8 +29,8 @@ Range = tuple[Shape, Shape, Shape]
 """Smallest, preferred and largest shape."""
 
 ENDS = ("min", "opt", "max")
-# Axis -> the fields of a profile that say something about it.
-SAID_BY = {
+# Axis -> fields of a profile that determine its size.
+FIELDS_OF = {
     "batch": ("batch",),
     "text_tokens": ("text_tokens",),
     "frames": ("frames",),
@@ -45,16 +45,17 @@ SAID_BY = {
 
 @dataclass(frozen=True)
 class PixelProfile:
-    """Sizes of clips that an engine is built for; None leaves a size to the model or to the graph.
+    """Sizes of clips for which an engine is built; None takes the size of the model or of the graph.
 
     >>> PixelProfile(min=(480, 854), opt=(720, 1280), max=(1080, 1920))
 
     Attributes:
-        min, opt, max: (height, width) in pixels: smallest, the one to optimise for, largest. All or none. By
-            default half the model's clip, its clip, and one and a half times its clip.
-        frames: (smallest, preferred, largest) number of frames. By default up to the model's clip.
-        batch: of clips; by default 1, 1, 2.
-        text_tokens: by default the model's, which are padded to one length.
+        min, opt, max: smallest, preferred and largest (height, width) in pixels; all or none. The default is half of the
+            model's clip, its clip, and one and a half times its clip.
+        frames: smallest, preferred and largest number of frames; the default ends at the model's clip.
+        batch: smallest, preferred and largest number of clips; the default is 1, 1, 2.
+        text_tokens: smallest, preferred and largest number of text tokens; the default is the model's length, to which
+            texts are padded.
     """
 
     min: tuple[int, int] | None = None
@@ -90,10 +91,10 @@ class PixelProfile:
 
     @classmethod
     def of(cls, *sizes: str, **others: Any) -> PixelProfile:
-        """From text: `PixelProfile.of("480x854", "720x1280", "1080x1920")`, height first; nothing for the default.
+        """A profile from text: `PixelProfile.of("480x854", "720x1280", "1080x1920")`, height first; nothing for the default.
 
         Raises:
-            WanlabError: a size that is not like 480x854, or not three of them.
+            WanlabError: a size that is not like 480x854, or another number of sizes than three.
         """
         ends = []
         for text in sizes:
@@ -106,20 +107,20 @@ class PixelProfile:
         low, best, high = ends or (None, None, None)
         return cls(low, best, high, **others)
 
-    def says(self, axis: str) -> bool:
-        """Whether the profile asks for a size along an axis, rather than leaving it open."""
-        return any(getattr(self, name) is not None for name in SAID_BY[axis])
+    def sets(self, axis: str) -> bool:
+        """Whether the profile sets the size of an axis."""
+        return any(getattr(self, name) is not None for name in FIELDS_OF[axis])
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A profile as one network takes it.
+    """A profile as shapes of the inputs of one network.
 
     Attributes:
-        inputs: input -> its smallest, preferred and largest shape.
-        free: whether any of them varies in the graph; a graph of fixed sizes needs no profile.
+        inputs: input -> smallest, preferred and largest shape.
+        free: whether the graph has free axes; a graph of fixed sizes needs no profile.
         clips: `"min"`, `"opt"`, `"max"` -> the clip in pixels; empty where shapes were given.
-        notes: what a reader should know, each one line.
+        notes: remarks for the reader, each one line.
     """
 
     inputs: dict[str, Range]
@@ -135,12 +136,12 @@ def network_shapes(
 
     Args:
         source: the graph.
-        profile: in pixels; or input -> (min, opt, max) shapes, for a graph that wanlab did not export.
-        spec: of the model; None asks the registry for the model that the graph names.
+        profile: sizes in pixels; or input -> (min, opt, max) shapes, for a graph that wanlab did not export.
+        spec: spec of the model; None takes the model in the metadata of the graph.
 
     Raises:
-        WanlabError: a size that the graph has fixed or was not traced for, a graph that does not say which model it
-            is of, or shapes that do not fit.
+        WanlabError: a size that is fixed in the graph or outside the traced range, a graph without the name of its
+            model, or shapes that the graph does not accept.
     """
     inputs = {name: shape for name, (_, shape) in source.inputs.items()}
     free = any(isinstance(size, str) for shape in inputs.values() for size in shape)
@@ -166,9 +167,9 @@ def network_shapes(
 
 
 def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], tuple[str, ...]]:
-    """The smallest, preferred and largest clip, moved to sizes that are legal for the model, and what was moved.
+    """The smallest, preferred and largest clip, rounded to sizes that are legal for the model, and notes about the rounding.
 
-    The smallest is made smaller and the largest larger, so that what was asked for is inside.
+    The smallest is rounded down and the largest up, so that the range includes the sizes of the profile.
     """
     have = spec.defaults
     sizes = {"min": profile.min, "opt": profile.opt, "max": profile.max}
@@ -185,15 +186,15 @@ def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], 
     frame_step = spec.temporal_factor * spec.patch[0]
     clips, notes = {}, []
     for index, end in enumerate(ENDS):
-        asked = sizes[end]
-        assert asked is not None  # all three are given, or none
-        size = tuple(_legal(value, step, 0, end) for value, step in zip(asked, steps, strict=True))
+        stated = sizes[end]
+        assert stated is not None  # all three are given, or none
+        size = tuple(_legal(value, step, 0, end) for value, step in zip(stated, steps, strict=True))
         count = _legal(frames[index], frame_step, 1, end)
         clips[end] = ClipShape(batch[index], size[0], size[1], count, text[index])
-        if size != asked and profile.opt is not None:
-            off = [f"{v} is no multiple of {s}" for v, s in zip(asked, steps, strict=True) if v % s]
+        if size != stated and profile.opt is not None:
+            off = [f"{v} is no multiple of {s}" for v, s in zip(stated, steps, strict=True) if v % s]
             notes.append(
-                f"{end} {asked[0]}x{asked[1]} is built as {size[0]}x{size[1]} pixels: {' and '.join(off)}"
+                f"{end} {stated[0]}x{stated[1]} is built as {size[0]}x{size[1]} pixels: {' and '.join(off)}"
             )
         if count != frames[index] and profile.frames is not None:
             notes.append(f"{end} {frames[index]} frames are built as {count}: they must be {frame_step}k+1")
@@ -230,7 +231,7 @@ def _size(
 ) -> int:
     known = AXES.get(name, {}).get(axis)
     if isinstance(size, int):
-        if known is not None and profile.says(known) and sizes[known] != size:
+        if known is not None and profile.sets(known) and sizes[known] != size:
             raise WanlabError(
                 f"axis {known} of {name} is fixed at {size} in {source.path.name} and the profile asks for"
                 f" {sizes[known]}; export with dynamic=True, or give a profile of that size"
@@ -238,14 +239,14 @@ def _size(
         return size
     if known is None:
         raise WanlabError(
-            f"axis {axis} of {name} in {source.path.name} may vary, and a clip does not say how; give"
+            f"axis {axis} of {name} in {source.path.name} may vary, and a clip does not determine its size; give"
             f" profile={{{name!r}: (min, opt, max)}} with whole shapes"
         )
     low, high = source.traced.get(known, (sizes[known], sizes[known]))
     if not low <= sizes[known] <= high:
         raise WanlabError(
             f"axis {known} of {name} is {sizes[known]} in the profile and {source.path.name} was traced for"
-            f" {low} to {high}; give a profile inside"
+            f" {low} to {high}; give a profile inside this range"
         )
     return sizes[known]
 
@@ -255,13 +256,9 @@ def _given(source: Source, shapes: Mapping[str, Range]) -> dict[str, Range]:
         if name not in shapes:
             raise WanlabError(f"the profile has no shapes for {name}, an input of {source.path.name}")
         for shape in shapes[name]:
-            fits = len(shape) == len(graph) and all(
-                isinstance(want, str) or want == have for want, have in zip(graph, shape, strict=True)
-            )
-            if len(shapes[name]) != 3 or not fits:
-                wanted = ", ".join(map(str, graph))
+            if len(shapes[name]) != 3 or not fits(graph, tuple(shape)):
                 raise WanlabError(
-                    f"the profile gives {name} the shape {list(shape)}; {source.path.name} takes [{wanted}],"
+                    f"the profile gives {name} the shape {list(shape)}; {source.path.name} takes {spell_shape(graph)},"
                     " as three shapes: min, opt, max"
                 )
     low_high = {name: tuple(tuple(shape) for shape in shapes[name]) for name in source.inputs}
@@ -275,7 +272,7 @@ def _spec(source: Source) -> Any:
     name = source.metadata.get("model")
     if not name:
         raise WanlabError(
-            f"{source.path.name} does not say which model it is of; give profile={{input: (min, opt, max)}} with"
+            f"{source.path.name} does not name its model; give profile={{input: (min, opt, max)}} with"
             " whole shapes, or export it with wanlab"
         )
     return models.get(name)
@@ -299,10 +296,11 @@ class Source:
     """An ONNX file.
 
     Attributes:
-        inputs, outputs: tensor -> dtype as torch names it, and shape; a free axis is its name.
-        metadata: what the exporter wrote into it: model, component, shape; and what quantising wrote.
-        traced: axis -> smallest and largest size that it was traced for, as far as a report beside it says.
-        size_bytes: of the graph and the weights that it uses.
+        path: path of the file.
+        inputs, outputs: tensor -> dtype as torch names it, and shape; a free axis is given by its name.
+        metadata: metadata of the file: model, component, shape, and formats of quantised layers.
+        traced: axis -> smallest and largest traced size, as far as an export report beside the file states it.
+        size_bytes: size of the graph and its weights.
     """
 
     path: Path
@@ -314,7 +312,7 @@ class Source:
 
     @property
     def numbers(self) -> str:
-        """What the graph computes in, e.g. `"float16"` or `"float32, 42 x int8"`."""
+        """Number formats of the graph, e.g. `"float16"` or `"float32, 42 x int8"`."""
         kinds = (dtype for dtype, _ in (*self.inputs.values(), *self.outputs.values()))
         first = next((kind for kind in kinds if "float" in kind), "")
         quantised = json.loads(self.metadata.get("wanlab_format", "{}"))
@@ -327,28 +325,28 @@ class Source:
 
     @cached_property
     def graph_sha256(self) -> str:
-        """Hash of the graph and of every file of weights that it names."""
+        """SHA-256 of the graph and of all its files of weights."""
         return graph_sha256(self.path)
 
     @cached_property
     def file_sha256(self) -> str:
-        """Hash of the `.onnx` file alone, which names its weights by their hash."""
+        """SHA-256 of the `.onnx` file alone, which names its weights by their hash."""
         return file_digest(self.path)
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
-    """Look at an ONNX file.
+    """Types, metadata and size of an ONNX file.
 
     Raises:
-        WanlabError: no such file, or none that onnx can read.
+        WanlabError: no such file, or a file that onnx cannot read.
     """
     path = Path(path)
     if not path.is_file():
-        raise WanlabError(f"no ONNX file at {path}; make it with wanlab.export.export")
+        raise WanlabError(f"no ONNX file at {path}; export it with wanlab.export.export")
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
-        raise WanlabError(f"{path} is no ONNX file ({error}); make it with wanlab.export.export") from None
+        raise WanlabError(f"{path} is no ONNX file ({error}); export it with wanlab.export.export") from None
     weights = {tensor.name for tensor in model.graph.initializer}
     return Source(
         path,
@@ -371,7 +369,7 @@ def _type_of(value: Any) -> TensorType:
 
 def _traced(path: Path) -> dict[str, tuple[int, int]]:
     report = ExportReport.find(path)
-    if report is None:  # a quantised graph names the one it came from
+    if report is None:  # a quantised graph names its source
         try:
             report = ExportReport.find(
                 json.loads(ExportReport.file(path).read_text(encoding="utf-8"))["source"]
@@ -379,4 +377,4 @@ def _traced(path: Path) -> dict[str, tuple[int, int]]:
         except (OSError, ValueError, TypeError, KeyError):
             report = None
     ranges = {} if report is None else {axis: traced_range(text) for axis, text in report.ranges.items()}
-    return {axis: found for axis, found in ranges.items() if found is not None}
+    return {axis: ends for axis, ends in ranges.items() if ends is not None}

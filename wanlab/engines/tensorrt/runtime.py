@@ -1,4 +1,4 @@
-"""Which TensorRT is here: TensorRT 10 or 11, or TensorRT for RTX, under the names it is installed by."""
+"""The installed TensorRT (10, 11, or TensorRT for RTX, which have different package names), and its messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kind = Literal["tensorrt", "tensorrt-rtx"]
 KINDS: tuple[Kind, ...] = ("tensorrt", "tensorrt-rtx")
 NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 INSTALL = {"tensorrt": 'pip install "wanlab[gpu]"', "tensorrt-rtx": 'pip install "wanlab[rtx]"'}
-# NVIDIA's own wheel of libraries comes from its own index; this one is on the ordinary index and holds the same.
+# NVIDIA's own wheel of libraries is on NVIDIA's index; this package on the usual index has the same libraries.
 LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 LIBRARIES = ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx")
 
@@ -38,13 +38,14 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """One TensorRT that is loaded.
+    """A loaded TensorRT.
 
     Attributes:
-        module: with the API of `tensorrt`.
-        kind: `"tensorrt"` or `"tensorrt-rtx"`. version: of the library.
-        logger: the `ILogger` of everything made with it; TensorRT wants one for the whole process.
-        errors: the last ones that it logged.
+        module: module with the API of `tensorrt`.
+        kind: `"tensorrt"` or `"tensorrt-rtx"`.
+        version: version of the library.
+        logger: the `ILogger` of all its objects; TensorRT needs one logger for the whole process.
+        errors: last errors that were logged.
     """
 
     module: Any
@@ -56,27 +57,27 @@ class Runtime:
 
     @property
     def name(self) -> str:
-        """As a reader knows it."""
+        """Name and version for readers."""
         return f"{NAMES[self.kind]} {self.version}"
 
     @property
     def builds_ahead(self) -> bool:
-        """Whether it builds for GPUs that are not here."""
+        """Whether it builds for GPUs that are not in this machine."""
         return self.kind == "tensorrt-rtx"
 
     @contextmanager
     def messages(self) -> Iterator[list[Message]]:
-        """What is logged meanwhile."""
-        kept: list[Message] = []
-        self._messages.append(kept)
+        """Messages that are logged inside the block."""
+        log: list[Message] = []
+        self._messages.append(log)
         try:
-            yield kept
+            yield log
         finally:
             # By identity: two lists of messages may be equal.
-            self._messages[:] = [other for other in self._messages if other is not kept]
+            self._messages[:] = [other for other in self._messages if other is not log]
 
     def last_error(self, log: Sequence[Message] | None = None) -> str:
-        """The last error of a log, or of all, without the places of TensorRT's own sources; empty without one."""
+        """The last error of a log, or of all messages, without positions in TensorRT's source code; empty without one."""
         texts = list(self.errors) if log is None else [text for severity, text in log if severity in SEVERE]
         return plain(texts[-1]) if texts else ""
 
@@ -88,7 +89,7 @@ def open_runtime(kind: Kind | None = None) -> Runtime:
         kind: None takes TensorRT where it is installed and a GPU is seen, else TensorRT for RTX, else TensorRT.
 
     Raises:
-        WanlabError: it is not installed, or its parts do not fit together; says how to add it.
+        WanlabError: it is not installed, or the versions of its parts differ; the message says how to install it.
     """
     if kind is not None and kind not in KINDS:
         raise WanlabError(
@@ -106,15 +107,15 @@ def open_runtime(kind: Kind | None = None) -> Runtime:
 
 @cache
 def _opened(kind: Kind) -> Runtime:
-    """One for the whole process, by whichever name it was asked for."""
+    """The runtime of a kind; one for the whole process."""
     module = importlib.import_module("tensorrt") if kind == "tensorrt" else _rtx()
-    kept: list[list[Message]] = []
+    logs: list[list[Message]] = []
     errors: deque[str] = deque(maxlen=20)
-    return Runtime(module, kind, module.__version__, _logger(module, kept, errors), errors, kept)
+    return Runtime(module, kind, module.__version__, _logger(module, logs, errors), errors, logs)
 
 
 def installed(kind: Kind) -> bool:
-    """Whether it can be imported. Type stubs alone, a package without code, do not count."""
+    """Whether a kind can be imported. Type stubs alone, a package without code, do not count."""
     if kind == "tensorrt":
         return _has_code("tensorrt")
     libraries = _has_code("tensorrt_rtx_libs") or _has_code(LIBRARY_PACKAGE)
@@ -122,7 +123,7 @@ def installed(kind: Kind) -> bool:
 
 
 def describe() -> dict[str, str]:
-    """Which TensorRT is here, for `wanlab doctor`."""
+    """Installed versions of TensorRT, for `wanlab doctor`."""
     rows = {}
     if installed("tensorrt"):
         rows["TensorRT"] = f"{_version('tensorrt')}, builds on the GPU that will run the engine"
@@ -140,7 +141,7 @@ def _version(package: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A message without the places of TensorRT's own sources."""
+    """A message without positions in TensorRT's source code."""
     return _SUFFIX.sub("", _CHECK.sub("", _PREFIX.sub("", " ".join(text.split())))).strip()
 
 
@@ -154,12 +155,12 @@ def _rtx() -> Any:
         return importlib.import_module("tensorrt_rtx")
     if not _has_code("tensorrt_rtx_libs"):
         libraries = [_library(name) for name in LIBRARIES]
-        here = _release(libraries[0].name)
+        release = _release(libraries[0].name)
         bindings = importlib.metadata.version("tensorrt-rtx-cu13-bindings")
-        if not bindings.startswith(f"{here}."):
+        if not bindings.startswith(f"{release}."):
             raise WanlabError(
-                f"the bindings of TensorRT for RTX are {bindings}, its libraries {here}; make them fit with:"
-                f" pip install 'tensorrt-rtx-cu13-bindings=={here}.*'"
+                f"the bindings of TensorRT for RTX are {bindings}, its libraries {release}; install the same release with:"
+                f" pip install 'tensorrt-rtx-cu13-bindings=={release}.*'"
             )
         for library in libraries:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -169,22 +170,22 @@ def _rtx() -> Any:
 def _library(name: str) -> Path:
     spec = find_spec(LIBRARY_PACKAGE)
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    found = [path for folder in folders for path in sorted(folder.glob(f"{name}.so.*"))]
-    if not found:
+    files = [path for folder in folders for path in sorted(folder.glob(f"{name}.so.*"))]
+    if not files:
         raise WanlabError(
             f"{LIBRARY_PACKAGE} has no {name}; reinstall it with: {INSTALL['tensorrt-rtx']} --force-reinstall"
         )
-    return max(found, key=lambda path: len(path.name))  # libx.so.1.7.1, not the link libx.so.1
+    return max(files, key=lambda path: len(path.name))  # libx.so.1.7.1, not the link libx.so.1
 
 
 def _release(name: str) -> str:
-    """`"1.7.1"` of `libtensorrt_rtx.so.1.7.1`."""
+    """Release in the name of a library: `"1.7.1"` for `libtensorrt_rtx.so.1.7.1`."""
     match = re.search(r"\.so\.([\d.]+)$", name)
     return match[1] if match else ""
 
 
-def _logger(module: Any, kept: list[list[Message]], errors: deque[str]) -> Any:
-    """An `ILogger` that prints nothing and hands every message to the lists in `kept`, errors to `errors` too."""
+def _logger(module: Any, logs: list[list[Message]], errors: deque[str]) -> Any:
+    """An `ILogger` that prints nothing: it adds every message to the lists in `logs`, and errors also to `errors`."""
 
     base: Any = module.ILogger
 
@@ -195,7 +196,7 @@ def _logger(module: Any, kept: list[list[Message]], errors: deque[str]) -> Any:
         def log(self, severity: Any, text: str) -> None:
             if severity.name in SEVERE:
                 errors.append(text)
-            for messages in kept:
+            for messages in logs:
                 messages.append((severity.name, text))
 
     return Logger()

@@ -1,4 +1,4 @@
-"""An ONNX graph of fixed sizes compiled by Apache TVM into a library."""
+"""Compiles an ONNX graph of fixed sizes into a library with Apache TVM; build information is kept beside it."""
 
 from __future__ import annotations
 
@@ -76,32 +76,32 @@ class TvmBuildInfo(EngineBuild, frozen=True, kw_only=True):
 
 
 def rewrite(model: onnx.ModelProto) -> dict[str, int]:
-    """Rewrite `model` in place; new nodes begin with the name of the node that they stand for.
+    """Rewrite `model` in place; the names of new nodes begin with the name of the node that they replace.
 
     Args:
-        model: of fixed sizes, weights loaded.
+        model: graph of fixed sizes with its weights.
 
     Returns:
-        How often each rewrite was made: `"patch convolution"`, `"tanh Gelu"`, `"square"`.
+        Rewrite -> how often it was applied: `"patch convolution"`, `"tanh Gelu"`, `"square"`.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     values = [*inferred.input, *inferred.value_info, *inferred.output]
     shapes = {v.name: [dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in values}
     kinds = {v.name: v.type.tensor_type.elem_type for v in values}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    made = {"patch convolution": 0, "tanh Gelu": 0, "square": 0}
+    counts = {"patch convolution": 0, "tanh Gelu": 0, "square": 0}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        found = _replacement(model.graph, node, shapes, kinds, weights)
-        if found is None:
+        replacement = _replacement(model.graph, node, shapes, kinds, weights)
+        if replacement is None:
             nodes.append(node)
             continue
-        kind, new = found
-        made[kind] += 1
+        rewrite_name, new = replacement
+        counts[rewrite_name] += 1
         nodes.extend(new)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return made
+    return counts
 
 
 def _replacement(graph, node, shapes, kinds, weights) -> tuple[str, list[onnx.NodeProto]] | None:
@@ -118,11 +118,11 @@ def _replacement(graph, node, shapes, kinds, weights) -> tuple[str, list[onnx.No
 
 
 class _Writer:
-    """Nodes and constants that stand for one node."""
+    """Nodes and constants that replace one node."""
 
     def __init__(self, graph, node) -> None:
         self.graph, self.node = graph, node
-        self.made: list[onnx.NodeProto] = []
+        self.nodes: list[onnx.NodeProto] = []
         self.prefix = node.name or node.output[0]
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -131,9 +131,9 @@ class _Writer:
         return tensor.name
 
     def add(self, operator: str, inputs: list[str], output: str = "", **attributes) -> str:
-        name = f"{self.prefix}/{operator}_{len(self.made)}"
+        name = f"{self.prefix}/{operator}_{len(self.nodes)}"
         output = output or name
-        self.made.append(onnx.helper.make_node(operator, inputs, [output], name=name, **attributes))
+        self.nodes.append(onnx.helper.make_node(operator, inputs, [output], name=name, **attributes))
         return output
 
 
@@ -174,7 +174,7 @@ def _patch_product(graph, node, shapes, weights) -> list[onnx.NodeProto]:
     out = write.add("Transpose", [out], perm=[0, 2, 1])
     shape = write.constant("grid", np.array([batch, len(weight), *grid], np.int64))
     write.add("Reshape", [out, shape], node.output[0])
-    return write.made
+    return write.nodes
 
 
 def _tanh_gelu(graph, node, kinds) -> list[onnx.NodeProto]:
@@ -190,7 +190,7 @@ def _tanh_gelu(graph, node, kinds) -> list[onnx.NodeProto]:
     inner = write.add("Add", [inner, write.constant("one", np.array(1, kind))])
     half = write.add("Mul", [x, write.constant("half", np.array(0.5, kind))])
     write.add("Mul", [half, inner], node.output[0])
-    return write.made
+    return write.nodes
 
 
 def _attributes(node) -> dict:
@@ -203,14 +203,14 @@ CHUNKS = 32  # parallel pieces that are enough for any number of threads here
 
 
 def rules() -> list:
-    """dlight schedule rules, to be tried in order on every function of a module."""
+    """dlight schedule rules, which are tried in order on every function of a module."""
     from tvm.s_tir import dlight
 
     return [_rule("Matmul", _matmul), _guarded(dlight.cpu.Reduction()), _rule("Elementwise", _elementwise)]
 
 
 def _rule(name: str, schedule):
-    """A dlight rule of a function; what cannot be scheduled stays as it is."""
+    """A dlight rule from a function; a loop nest that it cannot schedule is not changed."""
     from tvm.s_tir.dlight.base import ScheduleRule
 
     @ScheduleRule.from_callable(name)
@@ -227,7 +227,7 @@ def _rule(name: str, schedule):
 
 def _guarded(rule):
     def schedule(function, target):
-        # On a convolution it is slower than no schedule at all.
+        # For a convolution the rule is slower than no schedule.
         if any("conv" in info.name for info in _blocks(function)[1]):
             return None
         return rule.apply(function, target, False)
@@ -246,7 +246,7 @@ def _blocks(function):
 
 
 def _matmul(function, target):
-    """Tile, unroll and vectorise a matrix product, with what follows it per element inside the tile."""
+    """Tile, unroll and vectorise a matrix product; elementwise operations after it run inside the tile."""
     schedule, blocks = _blocks(function)
     products = [i for i, info in enumerate(blocks) if not info.is_injective()]
     if len(products) != 1 or "matmul" not in blocks[products[0]].name:
@@ -268,7 +268,7 @@ def _matmul(function, target):
     schedule.reorder(*batch, rows, columns, depth, row_in, column_in, lane)
     schedule.reverse_compute_at(after, columns)
     _vectorise_innermost(schedule, after, vector)
-    # Asked again: a loop of one turn may have been replaced when the other block was moved into it.
+    # Read the loops again: a loop of one iteration may have been replaced when the other block was moved into it.
     *outer, depth, row_in, column_in, lane = schedule.get_loops(block)
     schedule.parallel(schedule.fuse(*outer))
     schedule.vectorize(lane)
@@ -283,7 +283,7 @@ def _matmul(function, target):
 
 
 def _inline(schedule, blocks, at: int):
-    """Fold every block but the product and the last one away; gives the last one, if there is one."""
+    """Inline every block except the product and the last block; returns the last block, if there is one after it."""
     for info in blocks[:at]:
         schedule.compute_inline(info.block_rv)
     *between, last = [info.block_rv for info in blocks[at:]]
@@ -298,7 +298,7 @@ def _vectorise_innermost(schedule, block, vector: int) -> None:
 
 
 def _elementwise(function, _target):
-    """Share the outer loops among the threads; LLVM vectorises the inner ones itself."""
+    """Run the outer loops in parallel threads; LLVM vectorises the inner ones."""
     schedule, blocks = _blocks(function)
     if len(blocks) != 1 or not blocks[0].is_injective():
         return None
@@ -319,7 +319,7 @@ def _elementwise(function, _target):
 
 
 def _registers(target) -> tuple[int, int]:
-    """float32 lanes of a vector register, and how many of them a row of the tile may take."""
+    """Number of float32 lanes of a vector register, and number of registers for a row of the tile."""
     from tvm.target import codegen
 
     features = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
@@ -331,7 +331,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 SCHEDULES = ("tiled", "plain")
-MAX_WEIGHTS_BYTES = 1536 * 2**20  # they become part of the library, and the compiler holds them several times
+MAX_WEIGHTS_BYTES = 1536 * 2**20  # they become part of the library, and the compiler has several copies
 INSTALL = '"wanlab[tvm]"'
 
 
@@ -344,17 +344,17 @@ def build_tvm(
     fast_math: bool = True,
     reuse: bool = True,
 ) -> TvmBuildInfo:
-    """Compile an ONNX graph; the library and its build information appear only when all went well.
+    """Compile an ONNX graph; the library and its build information are written only after a successful build.
 
     Args:
         graph: `.onnx` file with fixed sizes (`wanlab.export.export(..., dynamic=False)`), float32 for the CPU, float32
             or bfloat16 for CUDA.
-        library: the `.so` to write; None takes `<graph>.tvm-llvm.so` or `<graph>.tvm-cuda.so` beside the graph.
-        target: `"cpu"` (this machine's processor, with all it can do), `"cuda"` (this machine's GPU), or
-            `"cuda:9.0"` for that compute capability, which needs no GPU but nvcc.
-        schedule: of the CPU: `"tiled"`, or `"plain"` for the loop nests that TVM makes when nothing tunes them.
-        fast_math: on the CPU, polynomials for exp and tanh, and sums in another order.
-        reuse: keep a library that was built from the same graph, settings and version on such a processor.
+        library: path of the `.so` to write; None is `<graph>.tvm-llvm.so` or `<graph>.tvm-cuda.so` beside the graph.
+        target: `"cpu"` (this machine's processor with all its instructions), `"cuda"` (this machine's GPU), or
+            `"cuda:9.0"` for that compute capability, which needs nvcc but no GPU.
+        schedule: loop schedule on the CPU: `"tiled"`, or `"plain"` for TVM's own loop nests without tuning.
+        fast_math: whether exp and tanh are polynomials and sums may be reordered, on the CPU.
+        reuse: whether to keep a library that was built from the same graph, settings and version for the same processor.
 
     Raises:
         WanlabError: TVM is not installed, the graph has free sizes or an operator that TVM cannot read (with the
@@ -363,40 +363,40 @@ def build_tvm(
     tvm = load_tvm()
     graph = Path(graph)
     if not graph.is_file():
-        raise WanlabError(f"no ONNX file at {graph}; make it with wanlab.export.export(..., dynamic=False)")
+        raise WanlabError(f"no ONNX file at {graph}; export it with wanlab.export.export(..., dynamic=False)")
     if schedule not in SCHEDULES:
         raise WanlabError(
             f"unknown schedule {schedule!r}{did_you_mean(schedule, SCHEDULES)}; give {' or '.join(SCHEDULES)}"
         )
     facts = target_of(tvm, target)
     on_gpu = facts["kind"] == "cuda"
-    how: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "schedule": "default" if on_gpu else schedule,
         "fast_math": fast_math and not on_gpu,
     }
     library = Path(library) if library else graph.with_suffix(f".tvm-{facts['kind']}.so")
     graph_hash = graph_sha256(graph)
-    made_from = {"graph": graph_hash, "target": facts, "tvm": tvm.__version__} | how
-    if reuse and (known := TvmBuildInfo.current(library, made_from)[0]) is not None:
+    sources = {"graph": graph_hash, "target": facts, "tvm": tvm.__version__} | settings
+    if reuse and (known := TvmBuildInfo.current(library, sources)[0]) is not None:
         return known
 
     begin = time.perf_counter()
     module, read = _read(graph, on_gpu)
     imported = time.perf_counter()
-    executable, counts = _compile(tvm, module, facts, **how)
+    executable, counts = _compile(tvm, module, facts, **settings)
     compiled = time.perf_counter()
     with atomic_path(library, ".so") as draft:
         _link(executable, draft)
         linked = time.perf_counter()
         info = TvmBuildInfo(
             path=str(library),
-            facts=made_from,
+            facts=sources,
             engine_sha256=file_digest(draft),
             graph=graph.name,
             graph_sha256=graph_hash,
             target=facts,
             version=tvm.__version__,
-            **how,
+            **settings,
             **read,
             **counts,
             size_bytes=draft.stat().st_size,
@@ -416,21 +416,23 @@ def build_graph(
 
 
 def load_tvm() -> Any:
-    """TVM, with its threads free to move: by default it ties the calling thread to one core, and PyTorch with it.
+    """The module `tvm` without thread affinity: by default TVM pins the calling thread to one core, and so slows PyTorch.
 
     Raises:
-        WanlabError: it is not installed.
+        WanlabError: TVM is not installed.
     """
     os.environ.setdefault("TVM_BIND_THREADS", "0")
-    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))  # the most that an engine may ask for
+    os.environ.setdefault(
+        "TVM_NUM_THREADS", str(os.cpu_count() or 1)
+    )  # the largest number that an engine may use
     return require("tvm", INSTALL)
 
 
 def target_of(tvm, target: str) -> dict[str, str]:
-    """What to compile for, as TVM names it.
+    """The target in TVM's terms: kind, processor or architecture.
 
     Raises:
-        WanlabError: an unknown target, or a GPU that is not there.
+        WanlabError: an unknown target, or no GPU.
     """
     kind, _, capability = target.partition(":")
     if kind == "cpu" and not capability:
@@ -452,30 +454,30 @@ def target_of(tvm, target: str) -> dict[str, str]:
 
 
 def _processor(tvm) -> str:
-    """The processor as LLVM names it; a general name where a virtual machine hides what the name promises."""
+    """LLVM's name of the processor; a general name if a virtual machine hides instructions that the name implies."""
     from tvm.target import codegen
 
-    name = codegen.llvm_get_system_cpu()
+    name = str(codegen.llvm_get_system_cpu())  # TVM returns a string type of its own
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return name
     has = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
-    promised = {
+    implied = {
         str(f) for f in codegen.llvm_get_cpu_features(tvm.target.Target({"kind": "llvm", "mcpu": name}))
     }
-    if not has or not (promised & {"avx2", "fma", "avx512f", "avx512bw", "avx512vl"}) - has:
+    if not has or not (implied & {"avx2", "fma", "avx512f", "avx512bw", "avx512vl"}) - has:
         return name
     return "x86-64-v3" if {"avx2", "fma", "bmi2"} <= has else "x86-64-v2"
 
 
 def _read(path: Path, on_gpu: bool) -> tuple[Any, dict]:
-    """The graph in Relax, and what the build information says of it."""
+    """The graph in Relax, and its facts for the build information."""
     from tvm.relax.frontend.onnx import from_onnx
 
     if (size := file_bytes(path)) > MAX_WEIGHTS_BYTES:
         raise WanlabError(
-            f"{path.name} has {size / 2**30:.1f} GiB of weights; TVM puts them into the library, which ends at"
+            f"{path.name} has {size / 2**30:.1f} GiB of weights; TVM stores them in the library, whose limit is"
             f" {MAX_WEIGHTS_BYTES / 2**30:.1f} GiB: use onnxruntime or tensorrt for it"
         )
     model = onnx.load(path)
@@ -484,24 +486,29 @@ def _read(path: Path, on_gpu: bool) -> tuple[Any, dict]:
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     if onnx.TensorProto.FLOAT16 in kinds and on_gpu:
         raise WanlabError(
-            f"{path.name} computes in float16, which this TVM does not finish compiling for CUDA;"
+            f"{path.name} computes in float16, which this TVM cannot compile for CUDA;"
             " export it with dtype='bfloat16' and opset=22"
         )
     if kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16} and not on_gpu:
         raise WanlabError(
-            f"{path.name} computes in half precision, which TVM sums up in half precision on the CPU;"
+            f"{path.name} computes in half precision, whose sums TVM also computes in half precision on the CPU;"
             " export it with dtype='float32'"
         )
     count = sum(1 for _ in nodes(model))
-    made = rewrite(model)
-    said = io.StringIO()
+    rewrites = rewrite(model)
     try:
-        with contextlib.redirect_stdout(said):  # the importer prints what it raises
+        with contextlib.redirect_stdout(io.StringIO()):  # the importer prints what it raises
             module = from_onnx(model)
     except Exception as error:
         raise WanlabError(_refusal(path, model, error)) from error
     facts = {entry.key: entry.value for entry in model.metadata_props}
-    return module, {"inputs": inputs, "outputs": outputs, "metadata": facts, "rewrites": made, "nodes": count}
+    return module, {
+        "inputs": inputs,
+        "outputs": outputs,
+        "metadata": facts,
+        "rewrites": rewrites,
+        "nodes": count,
+    }
 
 
 def _type_of(path: Path, value) -> TensorType:
@@ -509,7 +516,7 @@ def _type_of(path: Path, value) -> TensorType:
     free = [dim.dim_param for dim in kind.shape.dim if not dim.HasField("dim_value")]
     if free:
         raise WanlabError(
-            f"{value.name!r} of {path.name} has free axes ({', '.join(free)}); TVM is given fixed sizes:"
+            f"{value.name!r} of {path.name} has free axes ({', '.join(free)}); TVM needs fixed sizes:"
             " export with dynamic=False"
         )
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
@@ -517,7 +524,7 @@ def _type_of(path: Path, value) -> TensorType:
 
 
 def _refusal(path: Path, model, error: Exception) -> str:
-    """One line: which operators or which node TVM could not read."""
+    """One line about the operators, or the node, that TVM could not read."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
     known = set(getattr(onnx_frontend, "_get_convert_map", dict)()) | {"If", "Constant"}
@@ -528,30 +535,33 @@ def _refusal(path: Path, model, error: Exception) -> str:
         named = ", ".join(f"{kind} ({name})" for kind, name in sorted(lacking.items()))
         return f"TVM has no {named} of {path.name}; {mend}"
     step, node = error.__traceback__, None
-    while step is not None:  # the importer's frames know which node they were at
-        here = step.tb_frame.f_locals.get("node")
-        node, step = here if hasattr(here, "op_type") else node, step.tb_next
-    where = path.name if node is None else f"{node.op_type} ({node.name}) of {path.name}"
-    return f"TVM cannot read {where} ({type(error).__name__}: {first_line(str(error), 200)}); {mend}"
+    while step is not None:  # the importer's frames have the node as a local variable
+        local = step.tb_frame.f_locals.get("node")
+        node, step = local if hasattr(local, "op_type") else node, step.tb_next
+    place = path.name if node is None else f"{node.op_type} ({node.name}) of {path.name}"
+    return f"TVM cannot read {place} ({type(error).__name__}: {first_line(str(error), 200)}); {mend}"
 
 
 def _compile(tvm, module, facts: dict[str, str], *, schedule: str, fast_math: bool) -> tuple[Any, dict]:
     from tvm import relax
     from tvm.s_tir import dlight
 
-    words: dict[str, Any] = dict(facts)
+    options: dict[str, Any] = dict(facts)
     if facts["kind"] == "cuda":
         limits = {"max_num_threads": 1024, "thread_warp_size": 32, "max_shared_memory_per_block": 49152}
-        target = tvm.target.Target(words | limits | {"host": {"kind": "llvm"}})
+        target = tvm.target.Target(options | limits | {"host": {"kind": "llvm"}})
     else:
-        if fast_math:  # sums in vectors; NaN and infinity keep their meaning
-            words |= {"fast-math-reassoc": True, "fast-math-contract": True, "fast-math-nsz": True}
-        target = tvm.target.Target(words)
+        if fast_math:  # sums in vectors; NaN and infinity are still handled
+            options |= {"fast-math-reassoc": True, "fast-math-contract": True, "fast-math-nsz": True}
+        target = tvm.target.Target(options)
     try:
         with target:
             if facts["kind"] == "cuda":
                 executable = tvm.compile(module, target, relax_pipeline=relax.get_default_pipeline(target))
-                return executable, {"kernels": None, "scheduled": None}  # TVM's own pipeline does not say
+                return executable, {
+                    "kernels": None,
+                    "scheduled": None,
+                }  # TVM's own pipeline does not report it
             if fast_math:
                 module = relax.transform.FastMathTransform()(module)
             module = relax.get_pipeline("zero")(module)

@@ -1,4 +1,4 @@
-"""A library that TVM built, as an engine: named tensors in, named tensors out."""
+"""A library that TVM built, as an engine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class TvmEngine(Engine):
     """One component, compiled by TVM.
 
     Attributes:
-        path: of the library. info: what it was built from.
-        name: `"tvm-llvm"` or `"tvm-cuda"`. device: where its inputs and outputs live.
-        threads: on the CPU, of one run.
-        inputs, outputs: tensor name -> (dtype, shape), in order.
-        metadata: of the graph: model, component, wanlab_version.
-        size_bytes: of the library, weights included.
-        load_ms: from the library to an engine that can run, its checks left out.
+        path: path of the library.
+        info: its build information.
+        name: `"tvm-llvm"` or `"tvm-cuda"`.
+        threads: number of CPU threads of one run.
+        inputs, outputs, device: see `wanlab.engines.base.Engine`.
+        metadata: metadata of the graph: model, component, wanlab_version.
+        size_bytes: size of the library with its weights.
+        load_ms: time from the library to an engine that can run, without the checks.
     """
 
     alignment = 64  # compiled code reads whole vectors
@@ -44,22 +45,22 @@ class TvmEngine(Engine):
         graph: str | os.PathLike | None = None,
         threads: int | None = None,
     ) -> None:
-        """Open a library that `build_tvm` wrote, after checking that it is still true.
+        """Open a library of `build_tvm`, after checking that it is current.
 
         Args:
-            library: the `.so`.
-            graph: the ONNX file that it must come from; None takes the one beside the library that the build
-                information names, if it is there.
-            threads: of the CPU; None takes `torch.get_num_threads()`, for fair comparisons.
+            library: path of the `.so`.
+            graph: ONNX file from which it has to be built; None takes the file that the build information names, if it
+                exists.
+            threads: number of CPU threads; None is `torch.get_num_threads()`, for fair comparisons.
 
         Raises:
-            WanlabError: TVM is missing, there is no library or no build information, or the library is out of date:
-                changed since, from another graph, of another TVM, for another processor or GPU.
+            WanlabError: TVM is missing, there is no library or no build information, or the library is out of
+                date: changed, or built from another graph, by another TVM, or for another processor or GPU.
         """
         tvm = load_tvm()
         self.path = Path(library)
         if not self.path.is_file():
-            raise WanlabError(f"no TVM library at {self.path}; make it with wanlab.engines.build_tvm")
+            raise WanlabError(f"no TVM library at {self.path}; build it with wanlab.engines.build_tvm")
         self.info = TvmBuildInfo.read(self.path)
         self._check(tvm, graph)
         kind = self.info.target["kind"]
@@ -104,7 +105,7 @@ class TvmEngine(Engine):
         stream: int | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """TVM makes its own output, which is then copied on the device into `outputs`."""
+        """TVM allocates its own output, which is then copied on the device into `outputs`."""
         arguments = self._arguments(inputs)
         targets = [outputs[name] for name in self.outputs]
 
@@ -114,19 +115,19 @@ class TvmEngine(Engine):
         return call
 
     def _invoke(self, arguments: list, stream: int | None, targets: list | None = None) -> list[torch.Tensor]:
-        """Run, and hand the outputs to torch without a copy, or copy them into `targets` in order."""
+        """Run; return the outputs as tensors without a copy, or copy them into `targets` in order."""
         on_gpu = self.device.type == "cuda"
-        into: AbstractContextManager[Any] = nullcontext()
+        on_stream: AbstractContextManager[Any] = nullcontext()
         if on_gpu:
             import tvm_ffi
 
             stream = torch.cuda.current_stream(self.device).cuda_stream if stream is None else stream
-            into = tvm_ffi.use_raw_stream(self._place, stream)
+            on_stream = tvm_ffi.use_raw_stream(self._place, stream)
         elif getattr(_pool, "threads", None) != self.threads:
             self._tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
             _pool.threads = self.threads
         try:
-            with into:
+            with on_stream:
                 results = self._main(*arguments)
         except Exception as error:
             raise WanlabError(f"{self.path.name} failed: {first_line(error)}") from error
@@ -143,7 +144,7 @@ class TvmEngine(Engine):
         return [self._tvm.runtime.from_dlpack(tensors[name].detach()) for name in self.inputs]
 
     def _check(self, tvm, graph: str | os.PathLike | None) -> None:
-        """Refuse a library that is out of date or built for another machine, with what differs."""
+        """Refuse a library that is out of date or built for another machine; the message says what differs."""
         known, again = self.info, self.info.AGAIN
         name = self.path.name
         known.check_file(again)
@@ -156,11 +157,11 @@ class TvmEngine(Engine):
             )
         here = target_of(tvm, "cuda" if on_gpu else "cpu")
         if here != known.target:
-            there, this = (t.get("mcpu") or t.get("arch") for t in (known.target, here))
-            raise WanlabError(f"{name} was built for {there}, this machine is {this}; {again} here")
+            built_for, machine = (t.get("mcpu") or t.get("arch") for t in (known.target, here))
+            raise WanlabError(f"{name} was built for {built_for}, this machine is {machine}; {again} here")
         source = Path(graph) if graph is not None else self.path.with_name(known.graph)
         if graph is not None and not source.is_file():
-            raise WanlabError(f"no ONNX file at {source} to hold {name} against")
+            raise WanlabError(f"no ONNX file at {source} to compare {name} with")
         if source.is_file() and graph_sha256(source) != known.graph_sha256:
             raise WanlabError(f"{name} was not built from this {source.name}, whose content differs; {again}")
 

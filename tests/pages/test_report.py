@@ -16,6 +16,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.pages import report
 from wanlab.pages.report import page_of, render
 from wanlab.pages.templates import json_script
+from wanlab.runs.result import Quality, Result, Work
 
 HOSTILE = (
     '</script><script>alert(1)</script><img src=x onerror="alert(2)"><a href="javascript:alert(3)">x</a>'
@@ -414,3 +415,63 @@ def test_a_saved_notebook_becomes_a_page(tmp_path):
     nbformat.write(notebook("# Mine?", code("1 + 1", data={"text/plain": "2"})), path)
     assert render(path) == tmp_path / "mine.html"
     assert assert_closed((tmp_path / "mine.html").read_text()).h1.text == "Mine?"
+
+
+def test_key_figures_and_the_main_output_stand_below_the_verdict():
+    work = Work(model="wan-nano", height=64, width=64, frames=5, steps=4)
+    eager = Result(
+        work=work, engine="eager", samples_ms=(100.0, 101.0, 99.0), noise_percent=1.0, peak_memory_gib=2.0
+    )
+    quality = Quality(
+        quality_loss_percent=0.5,
+        quality_loss_low_percent=-0.25,
+        quality_loss_high_percent=1.0,
+        psnr_db=float("inf"),
+    )
+    fast = Result(
+        work=work,
+        engine="onnxruntime",
+        samples_ms=(50.0, 51.0, 49.0),
+        noise_percent=1.0,
+        peak_memory_gib=2.5,
+        quality=quality,
+    )
+    cell = code("plot()", data={"text/plain": "the main output"})
+    cell.metadata["tags"] = ["main"]
+    text = page_of(
+        notebook("# Q?", "## Part", cell), {"verdict": "Yes."}, {}, None, "n", results=(fast, eager)
+    )
+    soup = assert_closed(text)
+    tiles = [[part.text for part in tile.find_all(["dt", "dd"])] for tile in soup.select(".tiles > div")]
+    assert tiles == [
+        ["time per video", "50 ms", "2.00× faster than eager's 100 ms"],
+        ["peak memory", "2.5 GiB", "1.25× more than eager's 2 GiB"],
+        ["quality loss", "+0.50 %", "-0.25 to +1.00 (95 % interval)"],
+        ["PSNR to the original", "identical"],
+        ["time per frame", "10 ms", "2.00× faster than eager's 20 ms"],
+    ]
+    assert text.index('class="verdict"') < text.index('class="tiles"') < text.index("the main output")
+    assert text.index("the main output") < text.index("Part")
+    assert text.count("the main output") == 1
+    alone = page_of(notebook("# Q?"), {}, {}, None, "n", results=(eager,))
+    assert "A/A noise 1.0 %" in alone
+
+
+def test_what_cannot_be_told_from_noise_is_said_in_its_tile():
+    rows = [
+        Result(work=Work(model="m"), engine=engine, samples_ms=(ms, ms + 1, ms - 1), noise_percent=9.0)
+        for engine, ms in (("compiled", 99.0), ("eager", 100.0))
+    ]
+    text = page_of(notebook("# Q?"), {}, {}, None, "n", results=rows)
+    assert "no difference from eager&#39;s 100 ms can be told from noise" in text
+
+
+def test_heads_of_tables_are_words_with_units():
+    head = "<thead><tr><th>peak_memory_gib</th><th>psnr_db</th></tr></thead>"
+    table = f'<table class="dataframe">{head}<tbody><tr><th>expert_high</th></tr></tbody></table>'
+    soup = assert_closed(page(notebook("# Q?", code(data={"text/html": table}))))
+    assert [head.text for head in soup.select("th")] == [
+        "peak memory (GiB)",
+        "PSNR (dB)",
+        "high-noise expert",
+    ]

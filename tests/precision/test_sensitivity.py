@@ -554,7 +554,7 @@ def test_figures(measured):
         assert len(plots.sensitivity_bars(found.frame, 5, value).data) >= 1
     first = found.bands["expert_low"][0][0]
     assert plots.sensitivity_map(found.frame, "expert_low", first_step=first).data
-    with pytest.raises(WanlabError, match="nothing of expert_hihg"):
+    with pytest.raises(WanlabError, match="no rows of expert_hihg"):
         plots.sensitivity_map(found.frame, "expert_hihg")
     with pytest.raises(WanlabError, match="needs the columns"):
         plots.sensitivity_bars(found.frame.drop(columns="effect"))

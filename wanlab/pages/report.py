@@ -14,7 +14,7 @@ import mimetypes
 import re
 import shlex
 import traceback as tracebacks
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,14 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, duration, readable, shown
+from wanlab.plots.style import NAMES, UNITS, label
+from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import read_notebook
+from wanlab.runs.result import Result
+from wanlab.runs.results import is_time, read_results
 
+MAIN_TAG = "main"  # of the cell whose output stands at the top of the page
 HIDDEN_TAGS = {"parameters", "injected-parameters", "papermill-error-cell-tag", "hide"}
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -98,7 +103,8 @@ def render(path: str | Path) -> Path:
     status = tried(folder.status, {"state": "unreadable"})
     notebook = tried(lambda: read_notebook(folder.notebook), None)
     try:
-        text = page_of(notebook, record, status, folder.path, folder.path.parent.name, problems)
+        results = tried(lambda: read_results(folder), ())
+        text = page_of(notebook, record, status, folder.path, folder.path.parent.name, problems, results)
     except Exception:
         # A page that cannot be drawn must not hide how the run ended.
         reason = html.escape(tracebacks.format_exc())
@@ -109,7 +115,13 @@ def render(path: str | Path) -> Path:
 
 
 def page_of(
-    notebook: Any, record: dict, status: dict, root: Path | None, name: str, problems: Iterable[str] = ()
+    notebook: Any,
+    record: dict,
+    status: dict,
+    root: Path | None,
+    name: str,
+    problems: Iterable[str] = (),
+    results: Sequence[Result] = (),
 ) -> str:
     """The page as text.
 
@@ -119,27 +131,32 @@ def page_of(
         status: status.json.
         root: folder in which the notebook's relative pictures lie.
         name: title of the page where the notebook has none.
-        problems: said on the page, each a sentence.
+        problems: sentences shown on the page.
+        results: rows that the run recorded; the first is what the run is about.
     """
     page = Page(root)
     cells = [cell for cell in notebook.cells if _is_shown(cell)] if notebook is not None else []
     title, lead, rest = _title(cells, name)
-    environment = _environment(record.get("environment"))
+    environment, parameters = _environment(record.get("environment")), _parameters(record)
+    main = [cell for cell in rest if MAIN_TAG in cell.metadata.get("tags", []) and cell.get("outputs")]
     return templates.fill(
         "report.html",
         title=title,
         lead=Markup(markdown_html(lead, page)),
         verdict=record.get("verdict"),
+        tiles=_tiles(results),
+        main=[Markup(_outputs(cell, page)) for cell in main],
         state=status.get("state"),
         state_words=WORDS.get(status.get("state"), status.get("state")),
         failure=_failure(status, cells),
         problems=problems,
         facts=_facts(record, status, name),
-        parameters=_parameters(record),
+        parameters=parameters,
+        changed=", ".join(f"{row['name']}={row['value']}" for row in parameters if row["changed"]),
         environment=environment,
         environment_summary=_environment_summary(environment),
         command=_command(record),
-        body=[Markup(_cell(cell, page)) for cell in rest],
+        body=[Markup(_cell(cell, page, at_top=any(cell is each for each in main))) for cell in rest],
         css=templates.asset("base.css", "report.css") + Markup(code_css()),
         script=templates.asset("page.js", "report.js"),
         plotly=templates.plotly_script() if page.figures else None,
@@ -169,13 +186,17 @@ def _ended(cell: Any) -> str | None:
     return cell.metadata.get("papermill", {}).get("status")
 
 
-def _cell(cell: Any, page: Page) -> str:
+def _outputs(cell: Any, page: Page) -> str:
+    # The traceback of the failed cell stands at the top of the page.
+    items = [item for item in cell.outputs if not (_ended(cell) == "failed" and item.output_type == "error")]
+    return "".join(output_html(item, page) for item in _joined_streams(items))
+
+
+def _cell(cell: Any, page: Page, *, at_top: bool = False) -> str:
     if cell.cell_type == "markdown":
         return f'<div class="prose">{markdown_html(cell.source, page)}</div>'
     failed = _ended(cell) == "failed"
-    # The traceback of the failed cell stands at the top of the page.
-    items = [item for item in cell.outputs if not (failed and item.output_type == "error")]
-    outputs = "".join(output_html(item, page) for item in _joined_streams(items))
+    outputs = '<p class="aside">Shown at the top of the page.</p>' if at_top else _outputs(cell, page)
     seconds = cell.metadata.get("papermill", {}).get("duration") or 0
     label = f"code · {seconds:.1f} s" if seconds >= 0.05 else "code"
     label += {"failed": " · failed here", "pending": " · not run"}.get(_ended(cell), "")
@@ -207,6 +228,75 @@ def _failure(status: dict, cells: list[Any]) -> dict[str, Any] | None:
         # A mistake that wanlab explains needs no stack; the explanation is above it.
         "open": not str(status.get("reason")).startswith("WanlabError"),
     }
+
+
+# Figures of a result that can be a tile, the most important first: name, title, words for better and worse.
+TILES = (
+    ("time_per_video_ms", "time per video", "faster", "slower"),
+    ("time_per_call_ms", "time of a call", "faster", "slower"),
+    ("peak_memory_gib", "peak memory", "less", "more"),
+    ("quality_loss_percent", "quality loss", "", ""),
+    ("divergence_lpips", "LPIPS to the original", "", ""),
+    ("psnr_db", "PSNR to the original", "", ""),
+    ("load_ms", "load time", "shorter", "longer"),
+    ("weights_gib", "weights", "less", "more"),
+    ("size_bytes", "size of the engine", "less", "more"),
+    ("build_ms", "build time", "shorter", "longer"),
+    ("time_per_frame_ms", "time per frame", "faster", "slower"),
+    ("noise_percent", "A/A noise", "", ""),
+)
+MOST_TILES = 5
+
+
+def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
+    """Key figures of the first result with their units, and their change against eager PyTorch in the same run."""
+    if not results:
+        return []
+    first, row = results[0], results[0].row()
+    eager = [each for each in results[1:] if each.engine == "eager" and each.work == first.work]
+    base = eager[0] if eager and first.engine != "eager" else None
+    tiles = [
+        {"title": title, "value": _figure(name, row[name]), "change": _change(name, row, base, first, words)}
+        for name, title, *words in TILES
+        if isinstance(row.get(name), int | float)
+    ]
+    return tiles[:MOST_TILES]
+
+
+def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, words: list[str]) -> str:
+    """What stands below a figure: its ratio to the baseline, its interval, or the noise it is read against."""
+    if name == "quality_loss_percent" and "quality_loss_low_percent" in row:
+        return f"{row['quality_loss_low_percent']:+.2f} to {row['quality_loss_high_percent']:+.2f} (95 % interval)"
+    if name == "divergence_lpips" and "divergence_floor_lpips" in row:
+        return f"noise floor {row['divergence_floor_lpips']:.2g}"
+    if base is None or not words[0] or name not in base.row():
+        noisy = name in ("time_per_video_ms", "time_per_call_ms") and "noise_percent" in row
+        return f"A/A noise {row['noise_percent']:.1f} %" if noisy else ""
+    before = base.row()[name]
+    if is_time(name) and ratio_to(base, first, name, THRESHOLD_PERCENT).verdict == SAME:
+        return f"no difference from eager's {_figure(name, before)} can be told from noise"
+    ratio = times_better(name, row[name], before)
+    if not 0 < ratio < float("inf"):
+        return ""
+    if abs(ratio - 1) < 0.005:
+        return "as eager"
+    word, ratio = (words[0], ratio) if ratio > 1 else (words[1], 1 / ratio)
+    return f"{ratio:,.2f}× {word} than eager's {_figure(name, before)}"
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure with its unit in three significant digits."""
+    if name.endswith("_bytes"):
+        value, unit = (value / 2**30, "GiB") if value >= 2**30 else (value / 2**20, "MiB")
+    else:
+        unit = UNITS.get(name.rsplit("_", 1)[-1], "")
+    if name.endswith("_ms") and value >= 10_000:
+        value, unit = value / 1e3, "s"
+    if name == "quality_loss_percent":
+        return f"{value:+.2f} %"
+    if name == "psnr_db" and value == float("inf"):
+        return "identical"
+    return f"{value:,.0f} {unit}".rstrip() if abs(value) >= 100 else f"{value:.3g} {unit}".rstrip()
 
 
 def _facts(record: dict, status: dict, name: str) -> dict[str, str]:
@@ -312,7 +402,7 @@ def output_html(item: Any, page: Page) -> str:
     if PLOTLY in data:
         return page.figure(data[PLOTLY] if isinstance(data[PLOTLY], dict) else json.loads(data[PLOTLY]))
     if "text/html" in data:
-        return f'<div class="rich">{sanitise(_joined(data["text/html"]), page)}</div>'
+        return f'<div class="rich">{sanitise(_with_words(_joined(data["text/html"])), page)}</div>'
     for kind in IMAGES:
         if kind in data:
             return _picture(f"data:{kind};base64,{''.join(_joined(data[kind]).split())}", page)
@@ -321,6 +411,16 @@ def output_html(item: Any, page: Page) -> str:
     if "text/markdown" in data:
         return f'<div class="rich">{markdown_html(_joined(data["text/markdown"]), page)}</div>'
     return text_html(_joined(data["text/plain"])) if "text/plain" in data else ""
+
+
+COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)+)</th>")
+
+
+def _with_words(source: str) -> str:
+    """Column names of a DataFrame as words with their unit: "peak_memory_gib" as "peak memory (GiB)"."""
+    if 'class="dataframe"' not in source:
+        return source
+    return COLUMN.sub(lambda match: f"<th>{NAMES.get(match[1], label(match[1]))}</th>", source)
 
 
 def _picture(url: str, page: Page) -> str:

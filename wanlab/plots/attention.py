@@ -1,4 +1,4 @@
-"""What attention heads look at, how long they take, and the kernels that could do it."""
+"""Figures of attention: statistics of heads, time of layers, rate of kernels."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ STATISTICS = {
 
 
 def head_map(
-    found: Any, statistic: str = "density95_percent", *, kind: str = "self", branch: str = "cond"
+    attention_map: Any, statistic: str = "density95_percent", *, kind: str = "self", branch: str = "cond"
 ) -> go.Figure:
-    """A statistic of every head of every layer, one denoising step at a time; the slider says step and expert.
+    """A statistic of every head of every layer at one denoising step; a slider selects the step.
 
     Args:
-        found: `diagnose.AttentionMap`.
+        attention_map: `diagnose.AttentionMap`.
         statistic: a column of its frame, or "type".
         kind: "self" or "cross".
         branch: "cond" or "uncond".
@@ -43,7 +43,7 @@ def head_map(
     Raises:
         WanlabError: the map has no such statistic, or nothing of this kind and branch.
     """
-    rows = found.of(kind, branch)
+    rows = attention_map.of(kind, branch)
     if statistic not in rows or rows[statistic].isna().all():
         known = [name for name in STATISTICS if name in rows and rows[name].notna().any()]
         raise WanlabError(
@@ -76,8 +76,8 @@ def head_map(
     figure, marks = go.Figure(), []
     places = rows[["step", "component"]].drop_duplicates().sort_values("step").itertuples(index=False)
     for number, (step, component) in enumerate(places):
-        mine = rows[(rows["step"] == step) & (rows["component"] == component)].assign(value=values)
-        table = mine.pivot_table("value", "head", "layer").reindex(index=heads, columns=layers)
+        step_rows = rows[(rows["step"] == step) & (rows["component"] == component)].assign(value=values)
+        table = step_rows.pivot_table("value", "head", "layer").reindex(index=heads, columns=layers)
         texts = [[_cell(value, names if types else None) for value in line] for line in table.to_numpy()]
         figure.add_heatmap(
             x=[int(n) for n in layers],
@@ -90,8 +90,8 @@ def head_map(
             hovertemplate="layer %{x}, head %{y}: %{text}<extra></extra>",
             **scale,
         )
-        named = f"step {step}, {NAMES.get(component, component)}"
-        marks.append((str(step), f"{shown}: {named}", component))
+        step_name = f"step {step}, {NAMES.get(component, component)}"
+        marks.append((str(step), f"{shown}: {step_name}", component))
     figure.update_layout(
         template=theme(),
         height=190 + max(26 if len(heads) < 12 else 12, 1) * len(heads),
@@ -122,14 +122,14 @@ def head_map(
     return figure
 
 
-def head_type_bars(found: Any, *, branch: str = "cond") -> go.Figure:
-    """Share of head types among the self-attention heads, per denoising step; the steps stand under their expert.
+def head_type_bars(attention_map: Any, *, branch: str = "cond") -> go.Figure:
+    """Share of head types among the self-attention heads at each denoising step, grouped by expert.
 
     Args:
-        found: `diagnose.AttentionMap`.
+        attention_map: `diagnose.AttentionMap`.
         branch: "cond" or "uncond".
     """
-    table = found.types()
+    table = attention_map.types()
     table = table[table["branch"] == branch]
     if table.empty:
         raise WanlabError(f"the map has no branch {branch!r}")
@@ -154,7 +154,7 @@ def head_type_bars(found: Any, *, branch: str = "cond") -> go.Figure:
 
 
 def layer_time_lines(table: pd.DataFrame) -> go.Figure:
-    """Median time of the attention of each layer, per expert; bars reach from the shortest to the longest sample.
+    """Median time of each layer's attention per expert; error bars are the shortest and the longest sample.
 
     Args:
         table: from `diagnose.layer_times`.
@@ -169,10 +169,10 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
     )
     for column, kind in enumerate(kinds, 1):
         for component in table["component"].unique():
-            mine = table[(table["kind"] == kind) & (table["component"] == component)].sort_values("layer")
+            rows = table[(table["kind"] == kind) & (table["component"] == component)].sort_values("layer")
             figure.add_scatter(
-                x=[int(n) for n in mine["layer"]],
-                y=mine["median_ms"].tolist(),
+                x=[int(n) for n in rows["layer"]],
+                y=rows["median_ms"].tolist(),
                 mode="lines+markers",
                 name=NAMES.get(component, component),
                 legendgroup=component,
@@ -182,8 +182,8 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    "array": (mine["max_ms"] - mine["median_ms"]).tolist(),
-                    "arrayminus": (mine["median_ms"] - mine["min_ms"]).tolist(),
+                    "array": (rows["max_ms"] - rows["median_ms"]).tolist(),
+                    "arrayminus": (rows["median_ms"] - rows["min_ms"]).tolist(),
                     "thickness": 1,
                     "width": 0,
                 },
@@ -200,7 +200,7 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
 
 
 def kernel_bars(kernels: Any) -> go.Figure:
-    """Rate of every attention kernel beside its time; what cannot run says why. The line is the device's ceiling.
+    """Rate and time of every attention kernel; for one that cannot run, the reason. The line is the device's ceiling.
 
     Args:
         kernels: `diagnose.AttentionKernels`.
@@ -236,14 +236,16 @@ def kernel_bars(kernels: Any) -> go.Figure:
             x=float(ceiling),
             y=1,
             yref="paper",
-            text=f"matrix product {ceiling:.3g}",
+            text=f"matrix product: {ceiling:.3g} TFLOP/s",
             showarrow=False,
             yanchor="bottom",
         )
     figure.update_layout(
         template=theme(), height=100 + ROW_PX * len(table), showlegend=False, margin={"t": 30}
     )
-    figure.update_xaxes(title_text="TFLOP/s of the pairs that are computed", range=[0, 1.45 * top])
+    figure.update_xaxes(
+        title_text="TFLOP/s, counting the computed query-key pairs only", range=[0, 1.45 * top]
+    )
     figure.update_yaxes(
         categoryorder="array", categoryarray=table["kernel"].tolist()[::-1], showgrid=False, range=[-0.6, len(table) - 0.4]
     )  # fmt: skip
@@ -257,7 +259,7 @@ def _bar_text(row: dict[str, Any]) -> str:
 
 
 def _edges() -> list[tuple[int, int]]:
-    """Ends of three flat stretches of a colour scale: (third, step back to its colour)."""
+    """Ends of the three flat parts of a colour scale: (end in thirds, step back to the part's colour)."""
     return [(0, 0), (1, 1), (1, 0), (2, 1), (2, 0), (3, 1)]
 
 

@@ -17,7 +17,7 @@ from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, ROW_PX, colour,
 
 
 def category_bars(breakdown: Any) -> go.Figure:
-    """Where the wall clock went: a bar per category, divided by component; what ran beside it behind, hatched.
+    """Share of the wall clock: one bar per category, divided by component; time hidden behind other work is hatched.
 
     Args:
         breakdown: `diagnose.Breakdown`.
@@ -26,14 +26,13 @@ def category_bars(breakdown: Any) -> go.Figure:
     order = [CATEGORY_NAMES.get(name, name) for name in table["category"]]
     figure = go.Figure()
     for component in parts["component"].unique():
-        mine = parts[parts["component"] == component]
-        shown = "other" if component == "outside" else component
+        rows = parts[parts["component"] == component]
         figure.add_bar(
-            x=mine["time_ms"].tolist(),
-            y=[CATEGORY_NAMES.get(name, name) for name in mine["category"]],
+            x=rows["time_ms"].tolist(),
+            y=[CATEGORY_NAMES.get(name, name) for name in rows["category"]],
             orientation="h",
-            name="outside of all" if component == "outside" else NAMES.get(component, component),
-            marker={"color": colour(shown)},
+            name=_name(component),
+            marker={"color": _colour(component)},
             hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
         )
     hidden = table[table["hidden_ms"] > 0.001 * breakdown.wall_ms]
@@ -42,9 +41,9 @@ def category_bars(breakdown: Any) -> go.Figure:
             x=hidden["hidden_ms"].tolist(),
             y=[CATEGORY_NAMES.get(name, name) for name in hidden["category"]],
             orientation="h",
-            name="beside other work",
+            name="hidden behind other work",
             marker={"color": "rgba(128,138,149,0.25)", "pattern": {"shape": "/"}},
-            hovertemplate="%{y}: %{x:,.2f} ms more, beside other work<extra></extra>",
+            hovertemplate="%{y}: %{x:,.2f} ms more, hidden behind other work<extra></extra>",
         )
     ends = table["time_ms"] + hidden["hidden_ms"].reindex(table.index, fill_value=0.0)
     for name, end, time_ms, share in zip(order, ends, table["time_ms"], table["share_percent"], strict=True):
@@ -64,23 +63,23 @@ def _time(time_ms: float) -> str:
 
 
 def flame_icicle(flame: Any, *, smallest_percent: float = 0.1) -> go.Figure:
-    """A flame graph that opens where it is clicked: width is time, below a frame stands what it called.
+    """Flame graph: width is time, the frames that a frame called are below it, a click opens a frame.
 
-    Frames take the colour of the component they run in. In a report it has a search box.
+    The colour of a frame is that of the component it runs in. In a report the figure has a search box.
 
     Args:
         flame: `diagnose.Flame`.
-        smallest_percent: frames with less of the whole are left out; their time stays in the frame above.
+        smallest_percent: frames with a smaller share of the total are left out; their time stays in the frame above.
     """
     table = flame.frame.assign(component=_components_of(flame.frame))
-    # A child is never larger than what is above it, so what is kept hangs together.
+    # A child is never larger than its parent, so the parent of every frame that is drawn is drawn too.
     kept = table[(table["total_us"] >= flame.total_us * smallest_percent / 100) | (table.index == 0)]
     figure = go.Figure(
         go.Icicle(
             ids=[str(i) for i in kept.index],
             parents=["" if parent < 0 else str(parent) for parent in kept["parent"]],
             labels=[
-                # What stands above need not be said again.
+                # Without the parent's name.
                 name.removeprefix(f"{table['name'][parent]}.") if parent > 0 else name
                 for name, parent in zip(kept["name"], kept["parent"], strict=True)
             ],
@@ -110,13 +109,13 @@ def flame_icicle(flame: Any, *, smallest_percent: float = 0.1) -> go.Figure:
 
 
 def _components_of(table: pd.DataFrame) -> list[str]:
-    """For every frame of a flame graph the component it runs in, "other" outside of all."""
-    found: list[str] = []
+    """For every frame of a flame graph the component it runs in, "other" outside all components."""
+    components: list[str] = []
     for name, parent in zip(table["name"], table["parent"], strict=True):
         own = str(name).partition(".")[0]
-        above = found[parent] if parent >= 0 else "other"
-        found.append(own if own in COMPONENT_COLOURS else above)
-    return found
+        above = components[parent] if parent >= 0 else "other"
+        components.append(own if own in COMPONENT_COLOURS else above)
+    return components
 
 
 GREW, SHRANK = "#d9534f", "#1d7a46"
@@ -124,9 +123,9 @@ LONGEST_NAME = 48
 
 
 def short_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A frame's name without template arguments and parameters, its middle left out if it is still too long.
+    """A frame's name without template arguments and parameters; the middle of a long name is left out.
 
-    Of PyTorch's elementwise kernels, which are one template, what they compute is kept: "elementwise_kernel MulFunctor".
+    PyTorch's elementwise kernels are one template; the operation is kept in their names: "elementwise_kernel MulFunctor".
     """
     plain = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
     while (less := re.sub(r"<[^<>]*>|\([^()]*\)", "", plain)) != plain:
@@ -144,12 +143,11 @@ def difference_bars(difference: Any, *, rows: int = 14) -> go.Figure:
 
     Args:
         difference: `diagnose.Difference`.
-        rows: how many to name.
+        rows: number of bars with a name of their own.
     """
     table = difference.frame
     shown, rest = table.head(rows), table.iloc[rows:]
-    more = [f"{len(rest)} more"] * bool(len(rest))
-    names = [_row_name(path) for path in shown["path"]] + more
+    names = [_row_name(path) for path in shown["path"]] + [f"{len(rest)} more"] * bool(len(rest))
     changes = [*shown["change_us"], *([rest["change_us"].sum()] if len(rest) else [])]
     notes = [*shown["status"], *([""] if len(rest) else [])]
     figure = go.Figure(
@@ -186,13 +184,13 @@ def _row_name(path: tuple[str, ...]) -> str:
 
 
 def difference_icicle(difference: Any, *, smallest_percent: float = 0.2) -> go.Figure:
-    """Both flame graphs in one: a frame is as wide as the longer of its two times, red where it grew, green where it shrank.
+    """Two flame graphs in one: a frame's width is the longer of its two times, red where it grew, green where it shrank.
 
-    After Gregg, "Differential Flame Graphs" (2014), with what vanished kept in its place.
+    After Gregg, "Differential Flame Graphs" (2014); frames that vanished are drawn too.
 
     Args:
         difference: `diagnose.Difference` by stack.
-        smallest_percent: frames with less of the whole are left out.
+        smallest_percent: frames with a smaller share of the total are left out.
     """
     nodes: dict[tuple[str, ...], list[float]] = {(): [0.0, 0.0, 0.0]}
     for row in difference.frame.itertuples():
@@ -234,14 +232,14 @@ def difference_icicle(difference: Any, *, smallest_percent: float = 0.2) -> go.F
 
 
 def _below(path: tuple[str, ...]) -> str:
-    """What stands above need not be said again."""
+    """A frame's name without that of its parent."""
     if not path:
         return "all"
     return path[-1].removeprefix(f"{path[-2]}.") if len(path) > 1 else path[-1]
 
 
 def _change_colour(before: float, after: float) -> str:
-    """Grey where nothing changed, full red or green where a frame is new or gone."""
+    """Grey where nothing changed, full red for a new frame, full green for one that vanished."""
     most = max(before, after)
     change = (after - before) / most if most else 0.0
     full = (217, 83, 79) if change > 0 else (29, 122, 70)
@@ -254,8 +252,7 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     """Time per component as bars, each with its milliseconds and its share.
 
     Args:
-        df: columns component, time_ms and, if known, share_percent and calls; as `StageRecorder.breakdown`
-            gives.
+        df: columns component, time_ms and, if known, share_percent and calls; from `StageRecorder.breakdown`.
     """
     needs(df, "breakdown_bar", "component", "time_ms")
     total = float(df["time_ms"].sum())
@@ -278,7 +275,7 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     )
     longest = float(df["time_ms"].max()) if len(df) else 1.0
     figure.update_layout(template=theme(), height=70 + ROW_PX * max(len(df), 1), showlegend=False)
-    # Room for the text behind the longest bar.
+    # Space for the text right of the longest bar.
     figure.update_xaxes(title_text="time (ms)", range=[0, longest * 1.32 or 1.0])
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
@@ -296,7 +293,7 @@ def samples_strip(samples: Sequence[Any]) -> go.Figure:
     for row, sample in enumerate(samples):
         tint = colour(sample.label)
         n = len(sample.values_ms)
-        # Spread by order, so that a drift shows as a slope.
+        # Dots are ordered by time of measurement: a drift of the machine is a slope.
         spread = [row + 0.5 * ((i + 0.5) / n - 0.5) for i in range(n)]
         figure.add_trace(
             go.Scatter(
@@ -390,8 +387,8 @@ def schedule_timeline(df: pd.DataFrame) -> go.Figure:
     """Which component ran when, as a bar from its start to its end.
 
     Args:
-        df: columns component, start_ms, time_ms and, for experts, step, timestep and branch; as
-            `StageRecorder.frame` gives.
+        df: columns component, start_ms, time_ms and, for experts, step, timestep and branch; from
+            `StageRecorder.frame`.
     """
     needs(df, "schedule_timeline", "component", "start_ms", "time_ms")
     names = list(dict.fromkeys(df["component"]))
@@ -438,7 +435,7 @@ _COMPONENTS = (
 
 
 def memory_bars(account: Any) -> go.Figure:
-    """The peak as bars that add up, a bar per part, divided by component.
+    """Parts of the peak as bars that add up to it, each divided by component.
 
     Args:
         account: `diagnose.MemoryAccount`.
@@ -447,10 +444,10 @@ def memory_bars(account: Any) -> go.Figure:
     sums = table.groupby("part")["size_bytes"].sum().sort_values(ascending=False)
     figure = go.Figure()
     for component in [name for name in _COMPONENTS if name in set(table["component"])]:
-        mine = table[table["component"] == component]
+        rows = table[table["component"] == component]
         figure.add_bar(
-            x=(mine["size_bytes"] / scale).tolist(),
-            y=[PART_NAMES[part] for part in mine["part"]],
+            x=(rows["size_bytes"] / scale).tolist(),
+            y=[PART_NAMES[part] for part in rows["part"]],
             orientation="h",
             name=_name(component),
             marker={"color": _colour(component)},
@@ -463,7 +460,7 @@ def memory_bars(account: Any) -> go.Figure:
         )
     figure.update_layout(template=theme(), barmode="stack", height=110 + ROW_PX * len(sums), margin={"t": 40})
     figure.update_xaxes(
-        title_text=f"{unit}; together {account.peak_bytes / scale:,.2f} at the peak",
+        title_text=f"memory at the peak ({unit}); sum {account.peak_bytes / scale:,.2f}",
         range=[0, 1.35 * float(sums.max()) / scale],
     )
     order = [PART_NAMES[part] for part in sums.index]
@@ -472,7 +469,7 @@ def memory_bars(account: Any) -> go.Figure:
 
 
 def memory_timeline(account: Any) -> go.Figure:
-    """What was allocated over time, by the component that asked for it, above what was there before; the peak marked.
+    """Allocated memory over time by component, above what was allocated before the profile; the peak is marked.
 
     Args:
         account: `diagnose.MemoryAccount`.
@@ -484,9 +481,9 @@ def memory_timeline(account: Any) -> go.Figure:
         figure.add_scatter(
             x=seconds.tolist(),
             y=(table[name] / scale).tolist(),
-            stackgroup="held",
+            stackgroup="memory",
             mode="lines",
-            name="there before: weights" if name == "before" else _name(name),
+            name="allocated before: weights" if name == "before" else _name(name),
             line={"width": 0.5, "shape": "hv", "color": "#c3c9d0" if name == "before" else _colour(name)},
             hovertemplate=f"%{{y:,.2f}} {unit}<extra>%{{fullData.name}}</extra>",
         )
@@ -501,10 +498,10 @@ def memory_timeline(account: Any) -> go.Figure:
 
 
 def memory_option_bars(table: Any) -> go.Figure:
-    """What each option saves, beside what it costs in time; options within the noise are grey.
+    """Memory that each option saves, with its cost in time; options within the noise are grey.
 
     Args:
-        table: as `diagnose.memory_options` gives it.
+        table: from `diagnose.memory_options`.
 
     Raises:
         WanlabError: no option was measured.
@@ -514,7 +511,7 @@ def memory_option_bars(table: Any) -> go.Figure:
         raise WanlabError("no option was measured; see the reasons in the table")
     scale, unit = _unit(float(table["peak_gib"].max()) * 2**30)
     saved = measured["saved_gib"] * 2**30 / scale
-    slower = [
+    texts = [
         f"{value:,.2f} {unit}, takes {ratio:.2f}x the time"
         for value, ratio in zip(saved, measured["time_ratio"], strict=True)
     ]
@@ -523,7 +520,7 @@ def memory_option_bars(table: Any) -> go.Figure:
             x=saved.tolist(),
             y=measured["option"].tolist(),
             orientation="h",
-            text=slower,
+            text=texts,
             textposition="outside",
             cliponaxis=False,
             marker={"color": [OTHERS[2] if saves else "#9aa3ad" for saves in measured["saves"]]},
@@ -534,7 +531,7 @@ def memory_option_bars(table: Any) -> go.Figure:
     figure.update_layout(template=theme(), height=80 + ROW_PX * len(measured), showlegend=False)
     low, high = min(0.0, saved.min()), max(saved.max(), noise)
     figure.update_xaxes(
-        title_text=f"saved of the peak ({unit}); noise {noise:,.3f} {unit}",
+        title_text=f"memory saved at the peak ({unit}); noise {noise:,.3f} {unit}",
         range=[low - 0.05 * (high - low or 1), high + 0.75 * (high - low or 1)],
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -546,7 +543,7 @@ def _unit(most_bytes: float) -> tuple[int, str]:
 
 
 def _name(component: str) -> str:
-    return {"outside": "outside of all", "vae": "VAE"}.get(component, NAMES.get(component, component))
+    return {"outside": "outside all components", "vae": "VAE"}.get(component, NAMES.get(component, component))
 
 
 def _colour(component: str) -> str:

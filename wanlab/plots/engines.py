@@ -13,23 +13,23 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
-STRETCHES = ("h2d", "device", "d2h")
+PARTS = ("h2d", "device", "d2h")
 COPIES = {"h2d": "copy to the device", "d2h": "copy back"}
 
 
 def bench_bars(df: pd.DataFrame) -> go.Figure:
-    """One bar per benchmark: its median latency, on a GPU in its stretches, with the speed-up over the baseline.
+    """One bar per benchmark: its median latency and its speed-up; on a GPU divided into copies and computing.
 
     Args:
         df: columns engine, latency_ms and, where they were measured, h2d_ms, device_ms, d2h_ms, speedup, verdict,
-            component; as `measure.bench_table` and `engines.bench_components` give.
+            component; from `measure.bench_table` or `engines.bench_components`.
     """
     needs(df, "bench_bars", "engine", "latency_ms")
     rows = df.to_dict(orient="records")
-    places = [_names(rows, "component"), _names(rows, "engine")]
-    y = places if "component" in df else places[1]
+    labels = [_names(rows, "component"), _names(rows, "engine")]
+    y = labels if "component" in df else labels[1]
     figure = go.Figure()
-    parts = [name for name in STRETCHES if f"{name}_ms" in df] or ["latency"]
+    parts = [name for name in PARTS if f"{name}_ms" in df] or ["latency"]
     for name in parts:
         copies = name in COPIES
         figure.add_bar(
@@ -39,7 +39,7 @@ def bench_bars(df: pd.DataFrame) -> go.Figure:
             name=COPIES.get(name, "computing" if name == "device" else "latency"),
             marker={"color": GREY if copies else [colour(row["engine"]) for row in rows]},
             hovertemplate="%{x:,.3f} ms<extra>%{fullData.name}</extra>",
-            text=[_text(row) for row in rows] if name == parts[-1] else None,
+            text=[_bench_text(row) for row in rows] if name == parts[-1] else None,
             textposition="outside",
             cliponaxis=False,
         )
@@ -47,18 +47,18 @@ def bench_bars(df: pd.DataFrame) -> go.Figure:
     figure.update_layout(
         template=theme(), barmode="stack", height=80 + ROW_PX * len(rows), showlegend=False, margin={"r": 20}
     )
-    # Room for the text behind the longest bar.
+    # Space for the text right of the longest bar.
     figure.update_xaxes(title_text="latency (ms), median", range=[0, longest * 1.5 or 1.0])
     figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
     return figure
 
 
 def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
-    """Operators that an engine spends most time in, as bars with their share and number of nodes.
+    """Operators that take most of an engine's time, as bars with their share and number of nodes.
 
     Args:
-        df: columns operator, nodes, time_ms, share_percent, longest first; as `engines.operator_times` gives.
-        top: bars; what is left is one more, named "others".
+        df: columns operator, nodes, time_ms, share_percent, longest first; from `engines.operator_times`.
+        top: number of operators with a bar of their own; the others are one bar.
     """
     needs(df, "operator_bars", "operator", "nodes", "time_ms", "share_percent")
     shown, rest = df.head(top), df.iloc[top:]
@@ -92,7 +92,7 @@ def _names(rows: list[dict], key: str) -> list[str]:
     return [NAMES.get(row.get(key), str(row.get(key, ""))) for row in rows]
 
 
-def _text(row: dict) -> str:
+def _bench_text(row: dict) -> str:
     shown = f"{row['latency_ms']:,.2f} ms"
     if "speedup" not in row or row.get("verdict") == "baseline":
         return shown
@@ -127,7 +127,7 @@ UNKNOWN = "rgba(128,138,149,0.35)"
 
 
 def role_bars(layers: pd.DataFrame) -> go.Figure:
-    """Time by role, divided by number format; the number of layers where nothing was timed.
+    """Time by role, divided by number format; where nothing was timed, the number of layers.
 
     Args:
         layers: `EngineLayers.frame`; columns role, precision, time_ms.
@@ -140,15 +140,15 @@ def role_bars(layers: pd.DataFrame) -> go.Figure:
     order = [role for role in totals.index if totals[role] > 0] or list(totals.index)
     figure = go.Figure()
     for precision in _widest_first(table["precision"].unique()):
-        mine = table[table["precision"] == precision].groupby("role")["value"].agg(["sum", "size"])
-        mine = mine.reindex(order).dropna()
+        rows = table[table["precision"] == precision].groupby("role")["value"].agg(["sum", "size"])
+        rows = rows.reindex(order).dropna()
         figure.add_bar(
-            x=mine["sum"].tolist(),
-            y=[ROLE_NAMES.get(role, role) for role in mine.index],
+            x=rows["sum"].tolist(),
+            y=[ROLE_NAMES.get(role, role) for role in rows.index],
             orientation="h",
             name=str(precision).upper() if precision in FORMAT_COLOURS else precision or "unknown",
             marker={"color": colour(precision) if precision in FORMAT_COLOURS else UNKNOWN},
-            customdata=mine["size"].astype(int).tolist(),
+            customdata=rows["size"].astype(int).tolist(),
             hovertemplate="%{y}, %{fullData.name}: %{x:,.3f}"
             + (" ms" if timed else "")
             + ", %{customdata} layers<extra></extra>",
@@ -174,13 +174,13 @@ def role_bars(layers: pd.DataFrame) -> go.Figure:
 
 
 def module_treemap(layers: pd.DataFrame) -> go.Figure:
-    """Modules as areas, nested as their names are, in the colour of their role.
+    """Modules as nested areas in the colour of their role.
 
-    An area is time; without times bytes of outputs, or layers where those are not known.
+    The area is time; without times it is the bytes of the outputs, and without those the number of layers.
 
     Args:
-        layers: `EngineLayers.frame`; columns modules, role, time_ms, activation_bytes. A layer of several modules lies in
-            what their names share.
+        layers: `EngineLayers.frame`; columns modules, role, time_ms, activation_bytes. A layer of several modules is part
+            of the common prefix of their names.
     """
     needs(layers, "module_treemap", "modules", "role", "time_ms", "activation_bytes")
     timed = bool(layers["time_ms"].notna().any())
@@ -196,8 +196,8 @@ def module_treemap(layers: pd.DataFrame) -> go.Figure:
         path = _common([_parts(module) for module in modules.split(", ")])
         own[path] = own.get(path, 0.0) + float(value)
         for depth in range(len(path) + 1):
-            held = roles.setdefault(path[:depth], {})
-            held[role] = held.get(role, 0.0) + float(value)
+            values_by_role = roles.setdefault(path[:depth], {})
+            values_by_role[role] = values_by_role.get(role, 0.0) + float(value)
     paths = sorted(roles, key=lambda path: (len(path), path))
     total = {path: sum(roles[path].values()) for path in paths}
     figure = go.Figure(
@@ -231,8 +231,8 @@ def difference_waterfall(differences: pd.DataFrame, a: str, b: str) -> go.Figure
     """From the time of one engine to that of another, role by role, each with its noise.
 
     Args:
-        differences: as `difference_by(matched, "role")` gives: role, time_a_ms, time_b_ms, difference_ms, noise_ms.
-        a, b: names of the two.
+        differences: from `difference_by(matched, "role")`: role, time_a_ms, time_b_ms, difference_ms, noise_ms.
+        a, b: names of the two engines.
     """
     needs(differences, "difference_waterfall", "role", "time_a_ms", "time_b_ms", "difference_ms", "noise_ms")
     steps = differences.to_dict(orient="records")
@@ -265,11 +265,12 @@ def difference_waterfall(differences: pd.DataFrame, a: str, b: str) -> go.Figure
 
 
 def site_dumbbells(differences: pd.DataFrame, a: str, b: str, top: int = 12) -> go.Figure:
-    """The parts of a network that changed most, blocks together: time in one engine and in the other.
+    """Parts of a network that changed most, all blocks together: time in one engine and in the other.
 
     Args:
-        differences: as `difference_by(matched, "site")` gives: site, time_a_ms, time_b_ms, difference_ms. a, b: names of
-            the two. top: rows shown.
+        differences: from `difference_by(matched, "site")`: site, time_a_ms, time_b_ms, difference_ms.
+        a, b: names of the two engines.
+        top: number of rows shown.
     """
     needs(differences, "site_dumbbells", "site", "time_a_ms", "time_b_ms", "difference_ms")
     rows = differences.head(top).to_dict(orient="records")
@@ -330,14 +331,14 @@ def _ms(time_ms: float) -> str:
 
 
 def build_bars(df: pd.DataFrame) -> go.Figure:
-    """Two panels over the same rows: time of each build, and size of each engine with a mark for its ONNX graph.
+    """Two panels with the same rows: time of each build, and size of each engine with a mark for its ONNX graph.
 
     Args:
-        df: columns component, numbers, build_ms, size_mib, onnx_mib; as `engines.EngineBuilds.frame` gives.
+        df: columns component, numbers, build_ms, size_mib, onnx_mib; from `engines.EngineBuilds.frame`.
     """
     needs(df, "build_bars", "component", "numbers", "build_ms", "size_mib", "onnx_mib")
     rows = df.to_dict(orient="records")
-    places = [f"{NAMES.get(row['component'], row['component'])}, {row['numbers']}" for row in rows]
+    labels = [f"{NAMES.get(row['component'], row['component'])}, {row['numbers']}" for row in rows]
     colours = [colour(format_of(row["numbers"])) for row in rows]
     figure = make_subplots(
         rows=1,
@@ -352,7 +353,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
     for column, values in ((1, seconds), (2, sizes)):
         figure.add_bar(
             x=values,
-            y=places,
+            y=labels,
             orientation="h",
             marker={"color": colours},
             text=[f"{value:,.3g}" for value in values],
@@ -365,7 +366,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
         )
     figure.add_scatter(
         x=onnx,
-        y=places,
+        y=labels,
         mode="markers",
         name="its ONNX graph",
         marker={"symbol": "diamond", "size": 11, "color": GREY, "line": {"width": 1.5, "color": "white"}},
@@ -379,7 +380,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
         margin={"t": 40, "r": 30},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.12, "yanchor": "top"},
     )
-    # Room for the numbers behind the longest bars.
+    # Space for the numbers right of the longest bars.
     figure.update_xaxes(range=[0, max(seconds, default=1.0) * 1.25], row=1, col=1)
     figure.update_xaxes(range=[0, max(sizes + onnx, default=1.0) * 1.25], row=1, col=2)
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -387,7 +388,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
 
 
 def format_of(numbers: str) -> str:
-    """The format that names a row's colour: the quantised one where there is one, else the graph's dtype."""
+    """Format that gives a row its colour: the quantised one where there is one, else the graph's dtype."""
     last = numbers.split(", ")[-1].split(" x ")[-1]
     return element_name(last) or last.removesuffix("-channel").removesuffix("-weight")
 
@@ -396,22 +397,22 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
     """Latency per machine and engine as bars on a logarithmic axis; engines that were only built have no bar.
 
     Args:
-        df: columns machine, engine, precision, state, latency_ms, ratio_to_eager and build_ms, as
-            `measure.platform_table` gives.
+        df: columns machine, engine, precision, state, latency_ms, ratio_to_eager and build_ms; from
+            `runs.platform_table`.
     """
     needs(df, "platform_bars", "machine", "engine", "precision", "state", "latency_ms", "ratio_to_eager")
     rows = df.to_dict(orient="records")
     machines = list(dict.fromkeys(row["machine"] for row in rows))
     rows.sort(key=lambda row: machines.index(row["machine"]))
     figure = go.Figure()
-    places = [[row["machine"] for row in rows], [f"{row['engine']} {row['precision']}" for row in rows]]
-    texts = [_text_platforms(row) for row in rows]
+    labels = [[row["machine"] for row in rows], [f"{row['engine']} {row['precision']}" for row in rows]]
+    texts = [_platform_text(row) for row in rows]
     known = [row["latency_ms"] for row in rows if not math.isnan(row["latency_ms"])]
     low, high = (min(known), max(known)) if known else (1.0, 10.0)
     floor = low / 3
     figure.add_bar(
         x=[floor * 1.05 if math.isnan(row["latency_ms"]) else row["latency_ms"] for row in rows],
-        y=places,
+        y=labels,
         orientation="h",
         text=texts,
         textposition="outside",
@@ -426,19 +427,19 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
     figure.update_layout(
         template=theme(), height=110 + ROW_PX * max(len(rows), 1), showlegend=False, margin={"r": 20}
     )
-    # Room for the text behind the longest bar.
+    # Space for the text right of the longest bar.
     reach = (math.log10(high) - math.log10(floor)) * 2.0
     figure.update_xaxes(
         type="log",
         range=[math.log10(floor), math.log10(floor) + max(reach, 0.5)],
-        title_text="latency (ms), logarithmic",
+        title_text="latency (ms), logarithmic axis",
         dtick="D2" if high / floor < 100 else 1,  # 1, 2, 5 where the axis is short
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
     return figure
 
 
-def _text_platforms(row: dict) -> str:
+def _platform_text(row: dict) -> str:
     if row["latency_ms"] != row["latency_ms"]:
         build = row.get("build_ms")
         took = f" in {build / 1e3:,.1f} s" if build == build and build else ""
@@ -446,8 +447,8 @@ def _text_platforms(row: dict) -> str:
     ratio = row["ratio_to_eager"]
     if row["engine"] == "eager" or ratio != ratio:
         return f"{row['latency_ms']:,.1f} ms"
-    said = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower than eager"
-    return f"{row['latency_ms']:,.1f} ms · {said}"
+    change = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower than eager"
+    return f"{row['latency_ms']:,.1f} ms · {change}"
 
 
 KIND_COLOURS = {
@@ -472,8 +473,8 @@ def component_bars(df: pd.DataFrame) -> go.Figure:
     """Median time of a call by each candidate, with the ratio to the baseline, the roofline and Amdahl's bound as marks.
 
     Args:
-        df: columns candidate, time_ms, speedup, verdict and, where known, roofline_ms and bound_speedup; as
-            `ComponentCost.table`, the baseline first.
+        df: columns candidate, time_ms, speedup, verdict and, where known, roofline_ms and bound_speedup, the baseline
+            first; from `ComponentCost.table`.
     """
     needs(df, "component_bars", "candidate", "time_ms", "speedup", "verdict")
     rows = df.to_dict("records")
@@ -521,14 +522,14 @@ def kernel_kind_bars(df: pd.DataFrame) -> go.Figure:
     """Time in kernels by kind, one stacked bar per candidate.
 
     Args:
-        df: columns candidate, kind, time_ms; as `ComponentCost.kinds`.
+        df: columns candidate, kind, time_ms; from `ComponentCost.kinds`.
 
     Raises:
-        WanlabError: no candidate tells its kernels.
+        WanlabError: no candidate reports its kernels.
     """
     needs(df, "kernel_kind_bars", "candidate", "kind", "time_ms")
     if not len(df):
-        raise WanlabError("none of these candidates tells its kernels, so there is nothing to draw")
+        raise WanlabError("none of these candidates reports its kernels, so there is nothing to draw")
     names = list(dict.fromkeys(df["candidate"]))
     figure = go.Figure()
     for kind, tint in KIND_COLOURS.items():
@@ -551,16 +552,16 @@ def kernel_kind_bars(df: pd.DataFrame) -> go.Figure:
 
 
 def component_memory_bars(df: pd.DataFrame) -> go.Figure:
-    """Memory of each candidate: its weights, and what else there is at the peak of a call.
+    """Memory of each candidate: its weights, and what a call adds at its peak.
 
     Args:
-        df: columns candidate, weights_gib, peak_memory_gib (None where it is not known); as `ComponentCost.table`.
+        df: columns candidate, weights_gib, peak_memory_gib (None where it is not known); from `ComponentCost.table`.
     """
     needs(df, "component_memory_bars", "candidate", "weights_gib", "peak_memory_gib")
     names = df["candidate"].tolist()
     weights = df["weights_gib"].astype(float)
     peak = df["peak_memory_gib"].astype(float)
-    parts = {"weights": weights, "more at the peak of a call": (peak - weights).clip(lower=0).fillna(0)}
+    parts = {"weights": weights, "added at the peak of a call": (peak - weights).clip(lower=0).fillna(0)}
     figure = go.Figure()
     for (name, values), tint in zip(parts.items(), ("#3d85c6", "#e8a33d"), strict=True):
         figure.add_bar(

@@ -11,7 +11,6 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.plots.style import GREY, LINE, NAMES, ROW_PX, colour, theme
 
-# Where nodes stand, in a picture of 1000 x 540; y grows upwards.
 _WAY_NAMES = {
     "resident": "both resident",
     "pageable": "from pageable memory",
@@ -24,7 +23,7 @@ def expert_steps(timeline: Any) -> go.Figure:
     """Noise, signal-to-noise ratio and measured time of every step in the colour of its expert, and the boundary.
 
     Args:
-        timeline: as `diagnose.timeline` gives it.
+        timeline: from `diagnose.timeline`.
     """
     steps, schedule = timeline.steps, timeline.schedule
     branches = [name for name in ("cond_ms", "uncond_ms") if name in steps]
@@ -49,12 +48,12 @@ def expert_steps(timeline: Any) -> go.Figure:
                 **style,
             )
         for index, branch in enumerate(branches):
-            said = {"cond_ms": "with the prompt", "uncond_ms": "without the prompt"}[branch]
+            branch_name = {"cond_ms": "with the prompt", "uncond_ms": "without the prompt"}[branch]
             figure.add_bar(
                 x=part["step"].tolist(),
                 y=part[branch].tolist(),
                 marker={"color": colour(name), "opacity": 0.95 - 0.4 * index},
-                hovertemplate=f"step %{{x}}, {said}: %{{y:,.1f}} ms<extra>%{{fullData.name}}</extra>",
+                hovertemplate=f"step %{{x}}, {branch_name}: %{{y:,.1f}} ms<extra>%{{fullData.name}}</extra>",
                 showlegend=False,
                 row=3,
                 col=1,
@@ -85,9 +84,9 @@ def expert_steps(timeline: Any) -> go.Figure:
             yanchor="top",
             xshift=4,
         )
-    # Pure noise has a ratio near zero, which would press all others together.
-    seen = steps[steps["snr"] >= 1e-6]["snr"]
-    span = [math.log10(seen.min()) - 0.4, math.log10(seen.max()) + 0.4] if len(seen) else None
+    # The ratio of pure noise is near zero; on the axis it would leave no space for the others.
+    drawn = steps[steps["snr"] >= 1e-6]["snr"]
+    span = [math.log10(drawn.min()) - 0.4, math.log10(drawn.max()) + 0.4] if len(drawn) else None
     for step, snr in steps.loc[steps["snr"] < 1e-6, ["step", "snr"]].to_numpy().tolist():
         figure.add_annotation(
             x=step, y=0, xref="x", yref="y2 domain", text=f"{snr:.0e} ↓", showarrow=False, yanchor="bottom"
@@ -100,20 +99,20 @@ def expert_steps(timeline: Any) -> go.Figure:
     return figure
 
 
-def disagreement_curve(found: Any) -> go.Figure:
-    """Distance of the two experts' predictions at each step, beside what is no difference at all.
+def disagreement_curve(disagreement: Any) -> go.Figure:
+    """Distance of the two experts' predictions at each step, with its noise floors.
 
     Args:
-        found: as `diagnose.disagreement` gives it.
+        disagreement: from `diagnose.disagreement`.
     """
-    steps = found.steps
+    steps = disagreement.steps
     figure = go.Figure()
     for name, part in steps.groupby("component", sort=False):
         figure.add_scatter(
             x=part["timestep"].tolist(),
             y=part["relative_l2"].tolist(),
             mode="markers",
-            name=f"{NAMES.get(name, name)}'s turn",
+            name=f"{NAMES.get(name, name)}: its steps",
             marker={"color": colour(name), "size": 10},
             customdata=part[["step", "sigma", "cosine"]].to_numpy().tolist(),
             hovertemplate="step %{customdata[0]}, timestep %{x:.0f}, sigma %{customdata[1]:.3f}<br>relative L2 %{y:.4f},"
@@ -125,24 +124,24 @@ def disagreement_curve(found: Any) -> go.Figure:
         hoverinfo="skip",
     )  # fmt: skip
     floors = {
-        "kernel_l2": f"floor: {found.kernel.replace('_', ' ')} kernel",
-        "again_l2": "floor: the same again",
+        "kernel_l2": f"noise floor: {disagreement.kernel.replace('_', ' ')} kernel",
+        "again_l2": "noise floor: same expert called twice",
     }
-    for column, said in floors.items():
+    for column, title in floors.items():
         values = steps[column].where(steps[column] > 0)
         figure.add_scatter(
             x=steps["timestep"].tolist(),
             y=[None if value != value else value for value in values],
             mode="lines+markers",
-            name=said if values.notna().any() else f"{said} (equal to the last bit)",
+            name=title if values.notna().any() else f"{title} (equal to the last bit)",
             line={"color": GREY, "dash": "dot" if column == "again_l2" else "dash", "width": 1.5},
             marker={"color": GREY, "size": 5},
             hovertemplate="timestep %{x:.0f}: %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     figure.add_vline(
-        x=found.boundary_timestep,
+        x=disagreement.boundary_timestep,
         line={"color": GREY, "dash": "dot", "width": 1.5},
-        annotation_text=f"boundary {found.boundary_timestep:g}",
+        annotation_text=f"boundary {disagreement.boundary_timestep:g}",
         annotation_position="top left",
     )
     figure.update_layout(template=theme(), height=380)
@@ -152,10 +151,10 @@ def disagreement_curve(found: Any) -> go.Figure:
 
 
 def boundary_curves(sweep: Any) -> go.Figure:
-    """Time of the experts, and where it was scored LPIPS, over the boundary; every case as a dot.
+    """Time of the experts and, where it was scored, LPIPS for each boundary; one dot per case.
 
     Args:
-        sweep: as `diagnose.boundary_sweep` gives it.
+        sweep: from `diagnose.boundary_sweep`.
     """
     videos = sweep.videos[~sweep.videos["control"]]
     panels = [("denoising_ms", "experts' time per video (ms)")]
@@ -165,7 +164,7 @@ def boundary_curves(sweep: Any) -> go.Figure:
         f"{b:g}<br>{int(h)} + {int(n)}"
         for b, h, n in sweep.frame[["boundary", "high_steps", "low_steps"]].to_numpy()
     ]
-    named = dict(zip(sweep.frame["boundary"], names, strict=True))
+    name_of = dict(zip(sweep.frame["boundary"], names, strict=True))
     figure = make_subplots(
         rows=1, cols=len(panels), subplot_titles=[title for _, title in panels], horizontal_spacing=0.09
     )
@@ -185,7 +184,7 @@ def boundary_curves(sweep: Any) -> go.Figure:
             col=col,
         )
         figure.add_scatter(
-            x=[named[boundary] for boundary in videos["boundary"]],
+            x=[name_of[boundary] for boundary in videos["boundary"]],
             y=videos[column].tolist(),
             mode="markers",
             marker={"color": GREY, "size": 7},
@@ -195,17 +194,17 @@ def boundary_curves(sweep: Any) -> go.Figure:
             col=col,
         )
     figure.update_layout(template=theme(), height=340, showlegend=False, margin={"t": 40})
-    figure.update_xaxes(title_text="boundary, steps of the high-noise + low-noise expert")
+    figure.update_xaxes(title_text="boundary; steps of the high-noise + low-noise expert")
     figure.update_yaxes(rangemode="tozero")
     figure.update_annotations(font={"size": 13})
     return figure
 
 
 def switch_bars(cost: Any) -> go.Figure:
-    """What the video waits for a switch in each way, with its noise, bandwidth and hidden share.
+    """Time that a video waits for one switch, for each way to bring the weights, with noise, bandwidth and hidden share.
 
     Args:
-        cost: as `diagnose.switch_cost` gives it.
+        cost: from `diagnose.switch_cost`.
 
     Raises:
         WanlabError: nothing was measured.
@@ -233,7 +232,7 @@ def switch_bars(cost: Any) -> go.Figure:
         figure.add_annotation(
             x=max(row["time_ms"] + row["noise_ms"], 0),
             y=_WAY_NAMES[row["way"]],
-            text=_said(row),
+            text=_switch_text(row),
             showarrow=False,
             xanchor="left",
             xshift=8,
@@ -241,13 +240,13 @@ def switch_bars(cost: Any) -> go.Figure:
     figure.update_layout(template=theme(), height=90 + ROW_PX * len(rows), showlegend=False)
     least = min(0.0, *(row["time_ms"] - row["noise_ms"] for row in rows))
     figure.update_xaxes(
-        title_text="what a video waits for one switch (ms), with its noise", range=[least, longest * 1.7]
+        title_text="waiting time for one switch (ms), with its noise", range=[least, longest * 1.7]
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
 
-def _said(row: dict[str, Any]) -> str:
+def _switch_text(row: dict[str, Any]) -> str:
     text = f"{row['time_ms']:,.1f} ms" + ("" if abs(row["time_ms"]) > row["noise_ms"] else ", within noise")
     if row["gb_per_s"] == row["gb_per_s"] and row["gb_per_s"] is not None:
         text += f" · {row['gb_per_s']:.3g} GB/s"
@@ -256,7 +255,8 @@ def _said(row: dict[str, Any]) -> str:
     return text
 
 
-_PLACES = {
+# Centres of the boxes of the diagram, in a picture of 1000 x 540; y grows upwards.
+_CENTRES = {
     "prompt": (45, 440),
     "noise": (45, 270),
     "image": (45, 100),
@@ -274,25 +274,25 @@ _WIDTH, _LINE_HEIGHT = 150, 17
 
 
 def expert_diagram(flow: Any) -> go.Figure:
-    """The loaded model as boxes and arrows: class, size and place of each part, shapes of what goes between them.
+    """The loaded model as boxes and arrows: class, size and device of each part, shapes of the tensors between them.
 
     Args:
-        flow: as `diagnose.data_flow` gives it.
+        flow: from `diagnose.data_flow`.
 
     Raises:
-        WanlabError: a part that the diagram has no place for.
+        WanlabError: a part that the diagram cannot draw.
     """
-    unknown = [name for name in flow.nodes["node"] if name not in _PLACES]
+    unknown = [name for name in flow.nodes["node"] if name not in _CENTRES]
     if unknown:
-        raise WanlabError(f"the diagram has no place for {unknown[0]}; it knows {', '.join(_PLACES)}")
+        raise WanlabError(f"the diagram cannot draw {unknown[0]}; it draws {', '.join(_CENTRES)}")
     figure = go.Figure()
     boxes = {}
     for node in flow.nodes.to_dict("records"):
         lines = _lines(node, flow.schedule)
-        high = 14 + _LINE_HEIGHT * len(lines)
-        wide = {"input": 84, "output": 84, "decision": 130, "scheduler": 165}.get(node["kind"], _WIDTH)
-        high += 44 if node["kind"] == "decision" else 0
-        boxes[node["node"]] = (*_PLACES[node["node"]], wide / 2, high / 2)
+        height = 14 + _LINE_HEIGHT * len(lines)
+        width = {"input": 84, "output": 84, "decision": 130, "scheduler": 165}.get(node["kind"], _WIDTH)
+        height += 44 if node["kind"] == "decision" else 0
+        boxes[node["node"]] = (*_CENTRES[node["node"]], width / 2, height / 2)
         _box(figure, node, boxes[node["node"]], lines)
     for edge in flow.edges.to_dict("records"):
         _arrow(figure, edge, boxes)
@@ -306,7 +306,7 @@ def expert_diagram(flow: Any) -> go.Figure:
 
 
 def _lines(node: dict[str, Any], schedule: Any) -> list[str]:
-    """What stands in a box."""
+    """The text of a box."""
     name = node["node"]
     if node["kind"] == "decision":
         return ["<b>timestep</b>", f"<b>≥ {schedule.boundary_timestep:g} ?</b>"]
@@ -322,7 +322,7 @@ def _lines(node: dict[str, Any], schedule: Any) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """1,234,567 -> "1.23 M"; what follows may be a unit."""
+    """1,234,567 -> "1.23 M"; a unit may follow."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {letter}"
@@ -343,7 +343,7 @@ def _box(figure: go.Figure, node: dict, box: tuple, lines: list[str]) -> None:
 
 
 def _arrow(figure: go.Figure, edge: dict, boxes: dict) -> None:
-    """An arrow from border to border, along the line between the centres; one that goes back runs below."""
+    """An arrow from border to border, along the line between the centres; one that leads back passes below the boxes."""
     source, target = boxes[edge["source"]], boxes[edge["target"]]
     text = f"{edge['tensor']}<br>{edge['shape'].replace('x', '×')}"
     if edge["source"] == "boundary":
@@ -365,7 +365,7 @@ def _arrow(figure: go.Figure, edge: dict, boxes: dict) -> None:
         tip = _border(target, source, edge["target"] == "boundary")
         dx, dy = tip[0] - begin[0], tip[1] - begin[1]
         beside = _beside(dx, dy, above=edge["source"] == "boundary")
-        # A label on the right of a rising line stands nearer its begin, clear of the next box.
+        # A label right of a rising line is nearer its start, so that it does not touch the next box.
         share = 0.25 if beside.get("yanchor") == "top" and dy > 0 else 0.5
         figure.add_annotation(x=begin[0] + share * dx, y=begin[1] + share * dy, **beside, **label)
     line = {"arrowhead": 2, "arrowwidth": 1.5, "arrowcolor": GREY, "text": "", "axref": "x", "ayref": "y"}
@@ -373,7 +373,7 @@ def _arrow(figure: go.Figure, edge: dict, boxes: dict) -> None:
 
 
 def _beside(dx: float, dy: float, *, above: bool) -> dict[str, Any]:
-    """On which side of the middle of a line its label stands clear of it."""
+    """Anchor and shift of a label that does not touch its line."""
     if abs(dx) < 0.2 * abs(dy):
         return {"xanchor": "left", "xshift": 6}
     if abs(dy) < 0.3 * abs(dx):
@@ -382,7 +382,7 @@ def _beside(dx: float, dy: float, *, above: bool) -> dict[str, Any]:
 
 
 def _border(box: tuple, toward: tuple, diamond: bool) -> tuple[float, float]:
-    """Where the line from a box's centre to another's leaves it."""
+    """Point where the line from a box's centre to another's crosses its border."""
     dx, dy = toward[0] - box[0], toward[1] - box[1]
     across, up = abs(dx) / box[2], abs(dy) / box[3]
     scale = 1 / (across + up if diamond else max(across, up))

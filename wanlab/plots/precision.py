@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, needs, theme
 
-SHOWN = {
+VALUE_TITLES = {
     "effect": "effect on the final latents",
     "velocity_error": "error of the velocity",
     "local_error": "error of the layer's output",
@@ -35,20 +35,20 @@ def sensitivity_map(
         frame: `Sensitivity.frame`.
         value: `"effect"`, `"velocity_error"` or `"local_error"`; effects of several ranges of steps are added, errors
             averaged as squares.
-        first_step: of one range of steps; None takes all.
+        first_step: first step of one range of steps; None takes all ranges.
 
     Raises:
-        WanlabError: missing columns, an unknown value, or nothing of this expert and range.
+        WanlabError: missing columns, an unknown value, or no rows of this expert and range.
     """
     needs(
         frame, "sensitivity_map", "component", "layer", "block", "projection", "format", "first_step", value
     )
-    if value not in SHOWN:
-        raise WanlabError(f"draw {', '.join(SHOWN)}, not {value!r}")
+    if value not in VALUE_TITLES:
+        raise WanlabError(f"value is {', '.join(VALUE_TITLES)}, not {value!r}")
     rows = frame[frame["component"] == component]
     rows = rows if first_step is None else rows[rows["first_step"] == first_step]
     if rows.empty:
-        raise WanlabError(f"nothing of {component} in this range of steps")
+        raise WanlabError(f"no rows of {component} in this range of steps")
     formats = list(dict.fromkeys(rows["format"]))
     projections = sorted(set(rows["projection"]), key=lambda name: (name.split(".")[0], name))
     blocks = sorted(set(rows["block"].astype(int)))
@@ -64,7 +64,8 @@ def sensitivity_map(
             z=table,
             coloraxis="coloraxis",
             customdata=[[None if v is None else 10**v for v in line] for line in table],
-            hovertemplate=f"block %{{x}}, %{{y}}<br>{SHOWN[value]} %{{customdata:.3g}}<extra>{formats[column - 1]}</extra>",
+            hovertemplate=f"block %{{x}}, %{{y}}<br>{VALUE_TITLES[value]} %{{customdata:.3g}}"
+            f"<extra>{formats[column - 1]}</extra>",
             row=1,
             col=column,
         )
@@ -116,16 +117,16 @@ def sensitivity_bars(frame: pd.DataFrame, count: int = 12, value: str = "effect"
             hovertemplate="%{y}<br>%{x:.3g}<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(template=theme(), height=110 + 0.75 * ROW_PX * len(rows), showlegend=True)
-    figure.update_xaxes(title_text=SHOWN[value], type="log", exponentformat="e", dtick=1)
+    figure.update_xaxes(title_text=VALUE_TITLES[value], type="log", exponentformat="e", dtick=1)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     return figure
 
 
 def tolerance_bars(tolerance: Any) -> go.Figure:
-    """Velocity error and effect of each expert rounded whole, format by format, with intervals.
+    """Velocity error and effect with all layers of an expert rounded, for each format, with intervals.
 
     Args:
-        tolerance: as `precision.expert_tolerance` gives it.
+        tolerance: from `precision.expert_tolerance`.
     """
     frame = tolerance.frame
     panels = [
@@ -162,29 +163,29 @@ def tolerance_bars(tolerance: Any) -> go.Figure:
 
 
 def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
-    """Predicted effect against what generations show, one mark per choice, with the rank correlation.
+    """Predicted effect against the effect in generations, one mark per choice, with their rank correlation.
 
     Args:
-        agreement: as `precision.end_to_end_agreement` gives it.
+        agreement: from `precision.end_to_end_agreement`.
         truth: `"true"` (final latents) or `"lpips"`.
     """
-    found, frame = agreement.correlation(truth), agreement.frame
-    figure, named = go.Figure(), set()
+    correlation, frame = agreement.correlation(truth), agreement.frame
+    figure, in_legend = go.Figure(), set()
     for (component, kind), part in frame.groupby(["component", "kind"], sort=True):
-        whole = NAMES.get(component, component)
+        title = NAMES.get(component, component)
         figure.add_scatter(
             x=part["predicted"].tolist(),
             y=part[truth].tolist(),
             mode="markers",
             marker={"color": colour(component), "symbol": KIND_SYMBOLS.get(kind, "circle"), "size": 10},
-            name=whole,
+            name=title,
             legendgroup=component,
-            showlegend=component not in named,
+            showlegend=component not in in_legend,
             customdata=part[["format", "layers", "steps", "layer"]].to_numpy().tolist(),
             hovertemplate=f"{kind}: %{{customdata[1]}} layer(s) %{{customdata[3]}}, %{{customdata[0]}}, steps"
-            f" %{{customdata[2]}}<br>predicted %{{x:.3g}}, true %{{y:.3g}}<extra>{whole}</extra>",
+            f" %{{customdata[2]}}<br>predicted %{{x:.3g}}, true %{{y:.3g}}<extra>{title}</extra>",
         )
-        named.add(component)
+        in_legend.add(component)
     for kind in dict.fromkeys(frame["kind"]):
         figure.add_scatter(
             x=[None],
@@ -209,7 +210,7 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
             x=1,
             xref="x domain",
             y=math.log10(floor),
-            text="floor",
+            text="noise floor",
             showarrow=False,
             yanchor="bottom",
             xanchor="right",
@@ -219,13 +220,13 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
         y=0.98,
         xref="x domain",
         yref="y domain",
-        text=f"rank correlation {found}",
+        text=f"rank correlation {correlation}",
         showarrow=False,
         xanchor="left",
         yanchor="top",
         font={"size": 14},
     )
-    words = {"true": "true effect on the final latents", "lpips": "LPIPS to the unrounded video"}
+    words = {"true": "true effect on the final latents", "lpips": "LPIPS to the original video"}
     figure.update_layout(template=theme(), height=460)
     figure.update_xaxes(title_text="predicted effect", type="log", exponentformat="e", dtick=1)
     figure.update_yaxes(title_text=words[truth], type="log", exponentformat="e", dtick=1)
@@ -241,7 +242,7 @@ def _steps(row: Any) -> str:
 
 
 def _scale(frame: pd.DataFrame, value: str) -> tuple[float, float]:
-    """Ends of the colours: six decades below the largest at most."""
+    """Ends of the colour scale as powers of ten: at most six decades."""
     groups = frame.groupby(["component", "format", "layer"])[value]
     values = groups.sum() if value == "effect" else groups.max()
     values = values[values > 0]
@@ -252,7 +253,7 @@ def _scale(frame: pd.DataFrame, value: str) -> tuple[float, float]:
 
 
 def _table(rows: pd.DataFrame, value: str, projections: list[str], blocks: list[int]) -> list[list]:
-    """Logarithms of the values, projections down and blocks across; None where there is nothing."""
+    """Logarithms of the values, a row per projection and a column per block; None where there is no value."""
     groups = rows.groupby(["projection", rows["block"].astype(int)])[value]
     values = groups.sum() if value == "effect" else groups.agg(lambda each: (each**2).mean() ** 0.5)
     known = {place: float(v) for place, v in values.items() if v > 0}
@@ -267,7 +268,7 @@ OTHER = "#e07b39"
 BITS = "bits_per_weight"
 TITLES = {
     BITS: "bits per linear weight",
-    "saved_percent": "saved (%)",
+    "saved_percent": "time or memory saved (%)",
     "effect": "predicted effect on the final latents",
 }
 
@@ -280,13 +281,13 @@ def frontier_plot(
     budget: float | None = None,
     cost: str = BITS,
 ) -> go.Figure:
-    """Predicted effect over cost of the frontier's plans, of presets, and of the plan that was chosen.
+    """Predicted effect against cost: plans of the frontier, presets, and the plan that was chosen.
 
     Args:
-        frontier: as `precision.frontier` gives it, or its table.
-        presets: as `precision.predict` gives them.
-        selected: a `Selection`, or its row.
-        budget: of the effect, drawn as a line.
+        frontier: from `precision.frontier`, or its table.
+        presets: from `precision.predict`.
+        selected: `Selection`, or its row.
+        budget: largest allowed effect, drawn as a line.
         cost: `"bits_per_weight"` or `"saved_percent"`.
 
     Raises:
@@ -346,10 +347,10 @@ def frontier_plot(
 def relation_plot(
     relation: Any, predictions: pd.DataFrame | None = None, limit_percent: float | None = None
 ) -> go.Figure:
-    """Upper end of the quality loss over the predicted effect: plans that were tried, the fit, and the limit.
+    """Upper end of the quality loss against the predicted effect: plans that were tried, the fit, and the limit.
 
     Args:
-        relation: as `precision.fit_relation` gives it.
+        relation: from `precision.fit_relation`.
         predictions: `Chosen.predictions()`, whose last row is the chosen plan.
     """
     points = relation.points
@@ -407,7 +408,7 @@ def relation_plot(
 
 
 def format_map(selection: Any) -> go.Figure:
-    """The format of every layer: projections down, blocks across, a panel per expert; steps in the hover text.
+    """The format of every layer: a row per projection, a column per block, a panel per expert; steps in the hover text.
 
     Args:
         selection: from `precision.select_plan`.
@@ -475,7 +476,7 @@ def format_map(selection: Any) -> go.Figure:
 
 
 def _shade(name: str, index: int) -> str:
-    """A format's own colour; weight-only and per-channel forms paler, as they share their numbers' colour."""
+    """Colour of a format; paler for weight-only and per-channel formats, which have the colour of their numeric type."""
     if name == "default":
         return "#9aa3ad"
     base = colour(name)
@@ -487,13 +488,13 @@ def _shade(name: str, index: int) -> str:
 
 
 def _sides(xs: list[float], ys: list[float]) -> list[str]:
-    """Where each name goes: above and below in turn where marks are near each other."""
+    """Position of each name: alternately above and below where marks are near each other."""
     middle = (min(xs) + max(xs)) / 2 if xs else 0
-    made: list[str] = []
+    sides: list[str] = []
     for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
         near = (
             index and abs(x - xs[index - 1]) < 0.15 * (max(xs) - min(xs) or 1) and 0.5 < y / ys[index - 1] < 2
         )
-        up = "bottom" if near and made[-1].startswith("top") else "top"
-        made.append(f"{up} {'right' if x <= middle else 'left'}")
-    return made
+        up = "bottom" if near and sides[-1].startswith("top") else "top"
+        sides.append(f"{up} {'right' if x <= middle else 'left'}")
+    return sides

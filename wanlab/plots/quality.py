@@ -1,4 +1,4 @@
-"""Scores of one video against another, the floors they are read against, and where in a frame they differ."""
+"""Figures of quality: scores per frame, noise floors, and maps of where a frame differs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
 from wanlab.evaluate.catalogue import CATALOGUE
-from wanlab.evaluate.catalogue import CATALOGUE as titles_of
 from wanlab.evaluate.quality import floor_table
 from wanlab.plots.style import FONT, GREY, OTHERS, ROW_PX, colour, needs, theme
 
@@ -20,7 +19,7 @@ PANELS_A_ROW = 4
 
 
 def per_frame_curves(scores: Any) -> go.Figure:
-    """Scores frame by frame, one panel per metric; the backbone is named.
+    """Scores of every frame, one panel per metric; the title names the backbone.
 
     Args:
         scores: `Scores`, its `per_frame` table (frame, metric, backbone, value), or a dict of them by name.
@@ -42,8 +41,8 @@ def per_frame_curves(scores: Any) -> go.Figure:
             raise WanlabError(
                 f"{metric} of different backbones cannot share a figure: {', '.join(sorted(backbones))}"
             )
-        named = titles_of[metric].title if metric in titles_of else metric
-        titles.append(named if backbones <= {"-", ""} else f"{named}, {backbones.pop()}")
+        title = CATALOGUE[metric].title if metric in CATALOGUE else metric
+        titles.append(title if backbones <= {"-", ""} else f"{title}, {backbones.pop()}")
     columns = 1 if len(metrics) <= 3 else 2
     rows = -(-len(metrics) // columns)
     figure = make_subplots(
@@ -72,7 +71,7 @@ def per_frame_curves(scores: Any) -> go.Figure:
                 col=place % columns + 1,
             )
     for column in range(columns):
-        lowest = -(-(len(metrics) - column) // columns)  # an odd number of panels leaves a place free
+        lowest = -(-(len(metrics) - column) // columns)  # with an odd number of panels one place is empty
         figure.update_xaxes(title_text="frame", showticklabels=True, row=lowest, col=column + 1)
     figure.update_layout(template=theme(), height=60 + 190 * rows, margin={"t": 50})
     figure.update_annotations(font={"size": 13})
@@ -80,14 +79,14 @@ def per_frame_curves(scores: Any) -> go.Figure:
 
 
 def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
-    """The optimised model beside every floor: mean and 95 % interval over cases, one panel per metric.
+    """The optimised model and every noise floor: mean and 95 % interval over cases, one panel per metric.
 
     Args:
-        divergence: of `wanlab.evaluate.divergence`, with floors.
-        name: what was done, for the row of the optimised model.
+        divergence: from `wanlab.evaluate.divergence`, with noise floors.
+        name: name of the optimisation, for the row of the optimised model.
 
     Raises:
-        WanlabError: no floor in it.
+        WanlabError: the divergence has no noise floor.
     """
     if not divergence.floors:
         raise WanlabError("floor_intervals needs a divergence with a floor; give one to evaluate.divergence")
@@ -96,7 +95,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
     columns = min(len(metrics), PANELS_A_ROW)
     lines = -(-len(metrics) // columns)
     rows = table["floor"].nunique()
-    tall = 2 * ROW_PX * rows
+    panel_px = 2 * ROW_PX * rows
     figure = make_subplots(
         rows=lines,
         cols=columns,
@@ -109,7 +108,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
         for row in table[table["metric"] == metric].itertuples():
             tint = OTHERS[1] if row.floor == name else GREY
             same = row.identical_cases == row.cases
-            # A perfect PSNR has no place on an axis: its row says so in words, at the best value that has one.
+            # An infinite PSNR cannot be drawn: its row says "identical" at the largest finite value.
             shown = row.mean if math.isfinite(row.mean) else _ends(table, metric)[1]
             spread = None if not row.high > row.low else [[row.high - row.mean], [row.mean - row.low]]
             figure.add_scatter(
@@ -129,7 +128,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
                 row=place // columns + 1,
                 col=place % columns + 1,
             )
-        # Room for the words beside the outermost points.
+        # Space for the words beside the outermost points.
         low, high = _ends(table, metric)
         room = 0.3 * (high - low) or 0.1
         figure.update_xaxes(
@@ -137,23 +136,24 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
         )
     figure.update_yaxes(range=[rows - 0.4, -0.7], type="category", categoryorder="array")
     figure.update_xaxes(nticks=4, tickangle=0)
-    figure.update_layout(template=theme(), height=60 + lines * (tall + 60), margin={"t": 50, "r": 40})
+    figure.update_layout(template=theme(), height=60 + lines * (panel_px + 60), margin={"t": 50, "r": 40})
     figure.update_annotations(font={"size": 13})
     return figure
 
 
 def _ends(table: Any, metric: str) -> tuple[float, float]:
-    """The smallest and the largest finite number of a metric in a table of floors; 0 where there is none."""
+    """Smallest and largest finite number of a metric in a table of floors; 0 where there is none."""
     values = table.loc[table["metric"] == metric, ["mean", "low", "high"]].to_numpy().ravel()
     finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
     return min(finite), max(finite)
 
 
 def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
-    """Where a frame differs, one panel per `wanlab.evaluate.HeatMap`, each on its own scale.
+    """Where a frame differs, one panel per `wanlab.evaluate.HeatMap`, each with its own colour scale.
 
     Args:
-        maps: of one frame; larger ones are averaged down to `longest_px` pixels of the longer side.
+        maps: heat maps of one frame.
+        longest_px: pixels of the longer side; larger maps are averaged down to it.
 
     Raises:
         WanlabError: no map.
@@ -163,7 +163,7 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
     gap = 0.12
     titles = [f"frame {each.frame}: {each.title}" for each in maps]
     figure = make_subplots(rows=1, cols=len(maps), horizontal_spacing=gap, subplot_titles=titles)
-    wide = (1 - gap * (len(maps) - 1)) / len(maps)
+    width = (1 - gap * (len(maps) - 1)) / len(maps)
     for column, each in enumerate(maps, 1):
         values = _averaged(each.values, longest_px)
         figure.add_heatmap(
@@ -172,7 +172,7 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
             zmin=0,
             zmax=max(float(values.max()), 1e-12),
             colorbar={
-                "x": (column - 1) * (wide + gap) + wide + 0.005,
+                "x": (column - 1) * (width + gap) + width + 0.005,
                 "xanchor": "left",
                 "thickness": 12,
                 "len": 0.9,
@@ -188,17 +188,17 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
         figure.update_yaxes(
             visible=False, autorange="reversed", scaleanchor=axis, constrain="domain", row=1, col=column
         )
-    height, width = maps[0].values.shape
-    tall = 860 / len(maps) * height / width
+    rows, columns = maps[0].values.shape
+    panel_px = 860 / len(maps) * rows / columns
     figure.update_layout(
-        template=theme(), height=int(min(max(tall, 180), 520)) + 60, margin={"t": 40, "r": 60}
+        template=theme(), height=int(min(max(panel_px, 180), 520)) + 60, margin={"t": 40, "r": 60}
     )
     figure.update_annotations(font={"size": 13})
     return figure
 
 
 def _averaged(values: Any, longest_px: int) -> np.ndarray:
-    """Means of squares of pixels, so that no small spot is lost between the pixels that are drawn."""
+    """Means over squares of pixels: a small spot is averaged, not skipped."""
     side = -(-max(values.shape) // longest_px)
     if side == 1:
         return np.asarray(values)

@@ -1,4 +1,4 @@
-"""Figures of runs: efficient configurations, what each technique bought, parameters as parallel lines, failures."""
+"""Figures of runs: efficient configurations, speed-up of each technique, parameters as parallel lines, failures."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ NAMED = 12  # efficient points that are named in the picture
 CHOSEN = "#3d85c6"
 
 
-def failure_bars(failures: pd.DataFrame, *, finished: int = 0) -> go.Figure:
+def failure_bars(failures: pd.DataFrame, finished: int = 0) -> go.Figure:
     """How the runs of a sweep ended, as one bar.
 
     Args:
-        failures: a row per run that did not finish, with its state.
-        finished: how many did.
+        failures: one row per run that did not finish, with its state.
+        finished: number of runs that finished.
     """
     needs(failures, "failure_bars", "state")
     counts = {"finished": finished} | failures["state"].value_counts(sort=False).to_dict()
@@ -80,14 +80,15 @@ def run_frontier(
     tint: str = "engine",
     limit: float | None = None,
 ) -> go.Figure:
-    """Configurations by two figures, the efficient ones joined.
+    """Configurations by two figures; a line joins the efficient ones.
 
     Args:
-        frame: a row per configuration: configuration, the two figures, and efficient, as `runs.comparison.pareto` gives it.
-        x, y: columns of figures. size: another, for the size of the marks.
+        frame: one row per configuration: configuration, the two figures, and efficient, from `runs.pareto`.
+        x, y: columns of the two figures.
+        size: column for the area of the marks.
         baseline: configuration that is marked.
-        tint: column that gives the colour, where there is one.
-        limit: of y, drawn as a line.
+        tint: column for the colour, where the frame has it.
+        limit: largest allowed value of y, drawn as a line.
     """
     needs(frame, "run_frontier", "configuration", x, y)
     known = frame[frame[x].notna() & frame[y].notna()]
@@ -135,7 +136,7 @@ def run_frontier(
 
 
 def _efficient(figure: go.Figure, best: pd.DataFrame, x: str, y: str) -> None:
-    """The line through the efficient ones, and a number at each, which the legend names."""
+    """A line through the efficient configurations, each with a number that the legend explains."""
     figure.add_scatter(
         x=best[x].tolist(),
         y=best[y].tolist(),
@@ -162,18 +163,18 @@ def _efficient(figure: go.Figure, best: pd.DataFrame, x: str, y: str) -> None:
 
 
 def plain(text: Any) -> str:
-    """Words of a run as plotly shows them letter by letter: its labels know some markup."""
+    """Text escaped for plotly, whose labels read some HTML."""
     return html.escape(str(text), quote=False)
 
 
 def short(configuration: str) -> str:
-    """`"engine=eager, plan=plans/mine.yaml, steps=4"` as `"eager, mine, steps=4"`: values that speak for themselves."""
+    """`"engine=eager, plan=plans/mine.yaml, steps=4"` as `"eager, mine, steps=4"`: no names before words, no folders."""
     words = re.sub(r"(^|, )\w+=(?=[A-Za-z])(?!None|True|False)", r"\1", configuration)
     return plain(re.sub(r"[^\s,=]*/([^\s,/]+)\.ya?ml", r"\1", words))
 
 
 def _sizes(values: pd.Series) -> dict[Any, float]:
-    """Diameters whose area follows the value, 8 to 24 px; the smallest where it is not known."""
+    """Diameters of marks, 8 to 24 px, with an area proportional to the value; 8 px where it is not known."""
     low, high = values.min(), values.max()
     spread = high - low
     return {
@@ -188,10 +189,10 @@ def _hover(x: str, y: str, size: str | None) -> str:
 
 
 def technique_bars(matrix: pd.DataFrame) -> go.Figure:
-    """Speed-up of each technique and combination with its interval; where there is one, the product of the single ones.
+    """Speed-up of each technique and combination with its interval, and the product of the techniques alone where known.
 
     Args:
-        matrix: as `runs.comparison.technique_matrix` gives it.
+        matrix: from `runs.technique_matrix`.
     """
     needs(matrix, "technique_bars", "techniques", "moved", "speedup", "low", "high", "product")
     names = [short(name.replace(" + ", ", ")).replace(", ", " + ") for name in matrix["techniques"]]
@@ -209,23 +210,23 @@ def technique_bars(matrix: pd.DataFrame) -> go.Figure:
         textfont={"color": "white"},
         hovertemplate="%{y}<br>%{x:.2f}x<extra>measured</extra>",
     )
-    both = matrix[matrix["product"].notna()]
-    if len(both):
+    combined = matrix[matrix["product"].notna()]
+    if len(combined):
         figure.add_scatter(
-            x=both["product"].tolist(),
-            y=[names[matrix.index.get_loc(index)] for index in both.index],
+            x=combined["product"].tolist(),
+            y=[names[matrix.index.get_loc(index)] for index in combined.index],
             mode="markers",
-            name="product of the single ones",
+            name="product of each alone",
             marker={
                 "symbol": "diamond",
                 "size": 12,
                 "color": "#d9534f",
                 "line": {"width": 1, "color": "white"},
             },
-            text=[plain(each) for each in both["verdict"]],
+            text=[plain(each) for each in combined["verdict"]],
             hovertemplate="%{y}<br>%{x:.2f}x<br>%{text}<extra>product</extra>",
         )
-    ends = [*matrix["high"], *both["product"]]
+    ends = [*matrix["high"], *combined["product"]]
     top = max((end for end in ends if end == end and end != float("inf")), default=1.0)
     figure.add_vline(x=1, line={"color": GREY, "width": 1.2, "dash": "dash"})
     figure.update_layout(template=theme(), height=110 + ROW_PX * max(len(names), 1))
@@ -251,7 +252,7 @@ def _interval(rows: pd.DataFrame, value: str, low: str, high: str) -> dict:
     }
 
 
-NAMED_PARALLEL = 14  # values of one axis of words that are written out
+NAMED_PARALLEL = 14  # most values of an axis of words that are written
 
 
 def parallel_lines(
@@ -262,14 +263,14 @@ def parallel_lines(
     baseline: str | None = None,
     tint: str = "engine",
 ) -> go.Figure:
-    """One line per configuration over one axis per column; the better end of every axis is at the top.
+    """One line per configuration and one axis per column; the better end of every axis is at the top.
 
     Args:
-        frame: a row per configuration: configuration and the columns.
+        frame: one row per configuration: configuration and the columns.
         columns: column -> `"min"` or `"max"`, whichever is better; None for an axis of words, such as a parameter.
-        highlighted: configurations that are drawn strongly, e.g. the efficient ones.
-        baseline: one that is drawn dashed.
-        tint: column that gives the colour of the others, where there is one.
+        highlighted: configurations drawn with thick lines, e.g. the efficient ones.
+        baseline: configuration drawn with a dashed line.
+        tint: column for the colour of the other lines, where the frame has it.
 
     Raises:
         WanlabError: missing columns, or fewer than two.
@@ -282,7 +283,7 @@ def parallel_lines(
         name: _axis(figure, place, frame[name], name, sense)
         for place, (name, sense) in enumerate(columns.items())
     }
-    shown = {name: [_said(value) for value in frame[name]] for name in columns}
+    shown = {name: [_value_text(value) for value in frame[name]] for name in columns}
     strong = set(highlighted)
     groups: dict[tuple[str, str, float, str, float], list[int]] = {}
     for row, name in enumerate(frame["configuration"]):
@@ -339,7 +340,7 @@ def parallel_lines(
 
 
 def _axis(figure: go.Figure, place: int, values: Any, name: str, sense: str | None) -> list[float | None]:
-    """Draw one axis with its title and ends; the height of each value, 0 to 1, None where there is none."""
+    """Draw one axis with its title and ends; returns the height of each value, 0 to 1, None where there is no value."""
     figure.add_shape(
         type="line", x0=place, x1=place, y0=0, y1=1, line={"color": LINE, "width": 1.5}, layer="below"
     )
@@ -361,8 +362,10 @@ def _axis(figure: go.Figure, place: int, values: Any, name: str, sense: str | No
         heights = [None if v is None else 0.5 if not span else (v - low) / span for v in numbers]
         if sense == "min":
             heights = [None if height is None else 1 - height for height in heights]
-        ends = (_said(low), _said(high)) if sense == "min" else (_said(high), _said(low))
-        ends = ends if span else (_said(low) if known else "", "")
+        ends = (
+            (_value_text(low), _value_text(high)) if sense == "min" else (_value_text(high), _value_text(low))
+        )
+        ends = ends if span else (_value_text(low) if known else "", "")
     figure.add_annotation(
         x=place,
         y=1,
@@ -385,7 +388,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and value == value and abs(value) != float("inf")
 
 
-def _said(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return plain(_cut(str(value)))

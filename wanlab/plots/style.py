@@ -47,6 +47,25 @@ UNITS = {
     "fps": "frames/s",
     "w": "W",
 }
+ACRONYMS = {
+    name.lower(): name
+    for name in (
+        "A/A",
+        "CPU",
+        "CV",
+        "GPU",
+        "ID",
+        "L2",
+        "LPIPS",
+        "ONNX",
+        "PSNR",
+        "SM",
+        "SNR",
+        "SSIM",
+        "TFLOP",
+        "VAE",
+    )
+}
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
 ROW_PX = 34
@@ -80,7 +99,7 @@ def colour(name: str) -> str:
 
 def label(column: str) -> str:
     """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
-    words = str(column).split("_")
+    words = [ACRONYMS.get(word, word) for word in str(column).split("_")]
     if len(words) > 3 and words[-2:] == ["per", "s"]:
         return f"{' '.join(words[:-3])} ({words[-3]}/s)"
     if len(words) > 1 and words[-1] in UNITS:

@@ -1,4 +1,4 @@
-"""A decision tree from left to right, with the way that was taken through it."""
+"""The decision tree of a triage from left to right, with the path that was taken."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TINTS = ("#d9534f", "#3d85c6", "#8b7ec8", *OTHERS)
 
 
 def decision_tree(triage: Any) -> go.Figure:
-    """The tree of a triage: a band per root, questions with what was measured, the advice it came to.
+    """The tree of a triage: one band per root, questions with their measured values, and the advice that was reached.
 
-    The way taken is thick and in colour; an advice that was reached is filled. A dashed box was asked and could not be
-    answered. Hovering over a box tells all of it.
+    The path that was taken is thick and coloured; an advice that was reached is filled. A dashed box is a question without
+    a measurement. The hover text of a box has all its facts.
 
     Args:
         triage: `diagnose.Triage`.
@@ -65,7 +65,7 @@ def decision_tree(triage: Any) -> go.Figure:
 
 
 def _boxes(triage: Any, start: str, elsewhere: set[str]) -> dict[str, dict[str, Any]]:
-    """Every node below a root, in the order of a walk through all: column, children, lines of text, state."""
+    """Every node below a root in depth-first order: column, children, lines of text, state."""
     asked = {row["node"]: row for row in triage.frame.to_dict(orient="records")}
     advised = {row["node"]: row for row in triage.advice.to_dict(orient="records")}
     column: dict[str, int] = {}
@@ -102,9 +102,9 @@ def _boxes(triage: Any, start: str, elsewhere: set[str]) -> dict[str, dict[str, 
             row, state = advised[node], "advised"
             lines = [f"<b>{line}</b>" for line in lines]
             lines += [row["bound"]] * bool(row["bound"])
-            told = [row["hazard"], row["mitigation"], row["help"], row["evidence"], row["notebook"]]
+            details = [row["hazard"], row["mitigation"], row["help"], row["evidence"], row["notebook"]]
             hover = f"<b>{name}</b><br>" + "<br>".join(
-                "<br>".join(textwrap.wrap(text, 70)) for text in told if text
+                "<br>".join(textwrap.wrap(text, 70)) for text in details if text
             )
         boxes[node] = {
             "column": column[node],
@@ -120,7 +120,7 @@ def _boxes(triage: Any, start: str, elsewhere: set[str]) -> dict[str, dict[str, 
                 way = [f"{node} > {child} {i}" for i in range(column[node] + 1, column[child])]
                 for i, passed in enumerate(
                     way, column[node] + 1
-                ):  # room for an edge between the boxes of a column
+                ):  # space for an edge between the boxes of a column
                     boxes[passed] = {"column": i, "ways": {}, "height": 14, "text": "", "state": "passed"}
                 boxes[node]["ways"][child] = [*way, child]
                 for one, other in pairwise(boxes[node]["ways"][child]):
@@ -132,7 +132,7 @@ def _boxes(triage: Any, start: str, elsewhere: set[str]) -> dict[str, dict[str, 
 
 
 def _arrange(boxes: dict[str, dict[str, Any]]) -> None:
-    """Give every box its `y`: ends below one another, the others in the middle of what they lead to, none overlapping."""
+    """Give every box its `y`: leaves below one another, the others at the mean of their children, without overlap."""
     top = 0.0
     for box in boxes.values():
         if not box["ways"]:
@@ -144,13 +144,13 @@ def _arrange(boxes: dict[str, dict[str, Any]]) -> None:
             if box["ways"]:
                 box["y"] = sum(boxes[way[0]]["y"] for way in box["ways"].values()) / len(box["ways"])
         here.sort(key=lambda box: box["y"])
-        _apart(here)
+        _separate(here)
     above = min(box["y"] - box["height"] / 2 for box in boxes.values())
     for box in boxes.values():
         box["y"] -= above
 
 
-def _apart(boxes: list[dict[str, Any]]) -> None:
+def _separate(boxes: list[dict[str, Any]]) -> None:
     """Move boxes of a column as little as possible (least squares) so that they do not overlap."""
     offsets = [0.0]
     for upper, lower in pairwise(boxes):
@@ -167,14 +167,14 @@ def _apart(boxes: list[dict[str, Any]]) -> None:
 
 
 def _edges(triage: Any, boxes: dict[str, dict[str, Any]], tint: str) -> tuple[list, list]:
-    """Shapes and texts of what leads from box to box; what was taken lies on top."""
-    went = {row["node"]: row["to"] for row in triage.frame.to_dict(orient="records")}
-    went |= {node: triage.tree.advice[node].to for node in triage.advice["node"]}
+    """Shapes and texts of the edges; those of the path that was taken are drawn last."""
+    taken = {row["node"]: row["to"] for row in triage.frame.to_dict(orient="records")}
+    taken |= {node: triage.tree.advice[node].to for node in triage.advice["node"]}
     shapes: tuple[list[dict], list[dict]] = ([], [])
     texts: list[dict] = []
     for node, box in boxes.items():
         for child, way in box["ways"].items() if box["state"] != "passed" else ():
-            lit = went.get(node) == child
+            lit = taken.get(node) == child
             path, at, bend = f"M {box['right']},{box['y']}", box, BEND_PX / 2
             for hop in (boxes[name] for name in way):
                 x = hop["left"] - GAP_PX
@@ -184,7 +184,7 @@ def _edges(triage: Any, boxes: dict[str, dict[str, Any]], tint: str) -> tuple[li
                 at = hop
             label = triage.tree.edges(node)[child]
             line = {"color": tint, "width": 4} if lit else {"color": FRAME, "width": 1}
-            if lit and box["state"] == "open":  # went on without an answer
+            if lit and box["state"] == "open":  # continued without an answer
                 line |= {"width": 2, "dash": "dot"}
                 label = label if label == "n/a" else "unknown"
             path += f" L {at['left']},{at['y']}"

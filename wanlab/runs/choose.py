@@ -423,7 +423,7 @@ def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
             {
                 "techniques": row["techniques"],
                 "speed-up": f"{figure(row['speedup'], 'ratio')} ({row['low']:.2f} to {row['high']:.2f})",
-                "product of the single ones": figure(row["product"], "ratio") if both else "",
+                "product of each alone": figure(row["product"], "ratio") if both else "",
                 "of the product": f"{row['of_product']:.2f} ({row['of_low']:.2f} to {row['of_high']:.2f})"
                 if both
                 else "",

@@ -353,11 +353,15 @@ def _before_plotly() -> None:
 
 
 def _before_tables() -> None:
-    """Six significant digits, so that an error of 1e-12 is not shown as zero; texts whole, unknown numbers empty."""
-    pd.set_option("display.float_format", "{:,.6g}".format, "display.max_colwidth", None)
+    """Three significant digits, so that an error of 1e-12 is not shown as zero; texts whole, unknown numbers empty."""
+    pd.set_option("display.float_format", _number_text, "display.max_colwidth", None)
     shell = get_ipython()
     if shell is not None:
         shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, _table_html)
+
+
+def _number_text(value: float) -> str:
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def _table_html(table: pd.DataFrame) -> str:

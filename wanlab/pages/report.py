@@ -246,6 +246,7 @@ TILES = (
     ("noise_percent", "A/A noise", "", ""),
 )
 MOST_TILES = 5
+SMALLEST_PERCENT = 0.01  # a smaller quality loss is not shown as 0.00
 
 
 def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
@@ -266,7 +267,10 @@ def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
 def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, words: list[str]) -> str:
     """What stands below a figure: its ratio to the baseline, its interval, or the noise it is read against."""
     if name == "quality_loss_percent" and "quality_loss_low_percent" in row:
-        return f"{row['quality_loss_low_percent']:+.2f} to {row['quality_loss_high_percent']:+.2f} (95 % interval)"
+        low, high = (row[f"quality_loss_{end}_percent"] for end in ("low", "high"))
+        if max(abs(low), abs(high)) < SMALLEST_PERCENT:
+            return f"95 % interval within ±{SMALLEST_PERCENT} %"
+        return f"95 % interval {low:+.2f} to {high:+.2f}"
     if name == "divergence_lpips" and "divergence_floor_lpips" in row:
         return f"noise floor {row['divergence_floor_lpips']:.2g}"
     if base is None or not words[0] or name not in base.row():
@@ -290,10 +294,10 @@ def _figure(name: str, value: float) -> str:
         value, unit = (value / 2**30, "GiB") if value >= 2**30 else (value / 2**20, "MiB")
     else:
         unit = UNITS.get(name.rsplit("_", 1)[-1], "")
-    if name.endswith("_ms") and value >= 10_000:
+    if name.endswith("_ms") and value >= 1e3:
         value, unit = value / 1e3, "s"
     if name == "quality_loss_percent":
-        return f"{value:+.2f} %"
+        return f"{value:+.2f} %" if abs(value) >= SMALLEST_PERCENT else f"< {SMALLEST_PERCENT} %"
     if name == "psnr_db" and value == float("inf"):
         return "identical"
     return f"{value:,.0f} {unit}".rstrip() if abs(value) >= 100 else f"{value:.3g} {unit}".rstrip()

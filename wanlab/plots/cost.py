@@ -367,6 +367,7 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
             **place,
         )
         top = max((value for value in values if value == value), default=1.0)
+        figure.update_xaxes(showgrid=False, **place)
         figure.update_yaxes(range=[0, top * 1.3 or 1.0], showticklabels=False, showgrid=False, **place)
     figure.update_layout(template=theme(), height=60 + 280 * down, margin={"t": 40})
     figure.update_annotations(font={"size": 13})

@@ -65,6 +65,13 @@ def session_folder(tmp_path_factory) -> Path:
     return shared.session_folder(tmp_path_factory.getbasetemp())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(session_folder) -> Path:
+    """wanlab's cache, empty at the start of a session and shared by its processes; never the user's."""
+    os.environ["WANLAB_CACHE"] = str(session_folder / "cache")
+    return session_folder / "cache"
+
+
 @pytest.fixture(scope="session")
 def exported(session_folder):
     """`support.exports.exported` with the cache of this session."""

@@ -168,7 +168,7 @@ def test_every_component_may_run_on_an_engine_of_its_own(model, tmp_path):
     }
     assert {name: engine for name, engine in changed.engines.items() if engine != "eager"} == on_cpu
     assert changed.pipeline.transformer.engine.threads == 1
-    assert json.loads((tmp_path / "expert_low.json").read_text())["shared_trace"]
+    assert json.loads((tmp_path / "expert_low.json").read_text())["trace_reused"]
     for wrong, said in (
         ({"expert_high": "onnxrutime"}, "did you mean 'onnxruntime'"),
         ({"expert_hig": "compiled"}, "did you mean 'expert_high'"),

@@ -48,8 +48,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reports(model, folder):
-    made = export.export_all(model, folder, progress=False, **SIZE)
+def reports(model, folder, tmp_path_factory):
+    """Of a first export, whose traces no one has kept before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = export.export_all(model, folder, progress=False, **SIZE)
     return {report.component: report for report in made}
 
 
@@ -145,13 +148,45 @@ def test_parity_at_several_sizes(model, opened, component):
 
 
 def test_the_experts_share_a_trace_but_not_their_weights(model, reports, opened):
-    assert reports["expert_low"].shared_trace
-    assert not reports["expert_high"].shared_trace
+    assert reports["expert_low"].trace_reused
+    assert not reports["expert_high"].trace_reused
     plan = components.component_spec(model, "expert_low")
     inputs = plan.inputs_for(export.ClipShape(1, 32, 32, 5, 8), torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     high, low = (opened[name].run(feeds)["velocity"] for name in ("expert_high", "expert_low"))
     assert differences(high, low)["relative_l2"] > 0.1
+
+
+def test_a_kept_trace_gives_the_same_graph_and_no_folder_is_needed(model, tmp_path, monkeypatch):
+    def exported(name: str) -> tuple[bool, bytes]:
+        path = tmp_path / name / "text_encoder.onnx"
+        report = export.export(model, "text_encoder", path, opset=19)
+        return report.trace_reused, path.read_bytes()
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("WANLAB_CACHE", str(cache))
+    reused, first = exported("a")
+    assert not reused
+    assert exported("b") == (True, first)
+    (kept,) = cache.glob("traces/*.onnx")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert exported("c") == (False, first)
+    assert exported("d") == (True, first)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "file"))  # no folder can be made there
+    assert exported("e") == (False, first)
+    assert exported("f") == (True, first)
+
+
+def test_a_network_with_code_of_its_own_leaves_no_trace_behind(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "cache"))
+    norm = model.pipeline.text_encoder.encoder.final_layer_norm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda hidden: 2 * forward(hidden))
+    export.export(model, "text_encoder", tmp_path / "doubled.onnx", dynamic=False)
+    assert engines.parity(model, "text_encoder", tmp_path / "doubled.onnx")["relative_l2"].max() < 1e-4
+    monkeypatch.setattr(norm, "forward", forward)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_network_is_left_as_it_was(model, reports):

@@ -27,7 +27,6 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.pipeline import use
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
-from wanlab.export.export import Traces
 from wanlab.measure.memory import in_own_process
 from wanlab.models.loading import resolve
 from wanlab.models.pipeline import Model
@@ -284,7 +283,6 @@ def _prepare(
                     graphs.folder / graph, device=model.device.type, progress=progress, **kind.building(own)
                 )
     networks: dict[str, str | None] = {}
-    traces = Traces()
     left = [
         name for name in model.components if name not in in_graphs and not _by_pytorch(configuration, name)
     ]
@@ -293,7 +291,7 @@ def _prepare(
         kind, own = _kind_and_settings(configuration, name)
         bar.set_postfix_str(f"{name} on {kind.name}")
         path = prepare_component(
-            kind.name, model, name, graphs_folder(place), size=sizes, progress=progress, traces=traces, **own
+            kind.name, model, name, graphs_folder(place), size=sizes, progress=progress, **own
         )
         networks[name] = None if path is None else str(path)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,9 @@ import onnx
 import torch
 
 from wanlab import __version__
+from wanlab.core.files import digest as digest_of
 from wanlab.core.files import file_digest
+from wanlab.core.paths import PACKAGE
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
 
@@ -20,10 +23,13 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers
 def trace_facts(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything besides the weights that a traced graph depends on.
 
-    These are the class and configuration of the network, the part of it that is traced, the tracing settings and the
-    package versions.
+    These are the class and configuration of the network, the classes of its parts and of its attention processors, the
+    part of it that is traced, the tracing settings, and the versions of the packages and of wanlab's exporter.
     """
     network = spec.network
+    parts = [
+        name for part in network.modules() for name in (_name(part), _name(getattr(part, "processor", None)))
+    ]
     config = network.config
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     # The folder and dtype of loading are left out: the dtype of the graph is a setting of its own.
@@ -33,13 +39,26 @@ def trace_facts(spec: Any, settings: dict[str, Any]) -> dict[str, Any]:
         if not name.startswith("_") and name not in ("dtype", "torch_dtype")
     }
     return {
-        "class": type(network).__qualname__,
+        "class": _name(network),
+        "parts": digest_of(parts, 16),
         "inputs": spec.inputs,
         "output": spec.output,
         "config": config,
         "settings": settings,
-        "versions": {"wanlab": __version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"wanlab": __version__, "exporter": _exporter()}
+        | {name: _version(name) for name in PACKAGES},
     }
+
+
+def _name(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+@functools.cache
+def _exporter() -> str:
+    """Digest of the modules that decide what a graph looks like: an edited exporter makes its files out of date."""
+    files = [path for name in ("export", "models") for path in sorted((PACKAGE / name).rglob("*.py"))]
+    return digest_of([path.read_bytes() for path in files], 16)
 
 
 def weights_key(network: torch.nn.Module) -> str:

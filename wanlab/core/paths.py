@@ -1,4 +1,4 @@
-"""Folders of the files that come with wanlab (data, notebooks, recipes), and the folder for runs.
+"""Folders of the files that come with wanlab (data, notebooks, recipes), of runs, and of what can be made again.
 
 In a checkout these folders are at the top; a wheel carries copies of them inside the package (`setup.py`). The checkout
 has priority. All code that opens one of these files gets its path here.
@@ -112,6 +112,13 @@ def _in(folder: Path) -> list[Path]:
 def from_here(path: Path) -> str:
     """`path` relative to the working folder; unchanged where it lies outside."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def cache(*parts: str) -> Path:
+    """A path in the folder of what can be made again: `$WANLAB_CACHE`, or `wanlab` in the user's folder of caches."""
+    chosen = os.environ.get("WANLAB_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(chosen) if chosen else user / "wanlab").joinpath(*parts)
 
 
 def default_outputs() -> Path:

@@ -18,7 +18,6 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import EAGER, engine_kind, open_component
 from wanlab.export.components import PARTS, check_components
-from wanlab.export.export import Traces
 from wanlab.models.pipeline import Model
 
 
@@ -83,12 +82,12 @@ def use_engines(
     check_components(model, chosen)
     for component, name in chosen.items():
         engine_kind(name).check(component, (settings or {}).get(name, ()))
-    traces, opened = Traces(), {}
+    opened = {}
     bar = tqdm(chosen.items(), desc="engines", unit="component", leave=False, disable=not progress)
     for component, name in bar:
         bar.set_postfix_str(f"{component} on {name}")
         own = (settings or {}).get(name, {})
-        opened[component] = open_component(name, model, component, folder, size=size, traces=traces, **own)
+        opened[component] = open_component(name, model, component, folder, size=size, **own)
     return use(model, opened)
 
 

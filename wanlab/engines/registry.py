@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -187,14 +186,13 @@ class _FromGraph:
         *,
         size: Mapping[str, int | None],
         progress: bool = False,
-        traces: Any = None,
         **settings: Any,
     ) -> Path:
         from wanlab.export.export import export  # loads diffusers
 
         graph = Path(folder) / f"{component}.onnx"
         sizes: dict[str, Any] = dict(size)
-        export(model, component, graph, dynamic=False, traces=traces, **sizes)
+        export(model, component, graph, dynamic=False, **sizes)
         if self.build is None:
             return graph
         return Path(self.build(graph, device=model.device.type, progress=progress, **settings))
@@ -391,7 +389,6 @@ def open_component(
     *,
     size: Mapping[str, int | None] | None = None,
     progress: bool = False,
-    traces: Any = None,
     **settings: Any,
 ) -> Engine:
     """One component of a model in an engine; its file is prepared first if it is missing or out of date.
@@ -401,9 +398,7 @@ def open_component(
     Raises:
         WanlabError: as `prepare_component`, or as the engine itself.
     """
-    path = prepare_component(
-        name, model, component, folder, size=size, progress=progress, traces=traces, **settings
-    )
+    path = prepare_component(name, model, component, folder, size=size, progress=progress, **settings)
     return engine_kind(name).open(model, component, path, **engine_kind(name).opening(settings))
 
 
@@ -415,7 +410,6 @@ def prepare_component(
     *,
     size: Mapping[str, int | None] | None = None,
     progress: bool = False,
-    traces: Any = None,
     **settings: Any,
 ) -> Path | None:
     """Path of the file that an engine opens for one component, written unless it is current; None without a file.
@@ -426,7 +420,6 @@ def prepare_component(
         folder: folder of graphs and built files, which are reused while they are current.
         size: height, width (pixels), frames, text_tokens and batch (default 1) of the inputs; the model's default where
             not given.
-        traces: an `export.Traces` to share between components of one architecture, so that it is traced once.
         settings: settings of this engine, see `EngineKind.settings`.
 
     Raises:
@@ -436,15 +429,8 @@ def prepare_component(
     kind.check(component, settings)
     if kind.prepare is None:
         return None
-    more = {"traces": traces} if traces is not None and _takes(kind.prepare, "traces") else {}
-    more |= kind.building(settings)
-    return kind.prepare(
-        model, component, folder, size={"batch": 1, **(size or {})}, progress=progress, **more
-    )
-
-
-def _takes(work: Callable, name: str) -> bool:
-    return name in inspect.signature(work).parameters
+    size = {"batch": 1, **(size or {})}
+    return kind.prepare(model, component, folder, size=size, progress=progress, **kind.building(settings))
 
 
 def _load_files(names: str) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+from filelock import FileLock
 from msgspec.structs import replace
 from tqdm.auto import tqdm
 
@@ -20,7 +21,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import Manifest, key_of
 from wanlab.export import graph as graphs
 from wanlab.export.components import ClipShape, check_components, component_spec, components_of, default_shape
-from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, trace
+from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, kept_trace, trace
 from wanlab.export.weights import WeightsFile
 
 
@@ -43,7 +44,7 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
             graph; other graphs may use it too. weights_written_bytes: of it by this export.
         time_ms: the whole export, or looking it up when `cached`.
         simplified: whether onnxsim went over the graph.
-        shared_trace: the graph of an equal network was taken, with this one's weights.
+        trace_reused: the graph of an equal network was taken, with this one's weights.
         notes: what a reader should know, each one line.
     """
 
@@ -68,7 +69,7 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
     weights_file: str
     weights_written_bytes: int
     simplified: bool
-    shared_trace: bool = False
+    trace_reused: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -114,7 +115,7 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
             "simplified": self.simplified,
             "external_data": self.external_data,
             "cached": self.cached,
-            "shared_trace": self.shared_trace,
+            "trace_reused": self.trace_reused,
             "notes": "; ".join(self.notes),
         }
 
@@ -128,13 +129,6 @@ def axes_table(reports: list[ExportReport]) -> pd.DataFrame:
     """The sizes that each graph takes: component, dynamic_axes, fixed_axes, notes, sizes (the range of every free axis)."""
     sizes = ["; ".join(f"{axis}: {text}" for axis, text in report.ranges.items()) for report in reports]
     return report_frame(reports)[["component", "dynamic_axes", "fixed_axes", "notes"]].assign(sizes=sizes)
-
-
-@dataclass
-class Traces:
-    """Traced graphs by what they depend on besides the weights."""
-
-    programs: dict[str, tuple[Any, dict[str, str], tuple[str, ...]]] = field(default_factory=dict)
 
 
 def export(
@@ -155,7 +149,6 @@ def export(
     external_data: bool | None = None,
     forms: str = "friendly",
     reuse: bool = True,
-    traces: Traces | None = None,
 ) -> ExportReport:
     """Write one component as an ONNX file and a report beside it.
 
@@ -183,7 +176,6 @@ def export(
         external_data: weights in a file of their own; None does so above 1.5 GiB, as protobuf ends at 2.
         forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
         reuse: keep the file when it was made from the same weights, settings and versions.
-        traces: shared between calls, lets networks of the same architecture share one trace.
 
     Raises:
         WanlabError: unknown component, dtype or form, a component that is not convertible, an illegal size or
@@ -213,24 +205,20 @@ def export(
         "forms": forms,
     }
     traced_from = trace_facts(plan, settings)
-    tracing = key_of(traced_from)
     weights = weights_key(plan.network)
     how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
     facts = {"component": component, "weights": weights, "finishing": how} | traced_from
     if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
-    traces = Traces() if traces is None else traces
-    shared = tracing in traces.programs
-    if not shared:
-        traces.programs[tracing] = trace(
-            model, component, shape, opset=opset, dynamic=dynamic, dtype=kind, forms=forms
-        )
-    program, ranges, notes = traces.programs[tracing]
+    how_traced = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
+    traced, reused = kept_trace(
+        plan.network, key_of(traced_from), lambda: trace(model, component, shape, **how_traced)
+    )
     before = ExportReport.find(path)
     file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
     finished = graphs.finish(
-        program,
+        traced.model,
         plan.network,
         path,
         axis_names=plan.inputs if dynamic else {},
@@ -261,15 +249,15 @@ def export(
             for name, axes in asked.items()
             if (left := {a: int(finished.sizes[name][a]) for a in axes if a not in finished.free_axes[name]})
         },
-        ranges=ranges,
+        ranges=traced.ranges,
         shape=shape,
         size_bytes=finished.size_bytes,
         time_ms=(time.perf_counter() - begin) * 1e3,
         weights_file=finished.weights_file,
         weights_written_bytes=finished.weights_written_bytes,
         simplified=finished.simplified,
-        shared_trace=shared,
-        notes=(*notes, *finished.notes),
+        trace_reused=reused,
+        notes=(*traced.notes, *finished.notes),
     )
     report.write()
     if before is not None and before.weights_file not in ("", report.weights_file):
@@ -288,7 +276,8 @@ def export_all(
 ) -> list[ExportReport]:
     """Export components to `folder/<component>.onnx`, in the order a generation uses them.
 
-    Networks of equal architecture (the two experts) share one trace: the second costs its weights only.
+    Networks of equal architecture (the two experts) share one trace: the second costs its weights only. Several
+    processes may export to one folder: a lock beside it lets one of them make the files, and the others find them made.
 
     Args:
         components: which; None takes all that the model has.
@@ -303,15 +292,15 @@ def export_all(
     check_components(model, names)
     free = names if dynamic is True else () if dynamic is False else tuple(dynamic)
     check_components(model, free)
-    traces, reports = Traces(), []
+    folder, reports = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(names, desc="export", unit="component", leave=False, disable=not progress)
-    for name in bar:
-        bar.set_postfix_str(name)
-        reports.append(
-            export(
-                model, name, Path(folder) / f"{name}.onnx", dynamic=name in free, traces=traces, **settings
-            )
-        )
+    place = folder.resolve()
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        for name in bar:
+            bar.set_postfix_str(name)
+            file = folder / f"{name}.onnx"
+            reports.append(export(model, name, file, dynamic=name in free, **settings))
     return reports
 
 

@@ -270,7 +270,7 @@ class Finished:
 
 
 def finish(
-    program,
+    traced: onnx_ir.Model,
     network: torch.nn.Module,
     path: Path,
     *,
@@ -284,7 +284,7 @@ def finish(
     """Fold, name, simplify, write and check; the file appears under `path` only when all went well.
 
     Args:
-        program: what torch.onnx.export gave, unfolded; it may be used again.
+        traced: of `wanlab.export.trace.Trace`, unfolded; it stays as it is.
         network: whose weights fill it.
         axis_names: input -> {axis: name}; traced symbols are renamed to these.
         weights: where they go when they are not kept inside the graph.
@@ -294,7 +294,7 @@ def finish(
     Raises:
         WanlabError: onnx.checker refuses the graph.
     """
-    model = program.model.clone()
+    model = traced.clone()
     nodes_before = sum(1 for _ in model.graph.all_nodes())
     large = fill(model.graph, network, stored)
     lift(model.graph, large)

@@ -1,18 +1,33 @@
-"""From a network to an ONNX program: traced without its weights, at the opset and dtype asked for."""
+"""From a network to an ONNX graph: traced without its weights, at the opset and dtype asked for, and kept on disk.
+
+Tracing takes most of the time of an export. A graph without weights is small and depends on few things
+(`wanlab.core.digests.trace_facts`), so it is kept in `wanlab.core.paths.cache("traces")`: the second expert, the same model
+with other weights or in another folder, and the next run find it there.
+"""
 
 from __future__ import annotations
 
+import atexit
 import copy
+import functools
+import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
+import onnx_ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from wanlab.core import paths
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import atomic_path
 from wanlab.export.components import FUSED_OPSET, ClipShape, component_spec
+from wanlab.export.weights import WRAPPER
 from wanlab.models.loading import DTYPES
 from wanlab.models.networks import stored_dtype
 
@@ -88,15 +103,87 @@ class _Traced(torch.nn.Module):
         return self.call(*args)
 
 
-def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool, dtype, forms: str):
-    """Trace a component without its weights and translate it to ONNX, unfolded.
+@dataclass(frozen=True)
+class Trace:
+    """A traced graph, unfolded.
+
+    Attributes:
+        model: its weights are inputs of the graph, named as in the network after `WRAPPER`. It is cloned before use.
+        ranges: axis name -> range that it was traced for.
+        notes: for the report.
+    """
+
+    model: onnx_ir.Model
+    ranges: dict[str, str]
+    notes: tuple[str, ...]
+
+
+KEPT = "wanlab.trace"  # where the file of a trace holds its other facts
+LIBRARIES = ("diffusers.", "torch.", "transformers.", "wanlab.")
+
+
+def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) -> tuple[Trace, bool]:
+    """The trace with this key, made and kept where it was not, and whether it was found.
+
+    Networks with code of a caller's own are kept for this process only: the key does not know that code.
+
+    Args:
+        network: that is traced.
+        key: a hash of all that the graph depends on besides the weights.
+        make: traces it.
+    """
+    owned = all(type(part).__module__.startswith(LIBRARIES) for part in network.modules())
+    patched = any("forward" in vars(part) for part in network.modules())
+    folder = paths.cache("traces") if owned and not patched else _of_this_process()
+    for file in (folder / f"{key}.onnx", _of_this_process() / f"{key}.onnx"):
+        with suppress(Exception):  # missing, or half a file of a full disk: it is made again
+            model = onnx_ir.load(file)
+            return Trace(model=model, **_facts(json.loads(model.metadata_props[KEPT]))), True
+    trace = make()
+    trace.model.metadata_props[KEPT] = json.dumps({"ranges": trace.ranges, "notes": trace.notes})
+    try:
+        _keep(trace.model, folder / f"{key}.onnx")
+    except OSError:  # a folder that cannot be written, or a full disk
+        _keep(trace.model, _of_this_process() / f"{key}.onnx")
+    return trace, False
+
+
+def _facts(kept: dict) -> dict:
+    return {"ranges": kept["ranges"], "notes": tuple(kept["notes"])}
+
+
+def _keep(model: onnx_ir.Model, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file, ".onnx") as draft:
+        onnx_ir.save(model, draft)
+
+
+@functools.cache
+def _of_this_process() -> Path:
+    """A folder that ends with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="wanlab-traces-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def weights_as_inputs(model: onnx_ir.Model) -> onnx_ir.Model:
+    """The traced model, whose weights without memory become inputs of the graph."""
+    graph = model.graph
+    for name in [name for name in graph.initializers if name.startswith(WRAPPER)]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    return model
+
+
+def trace(
+    model, component: str, shape: ClipShape, *, opset: int, dynamic: bool, dtype: torch.dtype, forms: str
+) -> Trace:
+    """Trace a component without its weights and translate it to ONNX.
 
     Args:
         dtype: `torch.dtype` that the graph computes in; that of the network, or another.
         forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
-
-    Returns:
-        The `torch.onnx.ONNXProgram`, axis name -> range it was traced for, and notes for the report.
     """
     twin, mode = meta_copy(component_spec(model, component).network, dtype)
     plan = component_spec(model, component, network=twin)
@@ -139,7 +226,7 @@ def trace(model, component: str, shape: ClipShape, *, opset: int, dynamic: bool,
             optimize=False,
             verbose=False,
         )
-    return exported, ranges, tuple(notes)
+    return Trace(weights_as_inputs(exported.model), ranges, tuple(notes))
 
 
 def tied_reason(error: Exception) -> str:

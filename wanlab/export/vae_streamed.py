@@ -28,6 +28,7 @@ from torch.export import Dim
 from wanlab import __version__
 from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.manifest import key_of
 from wanlab.export import graph as graphs
 from wanlab.export.components import ClipShape, ComponentSpec, component_spec, default_shape, latent_size
 from wanlab.export.export import ExportReport
@@ -35,11 +36,14 @@ from wanlab.export.friendly import exportable_operators
 from wanlab.export.trace import (
     BFLOAT16_OPSET,
     DEFAULT_OPSET,
+    Trace,
     chosen_dtype,
     chosen_opset,
+    kept_trace,
     meta_copy,
     quiet,
     tied_reason,
+    weights_as_inputs,
 )
 from wanlab.export.weights import WeightsFile
 
@@ -333,11 +337,13 @@ class _Job:
         facts = self._facts(step)
         if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
             return structs.replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
-        program, axes, ranges, notes = self._trace(step)
+        key = key_of(trace_facts(self._form(), self._settings() | {"step": step}))
+        traced, reused = kept_trace(self.plan.network, key, lambda: self._trace(step))
+        axes = self._axes()
         kind = str(self.dtype).removeprefix("torch.")
         file = self.folder / f"{self.half.component}.{kind}.{self.weights[:8]}.weights"
         finished = graphs.finish(
-            program,
+            traced.model,
             self.plan.network,
             path,
             axis_names={source: axes},
@@ -361,25 +367,37 @@ class _Job:
             forms="friendly",
             dynamic_axes={source: {axis: name for axis, name in axes.items() if axis in free}},
             fixed_axes={source: fixed} if (fixed := {a: sizes[a] for a in axes if a not in free}) else {},
-            ranges=ranges,
+            ranges=traced.ranges,
             shape=self.shape,
             size_bytes=finished.size_bytes,
             time_ms=(time.perf_counter() - begin) * 1e3,
             weights_file=finished.weights_file,
             weights_written_bytes=finished.weights_written_bytes,
             simplified=finished.simplified,
-            notes=(*notes, *finished.notes),
+            trace_reused=reused,
+            notes=(*traced.notes, *finished.notes),
         )
         report.write()
         return report
 
     def _facts(self, step: str) -> dict[str, Any]:
-        form = SimpleNamespace(network=self.plan.network, inputs=self.half.source, output=self.half.result)
-        settings = {"opset": self.opset, "dynamic": self.dynamic, "shape": asdict(self.shape)}
         how = {"simplify": self.simplify, "external_data": self.external_data}
         component = f"{self.half.component}.{step}"
         facts = {"component": component, "weights": self.weights, "finishing": how}
-        return facts | trace_facts(form, settings | {"dtype": str(self.dtype)})
+        return facts | trace_facts(self._form(), self._settings())
+
+    def _form(self) -> SimpleNamespace:
+        """The half as `trace_facts` takes it."""
+        return SimpleNamespace(network=self.plan.network, inputs=self.half.source, output=self.half.result)
+
+    def _settings(self) -> dict[str, Any]:
+        """What both graphs are traced for."""
+        settings = {"opset": self.opset, "dynamic": self.dynamic, "shape": asdict(self.shape)}
+        return settings | {"dtype": str(self.dtype)}
+
+    def _axes(self) -> dict[int, str]:
+        """Names of the free axes of the source."""
+        return {0: "batch", 3: self.half.rows, 4: self.half.columns} if self.dynamic else {}
 
     def _metadata(self, step: str) -> dict[str, str]:
         return {
@@ -391,8 +409,8 @@ class _Job:
             "weights": self.weights,
         }
 
-    def _trace(self, step: str):
-        """The ONNX program of a step; names of the free axes of its source, their ranges, and notes."""
+    def _trace(self, step: str) -> Trace:
+        """The graph of a step."""
         half = self.half
         twin, mode = meta_copy(self.plan.network, self.dtype)
         period = twin.config.scale_factor_temporal
@@ -406,10 +424,9 @@ class _Job:
                 _, caches = half.step(twin, source[:, :, :1], None)
             names = list(caches)
             inputs = (source, *caches.values()) if step == "next" else (source,)
-            axes = {0: "batch", 3: half.rows, 4: half.columns} if self.dynamic else {}
             # Rows of the source for one row of latents.
             scale = twin.config.scale_factor_spatial if half.source == "video" else 1
-            dims, ranges = _dimensions(inputs, axes, scale) if self.dynamic else (None, {})
+            dims, ranges = _dimensions(inputs, self._axes(), scale) if self.dynamic else (None, {})
             notes: tuple[str, ...] = ()
             module = _TracedStep(twin, half, names if step == "next" else None).eval()
             try:
@@ -429,7 +446,7 @@ class _Job:
                 optimize=False,
                 verbose=False,
             )
-        return exported, axes, ranges, notes
+        return Trace(weights_as_inputs(exported.model), ranges, notes)
 
 
 def _dimensions(inputs: tuple, axes: dict[int, str], scale: int) -> tuple[dict, dict[str, str]]:

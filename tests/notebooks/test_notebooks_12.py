@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from support.models_tiny import save
 
+from wanlab import models
 from wanlab.diagnose import SwitchCost
 from wanlab.measure import Samples
+from wanlab.runs import read_run
 
 pytestmark = pytest.mark.notebook
 
@@ -22,6 +24,11 @@ def test_experts_of_wan_nano(run_notebook, tmp_path, root):
     assert (found["switches"], found["high_steps"], found["low_steps"]) == (1, 4, 6)
     assert found["as_planned"]
     assert min(found["high_ms"], found["low_ms"]) > 0
+    rows = {row.work.component: row for row in read_run(done.folder).results}
+    for name, steps in (("high", 4), ("low", 6)):
+        row = rows[f"expert_{name}"]
+        assert (row.n, row.time_ms) == (2 * steps, pytest.approx(found[f"{name}_ms"]))
+        assert (row.work.model, row.work.frames) == ("wan-nano", models.get("wan-nano").defaults.frames)
     assert found["disagreement"] > 1000 * found["disagreement_floor"]
     assert found["boundary_best"] in (0.9, 1.0)
     if not found["switch_source"].startswith("measured"):
@@ -46,4 +53,6 @@ def test_one_expert_comes_to_a_verdict(run_notebook, tmp_path):
     assert found["expert_steps"] == 2
     assert found["expert_ms"] > 0
     assert "disagreement" not in found
+    (row,) = read_run(done.folder).results
+    assert (row.work.component, row.work.height, row.n) == ("expert", 32, 4)  # two steps, guided
     assert "one expert" in done.record["verdict"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wanlab import precision
+from wanlab.runs import read_run
 
 pytestmark = pytest.mark.notebook
 
@@ -37,6 +38,16 @@ def test_the_plan_is_kept_and_does_what_was_predicted(done, outputs):
     # Predicted on training photographs, true on others: of the same size, not equal.
     assert 0.1 < own["effect"] / said["effect"] < 10
     assert (own["loss_high_percent"] <= 3) == said["holds"]
+
+
+def test_the_verified_plans_are_results_without_a_time(done):
+    own, other = read_run(done.folder).results
+    verified = {row["plan"]: row for row in done.values["verified"]}
+    for row in (own, other):
+        assert row.quality.quality_loss_percent == pytest.approx(verified[row.plan]["loss_percent"])
+        assert row.figures["bits_per_weight"] == pytest.approx(verified[row.plan]["bits_per_weight"])
+        assert (row.time_ms, row.work.steps, row.work.height) == (None, 4, 64)
+    assert (own.plan, other.plan) == (done.values["plan"]["plan"], "ffn-int8")
 
 
 def test_the_search_costs_a_tenth_of_brute_force_at_most(done):

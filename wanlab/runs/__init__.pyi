@@ -36,7 +36,9 @@ from .result import call_work as call_work
 from .result import comparison_results as comparison_results
 from .result import differences as differences
 from .result import forward_results as forward_results
+from .result import plan_results as plan_results
 from .result import same_work as same_work
+from .result import timeline_results as timeline_results
 from .result import video_result as video_result
 from .result import video_work as video_work
 from .results import MeasuredConfiguration as MeasuredConfiguration

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, Protocol
 import msgspec
 
 from wanlab import models
+from wanlab.core.effects import APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import now
 from wanlab.engines.registry import ENGINES, computes_on_cpu
@@ -325,14 +326,58 @@ def comparison_results(
 
 def forward_results(model: Any, cost: Any, *, engine: str = "eager", **facts: Any) -> tuple[Result, ...]:
     """Rows of single calls of each expert in the recorded generation of a `Baseline`; without an A/A control."""
-    results, settings = [], cost.generation.settings
-    for component, calls in cost.calls.groupby("component", sort=False):
-        if str(component).startswith("expert"):
-            samples = tuple(map(float, calls["time_ms"]))
-            values = {"samples_ms": samples, "device": cost.samples.device, "dtype": _dtype(model)} | facts
-            work = call_work(model, str(component), **{name: settings[name] for name in SIZE})
-            results.append(Result(work=work, engine=engine, **values))
-    return tuple(results)
+    facts = {"device": cost.samples.device} | facts
+    return _call_rows(model, cost.calls, cost.generation.settings, engine, facts)
+
+
+def timeline_results(
+    model: Any, timeline: Any, settings: Mapping[str, Any], *, engine: str = "eager", **facts: Any
+) -> tuple[Result, ...]:
+    """Rows of single calls of each expert that `diagnose.timeline` recorded; without an A/A control.
+
+    Args:
+        settings: settings of its generations; height, width and frames that are None are the model's defaults.
+        facts: other fields of `Result`.
+    """
+    facts = {"device": str(model.device)} | facts
+    return _call_rows(model, timeline.calls, _resolved(model, settings), engine, facts)
+
+
+def plan_results(
+    model: Any, verifications: Iterable[Any], settings: Mapping[str, Any], *, engine: str = "eager"
+) -> tuple[Result, ...]:
+    """Rows of precision plans that `precision.verify_plans` verified: quality and bits, without a time.
+
+    Args:
+        verifications: one or several, all of the same cases.
+        settings: settings of their generations; what is None is the model's default.
+    """
+    values = _resolved(model, settings)
+    work = Work(
+        model=model.spec.name,
+        weights=model.load.weights,
+        guided=values["guidance_scale"] > 1,
+        **{name: values[name] for name in (*SIZE, "steps")},
+    )
+    return tuple(
+        Result(
+            work=work,
+            engine=engine,
+            plan=each.plan.name,
+            dtype=_dtype(model),
+            quality=Quality.of(each.divergence, each.quality),
+            effect=APPLIED,  # a plan that was not applied raises when it is verified
+            kernels=each.kernels,
+            figures={
+                "bits_per_weight": each.bits_per_weight,
+                "share_8bit_percent": 100 * each.share_8bit,
+                "linear_weights_gib": each.weight_bytes / 2**30,
+                "cases": len(each.frame),
+            },
+            device=str(model.device),
+        )
+        for each in verifications
+    )
 
 
 def call_results(
@@ -493,6 +538,28 @@ def _timed(
     return Result(work=work, engine=engine, samples_ms=samples.values_ms, device=samples.device, **values)
 
 
+def _call_rows(
+    model: Any, calls: Any, settings: Mapping[str, Any], engine: str, facts: Mapping[str, Any]
+) -> tuple[Result, ...]:
+    """A row per expert of a table of calls: component, time_ms."""
+    size, rows = {name: settings[name] for name in SIZE}, []
+    for component, each in calls.groupby("component", sort=False):
+        if str(component).startswith("expert"):
+            values = {"samples_ms": tuple(map(float, each["time_ms"])), "dtype": _dtype(model)} | dict(facts)
+            rows.append(Result(work=call_work(model, str(component), **size), engine=engine, **values))
+    return tuple(rows)
+
+
+def _resolved(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a generation, with the model's defaults for those that are missing or None."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return _settings_of(model.spec.defaults) | settings
+
+
+def _settings_of(defaults: Any) -> dict[str, Any]:
+    return {name: getattr(defaults, name) for name in (*SIZE, "steps", "guidance_scale")}
+
+
 def _dtype(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
@@ -500,10 +567,9 @@ def _dtype(model: Any) -> str:
 @functools.cache
 def _defaults(model: str) -> dict[str, Any]:
     try:
-        defaults = models.get(model).defaults if model in models.names() else None
+        return _settings_of(models.get(model).defaults) if model in models.names() else {}
     except WanlabError:
         return {}
-    return {name: getattr(defaults, name) for name in (*SIZE, "steps", "guidance_scale")} if defaults else {}
 
 
 # The same work

@@ -115,7 +115,7 @@ def test_starting_again_keeps_the_earlier_attempt(project):
 
 def test_a_living_writer_is_not_disturbed(project):
     one = started()
-    one._heart.end("running", writer=folder.process_id(os.getppid()))
+    one._heartbeat.end("running", writer=folder.process_id(os.getppid()))
     with pytest.raises(WanlabError, match=f"being written by process {os.getppid()}"):
         folder.RunFolder(one.folder).open()
 

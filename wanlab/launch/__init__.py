@@ -1,4 +1,4 @@
-"""Notebooks started, watched and ended: one by `wanlab run`, many by `wanlab sweep`."""
+"""Runs notebooks: one by `wanlab run`, many by `wanlab sweep`."""
 
 import lazy_loader
 

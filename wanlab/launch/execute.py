@@ -1,4 +1,4 @@
-"""`wanlab run`: a notebook through Papermill into a run folder, supervised, with a true status however it ends."""
+"""`wanlab run`: executes a notebook through Papermill into a run folder; the status is true however the run ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from wanlab.runs.run import FOLDER_VARIABLE
 
 
 class Progress:
-    """Counts code cells. `step` is called as each cell starts, `close` at the end."""
+    """Progress in the terminal, by code cells. `step` is called when a cell starts, `close` at the end."""
 
     def __init__(self, label: str, titles: list[str], runs: list[bool], enabled: bool = True):
         self.titles, self.runs = titles, runs
@@ -61,12 +61,12 @@ class Progress:
             threading.Thread(target=self._tick, name="wanlab-progress", daemon=True).start()
 
     def _tick(self) -> None:
-        """Keeps the clock of the bar going while one cell takes long."""
+        """Refresh the clock of the bar while one cell runs long."""
         while not self._closed.wait(1.0):
             self.bar.refresh()
 
     def step(self, index: int, cell: Any) -> None:
-        """Cell `index` starts."""
+        """Show that cell `index` starts."""
         if not self.enabled or not self.runs[index]:
             return
         title = self.titles[index]
@@ -119,7 +119,7 @@ class ThisInterpreter(AsyncKernelManager):
 
 
 class Manager(NotebookExecutionManager):
-    """Keeps executed.ipynb: saved atomically, and a cell that did not complete never says that it did."""
+    """Saves executed.ipynb atomically, and marks only cells that completed as completed."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Manager(NotebookExecutionManager):
     def autosave_cell(self) -> None:
         try:
             super().autosave_cell()
-        except OSError as error:  # raised here, where messages are read, it would only stop the reading
+        except OSError as error:  # an exception here would only stop the reading of messages
             self.on_trouble(error)
 
     def cell_start(self, cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
@@ -159,7 +159,7 @@ class Manager(NotebookExecutionManager):
 
 
 class Client(PapermillNotebookClient):
-    """Papermill's client with a deadline for the whole notebook, a watch over the kernel, and every output logged."""
+    """Papermill's client with a deadline for the whole notebook, limits on the kernel, and a log of all output."""
 
     def __init__(
         self, nb_man: Manager, *, console: Console, watch: Watch, socket_folder: str, **options: Any
@@ -172,7 +172,7 @@ class Client(PapermillNotebookClient):
         return None if deadline is None else max(0.1, deadline - time.monotonic())
 
     def create_kernel_manager(self) -> AsyncKernelManager:
-        # ipc: TCP ports picked by runs that start together can collide.
+        # ipc, because TCP ports of runs that start together can collide.
         file = os.path.join(self.socket_folder, "kernel.json")
         ipc = sys.platform != "win32" and len(file) < IPC_PATH_LIMIT
         self.km = ThisInterpreter(connection_file=file, transport="ipc" if ipc else "tcp", config=self.config)
@@ -180,7 +180,7 @@ class Client(PapermillNotebookClient):
 
     async def async_start_new_kernel(self, **kwargs: Any) -> None:
         await super().async_start_new_kernel(**kwargs)
-        provisioner: Any = self.km.provisioner  # a local one, which knows its process
+        provisioner: Any = self.km.provisioner  # a local one, which has a process id
         self.watch.begin(provisioner.pid)
 
     start_new_kernel = run_sync(async_start_new_kernel)
@@ -189,7 +189,7 @@ class Client(PapermillNotebookClient):
         try:
             self._execute_cells()
         finally:
-            self.watch.look()  # once the kernel is gone, nobody knows its children any more
+            self.watch.look()  # before the kernel ends: after that its children cannot be found
 
     def _execute_cells(self) -> None:
         for index, cell in enumerate(self.nb.cells):
@@ -200,7 +200,7 @@ class Client(PapermillNotebookClient):
                 self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
                 break
             except BaseException as error:
-                # A dead kernel, the deadline or Ctrl-C: Papermill's own loop would say "completed".
+                # A dead kernel, the deadline or Ctrl-C: Papermill's own loop would mark the cell as completed.
                 self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
                 self.shutdown_kernel = "immediate"
                 if isinstance(error, DeadKernelError):
@@ -220,7 +220,7 @@ class Client(PapermillNotebookClient):
 
 
 class SupervisedEngine(Engine):
-    """What `papermill.execute_notebook(engine_name="wanlab")` runs."""
+    """Papermill's engine `"wanlab"`: executes a notebook under the limits of a `Watch`."""
 
     @classmethod
     def execute_notebook(
@@ -248,7 +248,7 @@ class SupervisedEngine(Engine):
                 startup_timeout=start_timeout,
                 iopub_timeout=30,
             )
-            # What the process itself says, such as the stack of a crash, is not for the user's terminal.
+            # The process's own output, such as the stack of a crash, goes to a file and not to the terminal.
             log = path.with_name(KERNEL_LOG)
             try:
                 with log.open("ab") as raw:
@@ -266,7 +266,7 @@ class SupervisedEngine(Engine):
 
 
 def how_it_died(manager: AsyncKernelManager | None) -> str:
-    """The kernel's exit in words."""
+    """The end of the kernel's process in words."""
     process = getattr(getattr(manager, "provisioner", None), "process", None)
     code = process.poll() if process is not None else None
     if code is None:
@@ -281,27 +281,32 @@ def how_it_died(manager: AsyncKernelManager | None) -> str:
 
 
 def register() -> str:
-    """Make the engine known to Papermill; returns its name."""
+    """Register the engine with Papermill; returns its name."""
     papermill_engines.register(ENGINE, SupervisedEngine)
     return ENGINE
 
 
 def titles(nb: Any) -> list[str]:
-    """For each cell what it is about: its heading, or the last heading above it."""
-    current, found = "start", []
+    """The title of each cell: its own heading, or the last heading above it."""
+    current, names = "start", []
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             heading = re.search(r"^#{1,6}\s+(.+?)\s*#*$", cell.source, re.MULTILINE)
             current = heading.group(1) if heading else current
-        found.append(current)
-    return found
+        names.append(current)
+    return names
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `reused` is true when an earlier finished run already held the answer."""
+    """The end of a run.
 
-    state: str  # one of `folder.FINAL`
+    Attributes:
+        state: one of `folder.FINAL`.
+        reused: whether an earlier finished run with the same identity was taken.
+    """
+
+    state: str
     folder: Path
     report: Path
     run_id: str
@@ -330,20 +335,21 @@ def execute(
     """Run a notebook headless, in this interpreter and working folder, and render its report.
 
     Args:
-        parameters: overrides of the `parameters` cell, already typed.
+        parameters: overrides of the `parameters` cell, with the right types.
         output: folder of all runs, by default the project's `outputs/`.
         name: folder of this notebook's runs, by default the notebook's file name.
-        force: run again even where a finished run with the same id exists; that one is kept in `attempts/`. A notebook
-            with `{"wanlab": {"always": true}}` in its metadata is always run again.
-        timeout_s: limit for the whole notebook.
-        memory_limit_gib: limit for what the kernel and its descendants hold in RAM.
-        output_limit_mib: limit for what the notebook prints and shows.
-        repeat: which of several equal runs this is, from 1; each has a folder of its own.
+        force: run again even where a finished run with the same id exists; the earlier one is kept in `attempts/`. A
+            notebook with `{"wanlab": {"always": true}}` in its metadata is always run again.
+        timeout_s: time limit of the whole notebook.
+        memory_limit_gib: limit of the resident memory of the kernel and its descendants.
+        output_limit_mib: limit of what the notebook prints and shows.
+        progress: show progress in the terminal.
+        repeat: number of this run among equal runs, from 1; each has its own folder.
 
     Raises:
-        WanlabError: unknown parameter, wrong type, unreadable notebook, a run that is being written by another process,
-            or a folder that cannot be written. Nothing was started then. A notebook that fails raises nothing: its end
-            is in `Outcome.state`.
+        WanlabError: unknown parameter, wrong type, unreadable notebook, a run that another process is writing, or a folder
+            that cannot be written; nothing was started then. A notebook that fails raises nothing: its end is in
+            `Outcome.state`.
     """
     ready = prepare(notebook, parameters, output=output, name=name, repeat=repeat)
     folder, nb = ready.folder, ready.notebook
@@ -366,36 +372,36 @@ def execute(
 
 def _supervised(nb: Any, folder: RunFolder, run_id: str, limits: Limits, progress: bool) -> Outcome:
     nb = upgraded(nb)
-    about = titles(nb)
+    names = titles(nb)
     runs = [cell.cell_type == "code" and bool(cell.source.strip()) for cell in nb.cells]
-    shown = Progress(folder.path.parent.name, about, runs, progress)
-    heart = _heart(folder, {"cell": 0, "of": len(nb.cells), "title": about[0] if about else ""})
-    watch = Watch(heart, limits, folder.path / KERNEL_LOG)
+    bar = Progress(folder.path.parent.name, names, runs, progress)
+    heartbeat = _heartbeat(folder, {"cell": 0, "of": len(nb.cells), "title": names[0] if names else ""})
+    watch = Watch(heartbeat, limits, folder.path / KERNEL_LOG)
     console = Console(folder.path / "console.log", limits.output_mib, watch.end)
-    heart.on_trouble = lambda error: watch.end("failed", why(error))
+    heartbeat.on_trouble = lambda error: watch.end("failed", why(error))
 
     def on_cell(index: int, cell: Any) -> None:
-        shown.step(index, cell)
+        bar.step(index, cell)
         if runs[index]:
-            heart.write(progress={"cell": index + 1, "of": len(nb.cells), "title": about[index]})
+            heartbeat.write(progress={"cell": index + 1, "of": len(nb.cells), "title": names[index]})
 
     state = "aborted"
     failure: dict[str, Any] = {"reason": "interrupted"}
     try:
         state, failure = _papermill(nb, folder, watch, console, on_cell)
     finally:
-        shown.close(state == "finished")
-        at = heart.fields["progress"]
+        bar.close(state == "finished")
+        at = heartbeat.fields["progress"]
         if state != "finished" and state != "aborted":
             failure = {"cell": at["cell"], "title": at["title"], **failure}
         if console.cut:
             failure |= {"output_cut_cells": [index + 1 for index in sorted(console.cut)]}
-        seconds = _last_status(heart, state, failure)
+        seconds = _last_status(heartbeat, state, failure)
         _render(folder)
     return Outcome(state, folder.path, folder.report, run_id, seconds, failure.get("reason"))
 
 
-def _heart(folder: RunFolder, progress: dict[str, Any]) -> Heartbeat:
+def _heartbeat(folder: RunFolder, progress: dict[str, Any]) -> Heartbeat:
     try:
         return Heartbeat(folder, kernel=None, progress=progress)
     except OSError as error:
@@ -403,20 +409,20 @@ def _heart(folder: RunFolder, progress: dict[str, Any]) -> Heartbeat:
         raise folder.unwritable(error) from error
 
 
-def _last_status(heart: Heartbeat, state: str, fields: dict[str, Any]) -> float:
-    """Seconds that the run took. On a full disk the space that was kept for it takes the status."""
-    heart.folder.release()
+def _last_status(heartbeat: Heartbeat, state: str, fields: dict[str, Any]) -> float:
+    """Write the final status, on a full disk into the reserved space; returns the seconds that the run took."""
+    heartbeat.folder.release()
     try:
-        return heart.end(state, exit=EXIT_CODES[state], **fields)
+        return heartbeat.end(state, exit=EXIT_CODES[state], **fields)
     except OSError as error:
         print(f"wanlab: the end of the run could not be written: {why(error)}", file=sys.stderr)
-        return time.monotonic() - heart.begun
+        return time.monotonic() - heartbeat.begun
 
 
 def _papermill(
     nb: Any, folder: RunFolder, watch: Watch, console: Console, on_cell: Any
 ) -> tuple[str, dict[str, Any]]:
-    """State and, unless finished, what went wrong."""
+    """The final state, and the fields of its status.json: empty where the run finished, else the reason."""
     environment = {**os.environ, FOLDER_VARIABLE: str(folder.path), "PLOTLY_RENDERER": "plotly_mimetype"}
     try:
         with _quiet(), _stoppable():
@@ -446,18 +452,18 @@ def _render(folder: RunFolder) -> None:
 
 @contextmanager
 def _stoppable(insist_s: float = 10.0) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run alike, so that the kernel goes and the status is written.
+    """Make Ctrl-C and SIGTERM raise `KeyboardInterrupt`, so that the kernel ends and the status is written.
 
-    Where a library swallows the exception, as Python itself does in finalisers, it is raised again every `insist_s`.
+    Some code ignores the exception, as Python itself does in finalisers: it is raised again every `insist_s`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    left = threading.Event()
+    ended = threading.Event()
     reasons: list[str] = []
 
     def insist(number: int) -> None:
-        while not left.wait(insist_s):
+        while not ended.wait(insist_s):
             signal.pthread_kill(threading.main_thread().ident, number)
 
     def stop(number: int, frame: Any) -> None:
@@ -470,14 +476,14 @@ def _stoppable(insist_s: float = 10.0) -> Iterator[None]:
     try:
         yield
     finally:
-        left.set()
+        ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Papermill logs what the status and the report say better."""
+    """Silence Papermill's log: the status and the report have the same in better words."""
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -1,4 +1,4 @@
-"""The grid file of a sweep and its runs: every combination checked before anything starts."""
+"""The grid file of a sweep and the runs that it makes, all checked before the first starts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ from wanlab.runs.parameters import Schema, checked, read_schema
 from wanlab.runs.prepare import prepare
 
 CONFIGURED_BY = ("configuration", "plan", "engine")
-"""Parameters that name a configuration; what is wrong with it is told at the first that varies."""
+"""Parameters that name a configuration; an error in it is reported at the first of them that varies."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to run, where, and how much of the machine it needs.
+    """One run of a sweep: its notebook, parameters, folder and needs.
 
     Attributes:
-        label: how people know it: the varied parameters. axes: the same as data.
-        overrides: parameters given to the notebook. expected: its run_id when the sweep started.
-        output, name: `output/name/run_id/` is its folder; absolute, as workers may start elsewhere. cwd: where it runs.
+        label: its varied parameters in words.
+        axes: its varied parameters.
+        overrides: all parameters given to the notebook.
+        output, name: `output/name/run_id/` is its folder; absolute, because workers may start in another folder.
+        run_id: its identity when the sweep started.
+        cwd: working folder of the run.
+        repeat: number of this run among equal runs, from 1.
+        machine: `"alone"` or `"shared"`.
     """
 
     label: str
@@ -57,7 +62,7 @@ class Task:
 
     @property
     def log(self) -> Path:
-        """What the worker itself says; a run's own output is in its folder."""
+        """Log of the worker; the output of the run is in its folder."""
         return Path(self.output) / self.name / "logs" / f"{self.run_id}.log"
 
     @property
@@ -79,17 +84,18 @@ From0 = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Part(msgspec.Struct, forbid_unknown_fields=True):
-    """One notebook of a grid; what it leaves out is the grid's.
+    """One notebook of a grid. A field that is not given is the grid's.
 
     Attributes:
-        notebook: path, from the working folder or else from the grid file's; or the name of a notebook of wanlab.
-        parameters: fixed for all its runs. axes: name -> values, see `values_of`.
-        only, exclude: mappings of axis -> value or list of values; a run is made if it fits one of `only` (where there is
-            one) and none of `exclude`.
-        repeats: equal runs of each configuration, each with a folder of its own.
-        machine: `"alone"` for timings, which nothing else may disturb; `"shared"` for the rest.
-        limit_s, memory_limit_gib, output_limit_mib: of one run, see `execute`.
-        cpus, gpus: what one run takes on a cluster.
+        notebook: path from the working folder or the grid file's folder, or the name of a notebook of wanlab.
+        parameters: parameters with one value for all its runs.
+        axes: parameter -> values, see `values_of`.
+        only, exclude: mappings of axis -> value or list of values; a run is made if it fits one of `only` (if any are given)
+            and none of `exclude`.
+        repeats: number of equal runs of each configuration; each has its own folder.
+        machine: `"alone"` for timings, which no other run may disturb; `"shared"` for the rest.
+        limit_s, memory_limit_gib, output_limit_mib: limits of one run, see `execute`.
+        cpus, gpus: resources of one run on a cluster.
     """
 
     notebook: str
@@ -107,13 +113,14 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Grid(msgspec.Struct, forbid_unknown_fields=True):
-    """A sweep: one notebook or several, and what all of them share.
+    """A sweep of one notebook or several.
 
     Attributes:
-        name: folder below `outputs/`. title: of its page.
-        notebook, or notebooks: what is run. The other fields of a `Part` hold for all of them.
+        name: name of its folder below `outputs/`.
+        title: title of its page.
+        notebook, notebooks: one notebook, or several; the other fields of a `Part` are the default of all.
         baseline: axis -> value of the configuration that the others are compared with.
-        show: columns that the page opens with.
+        show: columns that the page shows first.
     """
 
     name: str
@@ -149,7 +156,7 @@ class Grid(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class GridFile(msgspec.Struct):
-    """A grid and where each of its values stands, so that later mistakes can be told with their line too."""
+    """A grid with the line of each of its values, for later error messages."""
 
     grid: Grid
     path: Path
@@ -160,8 +167,8 @@ def load_grid(path: str | os.PathLike) -> GridFile:
     """A grid from a YAML file.
 
     Raises:
-        WanlabError: no such file, YAML that cannot be read, an unknown field, a value of another type, no notebook. The
-            message names the line.
+        WanlabError: no such file, unreadable YAML, an unknown field, a value of another type, no notebook. The message names
+            the line.
     """
     path = locate(path)
     if not path.is_file():
@@ -186,8 +193,8 @@ def load_grid(path: str | os.PathLike) -> GridFile:
 def values_of(axis: Any, at: tuple, file: GridFile) -> list[Any]:
     """The values of an axis: a list, `{from, to, by}` with both ends, or `{files: pattern}`.
 
-    Files are found from the working folder or else from the grid file's, and given as one would type them. A list may hold
-    any of the two other forms among its values.
+    Files are looked for from the working folder and the grid file's folder, and given as one types them. A list may contain
+    the two other forms among its values.
     """
     refuse = file.document.refuse
     if isinstance(axis, dict):
@@ -210,7 +217,7 @@ def values_of(axis: Any, at: tuple, file: GridFile) -> list[Any]:
 
 
 def find(path: str, file: GridFile) -> Path | None:
-    """A file named in a grid: from the working folder, else from the grid file's folder and the one above it."""
+    """A file named in a grid, from the working folder, the grid file's folder or the folder above that; None without one."""
     for root in (Path(), file.path.parent, file.path.parent.parent):
         if (root / path).is_file():
             return root / path
@@ -220,13 +227,13 @@ def find(path: str, file: GridFile) -> Path | None:
 def _files(pattern: str, at: tuple, file: GridFile) -> list[str]:
     for root in (Path(), file.path.parent, file.path.parent.parent):
         try:
-            found = sorted(str(p) for p in root.glob(pattern) if p.is_file())
+            files = sorted(str(p) for p in root.glob(pattern) if p.is_file())
         except (ValueError, NotImplementedError) as error:
             file.document.refuse(at, f"{pattern!r} is no pattern of relative paths: {error}")
-        if found:
-            return found
-    if found := locate_all(pattern):
-        return found
+        if files:
+            return files
+    if files := locate_all(pattern):
+        return files
     file.document.refuse(at, f"no file fits {pattern!r} from here or from {file.path.parent}")
 
 
@@ -252,8 +259,8 @@ def expand(file: GridFile, *, output: str | os.PathLike | None = None, force: bo
     """All runs of a grid, in the order of its axes; the first axis changes slowest.
 
     Raises:
-        WanlabError: a notebook that is not there, an unknown parameter or a value of another type, a parameter that is
-            fixed and varied, two equal runs, a filter or baseline that fits nothing. Nothing was started then.
+        WanlabError: no such notebook, an unknown parameter or a value of another type, a parameter that is fixed and varied,
+            two equal runs, or a filter or baseline that no run fits.
     """
     tasks: list[Task] = []
     root = str((Path(output) if output else default_outputs()).resolve())
@@ -263,11 +270,11 @@ def expand(file: GridFile, *, output: str | os.PathLike | None = None, force: bo
         tasks += _runs(part, at, file, root, several=len(parts) > 1, force=force)
     if not tasks:
         file.document.refuse((), "no run is left after `only` and `exclude`")
-    seen: dict[str, Task] = {}
+    by_id: dict[str, Task] = {}
     for task in tasks:
-        if other := seen.get(task.run_id):
+        if other := by_id.get(task.run_id):
             raise WanlabError(f"{file.path}: {task.label} and {other.label} are the same run")
-        seen[task.run_id] = task
+        by_id[task.run_id] = task
     baseline = file.grid.baseline
     if baseline and not any(fits(task.axes, baseline) for task in tasks):
         file.document.refuse(("baseline",), f"no run has {_words(baseline)}")
@@ -279,12 +286,12 @@ def varied(tasks: list[Task]) -> list[str]:
     return list(dict.fromkeys(name for task in tasks for name in task.axes))
 
 
-def fits(axes: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a run has the wanted value, or one of a list of them, on every axis that is named."""
+def fits(axes: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
+    """Whether a run fits conditions: for each axis in them the given value, or one of a list."""
     return all(
         name in axes
         and any(plain(axes[name]) == plain(v) for v in (value if isinstance(value, list) else [value]))
-        for name, value in wanted.items()
+        for name, value in conditions.items()
     )
 
 
@@ -305,8 +312,8 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
         for name, value in part.parameters.items()
     }
     for filters, field in ((part.only, "only"), (part.exclude, "exclude")):
-        for index, wanted in enumerate(filters):
-            for name in wanted:
+        for index, conditions in enumerate(filters):
+            for name in conditions:
                 if name not in axes:
                     refuse(
                         (field, index, name),
@@ -319,16 +326,14 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
         refuse(at, f"{count * part.repeats:,} runs; {MOST_RUNS:,} is the limit")
     for chosen in itertools.product(*axes.values()):
         point = dict(zip(axes, chosen, strict=True))
-        if part.only and not any(fits(point, wanted) for wanted in part.only):
+        if part.only and not any(fits(point, conditions) for conditions in part.only):
             continue
-        if any(fits(point, wanted) for wanted in part.exclude):
+        if any(fits(point, conditions) for conditions in part.exclude):
             continue
         for repeat in range(1, part.repeats + 1):
             try:
                 ready = prepare(notebook, fixed | point, output=root, name=file.grid.name, repeat=repeat)
-            except (
-                WanlabError
-            ) as error:  # a configuration that does not exist, or an engine that cannot take a plan
+            except WanlabError as error:  # no such configuration, or an engine that cannot use a plan
                 named = next((name for name in CONFIGURED_BY if name in point), None)
                 place = (*_owner((*at, "axes"), named, file), named) if named else at
                 file.document.refuse(place, f"{_words(point)}: {error}" if point else str(error))
@@ -355,7 +360,7 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
 
 
 def label(point: Mapping[str, Any], notebook: str = "", repeat: int = 0) -> str:
-    """`"41_configuration engine=eager plan=mine #2"`: a file is shown by its name alone."""
+    """`"41_configuration engine=eager plan=mine #2"`; of a file only its name."""
     words = [notebook] if notebook else []
     for name, value in point.items():
         text = str(value)
@@ -372,7 +377,7 @@ def _value(schema: Schema, name: str, value: Any, at: tuple, file: GridFile) -> 
 
 
 def _owner(at: tuple, name: str, file: GridFile) -> tuple:
-    """Where a value stands: in the part itself, or in the grid around it."""
+    """Place of a value in the file: in the part itself, or else in the grid."""
     return at if (*at, name) in file.document.lines else at[-1:]
 
 

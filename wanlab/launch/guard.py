@@ -1,4 +1,4 @@
-"""Limits beside a run: its processes, memory and output watched; how it ended; orphans ended."""
+"""Guards a run: limits of time, memory and output; the reason of its end; processes that a killed runner left."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from wanlab.core.files import append_bytes, now, read_json, why, write_json
 from wanlab.pages.report import render
 from wanlab.runs.folder import Heartbeat, RunFolder, host_id, process_alive, process_id
 
-RAISED = re.compile(r"(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\Z")
-SAID = re.compile(
+MEMORY_ERROR = re.compile(r"(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\Z")
+MEMORY_MESSAGE = re.compile(
     r"""
     (?:CUDA|HIP|XPU|MPS)(?:\ error:|\ backend)?\ out\ of\ memory    # PyTorch
     | can't\ allocate\ memory:\ you\ tried                           # PyTorch on a CPU
@@ -43,22 +43,24 @@ SAID = re.compile(
     """,
     re.VERBOSE,
 )
-# The last line of an exception's account, also of one that was the cause of another.
-CAUSE = re.compile(r"^(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\b(?::|$)", re.MULTILINE)
+# The last line of an exception in a traceback, also of one that caused another.
+MEMORY_CAUSE = re.compile(r"^(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\b(?::|$)", re.MULTILINE)
 CHILD_KILLED = re.compile(r"SIGKILL|signal: Killed|killed by signal 9|exit code:? -9")
 
 
 def ran_out(name: str, text: str, traceback: str = "") -> bool:
-    """Whether an exception tells of an allocation that failed.
+    """Whether an exception reports an allocation that failed.
 
     Args:
-        name: its class. text: its message. traceback: as it was printed, without colours.
+        name: name of its class.
+        text: its message.
+        traceback: printed traceback, without colours.
     """
-    return bool(RAISED.match(name) or SAID.search(text) or CAUSE.search(traceback))
+    return bool(MEMORY_ERROR.match(name) or MEMORY_MESSAGE.search(text) or MEMORY_CAUSE.search(traceback))
 
 
 def counter(pid: int, root: Path = Path("/")) -> Path | None:
-    """The file in which the system counts what it kills for want of memory: of the control group of a process (v2, then
+    """The file in which Linux counts processes killed because memory ran out: of the control group of a process (v2, then
     v1), else of the whole machine.
 
     Source: `oom_kill` in memory.events, memory.oom_control and /proc/vmstat; Linux documentation of cgroups v2 and v1.
@@ -68,7 +70,7 @@ def counter(pid: int, root: Path = Path("/")) -> Path | None:
     for line in _lines(root / "proc" / str(pid) / "cgroup"):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         inside = path.lstrip("/")
-        # In a container the path can be the host's, and the mount its own: then the top of the mount is right.
+        # In a container the path can be the host's while the mount is its own; then the top of the mount is right.
         if not controllers:
             candidates += [groups / inside / "memory.events", groups / "memory.events"]
         elif "memory" in controllers.split(","):
@@ -79,7 +81,7 @@ def counter(pid: int, root: Path = Path("/")) -> Path | None:
 
 
 def count(file: Path | None) -> int | None:
-    """Processes killed for want of memory so far; None where that is not known."""
+    """Processes killed so far because memory ran out; None where that is not known."""
     for line in _lines(file) if file else []:
         word, _, number = line.partition(" ")
         if word == "oom_kill" and number.strip().isdigit():
@@ -95,22 +97,22 @@ def _lines(file: Path) -> list[str]:
 
 
 def descendants(pids: Iterable[int], every_thread: bool = True) -> set[int]:
-    """Process numbers of all that descend from `pids`, without these.
+    """Process ids of all descendants of `pids`, without these themselves.
 
     Args:
-        every_thread: ask each thread of a process for its children, not only the first.
+        every_thread: list the children of each thread of a process, not only of the first.
     """
-    found: set[int] = set()
+    all_pids: set[int] = set()
     waiting = list(pids)
     while waiting:
-        new = set(_children(waiting.pop(), every_thread)) - found
-        found |= new
+        new = set(_children(waiting.pop(), every_thread)) - all_pids
+        all_pids |= new
         waiting += new
-    return found
+    return all_pids
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether this very process still runs: not a zombie, and not another one with its number."""
+    """Whether this process still runs: it is no zombie, and its id was not given to another process."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -118,7 +120,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def recorded(who: Any) -> psutil.Process | None:
-    """The living process that `folder.process_id` described; None where number or start time differ."""
+    """The living process that `folder.process_id` recorded; None where id or start time differ."""
     try:
         process = psutil.Process(int(who["pid"]))
         same = abs(process.create_time() - float(who["started"])) < 1.0
@@ -128,24 +130,24 @@ def recorded(who: Any) -> psutil.Process | None:
 
 
 def kill(processes: Iterable[psutil.Process], wait_s: float = 3.0) -> list[int]:
-    """SIGKILL to processes and all that descends from them, until none is left or `wait_s` is over.
+    """Kill processes and all their descendants, until none is left or `wait_s` is over.
 
     Returns:
-        The numbers of those that were killed.
+        Ids of the processes that were killed.
     """
-    mine = {process.pid: process for process in processes}
+    targets = {process.pid: process for process in processes}
     killed: set[int] = set()
     deadline = time.monotonic() + wait_s
-    while living := [process for process in mine.values() if alive(process)]:
+    while living := [process for process in targets.values() if alive(process)]:
         for pid in descendants(process.pid for process in living):
             with contextlib.suppress(psutil.Error):
-                mine.setdefault(pid, psutil.Process(pid))
-        for process in mine.values():
+                targets.setdefault(pid, psutil.Process(pid))
+        for process in targets.values():
             with contextlib.suppress(psutil.Error):
                 if alive(process):
                     process.kill()
                     killed.add(process.pid)
-        # Never psutil's own wait: it would take the kernel's exit status away from who started the kernel.
+        # Not psutil's own wait: it would take the kernel's exit status from the process that started the kernel.
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
@@ -153,7 +155,7 @@ def kill(processes: Iterable[psutil.Process], wait_s: float = 3.0) -> list[int]:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL to what is left of a kernel's process group (the kernel leads its own session)."""
+    """Kill what is left of a kernel's process group (the kernel leads its own session)."""
     if sys.platform == "win32":
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -161,45 +163,45 @@ def kill_group(pid: int) -> None:
 
 
 def _children(pid: int, every_thread: bool) -> list[int]:
-    """Direct children of a process; none where it is gone."""
+    """Direct children of a process; none where it has ended."""
     if not _listed():
         try:
             return [child.pid for child in psutil.Process(pid).children()]
         except psutil.Error:
             return []
-    found: list[int] = []
+    pids: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task") if every_thread else [pid]:
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
-                found += map(int, file.read().split())
-    return found
+                pids += map(int, file.read().split())
+    return pids
 
 
 @functools.cache
 def _listed() -> bool:
-    """Whether this system lists children (most Linux kernels do): else each process is asked for its parent."""
+    """Whether this system lists the children of a process, as most Linux kernels do."""
     return os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
 
 
 TEXT_LIMIT_CHARS = 200_000  # printed text of a cell that the notebook keeps; console.log has all of it
 RICH_LIMIT_BYTES = (
     16 * 2**20
-)  # figures, tables and clips of a cell that the notebook keeps, besides the last one kept
-RICH_LIMIT = 200  # of them
-LARGEST_BYTES = 64 * 2**20  # of one
+)  # figures, tables and clips of a cell that the notebook keeps, without the last one
+RICH_LIMIT = 200  # number of them
+LARGEST_BYTES = 64 * 2**20  # size of one
 ERROR_LIMIT_CHARS, ERROR_LIMIT_LINES = 20_000, 200  # message and lines of a traceback
 
 
 class Console:
-    """Takes the output messages of a run's cells.
+    """Receives the output messages of a run's cells, logs them and limits them.
 
     Attributes:
-        cut: indices of cells whose output the notebook does not hold in full.
-        total_bytes: written so far, printed and shown together, without what was cleared again.
+        cut: indices of cells whose output is not complete in the notebook.
+        total_bytes: bytes printed and shown so far, without output that was cleared.
     """
 
     def __init__(self, path: Path, limit_mib: float, end: Callable[[str, str], None]):
-        """`end` is called once with state and reason, where the limit is passed or the disk is full."""
+        """`end` is called once with state and reason, when the limit is exceeded or the disk is full."""
         self.path, self.limit_mib, self.end = path, limit_mib, end
         self.cut: set[int] = set()
         self.total_bytes = 0
@@ -208,7 +210,7 @@ class Console:
         self._rich: dict[int, list[int]] = {}
 
     def keeps(self, message: dict[str, Any], index: int) -> bool:
-        """Take an output of cell `index`; whether the notebook is to keep it, perhaps shortened in place."""
+        """Receive an output of cell `index`, which may be shortened in place; returns whether the notebook keeps it."""
         if self._ended:
             return False
         kind = message["msg_type"]
@@ -218,7 +220,7 @@ class Console:
         return self._printed(message["content"], index) if kind == "stream" else self._shown(message, index)
 
     def cleared(self, index: int) -> None:
-        """A cell takes back what it has shown, as live plots and progress displays do."""
+        """Forget the output that a cell has cleared, as live plots and progress displays do."""
         self._text.pop(index, None)
         self.total_bytes -= sum(self._rich.pop(index, []))
 
@@ -264,12 +266,12 @@ class Console:
 
 
 def flood(written_mib: float, cell: int, limit_mib: float) -> str:
-    """The reason of a run that is ended for what it wrote."""
+    """The reason of a run that is ended because it wrote too much."""
     return f"wrote {math.ceil(written_mib * 10) / 10:g} MiB of output by cell {cell}, over its limit of {limit_mib:g} MiB"
 
 
 def _shorten(content: dict[str, Any]) -> None:
-    """An exception can carry a flood too."""
+    """Shorten the message and traceback of an exception, which can be very long."""
     content["evalue"] = str(content.get("evalue", ""))[:ERROR_LIMIT_CHARS]
     lines = [str(line)[:ERROR_LIMIT_CHARS] for line in content.get("traceback", [])]
     half = ERROR_LIMIT_LINES // 2
@@ -278,17 +280,22 @@ def _shorten(content: dict[str, Any]) -> None:
 
 EVERY_S = 0.25
 THOROUGH = (
-    4  # each so-manieth sample looks at every thread for children, at the log and at the count of kills
+    4  # every 4th sample also lists the children of every thread, and reads the log and the count of kills
 )
-GRACE_S = 3.0  # past its deadline, a run that nothing else has ended is ended here
-KILLS_S = 10  # so long a large process can take to go once the system has killed it
+GRACE_S = 3.0  # after the deadline, until a run that nothing else has ended is ended here
+KILLS_S = 10  # a large process can take so long to end after the system has killed it
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take. `timeout_s` for the whole notebook, `memory_gib` resident in the kernel and its descendants,
-    `output_mib` printed and shown."""
+    """Limits of one run.
+
+    Attributes:
+        timeout_s: time of the whole notebook.
+        memory_gib: resident memory of the kernel and its descendants.
+        output_mib: bytes printed and shown, in MiB.
+    """
 
     timeout_s: float | None = None
     memory_gib: float | None = None
@@ -308,28 +315,28 @@ class Ending:
 
 
 class Watch:
-    """Guards one run from the moment its kernel is there.
+    """Guards one run from the start of its kernel.
 
     Attributes:
-        ending: set once, by whoever ends the run first; the kernel is killed then, and the client sees it die.
+        ending: set once, by the first limit that is exceeded; then the kernel is killed and the client notices it.
         peak_bytes: largest resident memory of the kernel and its descendants in one sample. Pages that processes share
-            count in each of them.
+            count for each of them.
     """
 
-    def __init__(self, heart: Heartbeat, limits: Limits, log: Path | None = None):
+    def __init__(self, heartbeat: Heartbeat, limits: Limits, log: Path | None = None):
         """
         Args:
-            heart: its status gets `kernel`, `processes` (descendants that live) and `peak_memory_gib`.
-            log: what the kernel's process itself writes; it can be a flood too.
+            heartbeat: writer of the status, which gets `kernel`, `processes` (living descendants) and `peak_memory_gib`.
+            log: file of the kernel process's own output, which is limited too.
         """
-        self.heart, self.limits, self.log = heart, limits, log
+        self.heartbeat, self.limits, self.log = heartbeat, limits, log
         self.deadline = None if limits.timeout_s is None else time.monotonic() + limits.timeout_s
         self.ending: Ending | None = None
         self.peak_bytes = 0
         self._kernel: psutil.Process | None = None
         self._others: dict[int, psutil.Process] = {}
-        self._told: set[int] = set()
-        self._told_at = 0.0
+        self._recorded: set[int] = set()
+        self._recorded_at = 0.0
         self._counter: Path | None = None
         self._kills: deque[int | None] = deque(maxlen=KILLS_S)  # one a second, oldest first
         self._lock = threading.RLock()
@@ -337,94 +344,95 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="wanlab-watch", daemon=True)
 
     def begin(self, pid: int) -> None:
-        """The kernel is process `pid`."""
-        with contextlib.suppress(psutil.NoSuchProcess):  # gone already: the client finds that out
+        """Start to guard the kernel, which is process `pid`."""
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already, which the client notices
             self._kernel = psutil.Process(pid)
         self._counter = counter(pid)
         self._kills.append(count(self._counter))
-        self.heart.write(kernel=process_id(pid))
+        self.heartbeat.write(kernel=process_id(pid))
         if not self._thread.is_alive():
             self._thread.start()
 
     def end(self, state: str, reason: str) -> None:
-        """End the run with this state, unless it is being ended already."""
+        """End the run with this state, unless another reason has ended it."""
         with self._lock:
             if self.ending is None:
                 self.ending = Ending(state, reason)
                 self._kill()
 
     def close(self) -> None:
-        """Stop watching; nothing that the kernel started stays."""
+        """Stop the guard, and kill everything that the kernel started."""
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
         with self._lock:
             self._kill()
-            self.heart.note(processes=self._records())
+            self.heartbeat.note(processes=self._records())
 
     def look(self, thorough: bool = True) -> None:
-        """Take one sample: what descends from the kernel, and how much memory all of them hold."""
+        """Take one sample: the descendants of the kernel, and the memory of all of them."""
         with self._lock:
             if self._kernel is None or self._stop.is_set() or not self._kernel.is_running():
                 return
             if thorough:
                 self._kills.append(count(self._counter))
             self._find(thorough)
-            held = {process: _resident(process) for process in (self._kernel, *self._others.values())}
-            self.peak_bytes = max(self.peak_bytes, sum(held.values()))
-            self.heart.note(peak_memory_gib=round(self.peak_bytes / GIB, 3))
-            self._tell()
-            self._judge(sum(held.values()), thorough)
+            used = sum(_resident(process) for process in (self._kernel, *self._others.values()))
+            self.peak_bytes = max(self.peak_bytes, used)
+            self.heartbeat.note(peak_memory_gib=round(self.peak_bytes / GIB, 3))
+            self._record_living()
+            self._enforce(used, thorough)
 
     def killed_by_system(self) -> bool | None:
-        """Whether the system has just killed something for want of memory; None where it does not say."""
+        """Whether the system has just killed a process because memory ran out; None where that is not known."""
         before, after = next(iter(self._kills), None), count(self._counter)
         return None if before is None or after is None else after > before
 
     def _find(self, thorough: bool) -> None:
         if thorough:
             self._others = {pid: process for pid, process in self._others.items() if alive(process)}
-        # Those whose parent went are asked as well: they are nobody's descendants now.
-        asked = (
+        # Orphans are roots too: they descend from the kernel no more.
+        roots = (
             [self._kernel.pid, *(self._others if thorough else ())] if alive(self._kernel) else self._others
         )
-        for pid in descendants(asked, thorough) - {self._kernel.pid, *self._others}:
+        for pid in descendants(roots, thorough) - {self._kernel.pid, *self._others}:
             with contextlib.suppress(psutil.Error):
                 self._others[pid] = psutil.Process(pid)
 
-    def _tell(self) -> None:
-        """Keep the living in status.json, at most once a second: they are found there if this process is killed."""
-        if self._told != set(self._others) and time.monotonic() - self._told_at > 1.0:
-            self._told, self._told_at = set(self._others), time.monotonic()
+    def _record_living(self) -> None:
+        """Write the living descendants to status.json, at most once a second, for `reap` if this process is killed."""
+        if self._recorded != set(self._others) and time.monotonic() - self._recorded_at > 1.0:
+            self._recorded, self._recorded_at = set(self._others), time.monotonic()
             try:
-                self.heart.write(processes=self._records())
+                self.heartbeat.write(processes=self._records())
             except OSError as error:
-                self.heart.on_trouble(error)
+                self.heartbeat.on_trouble(error)
 
     def _records(self) -> list[dict[str, Any]]:
         return [{"pid": p.pid, "started": p.create_time()} for p in self._others.values() if alive(p)]
 
-    def _judge(self, held_bytes: int, thorough: bool) -> None:
+    def _enforce(self, used_bytes: int, thorough: bool) -> None:
+        """End the run where it exceeds a limit."""
         limit = self.limits.memory_gib
         if (
             limit is not None
-            and held_bytes > limit * GIB
-            and (held := self._unshared(held_bytes)) > limit * GIB
+            and used_bytes > limit * GIB
+            and (unshared := self._unshared(used_bytes)) > limit * GIB
         ):
-            cell = self.heart.fields["progress"]["cell"]
-            taken = math.ceil(held / GIB * 10) / 10  # never less than the limit
+            cell = self.heartbeat.fields["progress"]["cell"]
+            taken = math.ceil(unshared / GIB * 10) / 10  # never less than the limit
             self.end("memory", f"took {taken:g} GiB in cell {cell}, over its limit of {limit:g} GiB")
         if self.deadline is not None and time.monotonic() > self.deadline + GRACE_S:
             self.end("timeout", self.limits.late)
         if thorough and self.log is not None and self.log.is_file():
             written, limit = self.log.stat().st_size / 2**20, self.limits.output_mib
             if written > limit:
-                self.end("flooded", flood(written, self.heart.fields["progress"]["cell"], limit))
+                self.end("flooded", flood(written, self.heartbeat.fields["progress"]["cell"], limit))
 
-    def _unshared(self, held_bytes: int) -> int:
-        """`held_bytes`, with pages that forked processes share counted once: too slow for every sample."""
+    def _unshared(self, used_bytes: int) -> int:
+        """`used_bytes`, with pages that forked processes share counted once: too slow for every sample."""
         if not self._others:
-            return held_bytes
+            return used_bytes
         total = 0
         for process in (self._kernel, *self._others.values()):
             try:
@@ -442,13 +450,13 @@ class Watch:
     def _run(self) -> None:
         number = 0
         while not self._stop.wait(EVERY_S):
-            with contextlib.suppress(psutil.Error, OSError):  # a sample is lost, not the guard
+            with contextlib.suppress(psutil.Error, OSError):  # one sample is lost
                 self.look(number % THOROUGH == 0)
             number += 1
 
 
 def _resident(process: psutil.Process) -> int:
-    """Bytes in RAM; 0 for a process that is gone or a zombie."""
+    """Bytes in RAM; 0 for a process that has ended."""
     try:
         return process.memory_info().rss
     except psutil.Error:
@@ -469,7 +477,8 @@ DISK = re.compile(r"\[Errno (?:28|122|30)\] (?P<what>[^:]+)(?:: '(?P<path>.*)')?
 
 
 def completed(done: Any, folder: RunFolder, watch: Watch) -> tuple[str, dict[str, Any]]:
-    """Papermill raised nothing; believe it only if all cells completed and `run.finish()` was reached."""
+    """State and fields of status.json where Papermill raised nothing: finished only if all cells completed and
+    `run.finish()` was called."""
     if watch.ending is not None:
         return watch.ending.state, {"reason": watch.ending.reason}
     for index, cell in enumerate(done.cells):
@@ -482,18 +491,18 @@ def completed(done: Any, folder: RunFolder, watch: Watch) -> tuple[str, dict[str
 
 
 def raised(error: BaseException, watch: Watch, log: Path) -> tuple[str, dict[str, Any]]:
-    """State, and what went wrong as fields of status.json.
+    """State and fields of status.json where Papermill raised.
 
     Args:
-        error: what came out of Papermill.
-        log: what the kernel's process itself wrote.
+        error: exception of Papermill.
+        log: file of the kernel process's own output.
     """
-    if watch.ending is not None:  # whatever was raised came of that
+    if watch.ending is not None:  # it caused the exception
         return watch.ending.state, {"reason": watch.ending.reason}
     if isinstance(error, papermill.PapermillExecutionError):
         return _cell(error, watch)
     if isinstance(error, DeadKernelError):
-        return _death(one_line(str(error)), watch, _last_words(log))
+        return _death(one_line(str(error)), watch, _last_output(log))
     if isinstance(error, TimeoutError):
         return "timeout", {"reason": watch.limits.late}
     if isinstance(error, KeyboardInterrupt):
@@ -501,30 +510,30 @@ def raised(error: BaseException, watch: Watch, log: Path) -> tuple[str, dict[str
     if isinstance(error, OSError):
         return "failed", {"reason": one_line(why(error))}
     if isinstance(error, RuntimeError):
-        return "died", {"reason": one_line(f"the kernel did not start: {error}"), **_last_words(log)}
+        return "died", {"reason": one_line(f"the kernel did not start: {error}"), **_last_output(log)}
     reason = one_line(f"the runner failed: {type(error).__name__}: {error}")
     return "failed", {"reason": reason, "traceback": "".join(tracebacks.format_exception(error))}
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The first line, without colours."""
+    """The first line of a text, without colours."""
     lines = strip_color(text).strip().splitlines()
     return lines[0][:limit] if lines else ""
 
 
 def _cell(error: Any, watch: Watch) -> tuple[str, dict[str, Any]]:
-    """A cell raised."""
-    said = strip_color(error.evalue or "")
-    account = strip_color("\n".join(error.traceback))
-    found = SAID.search(said)
-    # ONNX Runtime names its source files first; what was short comes at the end.
-    telling = said[found.start() :] if found and found.end() > 200 else said
+    """State and fields of status.json where a cell raised."""
+    message = strip_color(error.evalue or "")
+    traceback = strip_color("\n".join(error.traceback))
+    memory = MEMORY_MESSAGE.search(message)
+    # ONNX Runtime names its source files first; the words about memory come at the end.
+    telling = message[memory.start() :] if memory and memory.end() > 200 else message
     reason = one_line(f"{error.ename}: {telling}".removesuffix(": "))
-    if disk := DISK.match(one_line(said)):
+    if disk := DISK.match(one_line(message)):
         what, path = disk["what"], disk["path"]
         reason = f"{what[:1].lower()}{what[1:]}" + (f": {path}" if path else "")
-    child_killed = CHILD_KILLED.search(said) and watch.killed_by_system()
-    state = "memory" if child_killed or ran_out(error.ename, said, account) else "failed"
+    child_killed = CHILD_KILLED.search(message) and watch.killed_by_system()
+    state = "memory" if child_killed or ran_out(error.ename, message, traceback) else "failed"
     return state, {
         "reason": reason,
         "cell": error.cell_index + 1,
@@ -533,8 +542,8 @@ def _cell(error: Any, watch: Watch) -> tuple[str, dict[str, Any]]:
 
 
 def _death(reason: str, watch: Watch, words: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The kernel is gone, and nobody here has killed it."""
-    if SAID.search(words.get("traceback", "")):
+    """State and fields of status.json where the kernel ended and this process has not killed it."""
+    if MEMORY_MESSAGE.search(words.get("traceback", "")):
         return "memory", {"reason": f"memory ran out, and {reason}", **words}
     if "SIGKILL" not in reason:
         return "died", {"reason": reason, **words}
@@ -546,17 +555,17 @@ def _death(reason: str, watch: Watch, words: dict[str, str]) -> tuple[str, dict[
     return "died", {"reason": reason + hint, **words}
 
 
-def _last_words(log: Path, lines: int = 60) -> dict[str, str]:
-    """What a dying kernel wrote, such as the Python stack of a segmentation fault."""
+def _last_output(log: Path, lines: int = 60) -> dict[str, str]:
+    """Last output of the kernel's process, such as the Python stack of a segmentation fault."""
     text = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
     return {"traceback": "\n".join(text.splitlines()[-lines:])} if text else {}
 
 
 def reap(folder: str | os.PathLike) -> list[Path]:
-    """End the runs below `folder` whose runner is gone: kill what they record, and say that they died.
+    """End the runs below `folder` whose runner has ended: kill their recorded processes, and set their state to "died".
 
-    Only runs of this machine since it was started, and only processes that a run's status.json names by number and
-    start time (and what descends from them).
+    Only runs of this machine since its last start, and only processes that a run's status.json names by id and start time
+    (and their descendants).
 
     Returns:
         The folders of those runs.
@@ -568,7 +577,7 @@ def _running(root: Path) -> Iterator[RunFolder]:
     for path, below, files in os.walk(root):
         below.sort()
         if "status.json" in files:
-            below.clear()  # attempts and artifacts of this run
+            below.clear()  # its attempts and artifacts are no runs
             yield RunFolder(Path(path))
 
 
@@ -578,7 +587,7 @@ def _reaped(run: RunFolder) -> bool:
         return False
     named = [status.get("kernel"), *(status.get("processes") or [])]
     kill(process for who in named if (process := recorded(who)))
-    if _left(run) != status:  # somebody else has just done it, or has started the run again
+    if _left(run) != status:  # another process has just done it, or has started the run again
         return False
     run.release()
     reason = "the process that ran it is gone"
@@ -594,7 +603,7 @@ def _reaped(run: RunFolder) -> bool:
 
 
 def _left(run: RunFolder) -> dict[str, Any] | None:
-    """The status of a run that says it is running on this machine, and is not."""
+    """The status of a run that is "running" on this machine by its status.json, while its writer has ended; else None."""
     try:
         status = read_json(run.status_json)
     except WanlabError:

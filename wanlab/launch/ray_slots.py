@@ -1,7 +1,7 @@
-"""The executor of a cluster: Ray tasks, each of which starts its notebook as a process of its own.
+"""The executor of a cluster: Ray tasks, each of which runs its notebook in a separate process.
 
-Ray decides where there is room. A run that needs its machine alone takes the whole of a custom resource that every node
-offers, and a shared run a part of it. Embedded, Ray and its workers live and end with the sweep.
+Ray chooses the node. A run that needs its machine alone takes all of a custom resource that every node offers, and a shared
+run takes a part of it. A Ray that the sweep starts on this machine ends with the sweep.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from wanlab.launch.slots import THREADS, available_cores, default_slots, visible
 from wanlab.launch.sweep import End, start_process
 
 MACHINE = "wanlab_machine"  # ray start --resources='{"wanlab_machine": 1}'
-STEP = 1e-4  # Ray counts resources in steps of it
+STEP = 1e-4  # smallest share of a resource in Ray
 
 
 class RaySlots:
     """Runs tasks on Ray.
 
-    `outputs/` must be on a file system that all nodes see, and wanlab be installed on all of them.
+    All nodes need wanlab, and `outputs/` on a file system that all of them see.
 
     Args:
-        address: of a cluster, such as `"auto"` or `"ray://host:10001"`; None starts one on this machine.
-        slots: runs at a time on each node; embedded by default as `LocalSlots` takes them, on a cluster as many as `cpus`
+        address: address of a cluster, such as `"auto"` or `"ray://host:10001"`; None starts one on this machine.
+        slots: runs at a time on each node; by default as in `LocalSlots` on this machine, and on a cluster as many as `cpus`
             and `gpus` of the grid allow.
 
     Raises:
-        WanlabError: Ray is not installed, or does not answer at the address.
+        WanlabError: Ray is not installed, or there is no cluster at the address.
     """
 
     kind = "ray"
@@ -86,12 +86,9 @@ class RaySlots:
 
     def stop(self, timeout_s: float) -> None:
         for reference in self._running:
-            self._ray.cancel(
-                reference, force=False
-            )  # a KeyboardInterrupt in `run_task`, which ends its process
-        self._ray.wait(
-            list(self._running), num_returns=len(self._running), timeout=timeout_s
-        ) if self._running else None
+            self._ray.cancel(reference, force=False)  # raises KeyboardInterrupt in `run_task`
+        if self._running:
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout_s)
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()
@@ -117,11 +114,11 @@ class RaySlots:
 
 
 def run_task(text: str, environment: dict[str, str]) -> int:
-    """In a Ray worker: the run as a process, whose exit status it returns. Ray has set CUDA_VISIBLE_DEVICES."""
+    """Run a task as a process of a Ray worker, where Ray has set CUDA_VISIBLE_DEVICES; returns the exit status."""
     process = start_process(Task.from_json(text), environment)
     try:
         return process.wait()
-    except BaseException:  # cancelled
+    except BaseException:  # the task was cancelled
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(15)

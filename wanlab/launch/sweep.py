@@ -1,4 +1,4 @@
-"""`wanlab sweep`: starts what is missing, records each end truthfully, loses nothing when something dies."""
+"""`wanlab sweep`: runs what is missing of a grid and records the end of each run, also where a process was killed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from wanlab.runs.prepare import prepare, shown_path
 
 @dataclass(frozen=True)
 class End:
-    """A task that is no longer running.
+    """A task that has ended.
 
     Attributes:
-        code: exit status of its worker, negative for a signal; None when the worker was lost with its machine.
-        lost: the worker did not come to its end, which says nothing against the notebook.
-        reason: why, in words, where something is known.
+        code: exit status of its worker, negative for a signal; None where the worker was lost with its machine.
+        lost: the worker was killed from outside, so the notebook itself may be without fault.
+        reason: reason in words, where it is known.
     """
 
     task: Task
@@ -46,22 +46,22 @@ class End:
 
 
 class Executor(Protocol):
-    """Runs tasks, as many at a time as there is room; a task that needs the machine alone gets it alone."""
+    """Runs tasks, as many at a time as it has slots; a task that needs the machine alone runs alone."""
 
     kind: str
     slots: int
 
     def submit(self, task: Task) -> None:
-        """Queue a task. Tasks start in the order they were given, as far as there is room."""
+        """Queue a task. Tasks start in this order, as soon as slots are free."""
 
     def poll(self, timeout_s: float) -> list[End]:
-        """Tasks that ended since the last call; waits up to `timeout_s` for the first."""
+        """Tasks that have ended since the last call; waits up to `timeout_s` for the first."""
 
     def stop(self, timeout_s: float) -> None:
-        """Ask what runs to end, wait, then kill; what is queued never starts."""
+        """Ask running tasks to end, wait, then kill them; drop the queue."""
 
     def close(self) -> None:
-        """Give back what the executor holds."""
+        """Release the resources of the executor."""
 
 
 def start_process(task: Task, environment: Mapping[str, str]) -> subprocess.Popen:
@@ -85,11 +85,11 @@ HEARTBEAT_S = 5.0
 
 @dataclass
 class SweepRecord:
-    """The record while its sweep is going.
+    """sweep.json of a running sweep.
 
     Attributes:
-        states: run_id -> state of each run; `pending` until it starts.
-        reused: runs that an earlier sweep had finished.
+        states: run_id -> state of the run; `pending` until it starts.
+        reused: ids of the runs that an earlier sweep had finished.
     """
 
     path: Path
@@ -104,7 +104,7 @@ class SweepRecord:
     _written: float = 0.0
 
     def write(self, state: str = "running") -> None:
-        """Write the file, whole."""
+        """Write the whole file."""
         grid = self.file.grid
         write_json(
             self.path,
@@ -129,7 +129,7 @@ class SweepRecord:
         self._written = time.monotonic()
 
     def beat(self) -> None:
-        """Write again if it is time to."""
+        """Write the file again if the last write is older than `HEARTBEAT_S`."""
         if time.monotonic() - self._written > HEARTBEAT_S:
             self.write()
 
@@ -148,15 +148,15 @@ class SweepRecord:
 
 
 def refuse_second_driver(path: Path) -> None:
-    """Two drivers of one sweep would start every run twice.
+    """Refuse to run a sweep that another process runs: each run would start twice.
 
     Raises:
-        WanlabError: the sweep is being run by another living process.
+        WanlabError: another living process runs this sweep.
     """
     try:
         record = read_json(path) if path.is_file() else {}
     except WanlabError:
-        return  # broken: written again by this sweep
+        return  # the file is broken; this sweep writes it again
     if isinstance(record, dict) and record.get("state") == "running" and writer_alive(record):
         pid = (record.get("writer") or {}).get("pid")
         if pid != os.getpid():
@@ -164,16 +164,18 @@ def refuse_second_driver(path: Path) -> None:
 
 
 class View:
-    """Told of every start and end; knows how long runs took and so about how long the rest will.
+    """Progress of a sweep in the terminal, with an estimate of the time that is left.
 
     Args:
-        tasks: all of the sweep. missing: those to run. slots: how many run at a time.
+        tasks: all tasks of the sweep.
+        missing: tasks that are to run.
+        slots: number of tasks that run at a time.
     """
 
     def __init__(self, name: str, tasks: list[Task], missing: list[Task], slots: int, enabled: bool = True):
         self.total, self.slots, self.enabled = len(missing), slots, enabled
         self.left = {task.run_id: task for task in missing}
-        self.took: dict[bool, list[float]] = {False: [], True: []}
+        self.took_s: dict[bool, list[float]] = {False: [], True: []}
         self.begun = time.monotonic()
         self.bar = None
         self.lines: dict[str, Any] = {}
@@ -181,8 +183,8 @@ class View:
         self.ended_count = 0
         reused = len(tasks) - len(missing)
         if enabled:
-            known = f", {reused} finished before" if reused else ""
-            print(f"{name}: {self.total} run{'s' * (self.total != 1)}{known}", file=sys.stderr, flush=True)
+            before = f", {reused} finished before" if reused else ""
+            print(f"{name}: {self.total} run{'s' * (self.total != 1)}{before}", file=sys.stderr, flush=True)
         if enabled and sys.stderr.isatty() and self.total:
             columns = shutil.get_terminal_size().columns or None
             self.bar = tqdm(
@@ -201,7 +203,8 @@ class View:
         if self.bar is not None:
             self.bar.close()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line above the bars."""
         if not self.enabled:
             return
         if self.bar is not None:
@@ -210,7 +213,7 @@ class View:
             print(text, file=sys.stderr, flush=True)
 
     def running(self, task: Task, status: dict[str, Any]) -> None:
-        """A run's cell, and how long it has been going."""
+        """Show the cell that a run is at."""
         at = status.get("progress") or {}
         where = f"{at.get('title', 'starting')} ({at.get('cell', 0)}/{at.get('of', 0)})"
         if self.bar is None:
@@ -234,11 +237,11 @@ class View:
         self.bar.set_description_str(self.rest())
 
     def ended(self, task: Task, status: dict[str, Any]) -> None:
-        """A run's end: a line in a log, and a line that stays only for what did not finish."""
+        """Show the end of a run: always in a log, beside bars only where the run did not finish."""
         self.left.pop(task.run_id, None)
         self.ended_count += 1
         seconds = float(status.get("seconds") or 0.0)
-        self.took[task.alone].append(seconds)
+        self.took_s[task.alone].append(seconds)
         if line := self.lines.pop(task.run_id, None):
             line.close()
         state = status["state"]
@@ -247,33 +250,40 @@ class View:
             self.bar.update(1)
             self.bar.set_description_str(self.rest())
             if state != "finished":
-                self.say(f"{state}  {task.label}{reason}")
+                self.print(f"{state}  {task.label}{reason}")
         else:
             text = f"[{self.ended_count}/{self.total}] {state} in {seconds:.1f} s  {task.label}{reason}"
             rest = self.rest()
-            self.say(f"{text}  ({rest})" if rest else text)
+            self.print(f"{text}  ({rest})" if rest else text)
 
     def rest(self) -> str:
-        """`"about 3 min left"`, from the mean of the runs that ended; empty while nothing is known."""
-        known = [*self.took[False], *self.took[True]]
-        if not known or not self.left:
+        """`"about 3 min left"`, from the mean time of the runs that have ended; "" before the first."""
+        all_s = [*self.took_s[False], *self.took_s[True]]
+        if not all_s or not self.left:
             return ""
-        mean = {alone: sum(times or known) / len(times or known) for alone, times in self.took.items()}
+        mean = {alone: sum(times or all_s) / len(times or all_s) for alone, times in self.took_s.items()}
         shared = sum(not task.alone for task in self.left.values())
         seconds = mean[False] * shared / self.slots + mean[True] * (len(self.left) - shared)
         return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
 
 
 POLL_S = 0.25
-STOP_S = 20.0  # for runs that are told to end
-LOST_LIMIT = 2  # a run whose worker is lost is started once more, whatever the notebook; a failed one never
+STOP_S = 20.0  # for running tasks to end when the sweep is stopped
+LOST_LIMIT = 2  # attempts of a run whose worker is lost; a run that failed is not started again
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep ended. `counts`: state -> number of runs; `reused` of the finished ones were finished before."""
+    """The end of a sweep.
 
-    state: str  # finished, incomplete or aborted
+    Attributes:
+        state: `"finished"`, `"incomplete"` or `"aborted"`.
+        index: path of its page.
+        counts: state -> number of runs.
+        reused: number of the finished runs that had finished before.
+    """
+
+    state: str
     folder: Path
     index: Path
     counts: dict[str, int]
@@ -288,12 +298,12 @@ class SweepOutcome:
 def sweep(file: GridFile, tasks: list[Task], executor: Executor, *, progress: bool = True) -> SweepOutcome:
     """Run what is missing of a grid, and write its page.
 
-    Runs that finished before with the same notebook, parameters, files, weights and package are not run again. Those that
+    Runs that finished before with the same notebook, parameters, files, weights and package are not run again. Tasks that
     share the machine come first, then those that need it alone. Ctrl-C or SIGTERM ends everything that was started; the
-    next sweep takes it up. What a killed sweep left behind is cleaned up first, by what its own records name.
+    next start of the sweep continues. Processes that a killed sweep left are ended first (see `reap`).
 
     Args:
-        tasks: of the grid, from `expand`.
+        tasks: tasks of the grid, from `expand`.
 
     Raises:
         WanlabError: another process runs this sweep.
@@ -304,35 +314,35 @@ def sweep(file: GridFile, tasks: list[Task], executor: Executor, *, progress: bo
     reap(folder)
     done = {task.run_id for task in tasks if not task.force and is_done(task)}
     states = {task.run_id: "finished" if task.run_id in done else "pending" for task in tasks}
-    about = {"kind": executor.kind, "slots": executor.slots}
-    record = SweepRecord(folder / FILE, file, tasks, about, states, frozenset(done))
+    executor_facts = {"kind": executor.kind, "slots": executor.slots}
+    record = SweepRecord(folder / FILE, file, tasks, executor_facts, states, frozenset(done))
     record.write()
     missing = sorted((t for t in tasks if t.run_id not in done), key=lambda task: task.alone)
-    with View(file.grid.name, tasks, missing, executor.slots, progress) as view, _stop_asked() as asked:
-        _drive(executor, record, missing, view, asked)
-        if asked:
-            view.say(f"{asked[0]}: ending what runs")
-    return _end(record, folder, aborted=bool(asked))
+    with View(file.grid.name, tasks, missing, executor.slots, progress) as view, _stop_signals() as signals:
+        _drive(executor, record, missing, view, signals)
+        if signals:
+            view.print(f"{signals[0]}: ending what runs")
+    return _end(record, folder, aborted=bool(signals))
 
 
 def is_done(task: Task) -> bool:
-    """Whether an earlier run holds the answer."""
+    """Whether an earlier run of the same identity has finished."""
     ready = prepare(task.notebook, task.overrides, output=task.output, name=task.name, repeat=task.repeat)
     return bool(ready.finished())
 
 
 def _drive(
-    executor: Executor, record: SweepRecord, missing: list[Task], view: View, asked: list[str]
+    executor: Executor, record: SweepRecord, missing: list[Task], view: View, signals: list[str]
 ) -> None:
     waiting = {task.run_id: task for task in missing}
     for task in missing:
         record.attempts[task.run_id] = 1
         executor.submit(task)
     try:
-        while waiting and not asked:
+        while waiting and not signals:
             for end in executor.poll(POLL_S):
                 if _again(end, record):
-                    view.say(f"{end.task.label}: {end.reason}; started again")
+                    view.print(f"{end.task.label}: {end.reason}; started again")
                     record.attempts[end.task.run_id] += 1
                     executor.submit(end.task)
                     continue
@@ -355,22 +365,22 @@ def _drive(
 
 
 def _again(end: End, record: SweepRecord) -> bool:
-    """A worker that was lost says nothing of the notebook; it gets one more try, and both attempts are kept."""
+    """Whether a run whose worker was lost is started again; both attempts are kept."""
     if not end.lost or _status(end.task).get("state") == "finished":
         return False
     return record.attempts[end.task.run_id] < LOST_LIMIT
 
 
 def _settle(end: End) -> dict[str, Any]:
-    """The run's status with a final state; what its worker could not write is written here."""
+    """The run's status with a final state. Files that its worker could not write are written here."""
     folder = end.task.folder
     status = _status(end.task)
-    said = last_line(end.task.log)
+    message = last_line(end.task.log)
     if end.code == MISTAKE and not end.lost:
-        status = {"state": "failed", "reason": said or "it did not start"}
+        status = {"state": "failed", "reason": message or "it did not start"}
     elif status.get("state") not in FINAL or end.lost:
         if status.get("state") != "finished":
-            status = {**status, "state": "died", "reason": end.reason or said or "its worker left no end"}
+            status = {**status, "state": "died", "reason": end.reason or message or "its worker left no end"}
     else:
         return status
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -385,7 +395,7 @@ def _settle(end: End) -> dict[str, Any]:
 def _status(task: Task) -> dict[str, Any]:
     try:
         return task.folder.status()
-    except WanlabError:  # being written on a slow file system, or broken: asked again, or settled at the end
+    except WanlabError:  # broken, or being written on a slow file system; it is read again later
         return {}
 
 
@@ -398,21 +408,21 @@ def _end(record: SweepRecord, folder: Path, *, aborted: bool) -> SweepOutcome:
 
 
 @contextlib.contextmanager
-def _stop_asked() -> Iterator[list[str]]:
-    """A list that Ctrl-C and SIGTERM put their name into; a second Ctrl-C is Python's own."""
-    asked: list[str] = []
+def _stop_signals() -> Iterator[list[str]]:
+    """A list to which Ctrl-C and SIGTERM add a line each; a second Ctrl-C raises `KeyboardInterrupt`."""
+    signals: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield signals
         return
 
     def note(number: int, frame: Any) -> None:
-        asked.append("stopped by SIGTERM" if number == signal.SIGTERM else "interrupted by Ctrl-C")
+        signals.append("stopped by SIGTERM" if number == signal.SIGTERM else "interrupted by Ctrl-C")
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The run folder: its files, who is writing it, and how an earlier attempt is kept."""
+"""The run folder: its files, the process that writes it, and earlier attempts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import checked_name, digest, move_into, now, read_json, why, write_bytes, write_json
 
 HEARTBEAT_S = 5.0
-PATIENCE_BEATS = 2  # failed in a row, until a heartbeat calls it trouble
-SILENCE_S = 120.0  # a run on another machine that has been silent for so long is taken for dead
-RESERVE_BYTES = 2**19  # kept free for the last words of a run whose disk is full
+PATIENCE_BEATS = 2  # failed writes in a row before `on_trouble` is called
+SILENCE_S = 120.0  # a run on another machine without a heartbeat for so long counts as dead
+RESERVE_BYTES = 2**19  # reserved for the last status and the report of a run whose disk is full
 FINAL = ("finished", "failed", "died", "timeout", "memory", "flooded", "aborted")
 
 
@@ -65,7 +65,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def status(self) -> dict[str, Any]:
-        """status.json, or {} where there is none; a "running" whose writer is gone reads "died"."""
+        """status.json, or {} without one; the state "running" becomes "died" where the writer has ended."""
         if not self.status_json.is_file():
             return {}
         status = read_json(self.status_json)
@@ -83,10 +83,10 @@ class RunFolder:
         return record
 
     def open(self, reserve: bool = False) -> RunFolder:
-        """Make the folder ready for a new attempt; what an earlier one left moves to `attempts/N`.
+        """Prepare the folder for a new attempt; files of an earlier one are moved to `attempts/N`.
 
         Args:
-            reserve: hold space that `release` gives back, for the last status and the report of a run whose disk is full.
+            reserve: reserve space until `release`, for the last status and the report of a run whose disk is full.
 
         Raises:
             WanlabError: another living process is writing it, or it cannot be written.
@@ -94,7 +94,7 @@ class RunFolder:
         try:
             status = self.status()
         except WanlabError:
-            status = {}  # broken files are kept as an attempt like any other
+            status = {}  # broken files are moved like those of any attempt
         writer = status.get("writer", {})
         if status.get("state") == "running" and writer.get("pid") != os.getpid():
             raise WanlabError(
@@ -113,7 +113,7 @@ class RunFolder:
         return self
 
     def release(self) -> None:
-        """Give back the space that `open` held."""
+        """Free the space that `open` has reserved."""
         with contextlib.suppress(OSError):
             self._reserved.unlink(missing_ok=True)
 
@@ -126,7 +126,7 @@ class RunFolder:
             move_into(attempts / str(number), left)
 
     def unwritable(self, error: OSError) -> WanlabError:
-        """What to tell a user whose folder of runs takes nothing."""
+        """The error for a folder of runs that cannot be written."""
         outputs = self.path.parent.parent
         return WanlabError(f"cannot write runs in {outputs}: {why(error)}; give another folder with --output")
 
@@ -136,13 +136,13 @@ class RunFolder:
 
 
 class Heartbeat:
-    """Keeps status.json true while a run is going: state, progress, and a heartbeat from a thread."""
+    """Writes status.json while a run is running: state, progress, and every 5 s the time, from a thread."""
 
     def __init__(self, folder: RunFolder, **fields: Any):
         self.folder = folder
         self.on_trouble: Callable[[OSError], None] = lambda error: (
             None
-        )  # called where it cannot write any more
+        )  # called when writing fails repeatedly
         self.begun = time.monotonic()
         self.fields: dict[str, Any] = {
             "state": "running",
@@ -158,12 +158,12 @@ class Heartbeat:
         self._thread.start()
 
     def note(self, **fields: Any) -> None:
-        """Set fields; the next beat writes them."""
+        """Set fields; the next heartbeat writes them."""
         with self._lock:
             self.fields.update(fields)
 
     def write(self, **fields: Any) -> float:
-        """Set fields and write the file; returns the run's age in seconds."""
+        """Set fields and write the file; returns the seconds since the start of the run."""
         with self._lock:
             self.fields.update(fields)
             seconds = round(time.monotonic() - self.begun, 3)
@@ -171,7 +171,7 @@ class Heartbeat:
         return seconds
 
     def end(self, state: str, **fields: Any) -> float:
-        """Stop the heart and write the last status; returns the run's length in seconds."""
+        """Stop the heartbeat thread and write the last status; returns the seconds that the run took."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -185,18 +185,18 @@ class Heartbeat:
         failed = 0
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if not self.folder.path.is_dir():  # the user deleted the run: do not bring half of it back
+                if not self.folder.path.is_dir():  # the user deleted the run: do not create it again
                     return
                 self.write()
                 failed = 0
-            except OSError as error:  # the disk is full, or a network file system away for a moment
+            except OSError as error:  # the disk is full, or a network file system not reachable for a moment
                 failed += 1
                 if failed == PATIENCE_BEATS:
                     self.on_trouble(error)
 
 
 def process_id(pid: int) -> dict[str, Any]:
-    """A process by number and start time, so that a recycled number is not mistaken for it."""
+    """Id and start time of a process; the start time distinguishes it from a later process with the same id."""
     try:
         return {"pid": pid, "started": psutil.Process(pid).create_time()}
     except psutil.Error:
@@ -213,7 +213,7 @@ def process_alive(who: dict[str, Any]) -> bool:
 
 
 def writer_alive(status: dict[str, Any]) -> bool:
-    """Whether the process that writes a status can still be writing it."""
+    """Whether the process that wrote a status may still be running."""
     if status.get("host") == host_id():
         return process_alive(status.get("writer") or {})
     try:
@@ -225,6 +225,6 @@ def writer_alive(status: dict[str, Any]) -> bool:
 
 @functools.cache
 def host_id() -> str:
-    """A short hash that tells machines and boots apart without naming them."""
+    """A short hash that differs between machines and boots, without their names."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return digest([platform.node(), boot.read_text() if boot.is_file() else ""], 12)

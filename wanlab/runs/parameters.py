@@ -1,4 +1,4 @@
-"""The `parameters` cell of a notebook, read without running it: a typed schema for overrides."""
+"""Reads the `parameters` cell of a notebook without running it, as a typed schema for overrides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tokenize
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, Literal, Union
@@ -21,7 +21,7 @@ GRAMMAR = "rfc3987_syntax"
 
 _hidden = GRAMMAR not in sys.modules
 if _hidden:
-    sys.modules[GRAMMAR] = None  # an import of it fails, which jsonschema expects
+    sys.modules[GRAMMAR] = None  # its import is slow; jsonschema works without it
 try:
     import nbformat as nbformat
 finally:
@@ -43,20 +43,26 @@ TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of the cell: `name: type = default  # help`."""
+    """One line of the cell: `name: type = default  # help`.
+
+    Attributes:
+        type: a typing object, e.g. int, Literal["a", "b"], float | None.
+        type_text: the type as it is written.
+        line: line in the cell, from 1.
+    """
 
     name: str
-    type: Any  # a typing object, e.g. int, Literal["a", "b"], float | None
-    type_text: str  # as written
+    type: Any
+    type_text: str
     default: Any
     help: str
-    line: int  # in the cell, from 1
+    line: int
     annotated: bool = True
 
 
 @dataclass(frozen=True)
 class Schema:
-    """All parameters of one notebook, in order, and where they were read (for messages)."""
+    """All parameters of one notebook, in order; `where` is its name in messages."""
 
     parameters: tuple[Parameter, ...]
     where: str
@@ -65,9 +71,7 @@ class Schema:
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
-        known = [parameter.name for parameter in self.parameters]
-        have = f"it has {', '.join(known)}" if known else "it has none"
-        hint = did_you_mean(name, known) or f"; {have}"
+        hint = did_you_mean(name, self.names) or f"; it has {', '.join(self.names) or 'none'}"
         raise WanlabError(f"unknown parameter {name!r} of {self.where}{hint}")
 
     @property
@@ -82,7 +86,7 @@ class Schema:
         """Defaults with `overrides` on top.
 
         Raises:
-            WanlabError: unknown name (with the nearest known one) or a value of another type than declared.
+            WanlabError: an unknown name or a value of another type.
         """
         values = self.defaults
         for name, value in overrides.items():
@@ -90,7 +94,7 @@ class Schema:
         return values
 
     def parse(self, assignments: typing.Iterable[str]) -> dict[str, Any]:
-        """`["steps=4", "prompt=a=b"]` as typed values; only the first `=` separates."""
+        """Typed values of `["steps=4", "prompt=a=b"]`; only the first `=` separates name and value."""
         overrides: dict[str, Any] = {}
         for text in assignments:
             name, equals, value = text.partition("=")
@@ -110,8 +114,7 @@ def read_schema(notebook: Path | str | Any) -> Schema:
     """Schema of a notebook file, or of a notebook already read.
 
     Raises:
-        WanlabError: the file cannot be read, has more than one `parameters` cell, or the cell holds anything
-            but literals.
+        WanlabError: the file cannot be read, it has more than one `parameters` cell, or a value is no literal.
     """
     where = "the notebook"
     if isinstance(notebook, str | Path):
@@ -123,18 +126,18 @@ def read_schema(notebook: Path | str | Any) -> Schema:
 
 
 def read_notebook(path: Path | str) -> Any:
-    """An nbformat-4 notebook.
+    """Read a notebook in format 4 of nbformat.
 
     Args:
-        path: of the file, or the name of a notebook as `find_notebook` takes it.
+        path: path of the file, or the name of a notebook as in `find_notebook`.
 
     Raises:
-        WanlabError: there is no such file, or it holds no notebook.
+        WanlabError: there is no such file, or it is no notebook.
     """
     path = find_notebook(path)
     try:
         return nbformat.read(path, as_version=4)
-    except Exception as error:  # nbformat raises many kinds; to a user they are one: not a notebook
+    except Exception as error:  # nbformat raises many kinds
         raise WanlabError(f"cannot read notebook {path}: {first_line(error, 200)}") from error
 
 
@@ -143,16 +146,16 @@ def is_tagged(cell: Any, tag: str) -> bool:
 
 
 def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...]:
-    """Parameters of a cell's source. Nothing is executed: values are literals."""
+    """Parameters in the source of a cell. Nothing is executed: values are literals."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
         raise WanlabError(f"parameters cell of {where}, line {error.lineno}: {error.msg}") from None
     comments = _comments(source)
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
-            continue  # the names that annotations are written with
+            continue  # names for annotations
         place = f"parameters cell of {where}, line {statement.lineno}"
         target: ast.expr | None = None
         value: ast.expr | None = None
@@ -171,17 +174,15 @@ def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...
         text = type(default).__name__ if annotation is None else ast.unparse(annotation)
         lines = range(statement.lineno, statement.end_lineno + 1)
         note = next((comments[line] for line in reversed(lines) if line in comments), "")
-        if target.id in found:
+        if target.id in parameters:
             raise WanlabError(f"{place}: {target.id!r} is set twice")
         parameter = Parameter(target.id, kind, text, default, note, statement.lineno, annotation is not None)
-        found[target.id] = Parameter(
-            **{**parameter.__dict__, "default": checked(parameter, default, where)},
-        )
-    return tuple(found.values())
+        parameters[target.id] = replace(parameter, default=checked(parameter, default, where))
+    return tuple(parameters.values())
 
 
 def checked(parameter: Parameter, value: Any, where: str = "the notebook") -> Any:
-    """`value` if it is of the declared type (an int is a float, a list is a tuple; no other conversion)."""
+    """`value` in its declared type: an int may be a float and a list a tuple; any other type is refused."""
     if not _matches(parameter.type, value):
         raise _mismatch(parameter, value, where)
     return _converted(parameter.type, value)
@@ -233,7 +234,7 @@ def _converted(kind: Any, value: Any) -> Any:
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """A command-line value by its declared type; `ValueError` when it is not one."""
+    """A value on the command line in its declared type; raises `ValueError` where it is none."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         # Text is the last resort: "4" given to `int | str` is the number.
@@ -250,7 +251,7 @@ def _from_text(kind: Any, text: str) -> Any:
         for option in args:
             if word == str(option):
                 return option
-        return text  # `checked` refuses it and names the options
+        return text  # `checked` raises, with the options
     if kind is type(None):
         if word.lower() in ("none", "null"):
             return None

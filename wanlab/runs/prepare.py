@@ -1,4 +1,4 @@
-"""A run before it starts: notebook read, parameters checked and injected, identity and folder known."""
+"""A run before it starts: reads its notebook, checks and injects parameters, computes its identity and folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wanlab.runs.parameters import Schema, is_tagged, nbformat, read_notebook, r
 
 
 def inject(nb: Any, values: Mapping[str, Any]) -> None:
-    """Put overrides into a cell below the defaults."""
+    """Insert a cell with the overrides below the `parameters` cell."""
     nb.cells = [cell for cell in nb.cells if not is_tagged(cell, "injected-parameters")]
     if not values:
         return
@@ -34,7 +34,7 @@ def inject(nb: Any, values: Mapping[str, Any]) -> None:
 
 
 def literal(value: Any) -> str:
-    """Python source of a value; infinities and NaN have no literal and become a call of `float`."""
+    """Python source of a value; infinities and NaN become a call of `float`."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float({str(value)!r})"
     if isinstance(value, list):
@@ -45,7 +45,7 @@ def literal(value: Any) -> str:
 
 
 def upgraded(nb: Any) -> Any:
-    """Current notebook format, where every cell has an id."""
+    """The notebook in the current format, with an id for every cell."""
     nb = nbformat.v4.upgrade(nb)
     nb.metadata.setdefault("papermill", {})
     for cell in nb.cells:
@@ -54,7 +54,7 @@ def upgraded(nb: Any) -> Any:
     return nb
 
 
-WHOLE_FILE_LIMIT_BYTES = 64 * 2**20  # larger weight files are told apart by name and size
+WHOLE_FILE_LIMIT_BYTES = 64 * 2**20  # larger weight files are identified by name and size
 
 
 def run_id(
@@ -66,15 +66,15 @@ def run_id(
     inputs: Mapping[str, str] | None = None,
     repeat: int = 1,
 ) -> str:
-    """12 hex digits that change whenever the result could.
+    """Identity of a run: 12 hex digits of a hash of everything that its result depends on.
 
     Args:
         source: notebook source without outputs, see `notebook_source`.
-        parameters: all of them, resolved.
+        parameters: all parameters, resolved.
         plan: hash of a precision plan, if one is used.
         weights: identity of the model's weights, see `weights_id`.
-        inputs: digest of each file that a parameter points to, see `input_digests`.
-        repeat: which of several equal runs, from 1.
+        inputs: digest of each file that a parameter names, see `input_digests`.
+        repeat: number of this run among equal runs, from 1.
     """
     values = json.dumps(plain(dict(parameters)), sort_keys=True)
     files = json.dumps(dict(inputs or {}), sort_keys=True)
@@ -83,16 +83,16 @@ def run_id(
 
 
 def notebook_source(notebook: Any) -> str:
-    """Cell types, tags and sources of a notebook: what runs, without what came out."""
+    """Cell types, tags and sources of a notebook, without outputs."""
     cells = [[c.cell_type, sorted(c.metadata.get("tags", [])), c.source] for c in notebook.cells]
     return json.dumps(cells, ensure_ascii=False)
 
 
 @functools.cache
 def package_digest() -> str:
-    """Digest of wanlab's own Python files, so that an edited package does not resume old results.
+    """Digest of wanlab's own Python files, so that runs of other code are not reused.
 
-    A checkout and a wheel made from it have the same.
+    A checkout and a wheel made from it have the same digest.
     """
     parts: list[str | bytes] = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -103,24 +103,24 @@ def package_digest() -> str:
 
 
 def weights_id(model: Any) -> str | None:
-    """Identity of the weights behind a `model` parameter, or None when it names no local folder."""
+    """Identity of the weights of a `model` parameter; None where it names no local folder."""
     if not isinstance(model, str) or not model:
         return None
-    if model in models.names():  # never asks the hub: that is for the notebook, where it can be waited for
+    if model in models.names():  # never asks the hub, which can take long; the notebook does
         try:
             model = models.get(model).source
         except WanlabError:
-            return None  # the notebook says it better, where it loads the model
+            return None  # the notebook reports it when it loads the model
     folder = locate(model)
     return folder_digest(folder) if folder.is_dir() else None
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest over names and contents of a folder's files (over name and size for very large ones)."""
+    """Digest of names and contents of a folder's weight files (of names and sizes for very large ones)."""
     kinds = (".json", ".safetensors", ".bin")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in kinds)
-    found = [(path, path.stat()) for path in files]
-    return _digest_of(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found))
+    stats = [(path, path.stat()) for path in files]
+    return _digest_of(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
 
 @functools.lru_cache(maxsize=16)  # the runs of a sweep name the same weights
@@ -135,14 +135,14 @@ def _digest_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each parameter value that is a file: the same path with new content is another run.
+    """Digest of each parameter value that is a file, so that a changed file makes another run.
 
-    Of `configuration` it is the hash of what the configuration does, also where `engine` and `plan` name it.
+    `configuration` has the hash of what the configuration does, also where `engine` and `plan` name it.
 
     Raises:
         WanlabError: there is no such configuration, or its file has a mistake.
     """
-    found = {}
+    digests = {}
     for name, value in parameters.items():
         if (
             isinstance(value, str)
@@ -151,9 +151,9 @@ def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
             and "\0" not in value
             and os.path.isfile(path := locate(value))
         ):
-            found[name] = file_digest(path)
+            digests[name] = file_digest(path)
     configuration = identity(parameters)
-    return found if configuration is None else found | {"configuration": configuration["hash"]}
+    return digests if configuration is None else digests | {"configuration": configuration["hash"]}
 
 
 def header(
@@ -167,7 +167,7 @@ def header(
     inputs: Mapping[str, str],
     repeat: int = 1,
 ) -> dict[str, Any]:
-    """What is run, with which parameters, and its identity, as fields of run.json."""
+    """Notebook, parameters and identity of a run, as fields of run.json."""
     return {
         "run_id": run_id,
         "name": name,
@@ -200,7 +200,7 @@ def describe(schema: Schema, values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def shown_path(path: Path) -> str:
-    """`path` as one would type it from here; absolute paths of one machine mean nothing on another."""
+    """`path` relative to the working folder, else its name: an absolute path means nothing on another machine."""
     try:
         return path.resolve().relative_to(Path.cwd()).as_posix()
     except ValueError:
@@ -209,12 +209,15 @@ def shown_path(path: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What `execute` needs to know, and what tells whether a finished run already holds the answer.
+    """A checked run: its notebook, parameters, identity and folder.
 
     Attributes:
-        values: all parameters, resolved. overrides: those that were given.
-        inputs, weights: identities of files and weights that parameters name.
-        repeat: 1 for the first of equal runs; each has a folder of its own.
+        path: path of the notebook.
+        notebook: its content.
+        values: all parameters, resolved.
+        overrides: parameters that were given.
+        inputs, weights: identities of the files and weights that parameters name.
+        repeat: number of this run among equal runs, from 1; each has its own folder.
     """
 
     path: Path
@@ -230,11 +233,11 @@ class Prepared:
 
     @property
     def reads_other_runs(self) -> bool:
-        """Whether the notebook says in its metadata that it reads what its parameters do not name, such as other runs."""
+        """Whether the notebook reads files that its parameters do not name, such as other runs, by its metadata."""
         return bool(self.notebook.metadata.get("wanlab", {}).get("always"))
 
     def header(self) -> dict[str, Any]:
-        """What run.json says before the notebook starts."""
+        """Fields of run.json before the notebook starts."""
         described = describe(self.schema, self.values)
         name = self.folder.path.parent.name
         return header(
@@ -242,7 +245,7 @@ class Prepared:
         )
 
     def finished(self) -> dict[str, Any]:
-        """Status of an earlier run with the same identity that finished, or {}."""
+        """Status of an earlier finished run with the same identity, or {}."""
         if self.reads_other_runs:
             return {}
         try:
@@ -273,6 +276,6 @@ def prepare(
     overrides = dict(parameters or {})
     values = schema.resolve(overrides)
     inputs, weights = input_digests(values), weights_id(values.get("model"))
-    made_id = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
-    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, made_id)
-    return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, made_id, folder)
+    identifier = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
+    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, identifier)
+    return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, identifier, folder)

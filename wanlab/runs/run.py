@@ -1,4 +1,4 @@
-"""`run = wanlab.start("10_baseline")`: opens the run folder of a notebook, keeps its numbers, finishes it."""
+"""`run = wanlab.start("10_baseline")`: opens the run folder of a notebook, and writes its results into it."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from wanlab.runs.result import HERE, Result, checked_result, completed
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
 LOADING = ("device", "dtype", "weights", "seed")
-"""Standard parameters of a notebook that say how its model is loaded; `seed` draws random weights."""
+"""Standard parameters of a notebook for loading its model; `seed` is the seed of random weights."""
 GENERATION = ("height", "width", "frames", "steps", "guidance_scale")
-"""Standard parameters of a notebook that say how its videos are made."""
+"""Standard parameters of a notebook for generating videos."""
 
 _current: Run | None = None
 
 
 class Run:
-    """An open run. Made by `start`; every method writes into `folder` at once.
+    """An open run, from `start`. Every method writes into `folder` at once.
 
     Attributes:
         folder: `outputs/<name>/<run_id>/`.
-        parameters: resolved values, by name.
-        results: rows that `result` recorded, in their order.
-        id: 12 hex digits, the same for the same notebook, parameters, package and weights.
+        parameters: name -> resolved value.
+        results: rows that `result` recorded, in order.
+        id: 12 hex digits, equal for equal notebook, parameters, package and weights.
     """
 
     def __init__(
-        self, folder: RunFolder, parameters: Mapping[str, Any], run_id: str, heart: Heartbeat | None
+        self, folder: RunFolder, parameters: Mapping[str, Any], run_id: str, heartbeat: Heartbeat | None
     ):
         self._files = folder
-        self._heart = heart  # None under `wanlab run`, which writes status.json itself
+        self._heartbeat = heartbeat  # None under `wanlab run`, which writes status.json itself
         self.folder = folder.path
         self.parameters = dict(parameters)
         self.results: tuple[Result, ...] = ()
@@ -65,17 +65,19 @@ class Run:
         return f"Run({self.folder.parent.name}/{self.id}, {'finished' if self.finished else 'open'})"
 
     def record(self, name: str, value: Any) -> Any:
-        """Append a number, dict, DataFrame or timing to metrics.jsonl, and give it back."""
+        """Append a number, dict, DataFrame or timing to metrics.jsonl, and return it."""
         append_json(self._files.metrics, {"time": now(), "name": str(name), "value": plain(value)})
         return value
 
     def result(self, result: Result, *beside: Result) -> Result:
-        """Append what the run measured to results.jsonl, a typed row that comparisons and tables read, and give it back
-        with its machine and software filled in.
+        """Append typed rows of what the run measured to results.jsonl.
 
         Args:
-            result: what the run is about; the numbers of the run in comparisons, sweep pages and exports.
-            beside: other rows, such as the original that it is held against, or single calls.
+            result: the row that the run is about; comparisons, sweep pages and exports show its figures.
+            beside: other rows, such as those of the original or of single calls.
+
+        Returns:
+            `result` with its machine and software filled in.
 
         Raises:
             WanlabError: a field is of another type.
@@ -94,13 +96,13 @@ class Run:
         return path
 
     def figure(self, name: str, figure: Any, *data: Any, otherwise: str = "") -> Any:
-        """Save a figure and give it back to be shown.
+        """Save a figure and return it for display.
 
         Args:
-            name: of the file, `artifacts/<name>.plotly.json`.
-            figure: a plotly figure, or the function of `wanlab.plots` that draws one of `data`.
+            name: name of the file `artifacts/<name>.plotly.json`.
+            figure: a plotly figure, or a function of `wanlab.plots` that draws `data`.
             data: arguments of that function; where one of them is None or empty, nothing is drawn.
-            otherwise: the sentence that is shown in the place of a figure that there is not.
+            otherwise: sentence that is shown where nothing is drawn.
         """
         if figure is None or any(map(_is_nothing, data)):
             return clips.sentence(otherwise) if otherwise else None
@@ -115,48 +117,48 @@ class Run:
         rows: int | None = None,
         otherwise: str = "",
     ) -> Any:
-        """Record a DataFrame among the numbers of the run, save it as `save_table` does, and give it back to be shown."""
+        """`record` and `save_table` of a DataFrame."""
         self.record(name, pd.DataFrame() if table is None else table)
         return self.save_table(name, table, columns=columns, rows=rows, otherwise=otherwise)
 
     def load(self, **instead: Any) -> tuple[models.Model, dict[str, Any]]:
-        """The model of this run and the arguments of a generation, from the notebook's standard parameters.
+        """Load the model of the notebook's standard parameters.
 
         Args:
-            instead: arguments of `models.load` that differ from the parameters, e.g. `components=[...]`.
+            instead: arguments of `models.load` that replace parameters, e.g. `components=[...]`.
 
         Returns:
-            The model that `model`, `device`, `dtype`, `weights` and `seed` name, and `ask`.
+            The model of the parameters `model`, `device`, `dtype`, `weights` and `seed`, and `ask`.
 
         Raises:
-            WanlabError: the notebook has no parameter `model`, or as `models.load`.
+            WanlabError: the notebook has no parameter `model`, or an error of `models.load`.
         """
         if "model" not in self.parameters:
             raise WanlabError("run.load() needs a parameter `model`; add it to the parameters cell")
-        known = {name: self.parameters[name] for name in LOADING if name in self.parameters}
-        return models.load(self.parameters["model"], **known | instead), self.ask
+        settings = {name: self.parameters[name] for name in LOADING if name in self.parameters}
+        return models.load(self.parameters["model"], **settings | instead), self.ask
 
     @functools.cached_property
     def ask(self) -> dict[str, Any]:
-        """What is asked of the model: those arguments of `Model.generate` that the notebook has as parameters.
+        """Arguments of `Model.generate` that the notebook has as parameters.
 
-        `height`, `width`, `frames`, `steps` and `guidance_scale`; where there is a `prompt`, also `image` (a held-out
-        photograph if none is given), `prompt` and `seed`.
+        `height`, `width`, `frames`, `steps` and `guidance_scale`; with a `prompt` also `image` (a held-out photograph where
+        it is None), `prompt` and `seed`.
         """
-        given = self.parameters
-        ask = {name: given[name] for name in GENERATION if name in given}
-        if "prompt" in given:
-            picture = given.get("image") or heldout.example_case().truth()[0]
-            ask |= {"image": picture, "prompt": given["prompt"], "seed": given.get("seed", 0)}
+        values = self.parameters
+        ask = {name: values[name] for name in GENERATION if name in values}
+        if "prompt" in values:
+            picture = values.get("image") or heldout.example_case().truth()[0]
+            ask |= {"image": picture, "prompt": values["prompt"], "seed": values.get("seed", 0)}
         return ask
 
     @property
     def outputs(self) -> Path:
-        """The folder of all runs, where runs share what takes long to make, such as exported networks."""
+        """The folder of all runs. Runs also share slow work here, such as exported networks."""
         return self.folder.parents[1]
 
     def save_figure(self, name: str, figure: Any) -> Any:
-        """Write a plotly figure to `artifacts/<name>.plotly.json`, and give it back to be shown."""
+        """Write a plotly figure to `artifacts/<name>.plotly.json`, and return it for display."""
         write_text(self._artifact(name, ".plotly.json"), figure.to_json())
         return figure
 
@@ -169,13 +171,13 @@ class Run:
         rows: int | None = None,
         otherwise: str = "",
     ) -> Any:
-        """Write a DataFrame to `artifacts/<name>.csv`, and give it back to be shown.
+        """Write a DataFrame to `artifacts/<name>.csv`, and return it for display.
 
         Args:
-            name: of the file.
-            table: all of it is saved.
-            columns, rows: the columns and the number of first rows that are shown; all if None.
-            otherwise: the sentence that is shown, and nothing saved, where the table is None or has no rows.
+            name: name of the file.
+            table: the DataFrame; all of it is saved.
+            columns, rows: columns and number of first rows that are returned; all if None.
+            otherwise: sentence that is shown where the table is None or has no rows; then nothing is saved.
         """
         if table is None or (otherwise and table.empty):
             return clips.sentence(otherwise) if otherwise else None
@@ -184,30 +186,30 @@ class Run:
         return shown if rows is None else shown.head(rows)
 
     def save_flame(self, name: str, flame: Any) -> None:
-        """Write a flame graph for other viewers: `<name>.folded` and `<name>.speedscope.json`; None writes nothing."""
+        """Write a flame graph for other viewers, as `<name>.folded` and `<name>.speedscope.json`; None writes nothing."""
         if flame is None:
             return
         write_text(self._artifact(name, ".folded"), flame.folded())
         write_text(self._artifact(name, ".speedscope.json"), json.dumps(flame.speedscope(name)))
 
     def show_videos(self, items: Mapping[str, Any], *, fps: float | None = None) -> clips.Html:
-        """Clips and pictures side by side, playing in step; see `clips.compare_models`."""
+        """Clips and pictures side by side, playing in step; see `clips.side_by_side`."""
         return clips.side_by_side(items, self._files.artifacts, fps)
 
     def verdict(self, text: str) -> clips.Html:
-        """Keep the answer of the notebook, one sentence with its number; the report opens with it."""
+        """Record the answer of the notebook, one sentence with its number; the report begins with it."""
         self._files.update(verdict=str(text))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>'
         self._answer = clips.Html(answer, str(text))
         return self._answer
 
     def finish(self) -> None:
-        """Mark the run as complete, and by hand show its verdict. Without it a run is never shown as finished."""
+        """Mark the run as finished. In JupyterLab also show its verdict."""
         self._files.update(finished=now())
         self.finished = True
-        if self._heart is not None and not self._heart.ended:
-            self._heart.end("finished")
-            if self._answer is not None:  # the last cell ends here, and not in the verdict
+        if self._heartbeat is not None and not self._heartbeat.ended:
+            self._heartbeat.end("finished")
+            if self._answer is not None:  # the last cell ends with `finish`, so its verdict is not displayed
                 display(self._answer)
             print(f"run kept in {self.folder}")
 
@@ -215,8 +217,8 @@ class Run:
         return self._files.artifacts / (checked_name(name.removesuffix(suffix), "artifact name") + suffix)
 
     def _abandon(self, reason: str) -> None:
-        if self._heart is not None and not self._heart.ended and self.folder.is_dir():
-            self._heart.end("aborted", reason=reason)
+        if self._heartbeat is not None and not self._heartbeat.ended and self.folder.is_dir():
+            self._heartbeat.end("aborted", reason=reason)
 
 
 def start(
@@ -226,14 +228,14 @@ def start(
     output: str | os.PathLike | None = None,
     plan: str | None = None,
 ) -> Run:
-    """Open the run of the notebook that calls this.
+    """Open the run of the calling notebook.
 
-    Under `wanlab run` the folder is already open and `name` and `output` are the runner's. In JupyterLab the
-    call makes its own folder, named by `name`, which is the notebook's file name without `.ipynb`.
+    Under `wanlab run` the folder is open already, and the runner has set `name` and `output`. In JupyterLab this makes the
+    folder, named by `name`, which is the notebook's file name without `.ipynb`.
 
     Args:
-        name: notebook name, e.g. `"10_baseline"`; also how its `parameters` cell is found.
-        parameters: values to hold against the `parameters` cell; by default the caller's variables.
+        name: name of the notebook, e.g. `"10_baseline"`; its `parameters` cell is found by it.
+        parameters: values to check with the `parameters` cell; by default the caller's variables.
         output: folder of all runs; by default `outputs/` of the project.
         plan: hash of a precision plan, part of the run's identity.
 
@@ -248,7 +250,7 @@ def start(
     folder = os.environ.pop(FOLDER_VARIABLE, None)  # popped: a child process is not this run
     if folder is not None:
         _current = _under_runner(RunFolder(Path(folder)), scope, strict)
-    elif _current is None or _current._heart is not None:
+    elif _current is None or _current._heartbeat is not None:
         _current = _alone(name, scope, strict, output, plan)
     return _current
 
@@ -266,13 +268,13 @@ def _under_runner(folder: RunFolder, scope: Mapping[str, Any], strict: bool) -> 
                 f"give it with -p {key}=..., so that the run is filed under the value it used"
             )
     folder.update(environment=_environment())
-    return Run(folder, values, record["run_id"], heart=None)
+    return Run(folder, values, record["run_id"], heartbeat=None)
 
 
 def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any, plan: str | None) -> Run:
     path, schema, source = _find_notebook(name, scope)
     if path is not None and path.resolve().parent == Path.cwd() != default_outputs().parent:
-        # JupyterLab starts a kernel in notebooks/: a relative path means by hand what it means under `wanlab run`.
+        # JupyterLab starts a kernel in notebooks/; relative paths are to mean the same as under `wanlab run`.
         os.chdir(default_outputs().parent)
     values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
     inputs, weights = prepare.input_digests(values), prepare.weights_id(values.get("model"))
@@ -281,12 +283,12 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
         _current._abandon("started again in the same kernel")
     stem = name or (path.stem if path else "notebook")
     folder = RunFolder.of(Path(output) if output else default_outputs(), stem, run_id).open()
-    heart = Heartbeat(folder, kernel=None)
+    heartbeat = Heartbeat(folder, kernel=None)
     described = describe(schema, values) if schema else []
     folder.update(
         **header(run_id, stem, path, values, described, plan, weights, inputs), environment=_environment()
     )
-    run = Run(folder, values, run_id, heart)
+    run = Run(folder, values, run_id, heartbeat)
     atexit.register(run._abandon, "the kernel ended before run.finish()")
     print(f"run {stem}/{run_id}")
     return run
@@ -295,7 +297,7 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
 def _values(schema: Schema, scope: Mapping[str, Any], strict: bool) -> dict[str, Any]:
     if strict:
         for key in scope:
-            schema[key]  # unknown: raises with a suggestion
+            schema[key]  # raises for an unknown name
     missing = [name for name in schema.names if name not in scope]
     if missing:
         raise WanlabError(
@@ -305,7 +307,7 @@ def _values(schema: Schema, scope: Mapping[str, Any], strict: bool) -> dict[str,
 
 
 def _find_notebook(name: str | None, scope: Mapping[str, Any]) -> tuple[Path | None, Schema | None, str]:
-    """The notebook this kernel serves: what was run wins over the file, which may not be saved yet."""
+    """The notebook of this kernel: path, parameters, source. Executed cells come before the file, which may not be saved."""
     path = next((p for p in _candidates(name) if p.is_file()), None)
     notebook = read_notebook(path) if path else None
     history = [str(cell) for cell in scope.get("In", [])] if isinstance(scope.get("In"), list) else []
@@ -346,14 +348,14 @@ def _environment() -> dict[str, Any]:
 
 
 def _before_plotly() -> None:
-    """One renderer, so that a figure is stored as data and not as five megabytes of JavaScript."""
+    """Set one renderer, so that a figure is stored as data and not as five megabytes of JavaScript."""
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     if "plotly.io" in sys.modules:
         sys.modules["plotly.io"].renderers.default = os.environ["PLOTLY_RENDERER"]
 
 
 def _before_tables() -> None:
-    """Three significant digits, so that an error of 1e-12 is not shown as zero; texts whole, unknown numbers empty."""
+    """Show three significant digits, so that an error of 1e-12 is not zero; whole texts; unknown numbers as empty cells."""
     pd.set_option("display.float_format", _number_text, "display.max_colwidth", None)
     shell = get_ipython()
     if shell is not None:

@@ -150,7 +150,7 @@ def test_an_interval_that_reaches_the_floor_is_within_it():
 def test_the_bound_in_words():
     assert evaluate.QualityLoss.unknown().bound == "unknown"
     assert evaluate.quality_loss(0.11, 0.1).bound == "+10.00 %, from one case"
-    assert evaluate.quality_loss([0.09, 0.08], [0.1, 0.1]).bound == "at most 0.00 %"
+    assert evaluate.quality_loss([0.09, 0.08], [0.1, 0.1]).bound == "below 0.01 %"
     assert evaluate.quality_loss([0.11, 0.11], [0.1, 0.1]).bound == "at most 10.00 %"
 
 

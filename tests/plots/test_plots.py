@@ -84,7 +84,7 @@ def test_before_after_bars_shows_ratios_to_the_first_row():
         }
     )
     figure = plots.before_after_bars(df)
-    assert [trace.text[1] for trace in figure.data] == ["40<br>2.50× less", "20<br>2.00× more"]
+    assert [trace.text[1] for trace in figure.data] == ["40 · 2.50× less", "20 · 2.00× more"]
     assert [a.text for a in figure.layout.annotations] == ["frame (ms)", "load (ms)"]
     as_json(figure)
     with pytest.raises(WanlabError, match="one numeric column"):

@@ -61,7 +61,8 @@ class QualityLoss:
             return "unknown"
         if self.high_percent is None:
             return f"{_signed(self.percent)} %, from one case"
-        return f"at most {max(self.high_percent, 0.0):.2f} %"
+        high = max(self.high_percent, 0.0)
+        return f"at most {high:.2f} %" if high >= 0.01 else "below 0.01 %"
 
     def row(self) -> dict:
         return {

@@ -72,9 +72,9 @@ class Divergence:
         floor = ""
         if row["floor_name"] is not None and row["verdict"] != "identical":
             times = _times_text(row["ratio_to_noise_floor"])
-            floor = f", {times} the floor of {row['floor']:.4g} ({row['floor_name']})"
+            floor = f", {times} the floor of {row['floor']:.3g} ({row['floor_name']})"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
-        return f"{HOLDS[row['verdict']]}: {row['metric'].upper()}{backbone} {row['mean']:.4g}{floor}"
+        return f"{HOLDS[row['verdict']]}: {row['metric'].upper()}{backbone} {row['mean']:.3g}{floor}"
 
 
 def divergence(

@@ -256,7 +256,8 @@ def before_after(rows: list[dict], **more: list[str]) -> pd.DataFrame:
     for measure in [key for key in rows[0] if key != "variant"]:
         values = [row.get(measure) for row in rows]
         line = {"measure": measure} | {
-            n: "" if v is None else f"{v:,.2f}" for n, v in zip(names, values, strict=True)
+            n: "" if v is None else f"{v:,.0f}" if abs(v) >= 100 else f"{v:.3g}"
+            for n, v in zip(names, values, strict=True)
         }
         for name, value in zip(names[1:], values[1:], strict=True):
             known = values[0] and value

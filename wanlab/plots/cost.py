@@ -331,7 +331,7 @@ def samples_strip(samples: Sequence[Any]) -> go.Figure:
 
 
 def before_after_bars(df: pd.DataFrame) -> go.Figure:
-    """One small panel per measure, one bar per row, with the ratio to the first row.
+    """One panel per measure, one bar per row, with the ratio to the first row.
 
     Args:
         df: the first column names what is compared ("eager", "onnxruntime", ...), the first row is the
@@ -342,35 +342,37 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
         raise WanlabError(
             "before_after_bars needs a column of names, at least one row and one numeric column"
         )
-    across = len(measures) if len(measures) <= 4 else 3
-    down = -(-len(measures) // across)
+    rows = len(measures)
+    height = 50 * rows + 26 * rows * len(df)
     figure = make_subplots(
-        rows=down,
-        cols=across,
+        rows=rows,
+        cols=1,
         subplot_titles=[label(measure) for measure in measures],
-        vertical_spacing=0.45 / down,
-        horizontal_spacing=0.07,
+        vertical_spacing=34 / height if rows > 1 else 0,
     )
     names = [str(name) for name in df.iloc[:, 0]]
-    for index, measure in enumerate(measures):
+    for row, measure in enumerate(measures, 1):
         values = [float(value) for value in df[measure]]
-        place = {"row": index // across + 1, "col": index % across + 1}
         figure.add_bar(
-            x=names,
-            y=values,
+            x=values,
+            y=names,
+            orientation="h",
             text=[_with_ratio(value, values[0]) for value in values],
             textposition="outside",
             cliponaxis=False,
             marker={"color": [colour(name) for name in names]},
-            hovertemplate="%{x}<br>%{text}<extra></extra>",
+            hovertemplate="%{y}: %{text}<extra></extra>",
             showlegend=False,
-            **place,
+            row=row,
+            col=1,
         )
-        top = max((value for value in values if value == value), default=1.0)
-        figure.update_xaxes(showgrid=False, **place)
-        figure.update_yaxes(range=[0, top * 1.3 or 1.0], showticklabels=False, showgrid=False, **place)
-    figure.update_layout(template=theme(), height=60 + 280 * down, margin={"t": 40})
-    figure.update_annotations(font={"size": 13})
+        longest = max((value for value in values if value == value), default=1.0)
+        # Space for the text right of the longest bar.
+        figure.update_xaxes(range=[0, longest * 1.45 or 1.0], row=row, col=1)
+    figure.update_layout(template=theme(), height=height, margin={"t": 30}, bargap=0.2)
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_annotations(font={"size": 13}, x=0, xanchor="left")
     return figure
 
 
@@ -381,7 +383,7 @@ def _with_ratio(value: float, baseline: float) -> str:
     if value == baseline or not value or not baseline:
         return shown
     ratio = baseline / value
-    return f"{shown}<br>{ratio:.2f}× less" if ratio > 1 else f"{shown}<br>{1 / ratio:.2f}× more"
+    return f"{shown} · {ratio:.2f}× less" if ratio > 1 else f"{shown} · {1 / ratio:.2f}× more"
 
 
 def schedule_timeline(df: pd.DataFrame) -> go.Figure:

@@ -42,6 +42,12 @@ for (const table of document.querySelectorAll("table.dataframe")) {
       head.every(row => row.cells[0] && !row.cells[0].textContent.trim() && row.cells[0].colSpan === 1)) {
     [...head, ...rows].forEach(row => { row.cells[0].hidden = true; });
   }
+  // The name of the index takes the empty corner of the head, and not a row of its own.
+  if (head.length === 2 && head[0].cells[0] && !head[0].cells[0].textContent.trim() && head[0].cells.length === head[1].cells.length &&
+      [...head[1].cells].slice(1).every(cell => !cell.textContent.trim())) {
+    head[0].cells[0].textContent = head[1].cells[0].textContent;
+    head.pop().remove();
+  }
   const width = Math.max(0, ...rows.map(row => row.cells.length));
   for (let i = 0; i < width; i++) {
     const cells = rows.map(row => row.cells[i]).filter(cell => cell && cell.tagName === "TD");

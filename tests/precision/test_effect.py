@@ -228,13 +228,13 @@ class Cached(QuantLinear):
 def test_fp32_products_where_the_plan_says_otherwise(narrow, kernels):
     applied = precision.apply_plan(narrow, ffn("fp8"), kernels=kernels)
     at(applied).__class__ = InFloat32
-    fails("computes addmm float32 x float32 where .* is meant: FP32 fallback", narrow, applied)
+    fails("computes addmm float32 x float32 where .* is planned: FP32 fallback", narrow, applied)
 
 
 def test_a_kernel_that_was_not_used(model):
     applied = precision.apply_plan(model, ffn("int8"), kernels="native")
     at(applied).kernel = "simulated"
-    fails(r"computes addmm float32 x float32 where _int_mm is meant", model, applied)
+    fails(r"computes addmm float32 x float32 where _int_mm is planned", model, applied)
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4-weight", "fp8-channel"])

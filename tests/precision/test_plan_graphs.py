@@ -306,7 +306,7 @@ def test_stepped_engines_say_what_is_wrong(model, graphs, recording):
         map(file_bytes, map(graphs.folder.joinpath, graphs.graphs_of("expert_low")))
     )
     feeds = recording.inputs(recording.of("expert_low")[0])
-    with pytest.raises(WanlabError, match="no generation is under way"):
+    with pytest.raises(WanlabError, match="no generation is running"):
         engine.run(feeds)
     with engine.at(3):
         late = engine.run(feeds)["velocity"]

@@ -104,7 +104,7 @@ def load(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_that_was_asked_for_is_quantised(quantized, graphs, name):
     report, wanted = quantized[name], get_format(name)
-    assert report.quantized == report.asked == {name: 60}
+    assert report.quantized == report.requested == {name: 60}
     before, after = load(graphs["expert_high"]), load(report.path)
     counts = Counter(node.op_type for node in after.graph.node)
     pairs = 37 if wanted.activation else 0  # 60 layers, of which 18 + 12 share 6 + 1 inputs
@@ -588,8 +588,8 @@ def test_what_cannot_be_done_is_refused(graphs, calibrations, quantized, folder,
     refused("no range for proj_out", layers=["proj_out", "blocks.0.ffn.net.2"])
     refused("192 inputs, which blocks of 128", format="int4-weight-128")
     refused("no ONNX file", path=folder / "none.onnx")
-    refused("no other .onnx file", out=high)
-    refused("no other .onnx file", out=tmp_path / "x.bin")
+    refused("is the file that is read, or no .onnx file", out=high)
+    refused("is the file that is read, or no .onnx file", out=tmp_path / "x.bin")
     refused("quantised already", path=quantized["fp8"].path)
     assert load(high)
 
@@ -601,11 +601,11 @@ def test_a_layer_that_did_not_come_out_as_asked_is_an_error(quantized):
     layers = [layer.layer for layer in quantized["int8-weight"].layers]
     assert verify(path, dict.fromkeys(layers, get_format("int8-weight"))) == {"int8-weight": 60}
     with pytest.raises(
-        InternalError, match=r"input of blocks.0.attn1.to_. came out as not quantised, asked was int8"
+        InternalError, match=r"input of blocks.0.attn1.to_. came out as not quantised, requested was int8"
     ):
         verify(path, dict.fromkeys(layers, get_format("int8")))
     with pytest.raises(
-        InternalError, match=r"weight of blocks.0.attn1.to_. came out as int8, asked was int4"
+        InternalError, match=r"weight of blocks.0.attn1.to_. came out as int8, requested was int4"
     ):
         verify(path, dict.fromkeys(layers, get_format("int4-weight")))
     with pytest.raises(InternalError, match="written without blocks"):

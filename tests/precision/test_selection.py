@@ -389,14 +389,14 @@ class TestWanNano:
     def test_batched_generations_are_those_of_generate(self, nano, found):
         originals = found[-1]
         for case, truth, made in zip(
-            heldout.load_cases("selection", 2), originals.truths, originals.made, strict=True
+            heldout.load_cases("selection", 2), originals.truths, originals.outputs, strict=True
         ):
             alone = nano.generate(truth[0], case.caption, seed=case.seed, **SIZE)
             assert np.abs(made.video - alone.video).max() < 1e-4
         assert originals.floor_effect < 1e-9
         one = copy.copy(originals.batched)
         one._given = None  # as for pipelines that cannot be batched
-        for made, single in zip(originals.made, one.generate(nano), strict=True):
+        for made, single in zip(originals.outputs, one.generate(nano), strict=True):
             assert np.abs(made.video - single.video).max() < 1e-4
             assert np.abs(made.latents - single.latents).max() < 1e-3
 
@@ -406,9 +406,9 @@ class TestWanNano:
         applied = precision.apply_plan(nano, plan)
         batched = found[-1].batched
         made = batched.generate(applied.model, videos=False)
-        alone = applied.model.generate(**batched.asked[0], output="latent")
+        alone = applied.model.generate(**batched.requests[0], output="latent")
         assert np.abs(made[0].latents - alone.video).max() < 1e-3
-        assert np.abs(made[0].latents - found[-1].made[0].latents).max() > 1e-3
+        assert np.abs(made[0].latents - found[-1].outputs[0].latents).max() > 1e-3
 
     def test_costs_cover_every_linear_layer_and_are_called_counted(self, nano, found):
         costs = found[3]

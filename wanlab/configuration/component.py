@@ -179,11 +179,11 @@ def component_files(
     A lock on the folder lets several runs share it.
 
     Args:
-        folder: of converted networks, of all models and sizes.
+        folder: folder of converted networks, of all models and sizes.
         size: height, width and frames of the clip.
         ranges: layer -> largest magnitude of its input, from a call on the inputs that are measured; plans in PyTorch use
             them. Graphs of a plan are calibrated on random inputs of the same size.
-        seed: of these inputs.
+        seed: seed of these inputs.
     """
     place = files_folder(
         folder, model.spec.name, model.load.weights, str(model.dtype).removeprefix("torch."), size
@@ -258,11 +258,11 @@ class Opened:
     """A component by one candidate, in one range of steps; ready to be called.
 
     Attributes:
-        label: of the candidate, with the steps where the plan changes with them.
+        label: label of the candidate, with the steps where the plan changes with them.
         candidate: what was asked for. engine: what runs it.
         at: enters the range of steps. effect: checks that what was asked for happened, see `check_effect`.
         formats: layer -> format whose codes it multiplies.
-        weight_bytes: of its tensors, or of its files. load_ms: weights into PyTorch and the plan applied, or files into
+        weight_bytes: size of its tensors, or of its files. load_ms: weights into PyTorch and the plan applied, or files into
             an engine. kernels: what multiplies, as far as it is known beforehand.
         plan: its name, with the steps.
     """
@@ -411,8 +411,8 @@ def _effect_of(
 
     def check() -> str:
         sentences = [str(effect_check(model, applied))] if applied is not None else []
-        kind, found = candidate.kind(component), kind_of_label(engine.name)
-        if found is None or found.name != kind.name:
+        kind, used_kind = candidate.kind(component), kind_of_label(engine.name)
+        if used_kind is None or used_kind.name != kind.name:
             raise WanlabError(f"{engine.name} ran instead of {kind.name}")
         if hasattr(engine, "nodes_by_provider"):
             counts = engine.nodes_by_provider().groupby("provider")["nodes"].sum()

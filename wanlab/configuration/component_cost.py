@@ -44,7 +44,7 @@ class ComponentCost:
     Attributes:
         model, component, dtype, device: what was measured, and where. size: height, width and frames of the clip.
         processes: `"one"` or `"each"`.
-        samples: label -> every time of a call. control: of the baseline measured twice.
+        samples: label -> every time of a call. control: A/A control of the baseline measured twice.
         facts: label -> what is known beside the times: engine, plan, configuration, cuda_graph, effect, proof, kernels,
             load_ms, prepare_ms, build_ms, first_call_ms, size_bytes, weights_gib, forward_gib (what one call adds to the
             memory), peak_memory_gib (both), relative_l2, cosine and psnr_db to eager in the baseline's dtype,
@@ -53,7 +53,7 @@ class ComponentCost:
             bound_speedup (Amdahl's, over the baseline), planned_percent, product_speedup, not_compared.
         kernels: longest first: candidate, name, kind, calls, time_ms, share_percent. From a profile after timing.
         products: linear layers timed alone, from `precision.selection.costs.product_times`.
-        operations: of one call. ceilings: of the device.
+        operations: operations of one call. ceilings: ceilings of the device.
         left_out: label -> why it was not measured, in one line.
         selected: plans that were selected by time for this. ranges: what the profiler's ranges cost. None if not asked for.
     """
@@ -194,10 +194,10 @@ def measure_component(
     Args:
         model: registry name or folder.
         component: wanlab's name of it, None for the first expert; only its network is loaded.
-        folder: of converted networks; what is current is reused.
+        folder: folder of converted networks; what is current is reused.
         engines, plans, configurations, cuda_graphs: the candidates, see `component_candidates`; the first is the baseline.
         weights, device, dtype: as `models.load` takes them.
-        height, width, frames: of the clip; the model's defaults if not given.
+        height, width, frames: size of the clip; the model's defaults if not given.
         select_by_time: also two plans selected here by time, see `precision.plans_by_time`.
         profiler_ranges: also what the profiler's ranges cost the expert, see `engines.range_cost`.
         rounds: each takes two times of every candidate.
@@ -205,8 +205,8 @@ def measure_component(
             the baseline again at the end; `"auto"` decides by the memory that is free.
         dynamic_ranges: plans in PyTorch scale every input by itself; else by ranges of one call.
         float32: also compare with eager in float32 on the same weights, where a copy of them fits.
-        threads: of the CPU; PyTorch's own number if not given.
-        seed: of random weights and of the inputs.
+        threads: number of threads of the CPU; PyTorch's own number if not given.
+        seed: seed of random weights and of the inputs.
 
     Raises:
         WanlabError: an unknown component, engine, plan or size; nothing could be measured.
@@ -220,9 +220,9 @@ def measure_component(
             f"{known.name} has no component {component!r}{did_you_mean(component, known.components)}; it has {names}"
         )
     defaults = known.defaults
-    asked = {"height": height, "width": width, "frames": frames}
+    given = {"height": height, "width": width, "frames": frames}
     size: dict[str, Any] = {
-        name: getattr(defaults, name) if value is None else value for name, value in asked.items()
+        name: getattr(defaults, name) if value is None else value for name, value in given.items()
     }
     selected, ranges = None, None
     if select_by_time or profiler_ranges:

@@ -251,10 +251,10 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
         job.on_gpu and engine.path is None
     ):  # PyTorch's own allocator is exact, and the first call also compiles
         _free(job)
-        held = torch.cuda.memory_allocated(job.device) / GIB
+        before_call_gib = torch.cuda.memory_allocated(job.device) / GIB
         with measure.peak_memory(job.device) as memory:
             call()
-        forward_gib = memory.allocated_gib - held
+        forward_gib = memory.allocated_gib - before_call_gib
         peak_gib = weights_gib + forward_gib
     elif before_gib is not None:  # an engine keeps what its first call took
         forward_gib = first.increase_gib
@@ -283,13 +283,13 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
 
 def _distances(job: Job, output: torch.Tensor) -> dict[str, float]:
     """To eager in the dtype of the component, and to eager in float32 where that was computed."""
-    found: dict[str, float] = {}
+    distances: dict[str, float] = {}
     for name, prefix in (("reference", ""), ("float32", "float32_")):
         expected = job.tensor(name)
         if expected is not None:
-            apart = differences(expected, output.to(torch.float32))
-            found |= {f"{prefix}{key}": apart[key] for key in ("relative_l2", "cosine", "psnr_db")}
-    return found
+            distance = differences(expected, output.to(torch.float32))
+            distances |= {f"{prefix}{key}": distance[key] for key in ("relative_l2", "cosine", "psnr_db")}
+    return distances
 
 
 def _kernels(job: Job, opened: Opened, call: Callable[[], None]) -> list[dict[str, Any]]:
@@ -304,10 +304,10 @@ def _kernels(job: Job, opened: Opened, call: Callable[[], None]) -> list[dict[st
         table = kernel_table(by.rename(columns={"operator": "name"}), _kind_of_node)
     else:
         return []
-    rest = table[KERNELS_KEPT:]
+    others = table[KERNELS_KEPT:]
     table = table.head(KERNELS_KEPT).assign(name=lambda rows: rows["name"].str[:NAME_LENGTH])
     rows = table.to_dict("records")
-    for kind, part in rest.groupby("kind"):  # so that the kinds add up
+    for kind, part in others.groupby("kind"):  # so that the kinds add up
         sums = part[["calls", "time_ms", "share_percent"]].sum().to_dict()
         rows.append({"name": f"{len(part)} others", "kind": kind} | sums)
     return rows
@@ -362,7 +362,7 @@ ALONE = ("load_ms", "weights_gib", "forward_gib", "peak_memory_gib")
 
 def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Label -> memory and load time, from a process that holds this candidate alone."""
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for index, candidate in enumerate(job.candidates):
         if candidate.label not in prepared["left_out"]:
             try:
@@ -370,8 +370,8 @@ def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             except WanlabError as error:
                 prepared["left_out"][candidate.label] = _reason(error)
                 continue
-            found |= {row["label"]: {name: row[name] for name in ALONE} for row in rows}
-    return found
+            by_label |= {row["label"]: {name: row[name] for name in ALONE} for row in rows}
+    return by_label
 
 
 def in_processes(job: Job) -> Outcome:
@@ -383,21 +383,21 @@ def in_processes(job: Job) -> Outcome:
         if candidate.label in prepared["left_out"]:
             continue
         try:
-            found = _child(job, prepared, index, rounds=job.rounds)["rows"]
+            child_rows = _child(job, prepared, index, rounds=job.rounds)["rows"]
         except WanlabError as error:
             prepared["left_out"][candidate.label] = _reason(error)
             continue
-        rows += [row | {"prepare_ms": prepared["files"]["prepare_ms"][candidate.label]} for row in found]
+        rows += [row | {"prepare_ms": prepared["files"]["prepare_ms"][candidate.label]} for row in child_rows]
     if not rows:
         return [], {}, None, prepared
     samples: dict[str, Samples] = {}
     again = None
     for row in rows:
-        taken = Samples.from_dict(row.pop("samples"))
+        samples_of_row = Samples.from_dict(row.pop("samples"))
         if row["label"] in samples:
-            again = taken
+            again = samples_of_row
         else:
-            samples[row["label"]] = taken
+            samples[row["label"]] = samples_of_row
     first = next(iter(samples.values()))
     control = (
         AAControl(first, first, 1.0, rows[0]["noise_percent"]) if again is None else control_of(first, again)
@@ -445,9 +445,9 @@ def _measure_only(job: Job) -> dict[str, Any]:
                     label=opened.label,
                 )
             row["pace_ms"] = _pace_ms(job)  # at once, while the GPU is as warm as it was
-            taken = (*control.first.values_ms, *control.second.values_ms)
-            both = Samples(opened.label, taken, control.first.device, control.first.clock)
-            row |= {"samples": both.to_dict(), "noise_percent": control.noise_percent}
+            values_ms = (*control.first.values_ms, *control.second.values_ms)
+            samples = Samples(opened.label, values_ms, control.first.device, control.first.clock)
+            row |= {"samples": samples.to_dict(), "noise_percent": control.noise_percent}
             row["kernel_rows"] = _kernels(job, opened, call)
         rows.append(row)
     return {"rows": rows}

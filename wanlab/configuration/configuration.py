@@ -166,8 +166,8 @@ class Configuration(
             for name, value in own.items():
                 at = ("settings", engine, name)
                 if name not in known:
-                    there = f"it has {', '.join(known)}" if known else "it has none"
-                    yield at, f"{engine} has no setting {name!r}{did_you_mean(name, known)}; {there}"
+                    choices = f"it has {', '.join(known)}" if known else "it has none"
+                    yield at, f"{engine} has no setting {name!r}{did_you_mean(name, known)}; {choices}"
                 elif not isinstance(value, str | int | float | bool):
                     yield at, f"a setting is text, a number, true or false, not {type(value).__name__}"
 

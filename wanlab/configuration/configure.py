@@ -55,8 +55,8 @@ class Configured:
         configuration: what was asked for.
         effect: `"applied"`, `"not applied"`, or `"baseline"` where the configuration changes nothing.
         proof: what the effect check saw, in a sentence or two. kernels: what multiplies.
-        frame: of the plan's effect check: a row per component and format; None without a plan.
-        weight_bytes: of all components as this configuration holds them, or keeps them in its files.
+        frame: table of the plan's effect check: a row per component and format; None without a plan.
+        weight_bytes: size of all components as this configuration holds them, or keeps them in its files.
         prepare_ms: converting, rounding, calibrating, compiling; little where it was done before.
         files: what a fresh process needs to open the same configuration, as JSON values; see `measure_isolated`.
     """
@@ -128,7 +128,7 @@ def missing(
     """What this machine lacks for a configuration: a line for each engine that cannot run here.
 
     Args:
-        components: of the model; None looks at all engines that the configuration names.
+        components: components of the model; None looks at all engines that the configuration names.
         device: that the model is on; None takes a GPU where there is one.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
@@ -176,9 +176,9 @@ def configure(
     Args:
         model: from `wanlab.models.load`, eager; it stays as it is.
         configuration: or its name, or its file.
-        folder: of converted networks and calibrations, of all models and sizes.
-        height, width, frames, steps, guidance_scale: of the videos it is for (pixels, pixels, frames, denoising steps);
-            None takes the model's defaults.
+        folder: folder of converted networks and calibrations, of all models and sizes.
+        height, width, frames, steps, guidance_scale: settings of the videos it is for (pixels, pixels, frames, denoising
+            steps); None takes the model's defaults.
         examples: generations that a plan's inputs are calibrated on: a folder of images with prompts, or what else
             `precision.record_inputs` takes. None takes two of `precision.nano_examples` whatever the model is, with images
             and prompts that suit wan-nano; for another model give some of the kind that it is used for.
@@ -377,11 +377,13 @@ def _open_planned(
 ) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     for name in dict.fromkeys(map(configuration.engine_of, components)):
-        mine = tuple(component for component in components if configuration.engine_of(component) == name)
-        kind, own = _kind_and_settings(configuration, mine[0])
+        own_components = tuple(
+            component for component in components if configuration.engine_of(component) == name
+        )
+        kind, own = _kind_and_settings(configuration, own_components[0])
         options = kind.opening(own)
         provider = options.pop("provider", device.type) if "provider" in kind.open_settings else kind.name
-        engines |= load_plan_engines(folder, provider, components=mine, **options)
+        engines |= load_plan_engines(folder, provider, components=own_components, **options)
     return engines
 
 
@@ -423,17 +425,17 @@ def _check(
     if any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items()):
         checks.append(_compiles(opened.model, settings))
     for name in dict.fromkeys(opened.kinds[component] for component in opened.engines):
-        asked = [component for component in opened.engines if opened.kinds[component] == name]
+        expected = [component for component in opened.engines if opened.kinds[component] == name]
         kind = engine_kind(name)
-        on = sum(_runs_on(opened.model.engines[component], kind) for component in asked)
+        on = sum(_runs_on(opened.model.engines[component], kind) for component in expected)
         sentence = f"{on} of {len(opened.kinds)} networks run in {kind.title}."
-        checks.append(_Check(on == len(asked), sentence))
+        checks.append(_Check(on == len(expected), sentence))
     return checks
 
 
 def _runs_on(label: str, kind: EngineKind) -> bool:
-    found = kind_of_label(label)
-    return found is not None and found.name == kind.name
+    ran = kind_of_label(label)
+    return ran is not None and ran.name == kind.name
 
 
 def _effect(check: Callable[[], Any], components: Collection[str] = ()) -> _Check:

@@ -38,7 +38,7 @@ class Explanation:
         formats: a row per component and format: component, format, layers, weights, size_bytes, bits_per_weight,
             weights_percent, flop_percent; None without a plan.
         missing: what this machine lacks, a line each. checks: what `configure` will check, a sentence each.
-        size: of the videos that files and operations are for: height and width in pixels, frames.
+        size: size of the videos that files and operations are for: height and width in pixels, frames.
     """
 
     configuration: Configuration

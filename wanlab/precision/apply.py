@@ -28,65 +28,66 @@ from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, step_rang
 AS_LOADED = "as-loaded"
 
 
-def asked(assignment: Assignment, component: str) -> pd.DataFrame:
-    """Rows of the assignment, with `wanted`: the format, or `"as-loaded"` where no rule gives another than the network's.
+def requested_formats(assignment: Assignment, component: str) -> pd.DataFrame:
+    """Rows of the assignment, with `requested`: the format, or `"as-loaded"` where no rule gives another than the
+    network's.
 
     Layers that a network keeps in float32 (the timestep's) stay so unless a rule names them.
     """
     rows = assignment.frame[assignment.frame["component"] == component]
 
-    def wanted(row) -> str:
+    def requested(row) -> str:
         kept = pd.isna(row.rule) or assignment.plan.rules[int(row.rule)].format == KEEP
         return AS_LOADED if kept else row.format
 
-    return rows.assign(wanted=[wanted(row) for row in rows.itertuples()])
+    return rows.assign(requested=[requested(row) for row in rows.itertuples()])
 
 
 def replace_layers(
     network, component: str, assignment: Assignment, ranges, native: bool, clock
 ) -> list[dict]:
-    """Put planned layers into a network; a record of every layer."""
+    """Put planned layers into a network. Returns a record of every layer."""
     records = []
-    for layer, rows in asked(assignment, component).groupby("layer", sort=False):
+    for layer, rows in requested_formats(assignment, component).groupby("layer", sort=False):
         original = network.get_submodule(layer)
         variants = {}
         for row in rows.itertuples():
-            if row.wanted not in variants:
-                variants[row.wanted] = _variant(original, row.wanted, layer, ranges, native)
+            if row.requested not in variants:
+                variants[row.requested] = _variant(original, row.requested, layer, ranges, native)
             amax = None if ranges is None else ranges.get(layer)
-            records.append(_record(row, original, variants[row.wanted], amax))
+            records.append(_record(row, original, variants[row.requested], amax))
         if rows["first_step"].notna().any():
             by_band = {
                 step_range_name(band): next(
-                    r.wanted for r in rows.itertuples() if r.first_step <= band[0] <= r.last_step
+                    r.requested for r in rows.itertuples() if r.first_step <= band[0] <= r.last_step
                 )
                 for band in clock.bands
             }
-            made = SteppedLayer(variants, by_band, clock)
+            replacement = SteppedLayer(variants, by_band, clock)
         else:
-            made = next(iter(variants.values()))
-        if made is not original:
+            replacement = next(iter(variants.values()))
+        if replacement is not original:
             parent, _, name = layer.rpartition(".")
             # Kept where numbers are names, as in a Sequential.
-            setattr(network.get_submodule(parent), name, made)
+            setattr(network.get_submodule(parent), name, replacement)
     return records
 
 
-def _variant(original, wanted: str, layer: str, ranges, native: bool):
-    if wanted == AS_LOADED:
+def _variant(original, format_name: str, layer: str, ranges, native: bool):
+    if format_name == AS_LOADED:
         return original
-    if is_float(wanted):
-        dtype = getattr(torch, FLOATS[wanted])
-        return original if original.weight.dtype == dtype else CastLinear(original, wanted, dtype)
-    format = get_format(wanted)
+    if is_float(format_name):
+        dtype = getattr(torch, FLOATS[format_name])
+        return original if original.weight.dtype == dtype else CastLinear(original, format_name, dtype)
+    format = get_format(format_name)
     amax = ranges[layer] if ranges is not None and format.activation is not None else None
     return planned(original, format, native=native, amax=amax)
 
 
-def _record(row, original, made, amax: float | None) -> dict[str, Any]:
+def _record(row, original, replacement, amax: float | None) -> dict[str, Any]:
     before = original.weight
-    same = made is original
-    scaling = "" if same else made.scaling
+    same = replacement is original
+    scaling = "" if same else replacement.scaling
     return {
         "component": row.component,
         "layer": row.layer,
@@ -94,13 +95,15 @@ def _record(row, original, made, amax: float | None) -> dict[str, Any]:
         "format": row.format,
         "first_step": row.first_step,
         "last_step": row.last_step,
-        "kernel": "as loaded" if same else made.kernel,
+        "kernel": "as loaded" if same else replacement.kernel,
         "input": scaling,
         "input_amax": amax if scaling == "static" else None,
-        "note": f"decoded for fewer than {FEWEST_ROWS} rows" if not same and made.kernel == INTEGER else "",
+        "note": f"decoded for fewer than {FEWEST_ROWS} rows"
+        if not same and replacement.kernel == INTEGER
+        else "",
         "weight_before_bytes": before.nbytes,  # replaced where the network was cast
-        "weight_bytes": before.nbytes if same else held_bytes(made),
-        "weight_error_percent": 0.0 if same else _distance(before, made.decoded()),
+        "weight_bytes": before.nbytes if same else held_bytes(replacement),
+        "weight_error_percent": 0.0 if same else _distance(before, replacement.decoded()),
     }
 
 
@@ -125,14 +128,15 @@ class Applied:
 
     Attributes:
         model: generates as any other; the original is as it was, unless the plan was applied in place.
-        assignment: what the plan comes to on this model.
-        kernels: what multiplies, in a sentence.
+        assignment: the plan resolved to one format per layer of this model.
+        kernels: name of what multiplies, in a sentence.
         frame: one row per layer and format: component, layer, kind, format, first_step, last_step (None where nothing
             changes with the step), kernel (`"scaled_mm"`, `"int_mm"`, `"decoded"`, `"simulated"`, `"cast"`, or
             `"as loaded"`), input (how it is scaled: `"static"`, `"per tensor"`, `"per token"`, or `""`), input_amax (of
             the calibration), note (where the kernel is not always the one named), weight_before_bytes, weight_bytes
             (codes and scales), weight_error_percent (distance of the weight from the original's, relative L2).
-        in_place: the original's layers were replaced and freed.
+        in_place: whether the original's layers were replaced and freed.
+        clock: steps of a plan that changes with the step; None where nothing does.
     """
 
     model: Model
@@ -144,7 +148,7 @@ class Applied:
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Inside the block the networks compute as at this step; a generation counts its steps itself.
+        """Inside the block the networks compute as in this step; a generation counts its steps itself.
 
         Raises:
             WanlabError: the plan has no such step.
@@ -176,18 +180,18 @@ def apply_plan(
     """Make a model whose experts compute by a plan.
 
     Weights become the codes and scales of `wanlab.precision.formats`, one layer at a time on their device, and are held
-    as such; what the plan leaves alone is shared with the original. Formats of 8 bits with rounded inputs multiply codes
-    where the GPU can: `torch._scaled_mm` for fp8 and, with a scale per row and output, fp8-channel, from compute
-    capability 8.9 on, `torch._int_mm` for int8. Weight-only formats decode at use. Elsewhere the arithmetic is
+    as such; layers that the plan does not change are shared with the original. Formats of 8 bits with rounded inputs
+    multiply codes where the GPU can: `torch._scaled_mm` for fp8 and, with a scale per row and output, fp8-channel, from
+    compute capability 8.9 on, `torch._int_mm` for int8. Weight-only formats decode at use. Elsewhere the arithmetic is
     simulated: weight and input rounded, the product in the layer's own dtype. Blocks may be compiled afterwards
     (`block.compile()`), with no graph break; every kind of block is a version of its own, and so is every range of steps,
-    so that plans with many want a higher `torch._dynamo.config.recompile_limit`.
+    so that plans with many need a higher `torch._dynamo.config.recompile_limit`.
 
     Args:
         model: from `wanlab.models.load`, the experts eager. Experts that are not loaded are not planned, and a rule for
             them alone fits nothing.
-        plan: or a preset's name, or a file.
-        calibrations: component -> `Calibration`, or layer -> largest magnitude of its input: static scales. A component
+        plan: plan, name of a preset, or file.
+        calibrations: component -> `Calibration`, or layer -> largest magnitude of its input, for static scales. A component
             without one scales every input by itself: per tensor (int8, fp8) or per token (fp8-channel).
         kernels: `"auto"`; `"native"` to multiply codes on the CPU too, as PyTorch can; `"simulated"`.
         in_place: replace the layers of `model` itself and free their weights, so that no expert is held twice. The model
@@ -217,13 +221,13 @@ def apply_plan(
     rows: list[dict[str, Any]] = []
     casts = False
     for component, network in networks.items():
-        twin = network if in_place else shared_copy(network)
+        target = network if in_place else shared_copy(network)
         sizes = {name: network.get_submodule(name).weight.nbytes for name in _layers(assignment, component)}
-        cast = plan.default in FLOATS and _cast(twin, default)
-        made = replace_layers(twin, component, assignment, ranges.get(component), native, clock)
-        rows += [row | {"weight_before_bytes": sizes[row["layer"]]} for row in made]
+        cast = plan.default in FLOATS and _cast(target, default)
+        records = replace_layers(target, component, assignment, ranges.get(component), native, clock)
+        rows += [row | {"weight_before_bytes": sizes[row["layer"]]} for row in records]
         casts |= cast
-        networks[component] = twin
+        networks[component] = target
     frame = pd.DataFrame(rows).astype({"first_step": "Int64", "last_step": "Int64"})
     changed = model if in_place else copy.copy(model)
     pipeline = model.pipeline if in_place else copy.copy(model.pipeline)
@@ -262,8 +266,8 @@ def experts_of(model: Model) -> dict[str, torch.nn.Module]:
 
 
 def _ranges(assignment: Assignment, calibrations: Mapping) -> dict[str, Mapping[str, float]]:
-    """Component -> layer -> largest magnitude, checked."""
-    made: dict[str, Mapping[str, float]] = {}
+    """Component -> layer -> largest magnitude of its input, checked against the assignment."""
+    ranges: dict[str, Mapping[str, float]] = {}
     for component, given in calibrations.items():
         if component not in assignment.components:
             raise WanlabError(
@@ -275,15 +279,15 @@ def _ranges(assignment: Assignment, calibrations: Mapping) -> dict[str, Mapping[
             raise WanlabError(
                 f"the calibration for {component} is one of {given.component}; calibrate {component}"
             )
-        for row in asked(assignment, component).itertuples():
+        for row in requested_formats(assignment, component).itertuples():
             rounds = not is_float(row.format) and get_format(row.format).activation is not None
             if rounds and row.layer not in amax:
                 raise WanlabError(
                     f"no range for the input of {row.layer} in the calibration of {component}; calibrate with this"
                     " layer, or give none to scale every input by itself"
                 )
-        made[component] = amax
-    return made
+        ranges[component] = amax
+    return ranges
 
 
 def _layers(assignment: Assignment, component: str) -> list[str]:
@@ -305,12 +309,12 @@ def _cast(network, dtype: torch.dtype) -> bool:
 
 def _sentence(frame: pd.DataFrame, device, cast: torch.dtype | None) -> str:
     names = dict.fromkeys(frame["kernel"])
-    said = [f"torch._{name}" for name in names if name in ("scaled_mm", "int_mm")]
+    operators = [f"torch._{name}" for name in names if name in ("scaled_mm", "int_mm")]
     where = "the CPU"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
-    parts = [f"{' and '.join(said)} on {where}"] if said else []
+    parts = [f"{' and '.join(operators)} on {where}"] if operators else []
     if "simulated" in names:
         parts.append(f"simulated on {where}: weights and inputs rounded, products in the layer's float")
     if "decoded" in names:

@@ -38,9 +38,9 @@ def quantizable_layers(
     """Every linear and convolution layer of a network, in the order of their names.
 
     Args:
-        tokens: of the video, to count operations of the linear layers: two per multiply-add, for every token
-            (text token for the keys and values of cross-attention, once for the timestep), batch 1.
-        text_tokens: of the prompt, with padding.
+        tokens: number of tokens of the video. With it operations of linear layers are counted: two per multiply-add, for
+            every token (text token for the keys and values of cross-attention, once for the timestep), batch 1.
+        text_tokens: number of tokens of the prompt, with padding.
 
     Returns:
         DataFrame: layer, kind, shape (weight, outputs first), parameters, block (None outside the blocks),
@@ -78,13 +78,13 @@ def choose_layers(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Names of the layers that patterns choose, sorted with numbers as numbers.
+    """Names of the layers that match patterns, sorted with numbers as numbers.
 
     Args:
-        network: or the names to choose from.
+        network: network, or the names to choose from.
         include: names, globs (`blocks.*.ffn.net.2`; `*` crosses dots), or regular expressions after `re:`, which
             must match whole names. None takes `DEFAULT_LAYERS`.
-        exclude: the same, taken away afterwards.
+        exclude: patterns of layers that are left out of these.
 
     Raises:
         WanlabError: a pattern that matches nothing, or nothing left.
@@ -109,12 +109,12 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _layers(network) -> dict[str, torch.nn.Module]:
-    found = {
+    layers = {
         name: module
         for name, module in network.named_modules()
         if name and any(_is(module, kind) for kind in ("Linear", "Conv2d", "Conv3d"))
     }
-    return {name: found[name] for name in sorted(found, key=natural)}
+    return {name: layers[name] for name in sorted(layers, key=natural)}
 
 
 def _is(module, kind: str) -> bool:
@@ -137,23 +137,23 @@ def _matches(pattern: str, known) -> list[str]:
             compiled = re.compile(pattern.removeprefix(REGEX))
         except re.error as error:
             raise WanlabError(f"layer pattern {pattern!r} is no regular expression: {error}") from error
-        found = [name for name in known if compiled.fullmatch(name)]
+        matches = [name for name in known if compiled.fullmatch(name)]
     else:
-        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
+        matches = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+    if not matches:
         raise WanlabError(
             f"no layer matches {pattern!r}{did_you_mean(pattern, known)};"
             " see wanlab.precision.quantizable_layers for the names"
         )
-    return found
+    return matches
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """What a plan comes to on one model.
+    """A plan resolved to one format per layer of one model.
 
     Attributes:
-        plan: that was assigned.
+        plan: plan that was assigned.
         default: the dtype of the networks, resolved: `"bf16"`, `"fp16"` or `"fp32"`.
         frame: one row per layer and range of steps: component, layer, block (None outside the blocks), projection, kind,
             shape (outputs first), parameters, first_step, last_step (inclusive; None where nothing
@@ -187,7 +187,7 @@ class Assignment:
         return list(zip(starts, ends, strict=True))
 
     def explain(self, component: str, layer: str, step: int | None = None) -> str:
-        """Why a layer has its format, in a sentence.
+        """The rule that gives a layer its format, in a sentence.
 
         Raises:
             WanlabError: as `formats`, or no such layer.
@@ -205,8 +205,8 @@ class Assignment:
     def cost(self, tokens: int | None = None, text_tokens: int = 512) -> pd.DataFrame:
         """Weights and work by component and format.
 
-        A layer that changes with the step keeps the weights of each of its formats, and its work is spread over the steps
-        alike. Scales of blocks and channels are counted, biases are not: they stay as they are.
+        A layer that changes with the step keeps the weights of each of its formats, and each step counts the same part of
+        its work. Scales of blocks and channels are counted, biases are not: they stay as they are.
 
         Args:
             tokens, text_tokens: as `quantizable_layers`; without tokens there is no count of operations.
@@ -249,13 +249,13 @@ class Assignment:
 
 
 def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
-    """Hold a plan against a model.
+    """Resolve a plan to one format per layer of a model.
 
     Args:
         plan: from `load_plan`, `make_plan`, or a search.
         model: from `wanlab.models.load`, whose loaded experts count, or component -> network. Rules for an expert that is
-            not loaded wait for it.
-        default: dtype of the networks, for networks without a model and plans that leave it open.
+            not loaded are no mistake.
+        default: dtype of the networks; needed for networks without a model where the plan names none.
 
     Raises:
         WanlabError: a rule that fits no layer, a layer that cannot be in its format, no expert.
@@ -292,8 +292,8 @@ def assign_architecture(
     """A plan on the architecture of a model; no weight is read.
 
     Args:
-        model: registry name, local folder, or what is known of it.
-        default: `"fp32"`, `"fp16"` or `"bf16"` of the networks, where the plan leaves it open; None takes bf16.
+        model: registry name, local folder, or `ModelSpec`.
+        default: dtype of the networks, `"fp32"`, `"fp16"` or `"bf16"`, where the plan names none; None takes bf16.
 
     Raises:
         WanlabError: as `load_plan`, `wanlab.models.get` and `assign`.
@@ -308,7 +308,7 @@ def assign_architecture(
 
 
 def weight_bits(format: str) -> int:
-    """Bits of one weight in a format, floats included; scales apart."""
+    """Bits of one weight in a format, floats included; scales are not counted."""
     return ELEMENT_TYPES[format].bits if is_float(format) else get_format(format).weight.bits
 
 
@@ -325,14 +325,14 @@ def weight_bytes(shape: tuple[int, ...], format: str, scale_bytes: int = 2) -> i
 def _networks(model) -> tuple[dict, list[str]]:
     """The experts by component, and those of the model that are not loaded."""
     if isinstance(model, Mapping):
-        found, absent = dict(model), []
+        networks, absent = dict(model), []
     else:
         experts = [name for name in model.spec.components if name in EXPERTS]
-        found = {name: component_spec(model, name).network for name in experts if name in model.components}
-        absent = [name for name in experts if name not in found]
-    if not found:
+        networks = {name: component_spec(model, name).network for name in experts if name in model.components}
+        absent = [name for name in experts if name not in networks]
+    if not networks:
         raise WanlabError("no expert to assign a plan to; plans are for transformers of a denoising loop")
-    return found, absent
+    return networks, absent
 
 
 def _meant(rule: Rule, networks: Mapping) -> bool:
@@ -385,11 +385,11 @@ def _ranges(plan: Plan, layer: dict, fits: list[set[str]], dtype: str) -> Iterab
         return
     ranges: list[list] = []
     for step in range(plan.num_steps):
-        found = at(step)
-        if ranges and ranges[-1][2:] == [*found]:
+        choice = at(step)
+        if ranges and ranges[-1][2:] == [*choice]:
             ranges[-1][1] = step
         else:
-            ranges.append([step, step, *found])
+            ranges.append([step, step, *choice])
     if len({format for _, _, format, _ in ranges}) == 1 and len(ranges) == 1:
         ranges[0][:2] = [None, None]
     for first, last, format, rule in ranges:
@@ -406,7 +406,9 @@ def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:
     short = sorted(
         {name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in names}, key=natural
     )
-    hint = next((said for glob in rule.layers if (said := did_you_mean(glob, [*short, *names]))), "")
+    hint = next(
+        (hint_text for glob in rule.layers if (hint_text := did_you_mean(glob, [*short, *names]))), ""
+    )
     return (
         f"rule {index} of plan {plan.name} ({rule}) fits no layer{hint};"
         " names are those of wanlab.precision.quantizable_layers"
@@ -415,19 +417,19 @@ def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:
 
 def _sentence(assignment: Assignment, row) -> str:
     when = "" if pd.isna(row.first_step) else f" at steps {row.first_step} to {row.last_step}"
-    said = f"{row.layer} of {row.component} is {row.format}{when}"
+    statement = f"{row.layer} of {row.component} is {row.format}{when}"
     if pd.isna(row.rule):
-        return f"{said} because no rule names it: the plan's default"
+        return f"{statement} because no rule names it: the plan's default"
     rule = assignment.plan.rules[row.rule]
-    return f"{said} because of rule {row.rule} ({rule})" + (f": {rule.note}" if rule.note else "")
+    return f"{statement} because of rule {row.rule} ({rule})" + (f": {rule.note}" if rule.note else "")
 
 
 def _cost(assignment: Assignment, tokens: int | None, text_tokens: int) -> pd.DataFrame:
     frame = assignment.frame
     steps = assignment.plan.num_steps or 1
     spans = (frame["last_step"] - frame["first_step"] + 1).fillna(steps).astype(float) / steps
-    held = frame.assign(part=spans).groupby(["component", "layer", "format"], as_index=False, sort=False)
-    rows = held.agg(shape=("shape", "first"), parameters=("parameters", "first"), part=("part", "sum"))
+    by_format = frame.assign(part=spans).groupby(["component", "layer", "format"], as_index=False, sort=False)
+    rows = by_format.agg(shape=("shape", "first"), parameters=("parameters", "first"), part=("part", "sum"))
     weights = rows["shape"].map(lambda shape: pd.Series(shape).prod())
     rows["weights"] = weights
     rows["size_bytes"] = [

@@ -1,4 +1,4 @@
-"""Ranges of layer inputs for quantization: methods, observers, and a cache that is refused when it is out of date."""
+"""Ranges of layer inputs for quantization: methods, observers, and a cache that is refused where it is out of date."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Histogram:
         return 2.0**self.exponent / BINS
 
     def add(self, other: Histogram) -> None:
-        """Count what the other counted."""
+        """Add the counts of another histogram."""
         exponent = max(self.exponent, other.exponent)
         self.counts = _widened(self, exponent) + _widened(other, exponent)
         self.exponent, self.amax = exponent, max(self.amax, other.amax)
@@ -85,7 +85,7 @@ def histogram_of(tensor: torch.Tensor, elements: int = 2**22) -> Histogram:
     exponent = max(math.frexp(amax)[1], SMALLEST_EXPONENT) if amax else SMALLEST_EXPONENT
     step = max(1, flat.numel() // elements)
     while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:
-        step += 1  # or the same channels would be seen again and again
+        step += 1  # or only some of the channels would be counted
     counts = torch.zeros(BINS, dtype=torch.int64)
     for piece in flat[::step].split(_CHUNK):
         magnitudes = piece.float().abs()
@@ -112,7 +112,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[Observer]:
-        """Inside the block each forward of the network counts as one call, to be ended by `end_call`."""
+        """Inside the block inputs of layers are counted; `end_call` ends the call after each forward of the network."""
         handles = [
             self._network.get_submodule(layer).register_forward_pre_hook(self._hook(layer))
             for layer in self.histograms
@@ -124,7 +124,7 @@ class Observer:
                 handle.remove()
 
     def end_call(self) -> None:
-        """One call of the network is over.
+        """End one call of the network.
 
         Raises:
             WanlabError: a layer was not run.
@@ -150,17 +150,17 @@ class Observer:
         return look
 
     def _of(self, tensor: torch.Tensor) -> Histogram:
-        """The histogram of a tensor; queries, keys and values read the same one, which is counted once."""
-        found = self._seen.get(id(tensor))
-        if found is not None and found[0]() is tensor and found[1] == _version(tensor):
-            return found[2]
+        """The histogram of a tensor. Queries, keys and values read the same tensor, which is counted once."""
+        cached = self._seen.get(id(tensor))
+        if cached is not None and cached[0]() is tensor and cached[1] == _version(tensor):
+            return cached[2]
         histogram = histogram_of(tensor, self._elements)
         self._seen[id(tensor)] = (weakref.ref(tensor), _version(tensor), histogram)
         return histogram
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Changes when a tensor is written to; of inference tensors nothing is known."""
+    """Number that changes when a tensor is written to; -1 of inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -183,8 +183,8 @@ class Method:
     Attributes:
         name: `"max"` (the largest magnitude seen), `"percentile"`, or `"entropy"` (the range whose codes lose least
             information, by the Kullback-Leibler divergence: S. Migacz, 8-bit Inference with TensorRT, GTC 2017).
-        percentile: of the magnitudes that the range covers, with `"percentile"`.
-        levels: codes of one sign, with `"entropy"`: 128 for INT8.
+        percentile: percentage of the magnitudes that the range covers, for `"percentile"`.
+        levels: number of codes of one sign, for `"entropy"`; 128 for INT8.
     """
 
     name: str = "max"
@@ -201,38 +201,38 @@ class Method:
             raise WanlabError(f"percentile is {self.percentile}; give more than 0 and at most 100")
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and what it depends on, without what it does not."""
+        """Its name and the parameters that it uses."""
         uses = {"max": (), "percentile": ("percentile",), "entropy": ("levels",)}[self.name]
         return {key: value for key, value in asdict(self).items() if key == "name" or key in uses}
 
     def amax(self, histogram: Histogram) -> float:
-        """The largest magnitude that the codes reach."""
+        """The largest magnitude that the codes represent."""
         counts = histogram.counts.numpy()
         if self.name == "max" or not counts.sum():
             return histogram.amax
         if self.name == "percentile":
-            found = _percentile(counts, self.percentile) * histogram.bin_width
+            value = _percentile(counts, self.percentile) * histogram.bin_width
         else:
             pairs = counts.reshape(-1, 2).sum(axis=1)  # half the bins, a quarter of the time
-            found = _entropy(pairs, self.levels) * 2 * histogram.bin_width
-        return min(found, histogram.amax)
+            value = _entropy(pairs, self.levels) * 2 * histogram.bin_width
+        return min(value, histogram.amax)
 
 
 def _percentile(counts: np.ndarray, percentile: float) -> float:
     """Bins below which `percentile` of the counts lie, spread evenly inside a bin."""
     total = np.cumsum(counts)
-    wanted = total[-1] * percentile / 100
-    index = int(np.searchsorted(total, wanted))
+    target = total[-1] * percentile / 100
+    index = int(np.searchsorted(total, target))
     below = total[index - 1] if index else 0
-    return index + float(wanted - below) / max(int(counts[index]), 1)
+    return index + float(target - below) / max(int(counts[index]), 1)
 
 
 def _entropy(counts: np.ndarray, levels: int) -> float:
     """Bins up to which the range goes.
 
-    For every range P is the histogram with all that lies outside put on its last bin, and Q what is left of P's
-    inside when it is said in `levels` codes: each code's counts spread over those of its bins that are not empty.
-    The range with the smallest KL(P || Q) is taken.
+    For every range P is the histogram with all counts outside it added to its last bin, and Q the counts inside it after
+    rounding to `levels` codes: each code's counts spread over those of its bins that are not empty. The range with the
+    smallest KL(P || Q) is taken.
     """
     last = int(np.flatnonzero(counts)[-1]) + 1
     if last <= levels:
@@ -254,15 +254,15 @@ def _entropy(counts: np.ndarray, levels: int) -> float:
 
 
 def _divergence(target: np.ndarray, other: np.ndarray) -> float:
-    """KL(P || Q) of two histograms; where only Q is empty it counts as one in a million."""
+    """KL(P || Q) of two histograms; a bin that is empty in Q alone counts as one in a million."""
     p, q = target / target.sum(), other / max(other.sum(), 1e-30)
-    there = p > 0
-    return float(np.sum(p[there] * np.log(p[there] / np.maximum(q[there], 1e-6 / len(p)))))
+    filled = p > 0
+    return float(np.sum(p[filled] * np.log(p[filled] / np.maximum(q[filled], 1e-6 / len(p)))))
 
 
 MEND = "delete it, give another path, or calibrate with force=True"
 
-# Facts of a cache in the order in which differences are named, and what they are called then.
+# Facts of a cache -> their names in messages, in the order in which differences are listed.
 _PARTS = {
     "model": "model",
     "component": "component",
@@ -276,7 +276,7 @@ _PARTS = {
 
 
 class LayerRange(msgspec.Struct, frozen=True):
-    """The range of one layer's input as a cache keeps it: by the method, the largest seen, exponent of the histogram."""
+    """The range of one layer's input in a cache: by the method, the largest value, exponent of the histogram."""
 
     layer: str
     amax: float
@@ -304,7 +304,7 @@ class CalibrationCache(Manifest, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """The cache is its own record."""
+        """The JSON file of the cache, which is at its path."""
         return Path(path)
 
     @property
@@ -339,7 +339,7 @@ def _in_words(value: Any) -> str:
 
 
 def write(path: Path, calibration: Calibration) -> None:
-    """Write a calibration as JSON and, beside it, its histograms as safetensors; whole or not at all."""
+    """Write a calibration as JSON and, beside it, its histograms as safetensors; each file appears when it is complete."""
     if path.suffix != ".json":
         raise WanlabError(f"{path} does not end in .json; a calibration cache does")
     histograms = list(calibration.histograms.values())
@@ -359,16 +359,16 @@ def write(path: Path, calibration: Calibration) -> None:
         calls=calibration.calls,
         tensors=(hashlib.sha256(tensors).hexdigest(), len(tensors)),
     )
-    # The JSON comes last: until it is there, and says their hash, the tensors count for nothing.
+    # The JSON is written last: without it, and the hash in it, the tensors are not read.
     write_bytes(cache.tensors_file, tensors)
     cache.write()
 
 
 def read(path: Path) -> tuple[Calibration, CalibrationCache]:
-    """A calibration from its files, and the record among them.
+    """A calibration from its files, and its record.
 
     Raises:
-        WanlabError: missing, truncated or changed after they were written.
+        WanlabError: files that are missing, truncated or changed after they were written.
     """
     cache = CalibrationCache.read(path)
     if wrong := cache.damage():
@@ -401,8 +401,8 @@ class Identity:
         data: hash of the recorded calls.
         layers: hash of the set of layers.
         method: name and parameters of the method.
-        elements: at most about this many values of a tensor were counted.
-        version: of wanlab.
+        elements: largest number of values of a tensor that were counted, about.
+        version: version of wanlab.
     """
 
     model: str
@@ -416,11 +416,11 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """Hash of all of it."""
+        """Hash of all fields."""
         return key_of(vars(self))
 
     def facts(self, layers: Sequence[str]) -> dict[str, Any]:
-        """All of it, the names of the layers instead of their hash."""
+        """All fields, with the names of the layers instead of their hash."""
         return vars(self) | {"layers": list(layers)}
 
 
@@ -434,8 +434,8 @@ class Calibration:
         histograms: layer -> histogram of the magnitudes of its input over all calls.
         calls: example, step, timestep, sigma and branch of every call, in order.
         call_amax: layer -> largest magnitude in each of them.
-        time_ms: of the pass over the calls, or of reading the cache.
-        cached: read from a cache.
+        time_ms: time of the pass over the calls, or of reading the cache.
+        cached: whether it was read from a cache.
     """
 
     identity: Identity
@@ -522,25 +522,25 @@ def calibrate(
 ) -> Calibration:
     """Ranges of the inputs of a component's layers over the calls that were recorded of it.
 
-    The component computes every recorded call once, as it is, and each layer's input is counted on its device while
-    it passes; nothing but histograms is kept. One pass serves all methods (`Calibration.with_method`).
+    The component computes every recorded call once, without rounding, and each layer's input is counted on its device
+    as it is computed; only histograms are kept. One pass serves all methods (`Calibration.with_method`).
 
     Args:
         model: from `wanlab.models.load`, the component eager.
         component: e.g. `"expert_high"`. Every expert needs its own.
-        recording: from `record_inputs`; of this model.
+        recording: recording of this model, from `record_inputs`.
         layers, exclude: patterns as in `choose_layers`.
         method: `"max"`, `"percentile"` or `"entropy"`, or a `Method`.
-        percentile: of the magnitudes that ranges cover, with that method.
-        elements: count at most about this many values of a tensor, evenly spread; the largest is of all.
-        cache: a `.json` file, with a `.safetensors` file beside it. Read when it is true for the same weights, data,
-            layers and method; written when there is none.
+        percentile: percentage of the magnitudes that ranges cover, for that method.
+        elements: largest number of values of a tensor to count, about, evenly spread; the largest magnitude is of all.
+        cache: a `.json` file, with a `.safetensors` file beside it. It is read where it was made from the same weights,
+            data, layers and method, and written where there is none.
         force: measure again and replace the cache.
         progress: show a bar over the calls.
 
     Raises:
-        WanlabError: a cache that is true for something else (says what), or broken; an unknown component, layer or
-            method; a component that runs on an engine; nothing recorded of it; inputs that are not finite.
+        WanlabError: a cache that was made from something else (the message names it), or is broken; an unknown component,
+            layer or method; a component that runs on an engine; nothing recorded of it; inputs that are not finite.
     """
     begin = time.perf_counter()
     method = method if isinstance(method, Method) else Method(method, percentile=percentile)
@@ -563,13 +563,13 @@ def calibrate(
         version=wanlab.__version__,
     )
     if cache is not None and not force and Path(cache).exists():
-        found, record = read(Path(cache))
+        cached, record = read(Path(cache))
         if changed := record.changed(identity.facts(chosen)):
             raise WanlabError(f"calibration cache {cache} does not fit: {changed}; {MEND}")
-        return replace(found, time_ms=(time.perf_counter() - begin) * 1e3)
+        return replace(cached, time_ms=(time.perf_counter() - begin) * 1e3)
 
     observer = _observe(plan, recording, calls, chosen, elements, progress)
-    made = Calibration(
+    calibration = Calibration(
         identity=identity,
         amax={layer: method.amax(histogram) for layer, histogram in observer.histograms.items()},
         histograms=observer.histograms,
@@ -587,8 +587,8 @@ def calibrate(
         time_ms=(time.perf_counter() - begin) * 1e3,
     )
     if cache is not None:
-        write(Path(cache), made)
-    return made
+        write(Path(cache), calibration)
+    return calibration
 
 
 def calibrate_all(
@@ -602,7 +602,7 @@ def calibrate_all(
 
 
 def read_calibration(path: str | os.PathLike) -> Calibration:
-    """A calibration from its cache, whatever it is true for.
+    """A calibration from its cache, whatever it was made from.
 
     Raises:
         WanlabError: there is none, or it is broken.

@@ -1,4 +1,4 @@
-"""Inputs of a model's experts and the ranges of their layers, recorded once and found again by later runs."""
+"""Inputs of a model's experts and the ranges of their layers, recorded once and reused by later runs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class CalibrationData:
     """Inputs of experts and the ranges of their layers, in a folder of their own.
 
     Attributes:
-        folder: of this model, these weights, examples and settings, and no other.
-        recording: inputs of all experts. ranges: component -> its calibration. files: component -> the file of that.
-        reused: the recording was made by an earlier run.
+        folder: folder of this model with these weights, examples and settings alone.
+        recording: inputs of all experts. ranges: component -> its calibration. files: component -> file of its calibration.
+        reused: whether an earlier run made the recording.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class CalibrationData:
 
     @property
     def parts(self) -> Path:
-        """Where `sensitivity` keeps its parts beside the ranges."""
+        """Folder in which `sensitivity` keeps its parts, beside the ranges."""
         return self.folder / "sensitivity"
 
 
@@ -66,17 +66,17 @@ def keep_inputs(
     progress: bool = True,
     **settings: Any,
 ) -> CalibrationData:
-    """Record the experts' inputs and calibrate on them, or find both as an earlier run left them.
+    """Record the experts' inputs and calibrate on them, or read both where an earlier run made them.
 
-    A lock lets several runs begin together: one records, the others wait and find it done.
+    A lock lets several runs start together: one records, the others wait and read its files.
 
     Args:
         model: from `wanlab.models.load`.
-        cases: as `record_inputs` takes them.
-        folder: of all models and settings; each has a folder in it, named by a hash of what the inputs depend on.
+        cases: cases as `record_inputs` takes them.
+        folder: folder of all models and settings; each has a folder in it, named by a hash of what the inputs depend on.
         components: experts to calibrate; None takes all. All are recorded, as an error is followed through the steps of the
             experts that come later.
-        layers: as `calibrate` takes them; runs that share a folder calibrate the same.
+        layers: layers as `calibrate` takes them; runs that share a folder calibrate the same layers.
         progress: show bars.
         settings: height, width, frames, steps, guidance_scale; None takes the model's default.
 

@@ -1,4 +1,4 @@
-"""Whether a written graph computes an expert as a plan says: read from its nodes and initializers."""
+"""Effect check of a graph: whether it computes an expert by a plan, read from its nodes and initializers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ELEMENT_TYPES
-from wanlab.precision.apply import AS_LOADED, asked
+from wanlab.precision.apply import AS_LOADED, requested_formats
 from wanlab.precision.assignment import Assignment
 from wanlab.precision.check_torch import Effect, Fault, at_step, near, raise_weights, summary
 from wanlab.precision.formats import CODES_OF_ONNX, QuantFormat, decode_weight, encode_weight, get_format
-from wanlab.precision.linear_nodes import OPERATORS, find_sites, sites_of
+from wanlab.precision.linear_nodes import OPERATORS, find_linear_nodes, nodes_of_layers
 from wanlab.precision.plan import FLOATS, is_float
 
 NAMES = {ELEMENT_TYPES[name].onnx[0]: dtype for name, dtype in FLOATS.items()}
@@ -29,14 +29,14 @@ PASSING = ("Cast", "Transpose", "Reshape", "Identity")
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """What comes into a node.
+    """An input of a node.
 
     Attributes:
         kind: `"int8"`, `"int4"`, `"fp8"` behind a DequantizeLinear; empty for a float.
-        dtype: float that it is multiplied in, as PyTorch calls it; empty where the graph does not say.
+        dtype: float that it is multiplied in, by its name in PyTorch; empty where the graph does not state it.
         stored: initializer of the codes or of the float; None where it is computed.
         scale: initializer; None of a float.
-        late: a float initializer that is rounded at every run.
+        late: whether it is a float initializer that is rounded at every run.
     """
 
     kind: str
@@ -61,54 +61,56 @@ def graph_effect_check(
     they are.
 
     Args:
-        assignment: of the plan on the model that the graph was exported from.
-        component: which expert the graph is.
-        onnx_path: a graph of `wanlab.precision.quantize` or with its names: nodes begin with their layer's.
-        step: of a plan that changes with the step: which one the graph is for.
-        source: the float graph it was made from; with it codes are compared with the weights.
+        assignment: assignment of the plan on the model that the graph was exported from.
+        component: expert that the graph computes.
+        onnx_path: graph of `wanlab.precision.quantize`, or one whose nodes' names also begin with their layer's.
+        step: step that the graph is for, of a plan that changes with the step.
+        source: float graph that it was made from; with it codes are compared with the weights.
 
     Returns:
         As `effect_check`; products are nodes with the types of their operands, and there are no kernels.
 
     Raises:
-        WanlabError: a graph of another component, and what `effect_check` fails on.
+        WanlabError: a graph of another component; as `effect_check`.
     """
     path = Path(onnx_path)
     if not path.is_file():
         raise WanlabError(f"no ONNX file at {path}; write it with wanlab.precision.quantize")
     model = onnx_ir.load(path)
-    said = model.metadata_props.get("component", component)
-    if said != component:
-        raise WanlabError(f"{path.name} is a graph of {said}, not of {component}; give its own graph")
+    named = model.metadata_props.get("component", component)
+    if named != component:
+        raise WanlabError(f"{path.name} is a graph of {named}, not of {component}; give its own graph")
     if step is None:
         assignment.formats(component)  # fails where the formats need a step
-    wanted = asked(assignment, component)
-    wanted = wanted if step is None else wanted[at_step(wanted, step)]
+    layers_of_plan = requested_formats(assignment, component)
+    layers_of_plan = layers_of_plan if step is None else layers_of_plan[at_step(layers_of_plan, step)]
     nodes: dict[str, list] = {}
     for node in model.graph:
         if node.op_type in OPERATORS and "/" in (node.name or ""):
             nodes.setdefault(node.name.partition("/")[0], []).append(node)
-    missing = [r.layer for r in wanted.itertuples() if r.wanted != AS_LOADED and r.layer not in nodes]
+    missing = [
+        r.layer for r in layers_of_plan.itertuples() if r.requested != AS_LOADED and r.layer not in nodes
+    ]
     if missing:
         raise WanlabError(
             f"plan {assignment.plan.name}: {path.name} has no node of {missing[0]}"
             f"{f' and of {len(missing) - 1} more layers' if missing[1:] else ''}: the name matches none of its layers;"
             " export the graph again"
         )
-    weights = _weights_of(source, [r.layer for r in wanted.itertuples() if r.wanted != AS_LOADED])
+    weights = _weights_of(source, [r.layer for r in layers_of_plan.itertuples() if r.requested != AS_LOADED])
     rows: list[dict[str, Any]] = []
     faults: list[Fault] = []
-    for row in wanted.itertuples():
+    for row in layers_of_plan.itertuples():
         if row.layer not in nodes:
             continue  # as loaded: folded away, or without a constant weight
-        found, wrong = _read(nodes[row.layer], row, assignment, weights)
+        facts, wrong = _read(nodes[row.layer], row, assignment, weights)
         rows.append(
             {
                 "component": component,
                 "layer": row.layer,
-                "format": row.wanted,
+                "format": row.requested,
                 "found": wrong is None,
-                **found,
+                **facts,
             }
         )
         if wrong is not None:
@@ -126,40 +128,44 @@ def graph_effect_check(
 
 
 def _read(nodes: list, row, assignment: Assignment, weights: Mapping) -> tuple[dict, tuple[str, str] | None]:
-    """What a layer's nodes take, and kind and words of what is wrong with it."""
+    """Operands of a layer's nodes; and kind and message of a fault, None without one."""
     name = (
-        FLOATS[row.format] if is_float(row.format) and row.wanted != AS_LOADED else FLOATS[assignment.default]
+        FLOATS[row.format]
+        if is_float(row.format) and row.requested != AS_LOADED
+        else FLOATS[assignment.default]
     )
-    held, products, size, wrong = [], [], 0, None
+    kinds, products, size, wrong = [], [], 0, None
     for node in nodes:
         left, right = operand(node.inputs[0]), operand(node.inputs[1])
         for value in (right.stored, right.scale):
             size += value.const_value.nbytes if value is not None else 0
-        held.append(right.kind or right.dtype)
+        kinds.append(right.kind or right.dtype)
         products.append(f"{node.op_type} {left.kind or left.dtype or 'float'} x {right.kind or right.dtype}")
         wrong = wrong or _fault(node, left, right, row, name, weights.get(row.layer))
-    found = {
-        "held": ", ".join(dict.fromkeys(held)),
+    facts = {
+        "held": ", ".join(dict.fromkeys(kinds)),
         "weight_before_bytes": None,
         "weight_bytes": size,
         "product": ", ".join(dict.fromkeys(products)),
     }
-    return found, wrong
+    return facts, wrong
 
 
 def _fault(node, left: Operand, right: Operand, row, dtype: str, weight) -> tuple[str, str] | None:
-    quantised = row.wanted != AS_LOADED and not is_float(row.wanted)
+    quantised = row.requested != AS_LOADED and not is_float(row.requested)
     # diffusers keeps the timestep's embedder in float32 whatever the rest is in.
-    kept = "time_embedder" in row.layer and (row.wanted == AS_LOADED or quantised)
+    kept = "time_embedder" in row.layer and (row.requested == AS_LOADED or quantised)
     if right.dtype and right.dtype != dtype and not (kept and right.dtype == "float32"):
-        said = f"computes in {right.dtype}, where the plan asks for {row.wanted if not quantised else dtype}"
-        return ("fp32", f"{said}: FP32 fallback") if right.dtype == "float32" else ("wrong", said)
+        message = (
+            f"computes in {right.dtype}, where the plan asks for {row.requested if not quantised else dtype}"
+        )
+        return ("fp32", f"{message}: FP32 fallback") if right.dtype == "float32" else ("wrong", message)
     if not quantised:
         for which, side in (("weight", right), ("input", left)):
             if side.kind:
-                return "wrong", f"has its {which} in {side.kind}, though the plan asks for {row.wanted}"
+                return "wrong", f"has its {which} in {side.kind}, though the plan asks for {row.requested}"
         return None
-    format = get_format(row.wanted)
+    format = get_format(row.requested)
     if right.late:
         return (
             "dequantised",
@@ -178,13 +184,15 @@ def _fault(node, left: Operand, right: Operand, row, dtype: str, weight) -> tupl
 
 
 def _float_fault(node, right: Operand, format: QuantFormat, weight) -> tuple[str, str]:
-    """A float where codes were asked for: what is it?"""
+    """Fault of a layer whose weight is a float where the plan asks for codes."""
     if right.stored is None:
         return "wrong", f"computes its weight, where the plan asks for {format.name}"
-    held = _values(node, right)
-    if weight is None or not torch.equal(held, weight):
-        fresh = decode_weight(*encode_weight(held, format.weight, held.dtype), format.weight, held.dtype)
-        if near(fresh, held):
+    values = _values(node, right)
+    if weight is None or not torch.equal(values, weight):
+        fresh = decode_weight(
+            *encode_weight(values, format.weight, values.dtype), format.weight, values.dtype
+        )
+        if near(fresh, values):
             return (
                 "dequantised",
                 f"holds {right.dtype}, though its values are those of {format.name}: it was dequantised once",
@@ -194,22 +202,22 @@ def _float_fault(node, right: Operand, format: QuantFormat, weight) -> tuple[str
 
 def _codes_fault(node, right: Operand, format: QuantFormat, weight) -> tuple[str, str] | None:
     codes, scale = encode_weight(weight, format.weight, getattr(torch, right.dtype or "float32"))
-    held = _values(node, right)
+    codes_values = _values(node, right)
     steps = torch.from_numpy(np.array(right.scale.const_value.numpy(), dtype=np.float32))
     # Sorted, as scales of blocks lie transposed in some nodes.
     alike = torch.equal(steps.flatten().sort().values, scale.float().flatten().sort().values)
-    if alike and torch.equal(held, codes.float()):
+    if alike and torch.equal(codes_values, codes.float()):
         return None
-    if steps.numel() == 1 and torch.equal(held * steps, weight.float()):
+    if steps.numel() == 1 and torch.equal(codes_values * steps, weight.float()):
         return (
             "no-op",
-            f"is said to be {format.name}, but its weight is bitwise the original's: nothing was rounded",
+            f"has the format {format.name}, but its weight is bitwise the original's: nothing was rounded",
         )
     return "wrong", f"holds codes that are not the original's weight in {format.name}"
 
 
 def operand(value: onnx_ir.Value | None) -> Operand:
-    """What a value is, looked for behind casts and changes of form."""
+    """The operand that a value is, behind casts and changes of form."""
     dtype = ""
     while value is not None:
         node = value.producer()
@@ -245,7 +253,7 @@ def _name(dtype) -> str:
 
 
 def _values(node, right: Operand) -> torch.Tensor:
-    """Stored numbers of a weight in float32, outputs first."""
+    """Stored values of a weight in float32, outputs first."""
     tensor = right.stored.const_value
     value = torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32))
     if hasattr(tensor, "release"):
@@ -259,15 +267,15 @@ def _values(node, right: Operand) -> torch.Tensor:
 
 
 def _weights_of(source, layers: list[str]) -> dict[str, torch.Tensor]:
-    """Layer -> weight of the float graph, in float32, outputs first; read one by one when asked."""
+    """Layer -> weight of the float graph, in float32, outputs first; read one by one when used."""
     if source is None:
         return {}
-    sites = sites_of(find_sites(onnx_ir.load(source).graph), layers, Path(source).name)
-    return _Lazy(sites)
+    linears = nodes_of_layers(find_linear_nodes(onnx_ir.load(source).graph), layers, Path(source).name)
+    return _Lazy(linears)
 
 
 class _Lazy(dict):
-    """Weights read at each look, so that a large graph is never held whole."""
+    """Weights that are read at each access, so that a large graph is never in memory as a whole."""
 
     def get(self, layer, default=None):
         return self[layer][0].weight() if layer in self else default

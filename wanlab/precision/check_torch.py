@@ -18,14 +18,14 @@ from wanlab.core.errors import WanlabError
 from wanlab.export.components import component_spec, default_shape
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
-from wanlab.precision.apply import AS_LOADED, Applied, asked, experts_of, held_bytes
+from wanlab.precision.apply import AS_LOADED, Applied, experts_of, held_bytes, requested_formats
 from wanlab.precision.assignment import Assignment
 from wanlab.precision.formats import CODE_KINDS, QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.quant_linear import FEWEST_ROWS, CastLinear, QuantLinear
 from wanlab.precision.steps import SteppedLayer
 
-_NO_OP = "is said to be {}, but its weight is bitwise the original's: nothing was rounded"
+_NO_OP = "has the format {}, but its weight is bitwise the original's: nothing was rounded"
 
 
 @dataclass(frozen=True)
@@ -33,68 +33,79 @@ class LayerState:
     """One layer as it is in memory.
 
     Attributes:
-        layer: its name. wanted: format, or `"as-loaded"`.
-        dtype: of the tensor that holds the weight.
-        weight_before_bytes: of the original; None where there is no original to read. weight_bytes: as held, scales
-            included.
-        fault: kind of what is wrong (`"unquantised"`, `"dequantised"`, `"fp32"`, `"no-op"`, `"wrong"`), empty if nothing.
-        said: what is wrong with it, without the layer's name.
+        layer: name of the layer. format: its format, or `"as-loaded"`.
+        dtype: dtype of the tensor that holds the weight.
+        weight_before_bytes: size of the original; None where there is no original to read. weight_bytes: size in
+            memory, scales included.
+        fault: kind of the fault (`"unquantised"`, `"dequantised"`, `"fp32"`, `"no-op"`, `"wrong"`), empty without one.
+        message: what is wrong, without the layer's name.
     """
 
     layer: str
-    wanted: str
+    format: str
     dtype: str
     weight_before_bytes: int | None
     weight_bytes: int
     fault: str = ""
-    said: str = ""
+    message: str = ""
 
 
-def read_held(
-    module: torch.nn.Module, layer: str, wanted: str, dtype: torch.dtype, original=None
+def read_layer(
+    module: torch.nn.Module, layer: str, format_name: str, dtype: torch.dtype, original=None
 ) -> LayerState:
-    """Read one layer.
+    """The state of one layer.
 
     Args:
-        module: that stands for it now.
-        wanted: its format in the plan, or `"as-loaded"`.
-        dtype: that its weight has where the plan leaves it alone.
+        module: module that computes the layer now.
+        format_name: its format in the plan, or `"as-loaded"`.
+        dtype: dtype of its weight where the plan does not change it.
         original: weight of the layer before the plan; None if it is gone.
     """
     quantised = isinstance(module, QuantLinear)
     tensor = module.codes if quantised else module.weight
-    asked = "" if wanted == AS_LOADED or is_float(wanted) else wanted
-    if asked and quantised and tensor.dtype == _dtype(get_format(asked).weight.codes.held):
-        fault, said = _codes_fault(module, get_format(asked), original)
-    elif asked:
-        held = tensor if not quantised else module.decoded()
-        fault, said = _float_fault(held.detach(), tensor.dtype, get_format(asked), dtype, original)
+    codes_format = "" if format_name == AS_LOADED or is_float(format_name) else format_name
+    if codes_format and quantised and tensor.dtype == _dtype(get_format(codes_format).weight.codes.held):
+        fault, message = _codes_fault(module, get_format(codes_format), original)
+    elif codes_format:
+        values = tensor if not quantised else module.decoded()
+        fault, message = _float_fault(
+            values.detach(), tensor.dtype, get_format(codes_format), dtype, original
+        )
         if quantised and fault == "unquantised":
-            fault, said = "no-op", _NO_OP.format(asked)
+            fault, message = "no-op", _NO_OP.format(codes_format)
     elif quantised:
-        fault, said = "wrong", f"is {module.format}, though the plan asks for {_called(wanted, dtype)}"
+        fault, message = (
+            "wrong",
+            f"is {module.format}, though the plan asks for {_called(format_name, dtype)}",
+        )
     else:
-        kind = dtype if wanted == AS_LOADED else _dtype(FLOATS[wanted])
-        fault, said = _dtype_fault(tensor.dtype, kind, wanted)
+        kind = dtype if format_name == AS_LOADED else _dtype(FLOATS[format_name])
+        fault, message = _dtype_fault(tensor.dtype, kind, format_name)
         if not fault and original is not None and not _same(tensor, original.to(kind)):
-            fault, said = (
+            fault, message = (
                 "wrong",
                 "has another weight than the original, though its format only rounds to a float",
             )
     hidden = _hidden(module) if quantised or isinstance(module, CastLinear) else 0
     if not fault and hidden:
-        fault, said = (
+        fault, message = (
             "dequantised",
-            f"keeps {hidden:,} bytes of floats beside its {wanted} codes: it was dequantised once at load",
+            f"keeps {hidden:,} bytes of floats beside its {format_name} codes: it was dequantised once at load",
         )
     before = None if original is None else original.nbytes
     return LayerState(
-        layer, wanted, str(tensor.dtype).removeprefix("torch."), before, held_bytes(module), fault, said
+        layer,
+        format_name,
+        str(tensor.dtype).removeprefix("torch."),
+        before,
+        held_bytes(module),
+        fault,
+        message,
     )
 
 
 def _codes_fault(module, format: QuantFormat, original) -> tuple[str, str]:
-    """Codes of the right dtype: do they stand for the original's weight, by the format's definition?"""
+    """Fault of codes of the right dtype that do not encode the original's weight by the format's definition."""
     scales = {"tensor": 0, "channel": 1, "block": 2}[format.weight.granularity]
     blocks = module.shape[1] // format.weight.block if format.weight.block else None
     if module.scale.ndim != scales or (blocks and module.scale.shape[-1] != blocks):
@@ -104,19 +115,23 @@ def _codes_fault(module, format: QuantFormat, original) -> tuple[str, str]:
         )
     if original is None:
         return "", ""
-    held, weight = module.decoded(), original.detach().to(module.dtype)
+    decoded, weight = module.decoded(), original.detach().to(module.dtype)
     fresh = decode_weight(*encode_weight(weight, format.weight, module.dtype), format.weight, module.dtype)
-    if torch.equal(held, fresh):
+    if torch.equal(decoded, fresh):
         return "", ""
-    if torch.equal(held, weight):
+    if torch.equal(decoded, weight):
         return "no-op", _NO_OP.format(format.name)
     return "wrong", f"holds codes that are not the original's weight in {format.name}"
 
 
-def _float_fault(held, kept, format: QuantFormat, dtype, original) -> tuple[str, str]:
-    """A float where codes were asked for: what is it?"""
+def _float_fault(values, kept, format: QuantFormat, dtype, original) -> tuple[str, str]:
+    """Fault of a layer whose weight is a float where the plan asks for codes."""
     name = str(kept).removeprefix("torch.")
-    if original is not None and held.dtype.is_floating_point and torch.equal(held.float(), original.float()):
+    if (
+        original is not None
+        and values.dtype.is_floating_point
+        and torch.equal(values.float(), original.float())
+    ):
         if kept == torch.float32 and dtype != torch.float32:
             return "fp32", f"is held in float32, where the plan asks for {format.name}: FP32 fallback"
         return (
@@ -125,8 +140,8 @@ def _float_fault(held, kept, format: QuantFormat, dtype, original) -> tuple[str,
         )
     if not kept.is_floating_point or kept.itemsize < 2:
         return "wrong", f"is held in {name}, where the plan asks for {format.name}"
-    fresh = decode_weight(*encode_weight(held, format.weight, held.dtype), format.weight, held.dtype)
-    if near(fresh, held):
+    fresh = decode_weight(*encode_weight(values, format.weight, values.dtype), format.weight, values.dtype)
+    if near(fresh, values):
         return (
             "dequantised",
             f"is held in {name}, though its values are those of {format.name}: it was dequantised once at load",
@@ -137,28 +152,31 @@ def _float_fault(held, kept, format: QuantFormat, dtype, original) -> tuple[str,
 
 
 def near(first, second) -> bool:
-    """Equal to the last bits of every value: a scale found again from rounded values may differ in its last bit."""
+    """Whether values are equal but for their last bit: a scale computed again from rounded values may differ in it."""
     slack = 1.5 * torch.finfo(second.dtype).eps
     return bool(((first.float() - second.float()).abs() <= slack * second.float().abs()).all())
 
 
-def _dtype_fault(found: torch.dtype, wanted: torch.dtype, format: str) -> tuple[str, str]:
-    if found == wanted:
+def _dtype_fault(dtype: torch.dtype, expected: torch.dtype, format_name: str) -> tuple[str, str]:
+    if dtype == expected:
         return "", ""
-    name = str(found).removeprefix("torch.")
-    if found == torch.float32:
-        return "fp32", f"is held in float32, where the plan asks for {_called(format, wanted)}: FP32 fallback"
-    return "wrong", f"is held in {name}, where the plan asks for {_called(format, wanted)}"
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        return (
+            "fp32",
+            f"is held in float32, where the plan asks for {_called(format_name, expected)}: FP32 fallback",
+        )
+    return "wrong", f"is held in {name}, where the plan asks for {_called(format_name, expected)}"
 
 
 def _hidden(module) -> int:
-    """Bytes of float tensors of a weight's size that hang on a layer outside its codes."""
+    """Bytes of float tensors of a weight's size that a layer holds beside its codes."""
     known = {id(getattr(module, name, None)) for name in ("codes", "scale", "bias", "input_scale", "weight")}
-    there = {**vars(module), **module._parameters, **module._buffers}
+    tensors = {**vars(module), **module._parameters, **module._buffers}
     size = math.prod(module.shape)
     return sum(
         tensor.nbytes
-        for tensor in there.values()
+        for tensor in tensors.values()
         if isinstance(tensor, torch.Tensor)
         and id(tensor) not in known
         and tensor.dtype.itemsize > 1
@@ -170,8 +188,10 @@ def _same(first, second) -> bool:
     return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
-def _called(wanted: str, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}, as it was loaded" if wanted == AS_LOADED else wanted
+def _called(format_name: str, dtype: torch.dtype) -> str:
+    return (
+        f"{str(dtype).removeprefix('torch.')}, as it was loaded" if format_name == AS_LOADED else format_name
+    )
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -180,18 +200,18 @@ def _dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with one layer: `kind` as in `Held.fault`, `said` without the layer's name."""
+    """A fault of one layer: `kind` as `LayerState.fault`, `message` without the layer's name."""
 
     component: str
     layer: str
     kind: str
-    said: str
+    message: str
 
 
 def raise_weights(
     assignment: Assignment, rows: list[dict], faults: list[Fault], remedy: str | None = None
 ) -> None:
-    """The faults that only show over many layers, then the first of the others; `remedy` for layers left as they were."""
+    """Raise the faults that concern a whole expert, then the first of the others; `remedy` ends the message."""
     name, default = assignment.plan.name, f"torch.{FLOATS[assignment.default]}"
     changes = [row for row in rows if row["format"] != AS_LOADED]
     recast = any(row["weight_before_bytes"] not in (None, row["weight_bytes"]) for row in rows)
@@ -206,26 +226,26 @@ def raise_weights(
     untouched = [component for component, missing in by_component.items() if all(missing)]
     if untouched and len(untouched) == len(by_component):
         raise WanlabError(
-            f"plan {name} changed nothing: none of its {len(changes)} layers in {', '.join(untouched)} is held as asked;"
+            f"plan {name} changed nothing: none of its {len(changes)} layers in {', '.join(untouched)} is in its format;"
             f" {remedy or _REMEDIES['unquantised']}"
         )
     if untouched:
         done = [component for component in by_component if component not in untouched]
         raise WanlabError(
             f"plan {name}: only {', '.join(done)} was quantised; none of {len(by_component[untouched[0]])} layers of"
-            f" {', '.join(untouched)} is held as asked; apply the plan to every expert it names"
+            f" {', '.join(untouched)} is in its format; apply the plan to every expert it names"
         )
     raise_first(name, faults, remedy)
 
 
 def raise_first(name: str, faults: list[Fault], remedy: str | None = None) -> None:
-    """The first fault as an error, with how many there are like it; nothing without one."""
+    """Raise the first fault as an error, with the number of faults like it; nothing without one."""
     if not faults:
         return
     first = faults[0]
     alike = sum(fault.kind == first.kind for fault in faults) - 1
     raise WanlabError(
-        f"plan {name}: {first.layer} of {first.component} {first.said}"
+        f"plan {name}: {first.layer} of {first.component} {first.message}"
         f"{f' ({alike} more like it)' if alike else ''}; {remedy or _REMEDIES[first.kind]}"
     )
 
@@ -236,7 +256,7 @@ _REMEDIES = {
     "fp32": "load the model in the plan's dtype, and look for a cast that was left in",
     "no-op": "the quantiser does nothing: give it the format's scale and rounding",
     "wrong": "apply the plan again to the model as it was loaded",
-    "product": "look at applied.frame for the kernel that was meant",
+    "product": "see applied.frame for the kernel that was planned",
 }
 
 
@@ -267,9 +287,9 @@ class Product:
 
     Attributes:
         operator: e.g. `"_scaled_mm"`. left, right: dtypes of input and weight as they are multiplied.
-        rows: of the input.
-        few: every value of the input is one of at most 256 (of the first row, where rows have scales of their own).
-        decoded: the weight is, bitwise, what the layer's codes stand for.
+        rows: number of rows of the input.
+        few: whether every value of the input is one of at most 256 (of the first row, where rows have scales of their own).
+        decoded: whether the weight is, bitwise, the one that the layer's codes encode.
     """
 
     operator: str
@@ -284,11 +304,11 @@ class Product:
 
 
 class _ProductWatch(TorchDispatchMode):
-    """Notes the products of layers while they run.
+    """Records the products of layers while they run.
 
     Args:
         layers: name -> module. running: names of the layers that run now, the innermost last.
-        seen: layer -> its products, which grow.
+        seen: layer -> its products; the watch appends to them.
     """
 
     def __init__(
@@ -309,11 +329,11 @@ class _ProductWatch(TorchDispatchMode):
 
 
 def watch(call: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> dict[str, list[Product]]:
-    """Run a forward and note what every layer multiplies; compiled parts run eagerly meanwhile.
+    """Run a forward and record what every layer multiplies; compiled parts run eagerly meanwhile.
 
     Args:
-        call: one forward.
-        layers: name -> module, of those to note.
+        call: function that runs one forward.
+        layers: name -> module of the layers to record.
 
     Returns:
         Layer -> its products, in order; empty for a layer that was not called.
@@ -328,7 +348,7 @@ def watch(call: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> 
 
 
 def kernels(call: Callable[[], object], device: torch.device) -> pd.DataFrame:
-    """Kernels of one forward by the operator that launched them; the profiler's times are not to be quoted as latency.
+    """Kernels of one forward by the operator that launched them; times under the profiler are no latencies.
 
     Returns:
         DataFrame: operator, kernel (on the CPU the operator itself), calls, share_percent (of the time of these kernels).
@@ -347,8 +367,8 @@ def kernels(call: Callable[[], object], device: torch.device) -> pd.DataFrame:
         operator = event.name.removeprefix("aten::")
         if not event.name.startswith("aten::") or operator not in PRODUCTS or operator == "linear":
             continue
-        found = _kernels(event) if on_gpu else [(operator, event.time_range.elapsed_us())]
-        for name, duration in found:
+        launched = _kernels(event) if on_gpu else [(operator, event.time_range.elapsed_us())]
+        for name, duration in launched:
             counts[operator, name] += 1
             times[operator, name] += duration
     total = sum(times.values()) or 1.0
@@ -376,12 +396,12 @@ def small_forward(model: Model, component: str):
     return lambda: plan.reference(*inputs)
 
 
-def product_fault(module, wanted: str, kernel: str, products: list[Product]) -> tuple[str, str] | None:
-    """Kind and words of what is wrong with how a layer multiplied; None if nothing is."""
+def product_fault(module, format_name: str, kernel: str, products: list[Product]) -> tuple[str, str] | None:
+    """Kind and message of a fault in a layer's products; None without one."""
     if not products:
         return (
             None
-            if wanted == AS_LOADED
+            if format_name == AS_LOADED
             else ("product", "was not called in a forward, so its format has no effect")
         )
     for product in products:
@@ -390,44 +410,46 @@ def product_fault(module, wanted: str, kernel: str, products: list[Product]) -> 
         elif kernel in EXPECTED:
             operator, kind = EXPECTED[kernel]
         else:
-            operator, kind = None, _float_of(module, wanted)
+            operator, kind = None, _float_of(module, format_name)
         if {product.left, product.right} != {kind}:
             fallback = "float32" in (product.left, product.right)
-            said = f"computes {product} where {operator or kind} is meant" + (
+            message = f"computes {product} where {operator or kind} is planned" + (
                 ": FP32 fallback" if fallback else ""
             )
-            return ("fp32" if fallback else "product"), said
+            return ("fp32" if fallback else "product"), message
         if operator and product.operator != operator:
-            return "product", f"computes {product} where {operator} is meant"
+            return "product", f"computes {product} where {operator} is planned"
         if operator is None and not product.decoded:
             return "no-op", "multiplies with another weight than the one that it holds"
         if operator is None and getattr(module, "activation", None) is not None and not product.few:
-            return "no-op", f"takes its input as it comes, where {wanted} rounds it to codes"
+            return "no-op", f"takes its input as it comes, where {format_name} rounds it to codes"
     return None
 
 
-def _float_of(module, wanted: str) -> str:
-    """The float that a layer's product is meant to be in."""
-    kind = module.weight.dtype if wanted == AS_LOADED or is_float(wanted) else module.dtype
+def _float_of(module, format_name: str) -> str:
+    """The float that a layer's product is planned in."""
+    kind = module.weight.dtype if format_name == AS_LOADED or is_float(format_name) else module.dtype
     return str(kind).removeprefix("torch.")
 
 
 def _kernels(event) -> list[tuple[str, float]]:
     """Kernels of an operator and of what it calls."""
-    found = [(kernel.name, kernel.duration) for kernel in event.kernels]
+    kernels_of_event = [(kernel.name, kernel.duration) for kernel in event.kernels]
     for child in event.cpu_children:
-        found += _kernels(child)
-    return [(name, duration) for name, duration in found if not name.startswith(("Memcpy", "Memset"))]
+        kernels_of_event += _kernels(child)
+    return [
+        (name, duration) for name, duration in kernels_of_event if not name.startswith(("Memcpy", "Memset"))
+    ]
 
 
 @contextmanager
 def _named(layers: Mapping[str, torch.nn.Module], running: list[str]) -> Iterator[None]:
-    """Inside the block `running` ends with the name of the innermost of these layers that is under way."""
+    """Inside the block `running` ends with the name of the innermost of these layers that is running."""
     with ExitStack() as stack:
         for name, module in layers.items():
             before = module.register_forward_pre_hook(lambda module, args, name=name: running.append(name))
             after = module.register_forward_hook(
-                lambda module, args, made: running.pop() and None, always_call=True
+                lambda module, args, output: running.pop() and None, always_call=True
             )
             stack.callback(before.remove), stack.callback(after.remove)
         yield
@@ -449,15 +471,15 @@ def _product(name: str, args: tuple, module) -> Product:
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """What was found of a plan.
+    """Result of an effect check.
 
     Attributes:
-        verdict: one sentence.
+        verdict: result in one sentence.
         frame: one row per component and format: component, format (`"as-loaded"` where the plan changes nothing),
             layers_asked, layers_found, weight_before_bytes, weight_bytes, held (dtypes of the weights in memory), products
             (operators with the dtypes of their operands; of a graph its nodes), kernels (on a GPU, most time first).
         layers: one row per layer and format: component, layer, format, held, weight_before_bytes, weight_bytes, product.
-        kernels: of one forward: component, operator, kernel, calls, share_percent; empty without a profile.
+        kernels: kernels of one forward: component, operator, kernel, calls, share_percent; empty without a profile.
     """
 
     verdict: str
@@ -470,22 +492,22 @@ class Effect:
 
 
 def effect_check(original: Model | None, applied: Applied, *, profile: bool | None = None) -> Effect:
-    """Prove that a plan did what it says, or fail.
+    """Prove that a plan was applied, or fail.
 
     Every layer's tensors are read: dtypes, bytes, and whether its codes are those of the original's weight by the
     definition of the format. Then every expert computes one small forward (of every range of steps) in which the operands
     of each layer's product are looked at, with compiled parts running eagerly; on a GPU it is also profiled.
 
     Args:
-        original: the model before the plan; None, or the same model after `in_place=True`, where it is gone: then weights
+        original: the model before the plan. None, or the same model after `in_place=True`, which replaced it: then weights
             are not compared with it.
         applied: from `apply_plan`.
-        profile: name the kernels too; None does on a GPU.
+        profile: whether kernels are named too; None does so on a GPU.
 
     Raises:
         WanlabError: a plan that changed nothing; an expert that was left out; a layer that is not in the network; weights
             or products in float32 where the plan says otherwise; weights that were dequantised once at load; a quantiser
-            that rounded nothing; a layer in another format than asked.
+            that rounded nothing; a layer in another format than the plan's.
     """
     assignment, model = applied.assignment, applied.model
     name = assignment.plan.name
@@ -495,23 +517,25 @@ def effect_check(original: Model | None, applied: Applied, *, profile: bool | No
     rows: list[dict[str, Any]] = []
     kernels = []
     for component, network in networks.items():
-        wanted = asked(assignment, component)
+        planned_layers = requested_formats(assignment, component)
         modules = dict(network.named_modules())
-        missing = [layer for layer in dict.fromkeys(wanted["layer"]) if layer not in modules]
+        missing = [layer for layer in dict.fromkeys(planned_layers["layer"]) if layer not in modules]
         if missing:
             raise WanlabError(
                 f"plan {name}: {component} has no layer {missing[0]!r}"
                 f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: the name matches none of its layers; assign"
                 " the plan to this model"
             )
-        held = _weights(component, network, modules, wanted, assignment, before.get(component))
-        faults += [Fault(component, one.layer, one.fault, one.said) for one in held.values() if one.fault]
-        rows += [_row(component, one, applied) for one in held.values()]
+        states = _weights(component, network, modules, planned_layers, assignment, before.get(component))
+        faults += [
+            Fault(component, one.layer, one.fault, one.message) for one in states.values() if one.fault
+        ]
+        rows += [_row(component, one, applied) for one in states.values()]
     raise_weights(assignment, rows, faults)
 
     for component in networks:
-        products, found, table = _products(applied, component, profile)
-        faults += found
+        products, component_faults, table = _products(applied, component, profile)
+        faults += component_faults
         for row in rows:
             if row["component"] == component:
                 row["product"] = ", ".join(
@@ -535,11 +559,13 @@ def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.Dat
 
     rows = []
     for (component, format), group in layers.groupby(["component", "format"], sort=False):
-        operators = {said.split()[0] for value in group["product"] for said in value.split(", ") if said}
+        operators = {
+            product.split()[0] for value in group["product"] for product in value.split(", ") if product
+        }
         names = ()
         if kernels is not None and len(kernels):
-            mine = (kernels["component"] == component) & kernels["operator"].isin(operators)
-            names = kernels.loc[mine, "kernel"]
+            of_format = (kernels["component"] == component) & kernels["operator"].isin(operators)
+            names = kernels.loc[of_format, "kernel"]
         rows.append(
             {
                 "component": component,
@@ -557,44 +583,44 @@ def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.Dat
 
 
 def _originals(original: Model | None, applied: Applied) -> dict[str, torch.nn.Module]:
-    """The networks before the plan, where there are any."""
+    """The networks before the plan; empty where they are gone."""
     if original is None or applied.in_place:
         return {}
-    found = experts_of(original)
-    return {name: found[name] for name in applied.assignment.components}
+    networks = experts_of(original)
+    return {name: networks[name] for name in applied.assignment.components}
 
 
 def _weights(
-    component: str, network, modules: dict, wanted, assignment: Assignment, before
+    component: str, network, modules: dict, planned_layers, assignment: Assignment, before
 ) -> dict[tuple[str, str], LayerState]:
-    """Every layer in every format it is asked in, as it is held."""
+    """(layer, format) -> state of every layer in every format that the plan gives it."""
     default = getattr(torch, FLOATS[assignment.default])
-    made = {}
-    for row in wanted.itertuples():
-        module = _variant(modules[row.layer], row.wanted)
+    states = {}
+    for row in planned_layers.itertuples():
+        module = _variant(modules[row.layer], row.requested)
         kind = stored_dtype(network, f"{row.layer}.weight", default)
         original = None if before is None else before.get_submodule(row.layer).weight
-        key = (row.layer, row.wanted)
-        if key in made:
+        key = (row.layer, row.requested)
+        if key in states:
             continue
         if module is None:
-            said = f"has no variant in {row.wanted} for steps {row.first_step} to {row.last_step}"
-            made[key] = LayerState(row.layer, row.wanted, "", None, 0, "unquantised", said)
+            message = f"has no variant in {row.requested} for steps {row.first_step} to {row.last_step}"
+            states[key] = LayerState(row.layer, row.requested, "", None, 0, "unquantised", message)
         else:
-            made[key] = read_held(module, row.layer, row.wanted, kind, original)
-    return made
+            states[key] = read_layer(module, row.layer, row.requested, kind, original)
+    return states
 
 
-def _variant(module, wanted: str):
-    """What computes a layer in a format: one of several where the format changes with the step."""
+def _variant(module, format_name: str):
+    """The module that computes a layer in a format: one of several where the format changes with the step."""
     if not isinstance(module, SteppedLayer):
         return module
-    return module.variants[wanted] if wanted in module.variants else None  # noqa: SIM401  torch 2.11 has no get
+    return module.variants[format_name] if format_name in module.variants else None  # noqa: SIM401  torch 2.11 has no get
 
 
 def _row(component: str, one: LayerState, applied: Applied) -> dict[str, Any]:
     before = one.weight_before_bytes
-    if before is None:  # the original is gone; its size was noted when it was replaced
+    if before is None:  # the original is gone; its size was recorded when it was replaced
         noted = applied.frame[
             (applied.frame["component"] == component) & (applied.frame["layer"] == one.layer)
         ]
@@ -602,7 +628,7 @@ def _row(component: str, one: LayerState, applied: Applied) -> dict[str, Any]:
     return {
         "component": component,
         "layer": one.layer,
-        "format": one.wanted,
+        "format": one.format,
         "held": one.dtype,
         "weight_before_bytes": before,
         "weight_bytes": one.weight_bytes,
@@ -612,27 +638,27 @@ def _row(component: str, one: LayerState, applied: Applied) -> dict[str, Any]:
 
 
 def _products(applied: Applied, component: str, profile: bool | None):
-    """Products of every layer and format in a small forward, what is wrong with them, and the kernels."""
+    """Products of every layer and format in a small forward, their faults, and the kernels."""
     model, assignment = applied.model, applied.assignment
     call = small_forward(model, component)
     on_gpu = model.device.type == "cuda"
     named = dict(model.component(component).named_modules())
-    wanted = asked(assignment, component)
+    planned_layers = requested_formats(assignment, component)
     seen: dict[tuple[str, str], list[Product]] = {}
     faults: list[Fault] = []
     table = pd.DataFrame(columns=["operator", "kernel", "calls", "share_percent"])
-    meant = applied.frame[applied.frame["component"] == component]
+    planned_kernels = applied.frame[applied.frame["component"] == component]
     for first, _ in assignment.bands(component):
         with applied.at(first or 0):
-            rows = wanted if first is None else wanted[at_step(wanted, first)]
-            formats = dict(zip(rows["layer"], rows["wanted"], strict=True))
+            rows = planned_layers if first is None else planned_layers[at_step(planned_layers, first)]
+            formats = dict(zip(rows["layer"], rows["requested"], strict=True))
             modules = {layer: _variant(named[layer], format) for layer, format in formats.items()}
-            kinds = meant if first is None else meant[at_step(meant, first)]
+            kinds = planned_kernels if first is None else planned_kernels[at_step(planned_kernels, first)]
             ways = dict(zip(kinds["layer"], kinds["kernel"], strict=True))
             for layer, products in watch(call, modules).items():
                 format = formats[layer]
-                if said := product_fault(modules[layer], format, ways[layer], products):
-                    faults.append(Fault(component, layer, *said))
+                if problem := product_fault(modules[layer], format, ways[layer], products):
+                    faults.append(Fault(component, layer, *problem))
                 seen.setdefault((layer, format), []).extend(products)
             if profile or (profile is None and on_gpu):
                 table = pd.concat([table, kernels(call, model.device)], ignore_index=True)
@@ -640,7 +666,7 @@ def _products(applied: Applied, component: str, profile: bool | None):
 
 
 def at_step(rows: pd.DataFrame, step: int) -> pd.Series:
-    """Which rows hold at a step."""
+    """Mask of the rows that apply in a step."""
     return rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))
 
 

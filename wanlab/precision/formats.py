@@ -1,4 +1,4 @@
-"""Number formats: what a layer's weight and input are rounded to, as plain data."""
+"""Number formats of a layer's weight and input, as plain data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ GRANULARITIES = ("tensor", "channel", "block")
 
 @dataclass(frozen=True)
 class CodeKind:
-    """What codes of one kind are made of, and what multiplies them.
+    """Codes of one kind: their range, their dtypes, and the product that multiplies them.
 
     Attributes:
-        name: an element type of `wanlab.core.formats`.
-        smallest, largest: codes; what lies outside saturates.
-        encoded: dtype in PyTorch that `NumericType.encode` gives.
-        held: dtype in PyTorch of the tensor that keeps them in a layer; 4-bit codes lie two to a byte.
-        usual: granularity and block of a weight where nothing else is asked for.
+        name: element type of `wanlab.core.formats`.
+        smallest, largest: range of codes; values outside saturate.
+        encoded: dtype in PyTorch of what `NumericType.encode` returns.
+        held: dtype in PyTorch of the tensor that stores them in a layer; 4-bit codes lie two to a byte.
+        usual: granularity and block of a weight by default.
         operator: PyTorch's product of two tensors of codes; empty where it has none.
-        capability: compute capability of the GPUs that have this product. multiple: sizes are to be multiples of it there.
-        rate: of that product over the product of 16-bit floats, as data sheets of such GPUs say.
+        capability: least compute capability of GPUs that have this product. multiple: divisor that sizes need there.
+        rate: rate of that product over the product of 16-bit floats, as data sheets of such GPUs say.
     """
 
     name: str
@@ -44,12 +44,12 @@ class CodeKind:
 
     @property
     def bits(self) -> int:
-        """Of one code."""
+        """Bits of one code."""
         return ELEMENT_TYPES[self.name].bits
 
     @property
     def encoded_dtype(self) -> torch.dtype:
-        """`encoded`, as PyTorch has it."""
+        """`encoded` as a dtype of PyTorch."""
         import torch
 
         return getattr(torch, self.encoded)
@@ -71,7 +71,7 @@ CODE_KINDS: dict[str, CodeKind] = {
 }
 # fmt: on
 CODES_OF_ONNX = {kind.onnx: name for name, kind in CODE_KINDS.items()}
-"""Name in ONNX -> kind, of the codes that wanlab writes."""
+"""Name in ONNX -> kind, for the codes that wanlab writes."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class NumericType:
 
     Attributes:
         kind: `"int8"`, `"int4"` or `"fp8"` (E4M3 without infinities, Micikevicius et al. 2022, arXiv:2209.05433).
-        bits: of one code.
-        granularity: what shares a scale: `"tensor"`, `"channel"` (one output), or `"block"` (`block` neighbouring
-            inputs of one output).
-        smallest, largest: codes; what lies outside saturates.
+        bits: number of bits of one code.
+        granularity: part of the tensor that shares a scale: `"tensor"`, `"channel"` (one output), or `"block"` (`block`
+            neighbouring inputs of one output).
+        smallest, largest: range of codes; values outside saturate.
         block: inputs per scale with `"block"`, else None.
     """
 
@@ -100,7 +100,7 @@ class NumericType:
         return CODE_KINDS[self.kind]
 
     def scale(self, amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The scale that puts `amax` on the largest code, as `dtype` can hold it; of zeros 1."""
+        """The scale by which `amax` becomes the largest code, rounded to `dtype`; 1 where `amax` is 0."""
         import torch
 
         # A scale that is subnormal in the graph's dtype is coarse, and engines may flush it to zero.
@@ -114,7 +114,7 @@ class NumericType:
         The definition of ONNX QuantizeLinear, saturation included.
 
         Args:
-            scale: broadcasts against `values`.
+            scale: tensor that broadcasts against `values`.
         """
         codes, dtype = values.float() / scale.float(), self.codes.encoded_dtype
         codes = codes if dtype.is_floating_point else codes.round()
@@ -127,11 +127,11 @@ class NumericType:
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How a layer computes: its weight's numbers and its input's; `activation` None leaves the input as it is.
+    """Format of a layer: of its weight, and of its input; `activation` None leaves the input as it is.
 
     Attributes:
         name: one of `FORMATS`, or one with another block size.
-        opset: the first ONNX opset that can say it for a float32 graph.
+        opset: first ONNX opset that has it for a float32 graph.
     """
 
     name: str
@@ -194,7 +194,7 @@ def encode_weight(
 
     Args:
         weight: `[outputs, inputs, ...]`.
-        dtype: that the scales are stored in.
+        dtype: dtype of the scales.
 
     Returns:
         Codes in the shape of `weight`, and scales: `[]`, `[outputs]`, or `[outputs, inputs / block]`.
@@ -217,7 +217,7 @@ def encode_weight(
 def decode_weight(
     codes: torch.Tensor, scale: torch.Tensor, numbers: NumericType, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weight that the codes of `encode_weight` stand for, `[outputs, inputs, ...]`."""
+    """The weight that the codes of `encode_weight` represent, `[outputs, inputs, ...]`."""
     if numbers.granularity == "channel":
         scale = scale.view(-1, *[1] * (codes.ndim - 1))
     if numbers.granularity == "block":

@@ -1,4 +1,4 @@
-"""Linear layers in an ONNX graph: found, and rewritten with Q/DQ nodes."""
+"""Linear layers in an ONNX graph: their nodes, and how these are rewritten with Q/DQ nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LinearNode:
     """One node that computes a layer.
 
     Attributes:
-        layer: module path, which the node's name begins with.
+        layer: module path, with which the node's name begins.
         node: MatMul, Gemm or Conv; its input 0 is the activation, input 1 the weight.
-        stored: initializer that holds the weight; a Cast may lead from it to the node.
-        transposed: the weight lies inputs first, as in `x @ w`.
+        stored: initializer that holds the weight; a Cast may stand between it and the node.
+        transposed: whether the weight is stored inputs first, as in `x @ w`.
     """
 
     layer: str
@@ -40,17 +40,17 @@ class LinearNode:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the node computes in."""
+        """Dtype that the node computes in."""
         return to_torch_dtype(self.node.inputs[1].dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, outputs first."""
+        """Shape of the weight, outputs first."""
         shape = tuple(self.stored.const_value.shape.numpy())
         return shape[::-1] if self.transposed else shape
 
     def weight(self) -> torch.Tensor:
-        """The weight as the node sees it, in float32, outputs first; read from the file now."""
+        """The weight in the values that the node multiplies, in float32, outputs first; each call reads the file."""
         tensor = self.stored.const_value
         value = torch.from_numpy(np.array(tensor.numpy(), dtype=np.float32)).to(self.dtype).float()
         if hasattr(tensor, "release"):
@@ -58,9 +58,9 @@ class LinearNode:
         return value.t() if self.transposed else value
 
 
-def find_sites(graph: onnx_ir.Graph) -> dict[str, list[LinearNode]]:
+def find_linear_nodes(graph: onnx_ir.Graph) -> dict[str, list[LinearNode]]:
     """Layer -> the nodes that compute it with a constant weight, in the order of the graph."""
-    found: dict[str, list[LinearNode]] = {}
+    nodes: dict[str, list[LinearNode]] = {}
     for node in graph:
         layer, slash, _ = (node.name or "").partition("/")
         if node.op_type not in OPERATORS or not slash or len(node.inputs) < 2:
@@ -69,26 +69,26 @@ def find_sites(graph: onnx_ir.Graph) -> dict[str, list[LinearNode]]:
         if stored is None or len(stored.const_value.shape) < 2:
             continue
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flag(node, "transB"))
-        found.setdefault(layer, []).append(LinearNode(layer, node, stored, transposed))
-    return found
+        nodes.setdefault(layer, []).append(LinearNode(layer, node, stored, transposed))
+    return nodes
 
 
-def sites_of(
-    found: dict[str, list[LinearNode]], layers: Iterable[str], where: str
+def nodes_of_layers(
+    nodes: dict[str, list[LinearNode]], layers: Iterable[str], where: str
 ) -> dict[str, list[LinearNode]]:
-    """The sites of these layers.
+    """The nodes of these layers.
 
     Raises:
         WanlabError: a layer that the graph does not compute with a constant weight.
     """
     for layer in layers:
-        if layer not in found:
-            raise WanlabError(f"{where} has no layer {layer!r} to quantise{did_you_mean(layer, found)}")
-    return {layer: found[layer] for layer in layers}
+        if layer not in nodes:
+            raise WanlabError(f"{where} has no layer {layer!r} to quantise{did_you_mean(layer, nodes)}")
+    return {layer: nodes[layer] for layer in layers}
 
 
 def _initializer(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
-    """The initializer behind a weight, through a Cast; None when it is computed or quantised already."""
+    """The initializer behind a weight, through a Cast; None where it is computed or quantised already."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type != "Cast":
             return None
@@ -102,7 +102,7 @@ def _flag(node: onnx_ir.Node, name: str) -> bool:
 
 
 OLDEST_TO_RAISE = 18
-"""The converter knows no change before it, and says nothing."""
+"""First opset that the converter can raise; below it the converter changes nothing and raises no error."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,12 @@ class ActivationScale:
 
 
 class Rewriter:
-    """Replaces weights and inputs of layers in one graph, and remembers what they take."""
+    """Replaces weights and inputs of layers in one graph.
+
+    Attributes:
+        graph: graph that is changed. opset: its opset.
+        weight_bytes: layer -> size of its new weight, scales included.
+    """
 
     def __init__(self, graph: onnx_ir.Graph, opset: int) -> None:
         self.graph = graph
@@ -125,56 +130,59 @@ class Rewriter:
         self._replaced: dict[str, onnx_ir.Value] = {}
         self._names: set[str] = {node.name for node in graph if node.name}
 
-    def weight(self, site: LinearNode, numbers: NumericType) -> None:
-        """Let a site take its weight from codes and scales."""
-        key = (site.stored.name, numbers, site.dtype)
+    def weight(self, linear: LinearNode, numbers: NumericType) -> None:
+        """Replace the weight of a node by codes and scales."""
+        key = (linear.stored.name, numbers, linear.dtype)
         if key not in self._stored:
-            self._stored[key] = self._codes(site, numbers)
+            self._stored[key] = self._codes(linear, numbers)
         codes, scale = self._stored[key]
-        self.weight_bytes[site.layer] = codes.const_value.nbytes + scale.const_value.nbytes
+        self.weight_bytes[linear.layer] = codes.const_value.nbytes + scale.const_value.nbytes
         attributes: dict[str, int] = {}
         if numbers.granularity == "channel":
-            attributes = {"axis": 1 if site.transposed else 0}
+            attributes = {"axis": 1 if linear.transposed else 0}
         elif numbers.granularity == "block":
-            attributes = {"axis": 0 if site.transposed else 1, "block_size": numbers.block}
+            attributes = {"axis": 0 if linear.transposed else 1, "block_size": numbers.block}
         node = onnx_ir.node(
-            "DequantizeLinear", [codes, scale], attributes, name=self.name(f"{site.layer}/weight_dequantize")
+            "DequantizeLinear",
+            [codes, scale],
+            attributes,
+            name=self.name(f"{linear.layer}/weight_dequantize"),
         )
-        self.finish(node, f"{site.layer}.weight.{len(self._names)}.dequantized", site.dtype, codes.shape)
-        self.graph.insert_before(site.node, node)
-        site.node.replace_input_with(1, node.outputs[0])
-        self.replaced(site.stored)
+        self.finish(node, f"{linear.layer}.weight.{len(self._names)}.dequantized", linear.dtype, codes.shape)
+        self.graph.insert_before(linear.node, node)
+        linear.node.replace_input_with(1, node.outputs[0])
+        self.replaced(linear.stored)
 
     def activations(
-        self, sites: Sequence[tuple[LinearNode, NumericType]], amax: dict[str, float]
+        self, linears: Sequence[tuple[LinearNode, NumericType]], amax: dict[str, float]
     ) -> dict[str, ActivationScale]:
-        """Let sites take their inputs through codes; those of one tensor in one format share them.
+        """Round the inputs of nodes to codes; nodes that read one tensor in one format share its codes.
 
         Returns:
             Layer -> scale.
         """
         groups: dict[tuple[int, NumericType], list[LinearNode]] = {}
-        for site, numbers in sites:
-            groups.setdefault((id(site.activation), numbers), []).append(site)
+        for linear, numbers in linears:
+            groups.setdefault((id(linear.activation), numbers), []).append(linear)
         order = {id(node): index for index, node in enumerate(self.graph)}
-        made: dict[str, ActivationScale] = {}
+        scales_by_layer: dict[str, ActivationScale] = {}
         for (_, numbers), group in groups.items():
-            largest = max(amax[site.layer] for site in group)
+            largest = max(amax[linear.layer] for linear in group)
             scale = numbers.scale(torch.tensor(largest), group[0].dtype)
-            group.sort(key=lambda site: order[id(site.node)])
+            group.sort(key=lambda linear: order[id(linear.node)])
             self._quantize_input(group, numbers, scale)
-            layers = tuple(dict.fromkeys(site.layer for site in group))
+            layers = tuple(dict.fromkeys(linear.layer for linear in group))
             for layer in layers:
                 others = tuple(other for other in layers if other != layer)
-                made[layer] = ActivationScale(largest, float(scale), others)
-        return made
+                scales_by_layer[layer] = ActivationScale(largest, float(scale), others)
+        return scales_by_layer
 
     def replaced(self, stored: onnx_ir.Value) -> None:
-        """Note that something else stands in for a weight, at some of its sites."""
+        """Record that a weight was replaced in one of its nodes."""
         self._replaced[stored.name] = stored
 
     def clear(self) -> None:
-        """Take out the weights, and the Casts after them, that nothing reads any more."""
+        """Remove the weights, and the Casts after them, that nothing reads any more."""
         for name, value in self._replaced.items():
             for use in list(value.uses()):
                 node = use.node
@@ -183,23 +191,23 @@ class Rewriter:
             if not value.uses() and not value.is_graph_output():
                 self.graph.initializers.pop(name, None)
 
-    def _codes(self, site: LinearNode, numbers: NumericType) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-        """Codes, rounded when they are written, and scales, now."""
+    def _codes(self, linear: LinearNode, numbers: NumericType) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+        """Codes, which are computed when they are written, and scales, which are computed now."""
         kind = _code_type(numbers)
         # Graphs of one component share a file of weights, where a name must mean one content.
-        name = ".".join([site.stored.name, numbers.kind, *_sharing(numbers)])
-        _, scale = encode_weight(site.weight(), numbers, site.dtype)
-        if numbers.granularity == "block" and site.transposed:
+        name = ".".join([linear.stored.name, numbers.kind, *_sharing(numbers)])
+        _, scale = encode_weight(linear.weight(), numbers, linear.dtype)
+        if numbers.granularity == "block" and linear.transposed:
             scale = scale.t().contiguous()
 
         def read():
-            codes, _ = encode_weight(site.weight(), numbers, site.dtype)
-            codes = (codes.t() if site.transposed else codes).contiguous()
+            codes, _ = encode_weight(linear.weight(), numbers, linear.dtype)
+            codes = (codes.t() if linear.transposed else codes).contiguous()
             if numbers.kind == "int4":
                 return onnx_ir.PackedTensor(_packed(codes), kind, shape=codes.shape, name=name)
             return TorchTensor(codes, name=name)
 
-        shape = onnx_ir.Shape(site.shape[::-1] if site.transposed else site.shape)
+        shape = onnx_ir.Shape(linear.shape[::-1] if linear.transposed else linear.shape)
         codes_value = self.initializer(onnx_ir.LazyTensor(read, kind, shape, name=name))
         return codes_value, self.initializer(TorchTensor(scale, name=f"{name}.scale"))
 
@@ -208,19 +216,19 @@ class Rewriter:
         kind, name = _code_type(numbers), f"{value.name}.{numbers.kind}"
         step = self.initializer(TorchTensor(scale, name=f"{name}.scale"))
         zero = self._zero_point(numbers)
-        module = common_module([site.layer for site in group])
+        module = common_module([linear.layer for linear in group])
         quantize = onnx_ir.node(
             "QuantizeLinear", [value, step, zero], name=self.name(f"{module}/input_quantize")
         )
         self.finish(quantize, name, None, value.shape, kind)
         # ONNX Runtime (1.31) copies such a pair past a Reshape. Up to opset 20 the copy of one without zero point is
-        # uint8, which cuts all that is negative; from 21 on it fails on one with a zero point of int8.
+        # uint8, in which negative values become 0; from 21 on it fails on one with a zero point of int8.
         given = [quantize.outputs[0], step, *([zero] if self.opset < 21 else [])]
         dequantize = onnx_ir.node("DequantizeLinear", given, name=self.name(f"{module}/input_dequantize"))
         self.finish(dequantize, f"{name}.dequantized", first.dtype, value.shape)
         self.graph.insert_before(first.node, [quantize, dequantize])
-        for site in group:
-            site.node.replace_input_with(0, dequantize.outputs[0])
+        for linear in group:
+            linear.node.replace_input_with(0, dequantize.outputs[0])
 
     def _zero_point(self, numbers: NumericType) -> onnx_ir.Value:
         """Zero of the codes' type: without it QuantizeLinear makes uint8."""
@@ -231,7 +239,7 @@ class Rewriter:
         return self.initializer(TorchTensor(zero, name=name))
 
     def initializer(self, tensor) -> onnx_ir.Value:
-        """A new constant of the graph, under the tensor's name or one like it."""
+        """A new constant of the graph, by the tensor's name or with a number at its end."""
         name, count = tensor.name, 1
         while tensor.name in self.graph.initializers:
             count += 1
@@ -243,13 +251,13 @@ class Rewriter:
         return value
 
     def finish(self, node, name: str, dtype: torch.dtype | None, shape, kind=None) -> None:
-        """Name, shape and type of a new node's output."""
+        """Set name, shape and type of a new node's output."""
         output = node.outputs[0]
         output.name, output.shape = name, shape
         output.type = onnx_ir.TensorType(from_torch_dtype(dtype) if kind is None else kind)
 
     def name(self, name: str) -> str:
-        """A name for a new node: this one, or one like it that is free."""
+        """A free name for a new node: this one, or with a number at its end."""
         unique, count = name, 1
         while unique in self._names:
             count += 1
@@ -298,7 +306,7 @@ def _packed(codes: torch.Tensor):
 
 
 def _sharing(numbers: NumericType) -> list[str]:
-    """What tells codes from others of their kind, where they are not the usual ones."""
+    """Part of a name that tells codes apart from the usual ones of their kind."""
     same = numbers.codes.usual == (numbers.granularity, numbers.block)
     return [] if same else [str(numbers.block or numbers.granularity)]
 

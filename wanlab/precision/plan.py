@@ -20,13 +20,13 @@ from wanlab.core.yaml_lines import At, Document, compact, read_yaml, spell
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = PLAN_FLOATS
-"""Float formats of plans, and what PyTorch calls them."""
+"""Float format of plans -> its name in PyTorch."""
 
 AS_LOADED = "model"
-"""Default of a plan over a network in whatever dtype it was loaded in."""
+"""Default of a plan that leaves a network in the dtype in which it was loaded."""
 
 KEEP = "default"
-"""Format of a rule that leaves layers as the plan's default has them."""
+"""Format of a rule that gives layers the plan's default."""
 
 _BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
 _STEPS = re.compile(r"(\d+)(?:-(\d+))?")
@@ -37,14 +37,14 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     Attributes:
         format: `"fp32"`, `"fp16"`, `"bf16"`, one of `FORMATS` (fp8, fp8-channel, int8, int8-weight, int4-weight), or
-            `"default"`: the plan's own, to take layers out of an earlier rule.
+            `"default"`: that of the plan, to exempt layers from an earlier rule.
         component: glob of `"expert_high"`, `"expert_low"`, or `"expert"` of a model that has one.
         blocks: `"0-2"`, `"7"`, `"first 3"`, `"last 3"`, several of them between commas; None is every layer, also
-            those outside the blocks.
+            outside the blocks.
         layers: globs of the name inside the block (`"attn1.to_q"`, `"ffn.net.*"`) or of the whole name
             (`"proj_out"`, `"blocks.7.ffn.net.2"`).
-        steps: of the generation, from 0 and inclusive: `"0-3"`, `"5"`, several between commas; None is every step.
-        note: why, for those who read the plan.
+        steps: steps of the generation, from 0 and inclusive: `"0-3"`, `"5"`, several between commas; None is every step.
+        note: reason, for readers of the plan.
     """
 
     format: str
@@ -55,7 +55,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     note: str = ""
 
     def block_numbers(self, count: int) -> set[int] | None:
-        """The blocks of this rule in a network of `count` blocks; None is no choice of blocks."""
+        """The blocks of this rule in a network of `count` blocks; None where the rule names none."""
         if self.blocks is None:
             return None
         chosen: set[int] = set()
@@ -86,12 +86,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """What every layer of the experts computes in.
 
     Attributes:
-        name: for tables and files.
-        default: the dtype of the whole network: `"bf16"`, `"fp16"`, `"fp32"`, or `"model"`: as the model was loaded. What
-            no rule names stays in it, and so does everything that is no linear layer or convolution.
-        rules: in order; where several fit a layer, the last one counts.
-        num_steps: of the generation that steps in rules are counted in; needed when a rule names steps.
-        note: where the plan comes from.
+        name: name in tables and files.
+        default: dtype of the whole network: `"bf16"`, `"fp16"`, `"fp32"`, or `"model"`: as the model was loaded. Layers that
+            no rule names stay in it, and so does everything that is no linear layer or convolution.
+        rules: rules in order; where several fit a layer, the last one counts.
+        num_steps: number of steps of the generation that steps in rules are counted in; needed when a rule names steps.
+        note: origin of the plan.
     """
 
     name: str
@@ -102,19 +102,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     @property
     def hash(self) -> str:
-        """Of what the plan does: name and notes do not count."""
-        said = self.to_dict()
-        said.pop("name"), said.pop("note", None)
-        for rule in said.get("rules", ()):
+        """SHA-256 of what the plan does: name and notes do not count."""
+        facts = self.to_dict()
+        facts.pop("name"), facts.pop("note", None)
+        for rule in facts.get("rules", ()):
             rule.pop("note", None)
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """As data that JSON and YAML can hold; what has its default is left out."""
         return {"name": self.name, "default": self.default} | compact(self)
 
     def check(self) -> list[tuple[tuple[str | int, ...], str]]:
-        """What is wrong with the values: where in the plan, and what. Empty when nothing is."""
+        """Mistakes in the values: place in the plan and message. Empty without a mistake."""
         wrong: list[tuple[tuple[str | int, ...], str]] = []
         if not re.fullmatch(r"[\w.+-]+", self.name):
             wrong.append((("name",), f"{self.name!r} is no name for a file; use letters, digits and . _ + -"))
@@ -124,8 +124,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         if self.num_steps is not None and self.num_steps < 1:
             wrong.append((("num_steps",), f"{self.num_steps} steps; give 1 or more"))
         for index, rule in enumerate(self.rules):
-            for field, said in _rule_faults(rule, self.num_steps):
-                wrong.append((("rules", index, field), said))
+            for field, message in _rule_faults(rule, self.num_steps):
+                wrong.append((("rules", index, field), message))
         return wrong
 
 
@@ -137,15 +137,15 @@ def make_plan(
     Raises:
         WanlabError: unknown fields, formats, dtypes; ranges that cannot be read; steps without `num_steps`.
     """
-    made = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules)
-    plan = Plan(name=name, default=default, rules=made, num_steps=num_steps, note=note)
-    for where, said in plan.check():
-        raise WanlabError(f"plan {name}, {spell(where) or 'the plan'}: {said}")
+    checked_rules = tuple(rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules)
+    plan = Plan(name=name, default=default, rules=checked_rules, num_steps=num_steps, note=note)
+    for where, message in plan.check():
+        raise WanlabError(f"plan {name}, {spell(where) or 'the plan'}: {message}")
     return plan
 
 
 def merge_plans(first: Plan, *later: Plan, name: str | None = None) -> Plan:
-    """One plan that does what the first does, then what the later ones say instead.
+    """One plan with the rules of several, in order, so that later plans have priority.
 
     Raises:
         WanlabError: plans with different defaults or numbers of steps.
@@ -214,11 +214,11 @@ def _rule_faults(rule: Rule, num_steps: int | None):
 
 
 def _parts(text: str, form: re.Pattern) -> list[tuple[str, ...]]:
-    found = [(part.strip(), form.fullmatch(part.strip())) for part in str(text).split(",")]
-    for part, match in found:
+    matches = [(part.strip(), form.fullmatch(part.strip())) for part in str(text).split(",")]
+    for part, match in matches:
         if match is None or (match[1] and match[2] and int(match[1]) > int(match[2])):
             raise ValueError(repr(part))
-    return [match.groups() for _, match in found]
+    return [match.groups() for _, match in matches]
 
 
 LINEAR = ("blocks.*", "condition_embedder.*", "proj_out")
@@ -236,10 +236,10 @@ def _blocks(format: str) -> Plan:
 
 
 def inner_blocks(format: str, ends: int = 3) -> Plan:
-    """All linear layers of the blocks but the first and last few, which published lists keep as they are.
+    """All linear layers of the blocks but the first and last few, which published plans keep in floats.
 
     Args:
-        ends: blocks kept at each end; three of a network of thirty or forty is the common choice.
+        ends: number of blocks kept at each end; three of a network of thirty or forty is the common choice.
     """
     rules = [
         {"format": format, "layers": ("blocks.*",), "note": "embedders and proj_out are kept"},
@@ -263,7 +263,7 @@ PRESETS: dict[str, Plan] = {
         *(make(name) for make in (_blocks, inner_blocks, _ffn) for name in ("int8", "fp8")),
     )
 }
-"""Plans by name, as baselines for those that are chosen by measurement."""
+"""Plans by name, to compare with plans that are chosen by measurement."""
 
 
 def load_plan(source: str | os.PathLike | Plan) -> Plan:
@@ -288,12 +288,12 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
 
 
 def parse_plan(text: str, where: str = "the plan") -> Plan:
-    """A plan from YAML text; `where` begins the messages. Raises as `load_plan`."""
+    """A plan from YAML text. Messages begin with `where`. Raises as `load_plan`."""
     return plan_at(read_yaml(text, where, "the plan"))
 
 
 def plan_at(document: Document, at: At = ()) -> Plan:
-    """The plan that stands at a place of a YAML document. Raises as `load_plan`."""
+    """The plan at a place of a YAML document. Raises as `load_plan`."""
     data, refuse = document.value(at), document.refuse
     if not isinstance(data, dict):
         refuse(at, "a plan is a mapping with name, default and rules")

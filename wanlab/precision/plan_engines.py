@@ -37,19 +37,19 @@ COLUMNS = ["layer", "asked", "built", "as_asked", "engine_layers"]
 def built_formats(
     engine: str | os.PathLike, graph: str | os.PathLike, formats: Mapping[str, str]
 ) -> pd.DataFrame:
-    """What the builder made of each layer, from the layer information beside an engine; no GPU is needed.
+    """Formats in which a built engine computes each layer, from the layer information beside it; no GPU is needed.
 
-    A layer is as asked when the kernels that hold its product multiply codes (formats that round inputs), keep its weight
-    as codes (weight-only formats: decoded at use, not folded to floats when it was built), or multiply in its float.
-    Where several GPUs were built for, the builder describes the last of them.
+    A layer is in the requested format where the kernels that hold its product multiply codes (formats that round inputs),
+    keep its weight as codes (weight-only formats: decoded at use, not when it was built), or multiply in its float. Where
+    several GPUs were built for, the builder describes the last of them.
 
     Args:
-        engine: from `build_tensorrt`. graph: that it was built from.
+        engine: engine from `build_tensorrt`. graph: graph that it was built from.
         formats: layer -> format, floats included, e.g. of `PlanGraphs.formats`.
 
     Returns:
-        A row per layer: layer, asked, built (number format of the product; with `" x "` and that of the weight, where
-        that is another), as_asked, engine_layers (how many kernels hold its product).
+        A row per layer: layer, asked (format of the plan), built (number format of the product; with `" x "` and that of
+        the weight, where that is another), as_asked (whether these agree), engine_layers (number of kernels of its product).
 
     Raises:
         WanlabError: no layer information, or a layer that the graph does not have.
@@ -68,33 +68,32 @@ def built_formats(
     if missing:
         raise WanlabError(f"{Path(graph).name} has no layer {missing[0]!r}; give the formats of this graph")
     return pd.DataFrame(
-        [_row(layer, asked, products[layer], layers) for layer, asked in formats.items()], columns=COLUMNS
+        [_row(layer, requested, products[layer], layers) for layer, requested in formats.items()],
+        columns=COLUMNS,
     )
 
 
-def _row(layer: str, asked: str, products: Iterable[str], layers: Iterable[Layer]) -> dict[str, object]:
+def _row(layer: str, requested: str, products: Iterable[str], layers: Iterable[Layer]) -> dict[str, object]:
     layers, products = list(layers), set(products)
-    holding = [found for found in layers if products & set(found.nodes)]
-    # A product of few rows may be written as a sum, and what follows one may carry its name.
-    kernels = [found for found in holding if found.kind in PRODUCTS] or holding
-    computed = sorted({_computed(found) for found in kernels} - {""})
-    of_layer = [found for found in layers if any(node.partition("/")[0] == layer for node in found.nodes)]
-    constants = {
-        tensor.dtype for found in (*kernels, *of_layer) for tensor in found.inputs if tensor.constant
-    }
+    holding = [each for each in layers if products & set(each.nodes)]
+    # A product of few rows may be written as a sum, and the layer after one may have its name.
+    kernels = [each for each in holding if each.kind in PRODUCTS] or holding
+    computed = sorted({_computed(each) for each in kernels} - {""})
+    of_layer = [each for each in layers if any(node.partition("/")[0] == layer for node in each.nodes)]
+    constants = {tensor.dtype for each in (*kernels, *of_layer) for tensor in each.inputs if tensor.constant}
     codes = sorted(constants & set(CODES))
-    if is_float(asked):
-        weight, right = "", asked in computed
-        # Beside others, a small product may be in a kernel of several dtypes: then its weight tells.
-        right = right or (not any(found.kind in PRODUCTS for found in kernels) and asked in constants)
+    if is_float(requested):
+        weight, right = "", requested in computed
+        # A small product may be in one kernel with others of several dtypes: then its weight decides.
+        right = right or (not any(each.kind in PRODUCTS for each in kernels) and requested in constants)
     else:
-        wanted = get_format(asked)
-        weight = wanted.weight.kind if wanted.weight.kind in codes else ""
-        right = bool(weight) and (wanted.activation is None or wanted.activation.kind in computed)
+        format = get_format(requested)
+        weight = format.weight.kind if format.weight.kind in codes else ""
+        right = bool(weight) and (format.activation is None or format.activation.kind in computed)
     product = "+".join(computed) or "not found"
     return {
         "layer": layer,
-        "asked": asked,
+        "asked": requested,
         "built": product if weight in ("", *computed) else f"{product} x {weight}",
         "as_asked": bool(holding) and right,
         "engine_layers": len(kernels),
@@ -104,8 +103,8 @@ def _row(layer: str, asked: str, products: Iterable[str], layers: Iterable[Layer
 def _computed(layer: Layer) -> str:
     if layer.kind in PRODUCTS:
         return layer.precision
-    found = precision_of("matmul", layer.inputs, layer.outputs)
-    return found if found in FLOATS or found in CODES else ""
+    precision = precision_of("matmul", layer.inputs, layer.outputs)
+    return precision if precision in FLOATS or precision in CODES else ""
 
 
 REMEDY = "build it again from its own graph with precision.build_plan, for GPUs that multiply these codes"
@@ -114,20 +113,20 @@ REMEDY = "build it again from its own graph with precision.build_plan, for GPUs 
 def engine_effect_check(
     graphs: PlanGraphs, graph: str, engine: str | os.PathLike | None = None
 ) -> pd.DataFrame:
-    """Fail where a builder computes in floats what a plan asked for in codes; no GPU is needed.
+    """Fail where an engine computes in floats what a plan has in codes; no GPU is needed.
 
-    Read is the builder's own account of its layers (`built_formats`). Layers that it does not name, and floats in another
-    float, stand in the table and are no error: a builder may compute a small layer in the float of its neighbours.
+    The builder's own description of its layers is read (`built_formats`). Layers that it does not name, and floats in
+    another float, are rows of the table and no error: a builder may compute a small layer in the float of its neighbours.
 
     Args:
-        graphs: from `export_plan`. graph: name of one of them, e.g. of `graphs.graphs_of(component)`.
-        engine: built from it; None takes the one that `build_plan` put beside it.
+        graphs: graphs from `export_plan`. graph: name of one of them, e.g. of `graphs.graphs_of(component)`.
+        engine: engine that was built from it; None takes the one that `build_plan` wrote beside it.
 
     Returns:
         As `built_formats`.
 
     Raises:
-        WanlabError: a layer in 8 bits or fewer that falls back to a float, or whose codes were folded to floats when the
+        WanlabError: a layer in 8 bits or fewer that falls back to a float, or whose codes became floats when the
             engine was built; as `built_formats`.
     """
     path = graphs.folder / graph
@@ -145,13 +144,16 @@ def engine_effect_check(
     return frame
 
 
-def _fault(asked: str, built: str) -> tuple[str, str]:
-    if get_format(asked).activation is None:
-        return "dequantised", f"keeps its weight in {built} in the engine, where the plan asks for {asked}"
+def _fault(requested: str, built: str) -> tuple[str, str]:
+    if get_format(requested).activation is None:
+        return (
+            "dequantised",
+            f"keeps its weight in {built} in the engine, where the plan asks for {requested}",
+        )
     fallback = ": FP32 fallback" if built == "fp32" else ""
     return (
         "fp32" if fallback else "wrong",
-        f"computes in {built} in the engine, where the plan asks for {asked}{fallback}",
+        f"computes in {built} in the engine, where the plan asks for {requested}{fallback}",
     )
 
 
@@ -170,36 +172,36 @@ def build_plan(
     progress: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Build every graph of a plan for every GPU that takes it; what is refused is a row, not an error.
+    """Build every graph of a plan for every GPU that can run it; a refusal is a row, not an error.
 
-    Each engine lies beside its graph; ranges of steps with one graph share one engine. The builder's own account of its
-    layers is held against the plan (`built_formats`). The table is kept as `engines.json` in the folder.
+    Each engine lies beside its graph; ranges of steps with one graph share one engine. The builder's own description of
+    its layers is compared with the plan (`built_formats`). The table is written as `engines.json` in the folder.
 
     Args:
-        folder: that `export_plan` wrote.
+        folder: folder that `export_plan` wrote.
         targets: compute capabilities. TensorRT for RTX builds for them on any machine; TensorRT builds for the GPU of
-            this one, whatever is given. FP8 needs 8.9 or more.
+            this machine and ignores them. FP8 needs 8.9 or more.
         progress: show bars.
         settings: as in `wanlab.engines.build_tensorrt`: profile (for graphs with free sizes), level, workspace_gib.
 
     Returns:
         One row per component, range of steps and GPU: component, first_step, last_step, graph, numbers, capability, built,
         engine (relative to the folder), size_bytes, build_ms (both of the engine for all its GPUs), layers, layers_as_asked
-        (how many compute in the format of the plan), differing (the first that does not, and what it computes in), node,
+        (number of layers in the format of the plan), differing (the first in another, and in which one), node,
         operator and reason of a refusal.
 
     Raises:
-        WanlabError: no graphs, or such as were changed; TensorRT is not installed; as `build_tensorrt`, but for a
+        WanlabError: no graphs, or graphs that were changed; TensorRT is not installed; as `build_tensorrt`, but for a
             builder that refuses.
     """
     graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
     outcomes = {}
     for component in graphs.components:
         for graph in graphs.graphs_of(component):
-            made = build_engines(
+            builds = build_engines(
                 [graphs.folder / graph], compute_capabilities=targets, progress=progress, **settings
             )
-            outcomes[graph] = _outcome(graphs, graph, made)
+            outcomes[graph] = _outcome(graphs, graph, builds)
     rows = [
         {"component": component, "first_step": first, "last_step": last, "graph": graph} | row
         for component, bands in graphs.bands.items()
@@ -211,7 +213,7 @@ def build_plan(
 
 
 def read_plan_builds(folder: str | os.PathLike) -> pd.DataFrame:
-    """What `build_plan` kept in a folder.
+    """The table that `build_plan` wrote in a folder.
 
     Raises:
         WanlabError: nothing was built there.
@@ -226,9 +228,9 @@ def read_plan_builds(folder: str | os.PathLike) -> pd.DataFrame:
     return _frame(pd.DataFrame(rows, columns=COLUMNS_BUILD))
 
 
-def _outcome(graphs: PlanGraphs, graph: str, made: EngineBuilds) -> list[dict[str, Any]]:
+def _outcome(graphs: PlanGraphs, graph: str, builds: EngineBuilds) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for info in made.built:
+    for info in builds.built:
         layers = built_formats(info.path, graphs.folder / graph, graphs.formats[graph])
         off = layers[~layers["as_asked"]]
         first = next(off.itertuples(), None)
@@ -244,11 +246,11 @@ def _outcome(graphs: PlanGraphs, graph: str, made: EngineBuilds) -> list[dict[st
                 "layers_as_asked": int(layers["as_asked"].sum()),
                 "differing": ""
                 if first is None
-                else f"{first.layer} was asked in {first.asked}, computes in {first.built}",
+                else f"{first.layer} has format {first.asked} in the plan, computes in {first.built}",
             }
             for capability in info.compute_capabilities
         ]
-    for refused in made.refused.to_dict("records"):
+    for refused in builds.refused.to_dict("records"):
         rows.append({key: refused[key] for key in ("numbers", "capability", "node", "operator", "reason")})
         rows[-1] |= {"built": False}
     return rows
@@ -270,13 +272,13 @@ PROVIDERS = ("auto", *ORT_PROVIDERS, *BUILT)
 class SteppedEngine(Engine):
     """One expert whose graph changes with the step; `wanlab.engines.use` takes it as any engine.
 
-    The step is counted by the scheduler of the pipeline it is used in: a generation with another number of steps than the
-    plan's is refused when it begins, before anything is computed.
+    The scheduler of its pipeline counts the steps: a generation with another number of steps than the
+    plan's is refused at its start, before anything is computed.
 
     Attributes:
-        name, inputs, outputs, metadata, device: see `wanlab.engines.base.Engine`.
-        path: the folder of the graphs. bands: first step, last step (inclusive), graph.
-        size_bytes: of its graphs, weights that they share once. load_ms: of the engines opened so far.
+        name, inputs, outputs, metadata, device: as of `wanlab.engines.base.Engine`.
+        path: folder of the graphs. bands: first step, last step (inclusive), graph.
+        size_bytes: size of its graphs; weights that they share count once. load_ms: load time of the engines opened so far.
     """
 
     def __init__(
@@ -329,7 +331,7 @@ class SteppedEngine(Engine):
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Inside the block it is this step; a generation counts its steps itself.
+        """Inside the block the engine computes as in this step; a generation counts its steps itself.
 
         Raises:
             WanlabError: the plan has no such step.
@@ -338,14 +340,14 @@ class SteppedEngine(Engine):
             yield
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run the graph of the step that it is now.
+        """Run the graph of the current step.
 
         Raises:
-            WanlabError: no generation is under way; as `band` and the engine's own `run`.
+            WanlabError: no generation is running; as `band` and the engine's own `run`.
         """
         if self.clock.step is None:
             raise WanlabError(
-                f"plan {self._plan} changes with the step, and no generation is under way; call inside"
+                f"plan {self._plan} changes with the step, and no generation is running; call inside"
                 " `with engine.at(step)`"
             )
         return super().run(feeds)
@@ -354,24 +356,24 @@ class SteppedEngine(Engine):
         return self.band(self.clock.step).run(tensors)
 
     def _check_capture(self, cuda_graph: bool) -> None:
-        """There is no one graph to bind."""
+        """Refuse: there is more than one graph."""
         raise WanlabError(f"{self._component} has a graph for every range of steps; bind engine.band(step)")
 
     def _bind(self, *_: Any) -> Callable[[], None]:
-        raise NotImplementedError  # `_check_capture` refuses before it is asked
+        raise NotImplementedError  # `_check_capture` refuses before this is called
 
     def follow(self, pipeline) -> None:
-        """Let the scheduler of a pipeline, which becomes a copy, tell the steps.
+        """Count the steps by the scheduler of a pipeline, which is replaced by a copy.
 
         Raises:
-            WanlabError: it tells them to another plan already.
+            WanlabError: it counts them for another plan already.
         """
-        told = getattr(pipeline.scheduler, "wanlab_clock", None)
-        if told is None:
+        clock = getattr(pipeline.scheduler, "wanlab_clock", None)
+        if clock is None:
             pipeline.scheduler = stepped_scheduler(pipeline.scheduler, self.clock)
-        elif told is not self.clock:
+        elif clock is not self.clock:
             raise WanlabError(
-                f"this model's steps are counted for plan {told.plan.name} already; use the engines of one"
+                f"this model's steps are counted for plan {clock.plan.name} already; use the engines of one"
                 " load_plan_engines together, on the model as it was loaded"
             )
 
@@ -395,19 +397,19 @@ def load_plan_engines(
     """Engines for the graphs of a plan, as `wanlab.engines.use` takes them.
 
     Args:
-        folder: that `export_plan` wrote.
+        folder: folder that `export_plan` wrote.
         provider: `"cpu"`, `"cuda"` or `"auto"` for ONNX Runtime; `"tensorrt"` for the engines of `build_plan`; or another
             engine that takes graphs of plans.
-        components: which; None takes all.
-        resident: keep the graphs of all steps open; False holds one of each expert, and opens the next when its step comes.
-        options: as `wanlab.engines.OrtEngine`, or `TensorRTEngine`, takes them.
+        components: components to open; None takes all.
+        resident: whether the graphs of all steps stay open; False keeps one of each expert, and opens the next in its step.
+        options: options of `wanlab.engines.OrtEngine`, or `TensorRTEngine`.
 
     Returns:
-        Component -> engine: of one graph where nothing changes with the step, else a `SteppedEngine`.
+        Component -> engine of one graph where nothing changes with the step, else a `SteppedEngine`.
 
     Raises:
-        WanlabError: no graphs, or such as were changed; an unknown provider or component; a TensorRT engine that computes
-            in floats what the plan asked for in codes (`engine_effect_check`); as the engines.
+        WanlabError: no graphs, or graphs that were changed; an unknown provider or component; a TensorRT engine that
+            computes in floats what the plan has in codes (`engine_effect_check`); as the engines.
     """
     graphs = folder if isinstance(folder, PlanGraphs) else read_plan_graphs(folder)
     known = dict.fromkeys((*PROVIDERS, *(kind.name for kind in ENGINES.values() if kind.plans == "graph")))

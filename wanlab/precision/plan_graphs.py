@@ -22,11 +22,11 @@ from wanlab.export.export import ExportReport, export_all
 from wanlab.export.graph import file_bytes
 from wanlab.export.trace import BFLOAT16_OPSET, chosen_opset
 from wanlab.export.weights import WeightsFile
-from wanlab.precision.apply import AS_LOADED, asked
+from wanlab.precision.apply import AS_LOADED, requested_formats
 from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.calibration import Calibration
 from wanlab.precision.formats import get_format
-from wanlab.precision.linear_nodes import find_sites
+from wanlab.precision.linear_nodes import find_linear_nodes
 from wanlab.precision.plan import FLOATS, Plan, is_float, load_plan
 from wanlab.precision.qdq import quantize
 
@@ -37,14 +37,14 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
     """The graphs of a plan on one model.
 
     Attributes:
-        path: of the folder in which they lie, with `plan.json`, this record.
-        plan: that they compute by. model: name of the model.
-        facts: what they were made from: hashes of plan, weights and calibrations by component, settings, version.
+        path: path of their folder, which also holds this record as `plan.json`.
+        plan: plan that they compute. model: name of the model.
+        facts: facts that they were made from: hashes of plan, weights and calibrations by component, settings, version.
         bands: component -> first step, last step (inclusive; None where nothing changes with the step), graph.
         formats: graph -> layer -> format that it computes in, floats included.
         files: every file, weights too, relative to the folder -> SHA-256 and size in bytes.
-        reason: why they were made again; empty where they were not there. Not kept.
-        time_ms: exporting, rounding, writing and checking, or looking them up.
+        reason: why they were made again; empty where there were none. Not written.
+        time_ms: time of exporting, rounding, writing and checking, or of reading the record.
     """
 
     KIND: ClassVar[str] = "record"
@@ -63,7 +63,7 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """Where the record of a folder lies."""
+        """Path of the record in a folder."""
         return Path(path) / RECORD
 
     @property
@@ -72,14 +72,14 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
 
     @property
     def reused(self) -> bool:
-        """Whether the graphs were there already, and current."""
+        """Whether the graphs were made before, and are current."""
         return self.cached
 
     def damage(self, hashed: Mapping[str, Any] | None = None) -> str:
-        """What is wrong with the files, in a few words; empty when nothing is.
+        """Damage of the files, in a few words; empty without any.
 
         Args:
-            hashed: files to hash; None hashes all. Of the others the size is looked at.
+            hashed: files to hash; None hashes all. Of the others only the size is checked.
         """
         for name, (sha256, size) in self.files.items():
             content = sha256 if hashed is None or name in hashed else None
@@ -100,8 +100,8 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
         return tuple(dict.fromkeys(graph for _, _, graph in self.bands[component]))
 
     def frame(self) -> pd.DataFrame:
-        """One row per component and range of steps: component, first_step, last_step, graph, formats (how many layers of
-        each), size_bytes (of the graph with the weights that it uses)."""
+        """One row per component and range of steps: component, first_step, last_step, graph, formats (number of layers of
+        each), size_bytes (of the graph with its weights)."""
         sizes = {graph: file_bytes(self.folder / graph) for graph in self.formats}
         rows = [
             {
@@ -119,7 +119,7 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        """Of all files, weights that several graphs use once."""
+        """Size of all files; weights that several graphs use count once."""
         return sum(size for _, size in self.files.values())
 
 
@@ -135,29 +135,27 @@ def read_plan_graphs(folder: str | os.PathLike, *, check: bool = True) -> PlanGr
     """The graphs in a folder, by their record.
 
     Args:
-        check: hash every graph, and look at the size of every file.
+        check: whether every graph is hashed, and the size of every file checked.
 
     Raises:
-        WanlabError: there is no record, it cannot be read, or a file is not what it says.
+        WanlabError: there is no record, it cannot be read, or a file differs from it.
     """
     graphs = structs.replace(PlanGraphs.read(folder), cached=True)
     if check and (wrong := graphs.damage(hashed=graphs.formats)):
-        raise WanlabError(
-            f"the graphs in {folder} are not what their record says: {wrong}; {PlanGraphs.AGAIN}"
-        )
+        raise WanlabError(f"the graphs in {folder} differ from their record: {wrong}; {PlanGraphs.AGAIN}")
     return graphs
 
 
 def files_of(folder: Path, graphs: Iterable[str]) -> tuple[str, ...]:
     """The graphs and the files of weights that they name, relative to the folder, each once."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for graph in graphs:
-        found[graph] = None
+        names[graph] = None
         for tensor in onnx.load(folder / graph, load_external_data=False).graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
-                    found[(Path(graph).parent / entry.value).as_posix()] = None
-    return tuple(found)
+                    names[(Path(graph).parent / entry.value).as_posix()] = None
+    return tuple(names)
 
 
 SOURCE = "source"  # folder of the graphs as exported
@@ -177,25 +175,25 @@ def export_plan(
     frames: int | None = None,
     progress: bool = True,
 ) -> PlanGraphs:
-    """Write the graphs by which the experts of a model compute a plan.
+    """Write graphs of the experts of a model that compute a plan.
 
     Every expert is exported in the plan's default dtype. Then, for every range of steps in which nothing changes, the
-    layers become what the plan says: quantised by QuantizeLinear and DequantizeLinear, in another float between two
-    Casts, or left as they are. The graphs are typed: an engine computes in the types that they name. Ranges with the same
+    layers get the formats of the plan: quantised by QuantizeLinear and DequantizeLinear, in another float between two
+    Casts, or unchanged. The graphs are typed: an engine computes in the types that they name. Ranges with the same
     formats share a graph, graphs of one expert share a file of weights, and ranges in which an expert never runs get
-    none. What a plan leaves alone altogether is the exported graph itself.
+    none. An expert that the plan does not change has the exported graph itself.
 
-    Beside them `plan.json` says what they were made from and holds a hash of every file: while both are true, they are
-    reused; otherwise they are made anew, and `reason` says why.
+    Beside them `plan.json` records what they were made from and a hash of every file: while both are current, the graphs
+    are reused; otherwise they are made again, and `reason` tells why.
 
     Args:
         model: from `wanlab.models.load`, the experts eager.
-        plan: or a preset's name, or a file.
-        folder: is made.
-        calibrations: component -> ranges of its layers' inputs, which formats that round inputs need.
+        plan: plan, name of a preset, or file.
+        folder: folder of the graphs; it is made.
+        calibrations: component -> ranges of its layers' inputs; needed by formats that round inputs.
         opset: 17 to 24; None takes the oldest that suits, of 20, 21 (4-bit weights) and 23 (bfloat16).
-        dynamic: let batch and sizes vary; fixed sizes export several times faster, at batch 1.
-        height, width, frames: of the clip, in pixels; None takes the model's defaults.
+        dynamic: whether batch and sizes may vary; fixed sizes export several times faster, at batch 1.
+        height, width, frames: size of the clip, in pixels; None takes the model's defaults.
         progress: show bars.
 
     Raises:
@@ -239,9 +237,11 @@ def export_plan(
     formats: dict[str, dict[str, str]] = {}
     for report in sources:
         name = report.component
-        made = _component(assignment, folder, report, calibrations.get(name), steps.get(name), progress)
-        bands[name] = made[0]
-        formats |= made[1]
+        component_graphs = _component(
+            assignment, folder, report, calibrations.get(name), steps.get(name), progress
+        )
+        bands[name] = component_graphs[0]
+        formats |= component_graphs[1]
     graphs = PlanGraphs(
         path=str(folder),
         facts=facts,
@@ -265,19 +265,22 @@ def _component(
     running: set[int] | None,
     progress: bool,
 ) -> tuple[tuple[tuple[int | None, int | None, str], ...], dict[str, dict[str, str]]]:
-    """Graphs of one component: by range of steps, and what each computes in."""
+    """Graphs of one component: (first step, last step, graph) of each range, and graph -> layer -> format."""
     name = report.component
-    own = {layer: _short(sites[0]) for layer, sites in find_sites(onnx_ir.load(report.path).graph).items()}
-    wanted = {
+    own = {
+        layer: _short(linears[0])
+        for layer, linears in find_linear_nodes(onnx_ir.load(report.path).graph).items()
+    }
+    by_band = {
         band: _wanted(assignment, name, band[0], own)
         for band in assignment.bands(name)
         if running is None or band[0] is None or running & set(range(band[0], band[1] + 1))
     }
-    distinct = list({tuple(formats.items()): formats for formats in wanted.values()}.values())
+    distinct = list({tuple(formats.items()): formats for formats in by_band.values()}.values())
     shared = WeightsFile(folder / f"{name}.weights", report.key) if len(distinct) > 1 else None
     names: dict[tuple, str] = {}
     for formats in distinct:
-        first = next(band for band, found in wanted.items() if found == formats)
+        first = next(band for band, other in by_band.items() if other == formats)
         changed = {layer: format for layer, format in formats.items() if format != own.get(layer)}
         if not changed:
             names[tuple(formats.items())] = f"{SOURCE}/{Path(report.path).name}"
@@ -293,27 +296,27 @@ def _component(
             progress=progress,
         )
         names[tuple(formats.items())] = graph
-    bands = tuple((*band, names[tuple(formats.items())]) for band, formats in wanted.items())
+    bands = tuple((*band, names[tuple(formats.items())]) for band, formats in by_band.items())
     return bands, {names[tuple(formats.items())]: formats for formats in distinct}
 
 
 def _wanted(assignment: Assignment, component: str, step: int | None, own: dict[str, str]) -> dict[str, str]:
     """Layer -> format at a step; a layer that no rule names computes as it was exported."""
-    rows = asked(assignment, component)
+    rows = requested_formats(assignment, component)
     if step is not None:
         rows = rows[rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))]
-    wanted = dict(zip(rows["layer"], rows["wanted"], strict=True))
-    for layer in wanted:
+    formats = dict(zip(rows["layer"], rows["requested"], strict=True))
+    for layer in formats:
         if layer not in own:
             raise WanlabError(
                 f"the exported {component} does not compute {layer} as one product; leave it out of the plan"
             )
-    return {layer: own[layer] if format == AS_LOADED else format for layer, format in wanted.items()}
+    return {layer: own[layer] if format == AS_LOADED else format for layer, format in formats.items()}
 
 
-def _short(site) -> str:
-    """`"bf16"` for what a site computes in."""
-    name = str(site.dtype).removeprefix("torch.")
+def _short(linear) -> str:
+    """Short name of the dtype that a node computes in, such as `"bf16"`."""
+    name = str(linear.dtype).removeprefix("torch.")
     return next((short for short, long in FLOATS.items() if long == name), name)
 
 
@@ -325,7 +328,9 @@ def _check_calibrations(assignment: Assignment, calibrations: Mapping[str, Calib
                 f" planned are {', '.join(assignment.components)}"
             )
         if not hasattr(given, "key"):
-            raise WanlabError(f"the calibration of {name} is none of wanlab.precision.calibrate; give that")
+            raise WanlabError(
+                f"the calibration of {name} does not come from wanlab.precision.calibrate; give one that does"
+            )
     for row in assignment.frame.itertuples():
         rounds = not is_float(row.format) and get_format(row.format).activation is not None
         if rounds and row.layer not in getattr(calibrations.get(row.component), "amax", ()):
@@ -337,14 +342,14 @@ def _check_calibrations(assignment: Assignment, calibrations: Mapping[str, Calib
 
 def _opset(assignment: Assignment) -> int:
     used = set(assignment.frame["format"])
-    found = chosen_opset(None, f"torch.{FLOATS[assignment.default]}")
+    oldest = chosen_opset(None, f"torch.{FLOATS[assignment.default]}")
     needed = [get_format(name).opset for name in used if not is_float(name)]
     convolution = (assignment.frame["kind"] != "Linear") & (assignment.frame["format"] == "bf16")
-    return max([found, *needed, BFLOAT16_OPSET if convolution.any() else 0])
+    return max([oldest, *needed, BFLOAT16_OPSET if convolution.any() else 0])
 
 
 def _steps(model, plan: Plan) -> dict[str, set[int]]:
-    """Component -> the steps that it runs in a generation of the plan's; empty where steps do not matter."""
+    """Component -> steps that it runs in a generation of the plan's number of steps; empty where the plan has none."""
     if plan.num_steps is None or not hasattr(model, "schedule"):
         return {}
     table = model.schedule(plan.num_steps)
@@ -352,7 +357,7 @@ def _steps(model, plan: Plan) -> dict[str, set[int]]:
 
 
 def _kept(folder: Path, facts: dict[str, Any]) -> tuple[PlanGraphs | None, str]:
-    """The graphs that are there, if they are current; else why they are not."""
+    """The graphs in the folder where they are current; else None and why they are not."""
     graphs, reason = PlanGraphs.current(folder, facts)
     if graphs is None and (old := PlanGraphs.find(folder)) is not None:
         for name in old.files:  # of an older plan; the exported graphs below `source` belong to the export

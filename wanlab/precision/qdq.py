@@ -34,41 +34,41 @@ from wanlab.precision.linear_nodes import (
     LinearNode,
     Rewriter,
     common_module,
-    find_sites,
+    find_linear_nodes,
+    nodes_of_layers,
     raise_opset,
-    sites_of,
 )
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.recording import nano_examples, record_inputs
 
 
 def chosen_formats(
-    found: Iterable[str],
+    known: Iterable[str],
     layers: str | Sequence[str] | Mapping[str, str | QuantFormat] | None,
     format: str | QuantFormat | None,
     exclude: str | Sequence[str] = (),
 ) -> dict[str, QuantFormat | str]:
-    """Layer -> format, or the name of a float, for the layers asked for, in the order of their names.
+    """Layer -> format, or the name of a float, of the layers that patterns choose, in the order of their names.
 
     Args:
-        found: layers that there are.
-        layers, format, exclude: as in `wanlab.precision.quantize`.
+        known: layers of the graph.
+        layers, format, exclude: arguments of `wanlab.precision.quantize`.
 
     Raises:
         WanlabError: no format or too many, an unknown one, or patterns that match nothing or leave nothing.
     """
-    found = list(found)
+    known = list(known)
     if not isinstance(layers, Mapping):
         if format is None:
             raise WanlabError("which format? give format=, or layers= as a mapping from layer to format")
         include = [layers] if layers is None or isinstance(layers, str) else list(layers)
-        return dict.fromkeys(_chosen(found, include, exclude), _wanted(format))
+        return dict.fromkeys(_chosen(known, include, exclude), _wanted(format))
     if format is not None:
         raise WanlabError("layers gives a format to each layer already; leave format out")
     by_name: dict[str, QuantFormat | str] = {}
     for pattern, name in layers.items():
-        by_name |= dict.fromkeys(_chosen(found, [pattern]), _wanted(name))
-    return {layer: by_name[layer] for layer in _chosen(found, list(layers), exclude)}
+        by_name |= dict.fromkeys(_chosen(known, [pattern]), _wanted(name))
+    return {layer: by_name[layer] for layer in _chosen(known, list(layers), exclude)}
 
 
 def is_norm(layer: str) -> bool:
@@ -81,84 +81,86 @@ def _wanted(format: str | QuantFormat) -> QuantFormat | str:
 
 
 def _chosen(
-    found: Sequence[str], include: Sequence[str | None], exclude: str | Sequence[str] = ()
+    known: Sequence[str], include: Sequence[str | None], exclude: str | Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """As `choose_layers`, but norms are taken only by patterns that speak of norms; None is its default."""
-    plain = [layer for layer in found if not is_norm(layer)]
-    taken = {
+    """As `choose_layers`, but norms are chosen only by patterns with `norm` in them; None is its default."""
+    plain = [layer for layer in known if not is_norm(layer)]
+    chosen = {
         layer
         for pattern in include
-        for layer in choose_layers(found if pattern and "norm" in pattern else plain, pattern)
+        for layer in choose_layers(known if pattern and "norm" in pattern else plain, pattern)
     }
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        taken -= set(choose_layers(found, pattern))
-    if not taken:
+        chosen -= set(choose_layers(known, pattern))
+    if not chosen:
         raise WanlabError("no layer is left; give patterns that include more or exclude less")
-    return tuple(sorted(taken, key=natural))
+    return tuple(sorted(chosen, key=natural))
 
 
 BFLOAT16_CONV_OPSET = 22
-"""The first whose Conv takes bfloat16."""
+"""First opset whose Conv takes bfloat16."""
 
 
-def islands_among(sites: Mapping[str, Sequence[LinearNode]], floats: Mapping[str, str]) -> dict[str, str]:
-    """The layers of `floats` (layer -> `"fp32"`, `"fp16"` or `"bf16"`) that compute in another float now."""
+def layers_in_other_floats(
+    linears: Mapping[str, Sequence[LinearNode]], floats: Mapping[str, str]
+) -> dict[str, str]:
+    """The layers of `floats` (layer -> `"fp32"`, `"fp16"` or `"bf16"`) whose nodes compute in another float now."""
     return {
         layer: name
         for layer, name in floats.items()
-        if any(site.dtype != float_dtype(name) for site in sites[layer])
+        if any(linear.dtype != float_dtype(name) for linear in linears[layer])
     }
 
 
-def needed_opset(sites: Mapping[str, Sequence[LinearNode]], islands: Mapping[str, str]) -> int:
+def needed_opset(linears: Mapping[str, Sequence[LinearNode]], other_floats: Mapping[str, str]) -> int:
     """The first opset whose operators take these layers in these floats."""
     narrow = any(
-        site.node.op_type == "Conv"
-        for layer, name in islands.items()
+        linear.node.op_type == "Conv"
+        for layer, name in other_floats.items()
         if name == "bf16"
-        for site in sites[layer]
+        for linear in linears[layer]
     )
     return BFLOAT16_CONV_OPSET if narrow else 13
 
 
 def compute_in(
-    rewriter: Rewriter, sites: Mapping[str, Sequence[LinearNode]], islands: Mapping[str, str]
+    rewriter: Rewriter, linears: Mapping[str, Sequence[LinearNode]], other_floats: Mapping[str, str]
 ) -> None:
-    """Let layers compute in the floats given: weight and bias in that dtype, input and output cast.
+    """Change the float that layers compute in: weight and bias get that dtype, input and output are cast.
 
     Layers that read one tensor in one float share the Cast.
     """
     groups: dict[tuple[int, str], list[LinearNode]] = {}
-    for layer, name in islands.items():
-        for site in sites[layer]:
-            groups.setdefault((id(site.activation), name), []).append(site)
+    for layer, name in other_floats.items():
+        for linear in linears[layer]:
+            groups.setdefault((id(linear.activation), name), []).append(linear)
     order = {id(node): index for index, node in enumerate(rewriter.graph)}
     weights: dict[tuple[str, str], onnx_ir.Value] = {}
     for (_, name), group in groups.items():
-        group.sort(key=lambda site: order[id(site.node)])
+        group.sort(key=lambda linear: order[id(linear.node)])
         kind = float_dtype(name)
-        module = common_module([site.layer for site in group])
+        module = common_module([linear.layer for linear in group])
         source = group[0].activation
         given = _cast(rewriter, source, kind, f"{module}/input_cast", f"{source.name}.{name}", group[0].node)
-        for site in group:
-            _narrow(rewriter, site, kind, name, given, weights)
+        for linear in group:
+            _narrow(rewriter, linear, kind, name, given, weights)
 
 
 def float_dtype(name: str) -> torch.dtype:
-    """`"bf16"` as PyTorch knows it."""
+    """Dtype in PyTorch of a float such as `"bf16"`."""
     return getattr(torch, FLOATS[name])
 
 
-def _narrow(rewriter: Rewriter, site: LinearNode, kind, name: str, given, weights) -> None:
-    around, node = site.dtype, site.node
-    key = (site.stored.name, name)
+def _narrow(rewriter: Rewriter, linear: LinearNode, kind, name: str, given, weights) -> None:
+    around, node = linear.dtype, linear.node
+    key = (linear.stored.name, name)
     if key not in weights:
-        weights[key] = _weight(rewriter, site, kind, name)
-    rewriter.weight_bytes[site.layer] = weights[key].const_value.nbytes
-    bias_node, index = _bias_of(site)
+        weights[key] = _weight(rewriter, linear, kind, name)
+    rewriter.weight_bytes[linear.layer] = weights[key].const_value.nbytes
+    bias_node, index = _bias_of(linear)
     node.replace_input_with(0, given)
     node.replace_input_with(1, weights[key])
-    rewriter.replaced(site.stored)
+    rewriter.replaced(linear.stored)
     if bias_node is not None:
         bias = bias_node.inputs[index]
         bias_node.replace_input_with(index, _bias(rewriter, bias, kind, name))
@@ -166,19 +168,19 @@ def _narrow(rewriter: Rewriter, site: LinearNode, kind, name: str, given, weight
     last = bias_node or node
     for changed in dict.fromkeys((node, last)):
         changed.outputs[0].type = onnx_ir.TensorType(_onnx_type(kind))
-    _cast_back(rewriter, last, around, f"{site.layer}/output_cast")
+    _cast_back(rewriter, last, around, f"{linear.layer}/output_cast")
 
 
-def _weight(rewriter: Rewriter, site: LinearNode, kind, name: str) -> onnx_ir.Value:
-    """The weight in another float, cast when it is written."""
-    called = f"{site.stored.name}.{name}"
+def _weight(rewriter: Rewriter, linear: LinearNode, kind, name: str) -> onnx_ir.Value:
+    """The weight in another float; it is cast when it is written."""
+    value_name = f"{linear.stored.name}.{name}"
 
     def read():
-        value = site.weight()
-        return TorchTensor((value.t() if site.transposed else value).to(kind).contiguous(), name=called)
+        value = linear.weight()
+        return TorchTensor((value.t() if linear.transposed else value).to(kind).contiguous(), name=value_name)
 
-    shape = onnx_ir.Shape(site.shape[::-1] if site.transposed else site.shape)
-    return rewriter.initializer(onnx_ir.LazyTensor(read, _onnx_type(kind), shape, name=called))
+    shape = onnx_ir.Shape(linear.shape[::-1] if linear.transposed else linear.shape)
+    return rewriter.initializer(onnx_ir.LazyTensor(read, _onnx_type(kind), shape, name=value_name))
 
 
 def _bias(rewriter: Rewriter, bias: onnx_ir.Value, kind, name: str) -> onnx_ir.Value:
@@ -186,16 +188,16 @@ def _bias(rewriter: Rewriter, bias: onnx_ir.Value, kind, name: str) -> onnx_ir.V
     return rewriter.initializer(TorchTensor(values, name=f"{bias.name}.{name}"))
 
 
-def _bias_of(site: LinearNode) -> tuple[onnx_ir.Node | None, int]:
-    """The node that adds a layer's bias, and which of its inputs that is; (None, 0) without one."""
-    node = site.node
+def _bias_of(linear: LinearNode) -> tuple[onnx_ir.Node | None, int]:
+    """The node that adds a layer's bias, and the index of that input; (None, 0) without one."""
+    node = linear.node
     if len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].const_value is not None:
         return node, 2
     uses = list(node.outputs[0].uses())
     if node.op_type != "MatMul" or len(uses) != 1:
         return None, 0
     add = uses[0].node
-    if add.op_type != "Add" or (add.name or "").partition("/")[0] != site.layer:
+    if add.op_type != "Add" or (add.name or "").partition("/")[0] != linear.layer:
         return None, 0
     other = 1 - uses[0].idx
     return (add, other) if add.inputs[other].const_value is not None else (None, 0)
@@ -205,20 +207,20 @@ def _cast_back(rewriter: Rewriter, last: onnx_ir.Node, kind, name: str) -> None:
     value = last.outputs[0]
     after = onnx_ir.node("Cast", [value], {"to": int(_onnx_type(kind))}, name=rewriter.name(name))
     rewriter.finish(after, f"{value.name}.back", kind, value.shape)
-    made = after.outputs[0]
+    result = after.outputs[0]
     for use in list(value.uses()):
         if use.node is not after:
-            use.node.replace_input_with(use.idx, made)
-    if value.is_graph_output():  # which keeps its name
+            use.node.replace_input_with(use.idx, result)
+    if value.is_graph_output():  # whose name stays
         outputs = rewriter.graph.outputs
-        outputs[[output is value for output in outputs].index(True)] = made
-        value.name, made.name = f"{value.name}.{_onnx_type(kind).name.lower()}", value.name
+        outputs[[output is value for output in outputs].index(True)] = result
+        value.name, result.name = f"{value.name}.{_onnx_type(kind).name.lower()}", value.name
     rewriter.graph.insert_after(last, after)
 
 
-def _cast(rewriter: Rewriter, value: onnx_ir.Value, kind, name: str, called: str, before: onnx_ir.Node):
+def _cast(rewriter: Rewriter, value: onnx_ir.Value, kind, name: str, value_name: str, before: onnx_ir.Node):
     node = onnx_ir.node("Cast", [value], {"to": int(_onnx_type(kind))}, name=rewriter.name(name))
-    rewriter.finish(node, called, kind, value.shape)
+    rewriter.finish(node, value_name, kind, value.shape)
     rewriter.graph.insert_before(before, node)
     return node.outputs[0]
 
@@ -234,10 +236,10 @@ class QuantizedLayer:
     Attributes:
         layer: module path.
         format: name of its format.
-        nodes: of the graph that compute it.
-        activation_amax: largest magnitude that its input's codes reach; None where the input is not quantised.
-        activation_scale: of its input, as stored. shared_with: layers that read the same codes.
-        weight_bytes: of codes and scales. weight_before_bytes: in the graph that was read.
+        nodes: number of nodes of the graph that compute it.
+        activation_amax: largest magnitude of its input's codes; None where the input is not quantised.
+        activation_scale: scale of its input, as stored. shared_with: layers that read the same codes.
+        weight_bytes: size of codes and scales. weight_before_bytes: size in the graph that was read.
     """
 
     layer: str
@@ -251,20 +253,20 @@ class QuantizedLayer:
 
 
 class QuantizedReport(Manifest, frozen=True, kw_only=True):
-    """What a quantised graph was made from, and what came of it; read back from the written file.
+    """Facts of a quantised graph, read back from the written file.
 
     Attributes:
-        path, source: the graph written and the graph read.
-        model, component: as the source's metadata says; empty where it does not.
-        facts: source, formats by layer, scales and package version.
-        layers: every layer that was asked for.
-        quantized: format -> layers of it found in the written file with weight and input as asked.
-        layer_set: hash of the set of layers. calibration: key of the calibration; empty without.
-        opset_before, opset: of source and result.
-        dtype: that the graph computes in outside the codes.
-        size_before_bytes, size_bytes: of source and result, weights included.
-        weights_file: file of the weights beside the graph; empty when they are in it.
-        time_ms: reading, rounding, writing and checking.
+        path, source: graph that was written and graph that was read.
+        model, component: names from the source's metadata; empty where it has none.
+        facts: hash of the source, formats by layer, scales and package version.
+        layers: every layer with a new format.
+        quantized: format -> number of layers whose weight and input have it in the written file.
+        layer_set: hash of the set of layers. calibration: key of the calibration; empty without one.
+        opset_before, opset: opset of source and result.
+        dtype: float that the graph computes in.
+        size_before_bytes, size_bytes: size of source and result, weights included.
+        weights_file: file of the weights beside the graph; empty where they are in it.
+        time_ms: time of reading, rounding, writing and checking.
     """
 
     KIND: ClassVar[str] = "report of quantization"
@@ -288,12 +290,12 @@ class QuantizedReport(Manifest, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """Where the report of a quantised ONNX file lies."""
+        """Path of the report of a quantised ONNX file."""
         return Path(path).with_suffix(".json")
 
     @property
-    def asked(self) -> dict[str, int]:
-        """Format -> layers asked for."""
+    def requested(self) -> dict[str, int]:
+        """Format -> number of layers that were to have it."""
         return dict(Counter(layer.format for layer in self.layers))
 
     def frame(self) -> pd.DataFrame:
@@ -315,22 +317,22 @@ class QuantizedReport(Manifest, frozen=True, kw_only=True):
 
 
 def read_quantized_report(path: str | os.PathLike) -> QuantizedReport | None:
-    """The report beside a quantised ONNX file; None when there is none that can be read."""
+    """The report beside a quantised ONNX file; None where there is none that can be read."""
     return QuantizedReport.find(path)
 
 
 def verify(
-    path: Path, asked: Mapping[str, QuantFormat], islands: Mapping[str, str] | None = None
+    path: Path, formats: Mapping[str, QuantFormat], other_floats: Mapping[str, str] | None = None
 ) -> dict[str, int]:
     """Read a graph back, without its weights, and count the layers of each format.
 
     Args:
-        islands: layers that compute in another float, by its name in plans.
+        formats: layer -> format of its codes. other_floats: layer -> name of another float that it computes in.
 
     Raises:
-        WanlabError: a layer is missing, or its weight or input is not quantised, or cast, as asked.
+        InternalError: a layer is missing, or its weight or input has another format than requested.
     """
-    islands = islands or {}
+    other_floats = other_floats or {}
     model = onnx.load(path, load_external_data=False)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -338,25 +340,25 @@ def verify(
     seen = set()
     for node in model.graph.node:
         layer = node.name.partition("/")[0]
-        if node.op_type not in OPERATORS or (layer not in asked and layer not in islands):
+        if node.op_type not in OPERATORS or (layer not in formats and layer not in other_floats):
             continue
-        if layer in islands:
-            wanted_float = islands[layer]
+        if layer in other_floats:
+            wanted_float = other_floats[layer]
             _compare(path, layer, "weight", _type_name(kinds.get(node.input[1], 0)), wanted_float)
             _compare(path, layer, "input", _cast_kind(makers.get(node.input[0])), wanted_float)
             if layer not in seen:
                 counts[wanted_float] += 1
             seen.add(layer)
             continue
-        wanted = asked[layer]
+        format = formats[layer]
         weight = _weight_kind(makers.get(node.input[1]), kinds)
-        taken = _input_kind(makers.get(node.input[0]), makers, kinds)
-        _compare(path, layer, "weight", weight, wanted.weight.kind)
-        _compare(path, layer, "input", taken, wanted.activation.kind if wanted.activation else "")
+        input_kind = _input_kind(makers.get(node.input[0]), makers, kinds)
+        _compare(path, layer, "weight", weight, format.weight.kind)
+        _compare(path, layer, "input", input_kind, format.activation.kind if format.activation else "")
         if layer not in seen:
-            counts[wanted.name] += 1
+            counts[format.name] += 1
         seen.add(layer)
-    missing = [layer for layer in (*asked, *islands) if layer not in seen]
+    missing = [layer for layer in (*formats, *other_floats) if layer not in seen]
     if missing:
         raise InternalError(f"{path.name} was written without {missing[0]}; this is a mistake of wanlab")
     return dict(counts)
@@ -383,20 +385,20 @@ def _cast_kind(maker) -> str:
     return _type_name(next(attribute.i for attribute in maker.attribute if attribute.name == "to"))
 
 
-def _compare(path: Path, layer: str, what: str, got: str, wanted: str) -> None:
-    if got != wanted:
+def _compare(path: Path, layer: str, what: str, actual: str, expected: str) -> None:
+    if actual != expected:
         raise InternalError(
-            f"{path.name}: the {what} of {layer} came out as {got or 'not quantised'}, asked was"
-            f" {wanted or 'not quantised'}; this is a mistake of wanlab"
+            f"{path.name}: the {what} of {layer} came out as {actual or 'not quantised'}, requested was"
+            f" {expected or 'not quantised'}; this is a mistake of wanlab"
         )
 
 
 def _type_name(data_type: int) -> str:
-    """The name here of an `onnx.TensorProto.DataType`; empty for none."""
+    """wanlab's name of an `onnx.TensorProto.DataType`; empty where it has none."""
     return element_name(onnx.TensorProto.DataType.Name(data_type))
 
 
-IR_VERSION = 10  # the first that knows INT4
+IR_VERSION = 10  # the first with INT4
 
 
 def quantized_experts(
@@ -412,12 +414,12 @@ def quantized_experts(
 
     Args:
         model: from `wanlab.models.load`, with all its components.
-        folder: holds the experts' graphs, `<expert>.onnx`; gets the quantized ones and the recorded inputs.
-        components: of which the experts are taken.
-        formats: of their linear layers. steps: denoising steps of the generation.
+        folder: folder of the experts' graphs, `<expert>.onnx`; the quantized ones and the recorded inputs are written to it.
+        components: components, of which the experts are quantized.
+        formats: formats of their linear layers. steps: denoising steps of the generation.
 
     Returns:
-        The files; empty where no expert or no format is asked for.
+        The files; empty where no expert or no format is given.
 
     Raises:
         WanlabError: as `record_inputs`, `calibrate` and `quantize`.
@@ -452,27 +454,27 @@ def quantize(
     weights: WeightsFile | None = None,
     progress: bool = True,
 ) -> QuantizedReport:
-    """Write a graph whose chosen layers compute in a number format, said by QuantizeLinear and DequantizeLinear.
+    """Write a graph whose chosen layers are quantised with explicit Q/DQ nodes (QuantizeLinear, DequantizeLinear).
 
-    Weights become codes and scales, taken from the weights in the graph. Inputs of layers whose format has an
+    Weights become codes and scales. Inputs of layers whose format has an
     activation are rounded to codes of the calibration's range; layers that read one tensor in one format share the
     codes, with the largest of their ranges. A layer of another float computes in it between two Casts, with weight and
-    bias in that dtype. All other biases, and everything else, stay as they are. Weights are read, rounded
+    bias in that dtype. All other biases, and everything else, are unchanged. Weights are read, rounded
     and written one at a time, so a graph of any size needs room for its largest. The file is checked by
-    onnx.checker and read back: a layer that did not come out as asked is an error.
+    onnx.checker and read back: a layer in another format than requested is an error.
 
     Args:
-        onnx_path: from `wanlab.export.export`, in float32, float16 or bfloat16.
-        out_path: the `.onnx` file to write; its folder is made. A report lies beside it as `.json`.
+        onnx_path: graph from `wanlab.export.export`, in float32, float16 or bfloat16.
+        out_path: `.onnx` file to write; its folder is made. A report is written beside it as `.json`.
         layers: patterns as in `choose_layers`, None for its default; or pattern -> format, for a mixture, where
             later patterns win and `"fp32"`, `"fp16"` and `"bf16"` are formats too. Norms that are written as
-            convolutions, as in the VAE, are taken by patterns with `norm` in them only.
-        format: of all the layers that `layers` chooses: a name of `FORMATS`, a `QuantFormat`, or a float.
-        exclude: patterns of layers to leave as they are.
-        calibration: ranges of the layers' inputs; of the same component. Needed by formats with an activation.
-        external_data: weights in a file of their own; None does so above 1.5 GiB.
-        weights: the file that they go to then, in the folder of `out_path`; other graphs made from the same source may
-            use it too. None takes one for this graph alone.
+            convolutions, as in the VAE, are chosen by patterns with `norm` in them only.
+        format: format of all the layers that `layers` chooses: a name of `FORMATS`, a `QuantFormat`, or a float.
+        exclude: patterns of layers that are not changed.
+        calibration: ranges of the inputs of layers of the same component. Needed by formats with an activation.
+        external_data: whether weights are written to a file of their own; None does so above 1.5 GiB.
+        weights: that file, in the folder of `out_path`; other graphs made from the same source may share it. None makes one
+            for this graph alone.
         progress: show a bar while weights are written.
 
     Raises:
@@ -484,51 +486,58 @@ def quantize(
     if not source.is_file():
         raise WanlabError(f"no ONNX file at {source}; make it with wanlab.export.export")
     if path.suffix != ".onnx" or path.resolve() == source.resolve():
-        raise WanlabError(f"{path} is no other .onnx file than the one read; give a name of its own")
+        raise WanlabError(
+            f"{path} is the file that is read, or no .onnx file; give another name that ends in .onnx"
+        )
     model = onnx_ir.load(source)
     metadata = dict(model.metadata_props)
     if "wanlab_quantized" in metadata:
         raise WanlabError(f"{source.name} is quantised already; start from the file that was exported")
-    found = find_sites(model.graph)
-    wanted_of = chosen_formats(found, layers, format, exclude)
-    asked = {layer: wanted for layer, wanted in wanted_of.items() if isinstance(wanted, QuantFormat)}
+    nodes = find_linear_nodes(model.graph)
+    wanted_of = chosen_formats(nodes, layers, format, exclude)
+    formats = {
+        layer: each_format for layer, each_format in wanted_of.items() if isinstance(each_format, QuantFormat)
+    }
     floats = {layer: name for layer, name in wanted_of.items() if isinstance(name, str)}
-    calibration = _needed(calibration, asked, metadata, source.name)
-    sites = sites_of(found, wanted_of, source.name)
-    islands = islands_among(sites, floats)
-    if not asked and not islands:
+    calibration = _needed(calibration, formats, metadata, source.name)
+    linears = nodes_of_layers(nodes, wanted_of, source.name)
+    other_floats = layers_in_other_floats(linears, floats)
+    if not formats and not other_floats:
         raise WanlabError(
-            f"{source.name} computes these layers in these floats already; nothing is to be written"
+            f"{source.name} computes these layers in these floats already, so there is nothing to write"
         )
-    named = {layer: asked[layer].name if layer in asked else islands[layer] for layer in (*asked, *islands)}
-    for layer, wanted in asked.items():
-        check_blocks(sites[layer][0].shape, wanted.weight, layer)
+    named = {
+        layer: formats[layer].name if layer in formats else other_floats[layer]
+        for layer in (*formats, *other_floats)
+    }
+    for layer, each_format in formats.items():
+        check_blocks(linears[layer][0].shape, each_format.weight, layer)
     # Read here, as rewriting replaces the weights.
-    before_bytes = {layer: sites[layer][0].stored.const_value.nbytes for layer in named}
-    dtypes = Counter(str(site.dtype).removeprefix("torch.") for all_ in sites.values() for site in all_)
+    before_bytes = {layer: linears[layer][0].stored.const_value.nbytes for layer in named}
+    dtypes = Counter(str(linear.dtype).removeprefix("torch.") for all_ in linears.values() for linear in all_)
 
     opset_before = model.opset_imports[""]
     # Scales of other types than float32 came with opset 19.
     needed = max(
-        19 if asked and set(dtypes) != {"float32"} else 0,
-        needed_opset(sites, islands),
-        *(wanted.opset for wanted in asked.values()),
+        19 if formats and set(dtypes) != {"float32"} else 0,
+        needed_opset(linears, other_floats),
+        *(each_format.opset for each_format in formats.values()),
     )
     if opset_before < needed:
         model = raise_opset(model, needed, source.name)
-        sites = sites_of(find_sites(model.graph), named, source.name)
+        linears = nodes_of_layers(find_linear_nodes(model.graph), named, source.name)
     rewriter = Rewriter(model.graph, model.opset_imports[""])
-    for layer, wanted in asked.items():
-        for site in sites[layer]:
-            rewriter.weight(site, wanted.weight)
-    inputs = [(site, asked[layer].activation) for layer in asked for site in sites[layer]]
+    for layer, each_format in formats.items():
+        for linear in linears[layer]:
+            rewriter.weight(linear, each_format.weight)
+    inputs = [(linear, formats[layer].activation) for layer in formats for linear in linears[layer]]
     amax = calibration.amax if calibration is not None else {}
-    scales = rewriter.activations([(site, numbers) for site, numbers in inputs if numbers], amax)
-    compute_in(rewriter, sites, islands)
+    scales = rewriter.activations([(linear, numbers) for linear, numbers in inputs if numbers], amax)
+    compute_in(rewriter, linears, other_floats)
     rewriter.clear()
 
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
-    facts = _facts(source, asked, islands, scales, calibration)
+    facts = _facts(source, formats, other_floats, scales, calibration)
     key = key_of(facts)
     model.metadata_props.update(
         {
@@ -539,7 +548,7 @@ def quantize(
         }
     )
     weights_file = _write(model, path, key, external_data, weights, progress)
-    quantized = verify(path, asked, islands)
+    quantized = verify(path, formats, other_floats)
     report = QuantizedReport(
         path=str(path),
         facts=facts,
@@ -547,7 +556,7 @@ def quantize(
         model=metadata.get("model", ""),
         component=metadata.get("component", ""),
         layers=tuple(
-            _layer(layer, name, sites[layer], scales.get(layer), rewriter, before_bytes[layer])
+            _layer(layer, name, linears[layer], scales.get(layer), rewriter, before_bytes[layer])
             for layer, name in named.items()
         ),
         quantized=quantized,
@@ -565,11 +574,11 @@ def quantize(
     return report
 
 
-def _layer(layer, name, sites, scale, rewriter, before_bytes: int) -> QuantizedLayer:
+def _layer(layer, name, linears, scale, rewriter, before_bytes: int) -> QuantizedLayer:
     return QuantizedLayer(
         layer=layer,
         format=name,
-        nodes=len(sites),
+        nodes=len(linears),
         activation_amax=scale.amax if scale else None,
         activation_scale=scale.scale if scale else None,
         shared_with=scale.shared_with if scale else (),
@@ -578,23 +587,23 @@ def _layer(layer, name, sites, scale, rewriter, before_bytes: int) -> QuantizedL
     )
 
 
-def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibration | None:
-    """The calibration, checked; None when no layer's input is rounded."""
-    wanting = [layer for layer, wanted in asked.items() if wanted.activation is not None]
-    if not wanting:
+def _needed(calibration, formats, metadata: dict[str, str], name: str) -> Calibration | None:
+    """The calibration, checked; None where no layer's input is rounded."""
+    rounding = [layer for layer, each_format in formats.items() if each_format.activation is not None]
+    if not rounding:
         return None
     if calibration is None:
         raise WanlabError(
-            f"{asked[wanting[0]].name} rounds inputs and needs their ranges; give calibration= from"
+            f"{formats[rounding[0]].name} rounds inputs and needs their ranges; give calibration= from"
             " wanlab.precision.calibrate, or a weight-only format"
         )
     for what in ("model", "component"):
-        here, there = metadata.get(what), getattr(calibration, what)
-        if here and there != here:
+        expected, actual = metadata.get(what), getattr(calibration, what)
+        if expected and actual != expected:
             raise WanlabError(
-                f"the calibration is of {what} {there}, {name} of {here}; give the one of {here}"
+                f"the calibration is of {what} {actual}, {name} of {expected}; give the one of {expected}"
             )
-    missing = [layer for layer in wanting if layer not in calibration.amax]
+    missing = [layer for layer in rounding if layer not in calibration.amax]
     if missing:
         raise WanlabError(
             f"the calibration has no range for {missing[0]}"
@@ -606,8 +615,8 @@ def _needed(calibration, asked, metadata: dict[str, str], name: str) -> Calibrat
 
 def _facts(
     source: Path,
-    asked: dict[str, QuantFormat],
-    islands: dict[str, str],
+    formats: dict[str, QuantFormat],
+    other_floats: dict[str, str],
     scales: Mapping[str, Any],
     calibration: Calibration | None,
 ) -> dict[str, Any]:
@@ -615,8 +624,8 @@ def _facts(
     return {
         "graph": file_digest(source),
         "weights": exported.key if exported is not None else "",
-        "formats": {layer: wanted.to_dict() for layer, wanted in asked.items()},
-        "islands": islands,
+        "formats": {layer: each_format.to_dict() for layer, each_format in formats.items()},
+        "other_floats": other_floats,
         "scales": {layer: entry.scale for layer, entry in scales.items()},
         "calibration": calibration.key if calibration is not None else "",
         "wanlab": __version__,
@@ -624,7 +633,7 @@ def _facts(
 
 
 class _Stored:
-    """An initializer, as a `WeightsFile` takes it."""
+    """An initializer in the form that `WeightsFile.add` takes."""
 
     def __init__(self, tensor: onnx_ir.TensorProtocol) -> None:
         self.tensor = tensor
@@ -637,15 +646,15 @@ class _Stored:
 def _write(
     model, path: Path, key: str, external_data: bool | None, shared: WeightsFile | None, progress: bool
 ) -> str:
-    """Write graph and weights; the graph appears under `path` when it is whole. Returns the weights' file."""
-    held = {name: value.const_value for name, value in model.graph.initializers.items()}
-    large = {name: tensor for name, tensor in held.items() if tensor.nbytes >= 1024}
+    """Write graph and weights; the graph appears at `path` when it is complete. Returns the name of the weights' file."""
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    large = {name: tensor for name, tensor in tensors.items() if tensor.nbytes >= 1024}
     size = sum(tensor.nbytes for tensor in large.values())
     external = size > EXTERNAL_ABOVE_BYTES if external_data is None else external_data
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = shared or WeightsFile(path.with_name(f"{path.stem}.weights"), key)
     manifest = weights.path.with_name(f"{weights.path.name}.json")
-    for tensor in held.values():
+    for tensor in tensors.values():
         if (
             isinstance(tensor, onnx_ir.ExternalTensor)
             and Path(tensor.path).resolve() == weights.path.resolve()
@@ -660,7 +669,7 @@ def _write(
         weights.refer(model.graph)
     elif shared is None:
         weights.path.unlink(missing_ok=True)
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         # What stays in the graph may lie in the source's file, which is not found from another folder.
         if isinstance(tensor, onnx_ir.ExternalTensor) and not (external and name in large):
             copy = np.array(tensor.numpy())

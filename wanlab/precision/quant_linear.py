@@ -44,25 +44,25 @@ def fake_quantized(
     """
     modules = dict(network.named_modules())
     plan = {layer: get_format(name) for layer, name in formats.items()}
-    for layer, wanted in plan.items():
+    for layer, format in plan.items():
         if not hasattr(modules.get(layer), "weight"):
             raise WanlabError(f"the network has no layer {layer!r}{did_you_mean(layer, modules)}")
-        if wanted.activation is not None and layer not in (amax or {}):
+        if format.activation is not None and layer not in (amax or {}):
             raise WanlabError(
                 f"no range for the input of {layer}; give amax= from a calibration of this layer"
             )
-        check_blocks(tuple(modules[layer].weight.shape), wanted.weight, layer)
+        check_blocks(tuple(modules[layer].weight.shape), format.weight, layer)
     originals, handles = {}, []
     try:
-        for layer, wanted in plan.items():
+        for layer, format in plan.items():
             module = modules[layer]
             originals[layer] = module.weight.data
-            codes, scale = encode_weight(module.weight.data, wanted.weight, module.weight.dtype)
-            module.weight.data = decode_weight(codes, scale, wanted.weight, module.weight.dtype)
-            if wanted.activation is not None:
+            codes, scale = encode_weight(module.weight.data, format.weight, module.weight.dtype)
+            module.weight.data = decode_weight(codes, scale, format.weight, module.weight.dtype)
+            if format.activation is not None:
                 range_ = torch.tensor(amax[layer], device=module.weight.device)
-                step = wanted.activation.scale(range_, module.weight.dtype)
-                handles.append(module.register_forward_pre_hook(_rounding(step, wanted.activation)))
+                step = format.activation.scale(range_, module.weight.dtype)
+                handles.append(module.register_forward_pre_hook(_rounding(step, format.activation)))
         yield network
     finally:
         for handle in handles:
@@ -94,7 +94,8 @@ class QuantLinear(torch.nn.Module):
 
     Attributes:
         format: name of the format. kernel: `SCALED`, `INTEGER`, `DECODED` or `SIMULATED`.
-        dtype: of the layer it stands for: of its output, its scales, and of the product where nothing multiplies codes.
+        dtype: dtype of the layer it stands for: of its output, its scales, and of the product where nothing multiplies
+            codes.
         codes: buffer `[outputs, inputs]`, float8_e4m3fn or int8; uint8 `[outputs, inputs / 2]` of two 4-bit codes each.
         scale: buffer, `[]`, `[outputs]` or `[outputs, inputs / block]`.
         input_scale: buffer `[]` from a calibration; None scales every input by itself: per tensor, or per token (a row of
@@ -127,12 +128,12 @@ class QuantLinear(torch.nn.Module):
         """`[..., inputs]` to `[..., outputs]`."""
         rows = values.reshape(-1, self.shape[1])
         if self.kernel == SCALED:
-            made = self._scaled(rows)
+            product = self._scaled(rows)
         elif self.kernel == INTEGER and rows.shape[0] >= FEWEST_ROWS:
-            made = self._integer(rows)
+            product = self._integer(rows)
         else:
-            made = F.linear(self._rounded(rows), self.decoded(), self.bias)
-        return made.reshape(*values.shape[:-1], self.shape[0])
+            product = F.linear(self._rounded(rows), self.decoded(), self.bias)
+        return product.reshape(*values.shape[:-1], self.shape[0])
 
     def decoded(self) -> torch.Tensor:
         """The weight that the codes stand for, in the layer's dtype."""
@@ -140,8 +141,8 @@ class QuantLinear(torch.nn.Module):
         return decode_weight(codes, self.scale, self.numbers, self.dtype)
 
     def extra_repr(self) -> str:
-        said = "" if self.activation is None else f", input {self.scaling}"
-        return f"{self.shape[1]} -> {self.shape[0]}, {self.format}, {self.kernel}{said}"
+        input_text = "" if self.activation is None else f", input {self.scaling}"
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.format}, {self.kernel}{input_text}"
 
     @property
     def scaling(self) -> str:
@@ -172,8 +173,8 @@ class QuantLinear(torch.nn.Module):
     def _integer(self, rows: torch.Tensor) -> torch.Tensor:
         step = self._step(rows)
         sums = torch._int_mm(self.activation.encode(rows, step), self.codes.t())
-        made = sums.float() * (step.float() * self.scale.float())
-        return (made if self.bias is None else made + self.bias.float()).to(self.dtype)
+        product = sums.float() * (step.float() * self.scale.float())
+        return (product if self.bias is None else product + self.bias.float()).to(self.dtype)
 
 
 class PlannedConv(QuantLinear):
@@ -237,7 +238,7 @@ def scaled_mm(
     Args:
         codes: float8_e4m3fn `[rows, inputs]`, with `step` `[]` or `[rows, 1]`.
         weight: float8_e4m3fn `[outputs, inputs]`, with `scale` `[]` or `[outputs]`.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     step, scale = step.float(), scale.float()
     inside = bias is not None and dtype != torch.float32 and bias.dtype == dtype
@@ -247,10 +248,10 @@ def scaled_mm(
         scale = scale.expand(weight.shape[0]).reshape(1, -1).contiguous()
         if dtype != torch.bfloat16:
             one = torch.ones((), device=codes.device)
-            made = torch._scaled_mm(codes, weight.t(), one, one, out_dtype=torch.float32)
-            made = made * step * scale
-            return (made if bias is None else made + bias.float()).to(dtype)
-    made = torch._scaled_mm(
+            product = torch._scaled_mm(codes, weight.t(), one, one, out_dtype=torch.float32)
+            product = product * step * scale
+            return (product if bias is None else product + bias.float()).to(dtype)
+    product = torch._scaled_mm(
         codes,
         weight.t(),
         step,
@@ -259,7 +260,7 @@ def scaled_mm(
         out_dtype=dtype,
         use_fast_accum=FAST_ACCUMULATION,
     )
-    return made if bias is None or inside else made + bias.to(dtype)
+    return product if bias is None or inside else product + bias.to(dtype)
 
 
 def kernel_for(format: QuantFormat, shape: tuple[int, ...], device: torch.device, native: bool) -> str:

@@ -184,9 +184,9 @@ class Recording(Manifest, frozen=True, kw_only=True):
     """Inputs of components, one file per distinct tensor.
 
     Attributes:
-        path: of the folder in which the files and this record lie.
+        path: path of the folder in which the files and this record lie.
         model: registry name or folder of the model they were recorded with.
-        settings: of the generations, and the examples' names, prompts and seeds.
+        settings: settings of the generations, and the examples' names, prompts and seeds.
         calls: in the order in which they were made.
     """
 
@@ -301,22 +301,22 @@ def record_inputs(
         folder: is made, and must be empty or hold an older recording, which is replaced.
         components: which to listen to; None takes the experts.
         progress: show a bar over the examples.
-        settings: of `Model.generate`: steps, height, width, frames, guidance_scale.
+        settings: settings of `Model.generate`: steps, height, width, frames, guidance_scale.
 
     Raises:
         WanlabError: no case, a held-out photograph, an unknown component, or a folder with other files in it.
     """
     examples = as_examples(cases)
-    wanted = _wanted(model, components)
-    output = settings.pop("output", "np" if "vae_decoder" in wanted else "latent")
+    chosen = _wanted(model, components)
+    output = settings.pop("output", "np" if "vae_decoder" in chosen else "latent")
     folder = _empty(Path(folder))
-    names = {component: tuple(component_spec(model, component).inputs) for component in wanted}
+    names = {component: tuple(component_spec(model, component).inputs) for component in chosen}
     calls: list[RecordedCall] = []
-    made = None
+    generation = None
     bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
     for index, example in enumerate(bar):
         with _listening(model, names, folder, index, calls):
-            made = model.generate(
+            generation = model.generate(
                 example.image,
                 example.prompt,
                 negative_prompt=example.negative_prompt,
@@ -324,9 +324,11 @@ def record_inputs(
                 output=output,
                 **settings,
             )
-    kept = {key: value for key, value in made.settings.items() if key not in ("prompt", "negative_prompt")}
+    kept = {
+        key: value for key, value in generation.settings.items() if key not in ("prompt", "negative_prompt")
+    }
     kept["examples"] = [[example.name, example.prompt, example.seed] for example in examples]
-    sigmas = dict(enumerate(model.schedule(made.settings["steps"])["sigma"].tolist()))
+    sigmas = dict(enumerate(model.schedule(generation.settings["steps"])["sigma"].tolist()))
     calls = [replace(call, sigma=sigmas.get(call.step)) for call in calls]
     recording = Recording(path=str(folder), model=model.spec.name, settings=kept, calls=tuple(calls))
     recording.write()
@@ -361,8 +363,8 @@ def random_recording(
     Args:
         component: an expert; the others need not be loaded.
         folder: is made; of this recording alone.
-        steps: of the generation. height, width, frames: of the clip; None takes the model's default.
-        seed: of the inputs; each step has inputs of its own.
+        steps: steps of the generation. height, width, frames: size of the clip; None takes the model's default.
+        seed: seed of the inputs; each step has inputs of its own.
 
     Raises:
         WanlabError: the expert runs in none of these steps.
@@ -398,10 +400,10 @@ def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:
 
 def _empty(folder: Path) -> Path:
     """The folder, with nothing in it; only recordings are removed."""
-    there = list(folder.iterdir()) if folder.is_dir() else []
-    if there and not (folder / MANIFEST).is_file() and any(p.suffix != ".safetensors" for p in there):
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    if files and not (folder / MANIFEST).is_file() and any(p.suffix != ".safetensors" for p in files):
         raise WanlabError(f"{folder} holds other files; give a folder for the recording alone")
-    for path in there:
+    for path in files:
         if path.suffix == ".safetensors" or path.name.lstrip(".").startswith(MANIFEST):
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -438,5 +440,5 @@ def _listening(
             yield
 
 
-def _is(value: Any, wanted: Any) -> bool:
-    return value in wanted if isinstance(wanted, list | tuple | set | range) else value == wanted
+def _is(value: Any, values: Any) -> bool:
+    return value in values if isinstance(values, list | tuple | set | range) else value == values

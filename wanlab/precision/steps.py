@@ -1,4 +1,4 @@
-"""Formats that change inside a generation: the step is counted by the scheduler, and layers look it up."""
+"""Formats that change within a generation: the scheduler counts the step, and layers read it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from wanlab.precision.plan import Plan, check_steps
 
 
 class StepClock:
-    """Which range of steps a generation is in.
+    """The range of steps in which a generation is.
 
-    Both branches of guidance come before the scheduler's step, so they fall into one step. The range is a string, which
-    compiled code is specialised on: one version of a block per range, not per step.
+    Both branches of guidance come before the scheduler's step, so they are in one step. The range is a string, on which
+    compiled code is specialised: one version of a block per range, not per step.
 
     Attributes:
         bands: ranges of steps, inclusive, in which nothing changes in any component.
-        band: the one that holds now, as `"0-3"`; None outside a generation.
+        band: the current one, such as `"0-3"`; None outside a generation.
     """
 
     def __init__(self, plan: Plan, bands: list[tuple[int, int]]) -> None:
@@ -31,22 +31,22 @@ class StepClock:
         self.band: str | None = None
 
     def begin(self, num_steps: int) -> None:
-        """A generation of so many steps.
+        """Start a generation of this number of steps.
 
         Raises:
-            WanlabError: the plan counts others.
+            WanlabError: the plan is for another number.
         """
         check_steps(self.plan, num_steps)
         self._set(0)
 
     def advance(self) -> None:
-        """The next step; behind the last one there is none."""
+        """Go to the next step; after the last one there is none."""
         if self.step is not None:
             self._set(self.step + 1 if self.step + 1 < self.plan.num_steps else None)
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Inside the block it is this step.
+        """Set the step inside the block.
 
         Raises:
             WanlabError: the plan has no such step.
@@ -67,12 +67,12 @@ class StepClock:
         )
 
     def __deepcopy__(self, memo) -> StepClock:
-        """Copies of a network or of its scheduler go by the same clock."""
+        """Copies of a network or of its scheduler share the clock."""
         return self
 
 
 class SteppedLayer(torch.nn.Module):
-    """A layer with a format for every range of steps; each is held.
+    """A layer with a format for every range of steps; its weights in all of them are in memory.
 
     Attributes:
         variants: format -> layer; `"as-loaded"` is the original.
@@ -90,17 +90,17 @@ class SteppedLayer(torch.nn.Module):
         band = self.clock.band
         if band is None:
             raise WanlabError(
-                "this plan changes with the step, and no generation is under way; call inside `with applied.at(step)`"
+                "this plan changes with the step, and no generation is running; call inside `with applied.at(step)`"
             )
         return self.variants[self.by_band[band]](values)
 
 
 def all_bands(assignment) -> list[tuple[int, int]]:
     """Ranges of steps in which nothing changes in any component; empty where nothing ever does."""
-    found = [band for name in assignment.components for band in assignment.bands(name) if band[0] is not None]
-    if not found:
+    bands = [band for name in assignment.components for band in assignment.bands(name) if band[0] is not None]
+    if not bands:
         return []
-    starts = sorted({first for first, _ in found})
+    starts = sorted({first for first, _ in bands})
     return list(
         zip(starts, [start - 1 for start in starts[1:]] + [assignment.plan.num_steps - 1], strict=True)
     )
@@ -112,33 +112,33 @@ def step_range_name(band: tuple[int, int]) -> str:
 
 
 def stepped_scheduler(scheduler, clock: StepClock | None):
-    """A copy of a scheduler, which keeps state between steps; with a clock it also tells the steps."""
-    twin = copy.deepcopy(scheduler)
+    """A copy of a scheduler, as it keeps state between steps; with a clock it also counts the steps."""
+    changed = copy.deepcopy(scheduler)
     if clock is not None:
-        twin.__class__ = _step_tracking(type(twin))
-        twin.wanlab_clock = clock
-    return twin
+        changed.__class__ = _step_tracking(type(changed))
+        changed.wanlab_clock = clock
+    return changed
 
 
 def _step_tracking(base: Any) -> type:
-    """The class of a scheduler that counts its steps; its methods keep the signatures that diffusers looks at."""
+    """A scheduler class that counts its steps; its methods keep the signatures that diffusers inspects."""
 
     class StepTrackingScheduler(base):
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
-            made = super().set_timesteps(num_inference_steps, *args, **kwargs)
+            result = super().set_timesteps(num_inference_steps, *args, **kwargs)
             # Schedulers made from this one's configuration have no clock.
             if (clock := getattr(self, "wanlab_clock", None)) is not None:
                 count = len(self.timesteps) if num_inference_steps is None else num_inference_steps
                 clock.begin(count)
-            return made
+            return result
 
         @wraps(base.step)
         def step(self, *args, **kwargs):
-            made = super().step(*args, **kwargs)
+            result = super().step(*args, **kwargs)
             if (clock := getattr(self, "wanlab_clock", None)) is not None:
                 clock.advance()
-            return made
+            return result
 
     # diffusers finds schedulers by the name of their class.
     StepTrackingScheduler.__name__, StepTrackingScheduler.__qualname__, StepTrackingScheduler.__module__ = (

@@ -60,7 +60,7 @@ def predict(
     ranges = effects.drop_duplicates(["component", "layer", "first_step"])
     ranges = ranges[["component", "layer", "first_step", "last_step"]]
     known = effects.set_index(["component", "layer", "format", "first_step"])["effect"]
-    held = costs.set_index(["component", "layer", "format"])
+    costs_of = costs.set_index(["component", "layer", "format"])
     layers = set(zip(effects["component"], effects["layer"], strict=True))
     calls = branches_of(sensitivity)
     memory = objective == "memory"
@@ -71,24 +71,24 @@ def predict(
         assignment = assign(plan, model)
         frame = assignment.frame[assignment.frame["kind"] == "Linear"]
         default = assignment.default
-        wanted = frame.assign(
+        planned = frame.assign(
             format=[DEFAULT if is_float(f) and f == default else f for f in frame["format"]]
         )
         effect, cost, before, unknown, size, weights = 0.0, 0.0, 0.0, set(), 0.0, 0
-        for (component, layer), own in wanted.groupby(["component", "layer"], sort=False):
-            whole = held.loc[(component, layer, DEFAULT)]
+        for (component, layer), own in planned.groupby(["component", "layer"], sort=False):
+            whole = costs_of.loc[(component, layer, DEFAULT)]
             weights += int(whole["weights"])
             formats = list(dict.fromkeys(own["format"]))
-            costed = [f if (component, layer, f) in held.index else DEFAULT for f in formats]
+            costed = [f if (component, layer, f) in costs_of.index else DEFAULT for f in formats]
             if costed != formats:
                 unknown.add((component, layer))
-            size += sum(float(held.loc[(component, layer, f), "size_bytes"]) for f in costed)
+            size += sum(float(costs_of.loc[(component, layer, f), "size_bytes"]) for f in costed)
             if (component, layer) not in layers:
                 if formats != [DEFAULT]:
                     unknown.add((component, layer))
                 continue
             if memory:
-                cost += sum(float(held.loc[(component, layer, f), column]) for f in costed)
+                cost += sum(float(costs_of.loc[(component, layer, f), column]) for f in costed)
                 before += float(whole[column])
             for band in ranges[(ranges["component"] == component) & (ranges["layer"] == layer)].itertuples():
                 for format, share in _shares(own, band.first_step, band.last_step):
@@ -98,8 +98,8 @@ def predict(
                         unknown.add((component, layer))
                     if not memory:
                         spent = calls * (band.last_step - band.first_step + 1)
-                        named = format if (component, layer, format) in held.index else DEFAULT
-                        cost += share * spent * float(held.loc[(component, layer, named), column])
+                        named = format if (component, layer, format) in costs_of.index else DEFAULT
+                        cost += share * spent * float(costs_of.loc[(component, layer, named), column])
                         before += share * spent * float(whole[column])
         rows.append(
             {
@@ -154,9 +154,9 @@ class AmdahlBound:
     """Amdahl's bound on precision (AFIPS 1967): only linear layers of experts become faster.
 
     Attributes:
-        share_percent: of a generation that they take. source: how that is known.
+        share_percent: share of a generation that they take. source: how that is known.
         infinite: speed-up of the generation if they cost nothing.
-        format: the one in which they take the least together. rate: of their time as loaded over that in it.
+        format: the one in which they take the least together. rate: rate of their time as loaded over that in it.
         at_format: speed-up of the generation if all of them were in it.
         counted: the rate is of counted operations over nominal rates, as nothing was timed here.
     """
@@ -246,7 +246,7 @@ def product_bound(
     Args:
         products: from `product_times`.
         formats: layer -> format whose codes it multiplies.
-        linear_share_percent: of the baseline's time that its matrix products take.
+        linear_share_percent: share of the baseline's time that its matrix products take.
 
     Returns:
         bound_speedup, planned_percent (of the time of all products, that the plan changes), product_speedup (of those);
@@ -263,9 +263,9 @@ def product_bound(
         return None
     own = sum(first for first, _ in planned.values())
     saved = own - sum(second for _, second in planned.values())
-    rest = 1 - linear_share_percent / 100 * saved / before
+    remaining = 1 - linear_share_percent / 100 * saved / before
     return {
-        "bound_speedup": 1 / rest if rest > 0 else float("inf"),
+        "bound_speedup": 1 / remaining if remaining > 0 else float("inf"),
         "planned_percent": 100 * own / before,
         "product_speedup": own / (own - saved),
     }
@@ -328,7 +328,7 @@ def search_cost(
     frame = sensitivity.frame
     layers = len(frame.drop_duplicates(["component", "layer"]))
     formats = frame["format"].nunique()
-    cases, calls = len(originals.made), originals.batched.calls
+    cases, calls = len(originals.outputs), originals.batched.calls
     recorded = len(recording.calls) * (1 + calibrated) if recording is not None else 0
     brute = (layers * formats + 1) * cases * calls
     return SearchCost(

@@ -66,9 +66,9 @@ class Relation:
         return min(largest, (margin * limit_percent / self.scale) ** (1 / FORMS[self.form]))
 
     def __str__(self) -> str:
-        said = "effect" if self.form == "linear" else "the root of the effect"
+        quantity = "effect" if self.form == "linear" else "the root of the effect"
         return (
-            f"upper end of the quality loss = {self.scale:.3g} % x {said}, from {len(self.points)} plans,"
+            f"upper end of the quality loss = {self.scale:.3g} % x {quantity}, from {len(self.points)} plans,"
             f" {self.residual_percent:.2g} % off in the root mean square"
         )
 
@@ -77,7 +77,7 @@ def fit_relation(predicted: Sequence[float], verifications: Sequence[Verificatio
     """Fit the upper end of the quality loss to predicted effects, through the origin; the form that fits better is taken.
 
     Args:
-        predicted: effect of each plan. verifications: of the same plans, with truths.
+        predicted: effect of each plan. verifications: verifications of the same plans, with truths.
 
     Raises:
         WanlabError: fewer than two plans, no quality loss, or no effect.
@@ -125,7 +125,7 @@ def compare_plans(verifications: Sequence[Verification], *, seed: int = 0) -> pd
 
     Args:
         verifications: from `verify_plan`, of the same cases.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         DataFrame: the columns of `Verification.row`, and of lpips and loss_percent how much `_more` than the first plan's it
@@ -144,10 +144,10 @@ def compare_plans(verifications: Sequence[Verification], *, seed: int = 0) -> pd
             )
         row = each.row()
         for metric in PAIRED if each is not first else ():
-            apart = (each.frame[metric] - first.frame[metric]).to_numpy(float)
-            low, high = bootstrap_mean(apart, seed) or (math.nan, math.nan)
+            difference = (each.frame[metric] - first.frame[metric]).to_numpy(float)
+            low, high = bootstrap_mean(difference, seed) or (math.nan, math.nan)
             row |= {
-                f"{metric}_more": float(apart.mean()),
+                f"{metric}_more": float(difference.mean()),
                 f"{metric}_more_low": low,
                 f"{metric}_more_high": high,
             }
@@ -194,11 +194,11 @@ def repair(
 
     Args:
         selection: from `select_plan` or `frontier`. originals: cases to choose by, never those of the final set.
-        limit_percent: of the upper end of the quality loss.
-        verification: of this plan, where there is one already.
+        limit_percent: limit of the upper end of the quality loss.
+        verification: verification of this plan, where there is one already.
         relation: how loss follows from effect; linear if not given.
-        max_rounds: of repairs; the history ends there even if the limit is not kept.
-        settings: of `verify_plan`.
+        max_rounds: largest number of repairs; the history ends there even if the limit is not kept.
+        settings: settings of `verify_plan`.
 
     Raises:
         WanlabError: cases of the final set, or as `verify_plan`.
@@ -284,8 +284,8 @@ def _kept(problem, limits: Limits, chosen: Mapping) -> bool:
         if (weights[few].sum() + problem.rest_few) / problem.weights < limits.min_share_8bit - 1e-9:
             return False
     if limits.max_bits is not None:
-        held = rows.drop_duplicates(["group", "format"])["size_bytes"].sum() + problem.rest_bytes
-        if 8 * held / problem.weights > limits.max_bits + 1e-9:
+        size_bytes = rows.drop_duplicates(["group", "format"])["size_bytes"].sum() + problem.rest_bytes
+        if 8 * size_bytes / problem.weights > limits.max_bits + 1e-9:
             return False
     return True
 
@@ -296,11 +296,11 @@ class Chosen:
 
     Attributes:
         repaired: the plan, its prediction and its proof on the cases it was chosen by.
-        frontier: plans from loose to tight. relation: of effect and loss, from those in `probes`.
-        budget: on the effect. ceiling: what else held it down, None if nothing did. rest_effect: of rounding the layers that
-            the sensitivity does not know, 0 where they are left as they are.
-        limit_percent: of the upper end of the quality loss.
-        generations: of plans, the originals apart.
+        frontier: plans from loose to tight. relation: relation of effect and loss, from those in `probes`.
+        budget: on the effect. ceiling: what else held it down, None if nothing did. rest_effect: effect of rounding the
+            layers that the sensitivity does not know, 0 where they are left as they are.
+        limit_percent: limit of the upper end of the quality loss.
+        generations: number of plans, the originals apart.
     """
 
     repaired: Repaired
@@ -387,13 +387,13 @@ def choose_plan(
     Args:
         sensitivity: from `precision.sensitivity`. costs: from `layer_costs`.
         originals: from `make_originals`, of cases to choose by.
-        limit_percent: of the upper end of the 95 % interval of the quality loss.
-        ceiling: of the predicted effect besides; e.g. below that of a plan that must be beaten.
+        limit_percent: limit of the upper end of the 95 % interval of the quality loss.
+        ceiling: limit of the predicted effect besides; e.g. below that of a plan that must be beaten.
         probes: plans of the frontier to verify, at least 2. points: budgets of the frontier.
         calibrations: as `apply_plan` takes them.
         rest: format of linear layers that the sensitivity does not know (embedders, output). Its effect is measured on the
             cases, unless `rest_effect` is among the settings.
-        settings: of `select_plan`: objective, formats, min_share_8bit, max_bits, group, by_steps.
+        settings: settings of `select_plan`: objective, formats, min_share_8bit, max_bits, group, by_steps.
 
     Raises:
         WanlabError: cases of the final set, or as `select_plan` and `verify_plan`.
@@ -405,7 +405,7 @@ def choose_plan(
             settings["rest_effect"] = _rest_effect(
                 model, sensitivity, costs, rest, originals, calibrations, progress
             )
-            generations += len(originals.made)
+            generations += len(originals.outputs)
         settings["rest"] = rest
     plans = frontier(sensitivity, costs, points=points, **settings)
     options: dict[str, Any] = {"calibrations": calibrations, "progress": progress}

@@ -68,7 +68,7 @@ def layer_costs(
     Args:
         model: from `wanlab.models.load`, its experts as loaded.
         formats: to add to `"default"`; a layer whose inputs its blocks do not fill has no row in that format.
-        height, width, frames: of the video; the model's default if not given.
+        height, width, frames: size of the video; the model's default if not given.
         iterations: samples per shape and format.
         measured: None measures on CUDA alone.
         compiled: time each layer by torch.compile, as blocks that are compiled run it; None does so on CUDA.
@@ -129,9 +129,9 @@ def _row(
     shape = tuple(layer["shape"])
     weights = math.prod(shape)
     if format is None:
-        bits, held, faster = 8 * weight.itemsize, weight.nbytes, 1.0
+        bits, size_bytes, faster = 8 * weight.itemsize, weight.nbytes, 1.0
     else:
-        bits, held = weight_bits(format.name), weight_bytes(shape, format.name, weight.itemsize)
+        bits, size_bytes = weight_bits(format.name), weight_bytes(shape, format.name, weight.itemsize)
         # Weight-only formats multiply floats: their rate is that of the network.
         faster = format.weight.codes.rate if format.activation is not None else 1.0
     return {
@@ -144,7 +144,7 @@ def _row(
         "weights": weights,
         "rows": flop // (2 * weights),
         "flop": flop,
-        "size_bytes": held,
+        "size_bytes": size_bytes,
         "work_gflop": flop / 1e9 / faster,
         "shape": shape,
         "dtype": weight.dtype,
@@ -208,10 +208,12 @@ def product_times(
             if call is None:
                 continue
             with torch.no_grad():
-                taken = time_ms(call, warmup=2, iterations=iterations, device=device, progress=False).median
-            speed = 2 * rows * inputs * outputs / taken / 1e9 if taken > 0 else float("nan")
+                median_ms = time_ms(
+                    call, warmup=2, iterations=iterations, device=device, progress=False
+                ).median
+            speed = 2 * rows * inputs * outputs / median_ms / 1e9 if median_ms > 0 else float("nan")
             kind = str(dtype).removeprefix("torch.")
-            records.append((rows, inputs, outputs, kind, name, tuple(names), taken, speed))
+            records.append((rows, inputs, outputs, kind, name, tuple(names), median_ms, speed))
     return pd.DataFrame(records, columns=PRODUCT_COLUMNS)
 
 

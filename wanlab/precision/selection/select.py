@@ -66,7 +66,7 @@ def compress(
     A format for the most, others for whole projections or blocks, then exceptions; what every expert shares is said once.
 
     Args:
-        layers: of all experts; what is in none of them the rules do not touch.
+        layers: layers of all experts; what is in none of them the rules do not touch.
         num_steps: needed where formats change with the step.
 
     Raises:
@@ -134,18 +134,18 @@ def _lines(cells: dict, base, axis: int | None, names: list[str]) -> tuple[list[
     lines: dict = defaultdict(list)
     for place, formats in cells.items():
         lines[place[axis]].append(formats)
-    wanted = {line: Counter(found).most_common(1)[0][0] for line, found in lines.items()}
+    usual = {line: Counter(formats_of_line).most_common(1)[0][0] for line, formats_of_line in lines.items()}
     together: dict = defaultdict(list)
-    for line, formats in wanted.items():
+    for line, formats in usual.items():
         if formats != base:
             together[formats].append(line)
     areas = [
-        _Area(tuple(sorted(found)), ("*",), formats)
+        _Area(tuple(sorted(formats_of_line)), ("*",), formats)
         if axis == 0
-        else _Area(None, _globs(found, names), formats)
-        for formats, found in together.items()
+        else _Area(None, _globs(formats_of_line, names), formats)
+        for formats, formats_of_line in together.items()
     ]
-    return areas, {place: wanted[place[axis]] for place in cells}
+    return areas, {place: usual[place[axis]] for place in cells}
 
 
 def _exceptions(left: dict, axis: int, names: list[str]) -> list[_Area]:
@@ -157,21 +157,21 @@ def _exceptions(left: dict, axis: int, names: list[str]) -> list[_Area]:
     for (line, formats), others in lines.items():
         together[frozenset(others), formats].append(line)
     areas = []
-    for (others, formats), found in together.items():
-        blocks, projections = (found, others) if axis == 0 else (others, found)
+    for (others, formats), group in together.items():
+        blocks, projections = (group, others) if axis == 0 else (others, group)
         areas.append(_Area(tuple(sorted(blocks)), _globs(projections, names), formats))
     return sorted(areas, key=lambda area: (str(area.formats), area.blocks, area.layers))
 
 
-def _globs(found: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+def _globs(names: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
     """Names, with `attn1.*` for all that begin so."""
-    found, made = set(found), []
+    names, globs = set(names), []
     for prefix in dict.fromkeys(name.split(".")[0] for name in known):
         own = {name for name in known if name.split(".")[0] == prefix}
-        if len(own) > 1 and own <= found:
-            made.append(f"{prefix}.*")
-            found -= own
-    return tuple(sorted([*made, *found], key=natural))
+        if len(own) > 1 and own <= names:
+            globs.append(f"{prefix}.*")
+            names -= own
+    return tuple(sorted([*globs, *names], key=natural))
 
 
 def _joined(parts: dict[str, list[_Area]]) -> list[_Area]:
@@ -182,15 +182,15 @@ def _joined(parts: dict[str, list[_Area]]) -> list[_Area]:
     first, second = (parts[name] for name in names[:2])
     if len(names) > 2:
         return [replace(area, component=name) for name in names for area in parts[name]]
-    made: list[_Area] = []
+    areas: list[_Area] = []
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind == "equal":
-            made += first[a:b]
+            areas += first[a:b]
         else:
-            made += [replace(area, component=names[0]) for area in first[a:b]]
-            made += [replace(area, component=names[1]) for area in second[c:d]]
-    return made
+            areas += [replace(area, component=names[0]) for area in first[a:b]]
+            areas += [replace(area, component=names[1]) for area in second[c:d]]
+    return areas
 
 
 def _one_by_one(layers: Sequence[Layer]) -> list[_Area]:
@@ -233,11 +233,11 @@ def _gives(plan: Plan, parts: dict[str, list[Layer]]) -> bool:
                 if (blocks is None or each.block in blocks)
                 and any(fnmatch.fnmatchcase(n, g) for g in rule.layers for n in (each.layer, each.projection))
             ]
-            for first, last, wanted in each.formats:
+            for first, last, expected in each.formats:
                 whole = range(plan.num_steps or 1)
                 for step in whole if first is None else whole[first : last + 1]:
-                    found = [format for format, steps in fits if steps is None or step in steps]
-                    if (found[-1] if found else DEFAULT) != wanted:
+                    fitting = [format for format, steps in fits if steps is None or step in steps]
+                    if (fitting[-1] if fitting else DEFAULT) != expected:
                         return False
     return True
 
@@ -250,10 +250,10 @@ class Selection:
         plan: in rules.
         frame: one row per layer and range of steps: component, layer, block, projection, first_step, last_step (None where
             the step does not matter), format, effect (of its group), group.
-        effect: predicted squared relative change of the final latents, those of the rest included. budget: of it.
-        cost, default_cost: of the chosen layers, in `unit`: as planned, and as loaded.
-        size_bytes, default_bytes: of all linear weights.
-        bits_per_weight: mean over linear weights, scales included. share_8bit: of them in at most 8 bits.
+        effect: predicted squared relative change of the final latents, those of the rest included. budget: limit of it.
+        cost, default_cost: cost of the chosen layers, in `unit`: as planned, and as loaded.
+        size_bytes, default_bytes: size of all linear weights.
+        bits_per_weight: mean over linear weights, scales included. share_8bit: share of them in at most 8 bits.
         optimal: whether the solver proved it cheapest, within 0.01 %. solve_ms: its time.
         problem, limits, chosen: what was solved, for `repair`.
     """
@@ -339,8 +339,8 @@ def select_plan(
         by_steps: choose for each range of steps of the sensitivity apart. A layer then holds the weights of all its formats.
         rest: format of linear layers outside the sensitivity (embedders, output), and the measured effect of that.
         rest_effect: see `measured_effect`.
-        name: of the plan.
-        time_limit_s: of the solver; the best found until then is taken.
+        name: name of the plan.
+        time_limit_s: time limit of the solver; the best found until then is taken.
 
     Raises:
         WanlabError: tables that do not fit, or limits that no plan keeps (says what comes nearest).
@@ -375,10 +375,10 @@ def selection_of(
     """A choice as a plan with its prediction."""
     options = problem.options.loc[solution.chosen].sort_values(["group", "first_step"])
     frame = _frame(problem, options)
-    held = options.drop_duplicates(["group", "format"])
+    by_format = options.drop_duplicates(["group", "format"])
     always = (options["bits"] <= 8).groupby(options["group"]).all()
     weights = options.groupby("group")["weights"].first()
-    size = int(held["size_bytes"].sum()) + problem.rest_bytes
+    size = int(by_format["size_bytes"].sum()) + problem.rest_bytes
     defaults = problem.options[problem.options["format"] == DEFAULT]
     memory = problem.objective == "memory"
     whole = defaults.drop_duplicates("group") if memory else defaults
@@ -389,7 +389,7 @@ def selection_of(
         frame=frame,
         effect=float(options["effect"].sum()) + problem.rest_effect,
         budget=limits.effect,
-        cost=float((held["size_bytes"] if memory else options["cost"]).sum()),
+        cost=float((by_format["size_bytes"] if memory else options["cost"]).sum()),
         default_cost=float(whole["cost"].sum()),
         unit=problem.unit,
         size_bytes=size,
@@ -468,7 +468,7 @@ def frontier(
 
     Args:
         points: budgets to try; plans that come out equal are kept once.
-        settings: of `select_plan`, without the budget.
+        settings: settings of `select_plan`, without the budget.
 
     Raises:
         WanlabError: as `select_plan`.
@@ -484,8 +484,8 @@ def frontier(
     smallest = problem.options.loc[problem.options["effect"] > 0, "effect"].min()
     lowest = max(tight.effect, loose.effect * 1e-4, min(float(smallest), loose.effect))
     budgets = np.geomspace(loose.effect, lowest, points)[1:] if loose.effect > lowest > 0 else []
-    found = {each.plan.hash: each for each in [loose, *(at(float(b)) for b in budgets), tight]}
-    ordered = sorted(found.values(), key=lambda each: (each.cost, -each.effect))
+    by_hash = {each.plan.hash: each for each in [loose, *(at(float(b)) for b in budgets), tight]}
+    ordered = sorted(by_hash.values(), key=lambda each: (each.cost, -each.effect))
     best: list[Selection] = []
     for each in ordered:
         if not best or each.effect < best[-1].effect:
@@ -551,18 +551,18 @@ def plans_by_time(
 
     Args:
         model: from `wanlab.models.load`, the expert as loaded.
-        height, width, frames: of the video that is to be fast; the model's default if not given.
+        height, width, frames: size of the video that is to be fast; the model's default if not given.
         formats: to choose from, beside the model's own.
         small: height, width and frames of the clip that effects are measured on; the smaller of the video and
             `SMALL_CLIP` if not given.
-        steps, calls, probes: of the sensitivity.
+        steps, calls, probes: probes of the sensitivity.
         name: begins the names of the plans; the model's name if not given.
         progress: show bars.
     """
     defaults = model.spec.defaults
-    asked = {"height": height, "width": width, "frames": frames}
+    given = {"height": height, "width": width, "frames": frames}
     size: dict[str, Any] = {
-        key: getattr(defaults, key) if value is None else value for key, value in asked.items()
+        key: getattr(defaults, key) if value is None else value for key, value in given.items()
     }
     if small is None:
         small = (

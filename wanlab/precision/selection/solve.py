@@ -32,9 +32,9 @@ class Problem:
         rest_weights, rest_bytes, rest_default_bytes, rest_few: elements of linear layers that are not chosen here, their
             bytes as planned and as loaded, and elements of them in 8 bits or fewer.
         rest: these layers, one row each: component, layer, block, projection, format.
-        rest_effect: of rounding these.
+        rest_effect: effect of rounding these.
         tie: costs that differ by less than this fraction count as equal.
-        num_steps: of the generation; by_steps: whether ranges of steps are chosen apart.
+        num_steps: number of steps of the generation; by_steps: whether ranges of steps are chosen apart.
     """
 
     options: pd.DataFrame
@@ -112,11 +112,11 @@ def make_problem(
     options = _stretched(spread, steps_of(sensitivity) or num_steps)
     rest_rows = costs.merge(members[keys], on=keys, how="left", indicator=True)
     rest_rows = rest_rows[rest_rows["_merge"] == "left_only"]
-    held = rest_rows[rest_rows["format"] == rest]
+    rest_planned = rest_rows[rest_rows["format"] == rest]
     whole = rest_rows[rest_rows["format"] == DEFAULT]
     # What cannot be in the rest's format, as blocks do not fill it, stays as it is.
-    kept = whole[~whole.set_index(keys).index.isin(held.set_index(keys).index)]
-    chosen = held if rest == DEFAULT else pd.concat([held, kept])
+    kept = whole[~whole.set_index(keys).index.isin(rest_planned.set_index(keys).index)]
+    chosen = rest_planned if rest == DEFAULT else pd.concat([rest_planned, kept])
     return Problem(
         options=options.reset_index(drop=True),
         members=members,
@@ -167,15 +167,15 @@ def steps_of(sensitivity) -> int | None:
 
 def _formats(effects: pd.DataFrame, formats: Sequence[str] | None) -> list[str]:
     known = list(dict.fromkeys(effects["format"]))
-    asked = known if formats is None else [name for name in formats if name not in (DEFAULT, *FLOATS)]
-    for name in asked:
+    chosen = known if formats is None else [name for name in formats if name not in (DEFAULT, *FLOATS)]
+    for name in chosen:
         if name not in known:
             raise WanlabError(
                 f"the effect of {name!r} was not measured{did_you_mean(name, known)}; there is {', '.join(known)}"
             )
-    if not asked:
+    if not chosen:
         raise WanlabError(f"no format to choose from; give some of {', '.join(known)}")
-    return asked
+    return chosen
 
 
 def _costed(table: pd.DataFrame, objective: str, branches: int) -> tuple[pd.DataFrame, str]:
@@ -205,9 +205,9 @@ def _grouped(table: pd.DataFrame, group: str):
 def _over_steps(table: pd.DataFrame, objective: str) -> pd.DataFrame:
     """One row per layer and format: effects and times of all steps added, bytes once."""
     named = {name: (name, "first") for name in ("group", "bits", "weights", "size_bytes")}
-    held = "first" if objective == "memory" else "sum"
+    how = "first" if objective == "memory" else "sum"
     return table.groupby(["component", "layer", "format"], as_index=False, sort=False).agg(
-        effect=("effect", "sum"), cost=("cost", held), **named
+        effect=("effect", "sum"), cost=("cost", how), **named
     )
 
 
@@ -330,8 +330,8 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
         unit = room or 1.0
         add([(np.zeros(count, int), x + index, effects / unit)], -np.inf, room / unit, 1)
     if limits.min_share_8bit is not None:
-        wanted = limits.min_share_8bit - problem.rest_few / total
-        add([(np.zeros(len(groups), int), z + np.arange(len(groups)), weights / total)], wanted, np.inf, 1)
+        share = limits.min_share_8bit - problem.rest_few / total
+        add([(np.zeros(len(groups), int), z + np.arange(len(groups)), weights / total)], share, np.inf, 1)
     if limits.max_bits is not None:
         room = limits.max_bits - 8 * problem.rest_bytes / total
         add([(np.zeros(len(held), int), h + np.arange(len(held)), 8 * size / total)], -np.inf, room, 1)
@@ -345,18 +345,18 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
         target[:count] = rows["cost"].to_numpy(float) / rows["cost"].max()
     integral = np.zeros(width)
     integral[:count] = 1
-    found = milp(
+    result = milp(
         target,
         constraints=constraints,
         integrality=integral,
         bounds=Bounds(0, 1),
         options={"time_limit": time_limit_s, "mip_rel_gap": GAP},
     )
-    if found.x is None:
-        raise WanlabError(_impossible(problem, limits, least, found))
-    chosen = np.flatnonzero(found.x[:count] > 0.5)
-    gap = None if found.mip_gap is None else float(found.mip_gap)
-    return Solution(np.asarray(kept)[chosen], gap, found.status == 0)
+    if result.x is None:
+        raise WanlabError(_impossible(problem, limits, least, result))
+    chosen = np.flatnonzero(result.x[:count] > 0.5)
+    gap = None if result.mip_gap is None else float(result.mip_gap)
+    return Solution(np.asarray(kept)[chosen], gap, result.status == 0)
 
 
 def undominated(problem: Problem) -> list[int]:
@@ -396,17 +396,17 @@ def _first(codes, places):
     return pd.Series(codes).groupby(places).first().to_numpy()
 
 
-def _impossible(problem: Problem, limits: Limits, least: str, found) -> str:
+def _impossible(problem: Problem, limits: Limits, least: str, result) -> str:
     """What to say of limits that no choice keeps."""
-    said = [
+    parts = [
         f"an effect of at most {limits.effect:.3g}" if limits.effect is not None else "",
         f"{100 * limits.min_share_8bit:.0f} % of linear weights in 8 bits"
         if limits.min_share_8bit is not None
         else "",
         f"{limits.max_bits:.2f} bits per weight" if limits.max_bits is not None else "",
     ]
-    wish = " and ".join(part for part in said if part) or "these options"
-    if found.status == 1:
+    wish = " and ".join(part for part in parts if part) or "these options"
+    if result.status == 1:
         return f"no plan with {wish} was found in time; give time_limit_s more, or group='projection'"
     if limits.effect is None or least == "effect":
         return f"no plan has {wish}; measure formats of fewer bits, or ask for less"

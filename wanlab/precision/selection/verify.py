@@ -34,7 +34,7 @@ TOKENS_AT_ONCE = {"cuda": 40_000, "cpu": 2_000}
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class CaseOutput:
     """A video `[T, H, W, 3]` in [0, 1] (None where not asked for) and its latents `[C, T, H, W]`, both float32."""
 
     video: np.ndarray | None
@@ -56,11 +56,11 @@ class Batched:
     def __init__(self, model, asked: Sequence[Mapping[str, Any]], *, batch: int | None = None) -> None:
         if not asked:
             raise WanlabError("no case to generate; give at least one")
-        self.asked = [dict(each) for each in asked]
+        self.requests = [dict(each) for each in asked]
         defaults = model.spec.defaults
         names = ("height", "width", "frames", "steps", "guidance_scale")
         settings = [
-            {n: getattr(defaults, n) if e.get(n) is None else e[n] for n in names} for e in self.asked
+            {n: getattr(defaults, n) if e.get(n) is None else e[n] for n in names} for e in self.requests
         ]
         if any(each != settings[0] for each in settings):
             raise WanlabError("cases of different sizes or steps cannot be generated together; give one size")
@@ -69,21 +69,21 @@ class Batched:
         self.size = batch or max(1, TOKENS_AT_ONCE[model.device.type] // tokens)
         self.calls = self.settings["steps"] * (2 if self.settings["guidance_scale"] > 1 else 1)
         self._given = (
-            [_prepared(model, each, self.settings) for each in self.asked] if _known(model) else None
+            [_prepared(model, each, self.settings) for each in self.requests] if _known(model) else None
         )
 
-    def generate(self, model, *, videos: bool = True, bar=None) -> list[Made]:
+    def generate(self, model, *, videos: bool = True, bar=None) -> list[CaseOutput]:
         """All cases by this model, in order: the one given at first, or one with a plan."""
         if self._given is None:
-            return [self._alone(model, each, videos, bar) for each in self.asked]
-        made: list[Made] = []
+            return [self._alone(model, each, videos, bar) for each in self.requests]
+        outputs: list[CaseOutput] = []
         for start in range(0, len(self._given), self.size):
-            made += _batch(model, self._given[start : start + self.size], self.settings, videos)
+            outputs += _batch(model, self._given[start : start + self.size], self.settings, videos)
             if bar is not None:
-                bar.update(len(made) - start)
-        return made
+                bar.update(len(outputs) - start)
+        return outputs
 
-    def _alone(self, model, asked: dict, videos: bool, bar) -> Made:
+    def _alone(self, model, asked: dict, videos: bool, bar) -> CaseOutput:
         latents, video = model.generate(**asked, output="latent").video, None
         if videos and hasattr(model.pipeline.vae.config, "latents_mean"):
             with torch.no_grad():
@@ -92,7 +92,7 @@ class Batched:
             video = model.generate(**asked).video
         if bar is not None:
             bar.update()
-        return Made(video, latents)
+        return CaseOutput(video, latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def _prepared(model, asked: dict, settings: dict) -> _Given:
     return _Given(latents, condition, prompt, negative)
 
 
-def _batch(model, given: list[_Given], settings: dict, videos: bool) -> list[Made]:
+def _batch(model, given: list[_Given], settings: dict, videos: bool) -> list[CaseOutput]:
     """The denoising loop of the pipeline, and its decoder."""
     pipeline = model.pipeline
     scheduler, scale = pipeline.scheduler, settings["guidance_scale"]
@@ -160,7 +160,7 @@ def _batch(model, given: list[_Given], settings: dict, videos: bool) -> list[Mad
         for t, component in zip(scheduler.timesteps, experts, strict=True):
             expert = model.component(component)
             seen = torch.cat([latents, condition], dim=1).to(expert.dtype)
-            found = [
+            velocities = [
                 expert(
                     hidden_states=seen,
                     timestep=t.expand(len(given)),
@@ -169,15 +169,19 @@ def _batch(model, given: list[_Given], settings: dict, videos: bool) -> list[Mad
                 )[0]
                 for prompt in prompts
             ]
-            velocity = found[0] if len(found) == 1 else found[1] + scale * (found[0] - found[1])
+            velocity = (
+                velocities[0]
+                if len(velocities) == 1
+                else velocities[1] + scale * (velocities[0] - velocities[1])
+            )
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
         kept = latents.float().cpu().numpy()
-        made = _decoded(pipeline, latents) if videos else [None] * len(given)
+        decoded = _decoded(pipeline, latents) if videos else [None] * len(given)
     if not all(map(math.isfinite, (float(kept.min()), float(kept.max())))):
         raise WanlabError(
             f"{model.spec.name} made latents that are not finite: its plan overflows; keep more layers"
         )
-    return [Made(video, latent) for video, latent in zip(made, kept, strict=True)]
+    return [CaseOutput(video, latent) for video, latent in zip(decoded, kept, strict=True)]
 
 
 def _decoded(pipeline, latents: torch.Tensor):
@@ -201,19 +205,19 @@ class Originals:
 
     Attributes:
         purpose: the set they are of; `"final"` may be verified on and never chosen by.
-        names: of the cases, for tables.
+        names: names of the cases, for tables.
         truths: the true videos; empty where none is known.
         made: videos and latents of the unchanged model. to_truth: their scores against the truths.
         floor: name -> scores of each case made once more by the unchanged model with other arithmetic; floor_effect: the
             same on the latents, mean squared relative change.
         batched: makes the same cases by other plans.
-        generations: that were run, the floor's included. backbone: of LPIPS.
+        generations: that were run, the floor's included. backbone: backbone of LPIPS.
     """
 
     purpose: str
     names: tuple[str, ...]
     truths: tuple[np.ndarray, ...]
-    made: tuple[Made, ...]
+    outputs: tuple[CaseOutput, ...]
     to_truth: tuple[Scores, ...]
     floor: dict[str, tuple[Scores, ...]]
     floor_effect: float | None
@@ -243,52 +247,52 @@ def make_originals(
         model: from `wanlab.models.load`, its experts as loaded.
         cases: of `wanlab.heldout.cases`, or dictionaries for `Model.generate` (then no truth is known).
         floor: make every case once more with another exact attention kernel.
-        backbone: of LPIPS. batch: videos at once; None fits the device.
+        backbone: backbone of LPIPS. batch: videos at once; None fits the device.
         settings: height, width, frames, steps, guidance_scale of `Model.generate`.
 
     Raises:
         WanlabError: no case, cases of several sets, or as `Model.generate` and `compare_videos`.
     """
-    held = [case for case in cases if isinstance(case, Case)]
-    if held and len(held) < len(cases):
+    held_out = [case for case in cases if isinstance(case, Case)]
+    if held_out and len(held_out) < len(cases):
         raise WanlabError("some cases have a truth and some none; give cases of one kind")
-    purposes = {case.purpose for case in held}
+    purposes = {case.purpose for case in held_out}
     if len(purposes) > 1:
         raise WanlabError(
             f"cases of the sets {' and '.join(sorted(purposes))} are mixed; give those of one set"
         )
     defaults = model.spec.defaults
     size = {n: settings.get(n) or getattr(defaults, n) for n in ("frames", "height", "width")}
-    truths = tuple(case.truth(**size) for case in held)
-    asked = [
+    truths = tuple(case.truth(**size) for case in held_out)
+    requests = [
         {"image": truth[0], "prompt": case.caption, "seed": case.seed}
-        for truth, case in zip(truths, held, strict=True)
+        for truth, case in zip(truths, held_out, strict=True)
     ] or [dict(case) for case in cases]
     batched = Batched(
-        model, [each | {k: v for k, v in settings.items() if v is not None} for each in asked], batch=batch
+        model, [each | {k: v for k, v in settings.items() if v is not None} for each in requests], batch=batch
     )
     with tqdm(
-        total=len(asked) * (1 + floor), desc="originals", unit="video", leave=False, disable=not progress
+        total=len(requests) * (1 + floor), desc="originals", unit="video", leave=False, disable=not progress
     ) as bar:
-        made = batched.generate(model, bar=bar)
+        outputs = batched.generate(model, bar=bar)
         floors, floor_effect = {}, None
         if floor:
             with alternate_sdpa(model.device) as name:
                 again = batched.generate(model, bar=bar)
-            floors[name] = tuple(_scores(made, again, METRICS, backbone, model.device))
-            floor_effect = mean_effect(made, again)
-    to_truth = tuple(_against(truths, [each.video for each in made], ("lpips",), backbone, model.device))
+            floors[name] = tuple(_scores(outputs, again, METRICS, backbone, model.device))
+            floor_effect = mean_effect(outputs, again)
+    to_truth = tuple(_against(truths, [each.video for each in outputs], ("lpips",), backbone, model.device))
     return Originals(
         purpose=next(iter(purposes), EXAMINATION),
-        names=tuple(f"{case.photograph} {case.clip.motion}" for case in held)
-        or tuple(map(str, range(len(asked)))),
+        names=tuple(f"{case.photograph} {case.clip.motion}" for case in held_out)
+        or tuple(map(str, range(len(requests)))),
         truths=truths,
-        made=tuple(made),
+        outputs=tuple(outputs),
         to_truth=to_truth,
         floor=floors,
         floor_effect=floor_effect,
         batched=batched,
-        generations=len(asked) * (1 + floor),
+        generations=len(requests) * (1 + floor),
         backbone=backbone,
     )
 
@@ -307,14 +311,16 @@ def for_choosing(originals: Originals) -> Originals:
     return originals
 
 
-def mean_effect(originals: Sequence[Made], others: Sequence[Made]) -> float:
+def mean_effect(originals: Sequence[CaseOutput], others: Sequence[CaseOutput]) -> float:
     """Squared change of the final latents over their own square, mean over cases: what sensitivities predict."""
     pairs = [(a.latents.astype(np.float64), b.latents) for a, b in zip(originals, others, strict=True)]
     return float(np.mean([((b - a) ** 2).sum() / (a**2).sum() for a, b in pairs]))
 
 
-def _scores(made, others, metrics, backbone: str, device) -> list[Scores]:
-    return _against([each.video for each in made], [each.video for each in others], metrics, backbone, device)
+def _scores(outputs, others, metrics, backbone: str, device) -> list[Scores]:
+    return _against(
+        [each.video for each in outputs], [each.video for each in others], metrics, backbone, device
+    )
 
 
 def _against(references, videos, metrics, backbone: str, device) -> list[Scores]:
@@ -341,8 +347,8 @@ class Verification:
         divergence: from the unchanged model, beside the floor.
         effect: squared relative change of the final latents, mean over cases: what the sensitivity predicts.
         frame: one row per case: case, lpips (to the original), lpips_truth, loss_percent (NaN without truth), effect.
-        weight_bytes, before_bytes: of all linear layers of the experts, as held and as loaded.
-        bits_per_weight, share_8bit: of linear weights.
+        weight_bytes, before_bytes: size of all linear layers of the experts, as held and as loaded.
+        bits_per_weight, share_8bit: share of linear weights.
         kernels: what multiplied, in a sentence. took_effect: the sentence of the effect check.
         times: component -> time of its forward against the unchanged one's; empty where not measured.
         purpose: set of the cases. generations: that were run.
@@ -429,7 +435,7 @@ def verify_plan(
         calibrations: as `apply_plan` takes them.
         timed: time one forward of every expert against the unchanged one, in turn, with its A/A control, both compiled
             on a GPU; of use where the plan has kernels.
-        rounds: of these timings.
+        rounds: number of these timings.
         check: run `effect_check`; a plan that changes nothing fails it.
         settings: as `make_originals` takes them, when `cases` are cases.
 
@@ -442,16 +448,16 @@ def verify_plan(
         cases if isinstance(cases, Originals) else make_originals(model, cases, progress=progress, **settings)
     )
     applied = apply_plan(model, plan, calibrations)
-    said = str(effect_check(model, applied)) if check else "not checked"
+    effect_sentence = str(effect_check(model, applied)) if check else "not checked"
     name = applied.assignment.plan.name
     with tqdm(
-        total=len(originals.made), desc=f"verify {name}", unit="video", leave=False, disable=not progress
+        total=len(originals.outputs), desc=f"verify {name}", unit="video", leave=False, disable=not progress
     ) as bar:
-        made = originals.batched.generate(applied.model, bar=bar)
+        outputs = originals.batched.generate(applied.model, bar=bar)
     options = {"backbone": originals.backbone, "device": model.device, "progress": False}
-    apart = divergence(
-        [each.video for each in originals.made],
-        [each.video for each in made],
+    from_original = divergence(
+        [each.video for each in originals.outputs],
+        [each.video for each in outputs],
         originals.floor or None,
         metrics=METRICS,
         seed=seed,
@@ -459,37 +465,37 @@ def verify_plan(
     )
     to_truth = [
         compare_videos(truth, each.video, "lpips", **options)
-        for truth, each in zip(originals.truths, made, strict=bool(originals.truths))
+        for truth, each in zip(originals.truths, outputs, strict=bool(originals.truths))
     ]
     loss = quality_loss(to_truth or None, list(originals.to_truth) or None, seed=seed)
     frame = pd.DataFrame(
         {
             "case": originals.names,
-            "lpips": [scores.mean("lpips") for scores in apart.scores],
+            "lpips": [scores.mean("lpips") for scores in from_original.scores],
             "lpips_truth": [scores.mean("lpips") for scores in to_truth] or np.nan,
             "loss_percent": loss.per_case_percent or np.nan,
-            "effect": [mean_effect([a], [b]) for a, b in zip(originals.made, made, strict=True)],
+            "effect": [mean_effect([a], [b]) for a, b in zip(originals.outputs, outputs, strict=True)],
         }
     )
     linear = applied.frame[applied.frame["kind"] == "Linear"]
-    held = linear.drop_duplicates(["component", "layer", "format"])
+    by_format = linear.drop_duplicates(["component", "layer", "format"])
     whole = linear.drop_duplicates(["component", "layer"])
     elements = weights_of(applied)
     return Verification(
         plan=applied.assignment.plan,
         quality=loss,
-        divergence=apart,
+        divergence=from_original,
         effect=float(frame["effect"].mean()),
         frame=frame,
-        weight_bytes=int(held["weight_bytes"].sum()),
+        weight_bytes=int(by_format["weight_bytes"].sum()),
         before_bytes=int(whole["weight_before_bytes"].sum()),
-        bits_per_weight=8 * float(held["weight_bytes"].sum()) / elements,
+        bits_per_weight=8 * float(by_format["weight_bytes"].sum()) / elements,
         share_8bit=applied.assignment.share(8),
         kernels=applied.kernels,
-        took_effect=said,
+        took_effect=effect_sentence,
         times=_times(model, applied, originals, rounds) if timed else {},
         purpose=originals.purpose,
-        generations=len(made),
+        generations=len(outputs),
     )
 
 
@@ -517,11 +523,11 @@ def measured_effect(
     for_choosing(originals)
     applied = apply_plan(model, plan, calibrations)
     batched = copy.copy(originals.batched)
-    count = min(cases or len(originals.made), len(originals.made))
-    batched.asked, batched._given = batched.asked[:count], batched._given and batched._given[:count]
+    count = min(cases or len(originals.outputs), len(originals.outputs))
+    batched.requests, batched._given = batched.requests[:count], batched._given and batched._given[:count]
     with tqdm(total=count, desc="effect", unit="generation", leave=False, disable=not progress) as bar:
-        made = batched.generate(applied.model, videos=False, bar=bar)
-    return mean_effect(originals.made[:count], made)
+        outputs = batched.generate(applied.model, videos=False, bar=bar)
+    return mean_effect(originals.outputs[:count], outputs)
 
 
 def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[str, Comparison]:
@@ -529,7 +535,7 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
     after = applied.model
     if model.device.type == "cuda":  # eager, rounding of inputs costs more than products save
         model, after = compile_blocks(model), compile_blocks(after)
-    settings, found = originals.batched.settings, {}
+    settings, comparisons = originals.batched.settings, {}
     size = {name: settings[name] for name in ("height", "width", "frames")}
     with torch.no_grad(), applied.at(0):
         for component in applied.assignment.components:
@@ -544,5 +550,5 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
                 calls, warmup=2, rounds=rounds, device=model.device, progress=False
             )
             loaded_ms, planned_ms = samples.values()
-            found[component] = compare(loaded_ms, planned_ms, control.noise_percent)
-    return found
+            comparisons[component] = compare(loaded_ms, planned_ms, control.noise_percent)
+    return comparisons

@@ -76,10 +76,10 @@ def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[
             one = int(generator.integers(len(bands) + 1))
             steps = tuple(bands) if one == len(bands) else (bands[one],)
             together = len(steps) > 1 and "," not in spell_steps(steps)
-            made = _choice(joined if together else frame, kind, component, names, format, steps)
-            if made not in choices:
+            choice = _choice(joined if together else frame, kind, component, names, format, steps)
+            if choice not in choices:
                 break
-        choices.append(made)
+        choices.append(choice)
     return choices
 
 
@@ -177,7 +177,7 @@ class Agreement:
             video).
         floor: what another exact attention kernel does to the latents of the first case, floor_lpips to its video;
             choices whose true effect is not above it say nothing.
-        floor_name: of that kernel.
+        floor_name: name of that kernel.
         generations: that were run, the originals and the floor included.
         per_case: true effect of every choice in every case, in the order of `frame`.
     """
@@ -222,9 +222,10 @@ class Agreement:
         }
 
     def __str__(self) -> str:
-        said = f"rank correlation with generations {self.correlation()}; of single layers {self.correlation(kind='layer')}"
+        layers = self.correlation(kind="layer")
+        sentence = f"rank correlation with generations {self.correlation()}; of single layers {layers}"
         between = self.between_cases()
-        return said + (f"; of one case with the others {between}" if between.value is not None else "")
+        return sentence + (f"; of one case with the others {between}" if between.value is not None else "")
 
     @property
     def scale(self) -> float:
@@ -265,7 +266,7 @@ def end_to_end_agreement(
             `wanlab.heldout.cases` to select on; never those of the final examination.
         samples: choices of layers, format and steps; each costs one generation per case.
         lpips: decode the videos and compare these too.
-        settings: of `Model.generate`; by default those of the recording. The number of steps cannot differ.
+        settings: settings of `Model.generate`; by default those of the recording. The number of steps cannot differ.
 
     Raises:
         WanlabError: no case, too few samples, another model or number of steps.
@@ -297,10 +298,10 @@ def end_to_end_agreement(
             with rounded_in_steps(
                 model, choice, ranges_of(sensitivity, choice.component), generation["steps"]
             ):
-                made = [judge.generate(example, bar) for example in examples]
-            found = [judge.apart(*pair) for pair in zip(originals, made, strict=True)]
-            moved = [latent for latent, _ in found]
-            truths.append(moved)
+                outputs = [judge.generate(example, bar) for example in examples]
+            distances = [judge.apart(*pair) for pair in zip(originals, outputs, strict=True)]
+            changes = [latent for latent, _ in distances]
+            truths.append(changes)
             row = {
                 "kind": choice.kind,
                 "component": choice.component,
@@ -309,12 +310,12 @@ def end_to_end_agreement(
                 "format": choice.format,
                 "steps": spell_steps(choice.steps),
                 "predicted": choice.predicted,
-                "true": sum(moved) / len(moved),
-                "true_low": min(moved),
-                "true_high": max(moved),
+                "true": sum(changes) / len(changes),
+                "true_low": min(changes),
+                "true_high": max(changes),
             }
             if lpips:
-                row["lpips"] = sum(score for _, score in found) / len(found)
+                row["lpips"] = sum(score for _, score in distances) / len(distances)
             rows.append(row)
     frame = pd.DataFrame(rows).sort_values("true", ascending=False)
     return Agreement(
@@ -360,7 +361,7 @@ class _Judge:
 
     def generate(self, example: Example, bar) -> tuple:
         """Latents, and the video or None."""
-        made = self._model.generate(
+        generation = self._model.generate(
             example.image,
             example.prompt,
             negative_prompt=example.negative_prompt,
@@ -369,7 +370,7 @@ class _Judge:
             **self._generation,
         )
         bar.update()
-        return made.video, self._decode(made.video) if self._lpips else None
+        return generation.video, self._decode(generation.video) if self._lpips else None
 
     def apart(self, original: tuple, other: tuple) -> tuple[float, float | None]:
         """Squared relative distance of the latents, and LPIPS of the videos or None."""

@@ -69,7 +69,7 @@ def project(
     Args:
         module: linear.
         given: its input `[..., inputs]`.
-        gradients: of its output, each `[..., outputs]`.
+        gradients: gradients of its output, each `[..., outputs]`.
         amax: largest magnitude of the input's codes; for formats that round the input.
     """
     weight = module.weight.data
@@ -224,16 +224,18 @@ class CheckpointedForward:
             with _watched(self.network, names) as seen, torch.enable_grad():
                 out = block(state, *self.others)
             outputs = [seen[name][1] for name in names]
-            found: list[list[torch.Tensor]] = []
+            slopes: list[list[torch.Tensor]] = []
             for position, grad in enumerate(grads):
                 more = position + 1 < len(grads)
-                state_grad, *rest = torch.autograd.grad(out, [state, *outputs], grad, retain_graph=more)
+                state_grad, *layer_grads = torch.autograd.grad(
+                    out, [state, *outputs], grad, retain_graph=more
+                )
                 grads[position] = state_grad
-                found.append(rest)
+                slopes.append(layer_grads)
             inputs = {name: seen[name][0] for name in names}
             del out, outputs, seen, state
             for place, name in enumerate(names):
-                visit(name, inputs[name], [each[place] for each in found])
+                visit(name, inputs[name], [each[place] for each in slopes])
         return [torch.autograd.grad(self._entry, self._source, g, retain_graph=True)[0] for g in grads]
 
     def resume(self, index: int) -> torch.Tensor:
@@ -261,13 +263,13 @@ def blocks_of(layers: Sequence[str]) -> dict[int, list[str]]:
     Raises:
         WanlabError: a layer outside the blocks.
     """
-    found: dict[int, list[str]] = {}
+    by_block: dict[int, list[str]] = {}
     for name in layers:
         parts = name.split(".")
         if parts[0] != "blocks" or not parts[1].isdigit():
             raise WanlabError(f"{name} lies outside the blocks; sensitivity is measured of layers in blocks")
-        found.setdefault(int(parts[1]), []).append(name)
-    return found
+        by_block.setdefault(int(parts[1]), []).append(name)
+    return by_block
 
 
 @contextmanager
@@ -279,8 +281,8 @@ def frozen(network: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 @contextmanager

@@ -92,8 +92,8 @@ def probe_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[s
         target, network = setting.targets.get(call.component), setting.networks[call.component]
         given = setting.tensors(call)
         with frozen(network):
-            passage = CheckpointedForward(network, given)
-            velocity = passage.velocity.float()
+            forward = CheckpointedForward(network, given)
+            velocity = forward.velocity.float()
             synchronise(velocity.device)
             forward_ms.append((time.perf_counter() - begin) * 1e3)
             free = free_latents(given, velocity)
@@ -104,31 +104,33 @@ def probe_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[s
             seeds = [scale * each for each in _pull(call.step, ends, pulled, setting)]
             place = (setting.seed, unit.example, call.step, call.branch)
             single = draw(velocity, max(1, setting.probes // 2), *place) if target else []
-            found: dict[str, list[Projected]] = {}
-            visit = _visitor(setting, target, found) if target else _nothing
-            grads = passage.backward([*seeds, *single], target.layers if target else (), visit)
+            projected: dict[str, list[Projected]] = {}
+            visit = _visitor(setting, target, projected) if target else _nothing
+            grads = forward.backward([*seeds, *single], target.layers if target else (), visit)
         if setting.follow:
-            mine = [free * each[:, : velocity.shape[1]].float() for each in grads[: len(seeds)]]
+            own = [free * each[:, : velocity.shape[1]].float() for each in grads[: len(seeds)]]
             before = pulled.get(call.step)
             pulled[call.step] = (
-                [a + b for a, b in zip(before, mine, strict=True)] if before is not None else mine
+                [a + b for a, b in zip(before, own, strict=True)] if before is not None else own
             )
-        del passage, grads
+        del forward, grads
         synchronise(velocity.device)
         products = setting.products(target) if target else 0.0
         cost += Cost(2.0, float(len(seeds) + len(single)), products, (time.perf_counter() - begin) * 1e3)
         if target:
             size = float((velocity**2).sum().double())
-            rows.setdefault(call.component, []).append(_row(call, target, found, len(seeds), size, norm_sq))
+            rows.setdefault(call.component, []).append(
+                _row(call, target, projected, len(seeds), size, norm_sq)
+            )
         tick()
     cost += Cost(forward_ms=statistics.median(forward_ms) * len(forward_ms))
     return make_parts(setting, unit, rows, coherent=True, cost=cost)
 
 
-def _visitor(setting: Setting, target: Target, found: dict[str, list[Projected]]) -> Callable:
+def _visitor(setting: Setting, target: Target, projected: dict[str, list[Projected]]) -> Callable:
     def visit(name: str, given: torch.Tensor, slopes: list[torch.Tensor]) -> None:
         module, amax = target.network.get_submodule(name), target.amax.get(name)
-        found[name] = project(module, given, slopes, setting.formats, amax, setting.weights)
+        projected[name] = project(module, given, slopes, setting.formats, amax, setting.weights)
 
     return visit
 
@@ -148,9 +150,9 @@ def _pull(step: int, ends: list, pulled: Mapping[int, list], setting: Setting) -
 
 
 def _row(
-    call, target: Target, found: dict[str, list[Projected]], paths: int, size: float, norm_sq: float
+    call, target: Target, projected: dict[str, list[Projected]], paths: int, size: float, norm_sq: float
 ) -> Row:
-    layers = [found[name] for name in target.layers]
+    layers = [projected[name] for name in target.layers]
     dots = np.array([[each.dots.numpy() for each in layer] for layer in layers])
     return Row(
         {"example": call.example, "step": call.step, "branch": call.branch, "velocity_sq": size},
@@ -176,12 +178,12 @@ def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[
             continue
         begin, given = time.perf_counter(), setting.tensors(call)
         with torch.no_grad():
-            passage = CheckpointedForward(target.network, given)
-        velocity = passage.velocity.float()
+            forward = CheckpointedForward(target.network, given)
+        velocity = forward.velocity.float()
         synchronise(velocity.device)
         forward_ms = (time.perf_counter() - begin) * 1e3
         norm_sq = norm_sq or final_norm_sq(given, velocity, call.sigma)
-        local, moved_sq, forwards = _layers(passage, target, setting)
+        local, moved_sq, forwards = _layers(forward, target, setting)
         synchronise(velocity.device)
         spent = (time.perf_counter() - begin) * 1e3
         cost += Cost(forwards + 1.0, 0.0, setting.products(target), spent, forward_ms)
@@ -194,15 +196,15 @@ def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[
     return make_parts(setting, unit, rows, coherent=False, cost=cost)
 
 
-def _layers(passage: CheckpointedForward, target: Target, setting: Setting):
+def _layers(forward: CheckpointedForward, target: Target, setting: Setting):
     """Relative squared error of every layer's output, squared norm of the velocity's, and forwards spent."""
     shape = (len(target.layers), len(setting.formats))
     local, moved_sq, forwards = np.zeros(shape), np.zeros(shape), 0.0
     places = {name: place for place, name in enumerate(target.layers)}
-    network, reference = target.network, passage.velocity.float()
+    network, reference = target.network, forward.velocity.float()
     blocks = len(network.blocks)
     for index, names in blocks_of(target.layers).items():
-        inputs = passage.layer_inputs(index, names)
+        inputs = forward.layer_inputs(index, names)
         forwards += 1 / blocks
         for name in names:
             module, amax = network.get_submodule(name), target.amax.get(name)
@@ -210,7 +212,7 @@ def _layers(passage: CheckpointedForward, target: Target, setting: Setting):
             local[places[name]] = [each.relative_sq for each in errors]
             for column, each in enumerate(setting.formats):
                 with fake_quantized(network, {name: each}, target.amax):
-                    moved = passage.resume(index).float() - reference
+                    moved = forward.resume(index).float() - reference
                 moved_sq[places[name], column] = float((moved**2).sum().double())
                 forwards += (blocks - index) / blocks
     return local, moved_sq, forwards
@@ -254,27 +256,27 @@ def read_sensitivity(folder: str | os.PathLike, *, key: str | None = None) -> Se
     """A measurement from its folder, all shards and components that are finished.
 
     Args:
-        key: of the settings, where the folder holds measurements with several.
+        key: key of the settings, where the folder holds measurements with several.
 
     Raises:
         WanlabError: there is none, or several and no key, or a broken file.
     """
     folder = Path(folder)
-    found = sorted(folder.glob(f"{key or '*'}{SUFFIX}"))
-    if not found:
+    records = sorted(folder.glob(f"{key or '*'}{SUFFIX}"))
+    if not records:
         raise WanlabError(
             f"no sensitivity in {folder}; measure it with wanlab.precision.sensitivity(..., folder=...)"
         )
-    if len(found) > 1:
-        keys = ", ".join(path.name.removesuffix(SUFFIX) for path in found)
+    if len(records) > 1:
+        keys = ", ".join(path.name.removesuffix(SUFFIX) for path in records)
         raise WanlabError(f"{folder} holds measurements with different settings; give key= one of {keys}")
-    record = _Record.read(str(found[0]).removesuffix(SUFFIX))
-    settings, part_keys, wanted, bands = record.facts, record.keys, record.wanted, record.bands
+    record = _Record.read(str(records[0]).removesuffix(SUFFIX))
+    settings, part_keys, units, bands = record.facts, record.keys, record.wanted, record.bands
     parts = []
     for component, part_key in part_keys.items():
         pattern = part_file(folder, settings, component, "*", part_key).name
         parts += [read_part(path) for path in sorted(folder.glob(pattern))]
-    return Sensitivity(settings, tuple(parts), bands, wanted, reused=len({part.unit for part in parts}))
+    return Sensitivity(settings, tuple(parts), bands, units, reused=len({part.unit for part in parts}))
 
 
 def merge_sensitivity(shards: Sequence[Sensitivity | str | os.PathLike]) -> Sensitivity:
@@ -305,8 +307,8 @@ def merge_sensitivity(shards: Sequence[Sensitivity | str | os.PathLike]) -> Sens
             raise WanlabError(
                 f"these shards of {part.component} have other weights, ranges, layers or recordings; measure one again"
             )
-    wanted = tuple(dict.fromkeys(name for shard in loaded for name in shard.wanted))
-    return replace(first, parts=tuple(parts.values()), wanted=wanted, reused=0)
+    units = tuple(dict.fromkeys(name for shard in loaded for name in shard.wanted))
+    return replace(first, parts=tuple(parts.values()), wanted=units, reused=0)
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -320,15 +322,15 @@ def part_file(folder: Path, settings: dict[str, Any], component: str, unit: str,
 
 
 def write_manifest(
-    folder: Path, settings: dict[str, Any], bands: dict, wanted: Sequence[str], keys: dict[str, str]
+    folder: Path, settings: dict[str, Any], bands: dict, units: Sequence[str], keys: dict[str, str]
 ) -> None:
     """Say what the parts belong to; keys of components that another shard measures stay."""
     path = folder / settings_key(settings)
     before = _Record.find(path)
     if before is not None:
-        wanted = list(dict.fromkeys([*before.wanted, *wanted]))
+        units = list(dict.fromkeys([*before.wanted, *units]))
         keys = before.keys | keys
-    _Record(path=str(path), facts=settings, bands=bands, wanted=tuple(wanted), keys=keys).write()
+    _Record(path=str(path), facts=settings, bands=bands, wanted=tuple(units), keys=keys).write()
 
 
 METHODS = ("probes", "direct")
@@ -382,7 +384,7 @@ def sensitivity(
             step of it.
         folder: finished units are kept there and not measured again for the same weights, recording, ranges and
             settings.
-        seed: of the directions.
+        seed: seed of the directions.
 
     Raises:
         WanlabError: a recording of another model or without needed steps, a missing or foreign calibration, an
@@ -394,9 +396,17 @@ def sensitivity(
         raise WanlabError(f"probes must be at least 1, not {probes}")
     if method == "direct" and calls is None:
         raise WanlabError("the direct method does not follow errors through later steps; give calls=")
-    made = make_formats(formats)
+    chosen_formats = make_formats(formats)
     setting = _setting(
-        model, recording, calibrations or {}, components, (layers, exclude), made, calls is None, probes, seed
+        model,
+        recording,
+        calibrations or {},
+        components,
+        (layers, exclude),
+        chosen_formats,
+        calls is None,
+        probes,
+        seed,
     )
     settings = _settings(model, recording, setting, calls, method)
     units = make_units(recording, tuple(setting.targets), calls, settings["schedule"])
@@ -407,8 +417,8 @@ def sensitivity(
             )
     keys = {name: target.key for name, target in setting.targets.items()}
     ranges = make_bands(settings["schedule"], bands)
-    mine = units[shard[0] :: shard[1]]
-    if not mine:
+    own_units = units[shard[0] :: shard[1]]
+    if not own_units:
         raise WanlabError(
             f"nothing is left for shard {shard[0]} of {shard[1]}: there are {len(units)} units of work"
             f" ({'an example each' if calls is None else 'a step of an example each'}); take as many shards at most"
@@ -420,23 +430,23 @@ def sensitivity(
     reused = 0
     measure = direct_unit if method == "direct" else probe_unit
     with tqdm(
-        total=sum(len(unit.calls) for unit in mine),
+        total=sum(len(unit.calls) for unit in own_units),
         desc="sensitivity",
         unit="call",
         leave=False,
         disable=not progress,
     ) as bar:
-        for unit in mine:
-            found = _finished(folder, settings, unit, setting)
-            if found is not None:
+        for unit in own_units:
+            unit_parts = _finished(folder, settings, unit, setting)
+            if unit_parts is not None:
                 reused += 1
                 bar.update(len(unit.calls))
             else:
-                found = measure(unit, setting, bar.update)
+                unit_parts = measure(unit, setting, bar.update)
                 if folder is not None:
-                    for name, part in found.items():
+                    for name, part in unit_parts.items():
                         write_part(part_file(folder, settings, name, unit.name, part.key), part)
-            parts += found.values()
+            parts += unit_parts.values()
     names = tuple(unit.name for unit in units)
     return Sensitivity(settings, tuple(parts), ranges, names, reused)
 
@@ -507,10 +517,10 @@ def _finished(
     if folder is None:
         return None
     needed = {call.component for call in unit.calls} & set(setting.targets)
-    found = {}
+    parts = {}
     for name in sorted(needed):
         path = part_file(folder, settings, name, unit.name, setting.targets[name].key)
         if not path.exists():
             return None
-        found[name] = read_part(path)
-    return found
+        parts[name] = read_part(path)
+    return parts

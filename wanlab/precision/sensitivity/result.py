@@ -56,12 +56,12 @@ def band_rows(
 
 def calls_between(parts: Sequence[Part], first: int, last: int) -> dict[str, np.ndarray]:
     """`local` and `velocity` of the calls in a range of steps, `[calls, layers, formats]`."""
-    found: dict[str, list] = {"local": [], "velocity": []}
+    rows_of: dict[str, list] = {"local": [], "velocity": []}
     for part in parts:
         inside = [i for i, call in enumerate(part.calls) if first <= call["step"] <= last]
-        for name, rows in found.items():
+        for name, rows in rows_of.items():
             rows.append(getattr(part, name)[inside])
-    return {name: np.concatenate(rows) for name, rows in found.items()}
+    return {name: np.concatenate(rows) for name, rows in rows_of.items()}
 
 
 def effect_samples(
@@ -262,7 +262,7 @@ def make_bands(
     Raises:
         WanlabError: no range, or one that is outside the schedule.
     """
-    made: dict[str, list[tuple[int, int]]] = {}
+    ranges: dict[str, list[tuple[int, int]]] = {}
     for component in dict.fromkeys(schedule):
         own = [step for step, name in enumerate(schedule) if name == component]
         if isinstance(bands, int):
@@ -270,15 +270,15 @@ def make_bands(
                 raise WanlabError(f"bands must be at least 1, not {bands}")
             count = min(bands, len(own))
             edges = [round(i * len(own) / count) for i in range(count + 1)]
-            made[component] = [(own[a], own[b - 1]) for a, b in pairwise(edges) if b > a]
+            ranges[component] = [(own[a], own[b - 1]) for a, b in pairwise(edges) if b > a]
             continue
         for first, last in bands:
             if not 0 <= first <= last < len(schedule):
                 raise WanlabError(f"steps {first} to {last} are no range of steps 0 to {len(schedule) - 1}")
             inside = [step for step in own if first <= step <= last]
             if inside:
-                made.setdefault(component, []).append((inside[0], inside[-1]))
-    return made
+                ranges.setdefault(component, []).append((inside[0], inside[-1]))
+    return ranges
 
 
 QUANTITIES = ("velocity_error", "effect")
@@ -322,20 +322,20 @@ class ExpertTolerance:
 
     def sentence(self, format: str, quantity: str = "effect") -> str:
         """The answer in words, with its interval."""
-        said = self.less_tolerant(format, quantity)
-        if said is None:
+        expert = self.less_tolerant(format, quantity)
+        if expert is None:
             return f"{format}: one expert, nothing to compare"
         row = self.ratios[(self.ratios["format"] == format) & (self.ratios["quantity"] == quantity)].iloc[0]
         ratio, low, high = row["ratio"], row["low"], row["high"]
-        if said == "neither":
+        if expert == "neither":
             return (
                 f"{format}: neither expert clearly tolerates less ({label(quantity)} of the high-noise expert over"
                 f" that of the low-noise expert {ratio:.3g}, 95 % {low:.3g} to {high:.3g})"
             )
-        if said == "expert_low":
+        if expert == "expert_low":
             ratio, low, high = 1 / ratio, 1 / high, 1 / max(low, 1e-300)
         names = ["high-noise expert", "low-noise expert"]
-        less, more = names if said == "expert_high" else names[::-1]
+        less, more = names if expert == "expert_high" else names[::-1]
         return (
             f"{format}: the {less} tolerates less, its {label(quantity)} is {ratio:.3g} times the {more}'s"
             f" (95 % {low:.3g} to {high:.3g})"

@@ -100,10 +100,10 @@ class Unit:
 
 def make_formats(names: Sequence[str | QuantFormat]) -> list[QuantFormat]:
     """Formats from their names, each once."""
-    made = [get_format(name) for name in ([names] if isinstance(names, str | QuantFormat) else names)]
-    if not made:
+    known = [get_format(name) for name in ([names] if isinstance(names, str | QuantFormat) else names)]
+    if not known:
         raise WanlabError("no format to measure; give formats=('int8', ...)")
-    return list({each.name: each for each in made}.values())
+    return list({each.name: each for each in known}.values())
 
 
 def make_target(
@@ -118,7 +118,7 @@ def make_target(
     """An expert with everything that is asked of it, checked.
 
     Args:
-        networks: of all experts that are loaded. chosen: layers and those to leave out, as `choose_layers` takes
+        networks: networks of all experts that are loaded. chosen: layers and those to leave out, as `choose_layers` takes
             them.
         follow: the other experts' weights matter too, as errors are carried through their steps.
 
@@ -172,13 +172,13 @@ def make_units(
     for component in components:
         recording.of(component)  # refuses what was not recorded
     for example in sorted({call.example for call in recording.calls}):
-        there = [call for call in recording.calls if call.example == example and call.step is not None]
+        recorded = [call for call in recording.calls if call.example == example and call.step is not None]
         if calls is None:
-            first = min((c.step for c in there if c.component in components), default=None)
+            first = min((c.step for c in recorded if c.component in components), default=None)
             if first is None:
                 continue
-            found = {call.step for call in there}
-            missing = [step for step in range(first, len(schedule)) if step not in found]
+            recorded_steps = {call.step for call in recorded}
+            missing = [step for step in range(first, len(schedule)) if step not in recorded_steps]
             if missing:
                 expert = schedule[missing[0]]
                 mend = (
@@ -190,13 +190,13 @@ def make_units(
                     f"step {missing[0]} of example {example}, which {expert} runs, is not in the recording, so errors cannot"
                     f" be followed to the final latents; {mend}, or give calls= to measure some without following them"
                 )
-            wanted = [call for call in there if call.step >= first]
-            units.append(Unit(f"e{example}", example, _backwards(wanted)))
+            followed = [call for call in recorded if call.step >= first]
+            units.append(Unit(f"e{example}", example, _backwards(followed)))
             continue
         for component in components:
-            own = sorted({c.step for c in there if c.component == component})
+            own = sorted({c.step for c in recorded if c.component == component})
             for step in spread(own, calls):
-                at = [c for c in there if c.component == component and c.step == step]
+                at = [c for c in recorded if c.component == component and c.step == step]
                 units.append(Unit(f"e{example}-s{step}", example, _backwards(at)))
     return units
 
@@ -249,7 +249,7 @@ class Cost:
             counts.
         backwards: gradients of one scalar through the whole expert, as block-backwards over blocks.
         products: products of a layer's size for the errors of formats, over those of one forward.
-        time_ms: of all of it. forward_ms: of one plain forward of the same call, summed over the calls.
+        time_ms: time of all of it. forward_ms: time of one plain forward of the same call, summed over the calls.
     """
 
     forwards: float = 0.0
@@ -272,7 +272,7 @@ class PartFacts:
         layers, formats: names. parameters, amax: of every layer.
         calls: example, step, branch, velocity_sq (squared norm of the velocity) of every call.
         coherent: see `Part`.
-        cost: of the unit; of several components in one unit it stands with the first, as does
+        cost: cost of the unit; of several components in one unit it stands with the first, as does
         passes: calls that were passed, those of components that are not measured included.
     """
 

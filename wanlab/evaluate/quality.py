@@ -53,6 +53,11 @@ class Divergence:
     def verdict(self, metric: str = "lpips") -> str:
         return self._row(metric)["verdict"]
 
+    @property
+    def conclusion(self) -> str:
+        """What the main metric shows, such as "the difference is within the noise floor"."""
+        return HOLDS[self._main_row()["verdict"]]
+
     def worst_case(self, metric: str = "lpips") -> int:
         """Index of the case with the largest difference."""
         self._row(metric)
@@ -67,14 +72,18 @@ class Divergence:
             )
         return rows.iloc[0].to_dict()
 
+    def _main_row(self) -> dict:
+        """LPIPS where it was measured, else the first metric."""
+        return self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
+
     def __str__(self) -> str:
-        row = self._row("lpips" if "lpips" in set(self.frame["metric"]) else self.frame["metric"].iloc[0])
+        row = self._main_row()
         floor = ""
         if row["floor_name"] is not None and row["verdict"] != "identical":
             times = _times_text(row["ratio_to_noise_floor"])
             floor = f", {times} the floor of {row['floor']:.3g} ({row['floor_name']})"
         backbone = f" ({row['backbone']})" if row["metric"] == "lpips" else ""
-        return f"{HOLDS[row['verdict']]}: {row['metric'].upper()}{backbone} {row['mean']:.3g}{floor}"
+        return f"{self.conclusion}: {row['metric'].upper()}{backbone} {row['mean']:.3g}{floor}"
 
 
 def divergence(

@@ -1,4 +1,4 @@
-"""`wanlab publish`: the pages of runs as a folder that any static server can serve, and nothing else of them."""
+"""`wanlab publish`: the pages of runs as a folder that any static server can serve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import atomic_path, now, read_json, write_bytes, write_json, write_text
 from wanlab.pages import report, sweep_page, templates
 from wanlab.pages.sweep_table import SweepTable, gather, missing
-from wanlab.pages.templates import shown
+from wanlab.pages.templates import display_value
 
 PLOTLY = "plotly.min.js"
 MARK = ".wanlab-published.json"
@@ -27,16 +27,16 @@ def publish(folder: str | Path, to: str | Path, *, notebooks: bool = False) -> P
     are relative. Symbolic links that lead out of `folder` are left out.
 
     Args:
-        folder: a sweep's folder, or any folder of runs.
-        to: where to; new, empty, or made by this function.
-        notebooks: copy executed.ipynb too, which holds all code and output.
+        folder: folder of a sweep, or any folder of runs.
+        to: target folder; new, empty, or written by this function before.
+        notebooks: whether executed.ipynb is copied too, which has all code and output.
 
     Raises:
-        WanlabError: no runs, or `to` holds something else or overlaps `folder`.
+        WanlabError: no runs, or `to` has other files or overlaps `folder`.
     """
     root, target = Path(folder).resolve(), Path(to).absolute()
-    board = gather(root)
-    before = _claim(target, root)
+    sweep_table = gather(root)
+    earlier = _claim(target, root)
     written: list[str] = []
 
     def put(name: str, data: bytes | str) -> None:
@@ -49,47 +49,50 @@ def publish(folder: str | Path, to: str | Path, *, notebooks: bool = False) -> P
             write_bytes(path, data)
         written.append(name)
 
-    wanted = {"report.html"} | ({"executed.ipynb"} if notebooks else set())
-    for page in _boards(board):
+    names = {"report.html"} | ({"executed.ipynb"} if notebooks else set())
+    for page in _tables(sweep_table):
         where = page.root.relative_to(root)
-        text, _ = sweep_page.page_of(page, lambda path: path.name in wanted)
+        text, _ = sweep_page.page_of(page, lambda path: path.name in names)
         put((where / "index.html").as_posix(), text)
-        put((where / "runs.csv").as_posix(), table(page))
-    for run in filter(None, (entry.folder for entry in board.entries)):
+        put((where / "runs.csv").as_posix(), runs_csv(page))
+    for run in filter(None, (entry.folder for entry in sweep_table.entries)):
         if not (run / "report.html").exists() and run.resolve().is_relative_to(root):
             report.render(run)
-    for source in _files(board, wanted):
+    for source in _files(sweep_table, names):
         name = source.relative_to(root).as_posix()
         if source.name == "report.html":
-            text, lighter = _lighter(source.read_text("utf-8", "replace"), name.count("/"))
+            text, shared = _with_shared_plotly(source.read_text("utf-8", "replace"), name.count("/"))
             put(name, text)
-            if lighter and PLOTLY not in written:
+            if shared and PLOTLY not in written:
                 put(PLOTLY, templates.plotly_script())
         else:
             written.append(name)
             _copy(source, target / name, target)
-    for name in set(before) - set(written):
+    for name in set(earlier) - set(written):
         _remove(target, name)
     write_json(target / MARK, {"made_by": "wanlab publish", "when": now(), "files": sorted(written)})
     return target / "index.html"
 
 
-def _lighter(text: str, depth: int) -> tuple[str, bool]:
-    """A report that takes plotly.js from one file for all reports: 4.8 MB less for each."""
-    whole, scripts = f'<script id="plotly">{templates.plotly_script()}</script>', "script-src 'unsafe-inline'"
-    if whole not in text:
+def _with_shared_plotly(text: str, depth: int) -> tuple[str, bool]:
+    """A report that loads plotly.js from one file for all reports, which saves 4.8 MB in each; whether it was changed."""
+    inline, scripts = (
+        f'<script id="plotly">{templates.plotly_script()}</script>',
+        "script-src 'unsafe-inline'",
+    )
+    if inline not in text:
         return text, False
     shared = f'<script id="plotly" src="{"../" * depth}{PLOTLY}"></script>'
-    return text.replace(whole, shared, 1).replace(scripts, f"{scripts} 'self'", 1), True
+    return text.replace(inline, shared, 1).replace(scripts, f"{scripts} 'self'", 1), True
 
 
-def table(board: SweepTable) -> str:
-    """runs.csv: one row per run with everything that was asked and measured; text cannot start a formula."""
+def runs_csv(sweep_table: SweepTable) -> str:
+    """runs.csv: one row per run with all its parameters and numbers; text cannot start a formula."""
     out = io.StringIO()
-    names = [n for n in board.frame.columns if n not in ("folder", "run_id", "state")]
+    names = [n for n in sweep_table.frame.columns if n not in ("folder", "run_id", "state")]
     write = csv.writer(out)
     write.writerow(["label", "run_id", "state", "baseline", *map(_cell, names)])
-    for entry, row in zip(board.entries, board.frame.to_dict(orient="records"), strict=True):
+    for entry, row in zip(sweep_table.entries, sweep_table.frame.to_dict(orient="records"), strict=True):
         write.writerow(
             [
                 _cell(entry.label),
@@ -107,40 +110,40 @@ def _cell(value: Any) -> Any:
         return ""
     if isinstance(value, bool | int | float):
         return value
-    text = shown(list(value) if isinstance(value, tuple) else value)
+    text = display_value(list(value) if isinstance(value, tuple) else value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
-def _boards(board: SweepTable) -> Iterator[SweepTable]:
+def _tables(sweep_table: SweepTable) -> Iterator[SweepTable]:
     """The folder's own page, and that of each sweep inside it."""
-    yield board
-    for path in sorted(board.root.glob("*/sweep.json")):
+    yield sweep_table
+    for path in sorted(sweep_table.root.glob("*/sweep.json")):
         if path.parent.is_symlink():
             continue
         try:
             yield gather(path.parent)
         except WanlabError:
-            continue  # a sweep that has no runs yet
+            continue  # a sweep without runs
 
 
-def _files(board: SweepTable, wanted: set[str]) -> Iterator[Path]:
-    for entry in board.entries:
+def _files(sweep_table: SweepTable, names: set[str]) -> Iterator[Path]:
+    for entry in sweep_table.entries:
         if entry.folder is None:
             continue
         artifacts = entry.folder / "artifacts"
-        found = [entry.folder / name for name in sorted(wanted)]
-        found += entry.clips.values()
-        found += [path for pattern in DATA for path in sorted(artifacts.glob(pattern))]
-        for path in found:
-            if path.is_file() and path.resolve().is_relative_to(board.root):
+        paths = [entry.folder / name for name in sorted(names)]
+        paths += entry.clips.values()
+        paths += [path for pattern in DATA for path in sorted(artifacts.glob(pattern))]
+        for path in paths:
+            if path.is_file() and path.resolve().is_relative_to(sweep_table.root):
                 yield path
 
 
 def _claim(target: Path, root: Path) -> list[str]:
-    """Make sure that `target` is ours to write; returns what an earlier call wrote there."""
+    """Check that `target` may be written; returns the files that an earlier call wrote there."""
     real = target.resolve()
     if real.is_relative_to(root) or root.is_relative_to(real):
-        raise WanlabError(f"{target} and {root} lie in one another; publish to a folder outside of the runs")
+        raise WanlabError(f"{target} and {root} overlap; publish to a folder outside the runs")
     if target.exists() and not target.is_dir():
         raise WanlabError(f"{target} is a file; name a folder")
     mark = target / MARK
@@ -150,7 +153,7 @@ def _claim(target: Path, root: Path) -> list[str]:
         return [str(name) for name in files or []]
     if target.is_dir() and any(target.iterdir()):
         raise WanlabError(
-            f"{target} holds files that `wanlab publish` did not make; name a new folder, or empty it first"
+            f"{target} has files that `wanlab publish` did not write; name a new folder, or empty it first"
         )
     return []
 
@@ -164,7 +167,7 @@ def _copy(source: Path, to: Path, target: Path) -> None:
 
 
 def _remove(target: Path, name: str) -> None:
-    """Delete a file of an earlier call, and folders that it leaves empty."""
+    """Delete a file of an earlier call, and the folders that are empty after it."""
     path = target / name
     if (
         ".." in Path(name).parts

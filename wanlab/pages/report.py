@@ -1,6 +1,6 @@
 """report.html: one file that opens offline, with the answer first and a failure before everything else.
 
-What a notebook's cells and outputs hold becomes HTML that is safe to open: nothing is fetched, run or left unescaped.
+Cells and outputs of a notebook become HTML that is safe to open: nothing is fetched, run or left unescaped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pygments.lexers import PythonLexer
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_text
 from wanlab.pages import templates
-from wanlab.pages.templates import WORDS, duration, readable, shown
+from wanlab.pages.templates import WORDS, display_time, display_value, duration
 from wanlab.plots.style import NAMES, UNITS, label
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
@@ -42,8 +42,8 @@ HIDDEN_TAGS = {"parameters", "injected-parameters", "papermill-error-cell-tag", 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LONG_LINES = 24  # text outputs above this are folded
-KEPT_LINES = 400  # and above this their middle is left out
-KEPT_CHARS = 60_000
+MOST_LINES = 400  # and above this their middle is left out
+MOST_CHARS = 60_000
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 EMBEDDED = (*IMAGES, "image/svg+xml", "video/mp4", "video/webm")
 EMBEDDED_BYTES = 16 * 2**20  # of one file
@@ -65,7 +65,7 @@ ATTRIBUTES = {
     "ol": {"start"},
     "details": {"open"},
 }
-GONE_WITH_CONTENT = set(
+REMOVED_WITH_CONTENT = set(
     "script style iframe object embed link meta template noscript svg math".split()  # noqa: SIM905
 )
 DATA_MEDIA = re.compile(
@@ -78,7 +78,7 @@ LINK = re.compile(r"(https?://|mailto:|#)", re.IGNORECASE)
 def render(path: str | Path) -> Path:
     """Write report.html of a run folder, or `<name>.html` beside a notebook that was saved with its outputs.
 
-    The page is always written: what cannot be read or drawn is said on it.
+    The page is always written: what cannot be read or drawn is reported on it.
 
     Raises:
         WanlabError: `path` is neither.
@@ -129,7 +129,7 @@ def page_of(
         notebook: executed notebook; None where it could not be read.
         record: run.json.
         status: status.json.
-        root: folder in which the notebook's relative pictures lie.
+        root: folder of the notebook's relative pictures.
         name: title of the page where the notebook has none.
         problems: sentences shown on the page.
         results: rows that the run recorded; the first is what the run is about.
@@ -181,25 +181,27 @@ def _title(cells: list[Any], fallback: str) -> tuple[str, str, list[Any]]:
     return heading.strip("# "), lead, [cell for cell in cells if cell is not first]
 
 
-def _ended(cell: Any) -> str | None:
-    """What papermill says of a cell: completed, failed or pending."""
+def _cell_state(cell: Any) -> str | None:
+    """State of a cell by papermill: completed, failed or pending."""
     return cell.metadata.get("papermill", {}).get("status")
 
 
 def _outputs(cell: Any, page: Page) -> str:
     # The traceback of the failed cell stands at the top of the page.
-    items = [item for item in cell.outputs if not (_ended(cell) == "failed" and item.output_type == "error")]
+    items = [
+        item for item in cell.outputs if not (_cell_state(cell) == "failed" and item.output_type == "error")
+    ]
     return "".join(output_html(item, page) for item in _joined_streams(items))
 
 
 def _cell(cell: Any, page: Page, *, at_top: bool = False) -> str:
     if cell.cell_type == "markdown":
         return f'<div class="prose">{markdown_html(cell.source, page)}</div>'
-    failed = _ended(cell) == "failed"
+    failed = _cell_state(cell) == "failed"
     outputs = '<p class="aside">Shown at the top of the page.</p>' if at_top else _outputs(cell, page)
     seconds = cell.metadata.get("papermill", {}).get("duration") or 0
     label = f"code · {seconds:.1f} s" if seconds >= 0.05 else "code"
-    label += {"failed": " · failed here", "pending": " · not run"}.get(_ended(cell), "")
+    label += {"failed": " · failed here", "pending": " · not run"}.get(_cell_state(cell), "")
     fold = "<details class='source' open>" if failed else "<details class='source'>"
     source = f"{fold}<summary>{label}</summary>{code_html(cell.source)}</details>"
     kind = 'class="cell failed" id="failed-cell"' if failed else 'class="cell"'
@@ -224,7 +226,7 @@ def _failure(status: dict, cells: list[Any]) -> dict[str, Any] | None:
         "where": status.get("title"),
         "reason": status.get("reason"),
         "traceback": Markup(traceback_html(status["traceback"])) if status.get("traceback") else None,
-        "link": any(_ended(cell) == "failed" for cell in cells),
+        "link": any(_cell_state(cell) == "failed" for cell in cells),
         # A mistake that wanlab explains needs no stack; the explanation is above it.
         "open": not str(status.get("reason")).startswith("WanlabError"),
     }
@@ -307,7 +309,7 @@ def _facts(record: dict, status: dict, name: str) -> dict[str, str]:
     facts = {
         "notebook": record.get("notebook") or name,
         "run": record.get("run_id"),
-        "started": readable(status.get("started") or record.get("created")),
+        "started": display_time(status.get("started") or record.get("created")),
         "took": duration(status.get("seconds")),
         "wanlab": record.get("wanlab"),
     }
@@ -321,8 +323,8 @@ def _parameters(record: dict) -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "value": shown(row.get("value")),
-            "default": shown(row.get("default")),
+            "value": display_value(row.get("value")),
+            "default": display_value(row.get("default")),
             "changed": "default" in row and row.get("default") != row.get("value"),
             "help": row.get("help", ""),
         }
@@ -353,13 +355,13 @@ def _command(record: dict) -> str | None:
     if not record.get("notebook"):
         return None
     changed = [row for row in record.get("schema") or [] if row.get("default") != row.get("value")]
-    pairs = ["-p " + shlex.quote(f"{row['name']}={shown(row['value'])}") for row in changed]
+    pairs = ["-p " + shlex.quote(f"{row['name']}={display_value(row['value'])}") for row in changed]
     return " ".join(["wanlab run", shlex.quote(str(record["notebook"])), *pairs])
 
 
 @dataclass
 class Page:
-    """What the page needs beyond its body: figures to draw, and where relative pictures are found."""
+    """What the page needs beside its body: figures to draw, and the folder of relative pictures."""
 
     root: Path | None = None
     figures: list[dict[str, Any]] = field(default_factory=list)
@@ -392,7 +394,7 @@ def code_css() -> str:
 
 
 def output_html(item: Any, page: Page) -> str:
-    """One notebook output: the richest form that a closed page can show."""
+    """One notebook output, in the richest form that a page without a kernel can show."""
     kind = item.get("output_type")
     if kind == "stream":
         return text_html(item.get("text", ""), quiet=item.get("name") == "stderr")
@@ -401,7 +403,7 @@ def output_html(item: Any, page: Page) -> str:
             "\n".join(item.get("traceback", [])) or f"{item.get('ename')}: {item.get('evalue')}"
         )
     data = item.get("data") or {}
-    if WIDGET in data:  # it needs a kernel, and a bar that has finished says nothing
+    if WIDGET in data:  # it needs a kernel, and the bar of finished work has no information
         return ""
     if PLOTLY in data:
         return page.figure(data[PLOTLY] if isinstance(data[PLOTLY], dict) else json.loads(data[PLOTLY]))
@@ -428,20 +430,20 @@ def _with_words(source: str) -> str:
 
 
 def _picture(url: str, page: Page) -> str:
-    # What a notebook calls base64 may hold a quote that would end the attribute.
+    # Data that a notebook calls base64 may contain a quote, which would end the attribute.
     image = sanitise(f'<img alt="" src="{url}">', page)
     return f"<p>{image}</p>"
 
 
 def text_html(source: str, *, quiet: bool = False) -> str:
-    """Printed text: progress bars at their last state, long text folded, the middle of a flood left out."""
+    """Printed text: progress bars at their last state, long text folded, the middle of very long text left out."""
     lines = [line.rsplit("\r", 1)[-1] for line in source.replace("\r\n", "\n").rstrip().split("\n")]
     if not any(line.strip() for line in lines):
         return ""
     count = len(lines)
-    if count > KEPT_LINES:
-        gap = f"... {count - KEPT_LINES} lines left out, see console.log ..."
-        lines = [*lines[: KEPT_LINES // 2], gap, *lines[-KEPT_LINES // 2 :]]
+    if count > MOST_LINES:
+        gap = f"... {count - MOST_LINES} lines left out, see console.log ..."
+        lines = [*lines[: MOST_LINES // 2], gap, *lines[-MOST_LINES // 2 :]]
     joined = "\n".join(lines)
     body = f'<pre class="text">{_ansi(_cut(joined))}</pre>'
     if count <= LONG_LINES and not quiet:
@@ -460,7 +462,7 @@ def sanitise(source: str, page: Page) -> str:
     return nh3.clean(
         source.encode("utf-8", "replace").decode(),  # nh3 refuses lone surrogates
         tags=TAGS,
-        clean_content_tags=GONE_WITH_CONTENT,
+        clean_content_tags=REMOVED_WITH_CONTENT,
         attributes=ATTRIBUTES,
         attribute_filter=functools.partial(_allowed, page.root),
         url_schemes={"http", "https", "mailto", "data"},
@@ -469,7 +471,7 @@ def sanitise(source: str, page: Page) -> str:
 
 
 def _allowed(root: Path | None, tag: str, name: str, value: str) -> str | None:
-    """The value that an attribute keeps, None for one that goes."""
+    """The value of an attribute; None for an attribute that is removed."""
     if name == "href":
         return value if LINK.match(value) else None
     if name == "src":
@@ -497,10 +499,10 @@ def _data_url(kind: str, data: bytes) -> str:
 
 
 def _cut(source: str) -> str:
-    if len(source) <= KEPT_CHARS:
+    if len(source) <= MOST_CHARS:
         return source
-    half = KEPT_CHARS // 2
-    gap = f"... {len(source) - KEPT_CHARS} characters left out, see console.log ..."
+    half = MOST_CHARS // 2
+    gap = f"... {len(source) - MOST_CHARS} characters left out, see console.log ..."
     return f"{source[:half]}\n{gap}\n{source[-half:]}"
 
 

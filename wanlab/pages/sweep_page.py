@@ -1,4 +1,4 @@
-"""index.html: all runs of a folder on one page that opens offline. Failures first, then what is worth choosing."""
+"""index.html: all runs of a folder on one page that opens offline: failures, the choice, the frontier, all runs."""
 
 from __future__ import annotations
 
@@ -43,41 +43,41 @@ def render_index(folder: str | Path) -> Path:
     Raises:
         WanlabError: no such folder, or no run in it.
     """
-    board = gather(folder)
-    text, _ = page_of(board)
-    return write_text(board.root / "index.html", text)
+    table = gather(folder)
+    text, _ = page_of(table)
+    return write_text(table.root / "index.html", text)
 
 
-def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str, list[Path]]:
-    """The page as text, and the clips that it plays from files. `linked` says which reports and notebooks may be."""
-    axes = sweep_table.axes(board.frame[board.measured], board.metrics)
+def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str, list[Path]]:
+    """The page as text, and the clips that it plays from files. `linked` selects the reports and notebooks it links to."""
+    axes = sweep_table.axes(table.frame[table.measured], table.metrics)
     start = sweep_table.default_axes(axes)
-    pairs = _frontiers(board, axes)
-    best = _efficient(pairs, axes, start)
-    beside = sweep_table.beside_baselines(board)
-    ratios = sweep_table.ratios(board, beside)
-    shelf = ClipEmbedder(board.root)
-    runs = [_run(*each, board, linked) for each in zip(board.entries, beside, strict=True)]
-    first = [i for i, entry in enumerate(board.entries) if entry.baseline]
-    selected = [i for i in dict.fromkeys(first + best) if board.measured[i]]
-    reference = _reference(board, selected, shelf)
+    frontiers = _frontiers(table, axes)
+    best = _efficient(frontiers, axes, start)
+    beside = sweep_table.beside_baselines(table)
+    ratios = sweep_table.ratios(table, beside)
+    embedder = ClipEmbedder(table.root)
+    runs = [_run(*each, table, linked) for each in zip(table.entries, beside, strict=True)]
+    first = [i for i, entry in enumerate(table.entries) if entry.baseline]
+    selected = [i for i in dict.fromkeys(first + best) if table.measured[i]]
+    reference = _reference(table, selected, embedder)
     for i in dict.fromkeys(selected + list(range(len(runs)))):
-        if "video" in board.entries[i].clips:
-            runs[i]["clip"] = shelf.put(board.entries[i].clips["video"])
+        if "video" in table.entries[i].clips:
+            runs[i]["clip"] = embedder.put(table.entries[i].clips["video"])
     if not start:
         selected = [i for i, run in enumerate(runs) if "clip" in run][:PLAYING]
-    choice = _choice(board) if start and best else None
-    failures = [(entry, run) for entry, run in zip(board.entries, runs, strict=True) if entry.failed]
-    states = [entry.state for entry in board.entries]
+    choice = _choice(table) if start and best else None
+    failures = [(entry, run) for entry, run in zip(table.entries, runs, strict=True) if entry.failed]
+    states = [entry.state for entry in table.entries]
     text = templates.fill(
         "index.html",
-        title=board.title,
-        state=_state(board, states),
-        verdict=verdict(board),
-        lead=choice.text if choice else _frontier_text(board, axes, start, best, ratios, beside),
+        title=table.title,
+        state=_state(table, states),
+        verdict=verdict(table),
+        lead=choice.text if choice else _frontier_text(table, axes, start, best, ratios, beside),
         lead_notes="; ".join(choice.notes).capitalize() if choice else "",
-        problems=board.problems + _caution(board),
-        facts=_facts(board),
+        problems=table.problems + _caution(table),
+        facts=_facts(table),
         failures=[
             {
                 "label": entry.title,
@@ -88,26 +88,26 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
             }
             for entry, run in failures
         ],
-        sweeps=_sweeps(board.root) if not board.sweep else [],
+        sweeps=_sweeps(table.root) if not table.sweep else [],
         frontier=bool(start),
-        baseline=any(entry.baseline for entry in board.entries),
-        lines=len(board.axes) + len(axes) >= 2 and sum(board.measured) >= 2,
+        baseline=any(entry.baseline for entry in table.entries),
+        lines=len(table.axes) + len(axes) >= 2 and sum(table.measured) >= 2,
         clips=any("clip" in run for run in runs),
-        embedded=shelf.inside,
-        outside=bool(shelf.outside),
+        embedded=embedder.inside,
+        outside=bool(embedder.outside),
         css=templates.asset("base.css", "index.css"),
         script=templates.asset("page.js", *(f"index/{part}.js" for part in SCRIPTS)),
         plotly=templates.plotly_script() if start else Markup(""),
-        board=templates.json_script(
+        data=templates.json_script(
             {
-                "name": board.root.name,
-                "columns": sweep_table.columns_of(board, axes),
+                "name": table.root.name,
+                "columns": sweep_table.columns_of(table, axes),
                 "runs": runs,
-                "table": sweep_table.table_of(board),
+                "table": sweep_table.table_of(table),
                 "ratios": ratios,
-                "same": sweep_table.indistinguishable(board, beside),
+                "same": sweep_table.indistinguishable(table, beside),
                 "axes": [column.name for column in axes],
-                "pairs": pairs,
+                "pairs": frontiers,
                 "start": start,
                 "selected": selected[:PLAYING],
                 "playing": PLAYING,
@@ -118,11 +118,11 @@ def page_of(board: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
             }
         ),
     )
-    return text, shelf.outside
+    return text, embedder.outside
 
 
-def _run(entry: RunRow, beside: BesideBaseline, board: SweepTable, linked: Linked) -> dict[str, Any]:
-    """One run for the page's script. Labels are text there, addresses were made by `href`."""
+def _run(entry: RunRow, beside: BesideBaseline, table: SweepTable, linked: Linked) -> dict[str, Any]:
+    """One run as data for the page's script; addresses are from `href`."""
     folder = entry.folder
     files = {"report": folder and folder / "report.html", "notebook": folder and folder / "executed.ipynb"}
     return {
@@ -133,42 +133,44 @@ def _run(entry: RunRow, beside: BesideBaseline, board: SweepTable, linked: Linke
         "baseline": entry.baseline,
         "machine": entry.machine,
         "apart": ", ".join(name.replace("_", " ") for name in beside.other),
-        **{name: href(path, board.root) if path and linked(path) else None for name, path in files.items()},
+        **{name: href(path, table.root) if path and linked(path) else None for name, path in files.items()},
     }
 
 
-def _reference(board: SweepTable, selected: list[int], shelf: ClipEmbedder) -> dict[str, Any] | None:
-    """What the clips are read against: the ground truth, or else the original where no run is the baseline."""
-    for i in selected or range(len(board.entries)):
-        clips = board.entries[i].clips
+def _reference(table: SweepTable, selected: list[int], embedder: ClipEmbedder) -> dict[str, Any] | None:
+    """The reference clip: the ground truth, or else the original where no run is the baseline."""
+    for i in selected or range(len(table.entries)):
+        clips = table.entries[i].clips
         for name, words in (("truth", "ground truth"), ("original", "original")):
-            if name in clips and not (name == "original" and any(entry.baseline for entry in board.entries)):
-                return {"title": words, "clip": shelf.put(clips[name])}
+            if name in clips and not (name == "original" and any(entry.baseline for entry in table.entries)):
+                return {"title": words, "clip": embedder.put(clips[name])}
     return None
 
 
-def _frontiers(board: SweepTable, axes: list[Column]) -> dict[str, list[int]]:
+def _frontiers(table: SweepTable, axes: list[Column]) -> dict[str, list[int]]:
     """For each pair of axes "i,j", i < j: the rows that no other row beats on both."""
-    found = {}
+    frontiers = {}
     for (i, one), (j, two) in combinations(enumerate(axes), 2):
-        part = board.frame[[one.name, two.name]].apply(
+        part = table.frame[[one.name, two.name]].apply(
             lambda column: column.map(sweep_table.number).astype(float)
         )
-        rows = np.flatnonzero(np.asarray(board.measured) & np.isfinite(part).all(axis=1).to_numpy())
+        rows = np.flatnonzero(np.asarray(table.measured) & np.isfinite(part).all(axis=1).to_numpy())
         best = pareto(part.iloc[rows], {one.name: one.better, two.name: two.better})
-        found[f"{i},{j}"] = [int(row) for row in rows[np.asarray(best, bool)]]
-    return found
+        frontiers[f"{i},{j}"] = [int(row) for row in rows[np.asarray(best, bool)]]
+    return frontiers
 
 
-def _efficient(pairs: dict[str, list[int]], axes: list[Column], start: tuple[str, str] | None) -> list[int]:
+def _efficient(
+    frontiers: dict[str, list[int]], axes: list[Column], start: tuple[str, str] | None
+) -> list[int]:
     if not start:
         return []
     i, j = sorted([column.name for column in axes].index(name) for name in start)
-    return pairs[f"{i},{j}"]
+    return frontiers[f"{i},{j}"]
 
 
-def _caution(board: SweepTable) -> list[str]:
-    fields = sweep_table.mixed(board) if board.metrics else []
+def _caution(table: SweepTable) -> list[str]:
+    fields = sweep_table.mixed(table) if table.metrics else []
     if not fields:
         return []
     names = ", ".join(name.replace("_", " ") for name in fields)
@@ -176,7 +178,7 @@ def _caution(board: SweepTable) -> list[str]:
 
 
 def _frontier_text(
-    board: SweepTable,
+    table: SweepTable,
     axes: list[Column],
     start: tuple[str, str] | None,
     best: list[int],
@@ -188,7 +190,7 @@ def _frontier_text(
         return None
     by = {column.name: column for column in axes}
     x, y = by[start[0]], by[start[1]]
-    values = [sweep_table.number(value) for value in board.frame[x.name]]
+    values = [sweep_table.number(value) for value in table.frame[x.name]]
     first = min(best, key=lambda i: values[i] if x.better == "min" else -values[i])
     ratio = (ratios.get(x.name) or [None] * len(values))[first]
     gain = f", {ratio:.2f}× better than its baseline" if ratio else ""
@@ -196,46 +198,49 @@ def _frontier_text(
         gain = ", which cannot be told from its baseline's"
     worth = "1 run is" if len(best) == 1 else f"{len(best)} runs are"
     return (
-        f"{worth} on the frontier of {x.title} and {y.title}. Best {x.title}: {board.entries[first].title}, "
+        f"{worth} on the frontier of {x.title} and {y.title}. Best {x.title}: {table.entries[first].title}, "
         f"{values[first]:,.4g} {x.unit}".rstrip()
         + f"{gain}."
     )
 
 
-def _choice(board: SweepTable) -> Choice | None:
-    """The answer of `60_sweep`, over all samples and repeats; None where no baseline or no quality loss was recorded."""
-    if not board.sweep.get("baseline") or QUALITY not in board.frame.columns:
+def _choice(table: SweepTable) -> Choice | None:
+    """The answer of `60_sweep`, from all samples and repeats; None where no baseline or no quality loss was recorded."""
+    if not table.sweep.get("baseline") or QUALITY not in table.frame.columns:
         return None
     try:
-        return choose(compare(board.configurations))
-    except WanlabError:  # a baseline that did not finish, or that fits several: the page says what it can
+        return choose(compare(table.configurations))
+    except WanlabError:  # a baseline that did not finish, or several configurations that match it
         return None
 
 
-def _state(board: SweepTable, states: list[str]) -> tuple[str, str]:
-    """Class and words of the pill in the head."""
+def _state(table: SweepTable, states: list[str]) -> tuple[str, str]:
+    """CSS class and words of the state in the head."""
     failed = sum(state not in ("finished", "pending", "running") for state in states)
-    whole = board.sweep.get("state")
-    if whole == "aborted":
+    sweep_state = table.sweep.get("state")
+    if sweep_state == "aborted":
         return "aborted", "aborted"
     if failed:
         return "failed", f"{failed} failed"
-    if whole in ("running", "incomplete") or "running" in states or "pending" in states:
-        return "running", str(whole or "running")
+    if sweep_state in ("running", "incomplete") or "running" in states or "pending" in states:
+        return "running", str(sweep_state or "running")
     return "finished", "finished"
 
 
-def _facts(board: SweepTable) -> list[tuple[str, str]]:
-    sweep = board.sweep
+def _facts(table: SweepTable) -> list[tuple[str, str]]:
+    sweep = table.sweep
     executor = sweep.get("executor") if isinstance(sweep.get("executor"), dict) else {}
     slots = f"{executor.get('kind')}, {executor.get('slots')} at a time" if executor else None
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else {}
-    versions = sorted({str(v) for v in board.frame["wanlab"] if not sweep_table.missing(v)})
+    versions = sorted({str(v) for v in table.frame["wanlab"] if not sweep_table.missing(v)})
     facts = [
         ("grid", sweep.get("grid_file")),
-        ("varied", ", ".join(name.removeprefix("p.") for name in board.axes) if sweep else None),
-        ("baseline", ", ".join(f"{name} = {templates.shown(value)}" for name, value in baseline.items())),
-        ("started", templates.readable(sweep.get("started") or sweep.get("created")) if sweep else None),
+        ("varied", ", ".join(name.removeprefix("p.") for name in table.axes) if sweep else None),
+        (
+            "baseline",
+            ", ".join(f"{name} = {templates.display_value(value)}" for name, value in baseline.items()),
+        ),
+        ("started", templates.display_time(sweep.get("started") or sweep.get("created")) if sweep else None),
         ("executor", slots),
         ("wanlab", ", ".join(versions)),
     ]
@@ -244,12 +249,12 @@ def _facts(board: SweepTable) -> list[tuple[str, str]]:
 
 def _sweeps(root: Path) -> list[dict[str, Any]]:
     """Sweeps in this folder, for a page of all runs."""
-    found = []
+    sweeps = []
     for path in sorted(root.glob("*/sweep.json")):
         try:
             sweep = read_json(path)
             runs = sweep.get("runs") or []
-            found.append(
+            sweeps.append(
                 {
                     "title": sweep.get("title") or path.parent.name,
                     "state": sweep.get("state"),
@@ -259,7 +264,7 @@ def _sweeps(root: Path) -> list[dict[str, Any]]:
             )
         except (WanlabError, AttributeError, TypeError):
             continue
-    return found
+    return sweeps
 
 
 def _layout() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, plain
 from wanlab.pages import templates
-from wanlab.pages.templates import WORDS, duration, shown
+from wanlab.pages.templates import WORDS, display_value, duration
 from wanlab.plots.style import FORMAT_COLOURS, OTHERS, UNITS, colour, engine_colours
 from wanlab.runs.compare import (
     SAME,
@@ -65,7 +65,7 @@ class Column:
         return self.better is not None and is_ratio(self.name)
 
 
-# Most telling first: (ending of the name, title, unit, what it is about).
+# The most important first: (ending of the name, title, unit, what it is about).
 KNOWN = (
     ("time_per_video_ms", "time per video", "ms", "latency"),
     ("p95_ms", "95th percentile", "ms", "latency"),
@@ -77,9 +77,9 @@ KNOWN = (
     ("psnr_db", "PSNR", "dB", "quality"),
     ("time_per_frame_ms", "time per frame", "ms", "latency"),
 )
-# What is recorded to judge the others by: kept in the data, not shown beside them.
+# Numbers that qualify other numbers: in the data, not in the table.
 ASIDE = ("divergence_floor_lpips", "noise_percent", "cv_percent", "_low_percent", "_high_percent")
-# Endings by which a figure that nobody listed is known to have a better and a worse.
+# Endings of names by which any other number is known to have a better and a worse direction.
 ABOUT = (
     ("_ms", "latency"),
     ("_s", "latency"),
@@ -112,17 +112,17 @@ def describe(name: str, having: Sequence[str] = ()) -> Column:
 
 
 def metrics(frame: Any, show: Sequence[str] | None = None, results: Sequence[str] = ()) -> list[Column]:
-    """Metric columns worth a place in a table, best known first.
+    """Metric columns of the table, the most important first.
 
     Args:
         frame: as `wanlab.load_runs` gives it.
         show: names to show instead, with or without `m.`; those that no run recorded are left out.
-        results: figures of the runs' results; where there are any, what else was recorded is left out.
+        results: names of the numbers in the runs' results; where there are any, other recorded numbers are left out.
     """
     names = [name for name in frame.columns if name.startswith("m.") and _numbers(frame[name]) >= 1]
     if show:
-        wanted = [_column(each, names) for each in show]
-        return [describe(name, list(frame.columns)) for name in dict.fromkeys(filter(None, wanted))]
+        columns = [_column(each, names) for each in show]
+        return [describe(name, list(frame.columns)) for name in dict.fromkeys(filter(None, columns))]
     names = [name for name in names if not name.endswith(ASIDE)]
     own = [name for name in names if name[2:] in results]
     described = [describe(name, list(frame.columns)) for name in own or names]
@@ -131,12 +131,12 @@ def metrics(frame: Any, show: Sequence[str] | None = None, results: Sequence[str
     return [described[i] for i in order][:MAIN]
 
 
-def _column(wanted: str, names: Sequence[str]) -> str | None:
-    """The column that a short name means: a figure of the result before any other that ends so."""
-    for name in (wanted, f"m.{wanted}"):
+def _column(short_name: str, names: Sequence[str]) -> str | None:
+    """The column of a short name: a number of the result before any other with this ending."""
+    for name in (short_name, f"m.{short_name}"):
         if name in names:
             return name
-    return next((name for name in names if name.endswith("." + wanted)), None)
+    return next((name for name in names if name.endswith("." + short_name)), None)
 
 
 def axes(frame: Any, columns: Sequence[Column]) -> list[Column]:
@@ -173,7 +173,7 @@ def number(value: Any) -> float | None:
 
 
 def _numbers(series: Any) -> int:
-    return sum(found is not None and math.isfinite(found) for found in map(number, series))
+    return sum(value is not None and math.isfinite(value) for value in map(number, series))
 
 
 def _rank(column: Column) -> int:
@@ -219,7 +219,7 @@ class RunRow:
 
     run_id: str
     label: str  # as the sweep calls it
-    title: str  # short: values alone where they speak for themselves
+    title: str  # short: values, with the parameter's name only where the value is no word
     state: str
     baseline: bool = False
     repeat: int = 1
@@ -236,7 +236,7 @@ class RunRow:
 
 @dataclass
 class SweepTable:
-    """All of it. `frame` and `records` have one row per entry, in the same order."""
+    """All runs of a page. `frame` and `records` have one row per entry, in the same order."""
 
     root: Path
     title: str
@@ -320,37 +320,37 @@ def gather(folder: str | Path) -> SweepTable:
     )
 
 
-def verdict(board: SweepTable) -> str:
+def verdict(table: SweepTable) -> str:
     """One sentence: how many finished, how the others ended, where, and how long it took."""
-    counts = Counter(entry.state for entry in board.entries)
-    total, done = len(board.entries), counts.pop("finished", 0)
+    counts = Counter(entry.state for entry in table.entries)
+    total, done = len(table.entries), counts.pop("finished", 0)
     head = f"{done} of {total} runs finished" if done != total else f"All {total} runs finished"
     if total == 1:
         head = "The run finished" if done else "The run did not finish"
     order = [state for state in WORDS if state in counts] + [state for state in counts if state not in WORDS]
     ends = ", ".join(f"{counts[state]} {WORDS.get(state, state)}" for state in order)
-    seconds = board.sweep.get("seconds")
+    seconds = table.sweep.get("seconds")
     whole = isinstance(seconds, int | float)
-    took = duration(seconds if whole else float(board.frame["seconds"].sum()))
-    where = machine(board)
+    took = duration(seconds if whole else float(table.frame["seconds"].sum()))
+    where = machine(table)
     on = f" on {where}" if where else ""
     spent = f" in {took}{on}" if whole else f"{on}, {took} in all"
     return f"{head}{spent}{f'; {ends}' if ends else ''}."
 
 
-def machine(board: SweepTable) -> str:
+def machine(table: SweepTable) -> str:
     """The GPU or else the CPU of the runs; several are counted."""
-    found = [
+    names = [
         str(gpu if not missing(gpu) else cpu)
-        for gpu, cpu in zip(board.frame["gpu"], board.frame["cpu"], strict=True)
+        for gpu, cpu in zip(table.frame["gpu"], table.frame["cpu"], strict=True)
         if not (missing(gpu) and missing(cpu))
     ]
-    kinds = list(dict.fromkeys(found))
+    kinds = list(dict.fromkeys(names))
     return " and ".join(kinds) if len(kinds) <= 2 else f"{len(kinds)} kinds of machine"
 
 
 def href(path: Path | None, root: Path) -> str | None:
-    """Relative address of a file that really lies inside `root`, else None; a link that leads out is none."""
+    """Relative address of a file inside `root`, else None; a symbolic link that leads out of it has none."""
     if path is None or not path.is_file() or not path.resolve().is_relative_to(root):
         return None
     # "./" first: a name with a colon would be read as a scheme.
@@ -383,7 +383,7 @@ def _titles(records: Sequence[RunRecord], listed: Sequence[Mapping], varying: Se
         values = dict(line.get("parameters") or {}) if listed else values
         repeat = line.get("repeat")
         words = [owner] if len(notebooks) > 1 or not values else []
-        words += [_spoken(name, value) for name, value in list(values.items())[:5]]
+        words += [_value_text(name, value) for name, value in list(values.items())[:5]]
         words += [f"#{repeat}"] if isinstance(repeat, int) and repeat > 1 else []
         short.append(" · ".join(words))
         full.append(str(line.get("label") or f"{short[-1]} · {str(run.row['run_id'])[:6]}"))
@@ -391,8 +391,8 @@ def _titles(records: Sequence[RunRecord], listed: Sequence[Mapping], varying: Se
     return [full[i] if twice[name] > 1 else name for i, name in enumerate(short)]
 
 
-def _spoken(name: str, value: Any) -> str:
-    text = shown(value)
+def _value_text(name: str, value: Any) -> str:
+    text = display_value(value)
     if not isinstance(value, str):
         return f"{name}={text}"
     return Path(text).stem if text.lower().endswith(FILES) else text
@@ -406,12 +406,12 @@ def _where(entry: RunRow) -> str | None:
 
 
 def _clips(folder: Path, root: Path) -> dict[str, Path]:
-    """The clip that a run made, and what it is read against."""
+    """The clip of a run, and the clips it is compared with."""
     have = {path.stem: path for path in sorted((folder / "artifacts").glob("*.mp4")) if href(path, root)}
-    found: dict[str, Path] = {name: have.pop(name) for name in ("video", "original", "truth") if name in have}
-    if "video" not in found and have:
-        found["video"] = next(iter(have.values()))
-    return found
+    clips: dict[str, Path] = {name: have.pop(name) for name in ("video", "original", "truth") if name in have}
+    if "video" not in clips and have:
+        clips["video"] = next(iter(have.values()))
+    return clips
 
 
 @dataclass
@@ -429,11 +429,11 @@ class BesideBaseline:
     same: bool = False
 
 
-def beside_baselines(board: SweepTable) -> list[BesideBaseline]:
+def beside_baselines(table: SweepTable) -> list[BesideBaseline]:
     """For each run of the page its baseline, by the rules of `wanlab compare`."""
-    asked = board.sweep.get("baseline") or {}
-    rows = board.configurations.rows
-    left_open = [name[2:] for name in board.axes if name[2:] not in asked]
+    asked = table.sweep.get("baseline") or {}
+    rows = table.configurations.rows
+    left_open = [name[2:] for name in table.axes if name[2:] not in asked]
 
     def key(row: MeasuredConfiguration) -> tuple:
         return tuple(repr(row.parameters.get(name)) for name in left_open)
@@ -448,16 +448,16 @@ def beside_baselines(board: SweepTable) -> list[BesideBaseline]:
             ratio = ratio_to(base, row, by, THRESHOLD_PERCENT, resamples=resamples_of(len(rows)))
             same = ratio.verdict == SAME
         of_run |= {run.folder: BesideBaseline(base, other, same) for run in row.runs}
-    return [of_run.get(entry.folder, BesideBaseline()) for entry in board.entries]
+    return [of_run.get(entry.folder, BesideBaseline()) for entry in table.entries]
 
 
-def mixed(board: SweepTable) -> list[str]:
+def mixed(table: SweepTable) -> list[str]:
     """Fields in which the runs that finished differ from one another."""
-    done = [run for run, measured in zip(board.records, board.measured, strict=True) if measured]
+    done = [run for run, measured in zip(table.records, table.measured, strict=True) if measured]
     return list(dict.fromkeys(name for run in done[1:] for name, *_ in differences(run, done[0])))
 
 
-def ratios(board: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[float | None]]:
+def ratios(table: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[float | None]]:
     """Times better than its baseline for each metric and run; none for other work and for the baseline itself."""
     if not any(each.baseline for each in beside):
         return {}
@@ -465,37 +465,37 @@ def ratios(board: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, lis
     def times(column: Column, entry: RunRow, each: BesideBaseline, value: Any) -> float | None:
         if each.baseline is None or each.other or entry.baseline:
             return None
-        found = times_better(column.name, number(value), each.baseline.results.get(column.name[2:]))
-        return found if math.isfinite(found) else None
+        ratio = times_better(column.name, number(value), each.baseline.results.get(column.name[2:]))
+        return ratio if math.isfinite(ratio) else None
 
     return {
         column.name: [
-            times(column, *row) for row in zip(board.entries, beside, board.frame[column.name], strict=True)
+            times(column, *row) for row in zip(table.entries, beside, table.frame[column.name], strict=True)
         ]
-        for column in board.metrics
+        for column in table.metrics
         if column.ratio
     }
 
 
-def indistinguishable(board: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[bool]]:
+def indistinguishable(table: SweepTable, beside: Sequence[BesideBaseline]) -> dict[str, list[bool]]:
     """Whether a ratio of times is one that cannot be told from noise."""
-    return {column.name: [each.same for each in beside] for column in board.metrics if is_time(column.name)}
+    return {column.name: [each.same for each in beside] for column in table.metrics if is_time(column.name)}
 
 
 FEW = 12  # a parameter with more values is searched for, not picked from a list
 ALWAYS = ("name", "notebook", "state", "reason", "started", "seconds", "gpu", "cpu", "wanlab", "verdict")
 
 
-def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
+def columns_of(table: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
     """Columns of the table: what was varied, then what was measured; few values get a colour and a filter each."""
-    several = len(set(board.frame["name"])) > 1
-    named = (["name"] if several else []) + board.axes
-    found: list[dict[str, Any]] = []
+    several = len(set(table.frame["name"])) > 1
+    named = (["name"] if several else []) + table.axes
+    columns: list[dict[str, Any]] = []
     for name in named:
         column = Column("name", "notebook") if name == "name" else describe(name)
-        values = list(dict.fromkeys(_text(v) for v in board.frame[name] if not missing(v)))
+        values = list(dict.fromkeys(_text(v) for v in table.frame[name] if not missing(v)))
         few = values if len(values) <= FEW else None
-        found.append(
+        columns.append(
             {
                 "key": name,
                 "title": column.title,
@@ -506,8 +506,8 @@ def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
             }
         )
     measured = {column.name for column in axes}
-    for column in board.metrics:
-        found.append(
+    for column in table.metrics:
+        columns.append(
             {
                 "key": column.name,
                 "title": column.title,
@@ -521,11 +521,11 @@ def columns_of(board: SweepTable, axes: list[Column]) -> list[dict[str, Any]]:
                 "signed": column.unit == "%" and column.about == "quality",
             }
         )
-    return found
+    return columns
 
 
 def _colours(values: list[Any]) -> list[str]:
-    """The house colour of an engine or a format, where all values have one of their own; else one after the other."""
+    """The colours of the engines or formats, where every value has its own; else the colours of `OTHERS` in turn."""
     known = engine_colours() | FORMAT_COLOURS
     own = [colour(str(value)) for value in values]
     if len(set(own)) == len(own) and all(
@@ -547,23 +547,23 @@ def _text(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, int | float) and not isinstance(value, bool):
         return plain(value)  # infinity has no number in JSON; the page reads "inf"
-    return templates.shown(list(value) if isinstance(value, tuple) else plain(value))
+    return templates.display_value(list(value) if isinstance(value, tuple) else plain(value))
 
 
-def table_of(board: SweepTable) -> dict[str, list[Any]]:
+def table_of(table: SweepTable) -> dict[str, list[Any]]:
     """Every column, for the page and for its CSV."""
-    names = [*ALWAYS, *(name for name in board.frame.columns if name[:2] in ("p.", "m."))]
-    return {name: [_text(value) for value in board.frame[name]] for name in names}
+    names = [*ALWAYS, *(name for name in table.frame.columns if name[:2] in ("p.", "m."))]
+    return {name: [_text(value) for value in table.frame[name]] for name in names}
 
 
 BUDGET_CHARS = 8 * 2**20  # of base64, in one page
 
 
 class ClipEmbedder:
-    """Clips by the hash of their bytes. `inside` goes into the page, `outside` stays where it is.
+    """Clips by the hash of their bytes; small ones are embedded, the page plays the others from their files.
 
     Attributes:
-        inside: hash -> base64.
+        inside: hash -> base64, embedded in the page.
         outside: files that the page plays from their relative address.
     """
 

@@ -1,4 +1,4 @@
-"""What all pages share: the template, the look, words for how a run ended, JSON that is safe inside a page."""
+"""What all pages share: templates and their files, words for the state of a run, JSON that is safe inside a page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = {
 
 
 def fill(name: str, **values: Any) -> str:
-    """The template of this name as text; whatever is not Markup is escaped."""
+    """A template rendered as text; values that are not Markup are escaped."""
     return _environment().get_template(name).render(**values)
 
 
@@ -40,18 +40,18 @@ def _environment() -> Any:
 
 
 def asset(*names: str) -> Any:
-    """Files of the template, one after the other, to stand in a style or script element."""
+    """Files of the template folder, joined, for a style or script element."""
     return Markup("\n".join((TEMPLATE / name).read_text("utf-8") for name in names))
 
 
 @functools.cache
 def plotly_script() -> Any:
-    """plotly.js, 4.8 MB; a page holds it once."""
+    """plotly.js, 4.8 MB, for a script element."""
     return Markup(get_plotlyjs().replace("</script", "<\\/script"))
 
 
 def json_script(value: Any) -> Any:
-    """JSON that can stand in a script element: no tag and no line separator can end it early."""
+    """JSON for a script element: no tag and no line separator can end it early."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character, escaped in (
         ("<", "\\u003c"),
@@ -64,8 +64,8 @@ def json_script(value: Any) -> Any:
     return Markup(text)
 
 
-def shown(value: Any) -> str:
-    """A parameter's value as one would type it."""
+def display_value(value: Any) -> str:
+    """A parameter's value as it is typed on a command line."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"{value:.1f}"
     if isinstance(value, str):
@@ -73,8 +73,8 @@ def shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
-def readable(moment: Any) -> str | None:
-    """An ISO 8601 time for people, in UTC."""
+def display_time(moment: Any) -> str | None:
+    """An ISO 8601 time as text, in UTC."""
     try:
         return datetime.fromisoformat(str(moment)).strftime("%-d %B %Y, %H:%M UTC")
     except ValueError:

@@ -1,4 +1,4 @@
-"""`wanlab bench`: any engine, the figures that trtexec prints."""
+"""`wanlab bench`: times any engine and prints the figures that trtexec prints."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "fra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the subcommand."""
     add = parser.add_argument
     add("what", help=f"a file ({', '.join(suffixes())}), or a model with --component")
-    add("--component", help="of a model: expert_high, vae_decoder, ...")
-    add("--engine", default=EAGER, help=f"what runs a model's component: {', '.join(ENGINES)}")
+    add("--component", help="component of the model: expert_high, vae_decoder, ...")
+    add("--engine", default=EAGER, help=f"engine of the component: {', '.join(ENGINES)}")
     add(
         "--folder",
         type=Path,
         metavar="DIR",
-        help="of graphs and built files (default: the project's outputs/)",
+        help="folder of graphs and built files (default: the project's outputs/)",
     )
-    add("--weights", default="pretrained", choices=("pretrained", "random"), help="of a model")
-    add("--dtype", default="auto", help="of a model: auto, float32, bfloat16, float16")
-    add("--device", default="auto", help="of a model: auto, cpu, cuda")
-    add("--provider", help="of ONNX Runtime: auto, cpu, cuda")
-    add("--threads", type=int, help="of ONNX Runtime and TVM on the CPU")
-    add("--optimization", help="of ONNX Runtime: disabled, basic, extended, all (default all)")
+    add("--weights", default="pretrained", choices=("pretrained", "random"), help="weights of the model")
+    add("--dtype", default="auto", help="dtype of the model: auto, float32, bfloat16, float16")
+    add("--device", default="auto", help="device of the model: auto, cpu, cuda")
+    add("--provider", help="provider of ONNX Runtime: auto, cpu, cuda")
+    add("--threads", type=int, help="CPU threads of ONNX Runtime and TVM")
+    add("--optimization", help="optimization of ONNX Runtime: disabled, basic, extended, all (default all)")
     for name in SIZES:
         add(
             f"--{name.replace('_', '-')}",
@@ -56,22 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=UNITS[name].upper(),
             help=f"size in {UNITS[name]}",
         )
-    add("--iterations", type=int, default=10, help="at least so many (default 10)")
-    add("--duration-s", type=float, default=3.0, help="at least so long (default 3)")
-    add("--warmup-ms", type=float, default=200.0, help="before the first sample (default 200)")
-    add("--no-transfers", action="store_true", help="leave copies between host and device out")
-    add("--cuda-graph", action="store_true", help="capture the engine once and replay it")
-    add("--buffers", default="auto", help="on a GPU: auto, pycuda, torch")
+    add("--iterations", type=int, default=10, help="smallest number of iterations (default 10)")
+    add("--duration-s", type=float, default=3.0, help="shortest duration in seconds (default 3)")
     add(
-        "--check-events", action="store_true", help="on a GPU: hold the device time against events of PyTorch"
+        "--warmup-ms",
+        type=float,
+        default=200.0,
+        help="milliseconds of warm-up before the first sample (default 200)",
     )
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", type=Path, metavar="FILE", help="write all samples")
-    add("--baseline", type=Path, metavar="FILE", help="compare with an earlier --json")
+    add("--no-transfers", action="store_true", help="do not copy between host and device")
+    add("--cuda-graph", action="store_true", help="capture the engine once and replay it")
+    add("--buffers", default="auto", help="buffers on a GPU: auto, pycuda, torch")
+    add(
+        "--check-events", action="store_true", help="on a GPU: compare the device time with events of PyTorch"
+    )
+    add("--seed", type=int, default=0, help="seed of the inputs")
+    add("--json", type=Path, metavar="FILE", help="file for all samples")
+    add("--baseline", type=Path, metavar="FILE", help="file of an earlier --json to compare with")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, print, write; 0 when it worked."""
+    """Measure, print and write; returns the exit status 0."""
     baseline = measure.read_bench(options.baseline) if options.baseline else None
     engine, feeds = _engine(options)
     result = measure.bench(
@@ -105,7 +109,7 @@ def report(result: measure.Bench) -> str:
     columns = ["min_ms", "max_ms", "mean_ms", "median_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"]
     shown = frame.set_index("measure")[columns].map("{:,.4g}".format)
     main = result.main
-    made = result.settings
+    settings = result.settings
     lines = [
         f"{result.engine}: {result.metadata.get('component', '')} of {result.metadata.get('model', 'an unnamed model')}",
         ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in result.inputs.items()),
@@ -116,15 +120,15 @@ def report(result: measure.Bench) -> str:
     ]
     if "device" in result.samples:
         lines.append(
-            f"CUDA graph {'on' if made['cuda_graph'] else 'off'}, transfers"
-            f" {'in' if made['transfers'] else 'left out'}, buffers of {made['buffers']}"
+            f"CUDA graph {'on' if settings['cuda_graph'] else 'off'}, transfers"
+            f" {'in' if settings['transfers'] else 'left out'}, buffers of {settings['buffers']}"
         )
     lines += [f"warning: {row['hazard']}; {row['mitigation']}" for row in result.warnings()]
     return "\n".join(lines)
 
 
 def _engine(options: argparse.Namespace) -> tuple[Engine, dict[str, torch.Tensor]]:
-    """The engine, and inputs for it."""
+    """The engine and its inputs."""
     sizes = {name: getattr(options, name) for name in SIZES}
     path, files = Path(options.what), suffixes()
     if path.suffix in files:
@@ -155,7 +159,7 @@ def _engine(options: argparse.Namespace) -> tuple[Engine, dict[str, torch.Tensor
 
 
 def _settings(options: argparse.Namespace, kind: EngineKind) -> dict[str, Any]:
-    """The options that were given and that this engine has."""
+    """The options of this engine that were given."""
     given = {name: getattr(options, name, None) for name in kind.open_settings}
     return {name: value for name, value in given.items() if value not in (None, False)}
 

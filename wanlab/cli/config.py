@@ -1,4 +1,4 @@
-"""`wanlab config`: which configurations there are, what one says, and what it becomes on a model."""
+"""`wanlab config`: lists configurations, shows one, and explains one on a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from wanlab.cli.command import Command
 from wanlab.configuration.configuration import Configuration, configurations, load_configuration
 
-HELP = "list configurations, and say what one becomes on a model"
+HELP = "List configurations, show one, or explain what it does on a model."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

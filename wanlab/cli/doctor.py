@@ -1,4 +1,4 @@
-"""`wanlab doctor`: what this machine can do, and the one line that would add what is missing."""
+"""`wanlab doctor`: what this machine can do, and the command that adds what is missing."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from wanlab.engines.registry import ENGINES
 from wanlab.evaluate.lpips import available_backbones
 from wanlab.measure.environment import environment
 
-HELP = """Say what this machine can do, and give the one line that would add each thing that it lacks. The exit status
-is 1 when something that wanlab needs everywhere is missing."""
+HELP = """Show what this machine can do, and the command that adds each thing that it lacks. The exit status is 1 when
+something that wanlab always needs is missing."""
 OK, MISSING, OPTIONAL = "ok", "missing", "optional"
 GIB = 2**30
-DISK_WANTED_GIB = 20
+DISK_GIB = 20
 VIDEO_ENCODERS = {"libx264": "mp4", "ffv1": "lossless mkv"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing this machine has or lacks. `optional` is not here and not needed for the CPU path."""
+    """One thing that this machine has or lacks.
+
+    Attributes:
+        what: its name.
+        state: `"ok"`, `"missing"`, or `"optional"`: missing, and not needed on a CPU.
+        found: version or reason.
+        add: command that adds it.
+    """
 
     what: str
-    state: str  # ok, missing or optional
+    state: str
     found: str
-    add: str = ""  # the one line that would add it
+    add: str = ""
 
 
 def diagnose() -> list[Row]:
-    """Every probe's rows. A probe that fails becomes a row; none can stop the others."""
+    """Rows of all probes. A probe that raises becomes a row of its own."""
     rows: list[Row] = []
     for probe in PROBES:
         try:
-            found = probe()
+            rows += probe()
         except Exception as error:
             name = probe.__name__.strip("_").replace("_", " ")
-            found = [
-                Row(
-                    name,
-                    MISSING,
-                    f"cannot be asked: {first_line(error, 160)}",
-                    "pip install --force-reinstall wanlab",
-                )
-            ]
-        rows += found
+            reason = f"cannot be asked: {first_line(error, 160)}"
+            rows.append(Row(name, MISSING, reason, "pip install --force-reinstall wanlab"))
     return rows
 
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the table; returns 1 when something that wanlab needs everywhere is missing, else 0."""
+    """Print the table; returns 1 when something that wanlab always needs is missing, else 0."""
     rows = diagnose()
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -95,11 +95,9 @@ def _processor_and_memory() -> list[Row]:
 
 def _disk() -> list[Row]:
     free = shutil.disk_usage(".").free / GIB
-    if free >= DISK_WANTED_GIB:
+    if free >= DISK_GIB:
         return [Row("disk", OK, f"{free:.0f} GiB free here")]
-    return [
-        Row("disk", OPTIONAL, f"{free:.1f} GiB free here", f"free {DISK_WANTED_GIB} GiB for the real models")
-    ]
+    return [Row("disk", OPTIONAL, f"{free:.1f} GiB free here", f"free {DISK_GIB} GiB for the real models")]
 
 
 def _gpu() -> list[Row]:
@@ -158,8 +156,8 @@ def _lpips() -> list[Row]:
     for backbone in available_backbones():
         default = backbone.name == "stlpips-alex"
         state = OK if backbone.available else MISSING if default else OPTIONAL
-        found, add = (backbone.note, "") if backbone.available else ("not here", backbone.note)
-        rows.append(Row(f"LPIPS {backbone.name}", state, found, add))
+        text, add = (backbone.note, "") if backbone.available else ("not here", backbone.note)
+        rows.append(Row(f"LPIPS {backbone.name}", state, text, add))
     return rows
 
 

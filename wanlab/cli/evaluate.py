@@ -1,4 +1,4 @@
-"""`wanlab evaluate`: score one video file against another from the command line."""
+"""`wanlab evaluate`: scores one video file against another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ HELP = "Score an optimised video against the original, frame by frame, and write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `wanlab evaluate` to a parser."""
     parser.add_argument("--original", required=True, metavar="VIDEO", help="video of the original model")
     parser.add_argument("--optimized", required=True, metavar="VIDEO", help="video of the optimised model")
     parser.add_argument(
@@ -41,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     """Print a table of scores and write them as JSON; returns the exit status 0.
 
     Raises:
-        WanlabError: as `compare_videos`; the caller prints it.
+        WanlabError: an error of `compare_videos`.
     """
     scores = evaluate.compare_videos(
         args.original,

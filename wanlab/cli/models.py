@@ -1,4 +1,4 @@
-"""`wanlab models`: the models that wanlab knows by name."""
+"""`wanlab models`: lists the models that wanlab knows by name."""
 
 from __future__ import annotations
 

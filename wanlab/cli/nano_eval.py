@@ -1,4 +1,4 @@
-"""`wanlab nano-eval`: wan-nano on held-out cases, beside the targets that it was trained for."""
+"""`wanlab nano-eval`: scores wan-nano on held-out cases and compares them with its targets."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from wanlab.heldout.cases import Case, draw_cases, follows_caption
 from wanlab.models.pipeline import Model
 from wanlab.runs import prepare
 
-HELP = """Examine wan-nano on held-out cases and print the figures beside their targets. The exit status is 1 when a
-target is missed. With --json an interrupted examination goes on where it was."""
+HELP = """Score wan-nano on held-out cases and print the figures beside their targets. The exit status is 1 when a target
+is missed. With --json an interrupted examination continues where it stopped."""
 
 
 class Journal:
-    """Rows of finished cases, kept beside the results so that an interruption loses nothing: JSON lines, the first a key.
+    """Rows of finished cases in a file of JSON lines, so that an interrupted examination loses nothing.
 
-    Rows that were made under another key (other weights, engine, backbones or code) do not count and are dropped.
+    The first line is a key; rows of another key (other weights, engine, backbones or code) are dropped.
 
     Args:
-        path: of the results; the journal is `<path>.journal`. None keeps nothing on disk.
-        key: what must be equal for the rows to count.
+        path: path of the results; the journal is `<path>.journal`. None writes no file.
+        key: hash of everything that the rows depend on.
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
@@ -49,26 +49,26 @@ class Journal:
             return
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         if lines and json.loads(lines[0]) == {"key": key}:
-            # A line that was cut off in the middle has no case to give.
+            # An incomplete line is no case.
             self.cases = [json.loads(line) for line in lines[1:] if line.endswith("]")]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in ({"key": key}, *self.cases)))
 
     def add(self, rows: list[dict]) -> None:
-        """Keep the rows of one more case."""
+        """Append the rows of one more case."""
         self.cases.append(rows)
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(rows) + "\n")
 
     def done(self) -> None:
-        """The results are written: the journal has served."""
+        """Delete the file, after the results were written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
 
 VARIANTS = ("both", "high_only", "low_only")
-"""Which expert runs the steps: each its own, or one of them all."""
+"""Which expert runs the steps: both, or one expert all of them."""
 
 TARGETS = {
     "vae_psnr_db": (">=", 26.0),
@@ -80,7 +80,7 @@ TARGETS = {
 
 
 def with_one_expert(model: Model, variant: str) -> Model:
-    """The model, with every step on one expert when the variant says so."""
+    """The model of a variant: with both experts, or with one expert for all steps."""
     if variant == "both":
         return model
     pipeline = copy.copy(model.pipeline)
@@ -110,10 +110,10 @@ def examine(
     journal: Journal | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Every case under every variant, next to two references: the frozen first frame and the VAE alone.
+    """Score every case with every variant, and two references: the frozen first frame and the VAE alone.
 
     Args:
-        journal: cases that an interrupted examination finished; they are taken from there, and new ones added.
+        journal: journal of an interrupted examination; its cases are not computed again, and new ones are added.
 
     Returns:
         DataFrame with one row per case and video: case, photograph, caption, video ("both", "high_only",
@@ -156,9 +156,9 @@ def examine_case(
 
 
 def summary(table: pd.DataFrame, backbone: str) -> dict[str, Any]:
-    """The figures that the targets are about, from the table of `examine`.
+    """Figures of a table of `examine`, among them those that have targets.
 
-    Ratios of LPIPS have their 95 % bootstrap interval over cases beside them, `<figure>_interval`.
+    The 95 % bootstrap interval over cases of a ratio of LPIPS is `<figure>_interval`.
     """
     scores = table.pivot_table(f"lpips_{backbone}", "case", "video")
     psnr = table.pivot_table("psnr_db", "case", "video")
@@ -170,7 +170,7 @@ def summary(table: pd.DataFrame, backbone: str) -> dict[str, Any]:
         "lpips_frozen": float(scores["frozen"].mean()),
         "lpips_vae": float(scores["vae"].mean()),
         "psnr_generated_db": float(psnr["both"].mean()),
-        # A clip that stands still is its own first frame, whose PSNR has no end.
+        # A clip without motion is its own first frame, of infinite PSNR.
         "psnr_frozen_db": float(psnr["frozen"][psnr["frozen"] < 99].mean()),
     }
 
@@ -189,9 +189,9 @@ def summary(table: pd.DataFrame, backbone: str) -> dict[str, Any]:
 
 
 def verdicts(figures: dict) -> list[tuple[str, float, str, bool]]:
-    """Each target: name, measured value, the target in words, whether it is met.
+    """Each target: name, measured value, target in words, whether it is met.
 
-    A figure that must be above a limit is so when the whole interval is.
+    A target ">" is met where the whole interval is above the limit.
     """
     result = []
     for name, (relation, limit) in TARGETS.items():
@@ -207,12 +207,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=72, help="held-out cases (default: 72)")
     parser.add_argument("--model", default="wan-nano", help="registry name or folder (default: wan-nano)")
     parser.add_argument(
-        "--engine", default=EAGER, help=f"of the components that it runs: {', '.join(ENGINES)}"
+        "--engine", default=EAGER, help=f"engine of the components that it can run: {', '.join(ENGINES)}"
     )
     parser.add_argument("--backbone", action="append", help="LPIPS backbone; may be given more than once")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--json", type=Path, help="write all rows and the figures here; goes on if interrupted"
+        "--json",
+        type=Path,
+        help="file for all rows and the figures; an interrupted examination continues from it",
     )
 
 

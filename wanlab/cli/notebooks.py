@@ -30,7 +30,7 @@ def notebooks_main(options: argparse.Namespace) -> int:
 
 
 def copy_notebooks(folder: Path, target: Path, *, force: bool = False) -> list[Path]:
-    """Copy every notebook of a folder into another one, which is made if it is not there; returns the copies.
+    """Copy every notebook of a folder into another folder, which is created if needed; returns the copies.
 
     Raises:
         WanlabError: a notebook in `target` differs and `force` is False (then nothing is copied), or a file cannot be

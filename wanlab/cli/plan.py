@@ -1,4 +1,4 @@
-"""`wanlab plan`: which plans there are, the formats that one gives a model, and why a layer has its format."""
+"""`wanlab plan`: lists precision plans, shows the formats of a model by one, and explains the format of a layer."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def _text(assignment: Assignment, model: str) -> str:
         f" {row.flop_percent:6.1f} % of their operations"
         for row in table.itertuples()
     ]
-    few = f"{100 * assignment.share(8):.1f} % of linear weights at 8 bits or fewer"
-    return "\n".join([*rows, f"{few}; {usual.height}x{usual.width}x{usual.frames} pixels, {tokens:,} tokens"])
+    share = f"{100 * assignment.share(8):.1f} % of linear weights at 8 bits or fewer"
+    return "\n".join(
+        [*rows, f"{share}; {usual.height}x{usual.width}x{usual.frames} pixels, {tokens:,} tokens"]
+    )
 
 
 COMMANDS = {"plan": Command(HELP, add_arguments, main)}

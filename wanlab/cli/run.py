@@ -1,4 +1,4 @@
-"""`wanlab run`: one notebook into a run folder with a report."""
+"""`wanlab run`: executes one notebook into a run folder with a report."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="DIR", help="folder of all runs (default: the project's outputs/)")
     add("--name", help="folder of this notebook's runs (default: its file name)")
     add("--force", action="store_true", help="run again although a finished run exists; it is kept")
-    add("--timeout", type=positive, metavar="SECONDS", help="limit for the whole notebook")
-    add("--memory-limit", type=positive, metavar="GIB", help="limit for what the notebook holds in RAM")
+    add("--timeout", type=positive, metavar="SECONDS", help="time limit of the whole notebook")
+    add("--memory-limit", type=positive, metavar="GIB", help="limit of the RAM that the notebook uses")
     add(
         "--output-limit",
         type=positive,
         default=256.0,
         metavar="MIB",
-        help="limit for what the notebook prints and shows (default: %(default)g)",
+        help="limit of what the notebook prints and shows (default: %(default)g)",
     )
 
 

@@ -95,7 +95,7 @@ def compare_main(options: argparse.Namespace) -> int:
 
 
 def write_csv(comparisons: Comparisons, path: Path) -> Path:
-    """The whole frame.
+    """Write the frame of a comparison as CSV.
 
     Raises:
         WanlabError: the file cannot be written.
@@ -106,13 +106,12 @@ def write_csv(comparisons: Comparisons, path: Path) -> Path:
         raise WanlabError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _words(given: Sequence[str]) -> list[str]:
-    """Repeated options, each perhaps several with commas."""
-    return [word.strip() for text in given for word in text.split(",") if word.strip()]
+def _words(options: Sequence[str]) -> list[str]:
+    """Words of repeated options, of which each may have several with commas."""
+    return [word.strip() for text in options for word in text.split(",") if word.strip()]
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `wanlab export` to a parser."""
     parser.add_argument("path", type=Path, nargs="?", help="folder of runs (default: the project's outputs/)")
     parser.add_argument("--to", required=True, metavar="WHERE", help="a .csv or .parquet file, or mlflow")
     parser.add_argument(
@@ -128,10 +127,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_main(options: argparse.Namespace) -> int:
-    """Write the runs below a folder where `--to` says; returns the exit status 0.
+    """Write the runs below a folder to the target `--to`; returns the exit status 0.
 
     Raises:
-        WanlabError: an unknown target, an option of another target, no runs, or as `to_parquet` and `to_mlflow`.
+        WanlabError: an unknown target, an option of another target, no runs, or an error of the writer.
     """
     suffix = Path(options.to).suffix.lower()
     writers = {".csv": to_csv, ".parquet": to_parquet}
@@ -151,16 +150,16 @@ def export_main(options: argparse.Namespace) -> int:
     if options.to != "mlflow":
         print(f"{len(runs)} runs, {len(runs.columns)} columns: {writers[suffix](runs, options.to)}")
         return 0
-    done = to_mlflow(
+    exported = to_mlflow(
         runs,
         uri,
         options.experiment or "wanlab",
         artifacts=options.artifacts,
         unfinished=options.unfinished,
     )
-    left_out = f"; left out, not finished: {done.unfinished}" if done.unfinished else ""
+    left_out = f"; left out, not finished: {exported.unfinished}" if exported.unfinished else ""
     print(
-        f"runs in {uri}: {done.new} new, {done.again} run again since, {done.known} there already{left_out}"
+        f"runs in {uri}: {exported.new} new, {exported.again} run again since, {exported.known} there already{left_out}"
     )
     return 0
 

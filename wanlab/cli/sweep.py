@@ -1,4 +1,4 @@
-"""`wanlab sweep`: a grid file into runs and one page."""
+"""`wanlab sweep`: executes the runs of a grid file and writes one page about them."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def make_executor(tasks: list[Task], options: argparse.Namespace) -> Executor:
 
 
 def imports(tasks: list[Task]) -> list[str]:
-    """Modules that the notebooks of these tasks import, with what loading a model needs."""
-    found: dict[str, None] = {}
+    """Modules that the notebooks of these tasks import, and those for loading a model."""
+    modules: dict[str, None] = {}
     for notebook in dict.fromkeys(task.notebook for task in tasks):
         for cell in read_notebook(Path(notebook)).cells:
             if cell.cell_type != "code":
@@ -73,19 +73,21 @@ def imports(tasks: list[Task]) -> list[str]:
             try:
                 tree = ast.parse(cell.source)
             except SyntaxError:
-                continue  # a magic, or a mistake that the run will tell
+                continue  # a magic, or a mistake that the run reports
             for node in ast.walk(tree):
                 if isinstance(node, ast.Import):
-                    found |= dict.fromkeys(alias.name for alias in node.names)
+                    modules |= dict.fromkeys(alias.name for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                    found |= dict.fromkeys(f"{node.module}.{alias.name}" for alias in node.names)
-    if "wanlab.models" in found:
-        found |= dict.fromkeys(("wanlab.models.loading", "wanlab.models.pipeline", "diffusers.pipelines.wan"))
-    return list(found)
+                    modules |= dict.fromkeys(f"{node.module}.{alias.name}" for alias in node.names)
+    if "wanlab.models" in modules:
+        modules |= dict.fromkeys(
+            ("wanlab.models.loading", "wanlab.models.pipeline", "diffusers.pipelines.wan")
+        )
+    return list(modules)
 
 
 def table(tasks: list[Task], *, force: bool = False) -> str:
-    """The runs as lines: what each is, how it takes the machine, whether it is done."""
+    """The runs as lines: label, id, machine, and whether it has finished before."""
     rows = [("run", "id", "machine", "state")]
     rows += [
         (

@@ -1,4 +1,4 @@
-"""What there is to run and what was run last: the two tables of the index notebook."""
+"""The two tables of the index notebook: all notebooks, and the last runs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ STYLE = """<style>
 .wl-table tr.group { background: none !important; }
 .wl-table tr.group th { padding-top: 14px; }
 </style>"""
-# JupyterLab shows an HTML file without its scripts, or trusted with all the rights of the page. In a tab of its own the
-# server sandboxes it: figures draw, and nothing else can be reached.
+# JupyterLab shows an HTML file without its scripts, or trusted with all the rights of the page. In its own browser tab the
+# server sandboxes it: its scripts draw figures and can reach nothing else.
 OWN_TAB = """<script>
 document.getElementById(ID).addEventListener("click", event => {
   const link = event.target.closest("a");
@@ -55,16 +55,16 @@ document.getElementById(ID).addEventListener("click", event => {
 def catalogue(folder: str | os.PathLike | None = None, runs: Any = None) -> Any:
     """Numbered notebooks of a folder with the question of each, in order of their names.
 
-    Columns: group (diagnose, convert, ...), notebook, question, minutes_here (median of the finished runs that this kind
-    of processor made; NaN where there is none), path.
+    Columns: group (diagnose, convert, ...), notebook, question, minutes_here (median of the finished runs on this kind of
+    processor; NaN without any), path.
 
     Args:
-        folder: of notebooks; None takes `notebooks/` below the working folder, else the working folder itself, and
-            where that has none, the notebooks that come with wanlab.
+        folder: folder of notebooks; None takes the first with numbered notebooks of `notebooks/` in the working folder, the
+            working folder, and the notebooks that come with wanlab.
         runs: a table of `load_runs`; None reads the project's `outputs/`.
 
     Raises:
-        WanlabError: `folder` is none.
+        WanlabError: `folder` is not a folder.
     """
     if folder is None:
         places = (Path("notebooks"), Path(), notebooks())
@@ -81,7 +81,7 @@ def catalogue(folder: str | os.PathLike | None = None, runs: Any = None) -> Any:
 
 
 class Question(NamedTuple):
-    """A numbered notebook: what it is about (diagnose, convert, ...), its name, what its title asks, its path."""
+    """A numbered notebook: its group (diagnose, convert, ...), name, question and path."""
 
     group: str
     notebook: str
@@ -101,30 +101,30 @@ def questions(folder: Path) -> list[Question]:
 def last_runs(path: str | os.PathLike | None = None, n: int = 10, runs: Any = None) -> Any:
     """The last `n` runs below a folder, newest first.
 
-    Columns: notebook, state, verdict (of a run that did not finish: why), started (UTC), minutes, path (of report.html;
-    None where there is none).
+    Columns: notebook, state, verdict (the reason where a run did not finish), started (UTC), minutes, path (of report.html;
+    None without one).
 
     Args:
         path: folder of runs; None takes the project's `outputs/`.
-        runs: a table of `load_runs`, in place of `path`.
+        runs: table of `load_runs` in place of `path`.
 
     Raises:
         WanlabError: `path` does not exist.
     """
     runs = load_runs(path) if runs is None else runs
     last = runs.tail(n).iloc[::-1].reset_index(drop=True)
-    said = last["verdict"].where(last["state"].isin(["finished", "running"]), last["reason"])
+    texts = last["verdict"].where(last["state"].isin(["finished", "running"]), last["reason"])
     reports = [Path(folder) / "report.html" for folder in last["folder"]]
     return last[["state", "started"]].assign(
         notebook=last["notebook"].map(_stem).fillna(last["name"]),
-        verdict=said.map(lambda text: text if isinstance(text, str) else ""),
+        verdict=texts.map(lambda text: text if isinstance(text, str) else ""),
         minutes=last["seconds"] / 60,
         path=[str(report) if report.is_file() else None for report in reports],
     )[["notebook", "state", "verdict", "started", "minutes", "path"]]
 
 
 def linked(table: Any, here: str | os.PathLike = ".") -> Html:
-    """A table of `catalogue` or `last_runs` as HTML: the notebook's name links to `path`, as seen from `here`."""
+    """A table of `catalogue` or `last_runs` as HTML, in which a notebook's name links to `path`, relative to `here`."""
     if table.empty:
         return Html("<p>none yet</p>", "none yet")
     shown = [name for name in table.columns if name not in ("group", "path")]
@@ -143,14 +143,14 @@ def linked(table: Any, here: str | os.PathLike = ".") -> Html:
 
 
 def _names(folder: Path) -> list[str]:
-    """Names of the notebooks in a folder; none where there is no such folder."""
+    """Names of the notebooks in a folder; empty without such a folder."""
     return [path.stem for path in folder.glob("*.ipynb")]
 
 
 def _minutes(runs: Any) -> dict[str, float]:
     """Notebook -> median minutes of the finished runs on this kind of processor."""
-    done = runs[(runs["state"] == "finished") & (runs["cpu"] == cpu_model())]
-    return (done["seconds"] / 60).groupby(done["notebook"].map(_stem)).median().to_dict()
+    finished = runs[(runs["state"] == "finished") & (runs["cpu"] == cpu_model())]
+    return (finished["seconds"] / 60).groupby(finished["notebook"].map(_stem)).median().to_dict()
 
 
 def _stem(notebook: Any) -> str | None:
@@ -158,16 +158,16 @@ def _stem(notebook: Any) -> str | None:
 
 
 def _question(path: Path) -> str:
-    """What the title asks, without the notebook's name: `# Memory: what is ...?` asks `what is ...?`.
+    """The question in the title, without the part before the colon: `what is ...?` of `# Memory: what is ...?`.
 
-    Read as JSON, which is quicker than through nbformat: this table is the first that a person waits for.
+    Read as JSON, which is faster than nbformat: this is the first table that a user waits for.
     """
     try:
         sources = ["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "markdown"]
     except (WanlabError, KeyError, TypeError) as error:
         return f"cannot be read: {error}"
     titles = (re.search(r"^#\s+(.+)$", source, re.MULTILINE) for source in sources)
-    title = next((found[1].strip() for found in titles if found), "")
+    title = next((match[1].strip() for match in titles if match), "")
     return re.sub(r"^[^:?]+:\s+", "", title)
 
 

@@ -1,4 +1,4 @@
-"""Clips side by side: one HTML fragment with the videos inside, playing in step."""
+"""Clips side by side in one HTML fragment that contains the videos and plays them in step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, slug
 from wanlab.evaluate.video import write_video
 
-# Stands alone in a notebook. The report strips it and brings its own, which does the same and adds speeds.
+# For a notebook. The report removes it and has its own script, which also changes the speed.
 PLAY_IN_STEP = """
 (() => {
   const group = document.getElementById(ID), all = [...group.querySelectorAll("video")];
@@ -31,7 +31,7 @@ PLAY_IN_STEP = """
 
 
 class Html:
-    """A fragment that a notebook shows as HTML and a terminal as a short text."""
+    """HTML for a notebook, with a short text for a terminal."""
 
     def __init__(self, html_text: str, text: str):
         self.html, self.text = html_text, text
@@ -44,7 +44,7 @@ class Html:
 
 
 def sentence(text: str) -> Html:
-    """A sentence in the place of a figure or table that there is not."""
+    """A sentence in place of a figure or table."""
     return Html(f"<p>{html.escape(text)}</p>", text)
 
 
@@ -52,13 +52,13 @@ def side_by_side(items: Mapping[str, Any], folder: Path, fps: float | None = Non
     """Labelled clips and pictures in one row.
 
     Args:
-        items: label -> clip (a path, anything with `.video` or `.frames` and `.fps`, or an array
-            [T, H, W, 3]) or still (a PIL image, or an array [H, W, 3]).
-        folder: where clips that are not files yet are written, as `<label>.mp4`.
-        fps: frame rate of bare arrays.
+        items: label -> clip (a path, an object with `.video` or `.frames` and `.fps`, or an array [T, H, W, 3]) or picture
+            (a PIL image, or an array [H, W, 3]).
+        folder: folder into which clips that are not files are written, as `<label>.mp4`.
+        fps: frame rate of arrays.
 
     Raises:
-        WanlabError: nothing to show, a file that is not there, or an array without a frame rate.
+        WanlabError: no item, a file that does not exist, or an array without a frame rate.
     """
     if not items:
         raise WanlabError("show_videos needs at least one clip")

@@ -1,4 +1,4 @@
-"""Runs for other tools: CSV, Parquet and MLflow. The run folders stay the truth."""
+"""Exports runs to CSV, Parquet and MLflow."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def to_parquet(runs: Any, path: str | os.PathLike) -> Path:
 
 
 def flat(runs: Any) -> Any:
-    """`runs` with one type per column, which files of columns need.
+    """`runs` with one type per column, as Parquet requires.
 
-    Numbers, times, text and truth values stay what they are, gaps included. A column of anything else (lists, or a
-    parameter that is a number in one notebook and text in another) becomes JSON text.
+    Columns of numbers, times, text or booleans keep their type, with missing values. A column of anything else (lists, or
+    a parameter that is a number in one notebook and text in another) becomes JSON text.
     """
     return runs.assign(**{name: _one_type(runs[name]) for name in runs.columns})
 
@@ -70,14 +70,14 @@ def _missing(value: Any) -> bool:
 
 INSTALL = '"wanlab[mlflow]"'
 RUN_ID, STARTED = "wanlab.run_id", "wanlab.started"
-ENDS = {"finished": "FINISHED", "aborted": "KILLED"}  # all else is FAILED
+ENDS = {"finished": "FINISHED", "aborted": "KILLED"}  # any other state is FAILED
 TEXT_LIMIT = 5000  # MLflow refuses parameters of 6,000 characters and tags of 8,000
 BATCH = 100  # parameters and tags in one call; MLflow's limit
 
 
 @dataclass(frozen=True)
 class Exported:
-    """How many runs were new to MLflow, were run again since, were there already, or had not finished."""
+    """Counts of runs that were new to MLflow, run again since, known already, or not finished."""
 
     new: int = 0
     again: int = 0
@@ -90,34 +90,34 @@ def to_mlflow(
 ) -> Exported:
     """Log runs: parameters, scalar metrics, and tags (run_id, state, notebook, gpu, cpu, verdict, report).
 
-    Numbers are metrics; text and infinities, which MLflow's metrics cannot hold, are tags named `metric.<name>`. A run
-    is found again by its tag `wanlab.run_id`: one that was run again with `--force` is brought up to date in place.
+    Numbers are metrics; text and infinities, which MLflow's metrics cannot store, are tags named `metric.<name>`. A run is
+    identified by its tag `wanlab.run_id`: one that was run again with `--force` is updated in place.
 
     Args:
-        runs: a table of `load_runs`.
-        uri: where MLflow keeps its runs: `sqlite:///mlflow.db`, another database, or a server.
-        artifacts: log report.html too; by default the description links to it where it lies.
-        unfinished: also runs that failed, died or were stopped; MLflow shows them as failed or killed.
+        runs: table of `load_runs`.
+        uri: database or server of MLflow, such as `sqlite:///mlflow.db`.
+        artifacts: log report.html too; by default the description links to the file in the run folder.
+        unfinished: also log runs that failed, died or were stopped; MLflow shows them as failed or killed.
 
     Raises:
         WanlabError: MLflow is not installed, or `uri` is a folder.
     """
     checked_uri(uri)
-    wanted = runs["state"].eq("finished") | (unfinished & ~runs["state"].isin(["running", "unreadable"]))
-    # The same run may lie in two folders, such as a sweep and outputs/: the last one counts.
-    chosen = runs[wanted].drop_duplicates("run_id", keep="last").to_dict(orient="records")
-    count = {"new": 0, "again": 0, "known": 0, "unfinished": int((~wanted).sum())}
+    chosen = runs["state"].eq("finished") | (unfinished & ~runs["state"].isin(["running", "unreadable"]))
+    # A run may be in two folders, such as a sweep's and outputs/: the last one counts.
+    rows = runs[chosen].drop_duplicates("run_id", keep="last").to_dict(orient="records")
+    count = {"new": 0, "again": 0, "known": 0, "unfinished": int((~chosen).sum())}
     with _in_one_line(uri):
         client = _client(uri)
         place = _experiment(client, uri, experiment)
-        there = _there(client, place)
-        for row in chosen:
-            count[_export(client, place, row, there.get(str(row["run_id"])), artifacts)] += 1
+        logged = _logged_runs(client, place)
+        for row in rows:
+            count[_export(client, place, row, logged.get(str(row["run_id"])), artifacts)] += 1
     return Exported(**count)
 
 
 def checked_uri(uri: str) -> str:
-    """`uri`, unless it names a folder: MLflow has given its file store up and refuses to write one."""
+    """`uri`; a folder is refused, because MLflow does not write its file store any more."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)  # two letters: one is a drive of Windows
     if scheme is None or scheme.group(1).lower() == "file":
         raise WanlabError(
@@ -129,7 +129,7 @@ def checked_uri(uri: str) -> str:
 
 @contextmanager
 def _in_one_line(uri: str) -> Iterator[None]:
-    """A database or server that cannot be used, as a mistake that can be mended."""
+    """Raise errors of MLflow and its database as a `WanlabError` of one line."""
     try:
         yield
     except Exception as error:
@@ -139,10 +139,10 @@ def _in_one_line(uri: str) -> Iterator[None]:
 
 
 def _client(uri: str) -> Any:
-    # Asked at every start otherwise; a bench that says nothing leaves the machine keeps its word here too.
+    # No data may leave the machine unless the user asks for it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = require("mlflow", INSTALL)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # each table it makes in a new database
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table of a new database
     if re.match(r"(sqlite|postgresql|mysql|mssql)\b", uri):
         require("sqlalchemy", INSTALL)
         require("alembic", INSTALL)
@@ -150,55 +150,52 @@ def _client(uri: str) -> Any:
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
-    """The experiment's id. Beside a SQLite file, so that nothing lands in ./mlruns of the working folder."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage != "active":
+    """Id of the experiment. Its artifacts are beside a SQLite file, and not in ./mlruns of the working folder."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage != "active":
             raise WanlabError(
                 f"--experiment {name}: it was deleted in MLflow; restore it or give another name"
             )
-        return found.experiment_id
+        return experiment.experiment_id
     file = re.match(r"sqlite:///(.+)", uri)
     beside = Path(file.group(1).split("?")[0]).resolve().parent / "mlflow-artifacts" if file else None
     return client.create_experiment(name, artifact_location=beside.as_uri() if beside else None)
 
 
-def _there(client: Any, experiment: str) -> dict[str, tuple[str, str]]:
-    """run_id of wanlab -> (MLflow's id, when that run was started)."""
-    found: dict[str, tuple[str, str]] = {}
+def _logged_runs(client: Any, experiment: str) -> dict[str, tuple[str, str]]:
+    """run_id of wanlab -> (MLflow's id, start time of the run)."""
+    logged: dict[str, tuple[str, str]] = {}
     token = None
     while True:
         page = client.search_runs(
             [experiment], f"tags.`{RUN_ID}` LIKE '%'", max_results=1000, page_token=token
         )
-        found |= {run.data.tags[RUN_ID]: (run.info.run_id, run.data.tags.get(STARTED, "")) for run in page}
+        logged |= {run.data.tags[RUN_ID]: (run.info.run_id, run.data.tags.get(STARTED, "")) for run in page}
         token = page.token
         if not token:
-            return found
+            return logged
 
 
 def _export(client: Any, place: str, row: dict, known: tuple[str, str] | None, artifacts: bool) -> str:
-    """Bring one run into MLflow, unless it is there as it is; says which."""
+    """Log one run unless MLflow has it unchanged; returns "new", "again" or "known"."""
     folder = RunFolder(Path(row["folder"]))
     record, status = read_json(folder.run_json), folder.status()
     started = str(status.get("started") or record.get("created"))
     if known is not None and known[1] == started:
         return "known"
     begun = _ms(started)
-    made = (
-        known[0]
-        if known
-        else client.create_run(place, begun, run_name=f"{row['name']}/{row['run_id']}").info.run_id
-    )
-    _log(client, made, row, record, folder, begun)
+    name = f"{row['name']}/{row['run_id']}"
+    logged_id = known[0] if known else client.create_run(place, begun, run_name=name).info.run_id
+    _log(client, logged_id, row, record, folder, begun)
     if artifacts and folder.report.is_file():
-        client.log_artifact(made, str(folder.report))
-    client.set_terminated(made, ENDS.get(row["state"], "FAILED"), _ms(status.get("ended")) or begun)
-    client.set_tag(made, STARTED, started)  # last: a run that was cut short is logged again
+        client.log_artifact(logged_id, str(folder.report))
+    client.set_terminated(logged_id, ENDS.get(row["state"], "FAILED"), _ms(status.get("ended")) or begun)
+    client.set_tag(logged_id, STARTED, started)  # last, so that an interrupted export logs the run again
     return "again" if known else "new"
 
 
-def _log(client: Any, made: str, row: dict, record: dict, folder: RunFolder, begun: int) -> None:
+def _log(client: Any, logged_id: str, row: dict, record: dict, folder: RunFolder, begun: int) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     metrics, texts = _numbers(read_run(folder.path).figures)
@@ -215,14 +212,14 @@ def _log(client: Any, made: str, row: dict, record: dict, folder: RunFolder, beg
     parameters = [Param(_name(k), _text(v)) for k, v in (record.get("parameters") or {}).items()]
     labels = [RunTag(_name(k), v[:TEXT_LIMIT]) for k, v in tags.items()]
     for at in range(0, max(len(parameters), len(labels)), BATCH):
-        client.log_batch(made, params=parameters[at : at + BATCH], tags=labels[at : at + BATCH])
+        client.log_batch(logged_id, params=parameters[at : at + BATCH], tags=labels[at : at + BATCH])
     values = [Metric(_name(k), v, begun, 0) for k, v in metrics.items()]
     for at in range(0, len(values), 10 * BATCH):
-        client.log_batch(made, metrics=values[at : at + 10 * BATCH])
+        client.log_batch(logged_id, metrics=values[at : at + 10 * BATCH])
 
 
 def _numbers(recorded: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """Recorded scalars as what MLflow's metrics hold, and the rest as text. A database holds no infinity."""
+    """Recorded scalars that MLflow's metrics can store, and the others as text. A database stores no infinity."""
     numbers = {
         name: float(value)
         for name, value in recorded.items()
@@ -232,14 +229,14 @@ def _numbers(recorded: dict[str, Any]) -> tuple[dict[str, float], dict[str, str]
 
 
 def _note(row: dict, folder: RunFolder) -> str:
-    """MLflow's description of the run. Verdicts hold parameters: what Markdown would obey is escaped."""
-    said = row.get("verdict") or row.get("reason") or ""
-    words = re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", said if isinstance(said, str) else "")
+    """MLflow's description of the run. Verdicts contain parameters, so characters of Markdown are escaped."""
+    text = row.get("verdict") or row.get("reason") or ""
+    words = re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", text if isinstance(text, str) else "")
     return f"{words[:TEXT_LIMIT]}\n\n[report]({folder.report.resolve().as_uri()})"
 
 
 def _name(name: str) -> str:
-    """A name that MLflow takes: letters, digits, and _ - . : space /."""
+    """A name in the characters that MLflow allows: letters, digits, and _ - . : space /."""
     return re.sub(r"[^\w\-.:/ ]", "_", name)[:250]
 
 
@@ -252,7 +249,7 @@ def _text(value: Any) -> str:
 
 
 def _ms(time: Any) -> int:
-    """ISO 8601 as milliseconds since 1970; 0 for what is no time."""
+    """Milliseconds since 1970 of an ISO 8601 time; 0 for anything else."""
     try:
         return int(datetime.fromisoformat(str(time)).timestamp() * 1000)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the runs of one model on one machine measured, for `diagnose.triage`."""
+"""Collects the measurements of the runs of one model on one machine for `diagnose.triage`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from wanlab.runs.results import read_run
 SETTINGS = ("model", "weights", "device", "dtype", "height", "width", "frames", "steps")
 RUN = ["run", "started", "model", "hardware"]
 DEFAULTS = {"model": "wan-nano", "weights": "pretrained"}
-FILES = ("trace", "original", "saved")  # parameters that name a file made elsewhere, perhaps by another model
-BESIDE = ("12_experts", "13_attention")  # show a trace beside what they measure themselves
-# The state of such a run, or what older runs said when they failed or died of it.
+FILES = ("trace", "original", "saved")  # parameters that name a file, perhaps of another model
+BESIDE = ("12_experts", "13_attention")  # notebooks that show a trace beside their own measurements
+# The state, or the reason of runs of earlier versions.
 OUT_OF_MEMORY = re.compile(
     r"\Amemory\b|out of memory|OutOfMemory|MemoryError|bad_alloc|memory runs out", re.IGNORECASE
 )
@@ -35,15 +35,15 @@ def run_measurements(
     hardware: str | None = None,
     folder: str | None = None,
 ) -> RunMeasurements:
-    """What runs of one model on one machine measured: of each notebook the newest finished run counts.
+    """Measurements of the runs of one model on one machine: the newest finished run of each notebook counts.
 
     Args:
-        runs: rows as `wanlab.load_runs` gives them (a table or a list of dicts), oldest first. What lies beside a row in
-            its `folder` is read too: memory of the device, the source of a given trace, the divergence.
-        tree: names the measurements; the default tree if not given.
-        model: whose runs count; that of the newest run if not given.
-        hardware: part of the name of the GPU or of "CPU ..."; that of the newest run of the model if not given.
-        folder: where commands are to keep new runs; the project's outputs if not given.
+        runs: rows of `wanlab.load_runs` (a table or a list of dicts), oldest first. Files in the `folder` of a row are read
+            too: memory of the device, the source of a given trace, the divergence.
+        tree: tree that names the measurements; None takes the default tree.
+        model: model whose runs count; None takes that of the newest run.
+        hardware: part of the name of the GPU or of "CPU ..."; None takes that of the newest run of the model.
+        folder: folder of new runs in the proposed commands; None takes the project's outputs.
     """
     tree = tree or read_tree()
     rows = runs.to_dict(orient="records") if hasattr(runs, "to_dict") else list(runs)
@@ -58,7 +58,7 @@ def run_measurements(
     used = {run.notebook: run for run in here if not run.why}
     kept, refused = [run for run in every if run in used.values()], []
     measured: dict[str, Measurement] = {}
-    for run in kept:  # a record is taken whole from one run, the newest that has it
+    for run in kept:  # all values of a record come from one run, the newest that has it
         records = {_record(name) for name in run.measured}
         measured = {
             name: item for name, item in measured.items() if _record(name) not in records
@@ -94,14 +94,19 @@ def _record(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is needed of one row; `why` it cannot be used, "" if it can."""
+    """The parts of one row that are used.
+
+    Attributes:
+        settings: parameters of the measurement; empty where the run read a file of another run.
+        why: reason why it cannot be used; "" if it can.
+    """
 
     notebook: str
     source: str
     started: str
     model: str | None
     hardware: str
-    settings: dict[str, Any]  # empty where the run looked at a file made elsewhere
+    settings: dict[str, Any]
     measured: dict[str, Measurement]
     why: str
 
@@ -112,13 +117,13 @@ class _Run:
         technique = _plain(row.get("p.technique"))
         source = f"{notebook}/{row.get('run_id')}{f' ({technique})' if technique else ''}"
         folder = Path(str(row.get("folder")))
-        given = {name: _plain(row.get(f"p.{name}")) for name in (*SETTINGS, *FILES)}
+        parameters = {name: _plain(row.get(f"p.{name}")) for name in (*SETTINGS, *FILES)}
         files = FILES if notebook not in BESIDE else [name for name in FILES if name != "trace"]
-        elsewhere = any(given[name] is not None for name in files)
+        elsewhere = any(parameters[name] is not None for name in files)
         lines = [(line.get("fact"), line.get("value")) for line in _table(folder, "trace")]
         facts = {fact: value for fact, value in lines if value != "None"} if elsewhere else {}
         gpu = facts.get("GPU") if elsewhere else _plain(row.get("gpu"))
-        on_cpu = gpu is None or (str(given["device"]).startswith("cpu") and not elsewhere)
+        on_cpu = gpu is None or (str(parameters["device"]).startswith("cpu") and not elsewhere)
         numbers = {
             key.removeprefix("m."): number(value) for key, value in row.items() if key.startswith("m.")
         }
@@ -128,11 +133,11 @@ class _Run:
                 numbers["divergence.lpips_ratio_to_noise_floor"] = _float(line.get("ratio_to_noise_floor"))
         memory = facts.get("gpu_memory_gib") if elsewhere else read_run(folder).machine.memory_gib
         numbers[f"{notebook}.device_memory_gib"] = _float(memory)
-        known = {
+        measured = {
             n: Measurement(v, source) for n, v in numbers.items() if v is not None and n in tree.measurements
         }
-        recorded = [name for name in known if not name.endswith("device_memory_gib")]
-        model = facts.get("model") if elsewhere else given["model"]
+        recorded = [name for name in measured if not name.endswith("device_memory_gib")]
+        model = facts.get("model") if elsewhere else parameters["model"]
         why = "" if recorded else "records nothing that the tree asks for"
         why = why if model else "looks at a file, and of which model that is was not recorded"
         if row.get("state") != "finished":
@@ -140,8 +145,10 @@ class _Run:
             why = f"{row.get('state')}: {reason}" if reason else str(row.get("state"))
         hardware = f"CPU {_plain(row.get('cpu')) or ''}".strip() if on_cpu else str(gpu)
         name = Path(model).name if model and Path(model).is_dir() else model
-        settings = {} if elsewhere else {n: given[n] for n in SETTINGS}
-        return cls(notebook, source, str(row.get("started", ""))[:19], name, hardware, settings, known, why)
+        settings = {} if elsewhere else {n: parameters[n] for n in SETTINGS}
+        return cls(
+            notebook, source, str(row.get("started", ""))[:19], name, hardware, settings, measured, why
+        )
 
     @property
     def row(self) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class _Run:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of a table: None where it is empty, and 64 where the table made it 64.0."""
+    """A cell of a table: None for NaN, and 64 for 64.0, which pandas makes of it."""
     if value is None or value != value:
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -163,7 +170,7 @@ def _float(text: Any) -> float | None:
 
 
 def _table(folder: Path, name: str) -> list[dict[str, str]]:
-    """A table that a run has kept, as text; empty where there is none."""
+    """A table among the files of a run, as text; empty without one."""
     try:
         with (folder / "artifacts" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
@@ -172,10 +179,10 @@ def _table(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def _options(runs: list[_Run], model: str | None) -> str:
-    """What to give to another notebook so that it measures the same; "auto" and defaults need not be said."""
+    """Options of a command that measures with the same settings; "auto" and defaults are left out."""
     settings = next((run.settings for run in reversed(runs) if run.settings), {"model": model})
-    given = {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
-    return "".join(f" -p {name}={shlex.quote(str(value))}" for name, value in given.items())
+    options = {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
+    return "".join(f" -p {name}={shlex.quote(str(value))}" for name, value in options.items())
 
 
 def _differences(runs: list[_Run]) -> Iterator[str]:

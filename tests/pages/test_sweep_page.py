@@ -312,9 +312,9 @@ def test_publish_refuses_what_it_did_not_make_and_never_leaves_its_folder(grid, 
     other.mkdir()
     (other / "thesis.tex").write_text("x")
     for target, words in (
-        (other, "did not make"),
-        (grid / "site", "in one another"),
-        (grid.parent, "in one another"),
+        (other, "did not write"),
+        (grid / "site", "overlap"),
+        (grid.parent, "overlap"),
         (other / "thesis.tex", "is a file"),
     ):
         with pytest.raises(WanlabError, match=words):

@@ -176,6 +176,8 @@ def _answer(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
     text = verdict_sentence(ratio.verdict, *figures, baseline=base.label, how=how)
     if is_number(loss := best.results.get(QUALITY[1])):
         ends = [best.results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
+        if max(abs(value) for value in (loss, *ends) if is_number(value)) < 0.005:
+            return f"{text}, quality loss below 0.01 %."
         interval = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(is_number, ends)) else ""
         text += f", quality loss {_signed(loss)} %{interval}"
     return f"Use {best.label}: {text}."
@@ -408,14 +410,19 @@ def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
         for name in others:
             kind = gain_of(name)
             is_baseline = row["configuration"] == comparisons.baseline.label
-            change = "" if is_baseline else figure(row[f"{name}_{kind}"], kind)
+            # A difference to a baseline of 0 is the value itself.
+            is_value = kind != "ratio" and row[f"{name}_{kind}"] == row[name]
+            change = "" if is_baseline or is_value else figure(row[f"{name}_{kind}"], kind)
             cells[name] = figure(row[name]) + (f" ({change})" if change else "")
         rows.append(cells | ({"effect": row["effect"]} if "effect" in row else {}))
     return pd.DataFrame(rows)
 
 
 def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
-    """Cells as text: technique, speed-up with its interval, product of the single speed-ups, verdict on it."""
+    """Cells as text: technique, speed-up with its interval, product of the single speed-ups, verdict on it.
+
+    A column without any text is left out.
+    """
     rows = []
     for row in matrix.to_dict(orient="records"):
         both = is_number(row["product"])
@@ -430,7 +437,8 @@ def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
                 "verdict": row["verdict"],
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.loc[:, (table != "").any()]
 
 
 def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
@@ -450,14 +458,14 @@ def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(value: Any, kind: str = "") -> str:
-    """A number in few digits; an empty text for NaN."""
+    """A number in three significant digits; an empty text for NaN."""
     if value is None or value != value:
         return ""
     if kind == "ratio":
         return f"{value:.2f}x" if value < 100 else f"{value:,.0f}x"
     if kind == "difference":
         return f"{value:+.3g}" if value else "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 SWEEPS = data("sweeps")

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback as tracebacks
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.files import append_bytes, now, read_json, why, write_json
 from wanlab.pages.report import render
 from wanlab.runs.folder import Heartbeat, RunFolder, host_id, process_alive, process_id
+from wanlab.runs.results import run_folders
 
 MEMORY_ERROR = re.compile(r"(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\Z")
 MEMORY_MESSAGE = re.compile(
@@ -570,15 +571,7 @@ def reap(folder: str | os.PathLike) -> list[Path]:
     Returns:
         The folders of those runs.
     """
-    return [run.path for run in _running(Path(folder)) if _reaped(run)]
-
-
-def _running(root: Path) -> Iterator[RunFolder]:
-    for path, below, files in os.walk(root):
-        below.sort()
-        if "status.json" in files:
-            below.clear()  # its attempts and artifacts are no runs
-            yield RunFolder(Path(path))
+    return [path for path in run_folders(Path(folder)) if _reaped(RunFolder(path))]
 
 
 def _reaped(run: RunFolder) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +80,7 @@ def pareto(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
 
 
 def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
-    """`pareto` without the rows whose `effect` is "no effect": they are not the configuration that their name says."""
+    """`pareto` without the rows whose `effect` is "not applied": they are not the configuration that their name says."""
     real = frame["effect"] != NOT_APPLIED if "effect" in frame else frame.index == frame.index
     return pareto(frame[real], goals).reindex(frame.index, fill_value=False)
 
@@ -230,13 +228,7 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
             f"no technique beside the baseline {base.label}: no other configuration with samples"
         )
     generator = np.random.default_rng(seed)
-    times = {
-        names: _Resampled(
-            row.samples.median,
-            resampled_medians(np.asarray(row.samples.values_ms), generator, RESAMPLES),
-        )
-        for names, row in {(): base, **measured}.items()
-    }
+    times = {names: _medians(row, generator) for names, row in {(): base, **measured}.items()}
     gains = {names: times[()] / time for names, time in times.items()}
     rows = []
     for names, row in sorted(
@@ -244,14 +236,14 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
     ):
         alone = [measured.get((name,)) for name in names]
         cells = {"techniques": " + ".join(names), "moved": len(names)}
-        cells |= gains[names].named("speedup", "low", "high")
+        cells |= zip(("speedup", "low", "high"), _interval(gains[names]), strict=True)
         cells["noise_percent"] = comparisons.noise_percent(row)
         if len(names) > 1 and all(alone):
-            product = functools.reduce(operator.mul, (gains[name,] for name in names))
-            part = gains[names] / product
+            product = np.prod([gains[name,] for name in names], axis=0)
+            part = _interval(gains[names] / product)
             noise = comparisons.noise_percent(row, *alone)
-            cells |= product.named("product", "product_low", "product_high")
-            cells |= part.named("of_product", "of_low", "of_high")
+            cells |= zip(("product", "product_low", "product_high"), _interval(product), strict=True)
+            cells |= zip(("of_product", "of_low", "of_high"), part, strict=True)
             cells |= {"noise_percent": noise, "verdict": _verdict(part, noise) + _simulated(names, alone)}
         rows.append(cells)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -300,23 +292,15 @@ def gains_text(table: pd.DataFrame) -> str:
     return f"{text}; {not_run} built, not executed" if not_run else text
 
 
-class _Resampled:
-    """A statistic with its bootstrap distribution, `[RESAMPLES]`."""
+def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.ndarray:
+    """Median of a configuration's samples, then of their resamples: `[1 + RESAMPLES]`."""
+    values = np.asarray(row.samples.values_ms)
+    return np.append(np.median(values), resampled_medians(values, generator, RESAMPLES))
 
-    def __init__(self, value: float, resamples: np.ndarray) -> None:
-        self.value, self.resamples = value, resamples
 
-    def __mul__(self, other: _Resampled) -> _Resampled:
-        return _Resampled(self.value * other.value, self.resamples * other.resamples)
-
-    def __truediv__(self, other: _Resampled) -> _Resampled:
-        return _Resampled(self.value / other.value, self.resamples / other.resamples)
-
-    def interval(self) -> tuple[float, float]:
-        return percentile_interval(self.resamples, self.value)
-
-    def named(self, *names: str) -> dict[str, float]:
-        return dict(zip(names, (self.value, *self.interval()), strict=True))
+def _interval(statistic: np.ndarray) -> tuple[float, float, float]:
+    """A statistic of `_medians` and its 95 % interval."""
+    return (float(statistic[0]), *percentile_interval(statistic[1:], float(statistic[0])))
 
 
 def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -> str:
@@ -327,10 +311,10 @@ def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -
     return f" ({', '.join(simulated)} alone is simulated)" if simulated else ""
 
 
-def _verdict(part: _Resampled, noise_percent: float) -> str:
-    """Verdict on a measured speed-up over the product of the single ones."""
-    off = 100 * (part.value - 1)
-    if verdict_of(part.value, *part.interval(), noise_percent) == SAME:
+def _verdict(part: tuple[float, float, float], noise_percent: float) -> str:
+    """Verdict on a measured speed-up over the product of the single ones, with its interval."""
+    off = 100 * (part[0] - 1)
+    if verdict_of(*part, noise_percent) == SAME:
         return f"{MULTIPLY} within noise"
     if off < 0:
         return f"gains do not multiply: {-off:.0f} % less than their product"

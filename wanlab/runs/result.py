@@ -352,13 +352,7 @@ def plan_results(
         verifications: one or several, all of the same cases.
         settings: settings of their generations; what is None is the model's default.
     """
-    values = _resolved(model, settings)
-    work = Work(
-        model=model.spec.name,
-        weights=model.load.weights,
-        guided=values["guidance_scale"] > 1,
-        **{name: values[name] for name in (*SIZE, "steps")},
-    )
+    work = _generation_work(model, _resolved(model, settings))
     return tuple(
         Result(
             work=work,
@@ -462,14 +456,13 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
 
 def video_work(model: Any, generation: Any) -> Work:
     """Work of a generation."""
-    settings = generation.settings
-    return Work(
-        model=model.spec.name,
-        weights=model.load.weights,
-        guided=settings["guidance_scale"] > 1,
-        seed=generation.seed,
-        **{name: settings[name] for name in (*SIZE, "steps")},
-    )
+    return _generation_work(model, generation.settings, generation.seed)
+
+
+def _generation_work(model: Any, settings: Mapping[str, Any], seed: int | None = None) -> Work:
+    values = {name: settings[name] for name in (*SIZE, "steps")}
+    values |= {"guided": settings["guidance_scale"] > 1, "seed": seed}
+    return Work(model=model.spec.name, weights=model.load.weights, **values)
 
 
 def call_work(model: Any, component: str, **size: Any) -> Work:

@@ -245,7 +245,6 @@ TILES = (
     ("size_bytes", "size of the engine", "less", "more"),
     ("build_ms", "build time", "shorter", "longer"),
     ("time_per_frame_ms", "time per frame", "faster", "slower"),
-    ("noise_percent", "A/A noise", "", ""),
 )
 MOST_TILES = 5
 SMALLEST_PERCENT = 0.01  # a smaller quality loss is not shown as 0.00
@@ -419,7 +418,7 @@ def output_html(item: Any, page: Page) -> str:
     return text_html(_joined(data["text/plain"])) if "text/plain" in data else ""
 
 
-COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)+)</th>")
+COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)*)</th>")
 
 
 def _with_words(source: str) -> str:

@@ -47,6 +47,7 @@ UNITS = {
     "fps": "frames/s",
     "w": "W",
 }
+RATES = {"gb": "GB/s", "TFLOP": "TFLOP/s", "frames": "frames/s"}
 ACRONYMS = {
     name.lower(): name
     for name in (
@@ -100,6 +101,8 @@ def colour(name: str) -> str:
 def label(column: str) -> str:
     """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
     words = [ACRONYMS.get(word, word) for word in str(column).split("_")]
+    if len(words) == 3 and words[1:] == ["per", "s"] and words[0] in RATES:
+        return RATES[words[0]]
     if len(words) > 3 and words[-2:] == ["per", "s"]:
         return f"{' '.join(words[:-3])} ({words[-3]}/s)"
     if len(words) > 1 and words[-1] in UNITS:

@@ -368,4 +368,8 @@ def _number_text(value: float) -> str:
 
 def _table_html(table: pd.DataFrame) -> str:
     most = pd.get_option("display.max_rows")
-    return table.to_html(na_rep="", max_rows=most, show_dimensions=len(table) > most, notebook=True)
+    whole = [name for name, kind in table.dtypes.items() if str(kind).startswith(("int", "uint"))]
+    formats = dict.fromkeys(whole, "{:,}".format) if table.columns.is_unique else None
+    return table.to_html(
+        na_rep="", formatters=formats, max_rows=most, show_dimensions=len(table) > most, notebook=True
+    )

@@ -53,6 +53,7 @@ def test_what_changes_nothing_is_not_applied(model, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"examples": "no-such-folder"}, "no folder at no-such-folder"),
         ({"engine": "onnxruntim"}, "did you mean 'onnxruntime'"),
         ({"plan": "uniform-int9"}, "did you mean 'uniform-int8'"),
         ({"plan": "defalt"}, "did you mean 'default'"),

@@ -527,7 +527,7 @@ class TestWanNano:
         proof = precision.verify_plan(nano, "ffn-int8", final, calibrations=ranges, progress=False)
         assert proof.purpose == "final"
         assert proof.quality.cases == 1
-        with pytest.raises(WanlabError, match="settled by the originals"):
+        with pytest.raises(WanlabError, match="the originals have their own"):
             precision.verify_plan(nano, "ffn-int8", final, steps=3)
 
     def test_figures_take_what_comes_out(self, nano, found):

@@ -1,4 +1,4 @@
-"""One component of a model by several candidates: engine, plan, CUDA graph. Files are made once, then each is opened."""
+"""Candidates for one component of a model (engine, plan, CUDA graph): their files, and how each is opened and checked."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Candidate:
     """One way to compute a component.
 
     Attributes:
-        label: names it in tables. configuration: engine, plan and settings.
-        cuda_graph: the work of a call is captured once and replayed.
+        label: its name in tables. configuration: engine, plan and settings.
+        cuda_graph: whether the work of a call is captured once and replayed.
     """
 
     label: str
@@ -61,7 +61,7 @@ class Candidate:
         return engine_kind(self.configuration.engine_of(component))
 
     def plan_for(self, component: str) -> Plan | None:
-        """Its plan with the rules for one expert alone, as the other is not loaded."""
+        """Its plan with the rules of one expert alone, as the other is not loaded."""
         if self.plan is None:
             return None
         rules = (rule for rule in self.plan.rules if fnmatch.fnmatchcase(component, rule.component))
@@ -86,12 +86,12 @@ def component_candidates(
     Args:
         component: wanlab's name of it.
         engines: names of engines. plans: `"default"`, presets, files or plans.
-        cuda_graphs: each once more with its work captured in a CUDA graph.
-        device: that the component is on.
+        cuda_graphs: whether each is there again with its work captured in a CUDA graph.
+        device: device of the component.
 
     Returns:
-        The candidates; and label -> one line for each that cannot be had here: a missing package, a device that is not
-        there, a component or plan that the engine does not take.
+        The candidates; and label -> reason in one line for each that cannot run here: a missing package, a device that is
+        not there, a component or plan that the engine does not take.
 
     Raises:
         WanlabError: an engine, plan or configuration that does not exist; no candidate is left.
@@ -121,7 +121,7 @@ def component_candidates(
 
 
 def _of_pair(component: str, engine: str, plan: Any) -> tuple[str, Configuration, str]:
-    """Label, configuration and, where the two do not go together, why."""
+    """Label, configuration, and the reason why engine and plan do not go together; empty where they do."""
     rules = load_configuration(plan=plan).plan
     label = engine if rules is None else f"{engine} {rules.name}"
     if rules is not None and component not in EXPERTS:
@@ -146,14 +146,14 @@ def _reason(component: str, configuration: Configuration, device: torch.device) 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """What candidates open; JSON values.
+    """Files that candidates open, as JSON values.
 
     Attributes:
         networks: label -> the file that its engine opens, or None where it opens none.
         plan_graphs: label -> folder of the graphs of its plan.
         ranges: layer -> largest magnitude of its input in one call.
-        prepare_ms: label -> export, calibration and build, or the look that they are current.
-        left_out: label -> why it could not be made, in one line.
+        prepare_ms: label -> time of export, calibration and build, or of the check that they are current.
+        left_out: label -> reason in one line why its files could not be made.
     """
 
     networks: dict[str, str | None] = field(default_factory=dict)
@@ -174,16 +174,16 @@ def component_files(
     seed: int = 0,
     progress: bool = True,
 ) -> Files:
-    """Export, calibrate and build what the candidates open; what is current is found again.
+    """Export, calibrate and build the files of candidates; current files are reused.
 
     A lock on the folder lets several runs share it.
 
     Args:
         folder: folder of converted networks, of all models and sizes.
         size: height, width and frames of the clip.
-        ranges: layer -> largest magnitude of its input, from a call on the inputs that are measured; plans in PyTorch use
-            them. Graphs of a plan are calibrated on random inputs of the same size.
-        seed: seed of these inputs.
+        ranges: layer -> largest magnitude of its input in a call on the measured inputs, for plans in PyTorch. Graphs of a
+            plan are calibrated on random inputs of the same size.
+        seed: seed of these random inputs.
     """
     place = files_folder(
         folder, model.spec.name, model.load.weights, str(model.dtype).removeprefix("torch."), size
@@ -248,23 +248,23 @@ def _rounds(model: Model, component: str, plan: Plan) -> bool:
 
 
 def _placed(kind: EngineKind, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Settings with the place that the component is on, where the engine asks for one."""
+    """Settings with the device of the component as provider, where the engine has this setting."""
     own = {"provider": device.type} if "provider" in kind.open_settings else {}
     return own | dict(settings)
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A component by one candidate, in one range of steps; ready to be called.
+    """A component opened by one candidate, in one range of steps.
 
     Attributes:
         label: label of the candidate, with the steps where the plan changes with them.
-        candidate: what was asked for. engine: what runs it.
-        at: enters the range of steps. effect: checks that what was asked for happened, see `check_effect`.
+        candidate: the candidate. engine: engine that runs the component.
+        at: function whose context is a step of the range. effect: effect check, see `check_effect`.
         formats: layer -> format whose codes it multiplies.
-        weight_bytes: size of its tensors, or of its files. load_ms: weights into PyTorch and the plan applied, or files into
-            an engine. kernels: what multiplies, as far as it is known beforehand.
-        plan: its name, with the steps.
+        weight_bytes: size of its tensors, or of its files. load_ms: time of loading weights into PyTorch and applying the
+            plan, or of opening its files. kernels: name of what multiplies, as far as it is known without a call.
+        plan: name of its plan, with the steps.
     """
 
     label: str
@@ -280,17 +280,17 @@ class Opened:
 
 
 def needs_model(component: str, candidate: Candidate, files: Files) -> bool:
-    """Whether the candidate computes with the networks in PyTorch, and not from files alone."""
+    """Whether the candidate needs the networks in PyTorch, and not its files alone."""
     return candidate.label not in files.plan_graphs and files.networks.get(candidate.label) is None
 
 
 def open_candidate(
     model: Model | None, component: str, candidate: Candidate, files: Files, device: torch.device
 ) -> list[Opened]:
-    """Open a component; several where the plan changes with the step, one for each range.
+    """Open a component by a candidate: once for each range of steps where the plan changes with the step.
 
     Args:
-        model: None where `needs_model` is false. files: of `component_files`.
+        model: model with the component; None where `needs_model` is false. files: result of `component_files`.
 
     Raises:
         WanlabError: as the engine and the plan.
@@ -385,7 +385,7 @@ def _open_graphs(
 
 
 def _held_bytes(network: torch.nn.Module, component: str) -> int:
-    """Of distinct tensors; of the VAE those of the half."""
+    """Bytes of distinct tensors of a component; of the VAE those of its half."""
     half = {"vae_encoder": "decoder", "vae_decoder": "encoder"}.get(component)
     tensors = {
         tensor.data_ptr(): tensor.nbytes
@@ -407,7 +407,7 @@ def _on_codes(applied: Applied, component: str, step: int | None = None) -> dict
 def _effect_of(
     model: Model | None, component: str, candidate: Candidate, engine: Engine, applied: Applied | None
 ) -> Callable[[], str]:
-    """What proves that the candidate is what it says; a `WanlabError` where it is not."""
+    """Effect check of a candidate: returns a sentence, or raises a `WanlabError` where it was not applied."""
 
     def check() -> str:
         sentences = [str(effect_check(model, applied))] if applied is not None else []

@@ -1,6 +1,6 @@
-"""What one component costs by each candidate: time, memory, kernels, bound, distance, and whether it did what was asked.
+"""Cost of one component by each candidate: time, memory, kernels, bounds, distance to eager, effect check.
 
-All candidates are timed in turn in one process where they fit in memory together, else each in a process of its own, the
+All candidates are timed interleaved in one process where they fit in memory together, else each in a process of its own, the
 baseline once more at the end.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
-from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, in_turn
+from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import save_configuration
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
@@ -39,13 +39,13 @@ SHORT_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True, eq=False)
 class ComponentCost:
-    """A component by several candidates, the first of which is the baseline.
+    """Measurements of a component by several candidates, of which the first is the baseline.
 
     Attributes:
-        model, component, dtype, device: what was measured, and where. size: height, width and frames of the clip.
-        processes: `"one"` or `"each"`.
-        samples: label -> every time of a call. control: A/A control of the baseline measured twice.
-        facts: label -> what is known beside the times: engine, plan, configuration, cuda_graph, effect, proof, kernels,
+        model, component, dtype, device: names of what was measured. size: height, width and frames of the clip.
+        processes: `"one"` or `"each"`, see `measure_component`.
+        samples: label -> all times of a call. control: A/A control: the baseline measured twice.
+        facts: label -> facts beside the times: engine, plan, configuration, cuda_graph, effect, proof, kernels,
             load_ms, prepare_ms, build_ms, first_call_ms, size_bytes, weights_gib, forward_gib (what one call adds to the
             memory), peak_memory_gib (both), relative_l2, cosine and psnr_db to eager in the baseline's dtype,
             float32_relative_l2, float32_cosine and float32_psnr_db to eager in float32 (None where it does not fit),
@@ -54,8 +54,8 @@ class ComponentCost:
         kernels: longest first: candidate, name, kind, calls, time_ms, share_percent. From a profile after timing.
         products: linear layers timed alone, from `precision.selection.costs.product_times`.
         operations: operations of one call. ceilings: ceilings of the device.
-        left_out: label -> why it was not measured, in one line.
-        selected: plans that were selected by time for this. ranges: what the profiler's ranges cost. None if not asked for.
+        left_out: label -> reason in one line why it was not measured.
+        selected: plans that were selected by time, ranges: cost of the profiler's ranges; None where not measured.
     """
 
     model: str
@@ -90,7 +90,7 @@ class ComponentCost:
         }
 
     def _noise_percent(self, label: str) -> float:
-        """In processes of their own each candidate has a noise of its own, too."""
+        """Noise of a comparison in percent; in processes of their own each candidate has a noise of its own."""
         own = (self.facts[name].get("noise_percent") or 0.0 for name in (label, self.baseline))
         return max(self.control.noise_percent, *own)
 
@@ -193,18 +193,18 @@ def measure_component(
 
     Args:
         model: registry name or folder.
-        component: wanlab's name of it, None for the first expert; only its network is loaded.
-        folder: folder of converted networks; what is current is reused.
+        component: wanlab's name of it; None takes the first expert. Only its network is loaded.
+        folder: folder of converted networks; current files are reused.
         engines, plans, configurations, cuda_graphs: the candidates, see `component_candidates`; the first is the baseline.
         weights, device, dtype: as `models.load` takes them.
         height, width, frames: size of the clip; the model's defaults if not given.
-        select_by_time: also two plans selected here by time, see `precision.plans_by_time`.
-        profiler_ranges: also what the profiler's ranges cost the expert, see `engines.range_cost`.
-        rounds: each takes two times of every candidate.
-        processes: `"one"` takes all in turn in this process; `"each"` one after the other in processes of their own,
+        select_by_time: whether two plans that are selected by time are measured too, see `precision.plans_by_time`.
+        profiler_ranges: whether the cost of the profiler's ranges is measured too, see `engines.range_cost`.
+        rounds: number of rounds, each with two times of every candidate.
+        processes: `"one"` measures all interleaved in this process; `"each"` one after the other in processes of their own,
             the baseline again at the end; `"auto"` decides by the memory that is free.
-        dynamic_ranges: plans in PyTorch scale every input by itself; else by ranges of one call.
-        float32: also compare with eager in float32 on the same weights, where a copy of them fits.
+        dynamic_ranges: whether plans in PyTorch scale every input by its own range; else by ranges of one call.
+        float32: whether eager in float32 on the same weights is compared too, where a copy of them fits.
         threads: number of threads of the CPU; PyTorch's own number if not given.
         seed: seed of random weights and of the inputs.
 
@@ -269,7 +269,7 @@ def measure_component(
         if processes == EACH or (processes == "auto" and not fit_together(job, len(candidates))):
             measured = in_processes(job)
         else:
-            measured = in_turn(job)
+            measured = interleaved(job)
     rows, samples, control, prepared = measured
     left_out = left_out | prepared["left_out"]
     if not rows:
@@ -338,8 +338,9 @@ def _with_bounds(
 def roofline_ms(
     operations: Operations, moved_bytes: float, ceilings: Mapping[str, Any], dtype: str
 ) -> float | None:
-    """Least time of one call: its operations at the device's best rate in this dtype, or its weights, inputs and output
-    through the memory once, whichever takes longer; None where the rate is not known.
+    """Roofline of one call in ms; None where the device's best rate in this dtype is not known.
+
+    It is the time of its operations at that rate, or of moving its weights, inputs and output once, whichever is longer.
 
     Plans compute on codes, which may be faster than this.
     """
@@ -357,6 +358,6 @@ def _linear_share(table: pd.DataFrame) -> float | None:
 
 
 def _product_kernel(table: pd.DataFrame) -> str | None:
-    """The product that took most time."""
+    """Name of the product kernel that took most time."""
     names = table.loc[table["kind"] == operators.LINEAR, "name"]
     return names.iloc[0] if len(names) else None

@@ -1,5 +1,5 @@
-"""Measuring a component by its candidates: all in turn in one process, or each in a process of its own, which this
-module is, too."""
+"""Measurement of a component by its candidates: all interleaved in one process, or each in a process of its own, which runs
+this module."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ from wanlab.precision.selection.costs import product_times
 MODULE = "wanlab.configuration.component_process"
 ONE, EACH = "one", "each"
 PACE_PERCENT = 5.0
-"""A candidate is not compared where the device ran so much off the pace that it had with the baseline."""
+"""Limit of the device's change of speed since the baseline, in percent; beyond it a candidate is not compared."""
 KERNELS_KEPT, NAME_LENGTH = 60, 160
-"""Of each candidate; templates spell out names of thousands of characters."""
+"""Limits of each candidate's table; names of templates have thousands of characters."""
 NODE_KINDS = {
     operators.ATTENTION: re.compile(r"Attention"),
     operators.LINEAR: re.compile(r"MatMul|Gemm|Conv(?!ert)"),
     operators.POINTWISE: re.compile(r""),
 }
-"""What a node of an ONNX graph is, by its operator."""
+"""Kind of a node of an ONNX graph -> pattern of its operator."""
 
 
 class Job:
-    """What is measured, as every process that takes part in it sees it; made from JSON values."""
+    """Description of a measurement, from JSON values, for every process that takes part in it."""
 
     def __init__(self, order: Mapping[str, Any]) -> None:
         self.order = dict(order)
@@ -84,7 +84,7 @@ class Job:
         return models.load(self.order["model"], components=[self.component], **self.order["load"])
 
     def tensor(self, name: str, value: Any = None) -> Any:
-        """Read a tensor or tensors from the folder that the processes share, or write them."""
+        """Read a tensor or tensors from the folder that the processes share; with a value write it."""
         path = self.scratch / f"{name}.pt"
         if value is None:
             return torch.load(path, weights_only=True) if path.is_file() else None
@@ -92,7 +92,7 @@ class Job:
         return value
 
     def used_gib(self) -> float:
-        """Memory in use: of the whole device, or this process's resident set."""
+        """Memory in use in GiB: of the whole GPU, or this process's resident set."""
         if not self.on_gpu:
             return psutil.Process().memory_info().rss / GIB
         free, total = torch.cuda.mem_get_info(self.device)
@@ -109,11 +109,11 @@ def fit_together(job: Job, count: int) -> bool:
     return 2 * weights * (count + 2) < free
 
 
-# ---- what is the same for all candidates
+# ---- shared by all candidates
 
 
 def prepare(job: Job, model: Model) -> dict[str, Any]:
-    """Inputs, the outputs that others are held against, operations, products, ceilings, and files; as JSON values."""
+    """Operations, products, ceilings and files, as JSON values; inputs and outputs to compare with go to the folder."""
     spec = component_spec(model, job.component)
     shape = default_shape(model, batch=1, **job.size)
     generator = torch.Generator().manual_seed(job.order["seed"])
@@ -161,7 +161,7 @@ def _formats(candidate: Candidate) -> list[str]:
 
 
 class _Watched:
-    """Inside the block every layer's input is looked at: its rows, and its largest magnitude."""
+    """Inside the block every layer's input is recorded: its number of rows, and its largest magnitude."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         self.network = network
@@ -189,14 +189,14 @@ class _Watched:
 
 
 def _float32_fits(job: Job, network: torch.nn.Module) -> bool:
-    """Whether a copy in float32 fits beside the network, with as much again for what a call adds."""
+    """Whether a copy in float32 fits beside the network, with the same again for what a call adds."""
     copied = 4 * sum(parameter.numel() for parameter in network.parameters())
     free = torch.cuda.mem_get_info(job.device)[0] if job.on_gpu else psutil.virtual_memory().available
     return 2 * copied < free
 
 
 def _float32_output(job: Job, model: Model, spec: Any, inputs: Sequence[torch.Tensor]) -> None:
-    """The component in float32 on the same weights and inputs; left out where memory ends."""
+    """The component in float32 on the same weights and inputs; left out where memory does not suffice."""
     try:
         network = torch.nn.Module.to(copy.deepcopy(spec.network), torch.float32)
         exact = component_spec(model, job.component, network=network)
@@ -217,10 +217,10 @@ def _free(job: Job) -> None:
 
 
 def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callable[[], None], dict[str, Any]]:
-    """The call of a candidate over memory that stays where it is, and what its first calls tell.
+    """The call of a candidate over fixed memory, and the facts of its first calls.
 
     Args:
-        before_gib: memory in use before it was opened; None where its share cannot be told apart.
+        before_gib: memory in use before it was opened; None where its own share is not known.
     """
     engine, inputs = opened.engine, job.tensor("inputs")
     feeds = {
@@ -256,7 +256,7 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
             call()
         forward_gib = memory.allocated_gib - before_call_gib
         peak_gib = weights_gib + forward_gib
-    elif before_gib is not None:  # an engine keeps what its first call took
+    elif before_gib is not None:  # an engine keeps the memory of its first call
         forward_gib = first.increase_gib
         peak_gib = first.peak_gib - before_gib
     output = next(iter(outputs.values()))
@@ -282,7 +282,7 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
 
 
 def _distances(job: Job, output: torch.Tensor) -> dict[str, float]:
-    """To eager in the dtype of the component, and to eager in float32 where that was computed."""
+    """Distances to eager in the component's dtype, and to eager in float32 where that was computed."""
     distances: dict[str, float] = {}
     for name, prefix in (("reference", ""), ("float32", "float32_")):
         expected = job.tensor(name)
@@ -293,7 +293,7 @@ def _distances(job: Job, output: torch.Tensor) -> dict[str, float]:
 
 
 def _kernels(job: Job, opened: Opened, call: Callable[[], None]) -> list[dict[str, Any]]:
-    """After timing: kernels on a GPU, operators on the CPU; none of an engine that tells neither."""
+    """Kernels on a GPU, operators on the CPU, profiled after timing; empty for engines that report neither."""
     engine = opened.engine
     if job.on_gpu or engine.path is None:
         with torch.no_grad():
@@ -317,12 +317,13 @@ def _kind_of_node(name: str) -> str | None:
     return next(kind for kind, pattern in NODE_KINDS.items() if pattern.search(name))
 
 
-# ---- all in turn in this process, or each in its own
+# ---- all interleaved in this process, or each in its own
 
 Outcome = tuple[list[dict[str, Any]], dict[str, Samples], AAControl, dict[str, Any]]
 
 
-def in_turn(job: Job) -> Outcome:
+def interleaved(job: Job) -> Outcome:
+    """Measure all candidates interleaved, in this process."""
     model = job.load()
     prepared = prepare(job, model)
     files = Files(**prepared["files"])
@@ -375,6 +376,7 @@ def _alone(job: Job, prepared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def in_processes(job: Job) -> Outcome:
+    """Measure the candidates one after the other, each in a process of its own, and the baseline again at the end."""
     prepared: dict[str, Any] = in_own_process(MODULE, job.order, f"the inputs of {job.component}")
     rows: list[dict[str, Any]] = []
     order = [*range(len(job.candidates)), 0]  # the baseline once more, at the end
@@ -407,14 +409,12 @@ def in_processes(job: Job) -> Outcome:
     for row in ordered:
         change = 100 * (row["pace_ms"] / ordered[0]["pace_ms"] - 1)
         if abs(change) > PACE_PERCENT:
-            row["not_compared"] = (
-                f"the device ran {change:+.0f} % off the pace that it had with {first.label}"
-            )
+            row["not_compared"] = f"a fixed product took {change:+.0f} % longer than with {first.label}"
     return ordered, samples, control, prepared
 
 
 def _reason(error: Exception) -> str:
-    """Why something failed, in one line; of another process its own reason."""
+    """Reason of a failure in one line; of another process that process's reason."""
     return str(error).splitlines()[0].rpartition("WanlabError: ")[2]
 
 
@@ -427,7 +427,7 @@ def _measure_only(job: Job) -> dict[str, Any]:
     """One candidate, in a process that holds nothing else."""
     candidate, files = job.candidates[job.order["only"]], Files(**job.order["files"])
     if job.on_gpu:
-        synchronise(job.device)  # what the driver itself takes is there before
+        synchronise(job.device)  # the driver takes its own memory before the measurement
     before_gib = job.used_gib()
     model = job.load() if needs_model(job.component, candidate, files) else None
     rows = []
@@ -444,7 +444,7 @@ def _measure_only(job: Job) -> dict[str, Any]:
                     progress=False,
                     label=opened.label,
                 )
-            row["pace_ms"] = _pace_ms(job)  # at once, while the GPU is as warm as it was
+            row["pace_ms"] = _pace_ms(job)  # at once, while the GPU is as warm as in the measurement
             values_ms = (*control.first.values_ms, *control.second.values_ms)
             samples = Samples(opened.label, values_ms, control.first.device, control.first.clock)
             row |= {"samples": samples.to_dict(), "noise_percent": control.noise_percent}
@@ -454,7 +454,7 @@ def _measure_only(job: Job) -> dict[str, Any]:
 
 
 def _pace_ms(job: Job) -> float:
-    """Median time of one large product, always the same, once the clocks settle on it."""
+    """Median time in ms of one large product, always the same, once the clocks are stable: the speed of the device."""
     side, warmup = (8192, 200) if job.on_gpu else (256, 2)
     generator = torch.Generator(job.device).manual_seed(0)
     one = torch.randn(side, side, device=job.device, dtype=torch.bfloat16, generator=generator)

@@ -26,21 +26,21 @@ DEFAULT = "default"
 """The plan that changes nothing: the model as it was loaded."""
 
 FOLDER = "configurations"
-"""Below `recipes/`: the configurations that come with wanlab."""
+"""Folder in `recipes/` of the configurations that come with wanlab."""
 
 
 class Configuration(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
 ):
-    """What a model runs on, and in which numbers.
+    """Engines, precision plan and techniques of a model.
 
     Attributes:
-        name: for tables and files. about: one line for those who choose.
-        engines: one name for the whole model: every component that usually runs on this engine, the rest eager. Or component
-            -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts; components that
-            no pattern fits are eager.
+        name: name in tables and files. about: description in one line.
+        engines: one name for the whole model: every component that usually runs on this engine, the others eager. Or
+            component -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts;
+            components that no pattern fits are eager.
         plan: number formats of the experts' layers; None is the model as it was loaded.
-        techniques: switches that make a model faster or smaller. There are none yet.
+        techniques: names of switches that make a model faster or smaller. There are none yet.
         settings: engine -> setting -> value, see `wanlab.engines.EngineKind.settings`.
     """
 
@@ -71,7 +71,7 @@ class Configuration(
 
     @property
     def engine(self) -> str:
-        """Its engines in one word for tables: `"onnxruntime"`, or `"onnxruntime + streamed_vae"` where components differ."""
+        """Names of its engines for tables: `"onnxruntime"`, or `"onnxruntime + streamed_vae"` where components differ."""
         if isinstance(self.engines, str):
             return self.engines
         names = dict.fromkeys(name for name in self._resolved().values() if name != EAGER)
@@ -84,14 +84,13 @@ class Configuration(
 
     @property
     def label(self) -> str:
-        """Its name; of one made from an engine and a plan these two."""
+        """Its name; where it was made from an engine and a plan, their names."""
         if self.name != _short_name(self.engine, self.plan):
             return self.name
         return self.engine if self.plan is None else f"{self.engine} {self.plan.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As data that JSON and YAML can hold, canonical: what has its default is left out, and the plan is there as a whole
-        unless it is a preset."""
+        """As canonical data for JSON and YAML: fields with their default are left out; a preset is its name alone."""
         data = compact(self)
         if self.plan is not None:
             is_preset = PRESETS.get(self.plan.name) == self.plan
@@ -103,7 +102,7 @@ class Configuration(
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
     def check(self) -> Iterator[tuple[At, str]]:
-        """Mistakes in the values: where each stands, and what it is."""
+        """Mistakes in the values: place and message of each."""
         if not re.fullmatch(r"[\w.+-]+", self.name):
             yield ("name",), f"{self.name!r} cannot be a file name; use letters, digits and . _ + -"
         mistakes = list(self._check_engines())
@@ -172,7 +171,7 @@ class Configuration(
                     yield at, f"a setting is text, a number, true or false, not {type(value).__name__}"
 
     def _resolved(self) -> dict[str, str]:
-        """Component -> engine; `""` stands for components that wanlab does not know by name."""
+        """Component -> engine; `""` is for components whose name wanlab does not know."""
         return {component: self.engine_of(component) for component in (*COMPONENTS, "")}
 
 
@@ -182,8 +181,8 @@ def parse_configuration(
     """A configuration from YAML text.
 
     Args:
-        where: begins the messages, e.g. the file's path.
-        folder: plan files are looked for here first, then from the working folder.
+        where: beginning of messages, e.g. the file's path.
+        folder: folder in which plan files are looked for before the working folder.
 
     Raises:
         WanlabError: not YAML; unknown or missing fields; values of another type; engines, components, plans, techniques or
@@ -219,7 +218,7 @@ def _plan_of(document: Document, folder: Path | None) -> Plan | None:
 
 
 def _check_mappings(document: Document) -> None:
-    """Types inside of mappings, whose place msgspec does not name."""
+    """Check types inside mappings, whose place msgspec does not name in its messages."""
     engines, settings = document.data.get("engines"), document.data.get("settings")
     for name, value in engines.items() if isinstance(engines, dict) else ():
         if not isinstance(name, str) or not isinstance(value, str):
@@ -259,9 +258,9 @@ def load_configuration(
     """A configuration by its name, from a file, or from an engine and a plan.
 
     Args:
-        source: a name of `configurations()`, a YAML file, or a configuration. None makes one of `engine` and `plan`.
-        engine: one engine for the whole model. plan: `"default"`, a preset's name, a file, or a plan. Beside a `source` they
-            must say the same as it does; left at their defaults they say nothing.
+        source: name of `configurations()`, YAML file, or configuration. None makes one of `engine` and `plan`.
+        engine: one engine for the whole model. plan: `"default"`, name of a preset, file, or plan. Beside a `source` they
+            must agree with it, unless they have their defaults.
 
     Raises:
         WanlabError: no such name or file, as `parse_configuration`, or `engine` or `plan` that differ from the source's.

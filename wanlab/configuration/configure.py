@@ -1,4 +1,4 @@
-"""A model opened in one configuration: networks made ready and opened, the plan applied, the effect checked."""
+"""A model opened in one configuration: networks exported and opened, the plan applied, the effect checked."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from wanlab.precision.check_torch import Effect, effect_check
 from wanlab.precision.plan import Plan
 from wanlab.precision.plan_engines import load_plan_engines
 from wanlab.precision.plan_graphs import export_plan, read_plan_graphs
+from wanlab.precision.recording import as_examples
 
 COMPILED = "compiled"
 GIB = 2**30
@@ -51,14 +52,14 @@ class Configured:
     """A model in one configuration.
 
     Attributes:
-        model: generates by it. original: the model it was made from, as it was loaded.
-        configuration: what was asked for.
+        model: model that generates by it. original: the model as it was loaded.
+        configuration: the configuration.
         effect: `"applied"`, `"not applied"`, or `"baseline"` where the configuration changes nothing.
-        proof: what the effect check saw, in a sentence or two. kernels: what multiplies.
+        proof: result of the effect check, in a sentence or two. kernels: name of what multiplies.
         frame: table of the plan's effect check: a row per component and format; None without a plan.
-        weight_bytes: size of all components as this configuration holds them, or keeps them in its files.
-        prepare_ms: converting, rounding, calibrating, compiling; little where it was done before.
-        files: what a fresh process needs to open the same configuration, as JSON values; see `measure_isolated`.
+        weight_bytes: size of all components, in memory or in the files of their engines.
+        prepare_ms: time of converting, rounding, calibrating and compiling; short where earlier results are reused.
+        files: files from which another process opens the same configuration, as JSON values; see `open_files`.
     """
 
     model: Model
@@ -74,7 +75,7 @@ class Configured:
 
     @property
     def engine(self) -> str:
-        """Its engines in one word for tables."""
+        """Names of its engines as one text for tables."""
         return self.configuration.engine
 
     @property
@@ -106,15 +107,21 @@ def check_configuration(
     *,
     engine: str = EAGER,
     plan: str | os.PathLike | Plan = "default",
+    examples: str | os.PathLike | Sequence | None = None,
 ) -> Configuration:
-    """The configuration, after a look at everything that can be known before a model is loaded.
+    """The configuration, after every check that needs no model.
 
-    Args: as `load_configuration`.
+    Args:
+        configuration, engine, plan: as `load_configuration` takes them.
+        examples: examples as `configure` takes them, which are checked too.
 
     Raises:
-        WanlabError: as `load_configuration`, or this machine lacks what one of its engines needs.
+        WanlabError: as `load_configuration`, or this machine lacks what one of its engines needs; examples that cannot be
+            read.
     """
     configuration = load_configuration(configuration, engine=engine, plan=plan)
+    if examples is not None:
+        as_examples(examples)
     for line in missing(configuration):
         raise WanlabError(line)
     return configuration
@@ -125,11 +132,11 @@ def missing(
     components: Iterable[str] | None = None,
     device: torch.device | str | None = None,
 ) -> list[str]:
-    """What this machine lacks for a configuration: a line for each engine that cannot run here.
+    """A line for each engine of a configuration that cannot run on this machine: what is missing.
 
     Args:
         components: components of the model; None looks at all engines that the configuration names.
-        device: that the model is on; None takes a GPU where there is one.
+        device: device of the model; None takes a GPU where there is one.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     named = _engine_names(configuration, components)
@@ -169,24 +176,25 @@ def configure(
     A plan is applied layer by layer (`precision.apply_plan`) where PyTorch runs the experts: products of codes on GPUs that
     have them, simulated on the CPU. Engines that open graphs get Q/DQ graphs of the experts (`precision.export_plan`).
     Inputs that a plan rounds are scaled by one calibration on recorded inputs, the same on every engine, so that a plan
-    means the same arithmetic everywhere.
+    is the same arithmetic in all of them.
 
-    What was converted and calibrated for this size before is reused. A lock on the folder lets several runs share it.
+    Files that were converted and calibrated for this size before are reused. A lock on the folder lets several runs share
+    it.
 
     Args:
-        model: from `wanlab.models.load`, eager; it stays as it is.
-        configuration: or its name, or its file.
+        model: model from `wanlab.models.load`, eager; it is not changed.
+        configuration: configuration, its name, or its file.
         folder: folder of converted networks and calibrations, of all models and sizes.
         height, width, frames, steps, guidance_scale: settings of the videos it is for (pixels, pixels, frames, denoising
             steps); None takes the model's defaults.
         examples: generations that a plan's inputs are calibrated on: a folder of images with prompts, or what else
             `precision.record_inputs` takes. None takes two of `precision.nano_examples` whatever the model is, with images
             and prompts that suit wan-nano; for another model give some of the kind that it is used for.
-        progress: show bars.
+        progress: whether bars are shown.
 
     Raises:
-        WanlabError: as `load_configuration`; what this machine lacks; a plan that does not fit the model; as the exports,
-            builders and engines.
+        WanlabError: as `load_configuration`; an engine that cannot run here; a plan that does not fit the model; as the
+            exports, builders and engines.
     """
     begin = time.perf_counter()
     configuration = load_configuration(configuration)
@@ -202,7 +210,7 @@ def configure(
     dtype = str(model.dtype).removeprefix("torch.")
     place = files_folder(folder, model.spec.name, model.load.weights, dtype, sizes)
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / ".lock"):  # one process makes files, others wait and find them made
+    with FileLock(place / ".lock"):  # one process makes the files, others wait and reuse them
         files = _prepare(model, configuration, place, settings, sizes, examples, progress)
         opened = open_files(model, configuration, files)
     checks = _check(model, configuration, opened, settings)
@@ -229,17 +237,17 @@ def configure(
 def files_folder(
     folder: str | os.PathLike, model: str, weights: str, dtype: str, sizes: Mapping[str, int]
 ) -> Path:
-    """Where the files of one model and size lie, below the folder of all of them."""
+    """Folder of the files of one model and size, in the folder of all models."""
     return Path(folder) / f"{model}-{weights}-{dtype}" / "{width}x{height}x{frames}".format(**sizes)
 
 
 def plan_folder(place: Path, plan: Plan) -> Path:
-    """Where the graphs of a plan lie, in the folder of one model and size."""
+    """Folder of the graphs of a plan, in the folder of one model and size."""
     return place / f"plan-{plan.hash[:12]}"
 
 
 def graphs_folder(place: Path) -> Path:
-    """Where converted networks without a plan lie, in the folder of one model and size."""
+    """Folder of converted networks without a plan, in the folder of one model and size."""
     return place / "graphs"
 
 
@@ -263,7 +271,7 @@ def _prepare(
     examples: str | os.PathLike | Sequence | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Calibrate, export and build; what is current already is found.
+    """Calibrate, export and build; current files are reused.
 
     Returns:
         JSON values: `calibrations` (component -> file), `plan_graphs` (folder, or None), `networks` (component -> the file
@@ -306,11 +314,12 @@ class Opened:
     """A configuration opened from its files.
 
     Attributes:
-        model: generates by it. kinds: component -> name of its engine.
-        engines: component -> engine, of those that PyTorch does not run inside the pipeline.
-        applied: the plan in PyTorch; None where there is none. in_pytorch: the experts that run in it.
+        model: model that generates by it. kinds: component -> name of its engine.
+        engines: component -> engine, of components that PyTorch does not run inside the pipeline.
+        applied: the plan in PyTorch; None where none is. in_pytorch: experts whose plan is in PyTorch.
+        plan_graphs: folder of the plan's graphs; None where there are none.
         networks: component -> network in PyTorch, of components whose engine has no file.
-        load_ms: from files to networks that can run: weights into PyTorch and the plan applied, or files into sessions.
+        load_ms: time of loading weights into PyTorch and applying the plan, or of opening sessions from files.
     """
 
     model: Model
@@ -329,11 +338,11 @@ def open_files(
     """Open a configuration whose files `configure` made.
 
     Args:
-        model: as it was loaded. in_place: the plan may replace its layers, which spares memory.
-        files: of `Configured.files`.
+        model: model as it was loaded. in_place: whether the plan may replace its layers, which saves memory.
+        files: value of `Configured.files`.
 
     Raises:
-        WanlabError: a file is gone or was changed; as the engines.
+        WanlabError: a file is missing or was changed; as the engines.
     """
     plan, in_graphs = configuration.plan, planned_in_graphs(configuration, model.components)
     in_pytorch = tuple(
@@ -393,14 +402,14 @@ def _kind_and_settings(configuration: Configuration, component: str) -> tuple[En
 
 
 def _by_pytorch(configuration: Configuration, component: str) -> bool:
-    """Whether PyTorch runs the component inside the pipeline, so that no engine is opened for it."""
+    """Whether PyTorch runs the component inside the pipeline, so that it has no engine of its own."""
     name = configuration.engine_of(component)
     return name == EAGER or (name == COMPILED and component in EXPERTS)
 
 
 @dataclass(frozen=True, eq=False)
 class _Check:
-    """One effect check: whether it passed, what it saw, and its table where it has one."""
+    """One effect check: whether it passed, its result as a sentence, and its table where it has one."""
 
     passed: bool
     sentence: str
@@ -439,7 +448,7 @@ def _runs_on(label: str, kind: EngineKind) -> bool:
 
 
 def _effect(check: Callable[[], Any], components: Collection[str] = ()) -> _Check:
-    """A check that fails says that there was no effect, and why; other mistakes were raised before it."""
+    """Run an effect check; a `WanlabError` of it means that the configuration was not applied, and is the sentence."""
     try:
         effect: Effect = check()
     except WanlabError as error:
@@ -449,9 +458,9 @@ def _effect(check: Callable[[], Any], components: Collection[str] = ()) -> _Chec
 
 
 def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
-    """Whether a generation made the compiler compile; it is also the warm-up in which that happens.
+    """Whether torch.compile compiles in a generation, which is also the warm-up.
 
-    What is generated does not matter to the compiler, only its size: the image is noise and the prompt is empty.
+    Only the size matters to the compiler, so the image is noise and the prompt is empty.
     """
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
@@ -462,7 +471,7 @@ def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
 
 
 def _kernels(opened: Opened, device: str) -> str:
-    """What multiplies: the plan's kernels in PyTorch, then engines and where they run."""
+    """Name of what multiplies: the plan's kernels in PyTorch, then engines with their device."""
     parts = [opened.applied.kernels] if opened.applied is not None else []
     for name in dict.fromkeys(opened.kinds[component] for component in opened.engines):
         parts.append(f"{engine_kind(name).title} on {device}")
@@ -470,7 +479,7 @@ def _kernels(opened: Opened, device: str) -> str:
 
 
 def _weight_bytes(opened: Opened) -> int:
-    """Weights and buffers of networks in PyTorch, shared ones once, and the files of the other components."""
+    """Bytes of weights and buffers of networks in PyTorch, shared ones once, and of the files of other components."""
     tensors = {
         id(tensor): tensor.nbytes
         for network in dict.fromkeys(opened.networks.values())
@@ -481,22 +490,22 @@ def _weight_bytes(opened: Opened) -> int:
 
 
 def measure_isolated(configured: Configured, image: Any, prompt: str, **settings: Any) -> dict[str, float]:
-    """Open a configuration from its files in a fresh process, and generate once.
+    """Memory and load time of a configuration: a new process opens it from its files and generates once.
 
     Two configurations in one process share libraries and allocator, so that their peaks cannot be told apart there.
 
     Args:
-        configured: from `configure`. Its model's name, device, dtype and weights are used again.
+        configured: result of `configure`. The process loads a model of the same name, device, dtype and weights.
         image: first frame, `[H, W, 3]` in [0, 1].
-        prompt, settings: as `Model.generate` takes them; JSON values only.
+        prompt, settings: arguments of `Model.generate`, as JSON values.
 
     Returns:
         `peak_memory_gib` during the generation (on a GPU what this process added to the device, on the CPU its resident
-        set), `load_ms` (the networks alone: weights into PyTorch and the plan applied, or files into sessions),
-        `first_video_ms` (with all that happens only once, such as compiling).
+        set), `load_ms` (of the networks alone: loading weights and applying the plan, or opening sessions),
+        `first_video_ms` (with everything that happens only once, such as compiling).
 
     Raises:
-        WanlabError: the process failed; its last line is the reason.
+        WanlabError: the process failed; the message ends with its last line.
     """
     model = configured.original
     with tempfile.TemporaryDirectory(prefix="wanlab-isolated-") as folder:
@@ -528,12 +537,12 @@ def _measure_in_process(order: dict[str, Any]) -> dict[str, float]:
         opened = open_files(model, configuration, order["files"], in_place=True)
         used, load_ms = opened.model, opened.load_ms
         del model, opened
-        gc.collect()  # networks that engines replaced are freed
+        gc.collect()  # frees networks that engines replaced
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with measure.peak_memory(device) as memory:
             generation = used.generate(image, order["prompt"], **order["settings"])
-    # A GPU may hold other processes, which were there before.
+    # Other processes may use the GPU; their memory was in use before.
     before = whole.start_gib if device.type == "cuda" else 0.0
     return {
         "peak_memory_gib": memory.peak_gib - before,

@@ -1,4 +1,4 @@
-"""What a configuration becomes on a model: engines and files by component, layers and bytes by format; reads no weights."""
+"""A configuration resolved on a model: engines and files by component, layers and bytes by format; reads no weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from wanlab.precision.plan import is_float
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """A configuration on a model.
+    """A configuration resolved on a model.
 
     Attributes:
-        components: a row each: component, engine, title, plan (`"in PyTorch"`, `"in the graph"` or `""`), file (where what
-            the engine opens lies once it is made; `""` where nothing is made).
+        components: a row each: component, engine, title, plan (`"in PyTorch"`, `"in the graph"` or `""`), file (that the
+            engine opens once it is made; `""` where it needs none).
         formats: a row per component and format: component, format, layers, weights, size_bytes, bits_per_weight,
             weights_percent, flop_percent; None without a plan.
-        missing: what this machine lacks, a line each. checks: what `configure` will check, a sentence each.
+        missing: a line for each thing that this machine lacks. checks: a sentence for each check of `configure`.
         size: size of the videos that files and operations are for: height and width in pixels, frames.
     """
 
@@ -61,8 +61,8 @@ def explain(
     """Resolve a configuration on a model.
 
     Args:
-        configuration: or its name, or its file.
-        model: registry name, local folder or hub id. folder: as `configure` takes it.
+        configuration: configuration, its name, or its file.
+        model: registry name, local folder or hub id. folder: folder as `configure` takes it.
         device: `"auto"`, `"cpu"`, `"cuda"`.
         size: height, width, frames; the model's defaults where not given.
 

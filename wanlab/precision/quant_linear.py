@@ -30,12 +30,12 @@ def fake_quantized(
     formats: Mapping[str, str | QuantFormat],
     amax: Mapping[str, float] | None = None,
 ) -> Iterator[torch.nn.Module]:
-    """Inside the block layers of a network compute with rounded weights and inputs, as `quantize` would have it.
+    """Inside the block layers of a network compute with rounded weights and inputs, as graphs of `quantize` do.
 
     The originals of the weights stay in memory and come back at the end.
 
     Args:
-        network: eager; its own dtype is that of the scales.
+        network: network in eager PyTorch; scales have its dtype.
         formats: layer -> format.
         amax: layer -> largest magnitude of its input's codes, e.g. `Calibration.amax`.
 
@@ -90,7 +90,7 @@ FEWEST_ROWS = 17  # that torch._int_mm takes on a GPU
 class QuantLinear(torch.nn.Module):
     """A linear layer in one of the formats of `wanlab.precision.formats`.
 
-    The weight is nowhere but in `codes` and `scale`, so what is held is what is paid for. The bias is the original's own.
+    Stores only the quantized weight and its scale. The bias is the original's own tensor.
 
     Attributes:
         format: name of the format. kernel: `SCALED`, `INTEGER`, `DECODED` or `SIMULATED`.
@@ -98,8 +98,8 @@ class QuantLinear(torch.nn.Module):
             codes.
         codes: buffer `[outputs, inputs]`, float8_e4m3fn or int8; uint8 `[outputs, inputs / 2]` of two 4-bit codes each.
         scale: buffer, `[]`, `[outputs]` or `[outputs, inputs / block]`.
-        input_scale: buffer `[]` from a calibration; None scales every input by itself: per tensor, or per token (a row of
-            the input) in fp8-channel.
+        input_scale: buffer `[]` from a calibration. None scales every input by its own largest magnitude: per tensor, or per
+            token (a row of the input) in fp8-channel.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class QuantLinear(torch.nn.Module):
         return product.reshape(*values.shape[:-1], self.shape[0])
 
     def decoded(self) -> torch.Tensor:
-        """The weight that the codes stand for, in the layer's dtype."""
+        """The weight that the codes represent, in the layer's dtype."""
         codes = unpack(self.codes) if self.numbers.bits == 4 else self.codes
         return decode_weight(codes, self.scale, self.numbers, self.dtype)
 
@@ -146,7 +146,7 @@ class QuantLinear(torch.nn.Module):
 
     @property
     def scaling(self) -> str:
-        """How inputs are scaled: `"static"`, `"per token"`, `"per tensor"`, or `""` where they stay as they are."""
+        """How inputs are scaled: `"static"`, `"per token"`, `"per tensor"`, or `""` where they are not rounded."""
         if self.activation is None:
             return ""
         return "static" if self.input_scale is not None else "per token" if self.per_token else "per tensor"
@@ -185,7 +185,7 @@ class PlannedConv(QuantLinear):
     ) -> None:
         if layer.padding_mode != "zeros":
             raise WanlabError(
-                f"a convolution with {layer.padding_mode} padding cannot be planned; leave it out of the plan"
+                f"a convolution with {layer.padding_mode} padding has no format; leave it out of the plan"
             )
         super().__init__(layer, format, kernel=kernel, amax=amax)
         self.convolve, self.settings = _convolution(layer)
@@ -199,7 +199,8 @@ class CastLinear(torch.nn.Module):
     """A layer that computes in another float than the network, between two casts.
 
     Attributes:
-        format: `"fp32"`, `"fp16"` or `"bf16"`. weight: buffer, so that the network's parameters keep telling its dtype.
+        format: `"fp32"`, `"fp16"` or `"bf16"`. weight: buffer, so that the network's dtype, which is read from its
+            parameters, stays the same.
     """
 
     kernel, scaling = CAST, ""
@@ -218,7 +219,7 @@ class CastLinear(torch.nn.Module):
         return self.product(values.to(kind), self.weight, bias, **self.settings).to(values.dtype)
 
     def decoded(self) -> torch.Tensor:
-        """The weight, in the float it is held in."""
+        """The weight, in its own float."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -243,7 +244,7 @@ def scaled_mm(
     step, scale = step.float(), scale.float()
     inside = bias is not None and dtype != torch.float32 and bias.dtype == dtype
     if step.ndim or scale.ndim:
-        # Rows and columns with scales of their own: the kernel wants both, and writes bfloat16 only.
+        # Scales by row and column: the kernel needs both, and writes bfloat16 only.
         step = step.expand(codes.shape[0], 1).contiguous()
         scale = scale.expand(weight.shape[0]).reshape(1, -1).contiguous()
         if dtype != torch.bfloat16:
@@ -264,13 +265,13 @@ def scaled_mm(
 
 
 def kernel_for(format: QuantFormat, shape: tuple[int, ...], device: torch.device, native: bool) -> str:
-    """How a layer of this weight computes in a format, in words of this module.
+    """How a layer of this weight computes in a format, as one of this module's constants.
 
-    Weight-only formats decode at use everywhere: at tens of thousands of rows a product is bound by arithmetic, and
-    PyTorch's own weight-only kernels are made for a few rows.
+    Weight-only formats decode at use on every device: with tens of thousands of rows a product is bound by arithmetic, and
+    PyTorch's own weight-only kernels are for a few rows.
 
     Args:
-        native: whether products of codes may be used at all.
+        native: whether products of codes may be used.
     """
     if format.activation is None:
         return DECODED
@@ -285,7 +286,7 @@ def kernel_for(format: QuantFormat, shape: tuple[int, ...], device: torch.device
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (0, 0) off NVIDIA GPUs."""
+    """Compute capability; (0, 0) of other devices than NVIDIA GPUs."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
@@ -295,8 +296,10 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """What `pack` was given."""
-    pairs = torch.stack((packed << 4, packed), dim=-1).view(torch.int8) >> 4  # arithmetic: it brings the sign
+    """The codes that `pack` packed, int8 `[outputs, inputs]`."""
+    pairs = (
+        torch.stack((packed << 4, packed), dim=-1).view(torch.int8) >> 4
+    )  # arithmetic shift: it extends the sign
     return pairs.flatten(1)
 
 

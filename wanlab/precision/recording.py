@@ -1,4 +1,4 @@
-"""Inputs of layers recorded from real generations, kept on disk."""
+"""Inputs of components recorded from real generations, as files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from wanlab.models.taps import component_calls, intercept_calls
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One generation: what `Model.generate` takes. `name` says in tables which one it was."""
+    """Arguments of one generation, as `Model.generate` takes them. `name` is its name in tables."""
 
     image: Image.Image | str | os.PathLike | np.ndarray | None
     prompt: str
@@ -43,10 +43,10 @@ class Example:
 
 
 def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
-    """Cases of the kind that wan-nano learnt from, on photographs it learnt from: none is held out.
+    """Cases like those that wan-nano was trained on, with photographs that it was trained on: none is held out.
 
-    They go round the motions and photographs, every other round with a moving object, as
-    `wanlab.heldout.cases.draw_cases` does; photographs that are too flat to show motion are left out.
+    They take motions and photographs in turn, with a moving object in every other round, as
+    `wanlab.heldout.cases.draw_cases` does; photographs with too little texture to show motion are left out.
     """
     photographs = [name for name in clips.TRAINING_PHOTOGRAPHS if has_texture(picture(name))]
     return as_examples(draw_cases(count, seed=seed, photographs=photographs))
@@ -90,7 +90,7 @@ def as_examples(given: str | os.PathLike | Iterable[Any]) -> list[Example]:
     """Examples from examples, `wanlab.heldout.cases.Case`s, (image, prompt) pairs, or a folder as `load_examples` reads it.
 
     Raises:
-        WanlabError: something else, nothing, or a photograph that quality is judged on; as `load_examples`.
+        WanlabError: another type, no example, or a photograph that is held out to judge quality; as `load_examples`.
     """
     if isinstance(given, str | os.PathLike):
         return load_examples(given)
@@ -152,7 +152,7 @@ def read(folder: Path, content: str) -> torch.Tensor:
 
 
 def tensor_file(folder: Path, content: str) -> Path:
-    """Where the tensor of this content lies."""
+    """Path of the tensor with this content."""
     return folder / f"{content[:32]}.safetensors"
 
 
@@ -164,11 +164,11 @@ class RecordedCall:
     """One call of one component.
 
     Attributes:
-        example: which example, from 0.
-        component: wanlab's name.
-        step: denoising step from 0, timestep 0 to 1000, sigma; None outside the experts.
+        example: index of the example, from 0.
+        component: wanlab's name of it.
+        step, timestep, sigma: denoising step from 0, timestep from 0 to 1000, and sigma; None outside the experts.
         branch: `"cond"` or `"uncond"`; None outside the experts.
-        tensors: input name -> name of the file that holds it, the hash of its content.
+        tensors: name of the input -> hash of its content, which names its file.
     """
 
     example: int
@@ -184,10 +184,10 @@ class Recording(Manifest, frozen=True, kw_only=True):
     """Inputs of components, one file per distinct tensor.
 
     Attributes:
-        path: path of the folder in which the files and this record lie.
-        model: registry name or folder of the model they were recorded with.
+        path: path of the folder of the files and this record.
+        model: registry name or folder of the model that they were recorded with.
         settings: settings of the generations, and the examples' names, prompts and seeds.
-        calls: in the order in which they were made.
+        calls: calls in their order.
     """
 
     KIND: ClassVar[str] = "recording"
@@ -201,7 +201,7 @@ class Recording(Manifest, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """Where the record of a folder lies."""
+        """Path of the record in a folder."""
         return Path(path) / MANIFEST
 
     @property
@@ -226,12 +226,12 @@ class Recording(Manifest, frozen=True, kw_only=True):
         return tuple(call for call in self.calls if call.component == component)
 
     def inputs_key(self, component: str) -> str:
-        """Hash of everything that one component was called with, in order."""
+        """Hash of all inputs of one component, in order."""
         facts = [[call.step, call.branch, call.timestep, call.tensors] for call in self.of(component)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def inputs(self, call: RecordedCall) -> dict[str, torch.Tensor]:
-        """The tensors of a call, on the CPU, in the dtypes they had.
+        """The tensors of a call, on the CPU, in their dtypes.
 
         Raises:
             WanlabError: a file is missing or broken.
@@ -252,7 +252,7 @@ class Recording(Manifest, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensors on disk."""
+        """Size of the tensors on disk."""
         files = {content for call in self.calls for content in call.tensors.values()}
         return sum(tensor_file(self.folder, content).stat().st_size for content in files)
 
@@ -270,7 +270,7 @@ class Recording(Manifest, frozen=True, kw_only=True):
 def inputs_of(
     model, count: int, folder: str | os.PathLike, *, recorded: bool = False, **settings: Any
 ) -> Recording:
-    """Inputs on `count` of wan-nano's examples in a folder: read where they were recorded before, else recorded now.
+    """Inputs on `count` of wan-nano's examples: recorded in a folder, or with `recorded` read from it.
 
     Raises:
         WanlabError: as `read_recording` or `record_inputs`.
@@ -289,18 +289,18 @@ def record_inputs(
     progress: bool = True,
     **settings: Any,
 ) -> Recording:
-    """Generate, and keep what the components are called with.
+    """Generate, and record the inputs of components.
 
-    Every step and both branches of guidance are kept. Tensors go to disk as soon as they are seen, each content
-    once, so memory is that of a generation.
+    Every step and both branches of guidance are recorded. Tensors are written at once, each content only once, so that no
+    more memory is needed than for a generation.
 
     Args:
         model: from `wanlab.models.load`.
         cases: `Example`s, (image, prompt) pairs, a folder as `load_examples` reads it, or cases of `wanlab.heldout.cases`
             whose photograph is not held out.
-        folder: is made, and must be empty or hold an older recording, which is replaced.
-        components: which to listen to; None takes the experts.
-        progress: show a bar over the examples.
+        folder: folder of the recording; it is made, and must be empty or hold an older recording, which is replaced.
+        components: components to record; None takes the experts.
+        progress: whether a bar over the examples is shown.
         settings: settings of `Model.generate`: steps, height, width, frames, guidance_scale.
 
     Raises:
@@ -315,7 +315,7 @@ def record_inputs(
     generation = None
     bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
     for index, example in enumerate(bar):
-        with _listening(model, names, folder, index, calls):
+        with _recording_calls(model, names, folder, index, calls):
             generation = model.generate(
                 example.image,
                 example.prompt,
@@ -355,15 +355,14 @@ def random_recording(
     frames: int | None = None,
     seed: int = 0,
 ) -> Recording:
-    """Random inputs of one expert at the steps of a generation in which it runs, as a recording.
+    """Random inputs of one expert in the steps of a generation in which it runs, as a recording.
 
-    For weights that are random, whose generations say nothing: a sensitivity on them only weighs layers against each
-    other.
+    For random weights, whose generations mean nothing: a sensitivity on them only compares layers with one another.
 
     Args:
-        component: an expert; the others need not be loaded.
-        folder: is made; of this recording alone.
-        steps: steps of the generation. height, width, frames: size of the clip; None takes the model's default.
+        component: expert; the others need not be loaded.
+        folder: folder of this recording alone; it is made.
+        steps: number of steps of the generation. height, width, frames: size of the clip; None takes the model's default.
         seed: seed of the inputs; each step has inputs of its own.
 
     Raises:
@@ -399,7 +398,7 @@ def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _empty(folder: Path) -> Path:
-    """The folder, with nothing in it; only recordings are removed."""
+    """The folder, emptied of an older recording; other files are an error."""
     files = list(folder.iterdir()) if folder.is_dir() else []
     if files and not (folder / MANIFEST).is_file() and any(p.suffix != ".safetensors" for p in files):
         raise WanlabError(f"{folder} holds other files; give a folder for the recording alone")
@@ -411,32 +410,34 @@ def _empty(folder: Path) -> Path:
 
 
 @contextmanager
-def _listening(
+def _recording_calls(
     model, names: dict[str, tuple[str, ...]], folder: Path, example: int, calls: list[RecordedCall]
 ) -> Iterator[None]:
-    """Inside the block every call of the components named is written down."""
+    """Inside the block every call of the named components is recorded."""
     with stages(model) as stage:
 
-        def kept(component: str):
+        def recorder(component: str):
             def wrap(call):
-                def listen(*args, **kwargs):
+                def record(*args, **kwargs):
                     given = dict(zip(names[component], args, strict=False)) | kwargs
                     tensors = {name: keep(folder, given[name]) for name in names[component]}
                     result = call(*args, **kwargs)
                     at = stage.calls[-1]
-                    made = RecordedCall(example, component, at.step, at.timestep, None, at.branch, tensors)
-                    calls.append(made)
+                    recorded = RecordedCall(
+                        example, component, at.step, at.timestep, None, at.branch, tensors
+                    )
+                    calls.append(recorded)
                     return result
 
-                return listen
+                return record
 
             return wrap
 
         points = {
-            attribute: {method: kept(name) for method, name in methods.items() if name in names}
+            attribute: {method: recorder(name) for method, name in methods.items() if name in names}
             for attribute, methods in component_calls(model.pipeline).items()
         }
-        with intercept_calls(model.pipeline, {key: made for key, made in points.items() if made}):
+        with intercept_calls(model.pipeline, {key: methods for key, methods in points.items() if methods}):
             yield
 
 

@@ -1,1 +1,1 @@
-"""A plan chosen by measurement: costs, a mixed-integer program, proof by generations, repair."""
+"""A plan chosen by measurement: costs, a mixed-integer program, verification by generations, repair."""

@@ -1,4 +1,4 @@
-"""What a plan can buy at best and what it is predicted to do, before any work is spent; and what the search costs."""
+"""Amdahl's bound of a plan, its predicted effect and cost, and the cost of searching for it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def measured_bound(
     """`amdahl_bound`, with the share of linear layers from a profile of one generation.
 
     Args:
-        costs: from `layer_costs`. image, prompt, settings: as `Model.generate` takes them.
-        folder: gets the trace.
+        costs: table of `layer_costs`. image, prompt, settings: arguments of `Model.generate`.
+        folder: folder for the trace.
     """
     shares = breakdown(read_trace(capture(model, image, prompt, folder, **settings)))
     return amdahl_bound(costs, shares, schedule=model.schedule(settings.get("steps"))["component"])
 
 
 HAND_PICKED = ("uniform-int8", "uniform-fp8-channel", "ffn-int8", "uniform-int8-weight")
-"""Presets that a chosen plan is drawn beside."""
+"""Presets that figures show beside a chosen plan."""
 
 
 def predict(
@@ -45,12 +45,12 @@ def predict(
 ) -> pd.DataFrame:
     """Predicted effect and cost of plans.
 
-    Layers that the sensitivity does not know (embedders, output) and formats that were not measured count nothing, so the
-    effect of such a plan is at least what is said; `unknown_layers` counts them.
+    Layers that were not measured (embedders, output) and formats that were not measured add nothing, so the effect of such a
+    plan is at least the predicted one; `unknown_layers` is the number of these layers.
 
     Args:
-        model: that the plans are for.
-        plans: presets, files read by `load_plan`, selections' plans.
+        model: model that the plans are for.
+        plans: presets, plans of files read by `load_plan`, or of selections.
 
     Returns:
         DataFrame: plan, effect, unknown_layers, cost (of the layers that the sensitivity knows, as `Selection.cost`), unit,
@@ -119,11 +119,11 @@ def predict(
 def effect_ceiling(
     predicted: pd.DataFrame, plans: Sequence[str | os.PathLike], headroom: float | None
 ) -> float | None:
-    """A limit of predicted effect under which a plan is better than all of some plans picked by hand.
+    """Limit of the predicted effect below which a plan is better than some plans picked by hand.
 
     Args:
-        predicted: from `predict`. plans: presets or files among them.
-        headroom: share of the least effect of these plans; None sets no limit.
+        predicted: table of `predict`. plans: presets or files in it.
+        headroom: limit as a share of the least effect of these plans; None sets no limit.
 
     Raises:
         WanlabError: none of these plans was predicted.
@@ -154,11 +154,11 @@ class AmdahlBound:
     """Amdahl's bound on precision (AFIPS 1967): only linear layers of experts become faster.
 
     Attributes:
-        share_percent: share of a generation that they take. source: how that is known.
-        infinite: speed-up of the generation if they cost nothing.
-        format: the one in which they take the least together. rate: rate of their time as loaded over that in it.
+        share_percent: share of a generation's time that they take. source: origin of that share.
+        infinite: speed-up of the generation if they took no time.
+        format: format in which their total time is least. rate: ratio of their time as loaded to that in this format.
         at_format: speed-up of the generation if all of them were in it.
-        counted: the rate is of counted operations over nominal rates, as nothing was timed here.
+        counted: whether the rate is of counted operations and nominal rates, as nothing was timed.
     """
 
     share_percent: float
@@ -170,7 +170,7 @@ class AmdahlBound:
     counted: bool
 
     def of(self, rate: float) -> float:
-        """Speed-up of the generation when the linear layers are so many times as fast."""
+        """Speed-up of the generation where the linear layers are `rate` times as fast."""
         return speedup(self.share_percent, rate)
 
     def row(self) -> dict[str, Any]:
@@ -190,9 +190,9 @@ def amdahl_bound(costs: pd.DataFrame, share: Any, *, schedule: Any = None) -> Am
     """The bound of any plan, from the share of linear layers and what they cost in each format.
 
     Args:
-        costs: from `layer_costs`.
-        share: percent of a generation; or a `Breakdown` of one (`wanlab.diagnose.breakdown`), whose rows of linear layers in
-            experts are taken.
+        costs: table of `layer_costs`.
+        share: share of linear layers in a generation, in percent; or a `Breakdown` of one (`wanlab.diagnose.breakdown`), of
+            which the rows of linear layers in experts are taken.
         schedule: components of the steps (`model.schedule(steps)["component"]`); experts count alike if not given.
 
     Raises:
@@ -206,7 +206,7 @@ def amdahl_bound(costs: pd.DataFrame, share: Any, *, schedule: Any = None) -> Am
     else:
         percent, source = float(share), "as given"
     if not 0 <= percent <= 100:
-        raise WanlabError(f"a share of {percent:.4g} % is none; give 0 to 100")
+        raise WanlabError(f"a share is 0 to 100 %, not {percent:.4g} %")
     counted = counted_only(costs)
     calls = dict.fromkeys(costs["component"], 1) if schedule is None else dict(_called(schedule))
     spent = costs.assign(
@@ -228,13 +228,13 @@ def amdahl_bound(costs: pd.DataFrame, share: Any, *, schedule: Any = None) -> Am
 
 
 def speedup(share_percent: float, rate: float) -> float:
-    """Of the whole, when a share of it becomes so many times as fast."""
+    """Speed-up of the whole where a share of it becomes `rate` times as fast."""
     left = 1 - share_percent / 100 + (share_percent / 100 / rate if rate != float("inf") else 0)
     return float("inf") if left <= 0 else 1 / left
 
 
 def _called(schedule: Any) -> dict[str, int]:
-    """How often every component is called."""
+    """Component -> number of its calls."""
     return Counter(str(name) for name in schedule)
 
 
@@ -244,12 +244,12 @@ def product_bound(
     """Amdahl's bound of a plan: its linear layers at the measured rate of their products, all else as in the baseline.
 
     Args:
-        products: from `product_times`.
+        products: table of `product_times`.
         formats: layer -> format whose codes it multiplies.
         linear_share_percent: share of the baseline's time that its matrix products take.
 
     Returns:
-        bound_speedup, planned_percent (of the time of all products, that the plan changes), product_speedup (of those);
+        bound_speedup, planned_percent (share of the time of all products that the plan changes), product_speedup (of these);
         None where none of the layers was timed in its format.
     """
     times = {(layer, row.format): row.time_ms for row in products.itertuples() for layer in row.layers}
@@ -273,11 +273,11 @@ def product_bound(
 
 @dataclass(frozen=True)
 class SearchCost:
-    """Expert forwards that a plan took to find, beside those of brute force.
+    """Expert forwards that the search for a plan took, beside those of brute force.
 
     Attributes:
         recording, sensitivity, generations: forwards of recording and calibration, of the sensitivity (gradients as two
-            forwards each, products of layers as what they are), and of generations to verify by.
+            forwards each, products of layers by their share of one), and of generations for verification.
         brute_force: layers x formats x cases x calls of a generation, and the originals: every layer in every format by
             itself measured end to end on the same cases.
         formula: the same in words.
@@ -317,13 +317,13 @@ class SearchCost:
 def search_cost(
     sensitivity, recording: Recording | None, originals, generations: int, *, calibrated: bool = True
 ) -> SearchCost:
-    """What was spent.
+    """The cost of a search.
 
     Args:
-        sensitivity: a `Sensitivity`. recording: its recording, made and calibrated on for this.
-        originals: from `make_originals`; what they took is counted too.
-        generations: cases generated with plans, decoded or not.
-        calibrated: whether the recording was also passed once for its ranges.
+        sensitivity: `Sensitivity`. recording: recording that was made for it; None where it existed.
+        originals: originals from `make_originals`; their forwards count too.
+        generations: number of cases generated with plans, decoded or not.
+        calibrated: whether calibration passed the recording once more.
     """
     frame = sensitivity.frame
     layers = len(frame.drop_duplicates(["component", "layer"]))

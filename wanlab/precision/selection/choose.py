@@ -1,4 +1,4 @@
-"""From tables to a proven plan: predicted effect to quality loss, selection, verification, repair."""
+"""A plan within a quality budget: relation of effect and quality loss, selection, verification, repair."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from wanlab.precision.selection.verify import (
 
 FORMS = {"linear": 1.0, "square root": 0.5}
 """Name -> exponent of the effect. A loss that grows with the square of errors is linear in the effect; one that grows with
-their size, as the spread over cases does where errors help as often as they harm, goes with its root."""
+their size, as the spread over cases does where errors improve as often as they harm, is linear in its root."""
 
 MARGIN = 0.8
-"""Of the limit, that the budget aims at: the interval of a plan moves with its noise."""
+"""Share of the limit for which the budget is set, as the interval of a plan varies with its noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Relation:
     """Upper end of the quality loss as a function of the effect: `scale * effect ** exponent`.
 
     Attributes:
-        form: a name of `FORMS`. scale: percent at an effect of 1.
+        form: name of `FORMS`. scale: percent at an effect of 1.
         residual_percent: root mean square distance of the fitted from the measured upper ends, in percent of quality loss.
         points: one row per plan: plan, predicted (effect), effect (true), loss_percent, upper_percent, fitted_percent.
     """
@@ -54,7 +54,7 @@ class Relation:
     def budget(self, limit_percent: float, *, margin: float = MARGIN) -> float:
         """The effect whose predicted upper end is the limit times a margin.
 
-        It is at most the largest effect that was tried: beyond it nothing is known.
+        It is at most the largest effect that was measured; nothing is known beyond.
         """
         if limit_percent <= 0:
             raise WanlabError(
@@ -77,7 +77,7 @@ def fit_relation(predicted: Sequence[float], verifications: Sequence[Verificatio
     """Fit the upper end of the quality loss to predicted effects, through the origin; the form that fits better is taken.
 
     Args:
-        predicted: effect of each plan. verifications: verifications of the same plans, with truths.
+        predicted: predicted effect of each plan. verifications: verifications of the same plans, with truths.
 
     Raises:
         WanlabError: fewer than two plans, no quality loss, or no effect.
@@ -124,15 +124,15 @@ def compare_plans(verifications: Sequence[Verification], *, seed: int = 0) -> pd
     """One row per plan, with its differences to the first plan on the same cases.
 
     Args:
-        verifications: from `verify_plan`, of the same cases.
+        verifications: results of `verify_plan` on the same cases.
         seed: seed of the bootstrap.
 
     Returns:
-        DataFrame: the columns of `Verification.row`, and of lpips and loss_percent how much `_more` than the first plan's it
-        is, mean over cases, with the ends of its 95 % bootstrap interval `_more_low` and `_more_high` (NaN for the first).
+        DataFrame: the columns of `Verification.row`, and for lpips and loss_percent the difference to the first plan as
+        `_more`, mean over cases, with its 95 % bootstrap interval `_more_low` and `_more_high` (NaN for the first).
 
     Raises:
-        WanlabError: nothing, or other cases.
+        WanlabError: no verification, or other cases.
     """
     if not verifications:
         raise WanlabError("no verified plan to compare; give at least one")
@@ -157,14 +157,14 @@ def compare_plans(verifications: Sequence[Verification], *, seed: int = 0) -> pd
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """What became of a plan.
+    """A plan after its repairs.
 
     Attributes:
-        selection: the last one. verification: its proof.
+        selection: the last selection. verification: its verification.
         holds: whether the upper end of its quality loss is within the limit.
-        history: one row per round: round, plan, raised (groups that got a better format), effect (predicted), cost,
+        history: one row per round: round, plan, raised (number of groups with a better format), effect (predicted), cost,
             loss_percent, upper_percent, holds.
-        generations: that the rounds took.
+        generations: number of generations of all rounds.
     """
 
     selection: Selection
@@ -187,17 +187,17 @@ def repair(
     progress: bool = True,
     **settings: Any,
 ) -> Repaired:
-    """Verify a plan; while its quality loss exceeds the limit, raise what has the largest effect per cost saved.
+    """Verify a plan; while its quality loss exceeds the limit, give better formats to the groups with most effect per cost.
 
-    Each round takes the predicted effect down as far as the relation asks for, by at least one group. Limits on bits and on
-    the share of 8 bits stay kept; the one on the effect is what is being corrected.
+    Each round lowers the predicted effect as far as the relation requires, by at least one group. Limits on bits and on the
+    share of 8 bits still apply; that on the effect is replaced.
 
     Args:
-        selection: from `select_plan` or `frontier`. originals: cases to choose by, never those of the final set.
+        selection: result of `select_plan` or `frontier`. originals: originals of cases to choose by, never of the final set.
         limit_percent: limit of the upper end of the quality loss.
-        verification: verification of this plan, where there is one already.
-        relation: how loss follows from effect; linear if not given.
-        max_rounds: largest number of repairs; the history ends there even if the limit is not kept.
+        verification: verification of this plan, where it was verified already.
+        relation: relation of effect and loss; linear if not given.
+        max_rounds: largest number of repairs; the history ends there even if the loss exceeds the limit.
         settings: settings of `verify_plan`.
 
     Raises:
@@ -239,7 +239,7 @@ def raise_worst(selection: Selection, target: float, name: str) -> tuple[Selecti
     """The plan with formats raised until its effect is at most a target, largest effect per cost first.
 
     Returns:
-        The plan and how many formats were raised; None and 0 where nothing is left to raise.
+        The plan and how many formats were raised; None and 0 where no format can be raised.
     """
     problem, limits = selection.problem, replace(selection.limits, effect=None)
     options = problem.options
@@ -247,7 +247,7 @@ def raise_worst(selection: Selection, target: float, name: str) -> tuple[Selecti
     useful = options.loc[undominated(problem)]
     choices = useful.groupby(["group", "first_step"]).groups
     effects, effect, raised = options["effect"].to_numpy(), selection.effect, 0
-    # Steps up by ratio of what they save in effect to what they cost; what the limits forbid is passed over.
+    # The best ratio of effect saved to cost comes first; steps that break the limits are skipped.
     while raised == 0 or effect > target:
         steps = sorted(_steps(options, choices, chosen), reverse=True)
         step = next(
@@ -266,7 +266,7 @@ def raise_worst(selection: Selection, target: float, name: str) -> tuple[Selecti
 
 
 def _steps(options: pd.DataFrame, choices: Mapping, chosen: Mapping):
-    """Every step to a format of less effect: effect saved per cost, where, and to what."""
+    """Every change to a format of less effect: effect saved per cost, group and range of steps, and new option."""
     effects, costs = options["effect"].to_numpy(), options["cost"].to_numpy()
     for place, now in chosen.items():
         for other in choices[place]:
@@ -292,12 +292,12 @@ def _kept(problem, limits: Limits, chosen: Mapping) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A plan within a quality budget, and how it was found.
+    """A plan within a quality budget, and the measurements it was chosen by.
 
     Attributes:
-        repaired: the plan, its prediction and its proof on the cases it was chosen by.
+        repaired: plan, prediction and verification on the cases it was chosen by.
         frontier: plans from loose to tight. relation: relation of effect and loss, from those in `probes`.
-        budget: on the effect. ceiling: what else held it down, None if nothing did. rest_effect: effect of rounding the
+        budget: limit of the effect. ceiling: another limit of it, None without one. rest_effect: effect of rounding the
             layers that the sensitivity does not know, 0 where they are left as they are.
         limit_percent: limit of the upper end of the quality loss.
         generations: number of plans, the originals apart.
@@ -381,17 +381,18 @@ def choose_plan(
 ) -> Chosen:
     """The plan that saves the most within a quality budget.
 
-    Plans of the frontier, from loose to tight, are generated with; upper ends of their quality losses are fitted to their
-    predicted effects; the fit places the budget of the plan, which is then verified, and repaired while it loses too much.
+    Plans of the frontier, from loose to tight, are verified; upper ends of their quality losses are fitted to their
+    predicted effects; the fit gives the budget of the plan, which is then verified, and repaired while its loss is too
+    large.
 
     Args:
-        sensitivity: from `precision.sensitivity`. costs: from `layer_costs`.
-        originals: from `make_originals`, of cases to choose by.
+        sensitivity: result of `precision.sensitivity`. costs: table of `layer_costs`.
+        originals: result of `make_originals` on cases to choose by.
         limit_percent: limit of the upper end of the 95 % interval of the quality loss.
-        ceiling: limit of the predicted effect besides; e.g. below that of a plan that must be beaten.
-        probes: plans of the frontier to verify, at least 2. points: budgets of the frontier.
-        calibrations: as `apply_plan` takes them.
-        rest: format of linear layers that the sensitivity does not know (embedders, output). Its effect is measured on the
+        ceiling: further limit of the predicted effect, e.g. below that of a plan that must be improved on.
+        probes: number of plans of the frontier to verify, at least 2. points: number of budgets of the frontier.
+        calibrations: calibrations as `apply_plan` takes them.
+        rest: format of linear layers that were not measured (embedders, output). Its effect is measured on the
             cases, unless `rest_effect` is among the settings.
         settings: settings of `select_plan`: objective, formats, min_share_8bit, max_bits, group, by_steps.
 
@@ -441,7 +442,7 @@ def choose_plan(
 def _rest_effect(
     model, sensitivity, costs: pd.DataFrame, rest: str, originals, calibrations, progress: bool
 ) -> float:
-    """The true effect of rounding everything that the sensitivity does not know, and nothing else."""
+    """The measured effect of rounding all linear layers outside the sensitivity, and no others."""
     keys = ["component", "layer"]
     known = table_of(sensitivity).set_index(keys).index
     outside = costs[(costs["format"] == rest) & ~costs.set_index(keys).index.isin(known)]

@@ -1,4 +1,4 @@
-"""What every linear layer costs in every format: measured where its kernel is, counted elsewhere and called so."""
+"""Cost of every linear layer in every format: measured where the device has its kernel, else counted and marked so."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from wanlab.precision.quant_linear import (
 )
 
 DEFAULT = "default"
-"""The format of a layer that stays as the model was loaded; plans call it so too."""
+"""Format of a layer that stays as the model was loaded, as in plans."""
 
 MEASURED, COUNTED = "measured", "counted"
 
@@ -58,20 +58,20 @@ def layer_costs(
 ) -> pd.DataFrame:
     """Time, work and bytes of every linear layer of the experts, in every format and as it was loaded.
 
-    On a GPU each distinct shape is timed once in each format, with the layer that `apply_plan` would put there: the
-    rounding of its input is in the time. Layers of equal shape and rows share the sample. Uncompiled, that rounding is
+    On a GPU each distinct shape is timed once in each format, with the layer that `apply_plan` would put there: the time
+    includes the rounding of its input. Layers of equal shape and rows share the sample. Uncompiled, that rounding is
     several passes over the input and takes more than an 8-bit product saves; compiled it is one, and inside a compiled
-    block it is part of what comes before, so a plan chosen by compiled costs is at least as fast as they say. On a CPU,
-    where products of codes are simulated, nothing is timed: `work_gflop` stands in, operations over the format's rate
-    relative to a float's.
+    block it is fused with what comes before, so a plan chosen by compiled costs is at least as fast as predicted. On a
+    CPU, where products of codes are simulated, nothing is timed, and `work_gflop` is used instead: operations over the
+    format's rate relative to a float's.
 
     Args:
         model: from `wanlab.models.load`, its experts as loaded.
-        formats: to add to `"default"`; a layer whose inputs its blocks do not fill has no row in that format.
+        formats: formats beside `"default"`; a layer whose inputs are no multiple of a format's block has no row in it.
         height, width, frames: size of the video; the model's default if not given.
-        iterations: samples per shape and format.
-        measured: None measures on CUDA alone.
-        compiled: time each layer by torch.compile, as blocks that are compiled run it; None does so on CUDA.
+        iterations: number of samples per shape and format.
+        measured: whether costs are timed; None does so on CUDA.
+        compiled: whether layers are timed with torch.compile, as in compiled blocks; None does so on CUDA.
 
     Returns:
         DataFrame: component, layer, block, projection, format, bits (of a weight), weights (elements), rows (of the input in
@@ -79,7 +79,7 @@ def layer_costs(
         cv_percent (NaN where counted), work_gflop.
 
     Raises:
-        WanlabError: an unknown format, a size that is not legal, an expert that is not as it was loaded.
+        WanlabError: an unknown format, a size that is not legal, an expert with a plan or on an engine.
     """
     defaults = model.spec.defaults
     size = (height or defaults.height, width or defaults.width, frames or defaults.frames)
@@ -174,7 +174,7 @@ def _time(
 
 
 def cost_totals(costs: pd.DataFrame) -> pd.DataFrame:
-    """A table of `layer_costs` summed per format: format, source, and of time_ms, work_gflop, size_bytes what is known."""
+    """Sums of `layer_costs` per format: format, source, and those of time_ms, work_gflop and size_bytes that are known."""
     sums = costs.groupby(["format", "source"], sort=False)[["time_ms", "work_gflop", "size_bytes"]]
     return sums.sum(min_count=1).reset_index().dropna(axis="columns").round(3)
 
@@ -182,13 +182,13 @@ def cost_totals(costs: pd.DataFrame) -> pd.DataFrame:
 def product_times(
     layers: Mapping[str, tuple[int, torch.nn.Linear]], formats: Sequence[str], *, iterations: int = 5
 ) -> pd.DataFrame:
-    """Every distinct shape of a linear layer: its product alone, without the rounding of its input.
+    """Times of every distinct shape of a linear layer: its product alone, without the rounding of its input.
 
     Args:
         layers: name -> rows of its input in one call, and the layer.
-        formats: to add to the layer's own float. One whose products are not computed on codes here (weight-only formats,
-            simulated ones, too few rows) is left out.
-        iterations: samples of each.
+        formats: formats beside the layer's own float. Those whose products are not computed on codes here (weight-only
+            formats, simulated ones, too few rows) are left out.
+        iterations: number of samples of each.
 
     Returns:
         A row per shape and format: rows, inputs, outputs, dtype, format (`"as-loaded"` for the float), layers (names),
@@ -202,7 +202,7 @@ def product_times(
     for (rows, outputs, inputs, dtype, device), names in shapes.items():
         values = torch.randn(rows, inputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        calls = {AS_LOADED: lambda a=values, b=weight: linear(a, b)}
+        calls: dict[str, Callable[..., Any] | None] = {AS_LOADED: lambda a=values, b=weight: linear(a, b)}
         calls |= {name: _on_codes(name, values, weight) for name in formats}
         for name, call in calls.items():
             if call is None:
@@ -218,7 +218,7 @@ def product_times(
 
 
 def _on_codes(name: str, values: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-    """A call of the product on codes; None where there is none on this device."""
+    """A call of the product on codes; None where this device has none."""
     if is_float(name) or get_format(name).activation is None:
         return None
     rows, device = len(values), weight.device

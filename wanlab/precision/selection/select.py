@@ -30,7 +30,7 @@ from wanlab.precision.sensitivity.measure import sensitivity as measure_sensitiv
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer and what it is to compute in.
+    """One linear layer and its chosen formats.
 
     Attributes:
         formats: (first_step, last_step, format), in order; one with None, None where the step does not matter.
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Area:
-    """Layers that get the same formats: blocks (None is all), patterns, and what they get."""
+    """Layers that get the same formats: blocks (None is all), patterns, and these formats."""
 
     blocks: tuple[int, ...] | None
     layers: tuple[str, ...]
@@ -61,13 +61,14 @@ def compress(
     num_steps: int | None = None,
     note: str = "",
 ) -> Plan:
-    """The shortest list of rules that was found, checked layer by layer.
+    """A short list of rules that gives every layer its formats, checked layer by layer.
 
-    A format for the most, others for whole projections or blocks, then exceptions; what every expert shares is said once.
+    A format for most layers, others for whole projections or blocks, then exceptions; rules that all experts share are
+    written once.
 
     Args:
-        layers: layers of all experts; what is in none of them the rules do not touch.
-        num_steps: needed where formats change with the step.
+        layers: layers of all experts; the rules change no others.
+        num_steps: number of steps; needed where formats change with the step.
 
     Raises:
         WanlabError: a layer twice, or formats by steps without their number.
@@ -111,7 +112,7 @@ _KEPT = ((None, None, DEFAULT),)
 
 
 def _attempts(cells: dict):
-    """Ways to write the layers of the blocks."""
+    """Several lists of areas that give the layers of the blocks their formats."""
     if not cells:
         yield []
         return
@@ -127,7 +128,7 @@ def _attempts(cells: dict):
 
 
 def _lines(cells: dict, base, axis: int | None, names: list[str]) -> tuple[list[_Area], dict]:
-    """Rules for whole blocks (axis 0) or projections (1) whose most layers differ from the base."""
+    """Rules for whole blocks (axis 0) or projections (1), most of whose layers differ from the base."""
     current = dict.fromkeys(cells, base)
     if axis is None:
         return [], current
@@ -149,7 +150,7 @@ def _lines(cells: dict, base, axis: int | None, names: list[str]) -> tuple[list[
 
 
 def _exceptions(left: dict, axis: int, names: list[str]) -> list[_Area]:
-    """Single places, those together that share their blocks (axis 1) or their projections (axis 0)."""
+    """Rules for single layers; those with the same blocks (axis 1) or projections (axis 0) share one."""
     lines: dict = defaultdict(set)
     for place, formats in left.items():
         lines[place[axis], formats].add(place[1 - axis])
@@ -164,7 +165,7 @@ def _exceptions(left: dict, axis: int, names: list[str]) -> list[_Area]:
 
 
 def _globs(names: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Names, with `attn1.*` for all that begin so."""
+    """Patterns for names: `attn1.*` where all known names with this beginning are among them."""
     names, globs = set(names), []
     for prefix in dict.fromkeys(name.split(".")[0] for name in known):
         own = {name for name in known if name.split(".")[0] == prefix}
@@ -175,7 +176,7 @@ def _globs(names: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _joined(parts: dict[str, list[_Area]]) -> list[_Area]:
-    """Rules of all experts as one list; what stands in every list, in the same order, is said once."""
+    """Rules of all experts as one list; rules of both lists, in the same order, are written once."""
     names = list(parts)
     if len(names) == 1:
         return parts[names[0]]
@@ -244,18 +245,18 @@ def _gives(plan: Plan, parts: dict[str, list[Layer]]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """A chosen plan and what it is predicted to do.
+    """A chosen plan with its predicted effect and cost.
 
     Attributes:
-        plan: in rules.
+        plan: plan as rules.
         frame: one row per layer and range of steps: component, layer, block, projection, first_step, last_step (None where
             the step does not matter), format, effect (of its group), group.
-        effect: predicted squared relative change of the final latents, those of the rest included. budget: limit of it.
+        effect: predicted squared relative change of the final latents, unmeasured layers included. budget: limit of it.
         cost, default_cost: cost of the chosen layers, in `unit`: as planned, and as loaded.
         size_bytes, default_bytes: size of all linear weights.
-        bits_per_weight: mean over linear weights, scales included. share_8bit: share of them in at most 8 bits.
+        bits_per_weight: mean over linear weights, scales included. share_8bit: share of linear weights in at most 8 bits.
         optimal: whether the solver proved it cheapest, within 0.01 %. solve_ms: its time.
-        problem, limits, chosen: what was solved, for `repair`.
+        problem, limits, chosen: problem and limits that were solved and options that were chosen, for `repair`.
     """
 
     plan: Plan
@@ -277,7 +278,7 @@ class Selection:
 
     @property
     def saved_percent(self) -> float:
-        """Of the cost of the chosen layers."""
+        """Share of the cost of the chosen layers that is saved."""
         return 100 * (1 - self.cost / self.default_cost)
 
     def row(self) -> dict[str, Any]:
@@ -324,26 +325,27 @@ def select_plan(
     name: str = "selected",
     time_limit_s: float = 20.0,
 ) -> Selection:
-    """Give every layer the format that together cost the least, with a sum of effects within the budget.
+    """Choose a format for every layer, so that the cost is least and the sum of effects within the budget.
 
     Args:
-        sensitivity: from `precision.sensitivity`, or a table with its columns.
-        costs: from `layer_costs`, with the same formats.
+        sensitivity: `Sensitivity`, or a table with its columns.
+        costs: table of `layer_costs` with the same formats.
         objective: `"memory"`: bytes of weights; `"time"`: measured milliseconds of a generation, or counted operations where
             nothing was measured. Weight-only formats save memory but no time; formats that round inputs too save both.
         budget: largest predicted effect; None is no limit. `precision.fit_relation` gives it for a quality loss.
-        formats: to choose from besides `"default"`; None takes all that were measured. Floats in it stand for the default.
+        formats: formats to choose from besides `"default"`; None takes all that were measured. Floats mean the default.
         min_share_8bit: fraction of all linear weights that must be in formats of 8 bits or fewer at every step.
         max_bits: largest mean bits of a linear weight.
-        group: layers that get one format: each `"layer"`, a `"projection"` in all blocks of an expert, or a whole `"block"`.
-        by_steps: choose for each range of steps of the sensitivity apart. A layer then holds the weights of all its formats.
-        rest: format of linear layers outside the sensitivity (embedders, output), and the measured effect of that.
-        rest_effect: see `measured_effect`.
+        group: layers that get one format together: each `"layer"`, a `"projection"` in all blocks of an expert, or a
+            whole `"block"`.
+        by_steps: whether each range of steps has its own choice. A layer then holds the weights of all its formats.
+        rest: format of linear layers that were not measured (embedders, output).
+        rest_effect: effect of rounding these, see `measured_effect`.
         name: name of the plan.
-        time_limit_s: time limit of the solver; the best found until then is taken.
+        time_limit_s: time limit of the solver; then its best choice so far is taken.
 
     Raises:
-        WanlabError: tables that do not fit, or limits that no plan keeps (says what comes nearest).
+        WanlabError: tables that do not fit, or limits that no plan keeps (the message names the nearest).
     """
     problem = make_problem(
         sensitivity,
@@ -372,7 +374,7 @@ def chosen_plan(
 def selection_of(
     problem: Problem, limits: Limits, solution: Solution, name: str, solve_ms: float = 0.0
 ) -> Selection:
-    """A choice as a plan with its prediction."""
+    """A solution as a plan with its prediction."""
     options = problem.options.loc[solution.chosen].sort_values(["group", "first_step"])
     frame = _frame(problem, options)
     by_format = options.drop_duplicates(["group", "format"])
@@ -443,15 +445,15 @@ class Frontier:
     """Plans from loose to tight budgets, each the cheapest within its own.
 
     Attributes:
-        selections: cheapest first; no two do the same.
-        frame: their rows.
+        selections: selections, cheapest first; no two are the same plan.
+        frame: rows of the selections.
     """
 
     selections: tuple[Selection, ...]
     frame: pd.DataFrame
 
     def spread(self, count: int) -> list[Selection]:
-        """About so many of them, evenly from cheap to dear, those without any effect left out."""
+        """About `count` of them, evenly from cheap to expensive, without those that have no effect."""
         useful = [each for each in self.selections if each.effect > each.problem.rest_effect]
         if not useful:
             raise WanlabError(
@@ -467,7 +469,7 @@ def frontier(
     """The cheapest plans within budgets from loose to tight, evenly in their logarithm.
 
     Args:
-        points: budgets to try; plans that come out equal are kept once.
+        points: number of budgets; equal plans count once.
         settings: settings of `select_plan`, without the budget.
 
     Raises:
@@ -500,9 +502,9 @@ def _named(selection: Selection, plan: Plan) -> Selection:
 
 TIMED_FORMATS = ("fp8", "fp8-channel", "int8")
 TIMED_PRESETS = ("uniform-fp8", "ffn-fp8")
-"""Predicted beside them; the second plan has at most half the effect of the first of these."""
+"""Presets that are predicted too; the second plan has at most half the effect of the first of these."""
 SMALL_CLIP = {"height": 256, "width": 448, "frames": 17}
-"""Of the clip that effects are measured on where the model's own is larger: a gradient needs several times the memory."""
+"""Size of the clip on which effects are measured where the video is larger, as gradients need several times the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -510,9 +512,9 @@ class PlansByTime:
     """Plans selected by time.
 
     Attributes:
-        plans: name -> plan, the fastest first; one where it has so small an effect already.
+        plans: name -> plan, the fastest first; one plan alone where that has a small enough effect.
         selected: a row per plan, as `Selection.row`: its cost, effect and shares.
-        predicted: cost and effect of the presets beside them, from `predict`.
+        predicted: cost and effect of presets, from `predict`.
         effects: sum of effects by projection and format.
         costs: sum of costs by projection, format, source (`"measured"` or `"counted"`) and kernel.
     """
@@ -545,19 +547,19 @@ def plans_by_time(
 ) -> PlansByTime:
     """Select two plans for one expert by time, one format per projection so that all blocks are one kind.
 
-    `layer_costs` times every shape of a linear layer in every format as compiled blocks run it (on a CPU it counts, and
-    the note of the plans says so); `sensitivity` says on random inputs of a small clip how far each layer's rounding moves
-    the latents. Random weights have no quality to lose: effects only weigh layers against each other.
+    `layer_costs` times every shape of a linear layer in every format as compiled blocks run it (on a CPU it counts
+    operations, and the note of the plans states that); `sensitivity` measures on random inputs of a small clip how much each
+    layer's rounding changes the latents. With random weights effects only compare layers with one another.
 
     Args:
-        model: from `wanlab.models.load`, the expert as loaded.
-        height, width, frames: size of the video that is to be fast; the model's default if not given.
-        formats: to choose from, beside the model's own.
+        model: model from `wanlab.models.load`, with the expert as loaded.
+        height, width, frames: size of the video for which costs are measured; the model's default if not given.
+        formats: formats to choose from, beside the model's own.
         small: height, width and frames of the clip that effects are measured on; the smaller of the video and
             `SMALL_CLIP` if not given.
-        steps, calls, probes: probes of the sensitivity.
-        name: begins the names of the plans; the model's name if not given.
-        progress: show bars.
+        steps: number of steps of the random recording. calls, probes: as `sensitivity` takes them.
+        name: beginning of the plans' names; the model's name if not given.
+        progress: whether bars are shown.
     """
     defaults = model.spec.defaults
     given = {"height": height, "width": width, "frames": frames}
@@ -592,7 +594,7 @@ def plans_by_time(
             name=f"{name or model.spec.name}-{kind}",
         )
         if selection.plan.hash in {plan.hash for plan in plans.values()}:
-            continue  # the fastest has so small an effect already
+            continue  # the fastest has at most this effect already
         note = f"selected by time for {model.spec.name} {component} at {size['height']}x{size['width']}x{size['frames']}"
         note += " from costs of compiled layers" if selection.unit == "ms" else f", {selection.unit}"
         plans[selection.plan.name] = structs.replace(selection.plan, note=note)

@@ -22,19 +22,19 @@ NEEDED = ("component", "layer", "block", "projection", "format", "first_step", "
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What may be chosen.
+    """Options of a choice of formats.
 
     Attributes:
         options: one row per group, range of steps and format: group (number), first_step, last_step, format, effect, cost
             (of a generation, for time; of the weights held, for memory), default_cost, size_bytes, bits, weights.
         members: one row per layer: group, component, layer, block, projection.
-        objective, unit: `"ms"`, `"GFLOP (counted)"` or `"bytes"`.
-        rest_weights, rest_bytes, rest_default_bytes, rest_few: elements of linear layers that are not chosen here, their
-            bytes as planned and as loaded, and elements of them in 8 bits or fewer.
+        objective: `"memory"` or `"time"`. unit: unit of costs, `"ms"`, `"GFLOP (counted)"` or `"bytes"`.
+        rest_weights, rest_bytes, rest_default_bytes, rest_few: elements of linear layers that have no options, their bytes
+            as planned and as loaded, and their elements in 8 bits or fewer.
         rest: these layers, one row each: component, layer, block, projection, format.
-        rest_effect: effect of rounding these.
+        rest_effect: effect of rounding these layers.
         tie: costs that differ by less than this fraction count as equal.
-        num_steps: number of steps of the generation; by_steps: whether ranges of steps are chosen apart.
+        num_steps: number of steps of the generation; by_steps: whether each range of steps has its own choice.
     """
 
     options: pd.DataFrame
@@ -69,10 +69,10 @@ def make_problem(
     rest_effect: float = 0.0,
     tie: float = TIE,
 ) -> Problem:
-    """Tables of effects and costs as one choice; see `select_plan` for the arguments.
+    """Tables of effects and costs as one problem; see `select_plan` for the arguments.
 
     Raises:
-        WanlabError: tables that do not fit each other, unknown words, nothing to choose from.
+        WanlabError: tables that do not fit each other, an unknown group or objective, no format to choose from.
     """
     for value, known, what in ((group, GROUPS, "group"), (objective, OBJECTIVES, "objective")):
         if value not in known:
@@ -114,7 +114,7 @@ def make_problem(
     rest_rows = rest_rows[rest_rows["_merge"] == "left_only"]
     rest_planned = rest_rows[rest_rows["format"] == rest]
     whole = rest_rows[rest_rows["format"] == DEFAULT]
-    # What cannot be in the rest's format, as blocks do not fill it, stays as it is.
+    # Layers that cannot be in the rest's format, as their inputs are no multiple of its block, keep the default.
     kept = whole[~whole.set_index(keys).index.isin(rest_planned.set_index(keys).index)]
     chosen = rest_planned if rest == DEFAULT else pd.concat([rest_planned, kept])
     return Problem(
@@ -154,13 +154,13 @@ def table_of(sensitivity) -> pd.DataFrame:
 
 
 def branches_of(sensitivity) -> int:
-    """Calls of an expert in a step: two with guidance."""
+    """Number of calls of an expert in a step: two with guidance."""
     generation = getattr(sensitivity, "settings", {}).get("generation", {})
     return 2 if (generation.get("guidance_scale") or 0) > 1 else 1
 
 
 def steps_of(sensitivity) -> int | None:
-    """Steps of the generation, where the measurement says so."""
+    """Number of steps of the generation; None where the measurement has no schedule."""
     schedule = getattr(sensitivity, "settings", {}).get("schedule")
     return len(schedule) if schedule else None
 
@@ -179,7 +179,7 @@ def _formats(effects: pd.DataFrame, formats: Sequence[str] | None) -> list[str]:
 
 
 def _costed(table: pd.DataFrame, objective: str, branches: int) -> tuple[pd.DataFrame, str]:
-    """With the cost of every row: bytes, or what a generation spends in this range of steps."""
+    """The table with the cost of every row, bytes or time or work in this range of steps; and its unit."""
     if objective == "memory":
         return table.assign(cost=table["size_bytes"].astype(float)), "bytes"
     sources = set(table["source"])
@@ -193,7 +193,7 @@ def _costed(table: pd.DataFrame, objective: str, branches: int) -> tuple[pd.Data
 
 
 def _grouped(table: pd.DataFrame, group: str):
-    """Number of every row's group, and the layers with theirs. Layers outside the blocks stand alone."""
+    """Number of every row's group, and the layers with theirs. Each layer outside the blocks is its own group."""
     layers = table.drop_duplicates(["component", "layer"])[["component", "layer", "block", "projection"]]
     by = layers[group].astype("string").where(layers["block"].notna() | (group == "layer"), layers["layer"])
     keys = layers["component"] + "|" + by
@@ -203,7 +203,7 @@ def _grouped(table: pd.DataFrame, group: str):
 
 
 def _over_steps(table: pd.DataFrame, objective: str) -> pd.DataFrame:
-    """One row per layer and format: effects and times of all steps added, bytes once."""
+    """One row per layer and format: effects and times of all steps are added, bytes count once."""
     named = {name: (name, "first") for name in ("group", "bits", "weights", "size_bytes")}
     how = "first" if objective == "memory" else "sum"
     return table.groupby(["component", "layer", "format"], as_index=False, sort=False).agg(
@@ -212,7 +212,7 @@ def _over_steps(table: pd.DataFrame, objective: str) -> pd.DataFrame:
 
 
 def _summed(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Rows of groups; a format that one of its layers cannot have is none of the group."""
+    """One row per group and format; formats that one of the group's layers cannot have are left out."""
     rows = table.groupby(by, as_index=False, sort=False).agg(
         effect=("effect", "sum"),
         cost=("cost", "sum"),
@@ -227,7 +227,7 @@ def _summed(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _stretched(options: pd.DataFrame, num_steps: int) -> pd.DataFrame:
-    """Ranges that reach from the first to the last step: an expert is not called in steps outside its own."""
+    """Options whose ranges reach from the first to the last step, as an expert is not called outside its own steps."""
     first, last = (
         options.groupby("group")[name].transform(how)
         for name, how in (("first_step", "min"), ("last_step", "max"))
@@ -247,9 +247,9 @@ class Solution:
     """One option per group and range of steps.
 
     Attributes:
-        chosen: index into `Problem.options`.
-        gap: how far the cost can be from the best, as a fraction; None where nothing bounds it.
-        optimal: the gap is closed, within `GAP`.
+        chosen: indices into `Problem.options`.
+        gap: largest distance of the cost from the best possible, as a fraction; None where it is not known.
+        optimal: whether the gap is at most `GAP`.
     """
 
     chosen: np.ndarray
@@ -259,12 +259,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a choice must keep. None is no limit.
+    """Limits of a choice. None is no limit.
 
     Attributes:
-        effect: sum of effects, those of the rest included.
-        min_share_8bit: fraction of all linear weights in formats of at most 8 bits at every step.
-        max_bits: mean bits of a linear weight, scales included.
+        effect: largest sum of effects, unmeasured layers included.
+        min_share_8bit: least fraction of all linear weights in formats of at most 8 bits at every step.
+        max_bits: largest mean bits of a linear weight, scales included.
     """
 
     effect: float | None = None
@@ -276,26 +276,26 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
     """Minimise the cost (or the effect) of a problem.
 
     One binary per group, range of steps and format, exactly one format each. Effects add: the roundings of different layers
-    are independent. A format that a group has in some range of steps is held, and its bytes counted, once.
+    are independent. The bytes of a format that a group has in any range of steps count once.
 
     Args:
-        least: `"cost"`, or `"effect"` to learn what is possible at all.
+        least: quantity to minimise: `"cost"`, or `"effect"` for the least effect under the other limits.
 
     Raises:
-        WanlabError: nothing keeps the limits (says what comes nearest), or no choice was found in time.
+        WanlabError: no choice keeps the limits (the message names the nearest), or none was found in time.
     """
     options = problem.options
     kept = undominated(problem)
     rows = options.iloc[kept].reset_index(drop=True)
     count = len(rows)
     pairs = rows[["group", "format"]].apply(tuple, axis=1)
-    held_codes, held = _numbered(pairs)
+    held_codes, held_formats = _numbered(pairs)
     group_codes, groups = _numbered(rows["group"])
     first = rows.groupby(held_codes).first()
     size, few = first["size_bytes"].to_numpy(float), rows["bits"].to_numpy() <= 8
     weights = rows.groupby(group_codes)["weights"].first().to_numpy(float)
     total = problem.weights
-    x, h, z = 0, count, count + len(held)  # choices, formats held, groups in few bits throughout
+    x, h, z = 0, count, count + len(held_formats)  # choices, formats held, groups in few bits throughout
     width = z + len(groups)
     constraints = []
 
@@ -309,7 +309,7 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
     places, place_list = _numbered(rows[["group", "first_step"]].apply(tuple, axis=1))
     add([(places, x + index, ones)], 1, 1, len(place_list))
     add([(index, x + index, ones), (index, h + held_codes, -ones)], -np.inf, 0, count)
-    # z of a group is at most what few-bit formats it has in each range of steps
+    # z of a group is at most 1 where it has a few-bit format in every range of steps, else 0
     add(
         [
             (np.arange(len(place_list)), z + _first(group_codes, places), np.ones(len(place_list))),
@@ -334,13 +334,18 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
         add([(np.zeros(len(groups), int), z + np.arange(len(groups)), weights / total)], share, np.inf, 1)
     if limits.max_bits is not None:
         room = limits.max_bits - 8 * problem.rest_bytes / total
-        add([(np.zeros(len(held), int), h + np.arange(len(held)), 8 * size / total)], -np.inf, room, 1)
+        add(
+            [(np.zeros(len(held_formats), int), h + np.arange(len(held_formats)), 8 * size / total)],
+            -np.inf,
+            room,
+            1,
+        )
 
     target = np.zeros(width)
     if least == "effect":
         target[:count] = effects / (effects.max() or 1.0)
     elif problem.objective == "memory":
-        target[h : h + len(held)] = size / size.max()
+        target[h : h + len(held_formats)] = size / size.max()
     else:
         target[:count] = rows["cost"].to_numpy(float) / rows["cost"].max()
     integral = np.zeros(width)
@@ -360,10 +365,10 @@ def solve(problem: Problem, limits: Limits, *, least: str = "cost", time_limit_s
 
 
 def undominated(problem: Problem) -> list[int]:
-    """Options that no other format of the same group beats or equals in everything, in every range of steps.
+    """Options to which no other format of the same group is at least equal in every quantity and range of steps.
 
-    Costs and bytes that are equal within `Problem.tie` count as equal: measured times are no more certain, and a few scales
-    are no reason for another format. With a tie of 0 no best choice is lost.
+    Costs and bytes within `Problem.tie` count as equal: measured times are not more certain, and the bytes of scales alone
+    shall not decide. With a tie of 0 every best choice stays.
     """
     options = problem.options
     few = (options["bits"] > 8).astype(float)
@@ -392,12 +397,12 @@ def _numbered(values):
 
 
 def _first(codes, places):
-    """The group of every place."""
+    """Group of every place (a group in a range of steps)."""
     return pd.Series(codes).groupby(places).first().to_numpy()
 
 
 def _impossible(problem: Problem, limits: Limits, least: str, result) -> str:
-    """What to say of limits that no choice keeps."""
+    """Message for limits that no choice keeps."""
     parts = [
         f"an effect of at most {limits.effect:.3g}" if limits.effect is not None else "",
         f"{100 * limits.min_share_8bit:.0f} % of linear weights in 8 bits"

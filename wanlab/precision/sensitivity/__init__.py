@@ -1,1 +1,1 @@
-"""Which layers of which expert tolerate fewer bits, and when: predicted from few forwards, held against the truth."""
+"""Which layers of which expert tolerate fewer bits, and when: predicted from few forwards and compared with generations."""

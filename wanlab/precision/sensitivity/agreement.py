@@ -1,4 +1,4 @@
-"""Predicted effects held against generations."""
+"""Predicted effects compared with generations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wanlab.precision.sensitivity.result import Sensitivity
 KINDS = ("layer", "layer", "block", "projection", "several", "expert")
 
 TRIES = 20
-"""Draws for a choice that is not there yet; of few layers and formats some may come twice."""
+"""Number of draws for a choice that was not drawn before; with few layers and formats some may occur twice."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Choice:
 
     Attributes:
         kind: `"layer"`, `"block"`, `"projection"` (one of all blocks), `"several"` or `"expert"` (all of them).
-        steps: ranges of the measurement, inclusive.
-        predicted: sum of the effects of these layers, of neighbouring ranges taken together.
+        steps: ranges of steps of the measurement, inclusive.
+        predicted: sum of the effects of these layers; neighbouring ranges count as one.
     """
 
     kind: str
@@ -46,9 +46,9 @@ class Choice:
 
 
 def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[Choice]:
-    """Choices of wide range: single layers evenly over the ranking, blocks, projections, random sets, whole experts.
+    """Choices with a wide range of effects: layers evenly over the ranking, blocks, projections, random sets, whole experts.
 
-    Experts, formats and ranges of steps take turns.
+    Experts, formats and ranges of steps are drawn at random.
     """
     if samples < 3:
         raise WanlabError(f"samples must be at least 3, not {samples}: fewer have no rank correlation")
@@ -85,7 +85,7 @@ def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[
 
 @contextmanager
 def rounded_in_steps(model, choice: Choice, amax: Mapping[str, float], steps: int) -> Iterator[None]:
-    """Inside the block generations of so many steps compute a choice's layers rounded, in its ranges of steps only."""
+    """Inside the block generations with this number of steps round a choice's layers, in its ranges of steps only."""
     network = model.component(choice.component)
     timesteps = model.schedule(steps)["timestep"].to_numpy()
     formats = dict.fromkeys(choice.layers, choice.format)
@@ -122,7 +122,7 @@ def spell_steps(ranges: Sequence[tuple[int, int]]) -> str:
 
 
 def ranges_of(sensitivity: Sensitivity, component: str) -> dict[str, float]:
-    """Layer -> range of its input, as it was measured with."""
+    """Layer -> range of its input in the measurement."""
     part = next(part for part in sensitivity.parts if part.component == component)
     return {name: amax for name, amax in zip(part.layers, part.amax, strict=True) if amax is not None}
 
@@ -153,7 +153,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with its 95 % bootstrap interval over choices; None where it cannot be had."""
+    """Spearman's rank correlation with its 95 % bootstrap interval over choices; None where it is not defined."""
 
     value: float | None
     low: float | None
@@ -175,10 +175,10 @@ class Agreement:
             predicted, true (squared relative L2 of the final latents' change, mean over cases), true_low, true_high
             (smallest and largest case), and with `lpips` lpips (mean over cases and frames, against the unrounded
             video).
-        floor: what another exact attention kernel does to the latents of the first case, floor_lpips to its video;
-            choices whose true effect is not above it say nothing.
+        floor: effect of another exact attention kernel on the latents of the first case (noise floor). floor_lpips: LPIPS
+            of its video. Choices whose true effect is not above the floor mean nothing.
         floor_name: name of that kernel.
-        generations: that were run, the originals and the floor included.
+        generations: number of generations, the originals and the floor included.
         per_case: true effect of every choice in every case, in the order of `frame`.
     """
 
@@ -201,14 +201,14 @@ class Agreement:
         return rank_correlation(frame["predicted"].tolist(), frame[truth].tolist())
 
     def between_cases(self) -> Correlation:
-        """Rank correlation of the true effects in the first case with those in the others: what no prediction can
-        exceed by much. Unknown with one case.
+        """Rank correlation of the true effects in the first case with those in the others, which no prediction
+        can exceed by much. Unknown with one case.
         """
         rows = [row for row in self.per_case if len(row) > 1]
         return rank_correlation([row[0] for row in rows], [sum(row[1:]) / (len(row) - 1) for row in rows])
 
     def row(self) -> dict[str, Any]:
-        """Its numbers: rank_correlation, low, high, layer_rank_correlation, between_cases, scale, floor, generations."""
+        """Figures: rank_correlation, low, high, layer_rank_correlation, between_cases, scale, floor, generations."""
         whole = self.correlation()
         return {
             "rank_correlation": whole.value,
@@ -234,7 +234,7 @@ class Agreement:
 
 
 def prediction_text(agreement: Agreement | None, shards: int = 1) -> str:
-    """How well effects were predicted, or why that was not measured."""
+    """Accuracy of predicted effects as text, or why it was not measured."""
     if agreement is not None:
         return f"rank correlation with generations {agreement.correlation()}"
     return "not measured, samples=0" if shards == 1 else "not measured in a shard"
@@ -259,13 +259,13 @@ def end_to_end_agreement(
     seed: int = 0,
     **settings: Any,
 ) -> Agreement:
-    """Generate with drawn sets of layers rounded, and compare what happens with what was predicted.
+    """Generate with drawn sets of layers rounded, and compare true with predicted effects.
 
     Args:
-        model: that was measured. cases: `Example`s or (image, prompt) pairs, e.g. those of the recording, or cases of
+        model: model that was measured. cases: `Example`s or (image, prompt) pairs, e.g. those of the recording, or cases of
             `wanlab.heldout.cases` to select on; never those of the final examination.
-        samples: choices of layers, format and steps; each costs one generation per case.
-        lpips: decode the videos and compare these too.
+        samples: number of choices of layers, format and steps; each takes one generation per case.
+        lpips: whether videos are decoded and compared too.
         settings: settings of `Model.generate`; by default those of the recording. The number of steps cannot differ.
 
     Raises:
@@ -292,14 +292,14 @@ def end_to_end_agreement(
     with bar:
         originals = [judge.generate(example, bar) for example in examples]
         with alternate_sdpa(model.device) as floor_name:
-            floor, floor_lpips = judge.apart(originals[0], judge.generate(examples[0], bar))
+            floor, floor_lpips = judge.distances(originals[0], judge.generate(examples[0], bar))
         rows, truths = [], []
         for choice in choices:
             with rounded_in_steps(
                 model, choice, ranges_of(sensitivity, choice.component), generation["steps"]
             ):
                 outputs = [judge.generate(example, bar) for example in examples]
-            distances = [judge.apart(*pair) for pair in zip(originals, outputs, strict=True)]
+            distances = [judge.distances(*pair) for pair in zip(originals, outputs, strict=True)]
             changes = [latent for latent, _ in distances]
             truths.append(changes)
             row = {
@@ -354,7 +354,7 @@ def rank_correlation(predicted: Sequence[float], true: Sequence[float], seed: in
 
 
 class _Judge:
-    """Makes latents and, where asked for, videos, and says how far apart two are."""
+    """Generates latents and, with `lpips`, videos, and measures the distance of two."""
 
     def __init__(self, model, generation: dict[str, Any], lpips: bool, backbone: str) -> None:
         self._model, self._generation, self._lpips, self._backbone = model, generation, lpips, backbone
@@ -372,7 +372,7 @@ class _Judge:
         bar.update()
         return generation.video, self._decode(generation.video) if self._lpips else None
 
-    def apart(self, original: tuple, other: tuple) -> tuple[float, float | None]:
+    def distances(self, original: tuple, other: tuple) -> tuple[float, float | None]:
         """Squared relative distance of the latents, and LPIPS of the videos or None."""
         latent = float(((other[0] - original[0]) ** 2).sum() / (original[0] ** 2).sum())
         if not self._lpips:
@@ -397,7 +397,7 @@ class _Judge:
 
 
 def _examples(cases: Sequence) -> list[Example]:
-    """Examples from cases; nothing is calibrated on them, so cases to select by serve, those of the final set never."""
+    """Examples from cases to select by, on which nothing is calibrated here; those of the final set are refused."""
     for_selection(case for case in cases if isinstance(case, Case))
     return as_examples(
         Example(case.truth()[0], case.caption, case.seed) if isinstance(case, Case) else case

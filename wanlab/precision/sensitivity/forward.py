@@ -16,7 +16,7 @@ from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight
 from wanlab.precision.quant_linear import fake_quantize
 
 ROWS = 8192
-"""Tokens at a time, so that the float32 copies of a long clip's activations stay small."""
+"""Number of tokens at a time, so that float32 copies of a long clip's activations stay small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +33,14 @@ class Projected:
 
 
 class WeightErrors:
-    """Rounded weight less weight, of layers in formats, kept while they fit into a budget of bytes."""
+    """Errors of rounded weights by layer and format, kept in memory up to a budget of bytes."""
 
     def __init__(self, budget_bytes: int = 2**30) -> None:
         self._kept: dict[tuple[int, str], torch.Tensor] = {}
         self._left = budget_bytes
 
     def of(self, module: torch.nn.Module, format: QuantFormat) -> torch.Tensor:
-        """`[outputs, inputs]` in the weight's dtype."""
+        """Rounded weight minus weight, `[outputs, inputs]` in the weight's dtype."""
         key = (id(module), format.name)
         if key in self._kept:
             return self._kept[key]
@@ -67,10 +67,10 @@ def project(
     large outputs to the layer's dtype.
 
     Args:
-        module: linear.
+        module: linear layer.
         given: its input `[..., inputs]`.
         gradients: gradients of its output, each `[..., outputs]`.
-        amax: largest magnitude of the input's codes; for formats that round the input.
+        amax: largest magnitude of the input's codes; needed by formats that round the input.
     """
     weight = module.weight.data
     rows = given.reshape(-1, given.shape[-1])
@@ -87,7 +87,7 @@ def project(
                 for each in formats
                 if each.activation is not None
             }
-            # The part of the input's rounding is the same for all formats that round it alike.
+            # Formats that round the input in the same way share this part of the error.
             moved = {numbers: linear(q - x, weight) for numbers, q in rounded.items()}
             for place, format in enumerate(formats):
                 numbers = format.activation
@@ -117,8 +117,8 @@ class SamplerWeights:
 
     Attributes:
         start: `[steps + 1]`.
-        weights: `[steps + 1, steps]`; row k is what step k is given, the last row the final latents. The last row is
-            the sampler's step sizes, with what a multistep method adds to them.
+        weights: `[steps + 1, steps]`; row k is for the latents before step k, the last row for the final latents: the
+            sampler's step sizes, with the terms of a multistep method.
     """
 
     start: np.ndarray
@@ -134,7 +134,7 @@ def sampler_weights(model, steps: int) -> SamplerWeights:
     """The weights of every step's velocity in the latents, without a forward of the network.
 
     Samplers of flow matching (Euler, UniPC, DPM-Solver++ without thresholding) are linear in the latents and the
-    velocities, so one run over unit vectors tells all weights, whatever the order of the method. The scheduler is a
+    velocities, so one run over unit vectors gives all weights, for any order of the method. The scheduler is a
     copy.
 
     Raises:
@@ -164,18 +164,18 @@ def sampler_weights(model, steps: int) -> SamplerWeights:
 
 
 HOST_SHARE = 0.4
-"""The blocks' inputs wait on the host when they would take more than this share of the GPU's free memory."""
+"""The blocks' inputs are kept on the host where they would take more than this share of the GPU's free memory."""
 
 
 class CheckpointedForward:
-    """A forward that keeps what every block was given, so that blocks can be run again one at a time.
+    """A forward that keeps the input of every block, so that blocks can be run again one at a time.
 
     Memory is that of the blocks' inputs and one block's graph: gradient checkpointing at block boundaries (Chen et
-    al. 2016, arXiv:1604.06174), without a change to the network. Where gradients are off, there is no way back, only
+    al. 2016, arXiv:1604.06174), without a change to the network. Where gradients are off, `backward` cannot be called, only
     `resume`.
 
     Attributes:
-        velocity: what the network returns for these inputs, detached.
+        velocity: output of the network for these inputs, detached.
     """
 
     def __init__(self, network: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
@@ -202,13 +202,13 @@ class CheckpointedForward:
         layers: Sequence[str],
         visit: Callable[[str, torch.Tensor, list[torch.Tensor]], None],
     ) -> list[torch.Tensor]:
-        """Carry directions on the velocity back to the layers' outputs and to the latents.
+        """Propagate directions on the velocity back to the layers' outputs and to the latents.
 
         Args:
             seeds: each of the shape of `velocity`.
-            layers: inside blocks.
-            visit: is called with the name of each layer, its input, and for each seed the gradient of
-                `(seed * velocity).sum()` by its output. Last block first.
+            layers: layers inside blocks.
+            visit: function that is called with the name of each layer, its input, and for each seed the gradient of
+                `(seed * velocity).sum()` by its output; the last block comes first.
 
         Returns:
             For each seed the gradient by the network's first input.
@@ -239,7 +239,7 @@ class CheckpointedForward:
         return [torch.autograd.grad(self._entry, self._source, g, retain_graph=True)[0] for g in grads]
 
     def resume(self, index: int) -> torch.Tensor:
-        """The velocity from this block on, as the network is now; what came before is as it was."""
+        """The velocity of the network as it is now, computed from the recorded input of this block on."""
         with torch.no_grad():
             state = self._states[index].to(self._entry.device)
             for block in list(self.network.blocks)[index:]:
@@ -247,7 +247,7 @@ class CheckpointedForward:
             return self._tail(state)
 
     def layer_inputs(self, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What these layers of a block are given."""
+        """Inputs of these layers of a block."""
         with _watched(self.network, names) as seen, torch.no_grad():
             self.network.blocks[index](self._states[index].to(self._entry.device), *self.others)
         return {name: seen[name][0] for name in names}
@@ -274,7 +274,7 @@ def blocks_of(layers: Sequence[str]) -> dict[int, list[str]]:
 
 @contextmanager
 def frozen(network: torch.nn.Module) -> Iterator[None]:
-    """Inside the block no weight asks for a gradient, so that no graph keeps what only weights need."""
+    """Inside the block no weight requires a gradient, so that graphs keep no tensors that only weights need."""
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(False)
@@ -298,13 +298,15 @@ def _tapped(network: torch.nn.Module, answer: torch.Tensor | None = None) -> Ite
 
 @contextmanager
 def _watched(network: torch.nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple]]:
-    """Inside the block the inputs and outputs of layers are noted; every output can be asked for its gradient."""
+    """Inside the block inputs and outputs of layers are recorded; every output has a gradient."""
     seen: dict[str, tuple] = {}
 
     def note(name: str):
         def hook(module, args, output):
             if torch.is_grad_enabled() and not output.requires_grad:
-                output = output.detach().requires_grad_()  # of the text, which no gradient reaches otherwise
+                output = (
+                    output.detach().requires_grad_()
+                )  # layers of the text, which no gradient reaches otherwise
             seen[name] = (args[0].detach(), output)
             return output
 

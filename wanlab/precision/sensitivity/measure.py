@@ -1,4 +1,4 @@
-"""How sensitive a model is to the rounding of each layer."""
+"""Sensitivity of a model to the rounding of each layer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from wanlab.precision.sensitivity.work import (
 
 
 def free_latents(given: Sequence[torch.Tensor], velocity: torch.Tensor) -> torch.Tensor:
-    """1, or 0 in the first frame where it is given to the model (at timestep 0) and put back after the last step."""
+    """Mask of 1, and of 0 in the first frame where that is given (timestep 0) and restored after the last step."""
     timestep = given[1]
     mask = torch.ones(1, 1, velocity.shape[2], 1, 1, device=velocity.device)
     if timestep.ndim == 2 and bool((timestep == 0).any()):
@@ -61,7 +61,7 @@ def free_latents(given: Sequence[torch.Tensor], velocity: torch.Tensor) -> torch
 
 
 def final_norm_sq(given: Sequence[torch.Tensor], velocity: torch.Tensor, sigma: float | None) -> float:
-    """Squared norm of the latents that a call's velocity leads to at once: x - sigma v, exact at the last step."""
+    """Squared norm of the final latents as predicted by one call: x - sigma v, exact in the last step."""
     latents = given[0][:, : velocity.shape[1]].float()
     ended = latents - free_latents(given, velocity) * (sigma or 0.0) * velocity
     return float((ended**2).sum().double()) or 1.0
@@ -76,15 +76,15 @@ def draw(like: torch.Tensor, count: int, *seeds: object) -> list[torch.Tensor]:
 def probe_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[str, Part]:
     """Measure a unit, from its last step to its first; one part per component.
 
-    Directions r ~ N(0, I) on the final latents are carried back through the sampler and the networks: for step k and
-    a layer, g = (d final / d output of the layer)^T r, so that g . error is what the layer's error changes along r,
+    Directions r ~ N(0, I) on the final latents are propagated back through the sampler and the networks: for step k and
+    a layer, g = (d final / d output of the layer)^T r, so that g . error is the change along r by the layer's error,
     and its square is in expectation the squared norm of the change of the final latents (Hutchinson 1989,
-    doi:10.1080/03610918908812806; used to choose precisions in HAWQ-V2, Dong et al. 2020, arXiv:1911.03852). First
-    order in the error, as AdaRound (Nagel et al. 2020, arXiv:2004.10568) begins. Other directions, on the velocity of
-    a call alone, give the error of that velocity.
+    doi:10.1080/03610918908812806; used to choose precisions in HAWQ-V2, Dong et al. 2020, arXiv:1911.03852). It is
+    first order in the error, as the start of AdaRound (Nagel et al. 2020, arXiv:2004.10568). Other directions, on the
+    velocity of a call alone, give the error of that velocity.
     """
     rows: dict[str, list[Row]] = {}
-    pulled: dict[int, list[torch.Tensor]] = {}  # step -> gradient by the latents that the step is given
+    pulled: dict[int, list[torch.Tensor]] = {}  # step -> gradient by the latents before the step
     ends: list[torch.Tensor] = []
     norm_sq, cost, forward_ms = 1.0, Cost(), []
     for call in unit.calls:
@@ -136,11 +136,11 @@ def _visitor(setting: Setting, target: Target, projected: dict[str, list[Project
 
 
 def _nothing(*_) -> None:
-    """A component that is only passed through."""
+    """Visit nothing: errors only pass through this component."""
 
 
 def _pull(step: int, ends: list, pulled: Mapping[int, list], setting: Setting) -> list[torch.Tensor]:
-    """Gradient by a step's velocity: by the sampler's weights, directly and through the latents of later steps."""
+    """Gradient by a step's velocity, by the sampler's weights: directly and through the latents of later steps."""
     weights = setting.sampler.weights
     seeds = [weights[-1, step] * each for each in ends]
     for later, grads in pulled.items():
@@ -165,8 +165,8 @@ def _row(
 def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[str, Part]:
     """Measure the velocity's error exactly: every layer and format alone, from the saved input of its block on.
 
-    Needs no gradients, so it fits where a forward fits. A layer and format cost (blocks - block) / blocks forwards.
-    Later steps are taken not to react. In a 16-bit dtype the rounding of the network's own outputs is part of the
+    It needs no gradients, so its memory is that of a forward. A layer and format take (blocks - block) / blocks forwards.
+    Later steps are supposed not to react. In a 16-bit dtype the rounding of the network's own outputs is part of the
     error.
     """
     rows: dict[str, list[Row]] = {}
@@ -197,7 +197,7 @@ def direct_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[
 
 
 def _layers(forward: CheckpointedForward, target: Target, setting: Setting):
-    """Relative squared error of every layer's output, squared norm of the velocity's, and forwards spent."""
+    """Relative squared error of every layer's output, squared norm of the velocity's, and number of forwards."""
     shape = (len(target.layers), len(setting.formats))
     local, moved_sq, forwards = np.zeros(shape), np.zeros(shape), 0.0
     places = {name: place for place, name in enumerate(target.layers)}
@@ -222,10 +222,10 @@ SUFFIX = ".sensitivity.json"
 
 
 class _Record(Manifest, frozen=True, kw_only=True):
-    """What the parts in a folder belong to.
+    """The measurement to which the parts in a folder belong.
 
     Attributes:
-        facts: the settings. bands, wanted: as in `Sensitivity`.
+        facts: settings. bands, wanted: as of `Sensitivity`.
         keys: component -> key of its parts.
     """
 
@@ -243,7 +243,7 @@ class _Record(Manifest, frozen=True, kw_only=True):
 
 
 def save_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> Path:
-    """Write a measurement into a folder, beside what is there, so that `read_sensitivity` finds it. Returns the folder."""
+    """Write a measurement into a folder, beside others, for `read_sensitivity`. Returns the folder."""
     folder = Path(folder)
     for part in sensitivity.parts:
         write_part(part_file(folder, sensitivity.settings, part.component, part.unit, part.key), part)
@@ -253,13 +253,13 @@ def save_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> Pat
 
 
 def read_sensitivity(folder: str | os.PathLike, *, key: str | None = None) -> Sensitivity:
-    """A measurement from its folder, all shards and components that are finished.
+    """A measurement from its folder, with all finished shards and components.
 
     Args:
-        key: key of the settings, where the folder holds measurements with several.
+        key: key of the settings; needed where the folder holds measurements with several.
 
     Raises:
-        WanlabError: there is none, or several and no key, or a broken file.
+        WanlabError: no measurement, several and no key, or a broken file.
     """
     folder = Path(folder)
     records = sorted(folder.glob(f"{key or '*'}{SUFFIX}"))
@@ -286,7 +286,7 @@ def merge_sensitivity(shards: Sequence[Sensitivity | str | os.PathLike]) -> Sens
         shards: measurements or their folders.
 
     Raises:
-        WanlabError: nothing, other settings, or one component with different weights, ranges or recordings.
+        WanlabError: no shard, other settings, or one component with different weights, ranges or recordings.
     """
     loaded = [each if isinstance(each, Sensitivity) else read_sensitivity(each) for each in shards]
     if not loaded:
@@ -312,19 +312,19 @@ def merge_sensitivity(shards: Sequence[Sensitivity | str | os.PathLike]) -> Sens
 
 
 def settings_key(settings: dict[str, Any]) -> str:
-    """Short hash of settings: the beginning of the names of all files."""
+    """Short hash of settings, with which the names of all files begin."""
     return digest(settings)[:12]
 
 
 def part_file(folder: Path, settings: dict[str, Any], component: str, unit: str, key: str) -> Path:
-    """Where a part lies."""
+    """Path of a part."""
     return folder / f"{settings_key(settings)}-{component}-{unit}-{key[:12]}.npz"
 
 
 def write_manifest(
     folder: Path, settings: dict[str, Any], bands: dict, units: Sequence[str], keys: dict[str, str]
 ) -> None:
-    """Say what the parts belong to; keys of components that another shard measures stay."""
+    """Record to which measurement the parts belong; keys of components that another shard measures stay."""
     path = folder / settings_key(settings)
     before = _Record.find(path)
     if before is not None:
@@ -354,41 +354,42 @@ def sensitivity(
     progress: bool = True,
     seed: int = 0,
 ) -> Sensitivity:
-    """What rounding each layer alone does to velocities and final latents, in every format, from few forwards.
+    """Effect of rounding each layer alone on velocities and final latents, in every format, from few forwards.
 
-    Teacher-forced: every recorded call is computed once on the inputs it had in a real generation. A layer's own
-    error q(W) q(x) - W x is taken where the layer runs; random directions on the output, carried back once for all
-    layers, tell what of it arrives (see `probes.probe_unit` for the method and its sources). Directions on the final
-    latents are carried on through the sampler's weights and through all later steps, so that effects of early and
-    late steps compare. Both branches of guidance count with their weights.
+    Every recorded call is computed once on the inputs that it had in a real generation (teacher forcing). A layer's own
+    error q(W) q(x) - W x is computed where the layer runs; random directions on the output, propagated back once for all
+    layers, give the part of it that reaches the output (see `probe_unit` for the method and its sources). Directions on
+    the final latents are also propagated through the sampler's weights and all later steps, so that effects of early and
+    late steps can be compared. Both branches of guidance count with their weights.
 
-    Memory: of the experts that are needed, the inputs of one expert's blocks, and one block's graph.
+    Memory is needed for the experts that are used, the inputs of one expert's blocks, and one block's graph.
 
     Args:
-        model: from `wanlab.models.load`, eager.
-        recording: from `record_inputs`; of this model, with both branches.
+        model: model from `wanlab.models.load`, eager.
+        recording: recording of this model from `record_inputs`, with both branches.
         calibrations: component -> `Calibration`, or layer -> largest magnitude of its input; needed by formats that
             round it.
         components: experts to measure; None takes all that were recorded and are loaded.
-        formats: names as in `FORMATS`.
-        layers, exclude: patterns as in `choose_layers`; linear layers of blocks.
-        bands: ranges of steps that the table keeps apart: how many per expert, or `[(first, last), ...]`, inclusive.
-            `Sensitivity.with_bands` cuts again without measuring.
+        formats: names of `FORMATS`.
+        layers, exclude: patterns as `choose_layers` takes them, for linear layers of blocks.
+        bands: ranges of steps with rows of their own in the table: their number per expert, or `[(first, last), ...]`,
+            inclusive. `Sensitivity.with_bands` changes them without measuring.
         calls: None measures all steps of every example and follows errors to the end; needs the later experts loaded.
-            A number takes so many steps per expert and example, evenly spread, and supposes that later steps do not
-            react (amplification 1): for experts that are loaded alone, and for long clips.
-        probes: random directions per example at the final latents, and half as many per call on its velocity.
-        method: `"probes"`, or `"direct"`: every layer and format alone, with `calls`; exact, needs no gradients, and
-            costs about half a forward for each.
+            A number takes that many steps per expert and example, evenly spread, and supposes that later steps do
+            not react (amplification 1); for experts that are loaded alone, and for long clips.
+        probes: number of random directions per example on the final latents, and half as many per call on its velocity.
+        method: `"probes"`, or `"direct"`: every layer and format alone, with `calls`; exact, without gradients, and about
+            half a forward for each.
         shard: (index, count): every count-th unit of work, from index on. A unit is an example, or with `calls` a
             step of it.
-        folder: finished units are kept there and not measured again for the same weights, recording, ranges and
+        folder: folder for finished units, which are not measured again with the same weights, recording, ranges and
             settings.
         seed: seed of the directions.
 
     Raises:
-        WanlabError: a recording of another model or without needed steps, a missing or foreign calibration, an
-            unknown component, format or layer, an expert that is not loaded, a shard without work.
+        WanlabError: a recording of another model or without needed steps, a missing calibration or one of another
+            component or other weights, an unknown component, format or layer, an expert that is not loaded, a shard
+            without work.
     """
     check_known([method], METHODS, "method")
     check_shard(shard)
@@ -494,7 +495,7 @@ def _setting(
 def _settings(
     model, recording: Recording, setting: Setting, calls: int | None, method: str
 ) -> dict[str, Any]:
-    """What a measurement is true for, besides weights, ranges and layers, which every part names."""
+    """Settings of a measurement; weights, ranges and layers are in the key of every part."""
     kept = ("height", "width", "frames", "steps", "guidance_scale")
     return {
         "model": model.spec.name,
@@ -513,7 +514,7 @@ def _settings(
 def _finished(
     folder: Path | None, settings: dict[str, Any], unit: Unit, setting: Setting
 ) -> dict[str, Part] | None:
-    """The parts of a unit, where all are there."""
+    """The parts of a unit, where all are finished; else None."""
     if folder is None:
         return None
     needed = {call.component for call in unit.calls} & set(setting.targets)

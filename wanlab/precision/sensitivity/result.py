@@ -69,11 +69,11 @@ def effect_samples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared relative change of the final latents, once per example and direction.
 
-    What a layer does in the calls of an example is added along each direction before it is squared. Where only some
-    steps of a range were measured they stand for the others, by the weights of the velocities.
+    The changes by a layer in the calls of an example are added along each direction before they are squared. Where only
+    some steps of a range were measured, they represent the others by the weights of the velocities.
 
     Returns:
-        `[samples, layers, formats]`, and the example of each sample.
+        Samples `[samples, layers, formats]`, and the example of each sample.
     """
     sums: dict[int, Any] = {}
     steps: dict[int, set[int]] = {}
@@ -102,15 +102,15 @@ COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """How much every layer's rounding changes velocities and final latents.
+    """Changes of velocities and final latents by the rounding of every layer.
 
     Attributes:
         settings: model, generation (settings of the recording), schedule (component of every step), weights (of every
             step's velocity in the final latents), formats, probes, calls, method, seed.
-        parts: finished pieces.
+        parts: finished parts.
         bands: component -> ranges of steps, inclusive, one row each in `frame`.
-        wanted: units of work that there are in all, by name; fewer parts were measured where this is a shard.
-        reused: units that were found finished in the folder.
+        wanted: names of all units of work of the measurement; a shard has fewer.
+        reused: number of units that were read from the folder.
     """
 
     settings: dict[str, Any]
@@ -146,17 +146,17 @@ class Sensitivity:
 
     @property
     def cost(self) -> Cost:
-        """Of all parts, those included that were found finished."""
+        """Cost of all parts, also of those that were read from the folder."""
         return sum((part.cost for part in self.parts), Cost())
 
     @property
     def calls(self) -> int:
-        """Calls of experts whose layers were measured."""
+        """Number of calls of experts whose layers were measured."""
         return sum(len(part.calls) for part in self.parts)
 
     @property
     def forwards(self) -> float:
-        """Passes of a whole expert; running blocks again for their gradients counts, gradients are counted apart."""
+        """Number of passes of a whole expert; blocks that run again for their gradients count, gradients do not."""
         return self.cost.forwards
 
     @property
@@ -166,23 +166,23 @@ class Sensitivity:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """Units of work that are in."""
+        """Names of the units of work that were measured."""
         return tuple(dict.fromkeys(part.unit for part in self.parts))
 
     @property
     def complete(self) -> bool:
-        """Whether every unit of work is in."""
+        """Whether every unit of work was measured."""
         return set(self.wanted) <= set(self.units)
 
     def progress(self, shard: int, shards: int) -> str:
-        """What a run that measured one shard still leaves to do, as a sentence; empty when all units of work are in."""
+        """Sentence about the units that other shards have to measure; empty where all units are measured."""
         if self.complete:
             return ""
         done = f"{len(self.units)} of {len(self.wanted)} units of work"
         return f"Shard {shard} of {shards}, {done}; a run with shards=1 merges them. "
 
     def costs(self) -> pd.DataFrame:
-        """What was spent beside brute force.
+        """Cost of the measurement beside that of brute force.
 
         Columns: calls, forwards, backwards, products (of a layer's size, in forwards), forward_equivalents (forwards
         and products as one each, a backward as two), time_in_forwards (measured time over that of a forward),
@@ -209,7 +209,7 @@ class Sensitivity:
 
     @property
     def passes(self) -> int:
-        """Calls that were passed, whether or not their layers were measured."""
+        """Number of calls that were computed, whether or not their layers were measured."""
         return sum(part.passes for part in self.parts)
 
     def totals(self) -> pd.DataFrame:
@@ -235,16 +235,16 @@ class Sensitivity:
         when = f"step {first}" if first == last else f"steps {first} to {last}"
         return (
             f"most sensitive is {top['layer']} of {top['component']} in {top['format']} at {when}, effect"
-            f" {top['effect']:.2g} ({top['effect_low']:.2g} to {top['effect_high']:.2g}); found with"
+            f" {top['effect']:.2g} ({top['effect_low']:.2g} to {top['effect_high']:.2g}); measured with"
             f" {cost['forward_equivalents']:,.0f} forwards' worth, {cost['percent_of_brute_force']:.1f} % of the"
             f" {cost['brute_force']:,.0f} of rounding one layer at a time"
         )
 
     def with_bands(self, bands: int | Sequence[tuple[int, int]]) -> Sensitivity:
-        """The same measurement over other ranges of steps; see `sensitivity`. Nothing is run again.
+        """The same measurement over other ranges of steps; see `sensitivity`. Nothing runs again.
 
-        Errors within a range are added before they are squared, those of two ranges after. Where a layer keeps one format
-        throughout, one range (`with_bands(1)`) is the better prediction.
+        Errors within a range are added before they are squared, those of two ranges afterwards. Where a layer keeps one
+        format throughout, one range (`with_bands(1)`) is the better prediction.
         """
         return replace(self, bands=make_bands(self.settings["schedule"], bands))
 
@@ -257,7 +257,7 @@ class Sensitivity:
 def make_bands(
     schedule: Sequence[str], bands: int | Sequence[tuple[int, int]]
 ) -> dict[str, list[tuple[int, int]]]:
-    """Ranges of steps of every component: a number of equal ones, or those given, cut where the expert changes.
+    """Ranges of steps of every component: a number of equal ones, or given ones, split where the expert changes.
 
     Raises:
         WanlabError: no range, or one that is outside the schedule.
@@ -274,7 +274,9 @@ def make_bands(
             continue
         for first, last in bands:
             if not 0 <= first <= last < len(schedule):
-                raise WanlabError(f"steps {first} to {last} are no range of steps 0 to {len(schedule) - 1}")
+                raise WanlabError(
+                    f"steps {first} to {last} are no range within steps 0 to {len(schedule) - 1}"
+                )
             inside = [step for step in own if first <= step <= last]
             if inside:
                 ranges.setdefault(component, []).append((inside[0], inside[-1]))
@@ -286,7 +288,7 @@ QUANTITIES = ("velocity_error", "effect")
 
 @dataclass(frozen=True, eq=False)
 class ExpertTolerance:
-    """What rounding all measured layers of an expert does, format by format.
+    """Errors and effects of rounding all measured layers of an expert, format by format.
 
     Attributes:
         frame: one row per expert and format: component, format, velocity_error (relative L2, errors of layers taken
@@ -294,7 +296,7 @@ class ExpertTolerance:
             of the final latents), effect_low, effect_high (95 %, over examples and directions), layers, calls.
         ratios: one row per format and quantity: format, quantity (`"velocity_error"`, `"effect"`), ratio (high-noise
             expert over low-noise expert), low, high (95 %), less_tolerant (the expert, or `"neither"` where the
-            interval holds 1). Empty with one expert.
+            interval includes 1). Empty with one expert.
     """
 
     frame: pd.DataFrame
@@ -350,8 +352,8 @@ def label(quantity: str) -> str:
 def expert_tolerance(sensitivity: Sensitivity) -> ExpertTolerance:
     """Compare the experts when all their measured layers are rounded, over all their steps.
 
-    The velocity's error is that of one call, the effect is what all steps of an expert do to the final latents. A row
-    of two experts is decided where the 95 % interval of their ratio leaves out 1.
+    The velocity's error is that of one call; the effect is that of all steps of an expert on the final latents. The experts
+    differ in a row where the 95 % interval of their ratio does not include 1.
     """
     rows, samples = [], {}
     for component in sensitivity.components:
@@ -391,7 +393,7 @@ def _ratios(samples: dict, formats) -> list[dict]:
     rows = []
     for quantity in QUANTITIES:
         if quantity == "effect":
-            # The same examples and directions end both: drawn together.
+            # Both have the same examples and directions, so they are resampled together.
             paired = np.array_equal(high["groups"], low["groups"])
             weights = [
                 draw_group_weights(high["groups"], 1),

@@ -1,4 +1,4 @@
-"""What there is to measure: units of work with their calls, and the finished parts."""
+"""Units of work of a sensitivity measurement with their calls, and finished parts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Target:
     """One expert to measure.
 
     Attributes:
-        network: eager, its weights as they are.
-        layers: in blocks, linear. amax: layer -> range of its input, for formats that round it.
+        network: network in eager PyTorch, its weights as loaded.
+        layers: linear layers in blocks. amax: layer -> range of its input, for formats that round it.
         key: hash of weights, recording, layers, ranges and formats.
     """
 
@@ -45,12 +45,12 @@ class Target:
 
 @dataclass(eq=False)
 class Setting:
-    """What holds for all units of a measurement.
+    """What all units of a measurement share.
 
     Attributes:
-        targets: the experts that are measured, by component. networks: all experts that are loaded.
+        targets: component -> expert that is measured. networks: component -> network of each loaded expert.
         inputs: component -> names of its network's inputs, in order.
-        probes: directions on the final latents. follow: carry errors through later steps.
+        probes: number of directions on the final latents. follow: whether errors are propagated through later steps.
     """
 
     recording: Recording
@@ -66,7 +66,7 @@ class Setting:
     weights: WeightErrors = field(default_factory=WeightErrors)
 
     def tensors(self, call: RecordedCall) -> list[torch.Tensor]:
-        """What the network is called with, on its device."""
+        """Inputs of the network in a call, on its device."""
         given = self.recording.inputs(call)
         device = next(self.networks[call.component].parameters()).device
         return [given[name].to(device) for name in self.inputs[call.component]]
@@ -78,7 +78,7 @@ class Setting:
         return self.guidance_scale if call.branch == "cond" else 1.0 - self.guidance_scale
 
     def products(self, target: Target) -> float:
-        """Products for the errors of one call's layers, over those of the linear layers in one forward."""
+        """Number of products for the errors of one call's layers, over that of the linear layers in one forward."""
         inputs = {each.activation for each in self.formats if each.activation is not None}
         sizes = {
             name: module.weight.numel()
@@ -115,12 +115,12 @@ def make_target(
     formats: Sequence[QuantFormat],
     follow: bool,
 ) -> Target:
-    """An expert with everything that is asked of it, checked.
+    """An expert with its layers and ranges, checked.
 
     Args:
-        networks: networks of all experts that are loaded. chosen: layers and those to leave out, as `choose_layers` takes
+        networks: component -> network of each loaded expert. chosen: layers and those to leave out, as `choose_layers` takes
             them.
-        follow: the other experts' weights matter too, as errors are carried through their steps.
+        follow: whether errors are propagated through the steps of other experts, whose weights then are in the key.
 
     Raises:
         WanlabError: ranges of another component, other weights or without a layer; layers that are no linear layers
@@ -160,9 +160,9 @@ def make_units(
     """Units of work.
 
     Args:
-        components: that are measured.
-        calls: steps per expert and example, evenly spread; None takes whole examples from their last step to the
-            first that one of the components runs.
+        components: components that are measured.
+        calls: number of steps per expert and example, evenly spread; None takes whole examples from their last step to
+            the first that one of the components runs.
         schedule: component of every step of the generation.
 
     Raises:
@@ -202,7 +202,7 @@ def make_units(
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """So many of the steps, evenly spread, each in the middle of its share."""
+    """A number of the steps, evenly spread, each in the middle of its share."""
     if count < 1:
         raise WanlabError(f"calls must be at least 1, not {count}")
     if count >= len(steps):
@@ -242,14 +242,13 @@ ARRAYS = ("local", "velocity", "paths")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece took.
+    """Cost of a unit of work.
 
     Attributes:
-        forwards: passes of the whole expert, as block-forwards over blocks; running a block again for its gradients
-            counts.
-        backwards: gradients of one scalar through the whole expert, as block-backwards over blocks.
-        products: products of a layer's size for the errors of formats, over those of one forward.
-        time_ms: time of all of it. forward_ms: time of one plain forward of the same call, summed over the calls.
+        forwards: number of passes of the whole expert: block-forwards over blocks, those for gradients included.
+        backwards: number of gradients of one scalar through the whole expert: block-backwards over blocks.
+        products: number of products for the errors of formats, over that of one forward.
+        time_ms: time of the unit. forward_ms: time of one plain forward of the same call, summed over the calls.
     """
 
     forwards: float = 0.0
@@ -264,16 +263,16 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class PartFacts:
-    """What a part is of, and what it took.
+    """Facts of a part.
 
     Attributes:
-        component, unit: what it is of; unit is like `"e0"` or `"e0-s3"`.
+        component, unit: component and unit that were measured; a unit is called `"e0"` or `"e0-s3"`.
         key: hash of what is measured: the component's weights, its recording, layers, ranges and formats.
-        layers, formats: names. parameters, amax: of every layer.
+        layers, formats: names. parameters, amax: number of parameters and range of the input of every layer.
         calls: example, step, branch, velocity_sq (squared norm of the velocity) of every call.
         coherent: see `Part`.
-        cost: cost of the unit; of several components in one unit it stands with the first, as does
-        passes: calls that were passed, those of components that are not measured included.
+        cost: cost of the unit; of several components in one unit the first has all of it.
+        passes: number of calls that were computed, also of components that are not measured; again in the first alone.
     """
 
     component: str
@@ -308,7 +307,7 @@ class Part(PartFacts):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one call showed: its facts, and the arrays of a `Part` without the axis of calls."""
+    """Result of one call: its facts, and the arrays of a `Part` without the axis of calls."""
 
     call: dict[str, Any]
     local: np.ndarray
@@ -344,7 +343,7 @@ def make_parts(
 
 
 def write_part(path: Path, part: Part) -> None:
-    """Keep a part; the file appears whole or not at all."""
+    """Write a part; the file appears when it is complete."""
     facts = {each.name: getattr(part, each.name) for each in fields(PartFacts)}
     with atomic_path(path, ".npz") as draft:
         np.savez(

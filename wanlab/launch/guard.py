@@ -27,7 +27,7 @@ from papermill.exceptions import strip_color
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import append_bytes, now, read_json, why, write_json
 from wanlab.pages.report import render
-from wanlab.runs.folder import Heartbeat, RunFolder, host_id, process_alive, process_id
+from wanlab.runs.folder import Heartbeat, RunFolder, host_id, living_process, process_id
 from wanlab.runs.results import run_folders
 
 MEMORY_ERROR = re.compile(r"(?:\w+\.)*_?(?:Array)?(?:MemoryError|OutOfMemoryError)\Z")
@@ -118,16 +118,6 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def recorded(who: Any) -> psutil.Process | None:
-    """The living process that `folder.process_id` recorded; None where id or start time differ."""
-    try:
-        process = psutil.Process(int(who["pid"]))
-        same = abs(process.create_time() - float(who["started"])) < 1.0
-    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
-        return None
-    return process if same and alive(process) else None
 
 
 def kill(processes: Iterable[psutil.Process], wait_s: float = 3.0) -> list[int]:
@@ -579,7 +569,8 @@ def _reaped(run: RunFolder) -> bool:
     if status is None:
         return False
     named = [status.get("kernel"), *(status.get("processes") or [])]
-    kill(process for who in named if (process := recorded(who)))
+    timed = [who for who in named if isinstance(who, dict) and who.get("started") is not None]
+    kill(process for who in timed if (process := living_process(who)))
     if _left(run) != status:  # another process has just done it, or has started the run again
         return False
     run.release()
@@ -603,4 +594,4 @@ def _left(run: RunFolder) -> dict[str, Any] | None:
         return None
     if not isinstance(status, dict) or status.get("state") != "running" or status.get("host") != host_id():
         return None
-    return None if process_alive(status.get("writer") or {}) else status
+    return None if living_process(status.get("writer")) else status

@@ -203,19 +203,23 @@ def process_id(pid: int) -> dict[str, Any]:
         return {"pid": pid, "started": None}
 
 
-def process_alive(who: dict[str, Any]) -> bool:
+def living_process(who: Any) -> psutil.Process | None:
+    """The living process of a record of `process_id`; None where it has ended or its id belongs to another process.
+
+    A record without a start time is compared by its id only.
+    """
     try:
         process = psutil.Process(int(who["pid"]))
         same = who.get("started") is None or abs(process.create_time() - float(who["started"])) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def writer_alive(status: dict[str, Any]) -> bool:
     """Whether the process that wrote a status may still be running."""
     if status.get("host") == host_id():
-        return process_alive(status.get("writer") or {})
+        return living_process(status.get("writer")) is not None
     try:
         silence = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
         return silence.total_seconds() < SILENCE_S

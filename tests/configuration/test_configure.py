@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from wanlab import configuration, models, precision
 from wanlab.core.errors import WanlabError
@@ -42,6 +43,20 @@ def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):
     again = configuration.configure(model, chosen, tmp_path, **SIZE, progress=False)
     assert again.files == used.files
     assert len(list(tmp_path.glob("*/*/*/recording"))) == 1
+
+
+def test_a_plan_is_calibrated_on_ones_own_images_and_prompts(model, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    Image.new("RGB", (80, 80), "teal").save(own / "sea.png")
+    (own / "sea.txt").write_text("the camera pans right")
+    chosen = configuration.load_configuration(plan="ffn-int8")
+    options = SIZE | {"examples": own, "progress": False}
+    used = configuration.configure(model, chosen, tmp_path / "files", **options)
+    (folder,) = (tmp_path / "files").glob("*/*/*/recording")
+    examples = precision.read_recording(folder).settings["examples"]
+    assert [tuple(example) for example in examples] == [("sea", "the camera pans right", 0)]
+    assert used.effect == "applied"
 
 
 def test_what_changes_nothing_is_not_applied(model, tmp_path):

@@ -81,7 +81,7 @@ def test_a_profile_as_nodes_and_operators(opened, tmp_path):
     figure = plots.operator_bars(operators, top=3)
     assert list(figure.data[0].y)[3] == f"{len(operators) - 3} others"
     assert sum(figure.data[0].x) == pytest.approx(operators["time_ms"].sum())
-    with pytest.raises(WanlabError, match="no run of a node after 9 to warm up"):
+    with pytest.raises(WanlabError, match="no run of a node after 9 warm-up runs"):
         engines.node_times(tmp_path / "p.json", warmup=9)
 
 

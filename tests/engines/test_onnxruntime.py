@@ -132,9 +132,9 @@ def test_no_kernel_is_said_alike_by_every_provider():
         " !node_provider_type.empty() was false. Provider type for DequantizeLinear node with name"
         " 'blocks.0.attn1.to_q/weight_dequantize' is not set."
     )
-    why = session.why(RuntimeError(said))
+    why = session.load_failure(RuntimeError(said))
     assert why.startswith("it has no kernel for DequantizeLinear (blocks.0.attn1.to_q/weight_dequantize)")
-    assert session.why(RuntimeError("something else\nat length")) == "something else"
+    assert session.load_failure(RuntimeError("something else\nat length")) == "something else"
 
 
 @pytest.mark.parametrize(

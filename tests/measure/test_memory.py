@@ -63,3 +63,30 @@ def test_sampler_keeps_a_spike_between_its_ends():
         level[0] = 2.0
     assert sampler.start == 1.0
     assert sampler.peak() == 7.0
+
+
+@pytest.mark.parametrize(("freed_gib", "peak_gib"), [(0.0, 13.0), (6.0, 13.0)])
+def test_memory_that_another_process_frees_does_not_hide_the_growth_of_this_one(
+    monkeypatch, freed_gib, peak_gib
+):
+    reserved, others = [1.0], [9.0]
+    cuda = memory.torch.cuda
+    for name, function in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "mem_get_info": lambda device: ((100 - reserved[0] - others[0]) * memory.GIB, 100 * memory.GIB),
+        "memory_reserved": lambda device: reserved[0] * memory.GIB,
+        "max_memory_reserved": lambda device: reserved[0] * memory.GIB,
+        "max_memory_allocated": lambda device: reserved[0] * memory.GIB,
+    }.items():
+        monkeypatch.setattr(cuda, name, function)
+    with measure.peak_memory("cuda") as outer:
+        others[0] -= freed_gib
+        reserved[0] += 1.0
+        with measure.peak_memory("cuda") as inner:
+            reserved[0] += 2.0
+    assert (outer.start_gib, outer.peak_gib, inner.peak_gib) == pytest.approx((10.0, peak_gib, peak_gib))
+    assert inner.peak_gib - outer.start_gib == pytest.approx(3.0)
+    assert ("6.0 GiB outside PyTorch were freed" in inner.source) == bool(freed_gib)

@@ -18,8 +18,7 @@ from wanlab import models
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ITEM_BYTES, element_name
 from wanlab.engine_report.layers import PRODUCTS, EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
-from wanlab.export.components import AXES
-from wanlab.models.shapes import latent_shape
+from wanlab.export.components import AXES, ClipShape, axis_sizes
 
 _BINARY = {
     ast.Add: operator.add,
@@ -35,14 +34,10 @@ _BINARY = {
 def traced_sizes(metadata: Mapping[str, str]) -> dict[str, int]:
     """Axis name -> size for the clip of the export, at batch 1; empty if the metadata has no clip."""
     try:
-        clip = json.loads(metadata["shape"])
-        latent = latent_shape(models.get(metadata["model"]), clip["height"], clip["width"], clip["frames"])
-    except (KeyError, ValueError, WanlabError):
+        clip = ClipShape(**json.loads(metadata["shape"]) | {"batch": 1})
+        return axis_sizes(models.get(metadata["model"]), clip)
+    except (KeyError, ValueError, TypeError, WanlabError):
         return {}
-    return clip | {
-        "batch": 1, "tokens": latent.tokens, "latent_frames": latent.frames, "latent_height": latent.height,
-        "latent_width": latent.width,
-    }  # fmt: skip
 
 
 def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:

@@ -196,7 +196,7 @@ def open_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has one exception class per failure, without a common base
-        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {_reason(error)}") from error
+        raise WanlabError(f"ONNX Runtime cannot load {path.name}: {load_failure(error)}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise WanlabError(
             f"{PROVIDERS[provider]} did not load for {path.name} (it runs on"
@@ -215,7 +215,7 @@ def fuses_codes(formats: str, provider: str) -> bool:
     return not any("fp8" in name for name in names) and not (provider == "cuda" and "int8" in names)
 
 
-def _reason(error: Exception) -> str:
+def load_failure(error: Exception) -> str:
     """The message of ONNX Runtime, or the operator that it has no kernel for."""
     text = first_line(error, 1000)
     unset = re.search(r"Provider type for (\w+) node with name '([^']*)' is not set", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ AXES: dict[str, dict[int, str]] = {
     "latents": {0: "batch", 2: "latent_frames", 3: "latent_height", 4: "latent_width"},
     "video": {0: "batch", 2: "frames", 3: "height", 4: "width"},
 }
-"""Input -> {axis: what it is}, as `wanlab.export.components` names them: by place, as a free axis may be named by an
-expression of a symbol (`4 * frames_units + 1`)."""
+"""Input -> {axis: name}. Axes are known by position, because the name of a free axis in a graph may be an expression of a
+symbol (`4 * frames_units + 1`)."""
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What a component is called with: pixels and frames of the clip, tokens of the text."""
+    """Size of the inputs of a component: batch, height and width in pixels, frames, tokens of the text."""
 
     batch: int
     height: int
@@ -54,7 +54,7 @@ class ClipShape:
 
 
 def default_shape(model, **changes: int | None) -> ClipShape:
-    """The model's own default clip at batch 2, with `changes` (None keeps the default)."""
+    """The model's default clip at batch 2, with `changes` (None keeps the default)."""
     defaults = model.spec.defaults
     shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, defaults.text_tokens)
     return replace(shape, **{key: value for key, value in changes.items() if value is not None})
@@ -64,10 +64,25 @@ def latent_size(model, shape: ClipShape) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip.
 
     Raises:
-        WanlabError: the size is not legal for this model; names the nearest one that is.
+        WanlabError: the size is not legal for this model; the message has the nearest legal one.
     """
     latent = latent_shape(model.spec, shape.height, shape.width, shape.frames)
     return latent.frames, latent.height, latent.width
+
+
+def axis_sizes(spec, clip: ClipShape) -> dict[str, int]:
+    """Axis name, as in `AXES`, -> its size for a clip.
+
+    Raises:
+        WanlabError: the size is not legal for this model; the message has the nearest legal one.
+    """
+    latent = latent_shape(spec, clip.height, clip.width, clip.frames)
+    return asdict(clip) | {
+        "tokens": latent.tokens,
+        "latent_frames": latent.frames,
+        "latent_height": latent.height,
+        "latent_width": latent.width,
+    }
 
 
 # Component -> attribute of the diffusers pipeline that holds its network.
@@ -83,17 +98,17 @@ PARTS = {
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """How one component is turned into a graph.
+    """How one component is converted to a graph.
 
     Attributes:
-        component: wanlab's name of it.
-        network: the module of the pipeline that computes it (the whole VAE for either half).
+        component: name of the component.
+        network: module of the pipeline that computes it (the whole VAE for each half).
         inputs: input name -> {axis: axis name} for the axes that may vary.
         output: name of the only output.
-        inputs_for: example inputs at a `ClipShape`, drawn from a `torch.Generator`, in order of `inputs`.
-        reference: the computation as the pipeline does it.
-        traced: the same computation in the form that exports well; call inside `friendly(opset)`.
-        friendly: context in which `traced` may be called; leaves the network as it was.
+        inputs_for: function that draws example inputs for a `ClipShape` from a `torch.Generator`, in order of `inputs`.
+        reference: the computation of the pipeline.
+        traced: the same computation in a form that exports well; call it inside `friendly(opset)`.
+        friendly: context in which `traced` may be called; afterwards the network is unchanged.
         dimensions: axis name -> `torch.export.Dim` (or expression of one) for the axes that may vary.
     """
 
@@ -109,10 +124,10 @@ class ComponentSpec:
 
 
 def components_of(model) -> tuple[str, ...]:
-    """Names of the components of `model` that can be converted, in the order a generation uses them.
+    """Names of the components of `model` that can be converted, in the order of a generation.
 
     Args:
-        model: has a diffusers pipeline as `.pipeline`.
+        model: object with a diffusers pipeline as `.pipeline`.
     """
     pipeline = model.pipeline
     low = getattr(pipeline, "transformer_2", None) is not None
@@ -124,7 +139,7 @@ def components_of(model) -> tuple[str, ...]:
 
 
 def check_components(model, names) -> None:
-    """Raise a `WanlabError` for the first name that `model` has no component of."""
+    """Raise a `WanlabError` for the first name that is no component of `model`."""
     known = components_of(model)
     for name in names:
         if name not in known:
@@ -135,14 +150,16 @@ def check_components(model, names) -> None:
 
 
 def component_spec(model, component: str, *, network=None) -> ComponentSpec:
-    """The recipe of one component.
+    """The `ComponentSpec` of one component.
 
     Args:
-        network: computes with this one of the same architecture instead of the model's own.
+        model: model with the component.
+        component: name of the component.
+        network: network of the same architecture to use instead of the model's.
 
     Raises:
-        WanlabError: the model has no such component, its network is none that wanlab can convert, or
-            the component was already swapped for an engine.
+        WanlabError: the model has no such component, wanlab cannot convert its network, or an engine already replaces
+            the component.
     """
     check_components(model, [component])
     network = getattr(model.pipeline, PARTS[component]) if network is None else network
@@ -156,7 +173,7 @@ def component_spec(model, component: str, *, network=None) -> ComponentSpec:
     if kind not in makers:
         raise WanlabError(
             f"{component} is a {kind}, which cannot be converted; convertible are {', '.join(sorted(makers))}"
-            " (use the model as it was loaded, before its components were swapped for engines)"
+            " (use the model as it was loaded, before engines replaced its components)"
         )
     return makers[kind](model, component, network)
 
@@ -288,7 +305,7 @@ def _vae_decoder(model, component: str, network) -> ComponentSpec:
         return (latents.to(network.device, network.dtype),)
 
     def dimensions():
-        # From 3 latent frames on: with 2 a single frame follows the first, which tracing tells apart.
+        # From 3 latent frames on: with 2 a single frame follows the first, which tracing treats as a special case.
         return _dims(batch=(1, 64), latent_frames=(3, 256), latent_height=(2, 512), latent_width=(2, 512))
 
     return ComponentSpec(
@@ -324,59 +341,49 @@ DEFAULT_BATCH = 1
 
 
 def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, torch.Tensor]:
-    """Random inputs for an engine that was made by `wanlab.export.export`.
+    """Random inputs for an engine of a graph from `wanlab.export.export`.
 
     Args:
-        engine: its metadata names the model, the component and the clip that it was traced with.
-        changes: batch (1 by default), height, width, frames (pixels), text_tokens; None keeps the traced size.
+        engine: engine whose metadata names the model, the component and the clip of the export.
+        seed: seed of the inputs.
+        changes: batch (default 1), height, width (pixels), frames, text_tokens; None keeps the size of the export.
 
     Returns:
         Input name -> tensor on the CPU in the engine's dtype: normal latents and text, pixels in [-1, 1], timesteps from
         900 to 100, tokens without padding.
 
     Raises:
-        WanlabError: an engine that does not say what it was made from, or sizes that its graph does not take.
+        WanlabError: an engine without this metadata, or sizes that its graph does not accept.
     """
     facts = engine.metadata
     if "model" not in facts or "shape" not in facts:
-        raise WanlabError(
-            "the engine does not say which model and clip it was made for; export it with wanlab"
-        )
+        raise WanlabError("the engine's metadata names no model and clip; export it with wanlab")
     spec = models.get(facts["model"])
     traced = json.loads(facts["shape"]) | {"batch": DEFAULT_BATCH}
     clip = ClipShape(**traced | {name: value for name, value in changes.items() if value is not None})
-    latent = latent_shape(spec, clip.height, clip.width, clip.frames)
-    sizes = {
-        "batch": clip.batch,
-        "text_tokens": clip.text_tokens,
-        "tokens": latent.tokens,
-        "frames": clip.frames,
-        "height": clip.height,
-        "width": clip.width,
-        "latent_frames": latent.frames,
-        "latent_height": latent.height,
-        "latent_width": latent.width,
-    }
-    asked = {name for name, value in changes.items() if value is not None}
+    sizes = axis_sizes(spec, clip)
+    changed = {name for name, value in changes.items() if value is not None}
     generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for name, (dtype, axes) in engine.inputs.items():
-        shape = [_size(name, axis, size, sizes, asked) for axis, size in enumerate(axes)]
+        shape = [_size(name, axis, size, sizes, changed) for axis, size in enumerate(axes)]
         feeds[name] = _draw(name, shape, getattr(torch, dtype), generator)
     return feeds
 
 
-def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], asked: set[str]) -> int:
+def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], changed: set[str]) -> int:
     known: Any = AXES.get(tensor, {}).get(axis, size)
     if isinstance(size, int):  # the graph was exported for this size only
-        if str(known).removeprefix("latent_") in asked and sizes[known] != size:
+        if str(known).removeprefix("latent_") in changed and sizes[known] != size:
             raise WanlabError(
-                f"axis {axis} of {tensor} ({known}) is fixed at {size} and {sizes[known]} was asked for;"
+                f"axis {axis} of {tensor} ({known}) is fixed at {size}, not {sizes[known]};"
                 " leave the size out or export again with it"
             )
         return size
     if known not in sizes:
-        raise WanlabError(f"axis {axis} of {tensor} is {known}, which no clip has; give the inputs yourself")
+        raise WanlabError(
+            f"axis {axis} of {tensor} is {known}, which a clip does not determine; give the inputs yourself"
+        )
     return sizes[known]
 
 

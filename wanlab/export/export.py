@@ -1,4 +1,4 @@
-"""Components written as ONNX files, each with a report beside it."""
+"""Exports components to ONNX files, each with a report beside it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,30 @@ from wanlab.export.weights import WeightsFile
 
 
 class ExportReport(Manifest, frozen=True, kw_only=True):
-    """What one ONNX file was made from, and what came of it.
+    """Sources, settings and result of one export.
 
     Attributes:
-        path: of the ONNX file; this report lies beside it with the suffix `.json`, and `weights_file` if any.
+        path: path of the ONNX file; this report is beside it with the suffix `.json`.
         facts: network, weights, settings and versions; the file is used again while they stay the same.
-        nodes_before: nodes as traced, without any folding.
-        nodes_after: nodes in the file.
-        operators: operator -> how many nodes of it are in the file.
-        dtype: that the graph computes in. stored_dtype: that its large weights have in the file.
-        forms: `"friendly"`, or `"original"` where the network was traced as it is.
+        component: name of the component.
+        opset: ONNX opset.
+        nodes_before: number of nodes as traced, before constant folding.
+        nodes_after: number of nodes in the file.
+        operators: operator -> number of its nodes in the file.
+        dtype: dtype of the computation.
+        stored_dtype: dtype of large weights in the file.
+        forms: `"friendly"`, or `"original"` if the network was traced without rewriting.
         dynamic_axes: input -> {axis: name} of the axes that may vary.
-        fixed_axes: input -> {axis: size} of the axes that were asked to vary and do not.
-        ranges: axis name -> sizes it was traced for, e.g. `"4*k + 1, k >= 1"`.
-        shape: the clip that the example inputs were made for.
-        size_bytes: the graph and the weights that it uses. weights_file: their file, empty when they are in the
-            graph; other graphs may use it too. weights_written_bytes: of it by this export.
-        time_ms: the whole export, or looking it up when `cached`.
-        simplified: whether onnxsim went over the graph.
-        trace_reused: the graph of an equal network was taken, with this one's weights.
-        notes: what a reader should know, each one line.
+        fixed_axes: input -> {axis: size} of the axes that were to vary but are fixed.
+        ranges: axis name -> traced range of sizes, e.g. `"4*k + 1, k = 1 to 256"`.
+        shape: clip of the example inputs.
+        size_bytes: size of the graph and its weights.
+        weights_file: name of the file of weights; empty when they are in the graph. Other graphs may use the file too.
+        weights_written_bytes: bytes that this export added to the file of weights.
+        time_ms: time of the export, or of the check of the existing file when `cached`.
+        simplified: whether onnxsim simplified the graph.
+        trace_reused: whether a kept trace of a network of the same architecture was used.
+        notes: remarks for the reader, each one line.
     """
 
     KIND: ClassVar[str] = "export report"
@@ -74,20 +78,16 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
 
     @classmethod
     def file(cls, path: str | os.PathLike) -> Path:
-        """Where the report of an ONNX file lies."""
+        """Path of the report of an ONNX file."""
         return Path(path).with_suffix(".json")
 
     def damage(self) -> str:
         size = graphs.file_bytes(Path(self.path))
-        return (
-            ""
-            if size == self.size_bytes
-            else f"{Path(self.path).name} or its weights are not what was written"
-        )
+        return "" if size == self.size_bytes else f"{Path(self.path).name} or its weights were changed"
 
     @property
     def external_data(self) -> bool:
-        """Whether the weights are in a file of their own."""
+        """Whether the weights are in a separate file."""
         return bool(self.weights_file)
 
     def row(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def report_frame(reports: list[ExportReport]) -> pd.DataFrame:
 
 
 def axes_table(reports: list[ExportReport]) -> pd.DataFrame:
-    """The sizes that each graph takes: component, dynamic_axes, fixed_axes, notes, sizes (the range of every free axis)."""
+    """Sizes that each graph accepts: component, dynamic_axes, fixed_axes, notes, sizes (the range of every free axis)."""
     sizes = ["; ".join(f"{axis}: {text}" for axis, text in report.ranges.items()) for report in reports]
     return report_frame(reports)[["component", "dynamic_axes", "fixed_axes", "notes"]].assign(sizes=sizes)
 
@@ -152,30 +152,30 @@ def export(
 ) -> ExportReport:
     """Write one component as an ONNX file and a report beside it.
 
-    The graph is traced without its weights by torch.export, translated by the dynamo exporter of torch.onnx,
-    folded, simplified by onnxsim, filled with the weights one at a time, and checked by onnx.checker. Beside
-    the network itself this takes memory for the graph and the largest weight, whatever the size. Node names
-    begin with the module path; the file's metadata names model, component and wanlab version. The network
-    itself is not changed.
+    torch.export traces the network without its weights, the dynamo exporter of torch.onnx converts it, constants are
+    folded, onnxsim simplifies the graph, the weights are written one at a time, and onnx.checker checks the file. Besides
+    the network this needs memory for the graph and the largest weight. Node names begin with the module path; the file's
+    metadata names model, component and wanlab version. The network is not changed.
 
     Args:
-        model: from `wanlab.models.load`, all components eager.
-        component: `"text_encoder"`, `"vae_encoder"`, `"expert_high"`, `"expert_low"` (`"expert"` where
-            there is one), or `"vae_decoder"`.
-        path: the `.onnx` file; its folder is made.
-        opset: 17 to 24; None takes 20, or 23 in bfloat16. From 23 on attention, rotary embedding and
-            root-mean-square norms are operators of their own.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"` that the graph computes in; None takes the network's.
-            Modules that the library keeps in float32 stay so.
-        stored_dtype: of the large weights in the file, with a Cast after each; None takes `dtype`. Graphs with
-            one `stored_dtype` in one folder share a file of weights.
-        simplify: let onnxsim go over the graph.
-        dynamic: let batch, frames, height, width and text tokens vary; False fixes all of them.
-        height, width, frames, text_tokens, batch: of the example clip, in pixels; None takes the model's
-            defaults, and for the batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
-        external_data: weights in a file of their own; None does so above 1.5 GiB, as protobuf ends at 2.
-        forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
-        reuse: keep the file when it was made from the same weights, settings and versions.
+        model: a model from `wanlab.models.load` whose components are eager.
+        component: `"text_encoder"`, `"vae_encoder"`, `"expert_high"`, `"expert_low"` (`"expert"` if there is only one),
+            or `"vae_decoder"`.
+        path: path of the `.onnx` file; its folder is created.
+        opset: 17 to 24; None is 20, or 23 in bfloat16. From 23 on attention, rotary embedding and root-mean-square norms
+            are single operators.
+        dtype: dtype of the computation, `"float32"`, `"bfloat16"` or `"float16"`; None is the network's. Modules that
+            the library keeps in float32 stay in float32.
+        stored_dtype: dtype of large weights in the file, with a Cast after each; None is `dtype`. Graphs with one
+            `stored_dtype` in one folder share a file of weights.
+        simplify: whether onnxsim simplifies the graph.
+        dynamic: whether batch, frames, height, width and text tokens may vary; False fixes all of them.
+        height, width, frames, text_tokens, batch: size of the example clip, height and width in pixels; None is the
+            model's default, and batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
+        external_data: whether weights are in a separate file; None decides by size: above 1.5 GiB, because the limit of
+            protobuf is 2 GiB.
+        forms: `"friendly"`, or `"original"` to trace the network without rewriting, for a comparison.
+        reuse: whether to keep a file that was made from the same weights, settings and versions.
 
     Raises:
         WanlabError: unknown component, dtype or form, a component that is not convertible, an illegal size or
@@ -204,16 +204,16 @@ def export(
         "dtype": str(kind),
         "forms": forms,
     }
-    traced_from = trace_facts(plan, settings)
+    trace_sources = trace_facts(plan, settings)
     weights = weights_key(plan.network)
-    how = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
-    facts = {"component": component, "weights": weights, "finishing": how} | traced_from
+    finishing = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}
+    facts = {"component": component, "weights": weights, "finishing": finishing} | trace_sources
     if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
-    how_traced = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
+    trace_settings = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
     traced, reused = kept_trace(
-        plan.network, key_of(traced_from), lambda: trace(model, component, shape, **how_traced)
+        plan.network, key_of(trace_sources), lambda: trace(model, component, shape, **trace_settings)
     )
     before = ExportReport.find(path)
     file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
@@ -228,7 +228,7 @@ def export(
         stored=stored,
         metadata=_metadata(model, component, shape),
     )
-    asked = plan.inputs if dynamic else {}
+    free_axes = plan.inputs if dynamic else {}
     report = ExportReport(
         path=str(path),
         facts=facts,
@@ -242,12 +242,12 @@ def export(
         forms=forms,
         dynamic_axes={
             name: {a: n for a, n in axes.items() if a in finished.free_axes[name]}
-            for name, axes in asked.items()
+            for name, axes in free_axes.items()
         },
         fixed_axes={
-            name: left
-            for name, axes in asked.items()
-            if (left := {a: int(finished.sizes[name][a]) for a in axes if a not in finished.free_axes[name]})
+            name: fixed
+            for name, axes in free_axes.items()
+            if (fixed := {a: int(finished.sizes[name][a]) for a in axes if a not in finished.free_axes[name]})
         },
         ranges=traced.ranges,
         shape=shape,
@@ -274,15 +274,18 @@ def export_all(
     progress: bool = True,
     **settings,
 ) -> list[ExportReport]:
-    """Export components to `folder/<component>.onnx`, in the order a generation uses them.
+    """Export components to `folder/<component>.onnx`, in the order of a generation.
 
-    Networks of equal architecture (the two experts) share one trace: the second costs its weights only. Several
-    processes may export to one folder: a lock beside it lets one of them make the files, and the others find them made.
+    Networks of one architecture (the two experts) share one trace: for the second only the weights are written. Several
+    processes may export to one folder: with a lock beside it only one of them writes the files.
 
     Args:
-        components: which; None takes all that the model has.
-        dynamic: let sizes vary, for all or for the components named. Fixed sizes export several times faster.
-        progress: show a progress bar.
+        model: a model from `wanlab.models.load` whose components are eager.
+        folder: folder of the files.
+        components: components to export; None takes all of the model.
+        dynamic: whether sizes may vary, for all components or for those that are named. Fixed sizes export several times
+            faster.
+        progress: whether to show a progress bar.
         settings: as in `export`.
 
     Raises:
@@ -314,7 +317,7 @@ def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
 
 
 def _drop_unused(weights: Path) -> None:
-    """Remove a file of weights that an export left behind, unless another graph of the folder uses it."""
+    """Remove a file of weights that no graph of the folder uses any more."""
     others = [ExportReport.find(file.with_suffix(".onnx")) for file in weights.parent.glob("*.json")]
     if not any(report is not None and report.weights_file == weights.name for report in others):
         for file in (weights, weights.with_name(f"{weights.name}.json")):

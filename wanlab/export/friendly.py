@@ -20,10 +20,10 @@ from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring channels, bit for bit what diffusers computes.
+    """Rotary embedding of neighbouring channels, bitwise equal to that of diffusers.
 
     The original writes the even and the odd channels into an empty tensor, which exports to ScatterND
-    (slow everywhere, and no engine fuses it). Stacking the two and flattening is the same tensor.
+    (slow, and no engine fuses it). Stacking both and flattening gives the same tensor.
 
     Args:
         x: `[B, S, H, D]`.
@@ -43,8 +43,8 @@ class ExportableAttention:
     For experts without CLIP image embeddings (all of Wan2.2), with `attention_mask=None`.
 
     Attributes:
-        fused: say rotary embedding and attention as the operators of ONNX opset 23. They take heads inside the
-            last axis, so that nothing needs to be transposed.
+        fused: whether rotary embedding and attention are operators of ONNX opset 23, whose last axis contains the heads,
+            so that no transpose is needed.
     """
 
     def __init__(self, *, fused: bool) -> None:
@@ -53,7 +53,7 @@ class ExportableAttention:
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
     ) -> torch.Tensor:
-        """`[B, S, C]` to `[B, S, C]`, as `WanAttnProcessor.__call__`."""
+        """`[B, S, C]` to `[B, S, C]`, like `WanAttnProcessor.__call__`."""
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         mix = self._with_operators if self.fused else self._with_arithmetic
@@ -63,7 +63,7 @@ class ExportableAttention:
     def _with_operators(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:
         operators = torch.onnx.ops
         if rotary_emb is not None:
-            # The operator wants every value once, and one dtype: that of the tables, as the original computes.
+            # The operator needs every value once, and one dtype: that of the tables, as in the original.
             cos, sin = (
                 table[:, :, 0, first::2].expand(query.shape[0], -1, -1)  # [B, S, D / 2]
                 for first, table in enumerate(rotary_emb)
@@ -85,17 +85,18 @@ class ExportableAttention:
 
 
 def plain_root_mean_square_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.RMSNorm.forward` as the chain of operators that ONNX Runtime fuses into one kernel."""
+    """`torch.nn.RMSNorm.forward` as a chain of operators that ONNX Runtime fuses into one kernel."""
     return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
 
 
 @contextmanager
 def exportable_attention(expert, *, fused: bool):
-    """Give every `WanAttention` of `expert` the exportable processor while the context lasts.
+    """Give every `WanAttention` of `expert` the exportable processor inside the block.
 
     Args:
-        fused: for opsets from 23 on, which have operators for attention, rotary embedding and norms; before,
-            the norms of queries and keys are written as plain operators too.
+        expert: a `WanTransformer3DModel`.
+        fused: whether the opset is 23 or later, with operators for attention, rotary embedding and norms; otherwise the
+            norms of queries and keys are chains of operators too.
     """
     attentions = [module for module in expert.modules() if isinstance(module, WanAttention)]
     norms = [] if fused else [norm for module in attentions for norm in (module.norm_q, module.norm_k)]
@@ -115,9 +116,9 @@ def exportable_attention(expert, *, fused: bool):
 
 @contextmanager
 def whole_clip_resampling(vae):
-    """Let the temporal resamplers of `vae` work on whole clips while the context lasts.
+    """Make the temporal resamplers of `vae` process whole clips inside the block.
 
-    Everything else in `AutoencoderKLWan` already computes the whole clip when it gets no feature cache.
+    The other modules of `AutoencoderKLWan` process the whole clip if they get no feature cache.
     """
     resamplers = [module for module in vae.modules() if isinstance(module, WanResample)]
     for module in resamplers:
@@ -161,7 +162,7 @@ def decode_video(vae, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _resample_whole_clip(self, x: torch.Tensor, feat_cache=None, feat_idx=None) -> torch.Tensor:
-    """`WanResample.forward` over `[B, C, T, H, W]`: the first frame passes the temporal convolution by."""
+    """`WanResample.forward` over `[B, C, T, H, W]`: the first frame skips the temporal convolution."""
     if self.mode == "upsample3d" and x.shape[2] > 1:
         first, rest = x[:, :, :1], x[:, :, 1:]
         pairs = self.time_conv(rest).unflatten(1, (2, x.shape[1]))  # [B, 2, C, T - 1, H, W]
@@ -172,16 +173,16 @@ def _resample_whole_clip(self, x: torch.Tensor, feat_cache=None, feat_idx=None) 
     x = self.resample(x.transpose(1, 2).flatten(0, 1))
     x = x.unflatten(0, (-1, frames)).transpose(1, 2)
     if self.mode == "downsample3d" and frames > 1:
-        # No padding: the first output looks at frames 0 to 2, and frame 0 itself goes through unchanged.
+        # No padding: the first output depends on frames 0 to 2, and frame 0 itself is not changed.
         x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
     return x
 
 
 @contextmanager
 def exportable_operators(vae):
-    """Give parts of `vae` forms that trace with free sizes and run fast in an engine; the same function.
+    """Give parts of `vae` forms that trace with free sizes and run fast in an engine, with the same results.
 
-    For whole clips of 4k + 1 frames, so together with `whole_clip_resampling`. Four things change: the
+    For whole clips of 4k + 1 frames, together with `whole_clip_resampling`. Four parts change: the
     norms sum squares over channels by a convolution (a reduction over an axis in the middle is slow in
     ONNX Runtime), a downsampling shortcut becomes average pooling with a constant padding, an upsampling
     shortcut copies pixels instead of permuting eight axes, and nearest-exact upsampling by 2 becomes
@@ -224,7 +225,7 @@ def _average_down(self, x: torch.Tensor) -> torch.Tensor:
     t, s, group = self.factor_t, self.factor_s, self.group_size
     padding = (0, 0, 0, 0, t - 1, 0)
     if group == s * s and t > 1:  # one frame of a channel becomes one output channel
-        # Padded after pooling: ONNX Runtime folds a padding into a pooling that it is too wide for.
+        # Padding after pooling, because ONNX Runtime fuses a padding into a pooling that does not allow its size.
         x = F.pad(F.avg_pool3d(x, (1, s, s)), padding).unflatten(2, (-1, t))  # [B, C, T, t, H, W]
         return x.transpose(2, 3).flatten(1, 2)
     if t > 1:

@@ -1,4 +1,4 @@
-"""From a traced program to a finished ONNX file: weights, folding, names, simplification, check."""
+"""Makes an ONNX file of a traced program: weights, constant folding, names, simplification, check; facts of such files."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ BEFORE = -1
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a graph that runs on its own.
+    """A part of a graph that can run alone.
 
     Attributes:
         name: `"before"`, `"blocks.7"`, `"after"`.
-        inputs, outputs: names of the values it takes from outside, and of those that others need.
-        state: the input that carries the hidden states; empty before the first block.
+        inputs, outputs: names of the values that it reads from other parts, and of those that other parts read.
+        state: name of the input with the hidden states; empty before the first block.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Piece:
 def cut(model: onnx_ir.Model) -> list[Piece]:
     """The pieces of an expert's graph, in order.
 
-    What depends on the hidden states belongs to the block that its name says, or, without a name, to the one
-    that made its input. What does not (modulation, keys and values of the text) belongs to the block that alone
-    uses it, and otherwise before all blocks.
+    A node that depends on the hidden states belongs to the block in its name, or, without one, to the block of its
+    inputs. Other nodes (modulation, keys and values of the text) belong to the only block that uses them, else to the part
+    before all blocks.
 
     Raises:
-        WanlabError: no node carries the name of a block, or the blocks hand on more than one value.
+        WanlabError: no node has the name of a block, or a block passes on more than one value.
     """
     place, stream, after = places(model)
     if not after:
@@ -69,9 +69,9 @@ def cut(model: onnx_ir.Model) -> list[Piece]:
 
 
 def places(model: onnx_ir.Model) -> tuple[dict[onnx_ir.Node, int], set[onnx_ir.Node], int]:
-    """Node -> block, the nodes that the hidden states run through, and the number of blocks."""
+    """Node -> block, the nodes that depend on the hidden states, and the number of blocks."""
     nodes = list(model.graph)
-    blocks = [int(found[1]) for node in nodes if (found := _BLOCK.match(node.name or ""))]
+    blocks = [int(match[1]) for node in nodes if (match := _BLOCK.match(node.name or ""))]
     if not blocks:
         return {}, set(), 0
     after = max(blocks) + 1
@@ -89,7 +89,7 @@ def places(model: onnx_ir.Model) -> tuple[dict[onnx_ir.Node, int], set[onnx_ir.N
 
 
 def _stream(nodes, after: int) -> dict[onnx_ir.Node, int]:
-    """Node -> block, for the nodes that the hidden states run through."""
+    """Node -> block, for the nodes that depend on the hidden states."""
     place: dict[onnx_ir.Node, int] = {}
     for node in nodes:
         module = (node.name or "").rpartition("/")[0]
@@ -119,17 +119,19 @@ def _piece(model, index: int, after: int, place, stream) -> Piece:
     name = "before" if index == BEFORE else "after" if index == after else f"blocks.{index}"
     if len(states) != (index != BEFORE):
         raise WanlabError(
-            f"{name} of the graph takes {len(states)} hidden states ({', '.join(states)}), not one"
+            f"{name} of the graph reads {len(states)} hidden states ({', '.join(states)}), not one"
         )
     return Piece(name, tuple(inputs), tuple(outputs), states[0] if states else "")
 
 
 @contextmanager
 def piece_file(model: onnx_ir.Model, piece: Piece, folder: Path) -> Iterator[Path]:
-    """The piece as an ONNX file of its own while the context lasts; weights outside stay where they are.
+    """The piece as a separate ONNX file inside the block; weights in other files are not copied.
 
     Args:
-        folder: of the whole graph, as weights are found from there.
+        model: the whole graph.
+        piece: the piece.
+        folder: folder of the whole graph, to which paths of weights are relative.
     """
     graph = onnx_ir.convenience.extract(model.graph, list(piece.inputs), list(piece.outputs))
     part = onnx_ir.Model(graph, ir_version=model.ir_version)
@@ -142,15 +144,15 @@ def piece_file(model: onnx_ir.Model, piece: Piece, folder: Path) -> Iterator[Pat
 
 
 def order_modulation(model: onnx_ir.Model) -> int:
-    """Make the modulation of every block wait for the block, where there is one for every token.
+    """Make the modulation of every block depend on its hidden states, for models with modulation per token.
 
-    It does not depend on the hidden states, so ONNX Runtime computes that of all blocks before the first one: at
-    704x1280x121 that is 30 times two tensors of 2 GB. Here its input is reshaped to the size it has, taken from the
-    hidden states: nothing is computed or copied for that, but it cannot happen before they are there. Only where
-    batch and tokens are free, as fixed ones are folded away.
+    Modulation does not depend on the hidden states, so ONNX Runtime computes that of all blocks before the first block: at
+    704x1280x121 these are 30 times two tensors of 2 GB. Here its input is reshaped to its own size, which is read from the
+    hidden states: this neither computes nor copies anything, but cannot run before them. It is done only if batch and
+    tokens are free, because the reshape would be folded otherwise.
 
     Returns:
-        How many blocks were ordered.
+        Number of blocks that were ordered.
     """
     place, stream, after = places(model)
     if not after:
@@ -186,8 +188,8 @@ def order_modulation(model: onnx_ir.Model) -> int:
             graph.register_initializer(tail)
             size = onnx_ir.node("Concat", [counts.outputs[0], tail], {"axis": 0}, name=f"{name}_size")
             late = onnx_ir.node("Reshape", [value, size.outputs[0]], name=name)
-            for made in (counts, size, late):
-                made.outputs[0].name = f"{made.name}_{index}"
+            for added in (counts, size, late):
+                added.outputs[0].name = f"{added.name}_{index}"
             late.outputs[0].type, late.outputs[0].shape = value.type, value.shape
             graph.insert_before(node, [counts, size, late])
             node.replace_input_with(index, late.outputs[0])
@@ -198,17 +200,17 @@ def order_modulation(model: onnx_ir.Model) -> int:
 
 
 WITHOUT_BFLOAT16 = ("Clip", "Cos", "Pad", "Reciprocal", "Resize", "Sin")
-"""Of those that Wan's networks become: ONNX Runtime has them on no device (its OperatorKernels.md). Clip, Pad and Resize to
-the nearest only move or choose values, so they give the same ones; the others are rounded once, after computing."""
+"""Operators of Wan's networks that ONNX Runtime has in bfloat16 on no device (its OperatorKernels.md). Clip, Pad and nearest
+Resize only move or select values, so their results are equal; results of the others are rounded once."""
 
 
 def widen_bfloat16(model: onnx_ir.Model) -> int:
-    """Let these operators read and write float32 where the graph gives them bfloat16.
+    """Change operators of `WITHOUT_BFLOAT16` that read and write bfloat16 to float32, with casts.
 
-    Types of values have to be known. A graph without bfloat16 stays as it is.
+    Types of values have to be known. A graph without bfloat16 is not changed.
 
     Returns:
-        How many nodes were changed.
+        Number of changed nodes.
     """
     narrow, wide = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
     graph, changed = model.graph, 0
@@ -220,26 +222,26 @@ def widen_bfloat16(model: onnx_ir.Model) -> int:
             if value is None or value.dtype != narrow:
                 continue
             name = f"{node.name}_widened_{index}"
-            if value.const_value is not None:  # a bound or a filling: no cast at every run
-                held = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(wide))
-                held.const_value = onnx_ir.tensor(value.const_value.numpy().astype("float32"), name=name)
-                graph.register_initializer(held)
-                node.replace_input_with(index, held)
+            if value.const_value is not None:  # a constant is converted here, not at every run
+                constant = onnx_ir.Value(name=name, shape=value.shape, type=onnx_ir.TensorType(wide))
+                constant.const_value = onnx_ir.tensor(value.const_value.numpy().astype("float32"), name=name)
+                graph.register_initializer(constant)
+                node.replace_input_with(index, constant)
                 continue
             cast = _cast(value, wide, name)
             graph.insert_before(node, cast)
             node.replace_input_with(index, cast.outputs[0])
-        made = node.outputs[0]
-        readers = list(made.uses())
-        back = _cast(made, narrow, f"{node.name}_narrowed")
+        result = node.outputs[0]
+        readers = list(result.uses())
+        back = _cast(result, narrow, f"{node.name}_narrowed")
         graph.insert_after(node, back)
-        made.dtype = wide
+        result.dtype = wide
         for use in readers:
             use.node.replace_input_with(use.idx, back.outputs[0])
         for index, output in enumerate(graph.outputs):
-            if output is made:  # an output keeps its name
+            if output is result:  # an output keeps its name
                 graph.outputs[index] = back.outputs[0]
-                back.outputs[0].name, made.name = made.name, f"{made.name}_wide"
+                back.outputs[0].name, result.name = result.name, f"{result.name}_wide"
     return changed
 
 
@@ -250,7 +252,7 @@ def _cast(value: onnx_ir.Value, kind: onnx_ir.DataType, name: str) -> onnx_ir.No
     return node
 
 
-EXTERNAL_ABOVE_BYTES = 1536 * 2**20  # protobuf ends at 2 GiB
+EXTERNAL_ABOVE_BYTES = 1536 * 2**20  # the limit of protobuf is 2 GiB
 
 
 @dataclass(frozen=True)
@@ -281,15 +283,18 @@ def finish(
     stored: torch.dtype | None,
     metadata: dict[str, str],
 ) -> Finished:
-    """Fold, name, simplify, write and check; the file appears under `path` only when all went well.
+    """Fold, name, simplify, write and check a graph; the file at `path` is written only after a successful check.
 
     Args:
-        traced: of `wanlab.export.trace.Trace`, unfolded; it stays as it is.
-        network: whose weights fill it.
+        traced: model of a `wanlab.export.trace.Trace`, before constant folding; it is not changed.
+        network: network with the weights.
+        path: path of the file.
         axis_names: input -> {axis: name}; traced symbols are renamed to these.
-        weights: where they go when they are not kept inside the graph.
-        external_data: whether they go there; None decides by size (see `EXTERNAL_ABOVE_BYTES`).
+        simplify: whether onnxsim simplifies the graph.
+        weights: file for weights outside the graph.
+        external_data: whether weights are in that file; None decides by size (see `EXTERNAL_ABOVE_BYTES`).
         stored: dtype of the weights in the file, see `fill`.
+        metadata: metadata of the file.
 
     Raises:
         WanlabError: onnx.checker refuses the graph.
@@ -298,12 +303,12 @@ def finish(
     nodes_before = sum(1 for _ in model.graph.all_nodes())
     large = fill(model.graph, network, stored)
     lift(model.graph, large)
-    # onnxsim finds what a second round would; both together gave the same graphs, more slowly.
+    # onnxsim does the work of a second iteration; with both the graphs were the same, but it took longer.
     with quiet():
         onnxscript.optimizer.optimize(model, num_iterations=1 if simplify else 2)
     name_nodes(model)
     name_axes(model, axis_names)
-    widen_bfloat16(model)  # before a simplifier may drop the types of values
+    widen_bfloat16(model)  # before onnxsim, which may remove the types of values
     if simplify:
         model = _simplified(model)
         name_fused(model, large)
@@ -344,7 +349,7 @@ def finish(
 
 
 def save_checked(model: onnx_ir.Model, path: Path) -> None:
-    """Write a graph, by name in the folder where its weights lie; it appears when onnx.checker has accepted it.
+    """Write a graph into the folder of its weights; the file is kept only if onnx.checker accepts it.
 
     Raises:
         WanlabError: onnx.checker refuses the graph.
@@ -358,7 +363,7 @@ def save_checked(model: onnx_ir.Model, path: Path) -> None:
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """All nodes, those inside of subgraphs and functions too."""
+    """All nodes, including those of subgraphs and functions."""
     stack = [model.graph, *model.functions]
     while stack:
         for node in stack.pop().node:
@@ -370,26 +375,26 @@ def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def lint(model: onnx.ModelProto) -> list[str]:
-    """What engines run badly or refuse, one line each: ScatterND, sequences, float64, complex numbers."""
+    """Operators and types that engines run slowly or refuse, one line each: ScatterND, sequences, float64, complex."""
     counts = Counter(node.op_type for node in nodes(model))
-    found = [
+    findings = [
         f"{counts[name]} {name} nodes"
         for name in ("ScatterND", "SequenceAt", "SplitToSequence")
         if counts[name]
     ]
     kinds = Counter(_element_types(model))
     numbers = onnx.TensorProto
-    for word, count in (
+    for name, count in (
         ("float64", kinds[numbers.DOUBLE]),
         ("complex", kinds[numbers.COMPLEX64] + kinds[numbers.COMPLEX128]),
     ):
         if count:
-            found.append(f"{count} {word} tensors")
-    return found
+            findings.append(f"{count} {name} tensors")
+    return findings
 
 
 def _element_types(model: onnx.ModelProto) -> Iterator[int]:
-    """Element types of all that the graph says the type of: weights, values, casts, constants."""
+    """Element types in the graph: of weights, values, casts and constants."""
     yield from (tensor.data_type for tensor in model.graph.initializer)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         yield value.type.tensor_type.elem_type
@@ -402,27 +407,27 @@ def _element_types(model: onnx.ModelProto) -> Iterator[int]:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of an ONNX file and of the weights outside that it uses; 0 when any of it is missing or broken."""
+    """Size of an ONNX file and its weights in other files; 0 if any of them is missing or damaged."""
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):
         return 0
-    size, held = path.stat().st_size, {}
+    size, file_sizes = path.stat().st_size, {}
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
         file, length = path.parent / place["location"], int(place.get("length", 0))
-        if file not in held:
-            held[file] = file.stat().st_size if file.exists() else 0
-        if held[file] < int(place.get("offset", 0)) + length:
+        if file not in file_sizes:
+            file_sizes[file] = file.stat().st_size if file.exists() else 0
+        if file_sizes[file] < int(place.get("offset", 0)) + length:
             return 0
         size += length
     return size
 
 
 def formats_of(path: Path) -> str:
-    """What a graph is quantised in, as its metadata says; empty when in nothing, or when it cannot be read."""
+    """Formats of quantised layers in the metadata of a graph; empty if there are none or the file cannot be read."""
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):
@@ -431,6 +436,6 @@ def formats_of(path: Path) -> str:
 
 
 def _simplified(model: onnx_ir.Model) -> onnx_ir.Model:
-    """What onnxsim makes of a graph whose large weights are inputs."""
+    """A graph, whose large weights are inputs, simplified by onnxsim."""
     simplified, _ = onnxsim.simplify(onnx_ir.to_proto(model))
     return onnx_ir.from_proto(simplified)

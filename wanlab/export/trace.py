@@ -1,8 +1,8 @@
-"""From a network to an ONNX graph: traced without its weights, at the opset and dtype asked for, and kept on disk.
+"""Traces a network without its weights to an ONNX graph, for a given opset and dtype; traced graphs are kept on disk.
 
-Tracing takes most of the time of an export. A graph without weights is small and depends on few things
-(`wanlab.core.digests.trace_facts`), so it is kept in `wanlab.core.paths.cache("traces")`: the second expert, the same model
-with other weights or in another folder, and the next run find it there.
+Tracing takes most of the time of an export. A graph without weights is small and depends on few facts
+(`wanlab.core.digests.trace_facts`), so it is kept in `wanlab.core.paths.cache("traces")` for the second expert, for the same
+model with other weights or in another folder, and for later processes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from wanlab.models.loading import DTYPES
 from wanlab.models.networks import stored_dtype
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 17, 24, 20
-BFLOAT16_OPSET = 22  # the first whose Conv takes it
+BFLOAT16_OPSET = 22  # the first with Conv in bfloat16
 
 
 def chosen_opset(opset: int | None, dtype: str) -> int:
-    """The opset that was asked for, or the one that suits the dtype.
+    """The given opset, or the default one for the dtype.
 
     Raises:
-        WanlabError: none that the exporter has, or none with convolutions in bfloat16.
+        WanlabError: the exporter does not support the opset, or it has no convolutions in bfloat16.
     """
     narrow = dtype == "torch.bfloat16"
     if opset is None:
@@ -57,7 +57,7 @@ def chosen_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
     """The dtype of a name, or the default.
 
     Raises:
-        WanlabError: no graphs can be had in it.
+        WanlabError: graphs cannot be exported in this dtype.
     """
     if name is None:
         return default
@@ -67,25 +67,24 @@ def chosen_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
 
 
 def meta_copy(network: torch.nn.Module, dtype: torch.dtype):
-    """A twin of `network` in `dtype` whose parameters and buffers have sizes but no memory.
+    """A copy of `network` in `dtype` whose parameters and buffers have sizes but no memory.
 
-    The twin lies on the CPU as far as tracing is concerned, wherever the network is. Modules that the library
-    keeps in float32 stay in float32 (`wanlab.models.networks.stored_dtype`), so the twin is what loading in
-    `dtype` would give.
+    For tracing the copy is on the CPU, on whichever device the network is. Modules that the library keeps in float32 stay
+    in float32 (`wanlab.models.networks.stored_dtype`), so the copy has the dtypes of a network that is loaded in `dtype`.
 
     Returns:
-        The twin, and the `FakeTensorMode` that its tensors belong to: inputs must be of the same mode.
+        The copy, and the `FakeTensorMode` of its tensors, which inputs need too.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twins: dict[int, object] = {}
+    replacements: dict[int, object] = {}
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         weight = isinstance(tensor, torch.nn.Parameter)
         kind = stored_dtype(network, name, dtype) if weight and tensor.is_floating_point() else tensor.dtype
         with mode:
             empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
-        twins[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if weight else empty
-    # A copy takes what it finds under an object's id: every tensor is replaced, none is copied.
-    return copy.deepcopy(network, twins), mode
+        replacements[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if weight else empty
+    # `deepcopy` looks up the id of every object here first, so that tensors are replaced and not copied.
+    return copy.deepcopy(network, replacements), mode
 
 
 ORIGINAL = "original"
@@ -93,7 +92,7 @@ FORMS = ("friendly", ORIGINAL)
 
 
 class _Traced(torch.nn.Module):
-    """A network under the attribute `network`, called by a function of its own."""
+    """A network as the attribute `network`, and the function to trace."""
 
     def __init__(self, network: torch.nn.Module, call: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -105,12 +104,12 @@ class _Traced(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced graph, unfolded.
+    """A traced graph before constant folding.
 
     Attributes:
-        model: its weights are inputs of the graph, named as in the network after `WRAPPER`. It is cloned before use.
-        ranges: axis name -> range that it was traced for.
-        notes: for the report.
+        model: graph whose weights are inputs, with `WRAPPER` before their names in the network. It is cloned before use.
+        ranges: axis name -> traced range of sizes.
+        notes: notes for the report.
     """
 
     model: onnx_ir.Model
@@ -118,25 +117,26 @@ class Trace:
     notes: tuple[str, ...]
 
 
-KEPT = "wanlab.trace"  # where the file of a trace holds its other facts
+KEPT = "wanlab.trace"  # metadata key of the other facts in the file of a trace
 LIBRARIES = ("diffusers.", "torch.", "transformers.", "wanlab.")
 
 
 def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) -> tuple[Trace, bool]:
-    """The trace with this key, made and kept where it was not, and whether it was found.
+    """The trace with this key, which is made and kept if there is none, and whether it existed.
 
-    Networks with code of a caller's own are kept for this process only: the key does not know that code.
+    Traces of networks with modules or methods of a caller are kept for this process only, because the key does not include
+    their code.
 
     Args:
-        network: that is traced.
-        key: a hash of all that the graph depends on besides the weights.
-        make: traces it.
+        network: network that is traced.
+        key: hash of everything that the graph depends on besides the weights.
+        make: function that traces the network.
     """
     owned = all(type(part).__module__.startswith(LIBRARIES) for part in network.modules())
     patched = any("forward" in vars(part) for part in network.modules())
     folder = paths.cache("traces") if owned and not patched else _of_this_process()
     for file in (folder / f"{key}.onnx", _of_this_process() / f"{key}.onnx"):
-        with suppress(Exception):  # missing, or half a file of a full disk: it is made again
+        with suppress(Exception):  # a missing file, or an incomplete one after a full disk: it is made again
             model = onnx_ir.load(file)
             return Trace(model=model, **_facts(json.loads(model.metadata_props[KEPT]))), True
     trace = make()
@@ -160,14 +160,14 @@ def _keep(model: onnx_ir.Model, file: Path) -> None:
 
 @functools.cache
 def _of_this_process() -> Path:
-    """A folder that ends with the process."""
+    """A folder that is removed at the end of the process."""
     folder = tempfile.TemporaryDirectory(prefix="wanlab-traces-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def weights_as_inputs(model: onnx_ir.Model) -> onnx_ir.Model:
-    """The traced model, whose weights without memory become inputs of the graph."""
+    """The traced model, with weights without memory changed to inputs of the graph."""
     graph = model.graph
     for name in [name for name in graph.initializers if name.startswith(WRAPPER)]:
         value = graph.initializers.pop(name)
@@ -179,14 +179,19 @@ def weights_as_inputs(model: onnx_ir.Model) -> onnx_ir.Model:
 def trace(
     model, component: str, shape: ClipShape, *, opset: int, dynamic: bool, dtype: torch.dtype, forms: str
 ) -> Trace:
-    """Trace a component without its weights and translate it to ONNX.
+    """Trace a component without its weights and convert it to ONNX, without constant folding.
 
     Args:
-        dtype: `torch.dtype` that the graph computes in; that of the network, or another.
-        forms: `"friendly"`, or `"original"` to trace the network as it is, for a comparison.
+        model: model with the component.
+        component: name of the component.
+        shape: clip of the example inputs.
+        opset: ONNX opset.
+        dynamic: whether sizes may vary.
+        dtype: `torch.dtype` of the computation.
+        forms: `"friendly"`, or `"original"` to trace the network without rewriting, for a comparison.
     """
-    twin, mode = meta_copy(component_spec(model, component).network, dtype)
-    plan = component_spec(model, component, network=twin)
+    network, mode = meta_copy(component_spec(model, component).network, dtype)
+    plan = component_spec(model, component, network=network)
     inputs = tuple(
         mode.from_tensor(tensor) for tensor in plan.inputs_for(shape, torch.Generator().manual_seed(0))
     )
@@ -195,24 +200,24 @@ def trace(
     notes: list[str] = []
 
     with torch.no_grad(), friendly, quiet():
-        module = _Traced(twin, call).eval()
+        module = _Traced(network, call).eval()
         ranges: dict[str, str] = {}
         if not dynamic:
             program = torch.export.export(module, inputs, strict=False)
         else:
             dims = plan.dimensions()
-            wanted = [
+            dynamic_axes = [
                 {axis: dims.get(name, torch.export.Dim.AUTO) for axis, name in axes.items()}
                 for axes in plan.inputs.values()
             ]
             try:
                 program = torch.export.export(
-                    module, inputs, dynamic_shapes={"args": tuple(wanted)}, strict=False
+                    module, inputs, dynamic_shapes={"args": tuple(dynamic_axes)}, strict=False
                 )
                 ranges = {name: _range(dim) for name, dim in dims.items()}
             except torch._dynamo.exc.UserError as error:
-                # The network ties a size down: tracing decides axis by axis, the report names those it fixed.
-                notes.append(f"tracing tied sizes down: {tied_reason(error)}")
+                # The network fixes a size: tracing decides about each axis, and the report names the fixed ones.
+                notes.append(f"tracing fixed sizes: {fixed_reason(error)}")
                 auto = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in plan.inputs.values())
                 program = torch.export.export(module, inputs, dynamic_shapes={"args": auto}, strict=False)
         exported = torch.onnx.export(
@@ -229,8 +234,8 @@ def trace(
     return Trace(weights_as_inputs(exported.model), ranges, tuple(notes))
 
 
-def tied_reason(error: Exception) -> str:
-    """The first line of a tracing error that names a size."""
+def fixed_reason(error: Exception) -> str:
+    """The first line of a tracing error that is about a size."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "values of" in line or "specialized" in line), lines[0])
 
@@ -243,7 +248,7 @@ def _range(dim) -> str:
 
 @contextmanager
 def quiet():
-    """Without the progress chatter of exporter and optimiser; errors still come through as exceptions."""
+    """Hide log messages and warnings of exporter and optimiser inside the block; exceptions are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The Wan VAE chunk by chunk as pairs of ONNX graphs: one for the first chunk, one for all later ones."""
+"""Exports the Wan VAE for processing in chunks: a pair of ONNX graphs, for the first chunk and for all later ones."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from wanlab.export.trace import (
     Trace,
     chosen_dtype,
     chosen_opset,
+    fixed_reason,
     kept_trace,
     meta_copy,
     quiet,
-    tied_reason,
     weights_as_inputs,
 )
 from wanlab.export.weights import WeightsFile
@@ -56,11 +56,11 @@ def decode_chunk(vae, latents: torch.Tensor, past: Caches | None) -> tuple[torch
     Args:
         vae: an `AutoencoderKLWan`.
         latents: `[B, C, 1, H', W']`, not normalised.
-        past: module name -> frames before this chunk, as the chunk before gave them; None for the first.
+        past: module name -> frames before this chunk, from the previous chunk; None for the first chunk.
 
     Returns:
-        `[B, 3, 4, s H', s W']` with s the VAE's spatial factor (one frame for the first chunk), clamped to [-1, 1] as
-        `AutoencoderKLWan.decode` does, and the caches for the next chunk, in the order of computation.
+        `[B, 3, 4, s H', s W']` with s the VAE's spatial factor (one frame for the first chunk), clamped to [-1, 1] like
+        `AutoencoderKLWan.decode`, and the caches for the next chunk, in the order of computation.
     """
     with _caching(vae.decoder, "decoder", past) as present:
         video = vae.decoder(vae.post_quant_conv(latents), first_chunk=past is None)
@@ -88,30 +88,27 @@ def encode_chunk(vae, video: torch.Tensor, past: Caches | None) -> tuple[torch.T
 
 
 def decode_in_chunks(vae, latents: torch.Tensor) -> torch.Tensor:
-    """`AutoencoderKLWan.decode` by `decode_chunk`: `[B, C, T', H', W']` to `[B, 3, 1 + 4 (T' - 1), ...]`."""
+    """`AutoencoderKLWan.decode` with `decode_chunk`: `[B, C, T', H', W']` to `[B, 3, 1 + 4 (T' - 1), ...]`."""
     return _in_chunks(lambda chunk, past: decode_chunk(vae, chunk, past), latents, 1)
 
 
 def encode_in_chunks(vae, video: torch.Tensor) -> torch.Tensor:
-    """`AutoencoderKLWan.encode` by `encode_chunk`: `[B, 3, 1 + 4 k, H, W]` to `[B, 2 * C, 1 + k, H', W']`."""
+    """`AutoencoderKLWan.encode` with `encode_chunk`: `[B, 3, 1 + 4 k, H, W]` to `[B, 2 * C, 1 + k, H', W']`."""
     return _in_chunks(lambda chunk, past: encode_chunk(vae, chunk, past), video, 4)
 
 
 def _in_chunks(step: Callable, whole: torch.Tensor, later: int) -> torch.Tensor:
-    past, made = None, []
+    past, results = None, []
     for chunk in (whole[:, :, :1], *whole[:, :, 1:].split(later, dim=2)):
         if chunk.shape[2]:
             result, past = step(chunk, past)
-            made.append(result)
-    return torch.cat(made, dim=2)
+            results.append(result)
+    return torch.cat(results, dim=2)
 
 
 @contextmanager
 def exportable(vae):
-    """Give parts of `vae` forms that trace with free sizes and run fast in an engine; the same functions.
-
-    As `vae_sequence.exportable_operators`, for the chunks of this module.
-    """
+    """Like `wanlab.export.friendly.exportable_operators`, for chunks."""
     with exportable_operators(vae):
         for module in vae.modules():
             if type(module) is AvgDown3D:
@@ -124,13 +121,13 @@ def _after_zeros(x: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def _average_down(self, x: torch.Tensor) -> torch.Tensor:
-    """`AvgDown3D.forward` for `[B, C, T, H, W]` and a T that is known: padded only where it has to be."""
+    """`AvgDown3D.forward` for `[B, C, T, H, W]` with a known T: padded only if necessary."""
     t, s, group = self.factor_t, self.factor_s, self.group_size
     missing = -x.shape[2] % t
     padding = (0, 0, 0, 0, missing, 0)
     if group == s * s and t > 1:  # one frame of a channel becomes one output channel
         x = F.avg_pool3d(x, (1, s, s))
-        # Padded after pooling: ONNX Runtime folds a padding into a pooling that it is too wide for.
+        # Padding after pooling, because ONNX Runtime fuses a padding into a pooling that does not allow its size.
         x = F.pad(x, padding) if missing else x
         return x.unflatten(2, (-1, t)).transpose(2, 3).flatten(1, 2)
     if missing:
@@ -143,7 +140,7 @@ def _average_down(self, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _caching(half, prefix: str, past: Caches | None):
-    """Let the modules of `half` read `past` and write the dict that this gives, while the context lasts."""
+    """Inside the block the modules of `half` read `past` and write the yielded dict."""
     present: dict[str, torch.Tensor] = {}
     changed = []
 
@@ -176,7 +173,7 @@ def _convolve(name: str, past: Caches | None, present: dict) -> Callable:
 
 
 def _resample(name: str, past: Caches | None, present: dict) -> Callable:
-    """`WanResample.forward` for `[B, C, T, H, W]`; the first frame passes the temporal convolution by."""
+    """`WanResample.forward` for `[B, C, T, H, W]`; the first frame skips the temporal convolution."""
     cache = f"{name}.time_conv"
 
     def forward(self, x: torch.Tensor, feat_cache=None, feat_idx=None) -> torch.Tensor:
@@ -208,9 +205,11 @@ class Half:
     """One half of the VAE as a stream.
 
     Attributes:
-        component: wanlab's name of it. source: name of what it takes. result: name of what it gives.
-        rows, columns: names of the axes 3 and 4 of the source.
-        step: computes a chunk, see `wanlab.export.vae_streamed`.
+        component: name of the component.
+        source: name of its input.
+        result: name of its output.
+        rows, columns: names of axes 3 and 4 of the source.
+        step: function for one chunk, `decode_chunk` or `encode_chunk`.
     """
 
     component: str
@@ -221,7 +220,7 @@ class Half:
     step: Callable
 
     def file(self, folder: str | os.PathLike, step: str) -> Path:
-        """Where the graph of a step lies."""
+        """Path of the graph of a step."""
         return Path(folder) / f"{self.component}.{step}.onnx"
 
 
@@ -248,35 +247,35 @@ def export_streamed(
 ) -> tuple[ExportReport, ExportReport]:
     """Write one half of the VAE as `<component>.first.onnx` and `<component>.next.onnx`.
 
-    The first takes the first frame and gives its result and `present.<module>`: the last frames that each causal
-    convolution has seen. The second takes the next chunk and those as `past.<module>`. Run one after the other
-    (`wanlab.engines.open_streamed_decoder`) they need the memory of one chunk, whatever the length of the clip.
+    The first reads the first frame and returns its result and `present.<module>`: the last input frames of each causal
+    convolution. The second reads the next chunk and these frames as `past.<module>`. Run one after the other
+    (`wanlab.engines.open_streamed_decoder`) they need the memory of one chunk for clips of any length.
 
     Args:
-        model: from `wanlab.models.load`, the VAE eager.
-        folder: is made.
+        model: a model from `wanlab.models.load` whose VAE is eager.
+        folder: folder of the files; it is created.
         component: `"vae_decoder"` or `"vae_encoder"`.
-        opset: 17 to 24; None takes 20, or 22 in bfloat16.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"` that the graphs compute in; None takes the network's.
-        simplify: let onnxsim go over the graphs.
-        dynamic: let batch, height and width vary; False fixes them.
-        height, width, batch: of the example clip, in pixels; None takes the model's defaults, and for the batch 2, or 1
-            when nothing may vary.
-        external_data: weights in one file beside the graphs; None does so above 1.5 GiB.
-        reuse: keep the files when they were made from the same weights, settings and versions.
+        opset: 17 to 24; None is 20, or 22 in bfloat16.
+        dtype: dtype of the computation, `"float32"`, `"bfloat16"` or `"float16"`; None is the network's.
+        simplify: whether onnxsim simplifies the graphs.
+        dynamic: whether batch, height and width may vary; False fixes them.
+        height, width, batch: size of the example clip, in pixels; None is the model's default, and batch 2, or 1 when
+            nothing may vary.
+        external_data: whether weights are in one file beside the graphs; None decides by size: above 1.5 GiB.
+        reuse: whether to keep files that were made from the same weights, settings and versions.
 
     Returns:
-        A report for each graph, as `wanlab.export.export` gives it.
+        A report for each graph, as from `wanlab.export.export`.
 
     Raises:
-        WanlabError: no such half, a VAE that is not Wan's, an illegal size, dtype or opset.
+        WanlabError: another component, a VAE that is not Wan's, an illegal size, dtype or opset.
     """
     half = half_of(component)
     plan = component_spec(model, component)
     shape = default_shape(model, batch=batch or (2 if dynamic else 1), height=height, width=width)
     latent_size(model, shape)  # refuses an illegal size
     kind = chosen_dtype(dtype, plan.network.dtype)
-    if opset is None:  # not 23: the one head of the VAE's attention is too wide for fused kernels
+    if opset is None:  # not 23, because the only head of the VAE's attention is too wide for fused kernels
         opset = BFLOAT16_OPSET if str(kind) == "torch.bfloat16" else DEFAULT_OPSET
     opset = chosen_opset(opset, str(kind))
     weights = weights_key(plan.network)
@@ -285,10 +284,10 @@ def export_streamed(
 
 
 def half_of(component: str) -> Half:
-    """The stream of a component.
+    """The `Half` of a component.
 
     Raises:
-        WanlabError: it is no half of a VAE.
+        WanlabError: the component is no half of a VAE.
     """
     if component not in HALVES:
         raise WanlabError(
@@ -298,10 +297,10 @@ def half_of(component: str) -> Half:
 
 
 class _TracedStep(torch.nn.Module):
-    """One step of a half of the VAE as tensors in and out: the source and the caches.
+    """One step of a half of the VAE, with the source and the caches as inputs and outputs.
 
     Args:
-        names: of the caches that it is given; None is the first step, which has none.
+        names: names of the caches among the inputs; None for the first step, which has none.
     """
 
     def __init__(self, network: torch.nn.Module, half: Half, names: Sequence[str] | None) -> None:
@@ -316,7 +315,7 @@ class _TracedStep(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What both graphs of a half are made from."""
+    """Sources and settings of both graphs of a half."""
 
     model: Any
     plan: ComponentSpec
@@ -331,7 +330,7 @@ class _Job:
     weights: str
 
     def export(self, step: str, reuse: bool) -> ExportReport:
-        """Write one graph and its report, or find them there."""
+        """Write one graph and its report, unless they are current."""
         begin = time.perf_counter()
         source, path = self.half.source, self.half.file(self.folder, step)
         facts = self._facts(step)
@@ -381,17 +380,17 @@ class _Job:
         return report
 
     def _facts(self, step: str) -> dict[str, Any]:
-        how = {"simplify": self.simplify, "external_data": self.external_data}
+        finishing = {"simplify": self.simplify, "external_data": self.external_data}
         component = f"{self.half.component}.{step}"
-        facts = {"component": component, "weights": self.weights, "finishing": how}
+        facts = {"component": component, "weights": self.weights, "finishing": finishing}
         return facts | trace_facts(self._form(), self._settings())
 
     def _form(self) -> SimpleNamespace:
-        """The half as `trace_facts` takes it."""
+        """The half in the form that `trace_facts` needs."""
         return SimpleNamespace(network=self.plan.network, inputs=self.half.source, output=self.half.result)
 
     def _settings(self) -> dict[str, Any]:
-        """What both graphs are traced for."""
+        """Settings of both traces."""
         settings = {"opset": self.opset, "dynamic": self.dynamic, "shape": asdict(self.shape)}
         return settings | {"dtype": str(self.dtype)}
 
@@ -410,30 +409,30 @@ class _Job:
         }
 
     def _trace(self, step: str) -> Trace:
-        """The graph of a step."""
+        """The traced graph of a step."""
         half = self.half
-        twin, mode = meta_copy(self.plan.network, self.dtype)
-        period = twin.config.scale_factor_temporal
-        plan = component_spec(self.model, half.component, network=twin)
+        network, mode = meta_copy(self.plan.network, self.dtype)
+        period = network.config.scale_factor_temporal
+        plan = component_spec(self.model, half.component, network=network)
         (example,) = plan.inputs_for(replace(self.shape, frames=1 + period), torch.Generator().manual_seed(0))
         frames = period if (step, half.source) == ("next", "video") else 1
         source = mode.from_tensor(example[:, :, :frames].contiguous())
 
-        with torch.no_grad(), exportable(twin), quiet():
-            with mode:  # names and sizes of the caches, from a first chunk that costs nothing
-                _, caches = half.step(twin, source[:, :, :1], None)
+        with torch.no_grad(), exportable(network), quiet():
+            with mode:  # names and sizes of the caches, from a first chunk without computation
+                _, caches = half.step(network, source[:, :, :1], None)
             names = list(caches)
             inputs = (source, *caches.values()) if step == "next" else (source,)
             # Rows of the source for one row of latents.
-            scale = twin.config.scale_factor_spatial if half.source == "video" else 1
+            scale = network.config.scale_factor_spatial if half.source == "video" else 1
             dims, ranges = _dimensions(inputs, self._axes(), scale) if self.dynamic else (None, {})
             notes: tuple[str, ...] = ()
-            module = _TracedStep(twin, half, names if step == "next" else None).eval()
+            module = _TracedStep(network, half, names if step == "next" else None).eval()
             try:
                 program = torch.export.export(module, inputs, dynamic_shapes=dims, strict=False)
             except torch._dynamo.exc.UserError as error:
-                # A network that ties a size down: fixed sizes, and the report says so.
-                notes, ranges = (f"tracing tied sizes down: {tied_reason(error)}",), {}
+                # The network fixes a size: all sizes are fixed, and the report has a note.
+                notes, ranges = (f"tracing fixed sizes: {fixed_reason(error)}",), {}
                 program = torch.export.export(module, inputs, strict=False)
             exported = torch.onnx.export(
                 program,
@@ -450,7 +449,7 @@ class _Job:
 
 
 def _dimensions(inputs: tuple, axes: dict[int, str], scale: int) -> tuple[dict, dict[str, str]]:
-    """Free axes as `torch.export` takes them: the source and every cache are multiples of the rows of latents."""
+    """Free axes for `torch.export`, and their ranges; the source and every cache are multiples of the rows of latents."""
     batch = Dim("batch", min=1, max=64)
     units = {axis: Dim(name, min=2, max=512) for axis, name in ((3, "rows"), (4, "columns"))}
 

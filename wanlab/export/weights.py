@@ -1,4 +1,4 @@
-"""The weights of a graph: kept out of it while it is worked on, written one at a time, shared between graphs."""
+"""The weights of a graph: removed from it during its rewriting, written one at a time, shared between graphs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.manifest import Manifest
 from wanlab.models.networks import stored_dtype
 
-WRAPPER = "network."  # attribute of the traced wrapper that holds the network
+WRAPPER = "network."  # attribute of the traced wrapper with the network
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def name_nodes(model: onnx_ir.Model) -> None:
-    """Put the module path before each node's name, and drop the traces of the machine it was made on."""
+    """Put the module path before each node's name, and remove metadata with paths of the machine."""
     for node in model.graph.all_nodes():
         scopes = (
             json.loads(node.metadata_props[_SCOPES].replace("'", '"'))
@@ -32,7 +32,9 @@ def name_nodes(model: onnx_ir.Model) -> None:
         )
         # [..., innermost module, node]; the wrapper's own attribute comes first
         module = f"{scopes[-2]}.".removeprefix(WRAPPER).strip(".") if len(scopes) > 1 else ""
-        module = "" if module.startswith("_empty_nn_module") else module  # made by the exporter, of no module
+        module = (
+            "" if module.startswith("_empty_nn_module") else module
+        )  # a node of the exporter, without a module
         node.metadata_props.clear()  # stack traces with file names
         if module and node.name:
             node.name = f"{module}/{node.name}"
@@ -47,7 +49,7 @@ def name_nodes(model: onnx_ir.Model) -> None:
 
 
 def name_fused(model: onnx_ir.Model, weights: Collection[str]) -> None:
-    """Put the module path before the names of nodes that onnxsim made, where a weight tells the module."""
+    """Put the module path before the names of nodes of onnxsim, if the name of a weight contains the module."""
     for node in model.graph:
         weight = next((v.name for v in node.inputs if v and v.name in weights and "." in v.name), "")
         if weight and "/" not in (node.name or ""):
@@ -55,13 +57,13 @@ def name_fused(model: onnx_ir.Model, weights: Collection[str]) -> None:
 
 
 def name_weights(model: onnx_ir.Model) -> None:
-    """Small weights, which stayed in the graph, by their names in the network's own state dict."""
+    """Give small weights, which stayed in the graph, their names in the network's state dict."""
     for value in list(model.graph.initializers.values()):
         value.name = value.name.removeprefix(WRAPPER)
 
 
 def name_axes(model: onnx_ir.Model, axis_names: dict[str, dict[int, str]]) -> None:
-    """Rename traced symbols (`s53`) to what they are (`latent_frames`), in every shape of the graph."""
+    """Rename traced symbols (`s53`) to names of axes (`latent_frames`), in every shape of the graph."""
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, name in axis_names.get(value.name, {}).items():
@@ -95,10 +97,10 @@ class Weight:
     """One weight of a network as a graph uses it.
 
     Attributes:
-        tensor: where it lies now.
-        dtype: that the graph computes with.
-        stored: that the file holds; a Cast leads from one to the other where they differ.
-        transposed: the graph holds it the other way round.
+        tensor: the tensor of the network.
+        dtype: dtype of the computation.
+        stored: dtype in the file; if they differ, the graph has a Cast.
+        transposed: whether the graph has the transposed matrix.
     """
 
     tensor: torch.Tensor
@@ -111,7 +113,7 @@ class Weight:
         return list(self.tensor.shape[::-1] if self.transposed else self.tensor.shape)
 
     def lazy(self, name: str) -> onnx_ir.LazyTensor:
-        """Cast, turned and brought to the host when it is read, and then let go."""
+        """A tensor that is cast, transposed and copied to the host only when it is read, and freed afterwards."""
 
         def read():
             value = self.tensor.t() if self.transposed else self.tensor
@@ -125,12 +127,14 @@ def fill(graph: onnx_ir.Graph, network: torch.nn.Module, stored: torch.dtype | N
     """Give the initializers of a traced graph the values of `network`, in the graph's dtypes.
 
     Args:
-        stored: dtype that large weights have in the file; None takes the graph's. Weights that the library
-            keeps in float32 stay so.
+        graph: traced graph.
+        network: network with the weights.
+        stored: dtype of large weights in the file; None is the graph's. Weights that the library keeps in float32 stay
+            in float32.
 
     Returns:
-        Matrices and larger of at least `LIFT_BYTES` that the graph uses, by their name in the network, for
-        `lift` and `restore`. Vectors stay, so that scales fold into constants.
+        Name in the network -> weight, for `lift` and `restore`: matrices and larger tensors of the graph of at least
+        `LIFT_BYTES`. Vectors stay in the graph, so that scales are folded into constants.
 
     Raises:
         WanlabError: a weight of the graph is missing in `network` or has another shape.
@@ -138,7 +142,7 @@ def fill(graph: onnx_ir.Graph, network: torch.nn.Module, stored: torch.dtype | N
     tensors = dict(network.named_buffers()) | network.state_dict()
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     large = {}
-    # A conversion to an older opset leaves weights without memory behind as inputs.
+    # After a conversion to an older opset weights without memory are inputs.
     values = [value for value in graph.inputs if value.name.startswith(WRAPPER)]
     for value in values:
         graph.inputs.remove(value)
@@ -149,7 +153,7 @@ def fill(graph: onnx_ir.Graph, network: torch.nn.Module, stored: torch.dtype | N
             raise WanlabError(f"the graph uses {name}, which this network does not have")
         tensor, shape = tensors[name].detach(), tuple(value.shape.numpy())
         if tuple(tensor.shape) != shape:
-            raise WanlabError(f"weight {name} is {tuple(tensor.shape)}, the shared graph wants {shape}")
+            raise WanlabError(f"weight {name} is {tuple(tensor.shape)}, the shared graph has {shape}")
         weight = Weight(tensor, value.dtype, value.dtype)
         value.const_value = weight.lazy(value.name)
         graph.register_initializer(value)
@@ -162,7 +166,7 @@ def fill(graph: onnx_ir.Graph, network: torch.nn.Module, stored: torch.dtype | N
 
 
 def lift(graph: onnx_ir.Graph, names) -> None:
-    """Turn initializers into inputs of the graph, under their name in the network."""
+    """Change initializers to inputs of the graph, with their names in the network."""
     for name in names:
         value = graph.initializers.pop(f"{WRAPPER}{name}")
         value.const_value = None
@@ -171,10 +175,10 @@ def lift(graph: onnx_ir.Graph, names) -> None:
 
 
 def restore(graph: onnx_ir.Graph, weights: dict[str, Weight]) -> dict[str, Weight]:
-    """Turn the inputs that `lift` made back into initializers, transposed where the graph wants them so.
+    """Change inputs of `lift` back to initializers, transposed if the graph only uses the transposed matrix.
 
     Returns:
-        The weights that the graph uses, under their names in it (`.T` where transposed).
+        Name in the graph (with `.T` if transposed) -> weight, for the weights that the graph uses.
     """
     used = {}
     for value in [value for value in graph.inputs if value.name in weights]:
@@ -183,11 +187,11 @@ def restore(graph: onnx_ir.Graph, weights: dict[str, Weight]) -> dict[str, Weigh
         flips = [use.node for use in value.uses() if _is_transpose(use.node)]
         if flips and len(flips) == len(value.uses()):
             name, weight = f"{name}.T", replace(weight, transposed=True)
-            turned = _value(name, weight.shape, weight.dtype)
+            transposed = _value(name, weight.shape, weight.dtype)
             for node in flips:
-                onnx_ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+                onnx_ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
             graph.remove(flips, safe=True)
-            value = turned
+            value = transposed
         if not value.uses():
             continue
         if weight.stored != weight.dtype:
@@ -199,7 +203,7 @@ def restore(graph: onnx_ir.Graph, weights: dict[str, Weight]) -> dict[str, Weigh
 
 
 def _stored_narrower(graph: onnx_ir.Graph, value: onnx_ir.Value, weight: Weight) -> onnx_ir.Value:
-    """The value that the file holds, with a Cast to the one that the graph computes with."""
+    """The value in the file, with a Cast to the dtype of the computation."""
     stored = _value(value.name, weight.shape, weight.stored)
     module = value.name.removesuffix(".T").rpartition(".")[0]
     cast = onnx_ir.node("Cast", [stored], {"to": int(weight.dtype)}, name=f"{module}/weight_cast")
@@ -220,14 +224,14 @@ def _is_transpose(node) -> bool:
     return node.op_type == "Transpose" and permutation is not None and list(permutation.value) == [1, 0]
 
 
-ALIGNMENT_BYTES = 4096  # of a page: engines map the file into memory
+ALIGNMENT_BYTES = 4096  # size of a page, because engines map the file into memory
 
 
 class _Places(Manifest, frozen=True, kw_only=True):
-    """Where each weight lies in a file of weights.
+    """Positions of the weights in a file of weights.
 
     Attributes:
-        facts: the key of the weights.
+        facts: key of the weights.
         tensors: name -> start and length in bytes, dtype, shape.
     """
 
@@ -240,11 +244,11 @@ class _Places(Manifest, frozen=True, kw_only=True):
     def damage(self) -> str:
         size = Path(self.path).stat().st_size if Path(self.path).is_file() else -1
         whole = all(start + length <= size for start, length, *_ in self.tensors.values())
-        return "" if whole else f"{Path(self.path).name} is shorter than it was"
+        return "" if whole else f"{Path(self.path).name} is shorter than when it was written"
 
 
 class Storable(Protocol):
-    """A tensor that a `WeightsFile` writes: its sizes, and its values once they are asked for."""
+    """A tensor that a `WeightsFile` writes: its shape, and its values when they are read."""
 
     @property
     def shape(self) -> list[int]: ...
@@ -256,19 +260,19 @@ class Storable(Protocol):
 class WeightsFile:
     """Weights of one network in one dtype, for any number of graphs in the same folder.
 
-    Graphs of other sizes, opsets and forms point into the same file, and so do graphs that compute in another
-    dtype and cast. Beside it lies `<name>.json`: which weight lies where.
+    Graphs of other sizes, opsets and forms refer to the same file, and so do graphs that compute in another dtype and
+    cast. `<name>.json` beside it has the position of each weight.
 
     Attributes:
-        path: the raw tensors, each aligned to a page.
-        key: hash of the network's weights; with another key the file is another's, and written anew.
+        path: file of the raw tensors, each aligned to a page.
+        key: hash of the network's weights; a file with another key is replaced.
     """
 
     path: Path
     key: str
 
     def add(self, weights: Mapping[str, Storable], *, progress: bool = True) -> int:
-        """Write the weights that are not there yet, one at a time; returns the bytes written."""
+        """Write the weights that are not in the file yet, one at a time; returns the bytes written."""
         places = self.places()
         missing = {name: weight for name, weight in weights.items() if name not in places}
         end = max((start + length for start, length, *_ in places.values()), default=0)
@@ -288,12 +292,12 @@ class WeightsFile:
         return written
 
     def places(self) -> dict[str, tuple[int, int, str, list[int]]]:
-        """Name -> start and length in bytes, dtype, shape; empty when the file is not whole or another's."""
+        """Name -> start and length in bytes, dtype, shape; empty when the file is damaged or has another key."""
         known, _ = _Places.current(self.path, {"weights": self.key})
         return {} if known is None else known.tensors
 
     def refer(self, graph: onnx_ir.Graph) -> None:
-        """Let the initializers of `graph` that lie in the file point into it."""
+        """Make the initializers of `graph` that are in the file refer to it."""
         for name, (start, length, kind, shape) in self.places().items():
             value = graph.initializers.get(name)
             if value is not None:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,8 @@ from wanlab.core.errors import WanlabError
 
 GIB = 1024**3
 INTERVAL_S = 0.005  # between two samples of the memory; one sample takes some tens of microseconds
+FREED_GIB = 0.05  # smallest amount that is mentioned
+WHOLE_DEVICE = "whole device and CUDA allocator"
 
 _open: list[PeakMemory] = []  # measurements in progress, updated before the allocator's peak is reset
 
@@ -30,11 +32,12 @@ class PeakMemory:
 
     Attributes:
         peak_gib: largest amount in use at one time. On a GPU of the whole device (every process and
-            library on it, so engines outside PyTorch are included), on a CPU this process's resident set.
+            library on it, so engines outside PyTorch are included), and at least what PyTorch's allocator added; on a CPU
+            this process's resident set.
         start_gib: the same quantity when the block began.
         allocated_gib: on a GPU the peak of tensors in PyTorch's allocator, else None.
         reserved_gib: on a GPU the peak that PyTorch's allocator had reserved from the driver, else None.
-        source: `"whole device and CUDA allocator"` or `"resident set"`.
+        source: `"whole device and CUDA allocator"`, with a remark if memory outside PyTorch was freed, or `"resident set"`.
     """
 
     peak_gib: float = 0.0
@@ -43,6 +46,7 @@ class PeakMemory:
     reserved_gib: float | None = None
     source: str = "resident set"
     device: str = "cpu"
+    _reserved_at_start_gib: float = field(default=0.0, repr=False)
 
     @property
     def increase_gib(self) -> float:
@@ -74,8 +78,11 @@ def peak_memory(device=None):
     """Measure peak memory of the `with` block.
 
     The allocator's figures are exact. Whole device and resident set are sampled every 5 ms by a
-    thread (and at both ends), so a shorter spike can be missed; the whole-device peak is at least
-    the start plus the growth of PyTorch's allocator. Blocks may be nested. Do not time inside the block.
+    thread (and at both ends), so a shorter spike can be missed. Blocks may be nested. Do not time inside the block.
+
+    Other processes on the GPU may free memory meanwhile, which would hide growth of this process. The whole-device peak is
+    therefore at least the start of the outermost open block plus the growth of PyTorch's allocator since then, and
+    `source` says so if memory outside PyTorch was freed.
 
     Args:
         device: `torch.device`, `"cuda"`, `"cpu"`; None or `"auto"` takes the GPU when there is one.
@@ -104,17 +111,23 @@ def peak_memory(device=None):
             start_gib=sampler.start,
             allocated_gib=0.0,
             reserved_gib=0.0,
-            source="whole device and CUDA allocator",
+            source=WHOLE_DEVICE,
             device=device,
+            _reserved_at_start_gib=reserved,
         )
         _open.append(result)
         try:
             yield result
         finally:
             torch.cuda.synchronize(device)
+            outermost = next(block for block in _open if block.device == device)
             _open.remove(result)
             result._absorb_allocator_peak()
-            result.peak_gib = max(sampler.peak(), sampler.start + result.reserved_gib - reserved)
+            without_torch = outermost.start_gib - outermost._reserved_at_start_gib
+            result.peak_gib = max(sampler.peak(), without_torch + result.reserved_gib)
+            freed_gib = without_torch + torch.cuda.memory_reserved(device) / GIB - _device_gib(device)
+            if freed_gib > FREED_GIB:
+                result.source = f"{WHOLE_DEVICE}; {freed_gib:.1f} GiB outside PyTorch were freed meanwhile"
 
 
 def _resolve(device) -> str:

@@ -19,10 +19,10 @@ from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import file_digest
 from wanlab.engines.base import TensorType, fits, spell_shape
-from wanlab.export.components import AXES, ClipShape
+from wanlab.export.components import AXES, ClipShape, axis_sizes
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import file_bytes
-from wanlab.models.shapes import latent_shape, size_step
+from wanlab.models.shapes import size_step
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -155,7 +155,7 @@ def network_shapes(
         return Shapes({name: (shape, shape, shape) for name, shape in fixed.items()}, False, {})
     spec = _spec(source) if spec is None else spec
     clips, notes = clip_range(spec, profile)
-    sizes = {end: _sizes(spec, clip) for end, clip in clips.items()}
+    sizes = {end: axis_sizes(spec, clip) for end, clip in clips.items()}
     resolved = {}
     for name, shape in inputs.items():
         ends = [
@@ -209,21 +209,6 @@ def _legal(value: int, step: int, offset: int, end: str) -> int:
     if end == "max":
         return max(up, down)
     return down if value - down < up - value else max(up, down)
-
-
-def _sizes(spec: Any, clip: ClipShape) -> dict[str, int]:
-    latent = latent_shape(spec, clip.height, clip.width, clip.frames)
-    return {
-        "batch": clip.batch,
-        "text_tokens": clip.text_tokens,
-        "frames": clip.frames,
-        "height": clip.height,
-        "width": clip.width,
-        "latent_frames": latent.frames,
-        "latent_height": latent.height,
-        "latent_width": latent.width,
-        "tokens": latent.tokens,
-    }
 
 
 def _size(

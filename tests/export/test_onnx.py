@@ -470,7 +470,7 @@ def test_mistakes_are_named(model, opened, folder, tmp_path):
         (lambda: export.export_all(model, tmp_path, ["vae"]), "no component 'vae'"),
         (
             lambda: engines.parity(engines.use(model, opened), "expert_low", opened["expert_low"]),
-            "before its components were",
+            "before engines replaced",
         ),
     ]
     for mistake, message in cases:

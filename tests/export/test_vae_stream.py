@@ -249,7 +249,7 @@ def test_errors_are_one_line(models, decoders, encoder, folder, tmp_path):
         "has memory for 3 frames, this clip gives 5": lambda: engine.bind(
             {"latents": latents}, {"video": torch.empty(1, 3, 3, 32, 48)}
         ),
-        "leave it out": lambda: engine.bind({"latents": latents}, {}, cuda_graph=True),
+        "leave cuda_graph out": lambda: engine.bind({"latents": latents}, {}, cuda_graph=True),
         "did you mean 'vae_decoder'": lambda: export.export_streamed(models["plain"], tmp_path, "vae_decodr"),
         "no convolution in bfloat16": lambda: export.export_streamed(
             models["plain"], tmp_path, dtype="bfloat16", opset=20

@@ -369,7 +369,7 @@ NUMERIC_PSNR_DB = 40.0  # a root mean square error of 2.55 of 255 levels
 NEAR_PSNR_DB = 30.0
 NEAR_LPIPS = 0.05
 FAITHFUL_LPIPS = 0.10
-PERCEPTUAL_TIMES_FLOOR = 2.0
+PERCEPTUAL_FLOOR_RATIO = 2.0
 NEAR_LOSS_PERCENT = 1.0
 
 
@@ -402,7 +402,7 @@ TIERS = (
     TierRule(
         "perceptual",
         f"quality loss at most {LIMIT_PERCENT:g} %; where there is no truth: LPIPS at most"
-        f" {PERCEPTUAL_TIMES_FLOOR:g} times the floor",
+        f" {PERCEPTUAL_FLOOR_RATIO:g} times the floor",
         "another video, as good as the original",
     ),
     TierRule(
@@ -496,9 +496,9 @@ def _judged(rows: dict, reach: dict[str, float], loss: QualityLoss | None):
     else:
         times = far / lpips["floor"] if lpips["floor"] > 0 else math.nan
         distance = (
-            "no floor to hold it against" if math.isnan(times) else f"LPIPS {times:.3g} times the floor"
+            "no noise floor to compare it with" if math.isnan(times) else f"LPIPS {times:.3g} times the floor"
         )
-        yield times <= PERCEPTUAL_TIMES_FLOOR, f"{distance}, {at_most}"
+        yield times <= PERCEPTUAL_FLOOR_RATIO, f"{distance}, {at_most}"
     yield loss is not None and loss.within(LIMIT_PERCENT) == "undecided", measured
     yield True, measured
 

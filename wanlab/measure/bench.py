@@ -445,11 +445,11 @@ class _Bar:
     """Progress bar towards the number of iterations or the duration, whichever takes longer."""
 
     def __init__(self, label: str, iterations: int, duration_ms: float, progress: bool) -> None:
-        self.wanted = (iterations, max(duration_ms, 1e-9))
+        self.limits = (iterations, max(duration_ms, 1e-9))
         self.bar = tqdm(total=100, desc=f"bench {label}", unit="%", leave=False, disable=not progress)
 
     def show(self, count: int, elapsed_ms: float) -> None:
-        done = min(count / self.wanted[0], elapsed_ms / self.wanted[1])
+        done = min(count / self.limits[0], elapsed_ms / self.limits[1])
         self.bar.update(min(int(100 * done), 100) - self.bar.n)
 
     def close(self) -> None:

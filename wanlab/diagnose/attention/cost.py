@@ -137,7 +137,7 @@ class Skippable:
         return f"{text}; skipping the other keys gains {self.bound_ratio:.2f}x at most, {blocks}"
 
 
-def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:
+def skippable(attention: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:
     """Rank heads by the keys that they do not need for 95 % of their mass, and bound the speed-up from skipping these.
 
     With a share s of the time in self-attention kernels and a density d (mean over heads, which all take the same time) the
@@ -145,13 +145,13 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
     by their share of the denoising time.
 
     Args:
-        found: map from `attention_map`.
+        attention: map from `attention_map`.
         times: table from `attention_times`; by default the times that were saved with the map.
 
     Raises:
         WanlabError: the map has no self-attention.
     """
-    rows = found.of(SELF)
+    rows = attention.of(SELF)
     if rows.empty:
         raise WanlabError("the map has no self-attention rows; make one with attention_map")
     level = 95
@@ -164,7 +164,7 @@ def skippable(found: AttentionMap, times: pd.DataFrame | None = None) -> Skippab
     table.insert(1, "stable_percent", 100 * counts.max(axis=1) / counts.sum(axis=1))
     table["skippable_percent"] = 100 - table["density_percent"]
     table = table.reset_index().sort_values("density_percent", kind="stable", ignore_index=True)
-    times_ms = (found if times is None else found.with_times(times)).times_ms
+    times_ms = (attention if times is None else attention.with_times(times)).times_ms
     lines = []
     for component in rows["component"].unique():
         own = table[table["component"] == component]

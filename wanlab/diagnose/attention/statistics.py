@@ -208,7 +208,7 @@ def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, tor
     """Statistics of all kinds of attention and those of `of_rows`, each `[heads, queries]`."""
     parts: dict[str, list[list[torch.Tensor]]] = {}
     for first, rows, p in _probabilities(query, key, tokens, scale, most_bytes):
-        found = {
+        columns = {
             "entropy_nats": -torch.xlogy(p, p).sum(-1),
             **{
                 f"density{level}_percent": 100 * keys_needed(p, level / 100) / p.shape[-1]
@@ -216,7 +216,7 @@ def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, tor
             },
             **of_rows(p, rows),
         }
-        for name, values in found.items():
+        for name, values in columns.items():
             lists = parts.setdefault(name, [])
             if first:
                 lists.append([])

@@ -310,6 +310,14 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     assert slow.text.startswith("Keep engine=eager, plan=default: nothing within the limit is better")
 
 
+def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):
+    rows = techniques()
+    rows[1]["summary"] = {f"quality_loss_{end}percent": 1e-5 for end in ("", "low_", "high_")}
+    text = choose(compare(write_sweep(tmp_path / "s", rows))).text
+    assert text.startswith("Use engine=onnxruntime, plan=default: 1.99 times as fast")
+    assert text.endswith("quality loss below 0.01 %.")
+
+
 def test_noise_does_not_choose(tmp_path):
     losses = {"a": 2.0, "b": 0.5, "c": 0.1}
     rows = [{"ms": 100.0}] + [

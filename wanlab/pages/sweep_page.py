@@ -58,8 +58,8 @@ def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     ratios = sweep_table.ratios(table, beside)
     embedder = ClipEmbedder(table.root)
     runs = [_run(*each, table, linked) for each in zip(table.entries, beside, strict=True)]
-    first = [i for i, entry in enumerate(table.entries) if entry.baseline]
-    selected = [i for i in dict.fromkeys(first + best) if table.measured[i]]
+    baselines = [i for i, entry in enumerate(table.entries) if entry.baseline]
+    selected = [i for i in dict.fromkeys(baselines + best) if table.measured[i]]
     reference = _reference(table, selected, embedder)
     for i in dict.fromkeys(selected + list(range(len(runs)))):
         if "video" in table.entries[i].clips:
@@ -69,12 +69,16 @@ def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     choice = _choice(table) if start and best else None
     failures = [(entry, run) for entry, run in zip(table.entries, runs, strict=True) if entry.failed]
     states = [entry.state for entry in table.entries]
+    answer = choice.text if choice else _frontier_text(table, axes, start, best, ratios, beside)
+    # A sweep that lacks runs says so first.
+    complete = bool(choice) and set(states) == {"finished"}
+    first, second = (answer, verdict(table)) if complete else (verdict(table), answer)
     text = templates.fill(
         "index.html",
         title=table.title,
         state=_state(table, states),
-        verdict=verdict(table),
-        lead=choice.text if choice else _frontier_text(table, axes, start, best, ratios, beside),
+        verdict=first,
+        lead=second,
         lead_notes="; ".join(choice.notes).capitalize() if choice else "",
         problems=table.problems + _caution(table),
         facts=_facts(table),

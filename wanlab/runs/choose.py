@@ -171,14 +171,14 @@ def _answer(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
     ratio = comparisons.ratios[best.label]
     value = ratio.value if gain_of(by) == "ratio" else math.nan
     figures = (value, ratio.low, ratio.high, ratio.noise_percent)
-    text = verdict_sentence(ratio.verdict, *figures, baseline=base.label, how=how)
+    text = f"Use {best.label}: " + verdict_sentence(ratio.verdict, *figures, baseline=base.label, how=how)
     if is_number(loss := best.results.get(QUALITY[1])):
         ends = [best.results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
         if max(abs(value) for value in (loss, *ends) if is_number(value)) < 0.005:
             return f"{text}, quality loss below 0.01 %."
         interval = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(is_number, ends)) else ""
         text += f", quality loss {_signed(loss)} %{interval}"
-    return f"Use {best.label}: {text}."
+    return f"{text}."
 
 
 def _signed(percent: float) -> str:

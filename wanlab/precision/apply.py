@@ -1,4 +1,4 @@
-"""Plans in PyTorch: linear layers replaced as the plan says, and put back."""
+"""Plans in PyTorch: linear layers replaced by layers in the formats of the plan."""
 
 from __future__ import annotations
 
@@ -188,8 +188,8 @@ def apply_plan(
     so that plans with many need a higher `torch._dynamo.config.recompile_limit`.
 
     Args:
-        model: from `wanlab.models.load`, the experts eager. Experts that are not loaded are not planned, and a rule for
-            them alone fits nothing.
+        model: model from `wanlab.models.load`, the experts eager. Experts that are not loaded are not planned, and a rule
+            for them alone fits nothing.
         plan: plan, name of a preset, or file.
         calibrations: component -> `Calibration`, or layer -> largest magnitude of its input, for static scales. A component
             without one scales every input by itself: per tensor (int8, fp8) or per token (fp8-channel).

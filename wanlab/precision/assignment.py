@@ -209,7 +209,7 @@ class Assignment:
         its work. Scales of blocks and channels are counted, biases are not: they stay as they are.
 
         Args:
-            tokens, text_tokens: as `quantizable_layers`; without tokens there is no count of operations.
+            tokens, text_tokens: as `quantizable_layers` takes them; without tokens there is no count of operations.
 
         Returns:
             DataFrame: component, format, layers, parameters, size_bytes, bits_per_weight, weights_percent (share of the
@@ -252,9 +252,9 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     """Resolve a plan to one format per layer of a model.
 
     Args:
-        plan: from `load_plan`, `make_plan`, or a search.
-        model: from `wanlab.models.load`, whose loaded experts count, or component -> network. Rules for an expert that is
-            not loaded are no mistake.
+        plan: plan from `load_plan`, `make_plan`, or a search.
+        model: model from `wanlab.models.load`, whose loaded experts count, or component -> network. Rules for an expert
+            that is not loaded are no mistake.
         default: dtype of the networks; needed for networks without a model where the plan names none.
 
     Raises:

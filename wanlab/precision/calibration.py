@@ -289,7 +289,7 @@ class CalibrationCache(Manifest, frozen=True, kw_only=True):
 
     Attributes:
         facts: the fields of `Identity`, the names of the layers instead of their hash.
-        layers: in the order of the histograms. calls: as in `Calibration`.
+        layers: ranges in the order of the histograms. calls: as of `Calibration`.
         tensors: SHA-256 and size in bytes of the histograms' file.
     """
 
@@ -526,7 +526,7 @@ def calibrate(
     as it is computed; only histograms are kept. One pass serves all methods (`Calibration.with_method`).
 
     Args:
-        model: from `wanlab.models.load`, the component eager.
+        model: model from `wanlab.models.load`, the component eager.
         component: e.g. `"expert_high"`. Every expert needs its own.
         recording: recording of this model, from `record_inputs`.
         layers, exclude: patterns as in `choose_layers`.

@@ -71,7 +71,7 @@ def keep_inputs(
     A lock lets several runs start together: one records, the others wait and read its files.
 
     Args:
-        model: from `wanlab.models.load`.
+        model: model from `wanlab.models.load`.
         cases: cases as `record_inputs` takes them.
         folder: folder of all models and settings; each has a folder in it, named by a hash of what the inputs depend on.
         components: experts to calibrate; None takes all. All are recorded, as an error is followed through the steps of the

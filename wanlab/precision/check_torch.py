@@ -501,7 +501,7 @@ def effect_check(original: Model | None, applied: Applied, *, profile: bool | No
     Args:
         original: the model before the plan. None, or the same model after `in_place=True`, which replaced it: then weights
             are not compared with it.
-        applied: from `apply_plan`.
+        applied: result of `apply_plan`.
         profile: whether kernels are named too; None does so on a GPU.
 
     Raises:

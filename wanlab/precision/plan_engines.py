@@ -182,7 +182,7 @@ def build_plan(
         targets: compute capabilities. TensorRT for RTX builds for them on any machine; TensorRT builds for the GPU of
             this machine and ignores them. FP8 needs 8.9 or more.
         progress: show bars.
-        settings: as in `wanlab.engines.build_tensorrt`: profile (for graphs with free sizes), level, workspace_gib.
+        settings: settings of `wanlab.engines.build_tensorrt`: profile (for graphs with free sizes), level, workspace_gib.
 
     Returns:
         One row per component, range of steps and GPU: component, first_step, last_step, graph, numbers, capability, built,

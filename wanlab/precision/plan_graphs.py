@@ -187,7 +187,7 @@ def export_plan(
     are reused; otherwise they are made again, and `reason` tells why.
 
     Args:
-        model: from `wanlab.models.load`, the experts eager.
+        model: model from `wanlab.models.load`, the experts eager.
         plan: plan, name of a preset, or file.
         folder: folder of the graphs; it is made.
         calibrations: component -> ranges of its layers' inputs; needed by formats that round inputs.
@@ -272,7 +272,7 @@ def _component(
         for layer, linears in find_linear_nodes(onnx_ir.load(report.path).graph).items()
     }
     by_band = {
-        band: _wanted(assignment, name, band[0], own)
+        band: _formats_at(assignment, name, band[0], own)
         for band in assignment.bands(name)
         if running is None or band[0] is None or running & set(range(band[0], band[1] + 1))
     }
@@ -300,7 +300,9 @@ def _component(
     return bands, {names[tuple(formats.items())]: formats for formats in distinct}
 
 
-def _wanted(assignment: Assignment, component: str, step: int | None, own: dict[str, str]) -> dict[str, str]:
+def _formats_at(
+    assignment: Assignment, component: str, step: int | None, own: dict[str, str]
+) -> dict[str, str]:
     """Layer -> format at a step; a layer that no rule names computes as it was exported."""
     rows = requested_formats(assignment, component)
     if step is not None:

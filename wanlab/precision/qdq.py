@@ -62,12 +62,12 @@ def chosen_formats(
         if format is None:
             raise WanlabError("which format? give format=, or layers= as a mapping from layer to format")
         include = [layers] if layers is None or isinstance(layers, str) else list(layers)
-        return dict.fromkeys(_chosen(known, include, exclude), _wanted(format))
+        return dict.fromkeys(_chosen(known, include, exclude), _resolved_format(format))
     if format is not None:
         raise WanlabError("layers gives a format to each layer already; leave format out")
     by_name: dict[str, QuantFormat | str] = {}
     for pattern, name in layers.items():
-        by_name |= dict.fromkeys(_chosen(known, [pattern]), _wanted(name))
+        by_name |= dict.fromkeys(_chosen(known, [pattern]), _resolved_format(name))
     return {layer: by_name[layer] for layer in _chosen(known, list(layers), exclude)}
 
 
@@ -76,7 +76,7 @@ def is_norm(layer: str) -> bool:
     return layer.rpartition(".")[2].startswith("norm")
 
 
-def _wanted(format: str | QuantFormat) -> QuantFormat | str:
+def _resolved_format(format: str | QuantFormat) -> QuantFormat | str:
     return format if isinstance(format, str) and is_float(format) else get_format(format)
 
 
@@ -343,11 +343,11 @@ def verify(
         if node.op_type not in OPERATORS or (layer not in formats and layer not in other_floats):
             continue
         if layer in other_floats:
-            wanted_float = other_floats[layer]
-            _compare(path, layer, "weight", _type_name(kinds.get(node.input[1], 0)), wanted_float)
-            _compare(path, layer, "input", _cast_kind(makers.get(node.input[0])), wanted_float)
+            float_name = other_floats[layer]
+            _compare(path, layer, "weight", _type_name(kinds.get(node.input[1], 0)), float_name)
+            _compare(path, layer, "input", _cast_kind(makers.get(node.input[0])), float_name)
             if layer not in seen:
-                counts[wanted_float] += 1
+                counts[float_name] += 1
             seen.add(layer)
             continue
         format = formats[layer]
@@ -413,7 +413,7 @@ def quantized_experts(
     """Experts in one file per format, `<folder>/<expert>.<format>.onnx`, calibrated on one short generation.
 
     Args:
-        model: from `wanlab.models.load`, with all its components.
+        model: model from `wanlab.models.load`, with all its components.
         folder: folder of the experts' graphs, `<expert>.onnx`; the quantized ones and the recorded inputs are written to it.
         components: components, of which the experts are quantized.
         formats: formats of their linear layers. steps: denoising steps of the generation.
@@ -494,13 +494,13 @@ def quantize(
     if "wanlab_quantized" in metadata:
         raise WanlabError(f"{source.name} is quantised already; start from the file that was exported")
     nodes = find_linear_nodes(model.graph)
-    wanted_of = chosen_formats(nodes, layers, format, exclude)
+    format_of = chosen_formats(nodes, layers, format, exclude)
     formats = {
-        layer: each_format for layer, each_format in wanted_of.items() if isinstance(each_format, QuantFormat)
+        layer: each_format for layer, each_format in format_of.items() if isinstance(each_format, QuantFormat)
     }
-    floats = {layer: name for layer, name in wanted_of.items() if isinstance(name, str)}
+    floats = {layer: name for layer, name in format_of.items() if isinstance(name, str)}
     calibration = _needed(calibration, formats, metadata, source.name)
-    linears = nodes_of_layers(nodes, wanted_of, source.name)
+    linears = nodes_of_layers(nodes, format_of, source.name)
     other_floats = layers_in_other_floats(linears, floats)
     if not formats and not other_floats:
         raise WanlabError(

@@ -256,14 +256,14 @@ class Recording(Manifest, frozen=True, kw_only=True):
         files = {content for call in self.calls for content in call.tensors.values()}
         return sum(tensor_file(self.folder, content).stat().st_size for content in files)
 
-    def only(self, **wanted: Any) -> Recording:
+    def only(self, **values: Any) -> Recording:
         """The calls whose fields have these values, e.g. `only(branch="cond", step=[0, 1])`."""
-        for name in wanted:
+        for name in values:
             if name not in RecordedCall.__dataclass_fields__:
                 raise WanlabError(
                     f"a call has no {name!r}{did_you_mean(name, RecordedCall.__dataclass_fields__)}"
                 )
-        calls = tuple(c for c in self.calls if all(_is(getattr(c, k), v) for k, v in wanted.items()))
+        calls = tuple(c for c in self.calls if all(_is(getattr(c, k), v) for k, v in values.items()))
         return structs.replace(self, calls=calls)
 
 
@@ -295,7 +295,7 @@ def record_inputs(
     more memory is needed than for a generation.
 
     Args:
-        model: from `wanlab.models.load`.
+        model: model from `wanlab.models.load`.
         cases: `Example`s, (image, prompt) pairs, a folder as `load_examples` reads it, or cases of `wanlab.heldout.cases`
             whose photograph is not held out.
         folder: folder of the recording; it is made, and must be empty or hold an older recording, which is replaced.
@@ -307,7 +307,7 @@ def record_inputs(
         WanlabError: no case, a held-out photograph, an unknown component, or a folder with other files in it.
     """
     examples = as_examples(cases)
-    chosen = _wanted(model, components)
+    chosen = _chosen_components(model, components)
     output = settings.pop("output", "np" if "vae_decoder" in chosen else "latent")
     folder = _empty(Path(folder))
     names = {component: tuple(component_spec(model, component).inputs) for component in chosen}
@@ -388,7 +388,7 @@ def random_recording(
     return Recording(path=str(folder), model=model.spec.name, settings=settings, calls=tuple(calls))
 
 
-def _wanted(model, components: Sequence[str] | None) -> tuple[str, ...]:
+def _chosen_components(model, components: Sequence[str] | None) -> tuple[str, ...]:
     known = components_of(model)
     if components is None:
         return tuple(name for name in known if name.startswith("expert"))

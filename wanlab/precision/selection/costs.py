@@ -66,7 +66,7 @@ def layer_costs(
     format's rate relative to a float's.
 
     Args:
-        model: from `wanlab.models.load`, its experts as loaded.
+        model: model from `wanlab.models.load`, its experts as loaded.
         formats: formats beside `"default"`; a layer whose inputs are no multiple of a format's block has no row in it.
         height, width, frames: size of the video; the model's default if not given.
         iterations: number of samples per shape and format.

@@ -365,7 +365,9 @@ class _Job:
             stored_dtype=kind,
             forms="friendly",
             dynamic_axes={source: {axis: name for axis, name in axes.items() if axis in free}},
-            fixed_axes={source: fixed} if (fixed := {a: sizes[a] for a in axes if a not in free}) else {},
+            fixed_axes={source: fixed}
+            if (fixed := {a: int(sizes[a]) for a in axes if a not in free})
+            else {},
             ranges=traced.ranges,
             shape=self.shape,
             size_bytes=finished.size_bytes,

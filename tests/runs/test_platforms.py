@@ -538,6 +538,15 @@ def test_the_verdict_tells_gains_losses_and_noise():
     assert runs.platform_notes(runs.platform_table(kept), refused) == "1 row refused as other work"
 
 
+def test_engines_within_the_noise_are_one_clause_of_the_verdict():
+    same = [replace(EAGER, engine=engine, median_ms=1010.0) for engine in ("compiled", "onnxruntime")]
+    table = runs.platform_table([EAGER, *same])
+    said = runs.platform_verdict(table, table.iloc[:0])
+    assert said.count("no difference from eager can be told from noise") == 1
+    assert "compiled (ratio 0.99" in said
+    assert "onnxruntime-cuda (ratio 0.99" in said
+
+
 def test_the_figure_draws_no_bar_for_what_was_not_run():
     built = replace(read_file(BUILDS)[0], build_ms=2500.0)
     figure = plots.platform_bars(runs.platform_table([EAGER, FAST, built]))

@@ -447,7 +447,7 @@ def _platform_text(row: dict) -> str:
     ratio = row["ratio_to_eager"]
     if row["engine"] == "eager" or ratio != ratio:
         return f"{row['latency_ms']:,.1f} ms"
-    change = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower than eager"
+    change = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
     return f"{row['latency_ms']:,.1f} ms · {change}"
 
 

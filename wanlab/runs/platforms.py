@@ -107,10 +107,11 @@ def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
     if measured.empty:
         return f"Nothing here was measured: {platform_notes(table, refused)}."
     best, first = measured.loc[measured["latency_ms"].idxmin()], measured.iloc[0]
-    gains = []
-    for _, row in measured[measured["machine"] == first["machine"]].iterrows():
-        if row["engine"] == "eager" or math.isnan(row["ratio_to_eager"]):
-            continue
+    on_first = measured[(measured["machine"] == first["machine"]) & (measured["engine"] != "eager")]
+    on_first = on_first[on_first["ratio_to_eager"].notna()]
+    same = on_first["note"].str.contains(NOT_DISTINGUISHABLE, regex=False)
+    gains = [_same_text(on_first[same])] if same.sum() > 1 else []
+    for _, row in on_first[~same | (same.sum() == 1)].iterrows():
         figures = (row["ratio_to_eager"], row["low"], row["high"], row["noise_percent"])
         verdict = NOT_DISTINGUISHABLE if NOT_DISTINGUISHABLE in row["note"] else ""
         names = {"candidate": row["engine"], "baseline": "eager", "here": row["source"] == HERE}
@@ -119,6 +120,17 @@ def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
     rows = f"{_count(len(measured), 'row')} on {_count(measured['machine'].nunique(), 'machine')}"
     end = f"{rows}: {best['engine']} {best['precision']} on {best['machine']}, {best['latency_ms']:,.1f} ms."
     return work + (f"{'; '.join(gains)}. Fastest of {end}" if gains else f"fastest of {end}")
+
+
+def _same_text(rows: pd.DataFrame) -> str:
+    """Several engines whose difference from eager is within the noise, in one clause."""
+    engines = []
+    for row in rows.itertuples():
+        interval = "" if math.isnan(row.low) else f", {row.low:.2f} to {row.high:.2f}"
+        engines.append(f"{row.engine} (ratio {row.ratio_to_eager:.2f}{interval})")
+    place = " on this machine now" if (rows["source"] == HERE).all() else ""
+    noise = rows["noise_percent"].max()
+    return f"no difference from eager can be told from noise{place} ({noise:.1f} %): {', '.join(engines)}"
 
 
 def platform_notes(table: pd.DataFrame, refused: pd.DataFrame) -> str:

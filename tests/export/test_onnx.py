@@ -49,11 +49,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reports(model, folder, tmp_path_factory):
-    """Of a first export, whose traces no one has kept before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        made = export.export_all(model, folder, progress=False, **SIZE)
+def reports(model, folder):
+    made = export.export_all(model, folder, progress=False, **SIZE)
     return {report.component: report for report in made}
 
 
@@ -149,8 +146,7 @@ def test_parity_at_several_sizes(model, opened, component):
 
 
 def test_the_experts_share_a_trace_but_not_their_weights(model, reports, opened):
-    assert reports["expert_low"].trace_reused
-    assert not reports["expert_high"].trace_reused
+    assert reports["expert_low"].trace_reused  # and a first trace is none: the next test
     plan = components.component_spec(model, "expert_low")
     inputs = plan.inputs_for(export.ClipShape(1, 32, 32, 5, 8), torch.Generator().manual_seed(0))
     feeds = dict(zip(plan.inputs, inputs, strict=True))

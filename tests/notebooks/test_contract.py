@@ -84,6 +84,11 @@ def test_verdict_is_made_from_measured_values(sources):
                 assert not isinstance(node.args[0], ast.Constant)
 
 
+def test_one_cell_has_the_main_output(path, cells):
+    """The report shows it at the top; the index has no report."""
+    assert sum(is_tagged(cell, "main") for cell in cells) == (path.stem not in NOT_A_RUN)
+
+
 def test_is_thin(sources):
     assert breaches(sources) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import Manifest, key_of
 from wanlab.export import graph as graphs
 from wanlab.export.components import ClipShape, check_components, component_spec, components_of, default_shape
-from wanlab.export.trace import FORMS, chosen_dtype, chosen_opset, kept_trace, trace
+from wanlab.export.trace import FORMS, Trace, chosen_dtype, chosen_opset, kept_trace, trace
 from wanlab.export.weights import WeightsFile
 
 
@@ -228,40 +228,65 @@ def export(
         stored=stored,
         metadata=_metadata(model, component, shape),
     )
-    free_axes = plan.inputs if dynamic else {}
-    report = ExportReport(
-        path=str(path),
-        facts=facts,
+    report = write_report(
+        path,
+        facts,
+        traced,
+        finished,
+        plan.inputs if dynamic else {},
         component=component,
         opset=opset,
-        nodes_before=finished.nodes_before,
-        nodes_after=finished.nodes_after,
-        operators=finished.operators,
         dtype=str(kind).removeprefix("torch."),
         stored_dtype=str(stored).removeprefix("torch."),
         forms=forms,
-        dynamic_axes={
-            name: {a: n for a, n in axes.items() if a in finished.free_axes[name]}
-            for name, axes in free_axes.items()
-        },
-        fixed_axes={
-            name: fixed
-            for name, axes in free_axes.items()
-            if (fixed := {a: int(finished.sizes[name][a]) for a in axes if a not in finished.free_axes[name]})
-        },
-        ranges=traced.ranges,
         shape=shape,
-        size_bytes=finished.size_bytes,
         time_ms=(time.perf_counter() - begin) * 1e3,
+        trace_reused=reused,
+    )
+    if before is not None and before.weights_file not in ("", report.weights_file):
+        _drop_unused(path.parent / before.weights_file)
+    return report
+
+
+def write_report(
+    path: Path,
+    facts: dict[str, Any],
+    traced: Trace,
+    finished: graphs.Finished,
+    free_axes: Mapping[str, Mapping[int, str]],
+    **details: Any,
+) -> ExportReport:
+    """Write the report of a finished graph beside it.
+
+    Args:
+        path: path of the graph.
+        facts: what it was made from.
+        free_axes: input -> {axis: name} of the axes that were asked to vary.
+        details: the other fields of `ExportReport`.
+    """
+    dynamic, fixed = {}, {}
+    for name, axes in free_axes.items():
+        free, sizes = finished.free_axes[name], finished.sizes[name]
+        dynamic[name] = {axis: title for axis, title in axes.items() if axis in free}
+        if tied := {axis: int(sizes[axis]) for axis in axes if axis not in free}:
+            fixed[name] = tied
+    report = ExportReport(
+        path=str(path),
+        facts=facts,
+        nodes_before=finished.nodes_before,
+        nodes_after=finished.nodes_after,
+        operators=finished.operators,
+        dynamic_axes=dynamic,
+        fixed_axes=fixed,
+        ranges=traced.ranges,
+        size_bytes=finished.size_bytes,
         weights_file=finished.weights_file,
         weights_written_bytes=finished.weights_written_bytes,
         simplified=finished.simplified,
-        trace_reused=reused,
         notes=(*traced.notes, *finished.notes),
+        **details,
     )
     report.write()
-    if before is not None and before.weights_file not in ("", report.weights_file):
-        _drop_unused(path.parent / before.weights_file)
     return report
 
 

@@ -31,7 +31,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import key_of
 from wanlab.export import graph as graphs
 from wanlab.export.components import ClipShape, ComponentSpec, component_spec, default_shape, latent_size
-from wanlab.export.export import ExportReport
+from wanlab.export.export import ExportReport, write_report
 from wanlab.export.friendly import exportable_operators
 from wanlab.export.trace import (
     BFLOAT16_OPSET,
@@ -352,34 +352,21 @@ class _Job:
             stored=self.dtype,
             metadata=self._metadata(step),
         )
-        free, sizes = finished.free_axes[source], finished.sizes[source]
-        report = ExportReport(
-            path=str(path),
-            facts=facts,
+        return write_report(
+            path,
+            facts,
+            traced,
+            finished,
+            {source: axes},
             component=f"{self.half.component}.{step}",
             opset=self.opset,
-            nodes_before=finished.nodes_before,
-            nodes_after=finished.nodes_after,
-            operators=finished.operators,
             dtype=kind,
             stored_dtype=kind,
             forms="friendly",
-            dynamic_axes={source: {axis: name for axis, name in axes.items() if axis in free}},
-            fixed_axes={source: fixed}
-            if (fixed := {a: int(sizes[a]) for a in axes if a not in free})
-            else {},
-            ranges=traced.ranges,
             shape=self.shape,
-            size_bytes=finished.size_bytes,
             time_ms=(time.perf_counter() - begin) * 1e3,
-            weights_file=finished.weights_file,
-            weights_written_bytes=finished.weights_written_bytes,
-            simplified=finished.simplified,
             trace_reused=reused,
-            notes=(*traced.notes, *finished.notes),
         )
-        report.write()
-        return report
 
     def _facts(self, step: str) -> dict[str, Any]:
         finishing = {"simplify": self.simplify, "external_data": self.external_data}

@@ -141,7 +141,7 @@ def test_a_real_generation_is_explained(captured):
     assert held.max() == pytest.approx(account.peak_bytes)
     assert len(account.timeline) <= 2000
     assert any("fragmentation" in note for note in account.notes)
-    assert "together" in plots.memory_bars(account).layout.xaxis.title.text
+    assert "sum" in plots.memory_bars(account).layout.xaxis.title.text
     assert len(plots.memory_timeline(account).data) >= 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hypothesis import settings
 from support import exports, shared
+from support.commands import Commands
 
 settings.register_profile("wanlab", deadline=None)
 settings.load_profile("wanlab")
@@ -76,6 +78,14 @@ def cache(session_folder) -> Path:
 def exported(session_folder):
     """`support.exports.exported` with the cache of this session."""
     return functools.partial(exports.exported, session_folder / "exports")
+
+
+@pytest.fixture(scope="session")
+def commands(root, tmp_path_factory) -> Iterator[Commands]:
+    """Starts `wanlab` commands warm."""
+    started = Commands(root, tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -279,10 +276,10 @@ def test_compiled_pytorch_is_an_engine_too(model):
     assert (compiled.name, compiled.size_bytes) == ("compiled", eager.size_bytes)
 
 
-def test_the_command_measures_a_file_and_a_model(tmp_path):
+@pytest.mark.slow
+def test_the_command_measures_a_file_and_a_model(tmp_path, commands):
     def run(*arguments):
-        command = [sys.executable, "-m", "wanlab.cli", "bench", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        return commands.run(["bench", *map(str, arguments)], cwd=tmp_path)
 
     quick = [
         "--iterations",

@@ -6,14 +6,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
-from support.commands import Commands
 from support.shared import copied, once
 
 
@@ -47,14 +45,6 @@ class Executed:
     def copied_to(self, outputs: Path) -> Executed:
         """The same run in another folder of runs."""
         return Executed(copied(self.folder, outputs / self.folder.parent.name / self.folder.name))
-
-
-@pytest.fixture(scope="session")
-def commands(root, tmp_path_factory) -> Iterator[Commands]:
-    """Starts `wanlab` commands warm."""
-    started = Commands(root, tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")

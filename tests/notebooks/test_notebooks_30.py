@@ -33,7 +33,7 @@ def test_sensitivity_of_wan_nano(run_notebook):
     }
     assert "tolerates less" in done.record["verdict"]
     assert "rank correlation with generations" in done.record["verdict"]
-    for words in ("high-noise expert", "brute_force", "predicted"):
+    for words in ("high-noise expert", "brute force", "predicted"):
         assert words in str(done.page)
 
 

@@ -100,6 +100,7 @@ def difference(model, used, video) -> float:
     return float(np.abs(model.generate(**video).video - used.model.generate(**video).video).max())
 
 
+@pytest.mark.slow
 def test_every_component_runs_on_its_own_engine(model, folder, request_of_a_video):
     chosen = configuration.Configuration(
         name="mixed",
@@ -128,6 +129,7 @@ def test_every_component_runs_on_its_own_engine(model, folder, request_of_a_vide
     assert {path: path.stat().st_mtime_ns for path in again.paths.values()} == exported
 
 
+@pytest.mark.slow
 def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model, folder, request_of_a_video):
     plan = precision.load_plan("uniform-int8-weight")
     chosen = configuration.Configuration(name="halves", engines={"expert_low": "onnxruntime"}, plan=plan)
@@ -153,6 +155,7 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     assert difference(used.model, everywhere, request_of_a_video) < 0.02  # the same plan by other kernels
 
 
+@pytest.mark.slow
 def test_an_engine_of_ones_own_is_configured_and_measured(model, folder, request_of_a_video, monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, str(TOY))  # for the process of its own
     registry._load_files(str(TOY))

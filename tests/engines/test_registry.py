@@ -81,6 +81,7 @@ def test_doctor_has_a_row_for_each_engine(toy):
         assert bool(kind.missing()) == any(rows[title].add != "" for title in titles & rows.keys())
 
 
+@pytest.mark.slow
 def test_other_processes_read_the_file_that_the_variable_names(tmp_path):
     code = "from wanlab.engines.registry import ENGINES; print(*ENGINES)"
     for path, expected in ((TOY, "negated"), (tmp_path / "none.py", "WANLAB_ENGINES names")):
@@ -141,6 +142,7 @@ def test_labels_of_engines_lead_to_their_kind():
     assert [registry.engine_kind("tvm").label(place) for place in ("cpu", "cuda")] == ["tvm-llvm", "tvm-cuda"]
 
 
+@pytest.mark.slow
 def test_the_streamed_vae_is_an_engine_of_both_halves(model, tmp_path):
     for component in ("vae_decoder", "vae_encoder"):
         chosen = ["eager", "streamed_vae"]
@@ -151,6 +153,7 @@ def test_the_streamed_vae_is_an_engine_of_both_halves(model, tmp_path):
         engines.open_component("streamed_vae", model, "expert_high", tmp_path)
 
 
+@pytest.mark.slow
 def test_every_component_may_run_on_an_engine_of_its_own(model, tmp_path):
     chosen = {
         "text_encoder": "eager",

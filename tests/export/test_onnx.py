@@ -175,6 +175,23 @@ def test_a_kept_trace_gives_the_same_graph_and_no_folder_is_needed(model, tmp_pa
     assert exported("f") == (True, first)
 
 
+def test_a_graph_with_free_sizes_is_traced_once_for_every_clip(model, tmp_path, monkeypatch):
+    """Also for a clip of fewer latent frames than tracing takes."""
+    monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "cache"))
+    written = []
+    for frames, reused in ((5, False), (9, True)):
+        path = tmp_path / str(frames) / "vae_decoder.onnx"
+        assert (
+            export.export(model, "vae_decoder", path, height=32, width=48, frames=frames).trace_reused
+            == reused
+        )
+        assert engines.parity(model, "vae_decoder", path)["relative_l2"].max() < 1e-4
+        graph = onnx.load(path)
+        del graph.metadata_props[:]  # names the clip
+        written.append(graph.SerializeToString(deterministic=True))
+    assert written[0] == written[1]
+
+
 def test_a_network_with_code_of_its_own_leaves_no_trace_behind(model, tmp_path, monkeypatch):
     monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "cache"))
     norm = model.pipeline.text_encoder.encoder.final_layer_norm

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_tables_are_what_the_recorded_results_say(root):
     done = subprocess.run(
         [sys.executable, "benchmarks/tables.py", "--check"],

@@ -125,6 +125,7 @@ def test_gradient_loss_sees_blur_and_not_brightness():
     assert vae.gradient_loss(blurred, picture) > 0.05
 
 
+@pytest.mark.slow
 def test_text_encoder_learns_the_captions_in_seconds():
     _, accuracy = text.train(steps=120, seed=0)
     assert accuracy > 0.9

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 LIMIT_BYTES = 40 * 2**20
 BUILT_FROM = ("wanlab", "data", "notebooks", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
@@ -160,7 +161,6 @@ def test_a_notebook_of_ones_own_wins_over_the_one_in_the_wheel(installed, empty,
     assert "denoising steps" in run(installed / "wanlab", "params", "60_sweep", cwd=empty)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

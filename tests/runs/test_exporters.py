@@ -78,6 +78,7 @@ def test_tables_hold_what_load_runs_gives(outputs, capsys):
     assert typed["m.time_ms"].isna().tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_mlflow_holds_each_run_once(outputs, capsys):
     import mlflow
 

@@ -20,7 +20,14 @@ from wanlab.core.digests import trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.manifest import Manifest, key_of
 from wanlab.export import graph as graphs
-from wanlab.export.components import ClipShape, check_components, component_spec, components_of, default_shape
+from wanlab.export.components import (
+    ClipShape,
+    check_components,
+    component_spec,
+    components_of,
+    default_shape,
+    latent_size,
+)
 from wanlab.export.trace import FORMS, Trace, chosen_dtype, chosen_opset, kept_trace, trace
 from wanlab.export.weights import WeightsFile
 
@@ -170,8 +177,9 @@ def export(
             `stored_dtype` in one folder share a file of weights.
         simplify: whether onnxsim simplifies the graph.
         dynamic: whether batch, frames, height, width and text tokens may vary; False fixes all of them.
-        height, width, frames, text_tokens, batch: size of the example clip, height and width in pixels; None is the
-            model's default, and batch 2 (tracing with 1 would fix it), or 1 when nothing may vary.
+        height, width, frames, text_tokens, batch: size of the clip that the graph is checked with and, where nothing may
+            vary, fixed to, height and width in pixels; None is the model's default, and batch 2 (tracing with 1 would
+            fix it), or 1 when nothing may vary.
         external_data: whether weights are in a separate file; None decides by size: above 1.5 GiB, because the limit of
             protobuf is 2 GiB.
         forms: `"friendly"`, or `"original"` to trace the network without rewriting, for a comparison.
@@ -194,6 +202,7 @@ def export(
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )
+    latent_size(model, shape)  # refuses a size that the model cannot have
     kind = chosen_dtype(dtype, plan.network.dtype)
     stored = chosen_dtype(stored_dtype, kind)
     opset = chosen_opset(opset, str(kind))
@@ -211,10 +220,17 @@ def export(
     if reuse and (known := ExportReport.current(path, facts)[0]) is not None:
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
+    # A graph whose sizes are free does not depend on the clip that it was traced with: one trace serves all sizes.
+    example = default_shape(model, batch=batch) if dynamic else shape
     trace_settings = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
-    traced, reused = kept_trace(
-        plan.network, key_of(trace_sources), lambda: trace(model, component, shape, **trace_settings)
-    )
+
+    def traced_with(clip: ClipShape) -> tuple[Trace, bool]:
+        key = key_of(trace_facts(plan, settings | {"shape": asdict(clip)}))
+        return kept_trace(plan.network, key, lambda: trace(model, component, clip, **trace_settings))
+
+    traced, reused = traced_with(example)
+    if traced.notes and example != shape:  # the network ties sizes down, to those of the clip
+        traced, reused = traced_with(shape)
     before = ExportReport.find(path)
     file = path.parent / f"{component}.{str(stored).removeprefix('torch.')}.{weights[:8]}.weights"
     finished = graphs.finish(

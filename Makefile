@@ -28,6 +28,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@# the stubs alone: what they depend on is all of TensorRT
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'tensorrt-stubs>=10.13,<11'
+	@echo "installed" >&2
 	@touch $@
 
 demo: $(STAMP) ## one photograph to one report; the last line is the path of the report

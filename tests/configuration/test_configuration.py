@@ -150,6 +150,23 @@ def test_every_mistake_names_its_line(mistake):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nabout: 2026-02-30\n", "day is out of range for month; quote it where text is meant"),
+        ("name: !!int abc\n", "quote it where text is meant"),
+        ("name: a\nengines: &a {'*': *a}\n", "contains itself by an alias"),
+        ("name: a\nabout: " + "[" * 3000, "too deep inside one another"),
+        ("name: a\nabout: b\x00\n", "special characters are not allowed"),
+    ],
+)
+def test_what_yaml_cannot_hold_is_one_line(text, message):
+    with pytest.raises(WanlabError, match=message) as error:
+        parse_configuration(text, "mine.yaml")
+    assert str(error.value).startswith("mine.yaml")
+    assert "\n" not in str(error.value)
+
+
 @given(st.data())
 def test_any_field_of_another_type_names_its_line(data):
     """Whichever value is replaced by a list of lists, the message begins with that value's line or the one around it."""
@@ -280,7 +297,7 @@ def test_the_command_lists_shows_and_explains(tmp_path, capsys):
     assert "onnxruntime-int8-weights  every network in ONNX Runtime" in capsys.readouterr().out
     assert cli.main(["config", "show", "wan-nano-3-percent"]) == 0
     shown = capsys.readouterr().out
-    assert parse_configuration(shown).hash == shown.split()[1]
+    assert parse_configuration(shown).hash == shown.split()[2]
     path = tmp_path / "mine.yaml"
     path.write_text(TEXT)
     size = ["--height", "64", "--width", "64", "--frames", "5", "--device", "cpu"]

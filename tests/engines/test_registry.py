@@ -95,6 +95,25 @@ def test_other_processes_read_the_file_that_the_variable_names(tmp_path):
         assert expected in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = (\n", "does not run: line 1: SyntaxError: '(' was never closed"),
+        ("\n1 / 0\n", "does not run: line 2: ZeroDivisionError"),
+        ("import nopackage\n", "does not run: line 1: ModuleNotFoundError: No module named 'nopackage'"),
+        ("raise SystemExit(3)\n", "does not run: line 1: SystemExit: 3"),
+        ("x = 1\x00\n", "does not run: "),
+    ],
+)
+def test_a_file_of_an_engine_that_does_not_run_is_one_line(text, message, tmp_path):
+    path = tmp_path / "engine.txt"  # whatever its name
+    path.write_text(text)
+    with pytest.raises(WanlabError) as error:
+        registry._load_files(str(path))
+    assert f"WANLAB_ENGINES names {path}, which {message}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_the_table_itself_loads_no_engine():
     code = "import sys, wanlab.engines.registry; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()

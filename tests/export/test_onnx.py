@@ -169,6 +169,11 @@ def test_a_kept_trace_gives_the_same_graph_and_no_folder_is_needed(model, tmp_pa
     kept.write_bytes(kept.read_bytes()[:1000])
     assert exported("c") == (False, first)
     assert exported("d") == (True, first)
+    other = export.export(model, "text_encoder", tmp_path / "o" / "a.onnx", opset=18, dynamic=False)
+    assert not other.trace_reused
+    (second,) = {*cache.glob("traces/*.onnx")} - {kept}
+    kept.write_bytes(second.read_bytes())  # a trace under another's name
+    assert exported("g") == (False, first)
     (tmp_path / "file").touch()
     monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "file"))  # no folder can be made there
     assert exported("e") == (False, first)

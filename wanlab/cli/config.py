@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     configuration = load_configuration(options.name)
     if options.action == "show":
-        print(f"# {configuration.hash}\n{configuration.to_yaml()}", end="")
+        print(f"# hash: {configuration.hash}\n{configuration.to_yaml()}", end="")
         return 0
     return _explain(configuration, options)
 

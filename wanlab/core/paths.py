@@ -99,7 +99,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
     known = [
         file.stem if path.suffix != ".ipynb" else file.name for folder in folders for file in _in(folder)
     ]
-    hint = did_you_mean(path.name, dict.fromkeys(known))
+    begun = [name for name in dict.fromkeys(known) if name.startswith(path.stem)]
+    hint = did_you_mean(begun[0] if len(begun) == 1 else path.name, dict.fromkeys(known))
     if not hint and len(path.parts) == 1:
         hint = ", and none that comes with wanlab has this name; `wanlab notebooks` lists those"
     raise WanlabError(f"no notebook at {path}{hint}")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import msgspec
 import yaml
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 
 At = tuple[str | int, ...]  # path of a value in the document: ("rules", 2, "format")
 
@@ -100,7 +100,11 @@ def read_yaml(text: str, where: str, what: str) -> Document:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise WanlabError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
+        raise WanlabError(f"{where}{line}: {getattr(error, 'problem', None) or first_line(error)}") from error
+    except (ValueError, OverflowError) as error:  # a date or a number that cannot be, such as 2026-02-30
+        raise WanlabError(f"{where}: {first_line(error)}; quote it where text is meant") from error
+    except RecursionError as error:
+        raise WanlabError(f"{where}: lists and maps lie too deep inside one another") from error
     lines: dict[At, int] = {}
 
     def walk(node: Any, at: At) -> None:
@@ -121,5 +125,8 @@ def read_yaml(text: str, where: str, what: str) -> Document:
             for index, value in enumerate(node.value):
                 walk(value, (*at, index))
 
-    walk(root, ())
+    try:
+        walk(root, ())
+    except RecursionError as error:
+        raise WanlabError(f"{where}: a value contains itself by an alias (`*name`); write it out") from error
     return Document(data, lines, where, what)

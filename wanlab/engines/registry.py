@@ -10,16 +10,18 @@ An engine of your own is one Python file that ends in `register(EngineKind(...))
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models.spec import EXPERTS
 
 if TYPE_CHECKING:
@@ -441,8 +443,18 @@ def _load_files(names: str) -> None:
             raise WanlabError(
                 f"{VARIABLE} names {name}, where there is no file; give the path of a Python file"
             )
-        spec = importlib.util.spec_from_file_location(f"wanlab_engine_{path.stem}", path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        loader = importlib.machinery.SourceFileLoader(f"wanlab_engine_{path.stem}", str(path))
+        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+        try:
+            loader.exec_module(importlib.util.module_from_spec(spec))
+        except WanlabError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a file of someone else's raises
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            at = getattr(error, "lineno", None) or (line.lineno if line.filename == str(path) else None)
+            place = f"line {at}: " if at else ""
+            reason = f"{type(error).__name__}: {first_line(error) or error}"
+            raise WanlabError(f"{VARIABLE} names {name}, which does not run: {place}{reason}") from error
 
 
 _load_files(os.environ.get(VARIABLE, ""))

@@ -24,8 +24,8 @@ __all__ = ["LIMIT_PERCENT", "Divergence", "QualityLoss", "divergence", "loss_to_
 
 HOLDS = {
     "identical": "the videos are identical",
-    "within floor": "the difference is within the noise floor",
-    "above floor": "the difference is above the noise floor",
+    "within floor": "the outputs differ by no more than the noise floor",
+    "above floor": "the outputs differ by more than the noise floor",
     "no floor": "the noise floor is not known",
 }
 """Verdict of a divergence -> its explanation."""
@@ -55,7 +55,7 @@ class Divergence:
 
     @property
     def conclusion(self) -> str:
-        """What the main metric shows, such as "the difference is within the noise floor"."""
+        """What the main metric shows, such as "the outputs differ by no more than the noise floor"."""
         return HOLDS[self._main_row()["verdict"]]
 
     def worst_case(self, metric: str = "lpips") -> int:

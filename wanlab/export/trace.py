@@ -138,18 +138,16 @@ def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) ->
     for file in (folder / f"{key}.onnx", _of_this_process() / f"{key}.onnx"):
         with suppress(Exception):  # a missing file, or an incomplete one after a full disk: it is made again
             model = onnx_ir.load(file)
-            return Trace(model=model, **_facts(json.loads(model.metadata_props[KEPT]))), True
+            facts = json.loads(model.metadata_props[KEPT])
+            if facts["key"] == key:  # not a file under another name
+                return Trace(model, facts["ranges"], tuple(facts["notes"])), True
     trace = make()
-    trace.model.metadata_props[KEPT] = json.dumps({"ranges": trace.ranges, "notes": trace.notes})
+    trace.model.metadata_props[KEPT] = json.dumps({"key": key, "ranges": trace.ranges, "notes": trace.notes})
     try:
         _keep(trace.model, folder / f"{key}.onnx")
     except OSError:  # a folder that cannot be written, or a full disk
         _keep(trace.model, _of_this_process() / f"{key}.onnx")
     return trace, False
-
-
-def _facts(kept: dict) -> dict:
-    return {"ranges": kept["ranges"], "notes": tuple(kept["notes"])}
 
 
 def _keep(model: onnx_ir.Model, file: Path) -> None:

@@ -111,6 +111,12 @@ def test_mistakes_are_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".yaml"])
+def test_a_name_that_no_file_can_have_is_one_line(capsys, name):
+    assert cli.main(["config", "show", name]) == 2
+    assert "file name too long" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("timeout", ["0", "-1", "x", "nan", "inf"])
 def test_timeout_must_be_a_number_of_seconds(capsys, timeout):
     with pytest.raises(SystemExit) as caught:

@@ -101,6 +101,11 @@ def _only_fitting(plan):
         ("name: a\nrules:\n  - formt: int8\n", 3, "no field 'formt' (did you mean 'format'?)"),
         ("name: a\nrules:\n  - format: int9\n", 3, "no format 'int9' (did you mean 'int8'?)"),
         ("name: a\nrules:\n  - format: int8\n    blocks: 3-1\n", 4, "'3-1' is no choice of blocks"),
+        (
+            "name: a\nrules:\n  - format: int8\n    steps: 0-9999999999\n",
+            4,
+            "'0-9999999999' is no choice of steps",
+        ),
         ("name: a\nrules:\n  - format: int8\n    blocks: [1]\n", 4, "Expected `str | null`"),
         ("name: a\nname: b\n", 2, "'name' is given twice"),
         ("name: a\nrules: 3\n", 2, "Expected `array`"),

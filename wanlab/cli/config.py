@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, safe
 from wanlab.configuration.configuration import Configuration, configurations, load_configuration
 
 HELP = "List configurations, show one, or explain what it does on a model."
@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
         known = configurations()
         width = max(map(len, known), default=0)
         for name, configuration in known.items():
-            print(f"{name:{width}}  {configuration.about}")
+            print(f"{name:{width}}  {safe(configuration.about, None)}")
         return 0
     configuration = load_configuration(options.name)
     if options.action == "show":
@@ -55,7 +55,7 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     clip = "{height}x{width}x{frames}".format(**explanation.size)
     print(f"{configuration.name} ({configuration.hash[:12]}) on {explanation.model}, {clip} pixels")
     if configuration.about:
-        print(configuration.about)
+        print(safe(configuration.about, None))
     print("\nengines")
     rows = [
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,10 @@ from collections.abc import Sequence
 import wanlab
 from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import why
+
+# What a user mends outside of wanlab: permissions, a full or read-only disk, a name that no file can have.
+OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT)
 
 GROUPS = {
     "run notebooks": {
@@ -66,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `wanlab runs | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        print(f"wanlab: error: {why(error)}", file=sys.stderr)
+        return 2
 
 
 def load(name: str) -> Command:

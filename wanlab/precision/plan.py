@@ -30,6 +30,7 @@ KEEP = "default"
 
 _BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
 _STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+MOST = 9_999  # no network has more blocks and no generation more steps: a larger number is a slip
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -216,7 +217,8 @@ def _rule_faults(rule: Rule, num_steps: int | None):
 def _parts(text: str, form: re.Pattern) -> list[tuple[str, ...]]:
     matches = [(part.strip(), form.fullmatch(part.strip())) for part in str(text).split(",")]
     for part, match in matches:
-        if match is None or (match[1] and match[2] and int(match[1]) > int(match[2])):
+        numbers = [] if match is None else [int(n) for n in match.groups() if n is not None and n.isdecimal()]
+        if match is None or numbers != sorted(numbers) or max(numbers, default=0) > MOST:
             raise ValueError(repr(part))
     return [match.groups() for _, match in matches]
 

@@ -259,9 +259,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """The last recorded value of each name in a metrics.jsonl.
 
     Raises:
-        WanlabError: a line before the last is incomplete.
+        WanlabError: a line before the last is incomplete, or a line has no name and value.
     """
-    return {entry["name"]: entry["value"] for _, entry in _json_lines(path)}
+    values = {}
+    for line, entry in _json_lines(path):
+        if not isinstance(entry, dict) or not {"name", "value"} <= entry.keys():
+            raise WanlabError(f"cannot read {path}, line {line}: not an object with a name and a value")
+        values[entry["name"]] = entry["value"]
+    return values
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -276,7 +281,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise WanlabError(f"cannot read {path}, line {number}: not JSON") from None

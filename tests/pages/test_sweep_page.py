@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.pages import publish, render_index
 from wanlab.pages import sweep_table as columns
 from wanlab.pages.sweep_table import ClipEmbedder, beside_baselines, gather, href, ratios, verdict
-from wanlab.runs.results import RunRecord, varied_parameters
+from wanlab.runs.results import RunRecord, configurations, varied_parameters
 
 WORK = {
     "model": "m",
@@ -188,6 +188,23 @@ def test_a_folder_of_several_notebooks_names_them_and_links_its_sweeps(tmp_path)
     assert data["columns"][0]["few"] == ["10_x", "11_y"]
     assert soup.select_one(".sweeps a")["href"] == "./11_y/index.html"
     assert soup.select_one(".sweeps a").text == "<i>Sweep</i>"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("baseline", 5, "baseline is no object"),
+        ("axes", "x", "axes is no list"),
+        ("runs", {}, "runs is no list"),
+    ],
+)
+def test_a_field_of_another_type_in_sweep_json_is_one_line(tmp_path, field, value, said):
+    make(tmp_path, "r")
+    (tmp_path / "sweep.json").write_text(json.dumps({field: value}))
+    soup, _ = payload(render_index(tmp_path))
+    assert said in soup.select_one(".note").text
+    with pytest.raises(WanlabError, match=said):
+        configurations(tmp_path)
 
 
 def test_broken_sweeps_and_empty_folders(tmp_path):

@@ -497,12 +497,17 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """sweep.json of a folder; empty where there is none.
 
     Raises:
-        WanlabError: it cannot be read.
+        WanlabError: it cannot be read, or a field that decides what is compared is of another type.
     """
     file = folder / "sweep.json"
     sweep = read_json(file) if file.is_file() else {}
     if not isinstance(sweep, dict):
         raise WanlabError(f"cannot read {file}: not a JSON object")
+    for name, kind, word in (("axes", list, "list"), ("runs", list, "list"), ("baseline", dict, "object")):
+        if not isinstance(sweep.get(name), kind | None):
+            raise WanlabError(
+                f"cannot read {file}: {name} is no {word}; run the sweep again, which writes it"
+            )
     return sweep
 
 

@@ -8,7 +8,7 @@ import sys
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wanlab.cli import main as cli
@@ -101,6 +101,9 @@ def _runs(engine: str, pattern: str) -> bool:
 
 
 @given(valid())
+@example(
+    Configuration(name="a", about="\x85 and \u2028")
+)  # line breaks of YAML, which would be read as spaces
 def test_what_is_written_is_read_back(configuration):
     assert list(configuration.check()) == []
     again = parse_configuration(configuration.to_yaml())

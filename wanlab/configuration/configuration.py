@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.paths import locate, recipes
-from wanlab.core.yaml_lines import At, Document, compact, read_yaml
+from wanlab.core.yaml_lines import At, Document, compact, read_yaml, write_yaml
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind
 from wanlab.models.spec import COMPONENTS, EXPERTS
 from wanlab.precision.plan import AS_LOADED, PRESETS, Plan, load_plan, plan_at
@@ -99,7 +98,7 @@ class Configuration(
 
     def to_yaml(self) -> str:
         """The canonical YAML, which `parse_configuration` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+        return write_yaml(self.to_dict())
 
     def check(self) -> Iterator[tuple[At, str]]:
         """Mistakes in the values: place and message of each."""

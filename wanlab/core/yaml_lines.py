@@ -61,6 +61,23 @@ class Document:
             self.refuse((*at, *inside), reason)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text that has one of YAML's rarer line breaks with escapes, as they would be read back as spaces."""
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quoted = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def write_yaml(data: Any) -> str:
+    """Data as YAML text, which `read_yaml` reads back: in the order of the data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 def compact(record: Any) -> Any:
     """A msgspec record as data for YAML, in the order of its fields, without fields that equal their default.
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.formats import PLAN_FLOATS
 from wanlab.core.paths import locate
-from wanlab.core.yaml_lines import At, Document, compact, read_yaml, spell
+from wanlab.core.yaml_lines import At, Document, compact, read_yaml, spell, write_yaml
 from wanlab.precision.formats import FORMATS, get_format
 
 FLOATS = PLAN_FLOATS
@@ -317,5 +316,5 @@ def plan_at(document: Document, at: At = ()) -> Plan:
 
 def save_plan(plan: Plan, path: str | os.PathLike) -> Path:
     """Write a plan as YAML that `load_plan` reads back; its folder is made."""
-    text = yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+    text = write_yaml(plan.to_dict())
     return write_text(path, text)

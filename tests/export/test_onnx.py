@@ -205,6 +205,10 @@ def test_a_network_with_code_of_its_own_leaves_no_trace_behind(model, tmp_path, 
     export.export(model, "text_encoder", tmp_path / "doubled.onnx", dynamic=False)
     assert engines.parity(model, "text_encoder", tmp_path / "doubled.onnx")["relative_l2"].max() < 1e-4
     assert not (tmp_path / "cache").exists()
+    monkeypatch.undo()  # and in this process neither
+    monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "cache"))
+    export.export(model, "text_encoder", tmp_path / "plain.onnx", dynamic=False)
+    assert engines.parity(model, "text_encoder", tmp_path / "plain.onnx")["relative_l2"].max() < 1e-4
 
 
 def test_the_network_is_left_as_it_was(model, reports):

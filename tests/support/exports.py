@@ -9,8 +9,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from wanlab import export
 from wanlab.core.digests import weights_key
 from wanlab.export import ExportReport
@@ -28,7 +26,7 @@ def exported(
 ) -> list[ExportReport]:
     """Reports of `export_all(model, folder, components, dynamic=dynamic, **settings)`, from the cache where it has them.
 
-    What is missing is exported into the cache under a lock; the product's own check of keys decides what is current there.
+    What is missing is exported into the cache; the product's own lock and check of keys decide what is current there.
 
     Args:
         cache: the folder that the session shares.
@@ -39,14 +37,12 @@ def exported(
     names = [components] if isinstance(components, str) else list(components)
     free = names if dynamic is True else [] if dynamic is False else list(dynamic)
     reports: dict[str, ExportReport] = {}
-    cache.mkdir(parents=True, exist_ok=True)
     for chosen in ([name for name in names if name in free], [name for name in names if name not in free]):
         if not chosen:
             continue
         source = cache / _key(model, chosen[0] in free, settings)
         how = {"dynamic": chosen[0] in free, "progress": False} | settings
-        with FileLock(f"{source}.lock"):
-            made = export.export_all(model, source, tuple(chosen), **how)
+        made = export.export_all(model, source, tuple(chosen), **how)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in source.iterdir():

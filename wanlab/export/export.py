@@ -225,7 +225,7 @@ def export(
     trace_settings = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
 
     def traced_with(clip: ClipShape) -> tuple[Trace, bool]:
-        key = key_of(trace_facts(plan, settings | {"shape": asdict(clip)}))
+        key = key_of(trace_sources | {"settings": settings | {"shape": asdict(clip)}})
         return kept_trace(plan.network, key, lambda: trace(model, component, clip, **trace_settings))
 
     traced, reused = traced_with(example)

@@ -7,17 +7,13 @@ model with other weights or in another folder, and for later processes.
 
 from __future__ import annotations
 
-import atexit
 import copy
-import functools
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir
 import torch
@@ -121,11 +117,13 @@ KEPT = "wanlab.trace"  # metadata key of the other facts in the file of a trace
 LIBRARIES = ("diffusers.", "torch.", "transformers.", "wanlab.")
 
 
+_UNWRITTEN: dict[str, Trace] = {}  # traces that no folder could take, for this process
+
+
 def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) -> tuple[Trace, bool]:
     """The trace with this key, which is made and kept if there is none, and whether it existed.
 
-    Traces of networks with modules or methods of a caller are kept for this process only, because the key does not include
-    their code.
+    Networks with modules or methods of a caller are traced each time, because the key does not include their code.
 
     Args:
         network: network that is traced.
@@ -133,35 +131,25 @@ def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) ->
         make: function that traces the network.
     """
     owned = all(type(part).__module__.startswith(LIBRARIES) for part in network.modules())
-    patched = any("forward" in vars(part) for part in network.modules())
-    folder = paths.cache("traces") if owned and not patched else _of_this_process()
-    for file in (folder / f"{key}.onnx", _of_this_process() / f"{key}.onnx"):
-        with suppress(Exception):  # a missing file, or an incomplete one after a full disk: it is made again
-            model = onnx_ir.load(file)
-            facts = json.loads(model.metadata_props[KEPT])
-            if facts["key"] == key:  # not a file under another name
-                return Trace(model, facts["ranges"], tuple(facts["notes"])), True
+    if not owned or any("forward" in vars(part) for part in network.modules()):
+        return make(), False
+    if key in _UNWRITTEN:
+        return _UNWRITTEN[key], True
+    file = paths.cache("traces", f"{key}.onnx")
+    with suppress(Exception):  # a missing file, or an incomplete one after a full disk: it is made again
+        model = onnx_ir.load(file)
+        facts = json.loads(model.metadata_props[KEPT])
+        if facts["key"] == key:  # not a file under another name
+            return Trace(model, facts["ranges"], tuple(facts["notes"])), True
     trace = make()
     trace.model.metadata_props[KEPT] = json.dumps({"key": key, "ranges": trace.ranges, "notes": trace.notes})
     try:
-        _keep(trace.model, folder / f"{key}.onnx")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file, ".onnx") as draft:
+            onnx_ir.save(trace.model, draft)
     except OSError:  # a folder that cannot be written, or a full disk
-        _keep(trace.model, _of_this_process() / f"{key}.onnx")
+        _UNWRITTEN[key] = trace
     return trace, False
-
-
-def _keep(model: onnx_ir.Model, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file, ".onnx") as draft:
-        onnx_ir.save(model, draft)
-
-
-@functools.cache
-def _of_this_process() -> Path:
-    """A folder that is removed at the end of the process."""
-    folder = tempfile.TemporaryDirectory(prefix="wanlab-traces-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
 
 
 def weights_as_inputs(model: onnx_ir.Model) -> onnx_ir.Model:

@@ -15,7 +15,7 @@ import torch
 from wanlab import __version__
 from wanlab.core.files import digest as digest_of
 from wanlab.core.files import file_digest
-from wanlab.core.paths import PACKAGE
+from wanlab.core.paths import source_digest
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
 
@@ -57,8 +57,7 @@ def _name(thing: Any) -> str:
 @functools.cache
 def _exporter() -> str:
     """Digest of the modules that decide what a graph looks like: an edited exporter makes its files out of date."""
-    files = [path for name in ("export", "models") for path in sorted((PACKAGE / name).rglob("*.py"))]
-    return digest_of([path.read_bytes() for path in files], 16)
+    return source_digest("export", "models")
 
 
 def weights_key(network: torch.nn.Module) -> str:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.files import digest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGED = {"data": "_data", "notebooks": "_notebooks", "recipes": "_recipes"}
@@ -113,6 +114,19 @@ def _in(folder: Path) -> list[Path]:
 def from_here(path: Path) -> str:
     """`path` relative to the working folder; unchanged where it lies outside."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def source_digest(*packages: str) -> str:
+    """Digest of wanlab's own Python files, or of those of some of its packages, such as `"export"`.
+
+    A checkout and a wheel made from it have the same digest.
+    """
+    parts: list[str | bytes] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if name.parts[0] in packages or (not packages and name.parts[0] not in PACKAGED.values()):
+            parts += [name.as_posix(), path.read_bytes()]
+    return digest(parts, 16)
 
 
 def cache(*parts: str) -> Path:

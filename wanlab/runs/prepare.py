@@ -16,7 +16,7 @@ from wanlab import models
 from wanlab.configuration.configuration import identity
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_digest, now, plain
-from wanlab.core.paths import PACKAGE, PACKAGED, default_outputs, find_notebook, locate
+from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, is_tagged, nbformat, read_notebook, read_schema
 
@@ -90,16 +90,8 @@ def notebook_source(notebook: Any) -> str:
 
 @functools.cache
 def package_digest() -> str:
-    """Digest of wanlab's own Python files, so that runs of other code are not reused.
-
-    A checkout and a wheel made from it have the same digest.
-    """
-    parts: list[str | bytes] = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE)
-        if name.parts[0] not in PACKAGED.values():
-            parts += [name.as_posix(), path.read_bytes()]
-    return digest(parts, 16)
+    """Digest of wanlab's own Python files, so that runs of other code are not reused."""
+    return source_digest()
 
 
 def weights_id(model: Any) -> str | None:

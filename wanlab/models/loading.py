@@ -133,6 +133,7 @@ def load(
     if weights not in ("pretrained", "random"):
         raise WanlabError(f'weights is "pretrained" or "random", not {weights!r}')
     place, kind = resolve(device, dtype)
+    short = str(kind).removeprefix("torch.")
     part_names = _wanted_parts(spec, components)
     folder = _folder(spec, part_names, weights)
     pipeline_cls = _pipeline_class(spec)
@@ -143,14 +144,16 @@ def load(
     modules = {name: skeleton(spec.part(name), kind) for name in part_names}
     notes: list[str] = []
     checkpoints: dict[str, ckpt.Checkpoint] = {}
+    contents: dict[str, ckpt.Contents] = {}
     if weights == "pretrained":
         for name, module in modules.items():
-            checkpoints[name] = ckpt.open_checkpoint(folder / name)
-            unused = ckpt.check(checkpoints[name], module)
-            if unused:
-                notes.append(f"{name}: {len(unused)} tensors of the files are not used, e.g. {unused[0]}")
+            found = ckpt.open_checkpoint(folder / name, short)
+            contents[name] = ckpt.check(found, module, spec.part(name).config)
+            lines = [found.note, *contents[name].notes(short)]
+            notes += [f"{name}: {line}" for line in lines if line]
+            checkpoints[name] = found
     sizes = {name: needed_bytes(module, kind) for name, module in modules.items()}
-    check_room(spec.name, sizes, place, str(kind).removeprefix("torch."))
+    check_room(spec.name, sizes, place, short)
     files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
     cached = cached_fraction(files) if files else None
 
@@ -160,7 +163,7 @@ def load(
         part_cached = cached_fraction(paths) if paths else None
         part_start = time.perf_counter()
         if checkpoints:
-            ckpt.fill(module, checkpoints[name], device=place, dtype=kind)
+            ckpt.fill(module, checkpoints[name], contents[name], device=place, dtype=kind)
         else:
             fill_random(module, name=name, device=place, dtype=kind, seed=seed)
         synchronise(place)
@@ -196,7 +199,8 @@ def load_times(
     spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
     part_names = _wanted_parts(spec, components)
     folder = _folder(spec, part_names, "pretrained")
-    files = [file for name in part_names for file in ckpt.open_checkpoint(folder / name).files]
+    short = str(resolve(device, dtype)[1]).removeprefix("torch.")
+    files = [file for name in part_names for file in ckpt.open_checkpoint(folder / name, short).files]
     gc.collect()  # an earlier model may still map the files
     drop(files)
     frames = []

@@ -55,10 +55,12 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
         torch.set_default_dtype(dtype)
     try:
         with init_empty_weights(include_buffers=False):
+            # Weights are dequantized, so the network is that of a model that was never quantized.
+            config = {key: value for key, value in part.config.items() if key != "quantization_config"}
             if part.library == "diffusers":
-                module = cls.from_config(dict(part.config))
+                module = cls.from_config(config)
             else:
-                config = {key: value for key, value in part.config.items() if not key.startswith("_")}
+                config = {key: value for key, value in config.items() if not key.startswith("_")}
                 module = cls(cls.config_class.from_dict(config))
                 module.config.dtype = dtype or before
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -57,8 +57,12 @@ def get(name: str | os.PathLike) -> ModelSpec:
         return _from_folder(existing(nano_folder()), name=NANO)
     if name in HUB_MODELS:
         return _packaged(name)
-    if name and (folder := locate(name)).is_dir():
+    folder = locate(name)
+    if name and folder.is_dir():
         return _from_folder(folder.resolve(), name=folder.resolve().name)
+    if name and folder.is_file():
+        kind = "a GGUF file, which is not read" if folder.suffix.lower() == ".gguf" else "one file"
+        raise WanlabError(f"{name} is {kind}; give the folder of a diffusers pipeline, with model_index.json")
     for known in HUB_MODELS:
         if _packaged_data(known)["source"] == name:
             return _packaged(known)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.models import quantized
 from wanlab.models.device import synchronise
 from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
 from wanlab.models.registry import read_json
@@ -71,24 +75,42 @@ def _control_group() -> list[int]:
 
 
 _CAST_ON_HOST_BYTES = 2**29
-_BASENAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_BASENAMES = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weight files of one part: which tensor lies in which file."""
+    """The weight files of one part: which tensor lies in which file.
+
+    Attributes:
+        where: tensor -> its file.
+        shapes, dtypes: tensor -> its shape, and its dtype as safetensors names it.
+        variant: name of the variant that was chosen, e.g. `"fp16"`; empty for files without one.
+        note: a sentence about the choice where there are several variants; else empty.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     where: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     size_bytes: int
+    variant: str = ""
+    note: str = ""
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """A function that reads one tensor by its name, on the host; files stay open inside the block."""
+        with ExitStack() as stack:
+            opened = functools.cache(lambda file: stack.enter_context(_opened(file)))
+            yield lambda name: opened(self.where[name]).get_tensor(name)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, dtype: str = "") -> Checkpoint:
     """Find and check the weight files of one part, reading headers only.
 
-    Accepts one file, or shards named by an index. A file must be as long as its header says.
+    Accepts one file, or shards named by an index, also of a variant such as `fp16`. Files without a variant are preferred,
+    then the variant of `dtype`. A file must be as long as its header says.
 
     Raises:
         WanlabError: no weights, a missing shard, a truncated or corrupt file, or an index that names a tensor
@@ -96,72 +118,174 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
-    index, files = _files(folder)
+    variants = _variants(folder)
+    first = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(dtype, "")
+    variant = min(variants, key=lambda name: (name != "", name != first, name))
+    index, files = _files(folder, variants[variant])
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118, the handle is no mapping
-                where[name] = file
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
+                entry = handle.get_slice(name)
+                where[name], shapes[name], dtypes[name] = (
+                    file,
+                    tuple(entry.get_shape()),
+                    str(entry.get_dtype()),
+                )
     for name, listed in index.items():
         if where.get(name) != folder / listed:
             raise WanlabError(
                 f"{folder / listed} lacks tensor {name} that the index promises; fetch the file again"
             )
-    return Checkpoint(folder, tuple(files), where, shapes, sum(file.stat().st_size for file in files))
+    note = ""
+    if len(variants) > 1:
+        others = ", ".join(name or "without a variant" for name in variants if name != variant)
+        note = f"of several variants of the weights, {variant or 'the one without a name'} is used (also there: {others})"
+    size = sum(file.stat().st_size for file in files)
+    return Checkpoint(folder, tuple(files), where, shapes, dtypes, size, variant, note)
 
 
-def check(checkpoint: Checkpoint, module: torch.nn.Module) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds of a network, after the checks.
+
+    Attributes:
+        sources: parameter -> its name in the files.
+        encodings: parameter -> how it is quantized, for those that are.
+        unused: tensors that neither the network nor a format needs.
+        bare_fp8: number of FP8 weights without scales.
+    """
+
+    sources: dict[str, str]
+    encodings: dict[str, quantized.Encoding]
+    unused: tuple[str, ...]
+    bare_fp8: int
+
+    def notes(self, dtype: str) -> list[str]:
+        """What is read in another form than the network has it, and what is not read, as sentences."""
+        lines = quantized.described(self.encodings, len(self.sources), self.bare_fp8, dtype)
+        if self.unused:
+            lines.append(f"{len(self.unused)} tensors of the files are not used, e.g. {self.unused[0]}")
+        return lines
+
+
+def check(
+    checkpoint: Checkpoint, module: torch.nn.Module, config: Mapping[str, Any] | None = None
+) -> Contents:
     """Compare a checkpoint with its network, before anything is allocated.
 
-    Returns:
-        Names of tensors in the files that the network does not use.
+    Args:
+        config: the part's config.json, which may name a format of quantization.
 
     Raises:
-        WanlabError: a tensor is missing or has another shape.
+        WanlabError: a tensor is missing or has another shape, a format of quantization that is not read, or a tensor
+            that belongs to a layer of the network and is not used.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameter_names(module).items()}
-    tied = tied_names(module)
+    parameters = parameter_names(module)
     sources = _sources(checkpoint, module)
-    missing = [name for name in shapes if name not in sources]
+    floating = {name: source for name, source in sources.items() if parameters[name].is_floating_point()}
+    with checkpoint.reader() as read:
+        encodings = quantized.encodings(
+            checkpoint.dtypes, checkpoint.shapes, floating, config or {}, read, str(checkpoint.folder)
+        )
+    missing = [name for name in parameters if name not in sources]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WanlabError(
             f"{checkpoint.folder} lacks tensor {missing[0]}{more} of {type(module).__name__};"
             " is it another model's? Else fetch it again"
         )
-    for name, shape in shapes.items():
-        actual = checkpoint.shapes[sources[name]]
-        if actual != shape:
+    for name, tensor in parameters.items():
+        packed = encodings[name].shape if name in encodings else None
+        actual = packed or checkpoint.shapes[sources[name]]
+        if actual != tuple(tensor.shape):
             raise WanlabError(
                 f"{checkpoint.where[sources[name]]}: tensor {sources[name]} has shape {list(actual)},"
-                f" config.json asks for {list(shape)}; weights and config.json belong to two models"
+                f" config.json asks for {list(tensor.shape)}; weights and config.json belong to two models"
             )
-    return tuple(sorted(set(checkpoint.where) - set(sources.values()) - set(tied)))
+    needed = set(sources.values()) | set(tied_names(module))
+    needed = needed.union(*map(quantized.used, encodings.values()))
+    unused = sorted(name for name in set(checkpoint.where) - needed if not quantized.is_known(name))
+    for name in unused:
+        if _belongs_to_a_layer(name, checkpoint.dtypes[name], module):
+            raise WanlabError(
+                f"{checkpoint.where[name]}: tensor {name} belongs to a layer of {type(module).__name__} and is not used:"
+                " the weights are in a format that is not read, or of another model; give those of the model in"
+                " config.json"
+            )
+    bare = sum(
+        checkpoint.dtypes[source] in quantized.FP8_TYPES and name not in encodings
+        for name, source in floating.items()
+    )
+    return Contents(sources, encodings, tuple(unused), bare)
+
+
+def _belongs_to_a_layer(name: str, dtype: str, module: torch.nn.Module) -> bool:
+    """Whether a tensor that is not used has numbers for a layer, or a list of layers, that the network has."""
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if dtype in ("I64", "I32", "BOOL") or any(re.search(pattern, name) for pattern in ignored):
+        return False
+    return "." in name and name.split(".")[0] in dict(module.named_children())
 
 
 def fill(
-    module: torch.nn.Module, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    contents: Contents,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> torch.nn.Module:
     """Read every tensor of a checkpoint into a skeleton, cast it and move it straight to the device.
 
     One tensor at a time: the host holds a single tensor, besides the kernel's cache of the file.
 
     Raises:
-        WanlabError: a file became unreadable after it was checked.
+        WanlabError: a file became unreadable after it was checked, or a weight is NaN or infinite.
     """
-    names = {source: name for name, source in _sources(checkpoint, module).items()}
+    names = {source: name for name, source in contents.sources.items()}
     parameters = parameter_names(module)
-    for source, value in _tensors(checkpoint, names):
-        name = names[source]
-        kind = stored_dtype(module, name, dtype) if value.is_floating_point() else value.dtype
-        # A GPU casts faster than the host, but would need room for both copies of a very large tensor.
-        moved = value.to(kind).to(device) if value.nbytes > _CAST_ON_HOST_BYTES else value.to(device).to(kind)
-        if moved.data_ptr() == value.data_ptr():
-            moved = value.clone()  # else the weight would stay a view of the file
-        assign(module, name, moved.contiguous() if parameters[name].is_contiguous() else moved)
+    ends: dict[str, torch.Tensor] = {}
+    with checkpoint.reader() as read:
+        for source, value in _tensors(checkpoint, names):
+            name = names[source]
+            kind = stored_dtype(module, name, dtype) if parameters[name].is_floating_point() else value.dtype
+            if name in contents.encodings:
+                decode, shape = contents.encodings[name].decode, tuple(parameters[name].shape)
+                moved = decode(lambda key: read(key).to(device), shape).to(kind)
+            # A GPU casts faster than the host, but would need room for both copies of a very large tensor.
+            elif value.nbytes > _CAST_ON_HOST_BYTES:
+                moved = value.to(kind).to(device)
+            else:
+                moved = value.to(device).to(kind)
+            if moved.data_ptr() == value.data_ptr():
+                moved = value.clone()  # else the weight would stay a view of the file
+            if moved.is_floating_point() and moved.numel():
+                ends[name] = torch.stack(torch.aminmax(moved))
+            assign(module, name, moved.contiguous() if parameters[name].is_contiguous() else moved)
+    _check_finite(ends, checkpoint, contents, dtype)
     return finish(module, device)
+
+
+def _check_finite(
+    ends: Mapping[str, torch.Tensor], checkpoint: Checkpoint, contents: Contents, dtype: torch.dtype
+) -> None:
+    """Refuse NaN and infinity, from the smallest and largest number of every tensor; waits once for the device."""
+    if not ends or bool(torch.stack([pair.float() for pair in ends.values()]).isfinite().all()):
+        return
+    name = next(name for name in contents.sources if name in ends and not ends[name].isfinite().all())
+    source = contents.sources[name]
+    place = f"{checkpoint.where[source]}: tensor {source}"
+    with checkpoint.reader() as read:
+        stored = read(source).float()
+    if name not in contents.encodings and bool(stored.isfinite().all()):
+        short = str(dtype).removeprefix("torch.")
+        raise WanlabError(
+            f'{place} has numbers beyond the range of {short}; load the model with dtype="bfloat16"'
+        )
+    raise WanlabError(f"{place} holds NaN or infinity; fetch the file again, or mend what wrote it")
 
 
 def _tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,36 +297,63 @@ def _tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[tuple[st
 
 
 def _sources(checkpoint: Checkpoint, module: torch.nn.Module) -> dict[str, str]:
-    """Parameter name -> name in the files; a tied weight may be stored under either of its names."""
+    """Parameter name -> name in the files; a tied weight may be stored under either of its names, quanto's under its own."""
     aliases = {source: target for target, source in tied_names(module).items()}
     sources = {}
     for name in parameter_names(module):
-        stored = next((key for key in (name, aliases.get(name)) if key in checkpoint.where), None)
+        stored = next(
+            (key for key in (name, aliases.get(name), f"{name}._data") if key in checkpoint.where), None
+        )
         if stored is not None:
             sources[name] = stored
     return sources
 
 
-def _files(folder: Path) -> tuple[dict[str, str], list[Path]]:
+def _variants(folder: Path) -> dict[str, Path]:
+    """Variant -> its index, or its only file; the name is empty for files without a variant.
+
+    diffusers and transformers write `<base>.<variant>.safetensors` and `<base>.safetensors.index.<variant>.json`.
+    """
+    found: dict[str, Path] = {}
     for base in _BASENAMES:
-        index = folder / f"{base}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise WanlabError(f"{index} has no weight_map; fetch the file again")
-            names = sorted({str(name) for name in weight_map.values()})
-            absent = [name for name in names if not (folder / name).is_file()]
-            if absent:
-                raise WanlabError(
-                    f"{folder / absent[0]} is missing ({len(names) - len(absent)} of {len(names)} shards"
-                    " are there); fetch it again"
-                )
-            return weight_map, [folder / name for name in names]
-        if (folder / base).is_file():
-            return {}, [folder / base]
+        index = re.compile(rf"{base}\.safetensors\.index(?:\.([\w-]+))?\.json")
+        single = re.compile(rf"{base}(?:\.([\w-]+?))?\.safetensors")
+        for pattern in (index, single):
+            for path in sorted(folder.iterdir()):
+                match = pattern.fullmatch(path.name)
+                shard = match and re.search(r"-\d+-of-\d+$", match[1] or "")
+                if match and not shard:
+                    found.setdefault(match[1] or "", path)
+    if found:
+        return found
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise WanlabError(
+            f"{folder / files[0]}: GGUF is not read; give the weights in safetensors (16 bits, FP8 with scales, or"
+            " bitsandbytes)"
+        )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    if len(others) == 1 and others[0].endswith(".safetensors"):  # names and shapes of its tensors decide
+        return {"": folder / others[0]}
     hint = f"; found only {', '.join(others[:3])}" if others else ""
-    raise WanlabError(f"{folder} has no weights ({' or '.join(_BASENAMES)}, or its .index.json){hint}")
+    known = " or ".join(f"{base}.safetensors" for base in _BASENAMES)
+    raise WanlabError(f"{folder} has no weights ({known}, or its .index.json){hint}")
+
+
+def _files(folder: Path, path: Path) -> tuple[dict[str, str], list[Path]]:
+    """Tensor -> name of its shard (empty without an index), and the files."""
+    if path.suffix != ".json":
+        return {}, [path]
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WanlabError(f"{path} has no weight_map; fetch the file again")
+    names = sorted({str(name) for name in weight_map.values()})
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise WanlabError(
+            f"{folder / absent[0]} is missing ({len(names) - len(absent)} of {len(names)} shards"
+            " are there); fetch it again"
+        )
+    return weight_map, [folder / name for name in names]
 
 
 def _opened(file: Path):

@@ -131,7 +131,7 @@ MISTAKES = {  # replaced in TEXT: by what, on which line, what the message says
     "a setting": ("threads: 2", "thread: 2", 15, "did you mean 'threads'"),
     "a setting of another type": ("threads: 2", "threads: [2]", 15, "not list"),
     "settings without an engine": ("  onnxruntime:\n    threads: 2", "  threads: 2", 14, "engine: {setting: value}"),
-    "no YAML": ("  vae_decoder", "   vae_decoder", 5, "mapping values are not allowed here"),
+    "no YAML": ("  vae_decoder", "   vae_decoder", 5, "mapping values are not allowed"),
     "a key twice": ("techniques: []", "about: again", 12, "'about' is given twice"),
 }  # fmt: skip
 
@@ -156,11 +156,11 @@ def test_every_mistake_names_its_line(mistake):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\nabout: 2026-02-30\n", "day is out of range for month; quote it where text is meant"),
+        ("name: a\nabout: 3.5\n", "Expected `str`, got `float`"),
         ("name: !!int abc\n", "quote it where text is meant"),
         ("name: a\nengines: &a {'*': *a}\n", "contains itself by an alias"),
-        ("name: a\nabout: " + "[" * 3000, "too deep inside one another"),
-        ("name: a\nabout: b\x00\n", "special characters are not allowed"),
+        ("name: a\nabout: " + "[" * 3000, "nesting depth"),
+        ("name: a\nabout: b\x00\n", "control characters are not allowed"),
     ],
 )
 def test_what_yaml_cannot_hold_is_one_line(text, message):

@@ -83,6 +83,58 @@ notebooks:
     assert all(Task.from_json(t.to_json()) == t for t in tasks)
 
 
+def test_numbers_of_a_grid_are_those_of_yaml_1_2(project):
+    tasks = project("{name: g, notebook: ok.ipynb, axes: {scale: [1e-3, 2E5, 010, .5]}}")
+    assert [t.axes["scale"] for t in tasks] == [0.001, 2e5, 10.0, 0.5]
+    tasks = project(
+        "{name: g, notebook: ok.ipynb, parameters: {steps: 1_0, prompt: no}, axes: {scale: [.nan, -.inf]}}"
+    )
+    assert [str(t.overrides["scale"]) for t in tasks] == ["nan", "-inf"]
+    assert (tasks[0].overrides["steps"], tasks[0].overrides["prompt"]) == (10, "no")
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("{from: 0.1, to: 0.7, by: 0.1}", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        ("{from: 1, to: 2, by: 0.25}", [1.0, 1.25, 1.5, 1.75, 2.0]),
+        ("{from: 1e-3, to: 3e-3, by: 1e-3}", [0.001, 0.002, 0.003]),
+        ("{from: 0.1, to: 0.35, by: 0.1}", [0.1, 0.2, 0.3]),
+    ],
+)
+def test_steps_of_a_range_are_exact(project, axis, values):
+    assert [
+        t.axes["scale"] for t in project(f"{{name: g, notebook: ok.ipynb, axes: {{scale: {axis}}}}}")
+    ] == values
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("{from: 0, to: .inf}", "from 0 to inf by 1 is no range of numbers"),
+        ("{from: .nan, to: 1}", "is no range of numbers"),
+        ("{from: 0, to: 1, by: 0}", "by above 0"),
+        (
+            "{from: 0, to: 1e300, by: 1e-300}",
+            "number of values: 1,000,000,000,000,000 is over the limit of 10,000",
+        ),
+        ("{from: 0, to: true}", "is no range of numbers"),
+        ("{from: 0, to: 20000}", "WANLAB_LIMITS='axis_values=20001' raises it"),
+    ],
+)
+def test_a_range_without_an_end_is_refused_at_once(project, axis, said):
+    with pytest.raises(WanlabError, match=r"grid.yaml, line 1, axes.scale: ") as error:
+        project(f"{{name: g, notebook: ok.ipynb, axes: {{scale: {axis}}}}}")
+    assert said in str(error.value)
+
+
+def test_values_that_no_file_can_be_named_are_values(project):
+    (task,) = project(f"{{name: g, notebook: ok.ipynb, axes: {{prompt: [A dog. {'It runs. ' * 200}]}}}}")
+    assert task.label.startswith("prompt=A dog. It runs")
+    with pytest.raises(WanlabError, match="no notebook at nnn"):
+        project(f"{{name: g, notebook: {'n' * 5000}}}")
+
+
 def test_files_as_an_axis(project):
     (project.folder / "plans").mkdir()
     for name in ("b", "a"):

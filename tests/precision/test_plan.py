@@ -115,7 +115,7 @@ def _only_fitting(plan):
         ("name: a/b\n", 1, "no name for a file"),
         ("default: fp32\n", 1, "missing required field `name`"),
         ("name: a\ndefault: int8\n", 2, "no dtype of a network"),
-        ("name: a\nrules: [\n", 3, "expected the node content"),
+        ("name: a\nrules: [\n", 3, "expected node content"),
         ("- a\n", 1, "a plan is a mapping"),
         ("", 1, "a plan is a mapping"),
     ],

@@ -16,6 +16,7 @@ import msgspec
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.paths import locate, recipes
+from wanlab.core.text import read_text
 from wanlab.core.yaml_lines import At, Document, compact, read_yaml, write_yaml
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind
 from wanlab.models.spec import COMPONENTS, EXPERTS
@@ -330,7 +331,7 @@ def _load(source: str | os.PathLike) -> Configuration:
     if Path(source).name == str(source) and shipped.is_file():
         return _read(shipped)
     path = locate(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return _read(path)
     names = sorted(file.stem for file in recipes(FOLDER).glob("*.yaml"))
     what = (
@@ -344,8 +345,4 @@ def _load(source: str | os.PathLike) -> Configuration:
 
 
 def _read(path: Path) -> Configuration:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WanlabError(f"cannot read {path}: {error}") from error
-    return parse_configuration(text, str(path), path.parent)
+    return parse_configuration(read_text(path), str(path), path.parent)

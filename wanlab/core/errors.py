@@ -1,11 +1,38 @@
-"""Exceptions: one for mistakes of the user, one for faults of wanlab; and other errors as one line of text."""
+"""Exceptions: one for mistakes of the user, one for faults of wanlab; and text that is safe to show, in one line."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
+
+ESCAPE = re.compile(
+    r"""
+    (?:\x1b\[|\x9b) [0-?]* [ -/]* [@-~]                        # colours, cursor, clearing
+    | (?:\x1b\]|\x9d) [^\x07\x1b\x9c]* (?:\x07|\x1b\\|\x9c)?  # titles, links, clipboard
+    | (?:\x1b[PX^_]|[\x90\x98\x9e\x9f]) [^\x1b\x9c]* (?:\x1b\\|\x9c)?  # strings to the device
+    | \x1b [ -/]* [0-~]                                        # other short ones
+    """,
+    re.VERBOSE,
+)
+"""Escape sequences of a terminal; source: ECMA-48."""
+# Control characters, halves of surrogate pairs, and characters that turn the direction of the text after them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: object, keep: str = "\n\t") -> str:
+    """Text from a file, a run or an exception, without what a terminal would obey and a page would hide.
+
+    Escape sequences are removed, other control characters become U+FFFD. Every way out uses it: the terminal, run.json,
+    status.json, logs, the report and the pages.
+
+    Args:
+        keep: control characters that stay.
+    """
+    words = ESCAPE.sub("", str(text))
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else "\N{REPLACEMENT CHARACTER}", words)
 
 
 class WanlabError(Exception):
@@ -14,6 +41,9 @@ class WanlabError(Exception):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __str__(self) -> str:
+        return clean(" ".join(super().__str__().splitlines()), keep="\t")
+
 
 class InternalError(AssertionError):
     """A fault of wanlab, which the user cannot mend: the command line shows it with its traceback."""
@@ -21,7 +51,7 @@ class InternalError(AssertionError):
 
 def first_line(error: BaseException | str, limit: int = 300) -> str:
     """The first line of a text or of an error's message, cut to `limit` characters; the error's class if it is empty."""
-    text = str(error).strip() or ("no message" if isinstance(error, str) else type(error).__name__)
+    text = clean(error).strip() or ("no message" if isinstance(error, str) else type(error).__name__)
     return text.splitlines()[0][:limit]
 
 

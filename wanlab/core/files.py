@@ -1,4 +1,4 @@
-"""File helpers: atomic writes, strict JSON, digests, and safe file names."""
+"""File helpers: atomic writes, JSON, digests, and safe file names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.text import read_json as read_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z")
 
@@ -76,15 +77,6 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """`write_bytes` for indented JSON."""
     return write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; a missing or broken file raises `WanlabError` with its name."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise WanlabError(f"cannot read {path}: {reason}") from error
 
 
 def append_json(path: Path, value: Any) -> None:

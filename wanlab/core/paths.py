@@ -88,14 +88,14 @@ def find_notebook(name: str | os.PathLike) -> Path:
         WanlabError: there is no such notebook; the message suggests the most similar name.
     """
     path = locate(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     folders = [path.parent]
     if len(path.parts) == 1:
         folders = [Path(), Path("notebooks"), notebooks()]
         file = path.name if path.suffix == ".ipynb" else f"{path.name}.ipynb"
         for folder in folders:
-            if (folder / file).is_file():
+            if os.path.isfile(folder / file):
                 return folder / file
     known = [
         file.stem if path.suffix != ".ipynb" else file.name for folder in folders for file in _in(folder)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import msgspec
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import ConstructorError, SafeConstructor
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import Resolver
+from yaml.scanner import Scanner
 
+from wanlab.core import limits
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
+from wanlab.core.text import read_text
 
 At = tuple[str | int, ...]  # path of a value in the document: ("rules", 2, "format")
 
@@ -61,8 +70,91 @@ class Document:
             self.refuse((*at, *inside), reason)
 
 
+PREFIX = "tag:yaml.org,2002:"
+CORE = {
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Words that are no text, by type: pattern, and first characters. The core schema of YAML 1.2.2, section 10.3.2:
+`1e-3` is a number and `010` is ten; `yes`, `12:30` and `2026-01-31` are text."""
+
+
+def integer(text: str) -> int:
+    """The number of `10`, `010`, `0o12` or `0xa`; `ValueError` for other text."""
+    return int(text, 0) if re.match(r"0[xo]", text) else int(text)
+
+
+def real(text: str) -> float:
+    """The number of `1e-3`, `.5`, `.inf` or `.nan`, or of Python's `inf` and `nan`; `ValueError` for other text."""
+    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+
+
+def _resolve_core(kind: Any) -> None:
+    for name, (pattern, first) in CORE.items():
+        kind.add_implicit_resolver(PREFIX + name, re.compile(f"(?:{pattern})\\Z"), [*first, ""])
+
+
+# Events of libyaml come ten times as fast. Nodes are made in Python, where deep nesting cannot overflow the stack.
+_PARSER = (yaml.cyaml.CParser,) if yaml.__with_libyaml__ else (Reader, Scanner, Parser)
+
+
+class _Loader(Composer, *_PARSER, SafeConstructor, Resolver):
+    """Reads YAML 1.2 with the types of JSON; refuses what is too deep or too large while it reads."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_constructors: ClassVar[dict] = {}
+
+    def __init__(self, text: str, where: str):
+        for kind in (*_PARSER, Composer, SafeConstructor, Resolver):
+            kind.__init__(self, *((text,) if kind is _PARSER[0] else ()))
+        self.where, self.depth, self.count = where, 0, 0
+        self.most_deep, self.most = limits.limit("depth"), limits.limit("yaml_values")
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth, self.count = self.depth + 1, self.count + 1
+        line = f"{self.where}, line {self.peek_event().start_mark.line + 1}"
+        if self.depth > self.most_deep:
+            limits.check("depth", self.depth, f"{line}: lists and maps inside one another")
+        if self.count > self.most:
+            limits.check("yaml_values", self.count, f"{line}: number of values")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def scalar(self, node: yaml.Node) -> Any:
+        text, name = self.construct_scalar(node), node.tag.removeprefix(PREFIX)
+        try:
+            if name == "null":
+                return None
+            if name == "bool":
+                return {"true": True, "false": False}[text.lower()]
+            return {"int": integer, "float": real, "str": str}[name](text)
+        except (KeyError, ValueError):
+            long = name == "int" and re.fullmatch(CORE["int"][0], text)
+            reason = f"{len(text):,} digits are no number" if long else f"{text[:60]!r} is no {name}"
+            raise ConstructorError(
+                None, None, f"{reason}; quote it where text is meant", node.start_mark
+            ) from None
+
+
+_resolve_core(_Loader)
+_Loader.add_implicit_resolver(f"{PREFIX}merge", re.compile(r"<<\Z"), ["<"])
+for _name in (*CORE, "str"):
+    _Loader.add_constructor(PREFIX + _name, _Loader.scalar)
+_Loader.add_constructor(f"{PREFIX}seq", SafeConstructor.construct_yaml_seq)
+_Loader.add_constructor(f"{PREFIX}map", SafeConstructor.construct_yaml_map)
+_Loader.add_constructor(None, SafeConstructor.construct_undefined)
+
+
 class _Dumper(yaml.SafeDumper):
-    """Writes text that has one of YAML's rarer line breaks with escapes, as they would be read back as spaces."""
+    """Writes text in quotes that YAML 1.1 or 1.2 would read as something else, and with escapes where it has one of YAML's
+    rarer line breaks, as they would be read back as spaces."""
 
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -70,6 +162,7 @@ def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
+_resolve_core(_Dumper)
 _Dumper.add_representer(str, _write_text)
 
 
@@ -105,45 +198,72 @@ def spell(at: At) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
 
 
-def read_yaml(text: str, where: str, what: str) -> Document:
-    """The data of a YAML text, and the line of every value.
+def load_yaml(path: str | os.PathLike, what: str) -> Document:
+    """`read_yaml` of a file, in any encoding of `read_text`.
 
     Raises:
-        WanlabError: the text is not YAML, or a key is given twice.
+        WanlabError: the file cannot be read, or as `read_yaml`.
+    """
+    return read_yaml(read_text(path), str(path), what)
+
+
+def read_yaml(text: str, where: str, what: str) -> Document:
+    """The data of a YAML text, and the line of every value: YAML 1.2 with the types of JSON.
+
+    Raises:
+        WanlabError: the text is not YAML, a key is given twice or is no text, a value contains itself, or there are more or
+            deeper values than the limits allow.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        loader = _Loader(text.removeprefix("\ufeff"), where)
+        root = loader.get_single_node()
+        lines = _lines(root, where)
+        return Document(None if root is None else loader.construct_document(root), lines, where, what)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
+        # The mark of an early end can be on the line after the last.
+        last = text.count("\n")
+        line = f", line {min(mark.line, last) + 1}" if mark else ""
         raise WanlabError(f"{where}{line}: {getattr(error, 'problem', None) or first_line(error)}") from error
-    except (ValueError, OverflowError) as error:  # a date or a number that cannot be, such as 2026-02-30
-        raise WanlabError(f"{where}: {first_line(error)}; quote it where text is meant") from error
-    except RecursionError as error:
+    except RecursionError as error:  # the limit of depth was raised further than Python goes
         raise WanlabError(f"{where}: lists and maps lie too deep inside one another") from error
-    lines: dict[At, int] = {}
+    except ValueError as error:  # half of a surrogate pair
+        raise WanlabError(f"{where}: {first_line(error)}") from error
 
-    def walk(node: Any, at: At) -> None:
-        if node is None:
-            return
+
+def _lines(root: yaml.Node | None, where: str) -> dict[At, int]:
+    """Line of each value, from 1."""
+    lines: dict[At, int] = {}
+    most, around = limits.limit("yaml_values"), set()
+
+    def walk(node: yaml.Node, at: At) -> None:
+        line = f"{where}, line {node.start_mark.line + 1}"
         lines.setdefault(at, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
+        if len(lines) > most:
+            limits.check(
+                "yaml_values", len(lines), f"{line}: number of values, with those that aliases repeat"
+            )
+        if isinstance(node, yaml.ScalarNode):
+            return
+        if id(node) in around:
+            raise WanlabError(f"{line}: a value contains itself by an alias (`*name`); write it out")
+        around.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                walk(value, (*at, index))
+        else:
             seen = set()
             for key, value in node.value:
+                line = f"{where}, line {key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode):
+                    raise WanlabError(f"{line}: a key is a list or a map; write a word")
                 if key.value in seen:
-                    raise WanlabError(
-                        f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice"
-                    )
+                    raise WanlabError(f"{line}: {key.value!r} is given twice")
                 seen.add(key.value)
                 lines[(*at, key.value)] = key.start_mark.line + 1
                 walk(value, (*at, key.value))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                walk(value, (*at, index))
+        around.remove(id(node))
 
-    try:
+    if root is not None:
         walk(root, ())
-    except RecursionError as error:
-        raise WanlabError(f"{where}: a value contains itself by an alias (`*name`); write it out") from error
-    return Document(data, lines, where, what)
+    return lines

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.errors import WanlabError, first_line, require
+from wanlab.core.errors import WanlabError
+from wanlab.core.yaml_lines import load_yaml
 from wanlab.engine_report.from_onnx import read_onnx
 from wanlab.engine_report.from_onnxruntime import read_ort_profile
 from wanlab.engine_report.from_tensorrt import latency_of, read_inspector, read_json, with_times
@@ -207,14 +208,7 @@ def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
     if path is None:
         return {}
     path = Path(path)
-    if path.suffix in (".yaml", ".yml"):
-        yaml = require("yaml", "pyyaml")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise WanlabError(f"{path} cannot be read: {first_line(error)}") from error
-    else:
-        data = read_json(path)
+    data = load_yaml(path, "the plan").data if path.suffix in (".yaml", ".yml") else read_json(path)
     if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
         data = {layer["layer"]: layer["format"] for layer in data["layers"] if isinstance(layer, Mapping)}
     if not isinstance(data, Mapping) or not all(isinstance(value, str) for value in data.values()):

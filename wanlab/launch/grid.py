@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from wanlab.core import limits
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import NAME, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, locate_all
-from wanlab.core.yaml_lines import Document, read_yaml
+from wanlab.core.yaml_lines import Document, load_yaml
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.parameters import Schema, checked, read_schema
+from wanlab.runs.parameters import Schema, read_schema, read_value
 from wanlab.runs.prepare import prepare
 
 CONFIGURED_BY = ("configuration", "plan", "engine")
@@ -171,10 +174,10 @@ def load_grid(path: str | os.PathLike) -> GridFile:
             the line.
     """
     path = locate(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise WanlabError(f"no grid at {path}{did_you_mean(path.name, near)}")
-    document = read_yaml(path.read_text("utf-8"), str(path), "the grid")
+    document = load_yaml(path, "the grid")
     data, refuse = document.data, document.refuse
     if not isinstance(data, dict):
         refuse((), "a grid is a mapping with name, notebook, parameters and axes")
@@ -210,16 +213,18 @@ def values_of(axis: Any, at: tuple, file: GridFile) -> list[Any]:
         values += values_of(value, (*at, index), file) if isinstance(value, dict) else [value]
     if not values:
         refuse(at, "no values")
-    for index, value in enumerate(values):
-        if any(type(value) is type(earlier) and value == earlier for earlier in values[:index]):
+    seen = set()
+    for value in values:
+        if repr(value) in seen:
             refuse(at, f"{value!r} is given twice; `repeats:` makes equal runs")
+        seen.add(repr(value))
     return values
 
 
 def find(path: str, file: GridFile) -> Path | None:
     """A file named in a grid, from the working folder, the grid file's folder or the folder above that; None without one."""
     for root in (Path(), file.path.parent, file.path.parent.parent):
-        if (root / path).is_file():
+        if os.path.isfile(root / path):  # also where no file can have this name
             return root / path
     return None
 
@@ -240,19 +245,18 @@ def _files(pattern: str, at: tuple, file: GridFile) -> list[str]:
 def _range(axis: dict, at: tuple, file: GridFile) -> list[Any]:
     first, last, step = axis["from"], axis["to"], axis.get("by", 1)
     numbers = [first, last, step]
-    if (
-        not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)
-        or step <= 0
-        or last < first
-    ):
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
         file.document.refuse(at, f"from {first!r} to {last!r} by {step!r} is no range of numbers")
-    count = int((last - first) / step + 1e-9) + 1
-    if count > 10_000:
-        file.document.refuse(at, f"{count:,} values; 10,000 is the limit")
-    return [first + index * step for index in range(count)]
-
-
-MOST_RUNS = 100_000
+    start, end, by = map(Fraction, map(repr, numbers))  # exact, as written: 0.1, 0.2, 0.3
+    if by <= 0 or end < start:
+        file.document.refuse(
+            at, f"from {first!r} to {last!r} by {step!r} is no range: it goes upwards, with by above 0"
+        )
+    count = (end - start) // by + 1
+    if words := limits.over("axis_values", count):
+        file.document.refuse(at, f"number of values: {words}")
+    kind = float if any(isinstance(value, float) for value in numbers) else int
+    return [kind(start + index * by) for index in range(count)]
 
 
 def expand(file: GridFile, *, output: str | os.PathLike | None = None, force: bool = False) -> list[Task]:
@@ -322,8 +326,8 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
     count = 1
     for values in axes.values():
         count *= len(values)
-    if count * part.repeats > MOST_RUNS:
-        refuse(at, f"{count * part.repeats:,} runs; {MOST_RUNS:,} is the limit")
+    if words := limits.over("runs", count * part.repeats):
+        refuse(at, f"number of runs: {words}")
     for chosen in itertools.product(*axes.values()):
         point = dict(zip(axes, chosen, strict=True))
         if part.only and not any(fits(point, conditions) for conditions in part.only):
@@ -365,13 +369,13 @@ def label(point: Mapping[str, Any], notebook: str = "", repeat: int = 0) -> str:
     for name, value in point.items():
         text = str(value)
         path = Path(text)
-        words.append(f"{name}={path.stem if path.suffix and path.is_file() else text}")
+        words.append(f"{name}={path.stem if path.suffix and os.path.isfile(path) else text}")
     return " ".join([*words, f"#{repeat}"] if repeat else words)
 
 
 def _value(schema: Schema, name: str, value: Any, at: tuple, file: GridFile) -> Any:
     try:
-        return checked(schema[name], value, schema.where)
+        return read_value(schema[name], value, schema.where)
     except WanlabError as error:
         file.document.refuse(at, str(error))
 

@@ -15,6 +15,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.formats import PLAN_FLOATS
 from wanlab.core.paths import locate
+from wanlab.core.text import read_text
 from wanlab.core.yaml_lines import At, Document, compact, read_yaml, spell, write_yaml
 from wanlab.precision.formats import FORMATS, get_format
 
@@ -279,13 +280,13 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
     if str(source) in PRESETS:
         return PRESETS[str(source)]
     path = locate(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         if path.suffix in (".yaml", ".yml"):
             raise WanlabError(f"no plan at {path}; give a YAML file or one of {', '.join(PRESETS)}")
         raise WanlabError(
             f"no plan {str(source)!r}{did_you_mean(str(source), PRESETS)}; give a YAML file or {', '.join(PRESETS)}"
         )
-    return parse_plan(path.read_text(encoding="utf-8"), str(path))
+    return parse_plan(read_text(path), str(path))
 
 
 def parse_plan(text: str, where: str = "the plan") -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import sys
 import tokenize
@@ -16,6 +17,7 @@ from typing import Any, Literal, Union
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import find_notebook
+from wanlab.core.yaml_lines import integer, real
 
 GRAMMAR = "rfc3987_syntax"
 
@@ -188,6 +190,17 @@ def checked(parameter: Parameter, value: Any, where: str = "the notebook") -> An
     return _converted(parameter.type, value)
 
 
+def read_value(parameter: Parameter, value: Any, where: str = "the notebook") -> Any:
+    """`checked`, for a value from a file: text for a parameter that takes none is read as on the command line.
+
+    So `yes` is a bool and `1_000` a number where the notebook asks for one, and text where it asks for text.
+    """
+    if isinstance(value, str) and not _matches(parameter.type, value):
+        with contextlib.suppress(ValueError):
+            value = _from_text(parameter.type, value)
+    return checked(parameter, value, where)
+
+
 def _mismatch(parameter: Parameter, value: Any, where: str) -> WanlabError:
     options = typing.get_args(parameter.type) if typing.get_origin(parameter.type) is Literal else ()
     hint = did_you_mean(value, [o for o in options if isinstance(o, str)]) if isinstance(value, str) else ""
@@ -260,8 +273,10 @@ def _from_text(kind: Any, text: str) -> Any:
         if word.lower() in TRUE | FALSE:
             return word.lower() in TRUE
         raise ValueError(text)
-    if kind in (int, float):
-        return kind(word)
+    if kind is int:
+        return integer(word)
+    if kind is float:
+        return real(word)
     if word.startswith(("[", "(")):
         try:
             return _sequence(kind, ast.literal_eval(word))

@@ -164,6 +164,51 @@ def test_a_trace_without_allocations_says_how_to_get_them(tmp_path):
 
 
 @pytest.mark.slow
+def unknown_totals(tmp_path, which=slice(None), **content):
+    """10 MiB are taken, 4 released that were there before the trace, 20 taken; some totals are -1."""
+    memory = Allocator(before=110 * MIB, reserved=200 * MIB)
+    memory.sizes[9] = 4 * MIB
+    memory.take(5, 1, 10 * MIB)
+    memory.give(10, 9)
+    memory.take(20, 2, 20 * MIB)
+    for item in memory.events[which]:
+        item["args"] |= {"Total Allocated": -1, "Total Reserved": -1}
+    return trace_of(tmp_path, event("aten::mm", 0, 100), *memory.events, **content)
+
+
+def test_totals_that_were_not_recorded_are_summed_from_the_bytes(tmp_path):
+    account = diagnose.memory_account(unknown_totals(tmp_path))
+    assert account.lower_bound
+    assert account.peak_bytes == 26 * MIB
+    assert account.size_bytes("fragmentation") == 0
+    assert account.frame["size_bytes"].sum() == account.peak_bytes
+    assert str(account).startswith("The peak is at least 0.03 GiB on cuda:0, without what was there before")
+    assert "recorded no totals" in account.notes[0]
+    # A part of the peak says nothing about how full the device is.
+    assert not any(
+        name.startswith("memory.") for name in diagnose.traced_measurements(unknown_totals(tmp_path))
+    )
+    noted = diagnose.memory_account(
+        unknown_totals(tmp_path, wanlab={"weights_bytes": {"transformer": 96 * MIB}})
+    )
+    assert (noted.lower_bound, noted.peak_bytes) == (False, (96 + 26) * MIB)
+    assert noted.size_bytes("weights") == 96 * MIB
+
+
+def test_single_missing_totals_go_on_from_the_last_known(tmp_path):
+    account = diagnose.memory_account(unknown_totals(tmp_path, slice(1, None)))
+    assert not account.lower_bound
+    assert account.peak_bytes == (110 + 26) * MIB
+    assert "reserved memory was not recorded: fragmentation is unknown" in account.notes
+
+
+def test_accelerators_of_other_makers_have_memory_too(tmp_path):
+    memory = Allocator(before=0, reserved=64 * MIB)
+    memory.take(5, 1, 10 * MIB)
+    memory.events[0]["args"]["Device Type"] = 12
+    assert diagnose.memory_account(trace_of(tmp_path, event("a", 0, 9), *memory.events)).device == "xpu:0"
+
+
 def test_options_are_measured_and_let_go(nano):
     case = heldout.example_case()
     vae, attention = nano.pipeline.vae, torch.nn.functional.scaled_dot_product_attention

@@ -12,8 +12,6 @@ import pandas as pd
 from wanlab.diagnose import operators
 from wanlab.diagnose.trace import (
     NOTHING,
-    RUNTIME_CATEGORIES,
-    STEP_PREFIX,
     Trace,
     inherit,
     innermost,
@@ -21,6 +19,7 @@ from wanlab.diagnose.trace import (
     levels,
     nest,
 )
+from wanlab.diagnose.trace_events import RUNTIME_CATEGORIES, STEP_PREFIX
 from wanlab.measure.ceilings import Ceilings
 
 OUTSIDE = "outside"
@@ -298,13 +297,13 @@ def kernel_categories(trace: Trace, placed: Attribution) -> tuple[np.ndarray, np
         component[:] = COMPONENTS.index("expert")
     category = category_of(component, of_launch(placed.attention), kind)
     category[of_launch(placed.selecting.astype(np.int64)) == 1] = INDEX["expert_switching"]
-    copies = named(r"Memcpy (HtoD|DtoH)")
+    copies = named(operators.COPIES)
     expert = np.isin(component, [COMPONENTS.index(name) for name in EXPERTS])
     category[copies] = INDEX["host_device_transfer"]
     category[copies & expert & (kernels["size_bytes"].to_numpy() >= WEIGHTS_BYTES)] = INDEX[
         "expert_switching"
     ]
-    category[named(r"nccl|Memcpy PtoP")] = INDEX["communication"]
+    category[named(r"nccl|rccl|oneccl|Memcpy ?(PtoP|P2P)")] = INDEX["communication"]
     return category, component
 
 
@@ -331,6 +330,15 @@ CATEGORY_NAMES = {
 """Category -> its name in text."""
 
 GAP_US = 10.0
+MOST_BOUND = 100.0
+"""A larger bound says only that there is nothing else in the trace."""
+
+
+def duration(time_ms: float) -> str:
+    """A time with its unit: `"1,234 s"`, `"56.8 s"`, `"0.12 ms"`."""
+    if time_ms < 1e3:
+        return f"{time_ms:.3g} ms"
+    return f"{time_ms / 1e3:,.{1 if time_ms < 1e6 else 0}f} s"
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,7 +357,7 @@ class Breakdown:
         gpu: `busy_percent`, `kernels`, `launch_gaps` (over 10 µs), `launch_gap_median_us`, `launch_gap_ms` (all);
             empty without a GPU.
         host_busy_percent: share of the wall clock in which the main thread was in an operator or runtime call.
-        notes: distinctions that the trace does not allow.
+        notes: distinctions that the trace does not allow; cautions: as `Trace.cautions`.
     """
 
     frame: pd.DataFrame
@@ -359,6 +367,7 @@ class Breakdown:
     gpu: dict[str, float]
     host_busy_percent: float
     notes: tuple[str, ...]
+    cautions: tuple[str, ...] = ()
 
     @property
     def residual_percent(self) -> float:
@@ -372,10 +381,12 @@ class Breakdown:
         if self.gpu:
             gaps = f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs between kernels"
             busy = f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {gaps}"
-        return (
-            f"Most time goes to {CATEGORY_NAMES[top['category']]}: {top['share_percent']:.0f} % of"
-            f" {self.wall_ms / 1e3:.2f} s, so a change there makes it {top['amdahl_bound']:.2f}x as fast at most; {busy}"
-        )
+        share, bound = top["share_percent"], top["amdahl_bound"]
+        gain = f", so a change there makes it {bound:.2f}x as fast at most" if bound <= MOST_BOUND else ""
+        most = f"Most time goes to {CATEGORY_NAMES[top['category']]}: {share:.0f} % of {duration(self.wall_ms)}{gain}"
+        if top["category"] == "launch_and_idle" and not gain:
+            most = f"There is almost no work in the trace: {100 - share:.2g} % of {duration(self.wall_ms)}"
+        return "; ".join([f"{most}; {busy}", *self.cautions])
 
     def share_percent(self, category: str) -> float:
         """Share of a category; 0 if it took no time."""
@@ -445,6 +456,7 @@ def breakdown(trace: Trace) -> Breakdown:
         _gpu(begins, ends, trace.wall_us) if trace.has_gpu else {},
         100 * float(stretch_us[busy].sum()) / trace.wall_us,
         tuple(notes),
+        trace.cautions,
     )
 
 

@@ -11,18 +11,22 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
 
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.trace import (
+from wanlab.core.packed import as_utf8, read_unpacked
+from wanlab.diagnose.trace import NOTHING, SUFFIX, read_trace
+from wanlab.diagnose.trace_events import (
     HOST_CATEGORIES,
     KERNEL_CATEGORIES,
-    NOTHING,
     RUNTIME_CATEGORIES,
-    SUFFIX,
-    unpack,
+    as_float,
+    meaning,
+    plausible,
 )
+from wanlab.diagnose.trace_file import repair
 from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
 
@@ -188,10 +192,17 @@ def trim(
     Raises:
         WanlabError: as for `read_trace`.
     """
-    content = json.loads(unpack(Path(source)))
-    events = content["traceEvents"]
-    origin = min(float(event["ts"]) for event in events if event.get("ph") == "X" and "ts" in event)
+    path = read_trace(source).path  # refuses what is no trace
+    text = as_utf8(read_unpacked(path))
+    is_array = text.lstrip()[:1] == b"["
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = json.loads(repair(text, is_array))
+    events = _sound(content if is_array else content["traceEvents"])
+    origin = min(event["ts"] for event in events if event["ph"] == "X")
     slim_events = [_slim(event, origin) for event in _kept(events, shortest_us, smallest_bytes)]
+    content = {} if is_array else content
     content = {key: value for key, value in content.items() if key not in ("traceEvents", "traceName")}
     content["trimmed"] = {"shortest_us": shortest_us, "smallest_bytes": smallest_bytes}
     text = json.dumps(content | {"traceEvents": slim_events}, separators=(",", ":"))
@@ -200,6 +211,23 @@ def trim(
     packed = gzip.compress(text.encode(), 9, mtime=0) if target.suffix == ".gz" else text.encode()
     target.write_bytes(packed)
     return target
+
+
+def _sound(events: list) -> list[dict]:
+    """The events with numbers for times, and categories as Kineto names them today; those that `read_trace` leaves out, too,
+    are left out."""
+    events = [event for event in events if isinstance(event, dict) and isinstance(event.get("ph"), str)]
+    for event in events:
+        event["name"] = str(event.get("name", ""))
+        label = str(event.get("cat") or (event.get("pid") if event["ph"] == "X" else "") or "")
+        event["cat"] = meaning(label, event["name"]) or label
+        event["args"] = event["args"] if isinstance(event.get("args"), dict) else {}
+        event |= {key: as_float(event[key]) for key in ("ts", "dur") if key in event}
+    complete = [event for event in events if event["ph"] == "X"]
+    times = (np.array([event.get(key, np.nan) for event in complete], dtype=float) for key in ("ts", "dur"))
+    sound, _ = plausible(*times)
+    left_out = {id(event) for event, good in zip(complete, sound.tolist(), strict=True) if not good}
+    return [event for event in events if id(event) not in left_out]
 
 
 def _kept(events: list[dict], shortest_us: float, smallest_bytes: int) -> list[dict]:
@@ -215,7 +243,7 @@ def _kept(events: list[dict], shortest_us: float, smallest_bytes: int) -> list[d
         if phase == "X" and category in HOST_CATEGORIES:
             keep = i in needed
         elif event.get("name") == "[memory]":
-            keep = abs(event["args"]["Bytes"]) >= smallest_bytes
+            keep = abs(as_float(event["args"].get("Bytes"))) >= smallest_bytes
         else:
             keep = phase == "M" or category in KERNEL_CATEGORIES
         if keep:
@@ -227,15 +255,17 @@ def _needed(events: list[dict], launched: set, shortest_us: float) -> set[int]:
     """Positions of the host events that are long, are ranges, or enclose a launch."""
     host = [i for i, e in enumerate(events) if e.get("ph") == "X" and e.get("cat") in HOST_CATEGORIES]
     host.sort(
-        key=lambda i: (str(events[i]["pid"]), str(events[i]["tid"]), events[i]["ts"], -events[i]["dur"])
-    )
+        key=lambda i: (
+            str(events[i].get("pid")), str(events[i].get("tid")), events[i]["ts"], -events[i]["dur"]
+        )
+    )  # fmt: skip
     needed: set[int] = set()
     stack: list[int] = []
     thread: Any = NOTHING
     for i in host:
         event = events[i]
-        if (event["pid"], event["tid"]) != thread:
-            thread = (event["pid"], event["tid"])
+        if (event.get("pid"), event.get("tid")) != thread:
+            thread = (event.get("pid"), event.get("tid"))
             stack.clear()
         while stack and events[stack[-1]]["ts"] + events[stack[-1]]["dur"] <= event["ts"]:
             stack.pop()

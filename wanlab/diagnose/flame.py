@@ -15,7 +15,8 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import Breakdown
-from wanlab.diagnose.trace import NOTHING, STEP_PREFIX, Trace, launchers, nest
+from wanlab.diagnose.trace import NOTHING, Trace, launchers, nest
+from wanlab.diagnose.trace_events import STEP_PREFIX
 
 NOT_LAUNCHED = "(launch not in the trace)"
 

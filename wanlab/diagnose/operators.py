@@ -7,8 +7,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import msgspec
 import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -30,16 +32,21 @@ FORMATS = {
     "double": "fp64", "float": "fp32", "c10::BFloat16": "bf16", "c10::Half": "fp16",
     "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
 }  # fmt: skip
+COPIES = r"Memcpy ?(HtoD|DtoH|H2D|D2H|M2D|D2M)"
+"""Names of copies between host and device: of CUDA and ROCm, of older files, of Intel (M is the host's memory)."""
 _KINDS = (
     # Inductor names its kernels after all fused operators, so a product in the name may be outside the kernel.
     (ATTENTION, r"^triton_tem\w*attention"), (LINEAR, r"^triton_tem"), (POINTWISE, r"^triton_"),
     (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
-    (ALLOCATION, r"^aten::(empty|resize_|set_)|^cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree|MemMap|MemCreate)"),
+    (ALLOCATION, r"^aten::(empty|resize_|set_)|^(cu(da)?|hip)(Malloc|Free|Host(Alloc|Malloc|Free)|MemAlloc|MemFree|MemMap"
+                 r"|MemCreate|ExtMalloc)|^ur(USM\w*Alloc|USMFree)"),
     (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
-             r"|thnn_conv|slow_conv)|gemm|cutlass|nvjet|xmma|wgmma|cublas|_conv\w*_(fprop|implicit)"),
-    (TRANSFER, r"^Memcpy (HtoD|DtoH)|^cu(da)?Memcpy"),
+             r"|thnn_conv|slow_conv)|gemm|cutlass|nvjet|xmma|wgmma|cublas|^Cijk_|_conv\w*_(fprop|implicit)"),
+    (TRANSFER, rf"^{COPIES}|^(cu(da)?|hip)Memcpy|^urEnqueue(USM|MemBuffer)"),
     (POINTWISE, r"^aten::"),
 )  # fmt: skip
+_INPUTS = tuple[list[list[int | list[int]]], list[str], list]
+LARGEST_SIZE = 2**40  # of an axis; more is a mistake of the file
 _SDPA = re.compile(r"^(aten::)?_?scaled_dot_product_\w*attention\w*$")
 _VIEW = re.compile(
     r"^aten::(view|as_strided|reshape|_reshape_alias|slice|select|expand|permute|transpose|t$|unsqueeze|squeeze|detach"
@@ -66,11 +73,29 @@ def flop(name: str, inputs: str) -> float:
     short = name.removeprefix("aten::")
     if not inputs or name == short:
         return 0.0
-    shapes, _, values = json.loads(inputs)
+    shapes, _, values = _parsed(inputs)
     try:
         return float(_flop(short, shapes, values))
-    except (IndexError, TypeError, ValueError):  # an overload with other arguments is unknown, not an error
+    except (ArithmeticError, IndexError, TypeError, ValueError):  # other arguments are unknown, not an error
         return 0.0
+
+
+@lru_cache(maxsize=4096)
+def _parsed(inputs: str) -> tuple[list, list[str], list]:
+    """Shapes, types and values of inputs; empty where a file has something else in their place."""
+    try:
+        shapes, types, values = msgspec.json.decode(inputs, type=_INPUTS)
+    except (msgspec.DecodeError, RecursionError):
+        return [], [], []
+    return ([], [], []) if _largest(shapes) > LARGEST_SIZE else (shapes, types, values)
+
+
+def _largest(shapes: list) -> int:
+    """The largest size of any axis; a negative one counts as too large."""
+    sizes = [
+        size for shape in shapes for part in shape for size in (part if isinstance(part, list) else [part])
+    ]
+    return max((size if size >= 0 else LARGEST_SIZE + 1 for size in sizes), default=0)
 
 
 def _flop(name: str, shapes: list, values: list) -> float:
@@ -100,8 +125,8 @@ def is_cross_attention(name: str, inputs: str) -> bool:
     """Whether an attention has different numbers of keys and queries, so that its keys come from another sequence."""
     if not inputs or not _SDPA.match(name):
         return False
-    shapes = json.loads(inputs)[0]
-    return len(shapes[0]) > 1 and len(shapes[1]) > 1 and shapes[0][-2] != shapes[1][-2]
+    shapes = _parsed(inputs)[0]
+    return len(shapes) > 1 and len(shapes[0]) > 1 and len(shapes[1]) > 1 and shapes[0][-2] != shapes[1][-2]
 
 
 def _convolution(
@@ -124,11 +149,14 @@ def moved_bytes(name: str, inputs: str) -> float:
     """
     if not inputs or _VIEW.match(name) or kind(name) == ALLOCATION:
         return 0.0
-    shapes, types, _ = json.loads(inputs)
+    shapes, types, _ = _parsed(inputs)
     sizes = [size for pair in zip(shapes, types, strict=False) for size in _sizes(*pair)]
     # The inputs of an Inductor kernel include its outputs.
     written = 0.0 if name.startswith("triton_") else max(sizes, default=0)
-    return float(sum(sizes) + written)
+    try:
+        return float(sum(sizes) + written)
+    except OverflowError:
+        return 0.0
 
 
 def _sizes(shape: list, kind_of: str) -> list[float]:
@@ -144,7 +172,7 @@ def number_format(inputs: str) -> str:
     """Number format of the first tensor input, "" if unknown."""
     if not inputs:
         return ""
-    types = json.loads(inputs)[1]
+    types = _parsed(inputs)[1]
     return next((FORMATS[name] for name in types if name in FORMATS), "")
 
 

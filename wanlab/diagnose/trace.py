@@ -2,204 +2,36 @@
 
 from __future__ import annotations
 
-import gzip
+import math
 import os
-import zlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pandas as pd
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.paths import locate
+from wanlab.diagnose.trace_events import (
+    HOST_CATEGORIES,
+    KERNEL_CATEGORIES,
+    RUNTIME_CATEGORIES,
+    STEP_PREFIX,
+    Tables,
+    tables,
+)
+from wanlab.diagnose.trace_file import Device, Generation, TraceFile, read_file
 from wanlab.models.pipeline import BEGINS, ENDS
-
-NONE = msgspec.Raw(b"")
-DEVICE_TYPES = {0: "cpu", 1: "cuda"}
-"""c10::DeviceType, as in "[memory]" events."""
-
-
-class Args(
-    msgspec.Struct,
-    gc=False,
-    rename={
-        "dims": "Input Dims",
-        "types": "Input type",
-        "concrete": "Concrete Inputs",
-        "size": "Bytes",
-        "copied": "bytes",
-        "allocated": "Total Allocated",
-        "reserved": "Total Reserved",
-        "device_type": "Device Type",
-        "device_id": "Device Id",
-        "address": "Addr",
-    },
-):
-    """The arguments of an event that wanlab uses. Raw ones are parsed only when they are needed."""
-
-    correlation: int | float | None = 0
-    stream: int | str | None = -1
-    copied: int | float | None = 0
-    dims: msgspec.Raw = NONE
-    types: msgspec.Raw = NONE
-    concrete: msgspec.Raw = NONE
-    size: int | float | None = None
-    allocated: int | float | None = -1
-    reserved: int | float | None = -1
-    device_type: int | None = 0
-    device_id: int | None = -1
-    address: int | str | None = 0
-
-
-class Event(msgspec.Struct, gc=False):
-    """One event of a trace file."""
-
-    ph: str = ""
-    cat: str = ""
-    name: str = ""
-    pid: int | str = 0
-    tid: int | str = 0
-    ts: float | str | None = None
-    dur: float | None = None
-    args: Args | None = None
-
-
-class File(msgspec.Struct):
-    """The parts of a trace file that wanlab uses."""
-
-    traceEvents: list[Event]
-    deviceProperties: list[dict] = []
-    distributedInfo: dict | None = None
-    wanlab: dict | None = None
-    trimmed: dict | None = None
-
-
-NO_ARGS = Args()
-
-
-def decode(path: Path) -> File:
-    """Read a trace file, `.json` or `.json.gz`.
-
-    Raises:
-        WanlabError: no such file, a truncated or empty file, or one that is not a profiler trace.
-    """
-    raw = unpack(path)
-    try:
-        return msgspec.json.decode(raw, type=File, strict=False)
-    except msgspec.ValidationError as error:
-        raise WanlabError(f"{path} is not a profiler trace: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WanlabError(f"{path} is cut off or not JSON: {error}") from error
-
-
-def unpack(path: Path) -> bytes:
-    """The JSON text of a trace file; errors as for `decode`."""
-    if not path.is_file():
-        raise WanlabError(f"no trace {path}; give a .json or .json.gz file of torch.profiler")
-    raw = path.read_bytes()
-    if not raw:
-        raise WanlabError(f"{path} is empty; was the profiler stopped before it wrote?")
-    if raw[:2] != b"\x1f\x8b":
-        return raw
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise WanlabError(f"{path} is cut off or damaged ({error}); copy it again") from error
-
-
-def tables(events: list[Event]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The complete events and the allocations, as described in `Trace.events` and `Trace.memory`."""
-    complete = [e for e in events if e.ph == "X" and e.ts is not None and e.dur is not None]
-    blocks = [e for e in events if e.name == "[memory]" and e.args is not None and e.args.size is not None]
-    start = np.array([float(e.ts) for e in complete])
-    origin = start.min() if len(start) else 0.0
-    thread, process, where = _places(complete)
-    args = [e.args or NO_ARGS for e in complete]
-    table = pd.DataFrame(
-        {
-            "name": pd.Categorical([e.name for e in complete]),
-            "category": pd.Categorical([e.cat for e in complete]),
-            "process": process,
-            "thread": thread,
-            "start_us": start - origin,
-            "time_us": np.array([e.dur for e in complete], dtype=float),
-            "correlation": np.array([a.correlation or 0 for a in args], dtype=np.int64),
-            "stream": np.array([a.stream if isinstance(a.stream, int) else -1 for a in args], dtype=np.int64),
-            "size_bytes": np.array([a.copied or 0 for a in args], dtype=np.int64),
-            "inputs": pd.Categorical(
-                [
-                    _inputs(e.name, a) if a.dims is not NONE else ""
-                    for e, a in zip(complete, args, strict=True)
-                ]
-            ),
-        }
-    )
-    order = np.lexsort((-table["time_us"], table["start_us"], table["thread"]))
-    return table.iloc[order].reset_index(drop=True), _memory(blocks, origin, where)
-
-
-def _places(events: list[Event]) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Codes of thread and process of each event, and {(pid, tid): codes}."""
-    threads: dict[tuple, tuple[int, int]] = {}
-    processes: dict[int | str, int] = {}
-    codes = np.empty((len(events), 2), dtype=np.int64)
-    for i, e in enumerate(events):
-        key = (e.pid, e.tid)
-        code = threads.get(key)
-        if code is None:
-            code = threads[key] = (len(threads), processes.setdefault(e.pid, len(processes)))
-        codes[i] = code
-    return codes[:, 0], codes[:, 1], threads
-
-
-def _inputs(name: str, args: Args) -> str:
-    """Shapes, types and, where strides and padding matter, values of an operator's inputs, as JSON."""
-    values = bytes(args.concrete).decode() if "conv" in name and args.concrete is not NONE else "[]"
-    types = bytes(args.types).decode() if args.types is not NONE else "[]"
-    return f"[{bytes(args.dims).decode()},{types},{values}]"
-
-
-def _memory(blocks: list[Event], origin: float, where: dict) -> pd.DataFrame:
-    args = [e.args for e in blocks]
-    unknown = (-1, -1)
-    table = pd.DataFrame(
-        {
-            "time_us": np.array([float(e.ts or 0) for e in blocks]) - origin,
-            "size_bytes": np.array([a.size for a in args], dtype=np.int64),
-            "allocated_bytes": np.array([-1 if a.allocated is None else a.allocated for a in args], np.int64),
-            "reserved_bytes": np.array([-1 if a.reserved is None else a.reserved for a in args], np.int64),
-            "device": pd.Categorical([_device(a) for a in args]),
-            "address": np.array([_address(a.address) for a in args], dtype=np.uint64),
-            "thread": np.array([where.get((e.pid, e.tid), unknown)[0] for e in blocks], dtype=np.int64),
-            "process": np.array([where.get((e.pid, e.tid), unknown)[1] for e in blocks], dtype=np.int64),
-        }
-    )
-    return table.sort_values("time_us", kind="stable").reset_index(drop=True)
-
-
-def _device(args: Args) -> str:
-    kind = DEVICE_TYPES.get(args.device_type or 0, f"device type {args.device_type}")
-    return kind if kind == "cpu" else f"{kind}:{max(args.device_id or 0, 0)}"
-
-
-def _address(value: int | str | None) -> int:
-    """An address as a number; older files have hexadecimal text."""
-    try:
-        return int(value, 0) if isinstance(value, str) else int(value or 0)
-    except ValueError:
-        return 0
-
 
 SUFFIX = ".pt.trace.json.gz"
 """File name pattern that TensorBoard's profiler plugin searches for in a folder."""
-KERNEL_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
-RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
-HOST_CATEGORIES = ("cpu_op", "user_annotation", "python_function", *RUNTIME_CATEGORIES)
-STEP_PREFIX = "ProfilerStep#"
+ENDINGS = (".json", ".json.gz", ".zip")
+_STEP = re.compile(rf"{STEP_PREFIX}\d{{1,9}}\Z")
+_LAUNCH = re.compile("Launch|Enqueue|InvokeKernel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,20 +48,22 @@ class Trace:
             (negative for a release), `allocated_bytes` and `reserved_bytes` after it (-1 where unknown), `device`
             ("cpu", "cuda:0"), `address`, `thread` and `process` (as in `events`). Empty if it was not recorded.
         path: path of the file.
-        devices: `deviceProperties` of the file, one dictionary per GPU.
+        devices: GPUs that the file lists, one dictionary each.
         rank: rank in a distributed run, else None.
         generation: description by `capture`: model, engines, device, dtype, settings, wall_ms, weights_bytes (per part);
             empty for a trace from another program.
-        notes: limits of the file, as sentences.
+        notes: limits of the file, as sentences, with the cautions first.
+        cautions: those notes without which a share or a sum would be read wrongly.
     """
 
     events: pd.DataFrame
     memory: pd.DataFrame
     path: Path
-    devices: tuple[dict[str, Any], ...] = ()
+    devices: tuple[Device, ...] = ()
     rank: int | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = field(default=())
+    generation: Generation = field(default_factory=Generation)
+    notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     def of(self, *categories: str) -> pd.DataFrame:
         """The events of some categories."""
@@ -249,20 +83,22 @@ class Trace:
     def steps(self) -> pd.DataFrame:
         """The profiler's steps: step, start_us, time_us."""
         names = self.events["name"].cat.categories
-        step_names = names[names.str.startswith(STEP_PREFIX)]
         steps = self.of("user_annotation")
-        steps = steps[steps["name"].isin(step_names)].sort_values("start_us")
+        steps = steps[steps["name"].isin([name for name in names if _STEP.match(name)])].sort_values(
+            "start_us"
+        )
         numbers = steps["name"].astype(str).str.removeprefix(STEP_PREFIX).astype(int)
         return steps.assign(step=numbers)[["step", "start_us", "time_us"]].reset_index(drop=True)
 
     @cached_property
     def window_us(self) -> tuple[float, float]:
-        """Start and end of the recorded generation; of the first and last event in a trace from another program."""
-        starts, times = self.events["start_us"], self.events["time_us"]
-        marks = [starts[(self.events["name"] == name).to_numpy()] for name in (BEGINS, ENDS)]
-        if all(len(mark) == 1 for mark in marks):
+        """Start and end of the recorded generation; in a trace from another program of the first and last event of the host
+        or GPU (spans of the profiler itself begin before and end after the work)."""
+        marks = [self.events["start_us"][(self.events["name"] == name).to_numpy()] for name in (BEGINS, ENDS)]
+        if all(len(mark) == 1 for mark in marks) and marks[0].iloc[0] < marks[1].iloc[0]:
             return float(marks[0].iloc[0]), float(marks[1].iloc[0])
-        return 0.0, float((starts + times).max())
+        work = self.of(*HOST_CATEGORIES, *KERNEL_CATEGORIES)
+        return float(work["start_us"].min()), float((work["start_us"] + work["time_us"]).max())
 
     @property
     def wall_us(self) -> float:
@@ -278,19 +114,31 @@ class Trace:
         """Name of the first GPU, if the file has one."""
         return self.devices[0].get("name") if self.devices else None
 
+    @property
+    def device_bytes(self) -> int | None:
+        """Memory of the first GPU, if the file has one and says it."""
+        return (self.devices[0].get("totalGlobalMem") or None) if self.devices else None
+
+    @property
+    def may_lack_gpu(self) -> bool:
+        """Whether the file lists a GPU of the machine, has no event of it, and does not say that the model ran elsewhere."""
+        return bool(self.devices) and not self.has_gpu and self.generation.get("device") != "cpu"
+
     def facts(self) -> pd.DataFrame:
-        """Facts about the trace and its limits, one row each: fact, value."""
+        """Facts about the trace and its limits, one row each: fact, value.
+
+        `steps` are denoising steps where the file says their number, else the profiler's steps.
+        """
+        steps = self.generation.get("settings", {}).get("steps")
         facts = {
             "file": self.path.name,
             "model": self.generation.get("model"),
             "size_bytes": self.path.stat().st_size,
             "events": len(self.events),
-            "steps": len(self.steps),
+            "steps": len(self.steps) if steps is None else steps,
             "wall_ms": round(self.wall_us / 1e3, 3),
             "GPU": self.device_name,
-            "gpu_memory_gib": round(self.devices[0].get("totalGlobalMem", 0) / 2**30, 1)
-            if self.devices
-            else None,
+            "gpu_memory_gib": round(self.device_bytes / 2**30, 1) if self.device_bytes else None,
             "kernels": len(self.kernels),
             "allocations": int((self.memory["size_bytes"] > 0).sum()),
             "rank": self.rank,
@@ -300,78 +148,138 @@ class Trace:
 
 
 def read_trace(path: str | os.PathLike) -> Trace:
-    """Read a Chrome trace, `.json` or `.json.gz`, or a folder with one trace per rank, from which the lowest rank is read.
+    """Read a Chrome trace, `.json`, `.json.gz` or in a `.zip`, or a folder with one trace per rank: its lowest rank is read.
+
+    Events whose times cannot be and events of unknown categories are left out, and `Trace.cautions` counts them.
 
     Raises:
-        WanlabError: no such file, a truncated or empty file, one that is not a profiler trace, or a folder without
-            traces or with several of one rank.
+        WanlabError: no such file; a truncated or empty file; one that is not a profiler trace; one that has launches or
+            unknown events of an accelerator but none of its work, of which a diagnosis would be false; a folder
+            without traces or with several of one rank.
     """
     path = locate(path)
     return _of_folder(path) if path.is_dir() else _of_file(path)
 
 
 def _of_folder(folder: Path) -> Trace:
-    files = sorted(file for pattern in ("*.json", "*.json.gz") for file in folder.glob(pattern))
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS))
     if not files:
         raise WanlabError(f"no traces (.json, .json.gz) in {folder}")
-    traces = [_of_file(file) for file in files]
-    if len(traces) == 1:
-        return traces[0]
-    ranks = [trace.rank for trace in traces]
-    if None in ranks or len(set(ranks)) < len(ranks):
-        names = ", ".join(file.name for file in files[:5])
-        raise WanlabError(f"{len(files)} traces in {folder}, which are not one per rank; name one: {names}")
-    first = min(traces, key=lambda trace: trace.rank)
-    walls = ", ".join(
-        f"rank {t.rank} {t.wall_us / 1e3:,.1f} ms" for t in sorted(traces, key=lambda t: t.rank)
-    )
-    note = f"rank {first.rank} of {len(traces)} is shown; wall clock of each: {walls}"
-    return replace(first, notes=(*first.notes, note))
+    traces, left_out = [], []
+    for file in files:
+        try:
+            traces.append(_of_file(file))
+        except WanlabError as error:
+            if len(files) == 1:
+                raise
+            left_out.append(f"{file.name} is left out: {first_line(error)}")
+    if not traces:
+        raise WanlabError(f"none of the {len(files)} files in {folder} is a trace; {left_out[0]}")
+    first = min(traces, key=lambda trace: math.inf if trace.rank is None else trace.rank)
+    if len(traces) > 1:
+        ranks = [trace.rank for trace in traces]
+        if None in ranks or len(set(ranks)) < len(ranks):
+            names = ", ".join(trace.path.name for trace in traces[:5])
+            raise WanlabError(
+                f"{len(traces)} traces in {folder}, which are not one per rank; name one: {names}"
+            )
+        walls = ", ".join(
+            f"rank {t.rank} {t.wall_us / 1e3:,.1f} ms" for t in sorted(traces, key=lambda t: t.rank)
+        )
+        left_out.append(f"rank {first.rank} of {len(traces)} is shown; wall clock of each: {walls}")
+    return replace(first, notes=(*first.notes, *left_out))
 
 
 def _of_file(path: Path) -> Trace:
-    content = decode(path)
-    events, memory = tables(content.traceEvents)
-    if events.empty:
-        raise WanlabError(f"{path} has no complete events; was the profiler's active step ever reached?")
-    info = content.distributedInfo or {}
-    return Trace(
-        events,
-        memory,
+    file = read_file(path)
+    content = tables(file.events)
+    _refuse(path, content)
+    cautions = [*_left_out(content, file.odd_events)]
+    trace = Trace(
+        content.events,
+        content.memory,
         path,
-        devices=tuple(content.deviceProperties),
-        rank=info.get("rank"),
-        generation=content.wanlab or {},
-        notes=_notes(events, info, content.wanlab or {}, content.trimmed or {}),
+        devices=file.devices,
+        rank=file.distributed.get("rank"),
+        generation=file.generation,
     )
+    if trace.wall_us <= 0:
+        raise WanlabError(f"all events of {path} last 0 µs: there is no time to divide; capture it again")
+    if trace.may_lack_gpu:
+        name = trace.device_name or "a GPU"
+        cautions.insert(
+            0,
+            f"these are times of the host alone: the file lists {name} but has no GPU events; if the model ran on it,"
+            " capture it again with ProfilerActivity.CUDA",
+        )
+    return replace(trace, notes=(*cautions, *_notes(trace, content, file)), cautions=tuple(cautions))
 
 
-def _notes(events: pd.DataFrame, info: dict, generation: dict, trimmed: dict) -> tuple[str, ...]:
-    notes = []
+def _refuse(path: Path, content: Tables) -> None:
+    """Refuse a trace of which a diagnosis would be false: without known events, or without those of its accelerator."""
+    events, unknown = content.events, content.unknown
+    gpu = events["category"].isin(KERNEL_CATEGORIES).any()
+    aside = "; ".join(["", *_left_out(content, 0)]) if content.set_aside else ""
+    if len(unknown) and not gpu:
+        named = ", ".join(_named(row) for row in unknown.head(4).itertuples())
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        raise WanlabError(
+            f"{path} has events of unknown categories and none of a known accelerator: {named}{more}. Their time would be"
+            " told as idle, so it is not diagnosed; give a trace of torch.profiler in which work on the device is of"
+            f" category kernel, gpu_memcpy or gpu_memset{aside}"
+        )
+    if not events["category"].isin([*HOST_CATEGORIES, *KERNEL_CATEGORIES]).any():
+        what = "no event with times that can be" if aside else "no complete events"
+        raise WanlabError(f"{path} has {what}; was the profiler's active step ever reached?{aside}")
+    launches = events["category"].isin(RUNTIME_CATEGORIES) & events["name"].astype(str).str.contains(_LAUNCH)
+    if launches.any() and not gpu:
+        raise WanlabError(
+            f"{path} has launches of work on an accelerator ({int(launches.sum()):,}), but no event of that work. Its time"
+            " would be told as idle, so it is not diagnosed; capture it again with ProfilerActivity.CUDA (or XPU), without"
+            f" hardware counters{aside}"
+        )
+
+
+def _named(row: Any) -> str:
+    return f"{row.category!r} ({row.events:,} event{'s' * (row.events != 1)}, {row.time_ms:,.3g} ms)"
+
+
+def _left_out(content: Tables, odd_events: int) -> Iterable[str]:
+    """Notes about events of the file that are not in the tables."""
+    whole = len(content.events) + sum(content.set_aside.values())
+    if content.set_aside:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in content.set_aside.items())
+        yield f"left out of {whole:,} events, because such times cannot be: {counts}"
+    if odd_events:
+        yield f"left out, because a field is of another type: {odd_events:,} event{'s' * (odd_events != 1)}"
+    if len(content.unknown):
+        named = ", ".join(_named(row) for row in content.unknown.head(4).itertuples())
+        yield f"left out, of unknown category: {named}; if that is work of the GPU, it was busier"
+
+
+def _notes(trace: Trace, content: Tables, file: TraceFile) -> Iterable[str]:
+    events, generation = trace.events, trace.generation
     steps, requested = generation.get("settings", {}).get("steps"), generation.get("asked_steps")
     if requested and steps != requested:
-        notes.append(f"{steps} of {requested} steps, as many as make a trace that can be opened")
-    if trimmed:
-        notes.append(
-            f"trimmed: host events under {trimmed['shortest_us']:g} µs that launched nothing are own time of what is "
-            f"around them, allocations under {trimmed['smallest_bytes'] / 2**20:g} MiB are left out"
+        yield f"{steps} of {requested} steps, as many as make a trace that can be opened"
+    if file.trimmed:
+        yield (
+            f"trimmed: host events under {file.trimmed['shortest_us']:g} µs that launched nothing are own time of what is "
+            f"around them, allocations under {file.trimmed['smallest_bytes'] / 2**20:g} MiB are left out"
         )
-    gpu = events["category"].isin(KERNEL_CATEGORIES)
-    if not gpu.any():
-        notes.append("no GPU events: captured on a CPU, or without ProfilerActivity.CUDA")
-    elif not (events.loc[gpu, "correlation"] > 0).all():
-        notes.append(
-            "some kernels have no correlation id; they are shown without the call that launched them"
-        )
+    yield from file.notes
+    if content.legacy:
+        yield "categories of an older Kineto: ranges are told from operators by their names"
+    if not trace.has_gpu and not trace.may_lack_gpu:
+        yield "no GPU events: captured on a CPU, or without ProfilerActivity.CUDA"
+    elif trace.has_gpu and not (trace.kernels["correlation"] > 0).all():
+        yield "some kernels have no correlation id; they are shown without the call that launched them"
     if not events["category"].isin(HOST_CATEGORIES).any():
-        notes.append("no host events: kernels cannot be placed under modules and operators")
-    if events["name"].cat.categories.str.contains("cudaGraphLaunch", regex=False).any():
-        notes.append("CUDA graphs were launched: their kernels belong to the launch, not to single operators")
-    if (info.get("world_size") or 1) > 1:
-        notes.append(
-            f"one rank of {info['world_size']}: waiting for the others is inside its communication kernels"
-        )
-    return tuple(notes)
+        yield "no host events: kernels cannot be placed under modules and operators"
+    if events["name"].cat.categories.str.contains("GraphLaunch", regex=False).any():
+        yield "CUDA graphs were launched: their kernels belong to the launch, not to single operators"
+    if (world := file.distributed.get("world_size") or 1) > 1:
+        yield f"one rank of {world}: waiting for the others is inside its communication kernels"
 
 
 NOTHING = -1
@@ -404,16 +312,16 @@ def nest(events: pd.DataFrame) -> np.ndarray:
 
 
 def levels(parents: np.ndarray) -> list[np.ndarray]:
-    """Positions of the events by depth, the outermost first."""
-    depth = np.full(len(parents), NOTHING)
-    depths: list[np.ndarray] = []
-    here = np.flatnonzero(parents == NOTHING)
-    while len(here):
-        depth[here] = len(depths)
-        depths.append(here)
-        above = np.where(parents == NOTHING, NOTHING, depth[parents])
-        here = np.flatnonzero((above == len(depths) - 1) & (depth == NOTHING))
-    return depths
+    """Positions of the events by depth, the outermost first.
+
+    Args:
+        parents: as from `nest`: a parent stands before its children.
+    """
+    depth: list[int] = []
+    for parent in parents.tolist():
+        depth.append(0 if parent == NOTHING else depth[parent] + 1)
+    order = np.argsort(depth, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(depth))[:-1]) if len(order) else []
 
 
 def inherit(values: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray]) -> np.ndarray:

@@ -102,14 +102,22 @@ def attention_layers(trace: Trace) -> pd.DataFrame:
 
 
 def traced_measurements(trace: Trace) -> dict[str, float]:
-    """The measurements for `triage` that a profile contains, with the names that notebooks record."""
+    """The measurements for `triage` that a profile contains, with the names that notebooks record.
+
+    Memory is left out where the profile holds only a part of it.
+
+    Raises:
+        WanlabError: the profile lists a GPU but has no event of it: whether the host was the limit cannot be told.
+    """
+    if trace.may_lack_gpu:
+        raise WanlabError(f"{trace.path} is not diagnosed: {trace.cautions[0]}")
     measurements = {f"breakdown.{name}": float(value) for name, value in breakdown(trace).row().items()}
-    if not trace.memory.empty:
-        measurements |= {
-            f"memory.{name}": float(value) for name, value in memory_account(trace).row().items()
-        }
-    if trace.devices and (size := trace.devices[0].get("totalGlobalMem")):
-        measurements["14_memory.device_memory_gib"] = size / 2**30
+    if (trace.memory["size_bytes"] > 0).any():
+        account = memory_account(trace)
+        if not account.lower_bound:
+            measurements |= {f"memory.{name}": float(value) for name, value in account.row().items()}
+    if trace.device_bytes:
+        measurements["14_memory.device_memory_gib"] = trace.device_bytes / 2**30
     return measurements
 
 

@@ -134,12 +134,14 @@ class MemoryAccount:
         blocks: the blocks in use at the peak, largest first: `size_mib`, `component`, `range`, `operator`,
             `allocated_ms`, `freed_ms` (NaN if not in the trace).
         timeline: `time_ms`, `before` (bytes in use when the trace began) and a column of bytes per component.
-        churn: per step and component: `step`, `component`, `allocations`, `churn_gib` (allocated and freed within it).
+        churn: per denoising step (what comes after the last counts with it) and component: `step`, `component`,
+            `allocations`, `churn_gib` (allocated and freed within it).
         device: "cuda:0" or "cpu".
         peak_bytes: memory of the process on the device: on a GPU the reserved memory at the moment of the largest
             allocated amount, on a CPU the allocated memory.
         peak_ms: time of the peak.
-        reserved_peak_bytes: largest reserved amount; -1 where nothing is reserved.
+        reserved_peak_bytes: largest reserved amount; -1 where nothing is reserved or it was not recorded.
+        lower_bound: whether memory from before the trace is missing in all of this: the profiler recorded no totals.
         notes: limits of the analysis.
     """
 
@@ -151,6 +153,7 @@ class MemoryAccount:
     peak_bytes: int
     peak_ms: float
     reserved_peak_bytes: int
+    lower_bound: bool
     notes: tuple[str, ...]
 
     def size_bytes(self, part: str) -> int:
@@ -160,7 +163,11 @@ class MemoryAccount:
     def __str__(self) -> str:
         parts = self.frame.groupby("part")["size_bytes"].sum().sort_values(ascending=False).head(3)
         shares = [f"{PART_NAMES[part]} {100 * size / self.peak_bytes:.0f} %" for part, size in parts.items()]
-        return f"The peak is {self.peak_bytes / GIB:.2f} GiB on {self.device}: {', '.join(shares)}"
+        least = "at least " if self.lower_bound else ""
+        size = self.peak_bytes / GIB
+        shown = f"{size:.2f} GiB" if size >= 0.01 else f"{self.peak_bytes / (1 << 20):.3g} MiB"
+        without = ", without what was there before the trace" if self.lower_bound else ""
+        return f"The peak is {least}{shown} on {self.device}{without}: {', '.join(shares)}"
 
     def row(self) -> dict[str, float]:
         """Flat record: peak_gib, <part>_gib, allocations, churn_gib_per_step (median over steps)."""
@@ -183,31 +190,28 @@ def memory_account(trace: Trace) -> MemoryAccount:
     too), and kept through denoising; an activation otherwise. Memory from before the capture is weights: its size is on
     a GPU the allocator's own total, on a CPU a note of the capture.
 
+    Where the file has no totals (-1) they are summed from the allocations and releases, and what was there before is the
+    weights that the capture noted, or else at least what the trace releases without having allocated it.
+
     Raises:
         WanlabError: the trace has no allocations.
     """
-    if trace.memory.empty:
+    if trace.memory.empty or not (trace.memory["size_bytes"] > 0).any():
         raise WanlabError(f"{trace.path} has no allocations; capture it with memory=True")
-    device = next((d for d in trace.memory["device"].cat.categories if d.startswith("cuda")), "cpu")
+    allocating = trace.memory.loc[trace.memory["size_bytes"] > 0, "device"].unique().tolist()
+    device = min(allocating, key=lambda name: (name == "cpu", name))
     events = trace.memory[trace.memory["device"] == device].reset_index(drop=True)
     placed = attribute(trace)
     blocks = match(trace, events, placed)
     weights = trace.generation.get("weights_bytes", {})
     on_gpu = device != "cpu"
-    before = (
-        int(events["allocated_bytes"].iloc[0] - events["size_bytes"].iloc[0])
-        if on_gpu
-        else sum(weights.values())
-    )
-    total = (
-        events["allocated_bytes"].to_numpy()
-        if on_gpu
-        else before + np.cumsum(events["size_bytes"].to_numpy())
-    )
+    total, before, lower_bound = _totals(events, sum(weights.values()), on_gpu)
     top = int(np.argmax(total))
     peak_us, peak = float(events["time_us"].iloc[top]), int(total[top])
-    reserved = int(events["reserved_bytes"].iloc[top]) if on_gpu else peak
-    rows = _weight_rows(weights, before)
+    # The allocator reserves what it hands out; less than that was not recorded.
+    known = on_gpu and events["reserved_bytes"].iloc[top] >= peak
+    reserved = int(events["reserved_bytes"].iloc[top]) if known else peak
+    rows = _weight_rows(weights, before) if before else []
     live = (blocks.start_us <= peak_us) & (peak_us < blocks.end_us)
     rows += _live_rows(blocks, live, _parts(trace, placed, blocks))
     accounted = sum(row["size_bytes"] for row in rows)
@@ -218,6 +222,14 @@ def memory_account(trace: Trace) -> MemoryAccount:
     notes = list(trace.notes)
     if not on_gpu:
         notes.append("a CPU reserves nothing ahead: there is no fragmentation to see")
+    elif not known:
+        notes.append("reserved memory was not recorded: fragmentation is unknown")
+    if lower_bound:
+        notes.insert(
+            0,
+            "the profiler recorded no totals: they are summed from the allocations and releases, and memory from before the"
+            " trace is not in them",
+        )
     return MemoryAccount(
         frame.sort_values("size_bytes", ascending=False, kind="stable").reset_index(drop=True),
         _alive(trace, blocks, live),
@@ -226,9 +238,28 @@ def memory_account(trace: Trace) -> MemoryAccount:
         device,
         reserved,
         peak_us / 1e3,
-        int(events["reserved_bytes"].max()) if on_gpu else -1,
+        int(events["reserved_bytes"].max()) if known else -1,
+        lower_bound,
         tuple(notes),
     )
+
+
+def _totals(events: pd.DataFrame, weights_bytes: int, on_gpu: bool) -> tuple[np.ndarray, int, bool]:
+    """Allocated bytes after each event, those before the first, and whether both are only lower bounds."""
+    sizes = events["size_bytes"].to_numpy()
+    change = np.cumsum(sizes)
+    recorded = events["allocated_bytes"]
+    offset = (recorded - change).where(recorded >= 0)
+    if on_gpu and offset.notna().any():
+        # Where single totals are missing, the last one known goes on with the sizes.
+        offset = offset.ffill().bfill().to_numpy().astype(np.int64)
+        total = change + offset
+        before = int(total[0] - sizes[0])
+        if before >= 0 and total.min() >= 0:
+            return total, before, False
+    released = max(0, -int(change.min()))
+    before = max(weights_bytes, released)
+    return before + change, before, on_gpu and not weights_bytes
 
 
 def _row(part: str, component: str, size: int, blocks: int = 0) -> dict:
@@ -324,7 +355,7 @@ def _timeline(blocks: Blocks, before: int, totals: tuple[np.ndarray, np.ndarray]
 
 
 def _churn(trace: Trace, blocks: Blocks) -> pd.DataFrame:
-    starts = trace.steps["start_us"].to_numpy()
+    starts = trace.steps["start_us"].to_numpy()[: trace.generation.get("settings", {}).get("steps")]
     step = np.maximum(np.searchsorted(starts, blocks.start_us, side="right") - 1, 0)
     freed_in = np.maximum(np.searchsorted(starts, blocks.end_us, side="right") - 1, 0)
     freed = np.where(np.isfinite(blocks.end_us) & (freed_in == step), blocks.size_bytes, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from wanlab.engines.registry import (
 )
 from wanlab.export.components import component_spec, default_shape, random_feeds
 
-HELP = """Time an engine file, or a component of a model in PyTorch, as trtexec does: host and device latency,
+HELP = """Time an engine or ONNX file, or a component of a model in PyTorch, as trtexec does: host and device latency,
 throughput, and the noise of the measurement against itself."""
 SIZES = ("batch", "height", "width", "frames", "text_tokens")
 UNITS = {"batch": "clips", "height": "pixels", "width": "pixels", "frames": "frames", "text_tokens": "tokens"}
@@ -55,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=UNITS[name].upper(),
             help=f"size in {UNITS[name]}",
         )
+    add(
+        "--shape",
+        "--shapes",
+        action="append",
+        default=[],
+        metavar="NAME=1x3x224x224",
+        help="shape of an input of a file, several separated by commas; NAME:1x3x224x224 is read too (default: the size of"
+        " the export; of other graphs 1 for every free axis)",
+    )
     add("--iterations", type=int, default=10, help="smallest number of iterations (default 10)")
     add("--duration-s", type=float, default=3.0, help="shortest duration in seconds (default 3)")
     add(
@@ -111,7 +122,7 @@ def report(result: measure.Bench) -> str:
     main = result.main
     settings = result.settings
     lines = [
-        f"{result.engine}: {result.metadata.get('component', '')} of {result.metadata.get('model', 'an unnamed model')}",
+        f"{result.engine}: {_name(result)}",
         ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in result.inputs.items()),
         f"A/A noise of {main.label}: {result.control.noise_percent:.2f} % (measured against itself)",
         shown.rename_axis(None).to_string(),
@@ -127,15 +138,29 @@ def report(result: measure.Bench) -> str:
     return "\n".join(lines)
 
 
+def _name(result: measure.Bench) -> str:
+    facts = result.metadata
+    return (
+        f"{facts['component']} of {facts['model']}"
+        if {"component", "model"} <= set(facts)
+        else "a graph without wanlab's metadata"
+    )
+
+
 def _engine(options: argparse.Namespace) -> tuple[Engine, dict[str, torch.Tensor]]:
     """The engine and its inputs."""
     sizes = {name: getattr(options, name) for name in SIZES}
     path, files = Path(options.what), suffixes()
-    if path.suffix in files:
+    suffix, shapes = path.suffix.lower(), read_shapes(options.shape)
+    if suffix in files:
         if options.component:
             raise WanlabError(f"{path} is one component already; leave --component out")
-        engine = open_engine(path, **_settings(options, files[path.suffix]))
-        return engine, random_feeds(engine, seed=options.seed, **sizes)
+        engine = open_engine(path, **_settings(options, files[suffix]))
+        return engine, random_feeds(engine, seed=options.seed, shapes=shapes, **sizes)
+    if shapes:
+        raise WanlabError(
+            "--shape is for files; give a component --height, --width, --frames, --text-tokens, --batch"
+        )
     kind, spec = engine_kind(options.engine), models.get(options.what)
     if not options.component:
         raise WanlabError(f"{spec.name} is a model; give --component, one of {', '.join(spec.components)}")
@@ -156,6 +181,21 @@ def _engine(options: argparse.Namespace) -> tuple[Engine, dict[str, torch.Tensor
     shape = default_shape(model, **sizes | {"batch": sizes["batch"] or 1})
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(options.seed))
     return engine, dict(zip(plan.inputs, inputs, strict=True))
+
+
+def read_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Input -> shape, from `["a=1x3x224x224,b=2"]`; as trtexec writes them also `a:1x3x224x224`.
+
+    Raises:
+        WanlabError: a text of another form.
+    """
+    shapes = {}
+    for text in filter(None, (part.strip() for given in texts for part in given.split(","))):
+        match = re.fullmatch(r"(.+)[=:](\d+(?:[xX*]\d+)*|scalar)", text)
+        if match is None:
+            raise WanlabError(f"--shape {text!r} cannot be read; give NAME=1x3x224x224")
+        shapes[match[1]] = tuple(int(size) for size in re.findall(r"\d+", match[2]))
+    return shapes
 
 
 def _settings(options: argparse.Namespace, kind: EngineKind) -> dict[str, Any]:

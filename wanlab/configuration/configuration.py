@@ -336,7 +336,7 @@ def _load(source: str | os.PathLike) -> Configuration:
     names = sorted(file.stem for file in recipes(FOLDER).glob("*.yaml"))
     what = (
         f"no configuration at {path}"
-        if path.suffix in (".yaml", ".yml")
+        if path.suffix.lower() in (".yaml", ".yml")
         else f"no configuration {str(source)!r}"
     )
     raise WanlabError(

@@ -208,7 +208,7 @@ def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
     if path is None:
         return {}
     path = Path(path)
-    data = load_yaml(path, "the plan").data if path.suffix in (".yaml", ".yml") else read_json(path)
+    data = load_yaml(path, "the plan").data if path.suffix.lower() in (".yaml", ".yml") else read_json(path)
     if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
         data = {layer["layer"]: layer["format"] for layer in data["layers"] if isinstance(layer, Mapping)}
     if not isinstance(data, Mapping) or not all(isinstance(value, str) for value in data.values()):
@@ -232,8 +232,8 @@ def read_layers(
         WanlabError: another kind of file, or one that does not belong to `path`.
     """
     path, extra = Path(path), [Path(file) for file in beside or ()]
-    graphs = [file for file in extra if file.suffix == ".onnx"]
-    if path.suffix == ".onnx":
+    graphs = [file for file in extra if file.suffix.lower() == ".onnx"]
+    if path.suffix.lower() == ".onnx":
         layers = read_onnx(path)
     else:
         data = read_json(path)

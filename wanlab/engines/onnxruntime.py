@@ -234,9 +234,6 @@ _DTYPES = {
     "double": "float64",
     "float16": "float16",
     "bfloat16": "bfloat16",
-    "int64": "int64",
-    "int32": "int32",
-    "bool": "bool",
 }
 
 UNCAPTURED = -1
@@ -520,7 +517,8 @@ def load_engines(
 
 def _type_of(value) -> TensorType:
     kind = value.type.removeprefix("tensor(").removesuffix(")")
-    return _DTYPES.get(kind, kind), tuple(value.shape)
+    # Of an axis that is free and has no name ONNX Runtime gives None.
+    return _DTYPES.get(kind, kind), tuple("?" if axis is None else axis for axis in value.shape)
 
 
 def _element_type(dtype) -> int:

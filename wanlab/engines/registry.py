@@ -375,12 +375,13 @@ def open_engine(path: str | os.PathLike, **settings: Any) -> Engine:
         WanlabError: no such file, a suffix that no engine has, or as the engine itself.
     """
     path, known = Path(path), suffixes()
-    if path.suffix not in known:
+    suffix = path.suffix.lower()
+    if suffix not in known:
         names = ", ".join(f"{suffix} ({kind.title})" for suffix, kind in known.items())
         raise WanlabError(f"{path} is no engine; give a file that ends in {names}")
     if not path.is_file():
         raise WanlabError(f"no file at {path}")
-    return known[path.suffix].open(None, None, path, **settings)
+    return known[suffix].open(None, None, path, **settings)
 
 
 def open_component(

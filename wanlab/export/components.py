@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from wanlab.export.friendly import (
     whole_clip_resampling,
 )
 from wanlab.models.shapes import latent_shape
+from wanlab.models.weights import check_tensor
 
 FUSED_OPSET = 23
 """From this opset on attention, rotary embedding and root-mean-square norms are operators of ONNX."""
@@ -340,35 +341,79 @@ def _dims(**ranges: tuple[int, int]) -> dict[str, Any]:
 DEFAULT_BATCH = 1
 
 
-def random_feeds(engine, *, seed: int = 0, **changes: int | None) -> dict[str, torch.Tensor]:
-    """Random inputs for an engine of a graph from `wanlab.export.export`.
+def random_feeds(
+    engine, *, seed: int = 0, shapes: Mapping[str, Sequence[int]] | None = None, **changes: int | None
+) -> dict[str, torch.Tensor]:
+    """Random inputs for an engine.
 
     Args:
-        engine: engine whose metadata names the model, the component and the clip of the export.
+        engine: engine whose metadata names the model, the component and the clip of the export; of other graphs, as
+            trtexec makes them, axes that are free and not in `shapes` have size 1.
         seed: seed of the inputs.
+        shapes: input -> shape; then the clip of the export does not count.
         changes: batch (default 1), height, width (pixels), frames, text_tokens; None keeps the size of the export.
 
     Returns:
         Input name -> tensor on the CPU in the engine's dtype: normal latents and text, pixels in [-1, 1], timesteps from
-        900 to 100, tokens without padding.
+        900 to 100, tokens without padding. Of other graphs normal numbers, and 0 or 1 for whole numbers, which are
+        indices in most graphs.
 
     Raises:
-        WanlabError: an engine without this metadata, or sizes that its graph does not accept.
+        WanlabError: shapes or sizes that the graph does not accept, or sizes of a clip for a graph without one.
     """
     facts = engine.metadata
-    if "model" not in facts or "shape" not in facts:
-        raise WanlabError("the engine's metadata names no model and clip; export it with wanlab")
+    changed = {name for name, value in changes.items() if value is not None}
+    generator = torch.Generator().manual_seed(seed)
+    if shapes or "model" not in facts or "shape" not in facts:
+        if changed:
+            raise WanlabError(
+                f"{engine.label} takes shapes of its inputs ({_spelled(engine.inputs)}), not {min(changed)}; give"
+                " --shape NAME=1x3x224x224"
+            )
+        return _of_shapes(engine, shapes or {}, generator)
     spec = models.get(facts["model"])
     traced = json.loads(facts["shape"]) | {"batch": DEFAULT_BATCH}
     clip = ClipShape(**traced | {name: value for name, value in changes.items() if value is not None})
     sizes = axis_sizes(spec, clip)
-    changed = {name for name, value in changes.items() if value is not None}
-    generator = torch.Generator().manual_seed(seed)
     feeds = {}
     for name, (dtype, axes) in engine.inputs.items():
         shape = [_size(name, axis, size, sizes, changed) for axis, size in enumerate(axes)]
         feeds[name] = _draw(name, shape, getattr(torch, dtype), generator)
     return feeds
+
+
+def _of_shapes(engine, shapes: Mapping[str, Sequence[int]], generator) -> dict[str, torch.Tensor]:
+    for name in shapes:
+        if name not in engine.inputs:
+            raise WanlabError(
+                f"{engine.label} has no input {name!r}{did_you_mean(name, engine.inputs)}; it takes"
+                f" {_spelled(engine.inputs)}"
+            )
+    feeds = {}
+    for name, (dtype, axes) in engine.inputs.items():
+        shape = list(shapes.get(name, [axis if isinstance(axis, int) else 1 for axis in axes]))
+        fitting = len(shape) == len(axes) and all(
+            size == axis or not isinstance(axis, int) for size, axis in zip(shape, axes, strict=True)
+        )
+        if not fitting:
+            raise WanlabError(
+                f"{engine.label} takes {_spelled({name: (dtype, axes)})}, not {'x'.join(map(str, shape))}"
+            )
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise WanlabError(
+                f"input {name!r} of {engine.label} is {dtype}; only numbers and truth values can be made up"
+            )
+        check_tensor(f"input {name!r} of {engine.label}", shape, kind.itemsize)
+        if kind.is_floating_point:
+            feeds[name] = torch.randn(shape, generator=generator).to(kind)
+        else:
+            feeds[name] = torch.randint(0, 2, shape, generator=generator).to(kind)
+    return feeds
+
+
+def _spelled(inputs) -> str:
+    return ", ".join(f"{name}={'x'.join(map(str, axes)) or 'scalar'}" for name, (_, axes) in inputs.items())
 
 
 def _size(tensor: str, axis: int, size: int | str, sizes: dict[str, int], changed: set[str]) -> int:

@@ -193,7 +193,7 @@ def export(
     if forms not in FORMS:
         raise WanlabError(f"unknown forms {forms!r}{did_you_mean(forms, FORMS)}; give {' or '.join(FORMS)}")
     path = Path(path)
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         raise WanlabError(
             f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
         )

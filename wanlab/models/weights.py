@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,22 @@ def check_room(name: str, needed: Mapping[str, int], device: torch.device, dtype
         f" {reserve / GIB:.2f}) and {free / GIB:.1f} GiB are free;{smaller} load fewer networks with"
         " components=(...), or take a smaller model (wan2.2-ti2v-5b, wan-nano)"
     )
+
+
+def check_tensor(
+    what: str, shape: Sequence[int], item_bytes: int, device: torch.device | None = None
+) -> None:
+    """Refuse a tensor that does not fit into free memory, before it is allocated.
+
+    Raises:
+        WanlabError: too little is free; the message gives both figures.
+    """
+    needed, free = math.prod(shape) * item_bytes, free_bytes(device or torch.device("cpu"))
+    if needed > free:
+        raise WanlabError(
+            f"{what} of {'x'.join(map(str, shape))} needs {needed / GIB:,.1f} GiB and {free / GIB:.1f} GiB are free; give a"
+            " smaller size"
+        )
 
 
 def _control_group() -> list[int]:

@@ -281,7 +281,7 @@ def load_plan(source: str | os.PathLike | Plan) -> Plan:
         return PRESETS[str(source)]
     path = locate(source)
     if not os.path.isfile(path):
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix.lower() in (".yaml", ".yml"):
             raise WanlabError(f"no plan at {path}; give a YAML file or one of {', '.join(PRESETS)}")
         raise WanlabError(
             f"no plan {str(source)!r}{did_you_mean(str(source), PRESETS)}; give a YAML file or {', '.join(PRESETS)}"

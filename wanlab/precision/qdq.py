@@ -485,7 +485,7 @@ def quantize(
     source, path = Path(onnx_path), Path(out_path)
     if not source.is_file():
         raise WanlabError(f"no ONNX file at {source}; make it with wanlab.export.export")
-    if path.suffix != ".onnx" or path.resolve() == source.resolve():
+    if path.suffix.lower() != ".onnx" or path.resolve() == source.resolve():
         raise WanlabError(
             f"{path} is the file that is read, or no .onnx file; give another name that ends in .onnx"
         )

@@ -363,7 +363,7 @@ def build_tensorrt(
     """
     runtime, source = open_runtime(kind), read_source(onnx_path)
     path = Path(engine_path) if engine_path else source.path.with_suffix(".engine")
-    if path.suffix not in (".engine", ".plan"):
+    if path.suffix.lower() not in (".engine", ".plan"):
         raise WanlabError(f"{path} does not end in .engine; give the file to write, e.g. {path.stem}.engine")
     if level is not None and not 0 <= level <= 5:
         raise WanlabError(f"level is {level}; give 0 (fastest build) to 5 (longest search)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -269,3 +271,102 @@ def test_random_model_of_the_hub_runs_with_the_stand_in_tokenizer(model, photo):
     videos = [made.generate(photo, prompt, **SIZE).video for prompt in ("a red ball", "the camera pans")]
     assert np.isfinite(videos[0]).all()
     assert get("wan-nano").name == "wan-nano"
+
+
+def test_a_prompt_that_is_cut_is_said(model, photo):
+    limit = model._text_tokens()
+    words = "the camera pans left " * limit
+    made = model.generate(photo, words + "slowly", guidance_scale=1.0, **SIZE)
+    (note,) = (note for note in made.notes if note.startswith("prompt has"))
+    assert f"the text encoder takes {limit}: its end is cut (it ends in" in note
+    assert "slowly" in note
+    assert note in model.notes
+    again = model.generate(photo, words + "slowly", guidance_scale=1.0, **SIZE)
+    assert note in again.notes
+    assert model.notes.count(note) == 1
+    assert not any("prompt has" in n for n in model.generate(photo, "the camera pans left", **SIZE).notes)
+
+
+def test_a_negative_prompt_that_is_cut_is_said_where_it_is_used(model, photo):
+    words = "blur " * 600
+    for scale in (1.0, 3.0):
+        notes = model.generate(photo, "a", negative_prompt=words, guidance_scale=scale, **SIZE).notes
+        assert any(note.startswith("negative_prompt has") for note in notes) == (scale > 1)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "nan"])
+def test_guidance_that_is_not_finite_is_refused(model, photo, scale):
+    with pytest.raises(WanlabError, match="guidance_scale must be a finite number"):
+        model.generate(photo, "a", guidance_scale=scale, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("transformer", r"weight proj_out.bias of expert_high, so the latents .* after step 1 of 3"),
+        ("transformer_2", r"weight proj_out.bias of expert_low, so the latents"),
+    ],
+)
+def test_latents_that_are_not_finite_stop_the_generation_by_name(model, photo, name, says):
+    bias = getattr(model.pipeline, name).proj_out.bias
+    before = float(bias.data[0])
+    bias.data[0] = float("nan")
+    try:
+        with pytest.raises(WanlabError, match=says):
+            model.generate(photo, "a", output="latent", **SIZE)
+    finally:
+        bias.data[0] = before
+
+
+def test_a_video_that_is_not_finite_is_refused(model, photo):
+    bias = model.pipeline.vae.decoder.conv_out.bias
+    before = bias.data.clone()
+    bias.data.fill_(float("nan"))
+    try:
+        with pytest.raises(WanlabError, match="which vae_decoder made of finite latents"):
+            model.generate(photo, "a", **SIZE)
+    finally:
+        bias.data.copy_(before)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "says"),
+    [
+        (None, "expert_low runs in none of 3 steps (boundary_ratio is null): expert_high runs them all"),
+        ("1.5", "expert_high runs in none of 3 steps (boundary_ratio is 1.5): expert_low runs them all"),
+        (0.0, "expert_low runs in none of 3 steps (boundary_ratio is 0): expert_high runs them all"),
+        ("0.9", ""),
+    ],
+)
+def test_an_expert_that_no_step_uses_is_said(model, photo, tmp_path, boundary, says):
+    folder = shutil.copytree(model.spec.source, tmp_path / "copy")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": boundary}))
+    other = load(str(folder), device="cpu", dtype="float32")
+    notes = other.generate(photo, "a", output="latent", **SIZE).notes
+    assert (says in notes) == bool(says)
+    assert any("runs in none of" in note for note in other.load.notes) == bool(says)
+    if boundary == "0.9":  # text that is a number is the number
+        expected = model.generate(photo, "a", output="latent", **SIZE).video
+        assert np.array_equal(other.generate(photo, "a", output="latent", **SIZE).video, expected)
+
+
+@pytest.mark.parametrize("boundary", ["high", float("nan"), True, [0.9]])
+def test_a_boundary_that_is_no_number_is_refused(model, tmp_path, boundary):
+    folder = shutil.copytree(
+        model.spec.source, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": boundary}))
+    with pytest.raises(WanlabError, match=r"boundary_ratio in model_index.json is"):
+        get(str(folder))
+
+
+def test_sizes_that_a_model_was_not_made_for_are_said(model, photo):
+    known = dataclasses.replace(model.spec.defaults, height=16, width=32, frames=5, steps=3, fps=9)
+    other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, defaults=known))
+    assert other.generate(photo, "a", output="latent").notes == ()
+    (note,) = other.generate(photo, "a", height=48, width=64, output="latent").notes
+    assert note.startswith("48x64 with 5 frames has 6 times the tokens of the model's usual 16x32 with 5")
+    notes = model.generate(photo, "a", height=16, width=32, steps=1, frames=None, output="latent").notes
+    assert any("states no sizes of its own: frames 81 are assumed" in note for note in notes)

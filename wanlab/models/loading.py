@@ -24,7 +24,7 @@ from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
-from wanlab.models.pipeline import LoadReport, Model, PartLoad
+from wanlab.models.pipeline import LoadReport, Model, PartLoad, idle_expert
 from wanlab.models.registry import fetch_folder, get
 from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_room
@@ -84,9 +84,20 @@ class WordHashTokenizer:
         self.model_max_length = model_max_length
 
     def __call__(
-        self, text: str | list[str], *, max_length: int | None = None, return_tensors: str = "pt", **_: object
+        self,
+        text: str | list[str],
+        *,
+        max_length: int | None = None,
+        return_tensors: str = "pt",
+        truncation: bool = True,
+        **_: object,
     ) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, int64 `[B, max_length]`, truncated and padded on the right."""
+        """`input_ids` and `attention_mask`, int64 `[B, max_length]`, truncated and padded on the right.
+
+        Without truncation `input_ids` of one text is the list of its ids.
+        """
+        if not truncation and isinstance(text, str):
+            return BatchEncoding({"input_ids": [*map(self._id, text.lower().split()), self.eos_token_id]})
         length = min(max_length or self.model_max_length, self.model_max_length)
         texts = [text] if isinstance(text, str) else text
         ids = torch.full((len(texts), length), self.pad_token_id, dtype=torch.long)
@@ -175,9 +186,13 @@ def load(
     notes += more
     if weights == "random":
         notes.append(f"random weights from seed {seed}: right in time and memory, meaningless in content")
+    ratio = spec.boundary_ratio
+    if ratio is None or not 0 < ratio <= 1:
+        notes.append(idle_expert(pipeline, spec, spec.defaults.steps))
+    notes = [note for note in notes if note]
     report = LoadReport(weights, _ms(start), tuple(loads), cached, tuple(notes))
 
-    return Model(spec=spec, pipeline=pipeline, device=place, dtype=kind, load=report, notes=tuple(notes))
+    return Model(spec=spec, pipeline=pipeline, device=place, dtype=kind, load=report, notes=notes)
 
 
 def load_times(
@@ -323,6 +338,8 @@ def _pipeline(cls: Any, spec: ModelSpec, modules: dict[str, Any], extras: dict[s
         for key, value in spec.model_index.items()
         if key in accepted and not isinstance(value, list) and not key.startswith("_")
     }
+    if "boundary_ratio" in arguments:  # a number also where the file has text
+        arguments["boundary_ratio"] = spec.boundary_ratio
     arguments |= {key: value for key, value in (modules | extras).items() if key in accepted}
     unknown = [key for key in modules if key not in accepted]
     if unknown:

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from wanlab.core.errors import WanlabError
 from wanlab.models.device import synchronise
-from wanlab.models.shapes import latent_shape
+from wanlab.models.finite import StepCheck, check_video
+from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
 from wanlab.models.spec import ModelSpec
 
 COLD_BELOW, WARM_ABOVE = 0.05, 0.95
@@ -153,6 +154,7 @@ class Generation:
         seed: seed of the initial noise.
         settings: all settings of the generation, chosen or default.
         wall_ms: time from prompt and image to video, including the wait for the device.
+        notes: remarks about what was asked, e.g. that a prompt was cut.
     """
 
     video: np.ndarray
@@ -160,18 +162,25 @@ class Generation:
     seed: int
     settings: dict[str, Any]
     wall_ms: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class Model:
-    """A diffusers pipeline with its facts; `engines` maps a component to the engine that runs it ("eager" at first)."""
+    """A diffusers pipeline with its facts.
+
+    Attributes:
+        notes: remarks for the reader of a result: what was read from the files, and what was said of generations. Copies
+            that share the weights share the list.
+        engines: component -> the engine that runs it, "eager" at first.
+    """
 
     spec: ModelSpec
     pipeline: DiffusionPipeline
     device: torch.device
     dtype: torch.dtype
     load: LoadReport
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
     engines: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -259,7 +268,9 @@ class Model:
             "guidance_scale": float(defaults.guidance_scale if guidance_scale is None else guidance_scale),
             "output": output,
         }
-        latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
+        if not math.isfinite(settings["guidance_scale"]):
+            raise WanlabError(f"guidance_scale must be a finite number, not {settings['guidance_scale']}")
+        latent = latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
         self._check_loaded(output)
         if not hasattr(seed, "__index__") or seed < 0:
             raise WanlabError(f"seed must be a whole number of at least 0, not {seed!r}")
@@ -288,6 +299,21 @@ class Model:
                 f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
             )
 
+        notes = self._remarks(settings, latent)
+        assumed = [
+            name
+            for name, value in (("height", height), ("width", width), ("frames", frames))
+            if value is None
+        ]
+        if assumed and not defaults.known:
+            sizes = ", ".join(f"{name} {settings[name]}" for name in assumed)
+            notes.append(
+                f"{self.spec.name} states no sizes of its own: {sizes} are assumed; state them in wanlab.json"
+            )
+        self.notes += [note for note in notes if note not in self.notes]
+        if "callback_on_step_end" in accepted:
+            arguments |= StepCheck(self, settings["steps"]).arguments(accepted)
+
         self.pipeline.set_progress_bar_config(disable=not progress, desc=self.spec.name, unit="step")
         try:
             synchronise(self.device)
@@ -299,7 +325,32 @@ class Model:
                 wall_ms = (time.perf_counter() - start) * 1e3
         finally:
             self.pipeline.set_progress_bar_config(disable=True)
-        return Generation(_array(videos), defaults.fps, int(seed), settings, wall_ms)
+        video = _array(videos)
+        check_video(video, self.spec.name)
+        return Generation(video, defaults.fps, int(seed), settings, wall_ms, tuple(notes))
+
+    def _remarks(self, settings: dict[str, Any], latent: LatentShape) -> list[str]:
+        """What a reader of the video should know: prompts that are cut, an expert that is not used, unusual sizes."""
+        texts = [("prompt", settings["prompt"])]
+        if settings["guidance_scale"] > 1:
+            texts.append(("negative_prompt", settings["negative_prompt"]))
+        remarks = [self._cut(name, text) for name, text in texts]
+        remarks += [idle_expert(self.pipeline, self.spec, settings["steps"]), unusual_size(self.spec, latent)]
+        return [remark for remark in remarks if remark]
+
+    def _cut(self, name: str, text: str) -> str:
+        """A sentence about the end of a text that the text encoder does not take; empty if it takes all."""
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
+        if tokenizer is None or not isinstance(text, str):
+            return ""
+        tokens = len(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+        limit = self._text_tokens()
+        if tokens <= limit:
+            return ""
+        return (
+            f"{name} has {tokens} tokens and the text encoder takes {limit}: its end is cut"
+            f" (it ends in {text.strip()[-40:]!r}); shorten it"
+        )
 
     def _check_loaded(self, output: str) -> None:
         for name in self.spec.components:
@@ -353,6 +404,42 @@ def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list
             }
         )
     return rows
+
+
+def idle_expert(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> str:
+    """A sentence if one of two experts runs in no step; else empty."""
+    experts = [name for name in spec.components if name.startswith("expert")]
+    if len(experts) < 2:
+        return ""
+    used = {str(row["component"]) for row in step_table(pipeline, spec, steps)}
+    idle = [name for name in experts if name not in used]
+    if not idle:
+        return ""
+    ratio = boundary_ratio(pipeline, spec)
+    why = "boundary_ratio is null" if ratio is None else f"boundary_ratio is {ratio:g}"
+    return (
+        f"{' and '.join(idle)} runs in none of {steps} steps ({why}): {', '.join(sorted(used))} runs them all"
+    )
+
+
+UNUSUAL_RATIO = 4
+"""Sizes with so many times more or fewer tokens than the model's default are remarked on; 480p and 720p differ by 2.3."""
+
+
+def unusual_size(spec: ModelSpec, latent: LatentShape) -> str:
+    """A sentence if a video is far larger or smaller than the model's default; else empty, as where none is known."""
+    usual = spec.defaults
+    if not usual.known:
+        return ""
+    tokens = latent_shape(spec, *nearest_size(spec, usual.height, usual.width, usual.frames)).tokens
+    ratio = latent.tokens / tokens
+    if 1 / UNUSUAL_RATIO <= ratio <= UNUSUAL_RATIO:
+        return ""
+    size = (latent.height * spec.spatial_factor, latent.width * spec.spatial_factor)
+    return (
+        f"{size[0]}x{size[1]} with {(latent.frames - 1) * spec.temporal_factor + 1} frames has {ratio:.2g} times the tokens"
+        f" of the model's usual {usual.height}x{usual.width} with {usual.frames}: the picture says little about its quality"
+    )
 
 
 def boundary_ratio(pipeline: DiffusionPipeline, spec: ModelSpec) -> float | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -169,7 +171,7 @@ def _assemble(
         source=source,
         pipeline_class=pipeline_class,
         components=tuple(component_parts([part.name for part in parts])),
-        boundary_ratio=index.get("boundary_ratio"),
+        boundary_ratio=_boundary(index.get("boundary_ratio"), source),
         defaults=replace(_published_defaults(denoiser), flow_shift=shift),
         spatial_factor=_first(
             vae,
@@ -187,6 +189,26 @@ def _assemble(
         model_index=dict(index),
         scheduler_config=scheduler,
     )
+
+
+def _boundary(value: Any, source: str) -> float | None:
+    """The boundary of model_index.json as a number; text that is a number is read.
+
+    Raises:
+        WanlabError: it is neither a finite number nor null.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "null", "none")):
+        return None
+    try:
+        ratio = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        ratio = math.nan
+    if not math.isfinite(ratio):
+        raise WanlabError(
+            f"{source}: boundary_ratio in model_index.json is {value!r}; give the share of the timesteps at which the"
+            " experts switch, such as 0.9, or null"
+        )
+    return ratio
 
 
 def _pipeline_class(source: str, index: Mapping[str, Any], networks: Mapping[str, list[str]]) -> str:
@@ -239,7 +261,10 @@ def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
     for key in stated:
         if key not in known:
             raise WanlabError(f"{path}: unknown default {key!r}{did_you_mean(key, known)}")
-    return replace(defaults, **stated)
+    try:
+        return msgspec.convert(asdict(defaults) | stated, Defaults, strict=False)
+    except msgspec.ValidationError as error:
+        raise WanlabError(f"{path}: {first_line(error)}") from error
 
 
 def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:

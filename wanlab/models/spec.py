@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from wanlab.core.errors import WanlabError, did_you_mean
 
@@ -17,18 +19,27 @@ EXPERTS = ("expert_high", "expert_low", "expert")
 _VAE_HALVES = ("vae_encoder", "vae_decoder")
 
 
+Count = Annotated[int, Meta(ge=1)]
+Finite = Annotated[float, Meta(gt=-1e6, lt=1e6)]
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Default settings of a generation; sizes in pixels, `fps` in frames per second."""
 
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-    fps: int = 16
-    steps: int = 50
-    guidance_scale: float = 5.0
-    text_tokens: int = 512
-    flow_shift: float | None = None
+    height: Count = 480
+    width: Count = 832
+    frames: Count = 81
+    fps: Count = 16
+    steps: Count = 50
+    guidance_scale: Finite = 5.0
+    text_tokens: Count = 512
+    flow_shift: Finite | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether they are of this model, and not only assumed."""
+        return replace(self, flow_shift=None) != Defaults()
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def page_of(
         title=title,
         lead=Markup(markdown_html(lead, page)),
         verdict=record.get("verdict"),
+        notes=[str(note) for note in record.get("notes") or ()],
         tiles=_tiles(results),
         main=[Markup(_outputs(cell, page)) for cell in main],
         state=status.get("state"),

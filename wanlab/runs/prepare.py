@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 import wanlab
 from wanlab import models
 from wanlab.configuration.configuration import identity
+from wanlab.core.contents import content_digest, content_digests
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import digest, file_digest, now, plain
+from wanlab.core.files import digest, now, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, is_tagged, nbformat, read_notebook, read_schema
@@ -52,9 +55,6 @@ def upgraded(nb: Any) -> Any:
         cell.setdefault("id", nbformat.v4.new_code_cell().id)
         cell.metadata.setdefault("papermill", {})
     return nb
-
-
-WHOLE_FILE_LIMIT_BYTES = 64 * 2**20  # larger weight files are identified by name and size
 
 
 def run_id(
@@ -94,8 +94,12 @@ def package_digest() -> str:
     return source_digest()
 
 
-def weights_id(model: Any) -> str | None:
-    """Identity of the weights of a `model` parameter; None where it names no local folder."""
+def weights_id(model: Any, weights: Any = "pretrained") -> str | None:
+    """Identity of the files of a `model` parameter; None where they are not on this machine.
+
+    Args:
+        weights: value of the parameter `weights`; of random ones only configurations and tokenizers count.
+    """
     if not isinstance(model, str) or not model:
         return None
     if model in models.names():  # never asks the hub, which can take long; the notebook does
@@ -104,26 +108,38 @@ def weights_id(model: Any) -> str | None:
         except WanlabError:
             return None  # the notebook reports it when it loads the model
     folder = locate(model)
-    return folder_digest(folder) if folder.is_dir() else None
+    if not folder.is_dir() and "/" in model and not Path(model).is_absolute():
+        try:  # downloaded earlier
+            index = try_to_load_from_cache(model, "model_index.json")
+        except ValueError:  # not the form of a name on the hub
+            return None
+        folder = Path(index).parent if isinstance(index, str) else folder
+    return folder_digest(folder, weights=weights != "random") if folder.is_dir() else None
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of names and contents of a folder's weight files (of names and sizes for very large ones)."""
-    kinds = (".json", ".safetensors", ".bin")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in kinds)
-    stats = [(path, path.stat()) for path in files]
-    return _digest_of(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+KINDS = (".json", ".safetensors", ".bin")
 
 
-@functools.lru_cache(maxsize=16)  # the runs of a sweep name the same weights
-def _digest_of(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    parts: list[str | bytes] = []
-    for path, size, _ in files:
-        parts += [
-            path.relative_to(folder).as_posix(),
-            file_digest(path) if size <= WHOLE_FILE_LIMIT_BYTES else str(size),
-        ]
-    return digest(parts, 16)
+def folder_digest(folder: Path, *, weights: bool = True) -> str:
+    """Digest of names and whole contents of a model's files: weights, configurations, and everything of its tokenizers.
+
+    Args:
+        weights: whether weights count.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and _counts(path.relative_to(folder), KINDS if weights else KINDS[:1])
+    )
+    digests = content_digests(files)
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return digest([part for pair in zip(names, digests, strict=True) for part in pair], 16)
+
+
+def _counts(path: Path, kinds: tuple[str, ...]) -> bool:
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    return path.suffix in kinds or path.parts[0].startswith("tokenizer")
 
 
 def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -143,7 +159,7 @@ def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
             and "\0" not in value
             and os.path.isfile(path := locate(value))
         ):
-            digests[name] = file_digest(path)
+            digests[name] = content_digest(path)
     configuration = identity(parameters)
     return digests if configuration is None else digests | {"configuration": configuration["hash"]}
 
@@ -267,7 +283,7 @@ def prepare(
     schema = Schema(read_schema(nb).parameters, str(path))
     overrides = dict(parameters or {})
     values = schema.resolve(overrides)
-    inputs, weights = input_digests(values), weights_id(values.get("model"))
+    inputs, weights = input_digests(values), weights_id(values.get("model"), values.get("weights"))
     identifier = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
     folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, identifier)
     return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, identifier, folder)

@@ -165,6 +165,7 @@ class Result(_Row, frozen=True):
         figures: other numbers or words by name, with the unit at the end of the name.
         device: device that the samples were taken on.
         machine, software: hardware and package versions; `run.result` fills them in.
+        notes: remarks about weights and settings that the figures depend on, e.g. that a prompt was cut.
         taken: time of the measurement, ISO 8601.
         source: run or file that the row was read from.
     """
@@ -193,6 +194,7 @@ class Result(_Row, frozen=True):
     device: str = ""
     machine: Machine | None = None
     software: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
     taken: str = ""
     source: str = ""
 
@@ -481,9 +483,17 @@ def work_of_parameters(parameters: Mapping[str, Any]) -> Work:
     return Work(**{name: values[name] for name in names if name in values})
 
 
-def completed(result: Result, environment: Mapping[str, Any], *, taken: str = "", source: str = "") -> Result:
-    """The row with machine and software of an environment, where it has none of its own."""
+def completed(
+    result: Result,
+    environment: Mapping[str, Any],
+    *,
+    taken: str = "",
+    source: str = "",
+    notes: tuple[str, ...] = (),
+) -> Result:
+    """The row with machine and software of an environment, and with notes, where it has none of its own."""
     changes: dict[str, Any] = {"taken": result.taken or taken, "source": result.source or source}
+    changes["notes"] = result.notes or notes
     if result.machine is None:
         changes["machine"] = machine_of(environment, device=result.device, engine=result.engine)
     if not result.software:

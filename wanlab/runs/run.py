@@ -59,6 +59,7 @@ class Run:
         self.results: tuple[Result, ...] = ()
         self.id = run_id
         self.finished = False
+        self._models: list[models.Model] = []
         self._answer: clips.Html | None = None
 
     def __repr__(self) -> str:
@@ -83,7 +84,10 @@ class Run:
             WanlabError: a field is of another type.
         """
         environment = read_json(self._files.run_json).get("environment") or {}
-        rows = [completed(checked_result(each), environment, taken=now()) for each in (result, *beside)]
+        rows = [
+            completed(checked_result(each), environment, taken=now(), notes=self.notes)
+            for each in (result, *beside)
+        ]
         for row in rows:
             append_json(self._files.results, row.to_dict())
         self.results = (*self.results, *(msgspec.structs.replace(row, source=HERE) for row in rows))
@@ -136,7 +140,14 @@ class Run:
         if "model" not in self.parameters:
             raise WanlabError("run.load() needs a parameter `model`; add it to the parameters cell")
         settings = {name: self.parameters[name] for name in LOADING if name in self.parameters}
-        return models.load(self.parameters["model"], **settings | instead), self.ask
+        model = models.load(self.parameters["model"], **settings | instead)
+        self._models.append(model)
+        return model, self.ask
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the models that `load` loaded: what was read from their files, and what was said of generations."""
+        return tuple(dict.fromkeys(note for model in self._models for note in model.notes))
 
     @functools.cached_property
     def ask(self) -> dict[str, Any]:
@@ -204,7 +215,13 @@ class Run:
         return self._answer
 
     def finish(self) -> None:
-        """Mark the run as finished. In JupyterLab also show its verdict."""
+        """Mark the run as finished. In JupyterLab also show its verdict.
+
+        Raises:
+            WanlabError: the model's files changed during the run, so that its figures belong to no one model.
+        """
+        self._files.update(notes=list(self.notes))
+        self._check_weights()
         self._files.update(finished=now())
         self.finished = True
         if self._heartbeat is not None and not self._heartbeat.ended:
@@ -212,6 +229,14 @@ class Run:
             if self._answer is not None:  # the last cell ends with `finish`, so its verdict is not displayed
                 display(self._answer)
             print(f"run kept in {self.folder}")
+
+    def _check_weights(self) -> None:
+        before = read_json(self._files.run_json).get("weights")
+        if before and prepare.weights_id(self.parameters["model"], self.parameters.get("weights")) != before:
+            raise WanlabError(
+                f"the files of model {self.parameters['model']} changed during the run, so its figures belong to no one"
+                " model; run it again"
+            )
 
     def _artifact(self, name: str, suffix: str) -> Path:
         return self._files.artifacts / (checked_name(name.removesuffix(suffix), "artifact name") + suffix)
@@ -277,7 +302,10 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
         # JupyterLab starts a kernel in notebooks/; relative paths are to mean the same as under `wanlab run`.
         os.chdir(default_outputs().parent)
     values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
-    inputs, weights = prepare.input_digests(values), prepare.weights_id(values.get("model"))
+    inputs, weights = (
+        prepare.input_digests(values),
+        prepare.weights_id(values.get("model"), values.get("weights")),
+    )
     run_id = prepare.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
     if _current is not None:
         _current._abandon("started again in the same kernel")

@@ -1,0 +1,115 @@
+"""A run's identity holds its model's files whole; what was said of the model stands in the result and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import nbformat
+import numpy as np
+import pytest
+from support.models_tiny import save
+
+from wanlab.core import contents
+from wanlab.core.errors import WanlabError
+from wanlab.pages import report
+from wanlab.runs import Result, Work, prepare, run
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file that counts as large, written some time ago."""
+    monkeypatch.setattr(contents, "KEPT_FROM_BYTES", 1000)
+    monkeypatch.setenv("WANLAB_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model" / "x.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"a" * 3000)
+    monkeypatch.setattr(contents, "SETTLED_S", -1.0)  # as if written long ago
+    return path
+
+
+def test_a_large_file_is_hashed_once(large, monkeypatch):
+    first = contents.content_digest(large)
+    monkeypatch.setattr(contents, "file_digest", lambda path: pytest.fail("hashed again"))
+    assert contents.content_digest(large) == first
+
+
+def test_a_large_file_of_the_same_size_and_time_with_other_bytes_is_another(large):
+    stat = large.stat()
+    before = prepare.weights_id(str(large.parent))
+    with open(large, "r+b") as file:
+        file.seek(2500)
+        file.write(b"b")
+    os.utime(large, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert large.stat().st_mtime_ns == stat.st_mtime_ns
+    assert prepare.weights_id(str(large.parent)) != before
+
+
+def test_a_file_that_was_just_written_is_hashed_each_time(large, monkeypatch):
+    monkeypatch.setattr(contents, "SETTLED_S", 60.0)
+    contents.content_digest(large)
+    assert not (large.parents[1] / "cache" / "digests").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/spiece.model", "tokenizer/vocab.txt", "text_encoder/config.json"]
+)
+def test_tokenizers_and_configurations_are_part_of_a_models_identity(tmp_path, name):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"1")
+    before = prepare.weights_id(str(tmp_path)), prepare.weights_id(str(tmp_path), "random")
+    (tmp_path / name).write_bytes(b"2")
+    after = prepare.weights_id(str(tmp_path)), prepare.weights_id(str(tmp_path), "random")
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    (tmp_path / "README.md").write_text("not the model")
+    assert prepare.weights_id(str(tmp_path)) == after[0]
+
+
+def test_a_model_of_the_hub_that_was_downloaded_has_an_identity(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    monkeypatch.setattr(prepare, "try_to_load_from_cache", lambda *names: str(tmp_path / "model_index.json"))
+    assert prepare.weights_id("someone/model") == prepare.weights_id(str(tmp_path))
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A run of a notebook whose model is a small one of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    source = "model: str = 'm'  # model\ndevice: str = 'cpu'  # device"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "10_x.ipynb")
+    monkeypatch.delenv(run.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(run, "_current", None)
+    one = run.start("10_x", {"model": str(save(tmp_path / "tiny", boundary_ratio=1.5)), "device": "cpu"})
+    yield one
+    one._abandon("test over")
+
+
+def test_what_was_said_of_a_model_stands_in_the_result_and_the_report(started):
+    model, _ = started.load()
+    model.generate(
+        np.zeros((16, 32, 3)), "word " * 600, height=16, width=32, frames=5, steps=2, guidance_scale=1.0
+    )
+    result = started.result(Result(work=Work(), engine="eager"))
+    assert any("expert_high runs in none of 2 steps" in note for note in result.notes)
+    assert any("its end is cut" in note for note in result.notes)
+    started.finish()
+    record = json.loads((started.folder / "run.json").read_text())
+    assert record["notes"] == list(result.notes)
+    page = report.page_of(None, record, {"state": "finished"}, None, "x")
+    assert "the text encoder takes" in page
+    assert "boundary_ratio is 1.5" in page
+
+
+def test_weights_that_change_during_a_run_are_noticed_at_its_end(started):
+    started.load()
+    file = next(iter(sorted((started.folder.parents[2] / "tiny" / "vae").glob("*.safetensors"))))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WanlabError, match=r"the files of model .* changed during the run"):
+        started.finish()
+    assert not started.finished

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -199,3 +200,15 @@ def test_doctor_survives_a_probe_that_fails(monkeypatch, capsys):
     assert rows[1].what == "Python"
     assert doctor.main(argparse.Namespace(json=False)) == 1
     assert "MISSING   broken thing" in capsys.readouterr().out
+
+
+def test_a_terminal_of_ascii_shows_what_it_can(tmp_path, monkeypatch):
+    notebook = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "outputs": [], "execution_count": None}
+    notebook["cells"] = [{**cell, "source": "prompt: str = 'été'  # \x1b[2Jwörds"}]
+    (tmp_path / "nb.ipynb").write_text(json.dumps(notebook))
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert cli.main(["params", str(tmp_path / "nb.ipynb")]) == 0
+    out.flush()
+    assert out.buffer.getvalue().splitlines()[1].split() == [b"prompt", b"str", b"'?t?'", b"w?rds"]

@@ -426,3 +426,76 @@ def test_what_a_killed_runner_left_is_reaped(root, fixture_notebooks, tmp_path):
     assert "the process that ran it is gone" in (folder / "report.html").read_text()
     assert not list(folder.glob(".*"))
     assert reap(tmp_path) == []
+
+
+def write_notebook(
+    path: Path, *sources: str, tags: dict[int, str] | None = None, encoding: str = "utf-8"
+) -> Path:
+    """A notebook of code cells between `wanlab.start()` and nothing; `tags` by the place of a cell in `sources`."""
+    cells = [
+        {
+            "cell_type": "code",
+            "metadata": {"tags": [(tags or {}).get(index, "plain")]},
+            "source": source,
+            "outputs": [],
+            "execution_count": None,
+        }
+        for index, source in enumerate(("import wanlab\nrun = wanlab.start()", *sources), -1)
+    ]
+    text = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def test_a_notebook_of_any_name_runs_on_any_terminal(root, commands, tmp_path):
+    """A name in other scripts, a byte order mark, an expected error, `sys.exit(0)` at the end, ASCII, no HOME."""
+    notebook = write_notebook(
+        tmp_path / "été हिन्दी 日本 (2).ipynb",
+        "1 / 0",
+        "print('\x1b[2J\x1b[31mred')\nrun.verdict('fünf → \x1b]0;title\x07ok')\nrun.finish()",
+        "import sys\nsys.exit(0)",
+        "print('never')",
+        tags={0: "raises-exception"},
+        encoding="utf-8-sig",
+    )
+    bare = {
+        name: value
+        for name, value in environment(root).items()
+        if not name.startswith(("HOME", "LC_", "XDG_"))
+    }
+    bare |= {"LANG": "C", "PYTHONIOENCODING": "ascii"}
+    done = commands.run(command(notebook, tmp_path), cwd=tmp_path, env=bare, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    said = read(tmp_path, "été-हिन्दी-日本-2")
+    assert said["status"]["state"] == "finished"
+    assert said["record"]["verdict"] == "fünf → ok"
+    log = (said["folder"] / "console.log").read_text()
+    assert log.startswith("red\n")
+    for text in (log, done.stdout, (said["folder"] / "report.html").read_text(), json.dumps(said["record"])):
+        assert "\x1b" not in text
+        assert "\\u001b" not in text
+    assert "ZeroDivisionError" in said["page"].text  # it is shown, as its cell expects it
+
+
+ENDS = {
+    "raise ExceptionGroup('two', [ValueError('first'), KeyError('second')])": (
+        "ExceptionGroup: two (2 sub-exceptions): ValueError: first; KeyError: 'second'"
+    ),
+    "%nosuch 3": "UsageError: Line magic function `%nosuch` not found.",
+    "import sys\nsys.exit(0)": "sys.exit(0) before run.finish()",
+    "raise ValueError('\\n\\n  \\x1b[1mwords\\x1b[0m after empty lines')": "ValueError: words after empty lines",
+}
+
+
+@pytest.mark.parametrize(("source", "reason"), ENDS.items(), ids=range(len(ENDS)))
+def test_the_status_has_the_words_of_what_ended_the_run(root, commands, tmp_path, source, reason):
+    notebook = write_notebook(tmp_path / "ends.ipynb", source, "run.finish()")
+    done = commands.run(command(notebook, tmp_path), cwd=tmp_path, env=environment(root), timeout_s=120)
+    said = read(tmp_path, "ends")
+    assert done.returncode == 1
+    assert (said["status"]["state"], said["status"]["cell"], said["status"]["reason"]) == (
+        "failed",
+        2,
+        reason,
+    )
+    assert reason in done.stderr

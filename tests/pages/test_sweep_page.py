@@ -193,9 +193,9 @@ def test_a_folder_of_several_notebooks_names_them_and_links_its_sweeps(tmp_path)
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("baseline", 5, "baseline is no object"),
-        ("axes", "x", "axes is no list"),
-        ("runs", {}, "runs is no list"),
+        ("baseline", 5, "baseline: Expected `object"),
+        ("axes", "x", "axes: Expected `array"),
+        ("runs", {}, "runs: Expected `array"),
     ],
 )
 def test_a_field_of_another_type_in_sweep_json_is_one_line(tmp_path, field, value, said):

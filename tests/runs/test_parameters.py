@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 import nbformat
@@ -92,6 +93,147 @@ def test_wrong_values_are_refused_in_one_line(schema, text, said):
         schema.parse([text])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        (".5", 0.5),
+        (".inf", float("inf")),
+        ("-inf", float("-inf")),
+        ("0x10", 16.0),
+        ("010", 10.0),
+    ],
+)
+def test_numbers_of_a_command_line_are_those_of_yaml_1_2(schema, text, value):
+    if "x" not in text:
+        assert schema.parse([f"scale={text}"]) == {"scale": value}
+    if value.is_integer():
+        assert schema.parse([f"steps={text}"]) == {"steps": value}
+
+
+def test_seeds_beyond_64_bits_are_numbers(schema):
+    assert schema.parse([f"steps={2**64}"]) == {"steps": 2**64}
+    for text in (f"steps={'9' * 5000}", f"steps=0x{'f' * 5000}"):
+        with pytest.raises(WanlabError, match="parameter 'steps' wants int"):
+            schema.parse([text])
+    with pytest.raises(WanlabError, match="parameter 'scale' wants float"):
+        schema.resolve({"scale": 10**400})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("hello", "hello"),
+        ("3", 3),
+        ("1e-3", 0.001),
+        ("none", None),
+        ("true", True),
+        ("[1, a]", [1, "a"]),
+        ("", ""),
+        ("a: b", "a: b"),
+    ],
+)
+def test_a_parameter_that_is_none_takes_anything(text, value):
+    open_schema = Schema(parse_cell("msg = None", "nb.ipynb"), "nb.ipynb")
+    assert open_schema.defaults == {"msg": None}
+    assert open_schema.parse([f"msg={text}"]) == {"msg": value}
+    assert open_schema.resolve({"msg": value}) == {"msg": value}
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ('"int"', int),
+        ("'float | None'", float | None),
+        ('list["int"]', list[int]),
+        ("Optional['str']", str | None),
+        ("Union[int, str]", int | str),
+        ("typing.List[float]", list[float]),
+        ("Tuple[int, ...]", tuple[int, ...]),
+    ],
+)
+def test_types_may_be_text_or_of_typing(written, kind):
+    default = {int: "1", str: "'a'"}.get(
+        kind, "[1]" if "list" in str(kind) else "(1,)" if "tuple" in str(kind) else "None"
+    )
+    default = "1" if kind == int | str else default
+    (parameter,) = parse_cell(f"x: {written} = {default}")
+    assert parameter.type == kind
+
+
+def written(tmp_path, notebook, **dump):
+    path = tmp_path / "nb.ipynb"
+    text = notebook if isinstance(notebook, str) else json.dumps(notebook, **dump)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(dump.pop("encoding", "utf-8")))
+    return path
+
+
+def notebook_of(source="steps: int = 4  # number", **fields) -> dict:
+    cell = {
+        "cell_type": "code",
+        "metadata": {"tags": ["parameters"]},
+        "source": source,
+        "outputs": [],
+        "execution_count": None,
+    }
+    return {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5} | fields
+
+
+def test_notebooks_of_older_formats_and_other_encodings_are_read(tmp_path):
+    old = nbformat.v3.new_notebook(
+        worksheets=[
+            nbformat.v3.new_worksheet(
+                cells=[
+                    nbformat.v3.new_heading_cell("Title"),
+                    nbformat.v3.new_code_cell(input="steps: int = 4", metadata={"tags": ["parameters"]}),
+                ]
+            )
+        ]
+    )
+    texts = [nbformat.v3.writes_json(old).encode()]
+    texts += [json.dumps(notebook_of()).encode(code) for code in ("utf-8-sig", "utf-16", "utf-8")]
+    for text in texts:
+        (tmp_path / "nb.ipynb").write_bytes(text)
+        assert read_schema(tmp_path / "nb.ipynb").defaults == {"steps": 4}
+
+
+WILD = {
+    "of another language": (
+        notebook_of("x <- 3", metadata={"kernelspec": {"name": "ir", "language": "R"}}),
+        "nb.ipynb is a notebook in R; wanlab runs notebooks in Python",
+    ),
+    "of a kernel that says no language": (
+        notebook_of("x = 3", metadata={"kernelspec": {"name": "julia-1.10"}}),
+        "is a notebook in Julia",
+    ),
+    "of a later format": (notebook_of(nbformat=5), "has notebook format 5; save it in format 4"),
+    "no notebook": ([1], "Expected `object`, got `array`"),
+    "without a format": ({"cells": []}, "missing required field `nbformat`"),
+    "cells that are no list": (notebook_of(cells=3), "nb.ipynb"),
+    "a cell that is no cell": (notebook_of(cells=[1]), "nb.ipynb"),
+    "a source that is no text": (notebook_of(3), "nb.ipynb"),
+    "tags that are no list": (
+        notebook_of(cells=[{**notebook_of()["cells"][0], "metadata": {"tags": 1}}]),
+        "nb.ipynb",
+    ),
+    "zero bytes in a cell": (notebook_of("x = 1\0"), "null bytes"),
+    "half a surrogate pair": (notebook_of("x = '\ud800' + y"), "surrogates not allowed"),
+    "a deep value": (notebook_of("x = " + "[" * 500), "parameters cell"),
+    "a key that cannot be": (notebook_of("x = {[]: 1}"), "must be a literal"),
+    "a number of thousands of digits": (notebook_of("x = 0x" + "f" * 5000), "must be a literal"),
+    "a type that is none": (notebook_of("x: 'int |' = 1"), "'int |' is no type"),
+    "a type of odd values": (notebook_of("x: Literal[[1]] = 1"), "is not one of int"),
+}
+
+
+@pytest.mark.parametrize(("notebook", "said"), WILD.values(), ids=WILD)
+def test_wild_notebooks_are_one_line(tmp_path, notebook, said):
+    with pytest.raises(WanlabError) as error:
+        read_schema(written(tmp_path, notebook))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_given_twice_is_refused(schema):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+from wanlab.core.errors import clean
 
 CELL_WIDTH = 160  # characters of the longest cell that is printed whole
 
@@ -23,6 +25,11 @@ class Command(NamedTuple):
     main: Callable[[argparse.Namespace], int]
 
 
+def show(*lines: object, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print lines without what a terminal would obey: names and verdicts come from files of anyone."""
+    print(*map(clean, lines), sep="\n", end=end, file=file)
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, cut: bool = False) -> None:
     """Print columns as wide as their cells.
 
@@ -34,12 +41,12 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, cut: bool
     right = [cut and all(_numeric(line[i]) for line in lines[1:]) for i in range(len(head))]
     for line in lines:
         cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-        print("  ".join(cells).rstrip())
+        show("  ".join(cells).rstrip())
 
 
 def safe(value: Any, width: int | None = CELL_WIDTH) -> str:
-    """Text from a run as one line without control characters, which a terminal would obey."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    """Text from a run as one line, without what a terminal would obey."""
+    text = clean(value, keep="")
     return text if width is None or len(text) <= width else f"{text[: width - 3]}..."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from wanlab.cli.command import Command, safe
+from wanlab.cli.command import Command, safe, show
 from wanlab.configuration.configuration import Configuration, configurations, load_configuration
 
 HELP = "List configurations, show one, or explain what it does on a model."
@@ -38,11 +38,11 @@ def main(options: argparse.Namespace) -> int:
         known = configurations()
         width = max(map(len, known), default=0)
         for name, configuration in known.items():
-            print(f"{name:{width}}  {safe(configuration.about, None)}")
+            show(f"{name:{width}}  {safe(configuration.about, None)}")
         return 0
     configuration = load_configuration(options.name)
     if options.action == "show":
-        print(f"# hash: {configuration.hash}\n{configuration.to_yaml()}", end="")
+        show(f"# hash: {configuration.hash}\n{configuration.to_yaml()}", end="")
         return 0
     return _explain(configuration, options)
 
@@ -53,10 +53,10 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     size = {name: getattr(options, name) for name in ("height", "width", "frames")}
     explanation = explain(configuration, options.model, options.engines, device=options.device, **size)
     clip = "{height}x{width}x{frames}".format(**explanation.size)
-    print(f"{configuration.name} ({configuration.hash[:12]}) on {explanation.model}, {clip} pixels")
+    show(f"{configuration.name} ({configuration.hash[:12]}) on {explanation.model}, {clip} pixels")
     if configuration.about:
-        print(safe(configuration.about, None))
-    print("\nengines")
+        show(safe(configuration.about, None))
+    show("\nengines")
     rows = [
         (
             row.component,
@@ -67,20 +67,20 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     ]
     width = max(len(engine) for _, engine, _ in rows)
     for component, engine, file in rows:
-        print(f"  {component:13} {engine:{width}}  {file}".rstrip())
+        show(f"  {component:13} {engine:{width}}  {file}".rstrip())
     if explanation.formats is not None:
-        print(f"\nformats by plan {configuration.plan_name}")
+        show(f"\nformats by plan {configuration.plan_name}")
         for row in explanation.formats.itertuples():
-            print(
+            show(
                 f"  {row.component:13} {row.format:12} {row.layers:6,} layers {row.size_bytes / 2**20:10,.1f} MiB"
                 f" {row.weights_percent:6.1f} % of weights {row.flop_percent:6.1f} % of operations"
             )
-    print("\nthis machine lacks")
+    show("\nthis machine lacks")
     for line in explanation.missing or ("nothing",):
-        print(f"  {line}")
-    print("\nchecked when it is opened")
+        show(f"  {line}")
+    show("\nchecked when it is opened")
     for line in explanation.checks:
-        print(f"  {line}")
+        show(f"  {line}")
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from wanlab import evaluate
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.evaluate.catalogue import ALL_METRICS
 
 HELP = "Score an optimised video against the original, frame by frame, and write the scores as JSON."
@@ -52,11 +52,11 @@ def main(args: argparse.Namespace) -> int:
     )
     target = Path(args.json) if args.json else Path(f"{Path(args.optimized).stem}.scores.json")
     scores.to_json(target)
-    print(
+    show(
         f"{scores.frames} frames of {scores.height}x{scores.width}: {args.optimized} against {args.original}"
     )
-    print(scores.table())
-    print(f"scores written to {target}")
+    show(scores.table())
+    show(f"scores written to {target}")
     return 0
 
 

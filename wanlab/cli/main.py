@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
 import wanlab
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import why
 
@@ -56,6 +57,9 @@ COMMANDS = {name: row for commands in GROUPS.values() for name, row in commands.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status (2 for a mistake that the user can mend)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII, or a name that is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if not arguments or arguments[0] not in COMMANDS:
             return _without_command(arguments)
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(parser)
         return int(command.main(parser.parse_args(arguments[1:])) or 0)
     except WanlabError as error:
-        print(f"wanlab: error: {error}", file=sys.stderr)
+        show(f"wanlab: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_SYSTEM:
             raise
-        print(f"wanlab: error: {why(error)}", file=sys.stderr)
+        show(f"wanlab: error: {why(error)}", file=sys.stderr)
         return 2
 
 

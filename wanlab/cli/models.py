@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from wanlab.cli.command import Command, print_table
+from wanlab.cli.command import Command, print_table, show
 from wanlab.core.errors import WanlabError
 from wanlab.models.facts import facts
 from wanlab.models.registry import get, names
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     if options.name:
         spec = get(options.name)
-        print(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
-        print(facts(spec).to_string(index=False))
+        show(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
+        show(facts(spec).to_string(index=False))
         return 0
     print_table(
         ("model", "default size", "default", "experts", "components"), [_row(name) for name in names()]
     )
-    print("wanlab models NAME shows parameters, bytes and FLOPs of each component")
+    show("wanlab models NAME shows parameters, bytes and FLOPs of each component")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanlab.cli.command import Command, print_table
+from wanlab.cli.command import Command, print_table, show
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import why, write_bytes
 from wanlab.core.paths import existing, from_here, notebooks
@@ -25,7 +25,7 @@ def notebooks_main(options: argparse.Namespace) -> int:
         print_table(("about", "notebook", "question"), rows)
         return 0
     copied = copy_notebooks(folder, options.to, force=options.force)
-    print(f"{len(copied)} notebooks in {from_here(options.to)}")
+    show(f"{len(copied)} notebooks in {from_here(options.to)}")
     return 0
 
 
@@ -61,7 +61,7 @@ def params_main(options: argparse.Namespace) -> int:
     if rows:
         print_table(("parameter", "type", "default", "help"), rows)
     else:
-        print(f"{options.notebook} has no parameters")
+        show(f"{options.notebook} has no parameters")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.paths import default_outputs, from_here
 from wanlab.pages.publish import publish
 from wanlab.pages.report import render
@@ -17,7 +17,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report_main(options: argparse.Namespace) -> int:
-    print(from_here(render(options.path)))
+    show(from_here(render(options.path)))
     return 0
 
 
@@ -28,7 +28,7 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def index_main(options: argparse.Namespace) -> int:
-    print(from_here(render_index(options.path or default_outputs())))
+    show(from_here(render_index(options.path or default_outputs())))
     return 0
 
 
@@ -44,7 +44,7 @@ def publish_main(options: argparse.Namespace) -> int:
     page = publish(options.path, options.to, notebooks=options.notebooks)
     files = [path for path in page.parent.rglob("*") if path.is_file()]
     size_mib = sum(path.stat().st_size for path in files) / 2**20
-    print(f"{from_here(page)}: {len(files)} files, {size_mib:.1f} MiB")
+    show(f"{from_here(page)}: {len(files)} files, {size_mib:.1f} MiB")
     return 0
 
 

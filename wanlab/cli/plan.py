@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from wanlab import models
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.models.shapes import latent_shape
 from wanlab.precision.assignment import Assignment, assign_architecture
 from wanlab.precision.plan import PRESETS
@@ -38,20 +38,20 @@ def main(options: argparse.Namespace) -> int:
     if options.action == "list":
         width = max(map(len, PRESETS))
         for plan in PRESETS.values():
-            print(f"{plan.name:{width}}  {plan.note}")
+            show(f"{plan.name:{width}}  {plan.note}")
         return 0
     assignment = assign_architecture(options.plan, options.model, options.default)
     if options.action == "explain":
         chosen = [options.component] if options.component else list(assignment.components)
         for component in chosen:
-            print(assignment.explain(component, options.layer, options.step))
+            show(assignment.explain(component, options.layer, options.step))
         return 0
-    print(
+    show(
         f"{assignment.plan.name} ({assignment.plan.hash[:12]}) on {options.model}, networks in {assignment.default}"
     )
     for index, rule in enumerate(assignment.plan.rules):
-        print(f"  {index}: {rule}" + (f"  # {rule.note}" if rule.note else ""))
-    print(_text(assignment, options.model))
+        show(f"  {index}: {rule}" + (f"  # {rule.note}" if rule.note else ""))
+    show(_text(assignment, options.model))
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wanlab.cli.command import Command, positive
+from wanlab.cli.command import Command, positive, show
 from wanlab.core.files import read_json
 from wanlab.core.paths import from_here
 from wanlab.launch.execute import execute
@@ -54,12 +54,12 @@ def main(options: argparse.Namespace) -> int:
     )
     verdict = read_json(outcome.folder / "run.json").get("verdict")
     if outcome.state != "finished":
-        print(f"wanlab: {outcome.state}: {outcome.error}", file=sys.stderr)
+        show(f"wanlab: {outcome.state}: {outcome.error}", file=sys.stderr)
     elif outcome.reused:
-        print("finished earlier with the same notebook, parameters and code; --force runs it again")
+        show("finished earlier with the same notebook, parameters and code; --force runs it again")
     if verdict:
-        print(verdict)
-    print(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
+        show(verdict)
+    show(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from wanlab.cli.command import Command, print_table, safe
+from wanlab.cli.command import Command, print_table, safe, show
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import default_outputs
 from wanlab.runs.choose import DRIFT, readable
@@ -26,7 +26,7 @@ def runs_main(options: argparse.Namespace) -> int:
     path = options.path or default_outputs()
     frame = load_runs(path)
     if frame.empty:
-        print(f"no runs in {path}")
+        show(f"no runs in {path}")
         return 0
     cells = frame[list(COLUMNS)].astype(object).where(frame[list(COLUMNS)].notna(), "")
     print_table(COLUMNS, cells.to_numpy().tolist())
@@ -78,8 +78,8 @@ def compare_main(options: argparse.Namespace) -> int:
     once = (
         f"; {DRIFT}" if comparisons.baseline.repeats == 1 else f"; run {comparisons.baseline.repeats} times"
     )
-    print(f"baseline {safe(comparisons.baseline.label)}{once}")
-    print(
+    show(f"baseline {safe(comparisons.baseline.label)}{once}")
+    show(
         f"ratio above 1 is better; changes within {comparisons.threshold_percent:g} % or the noise are not distinguishable"
     )
     for title, frame, columns in (
@@ -87,7 +87,7 @@ def compare_main(options: argparse.Namespace) -> int:
         ("not finished", comparisons.failures, ("configuration", "state", "reason")),
     ):
         if len(frame):
-            print(f"\n{title}:")
+            show(f"\n{title}:")
             print_table(columns, frame[list(columns)].to_numpy().tolist(), cut=True)
     if options.csv:
         write_csv(comparisons, options.csv)
@@ -148,7 +148,7 @@ def export_main(options: argparse.Namespace) -> int:
     if runs.empty:
         raise WanlabError(f"no runs in {path}")
     if options.to != "mlflow":
-        print(f"{len(runs)} runs, {len(runs.columns)} columns: {writers[suffix](runs, options.to)}")
+        show(f"{len(runs)} runs, {len(runs.columns)} columns: {writers[suffix](runs, options.to)}")
         return 0
     exported = to_mlflow(
         runs,
@@ -158,7 +158,7 @@ def export_main(options: argparse.Namespace) -> int:
         unfinished=options.unfinished,
     )
     left_out = f"; left out, not finished: {exported.unfinished}" if exported.unfinished else ""
-    print(
+    show(
         f"runs in {uri}: {exported.new} new, {exported.again} run again since, {exported.known} there already{left_out}"
     )
     return 0

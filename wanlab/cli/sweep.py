@@ -6,7 +6,7 @@ import argparse
 import ast
 from pathlib import Path
 
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import why
 from wanlab.core.paths import from_here
@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
     file = load_grid(options.grid)
     tasks = expand(file, output=options.output, force=options.force)
     if options.dry_run:
-        print(table(tasks, force=options.force))
+        show(table(tasks, force=options.force))
         return 0
     executor = make_executor(tasks, options)
     try:
@@ -52,8 +52,8 @@ def main(options: argparse.Namespace) -> int:
         ) from error
     finally:
         executor.close()
-    print(summary(outcome))
-    print(from_here(outcome.index))
+    show(summary(outcome))
+    show(from_here(outcome.index))
     return outcome.exit_code
 
 

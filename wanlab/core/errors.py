@@ -7,6 +7,7 @@ import importlib
 import re
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 ESCAPE = re.compile(
     r"""
@@ -22,7 +23,10 @@ ESCAPE = re.compile(
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def clean(text: object, keep: str = "\n\t") -> str:
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+def clean(text: object, keep: str = "\n\t", *, colours: bool = False) -> str:
     """Text from a file, a run or an exception, without what a terminal would obey and a page would hide.
 
     Escape sequences are removed, other control characters become U+FFFD. Every way out uses it: the terminal, run.json,
@@ -30,9 +34,22 @@ def clean(text: object, keep: str = "\n\t") -> str:
 
     Args:
         keep: control characters that stay.
+        colours: whether colours stay, for the report, which shows them.
     """
+    if colours:
+        parts = COLOUR.split(str(text))
+        return "".join(part if index % 2 else clean(part, keep) for index, part in enumerate(parts))
     words = ESCAPE.sub("", str(text))
     return CONTROL.sub(lambda found: found[0] if found[0] in keep else "\N{REPLACEMENT CHARACTER}", words)
+
+
+def cleaned(value: Any) -> Any:
+    """`clean` of every text inside lists and dicts."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {cleaned(key): cleaned(item) for key, item in value.items()}
+    return [*map(cleaned, value)] if isinstance(value, list | tuple) else value
 
 
 class WanlabError(Exception):

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,8 +18,6 @@ from typing import Any
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.text import read_json as read_json
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z")
 
 
 def now() -> str:
@@ -158,9 +157,34 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_name(name: Any) -> bool:
+    """Whether a name is one short path part of letters and digits of any script and `. _ + -`."""
+    return (
+        isinstance(name, str)
+        and name[:1].isalnum()
+        and len(name.encode("utf-8", "replace")) <= 150  # file systems allow 255, and a suffix is added
+        and ".." not in name
+        and all(map(_of_a_name, name))
+    )
+
+
+def _of_a_name(character: str) -> bool:
+    # Marks are parts of letters: accents of Latin, vowels of Devanagari.
+    return character.isalnum() or character in "._+-" or unicodedata.category(character).startswith("M")
+
+
+def file_name(text: str) -> str:
+    """The most similar name that `is_name` allows: of a notebook `my notes (2)` it is `my-notes-2`."""
+    letters = "".join(c if _of_a_name(c) else "-" for c in unicodedata.normalize("NFC", text))
+    name = re.sub(r"\.\.+", ".", re.sub(r"-+", "-", letters)).strip("._+-")
+    while len(name.encode()) > 150:
+        name = name[:-1]
+    return name if is_name(name) else digest([text], 8)
+
+
 def checked_name(name: str, what: str = "name") -> str:
     """`name`, if it is a single path part; a name that could leave its folder is refused."""
-    if not isinstance(name, str) or not NAME.match(name) or ".." in name:
+    if not is_name(name):
         raise WanlabError(
             f"{what} {name!r} cannot be a file name: use letters, digits, and . _ + - (no '/', no '..')"
         )

@@ -71,6 +71,8 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise WanlabError(f"cannot read {where}: lists and objects lie too deep inside one another") from None
     check_depth(value, where)
+    if "\\ud" in text.lower():  # an escaped half of a surrogate pair is no text, and cannot be written again
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -12,10 +12,8 @@ import msgspec
 import yaml
 from yaml.composer import Composer
 from yaml.constructor import ConstructorError, SafeConstructor
-from yaml.parser import Parser
-from yaml.reader import Reader
+from yaml.cyaml import CParser
 from yaml.resolver import Resolver
-from yaml.scanner import Scanner
 
 from wanlab.core import limits
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
@@ -86,7 +84,9 @@ CORE = {
 
 def integer(text: str) -> int:
     """The number of `10`, `010`, `0o12` or `0xa`; `ValueError` for other text."""
-    return int(text, 0) if re.match(r"0[xo]", text) else int(text)
+    value = int(text, 0) if re.match(r"0[xo]", text) else int(text)
+    str(value)  # Python writes no number of more than 4,300 digits
+    return value
 
 
 def real(text: str) -> float:
@@ -94,24 +94,33 @@ def real(text: str) -> float:
     return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
 
+READERS: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "int": integer,
+    "float": real,
+    "str": str,
+}
+
+
 def _resolve_core(kind: Any) -> None:
     for name, (pattern, first) in CORE.items():
         kind.add_implicit_resolver(PREFIX + name, re.compile(f"(?:{pattern})\\Z"), [*first, ""])
 
 
-# Events of libyaml come ten times as fast. Nodes are made in Python, where deep nesting cannot overflow the stack.
-_PARSER = (yaml.cyaml.CParser,) if yaml.__with_libyaml__ else (Reader, Scanner, Parser)
+class _Loader(Composer, CParser, SafeConstructor, Resolver):
+    """Reads YAML 1.2 with the types of JSON; refuses what is too deep or too large while it reads.
 
-
-class _Loader(Composer, *_PARSER, SafeConstructor, Resolver):
-    """Reads YAML 1.2 with the types of JSON; refuses what is too deep or too large while it reads."""
+    Events of libyaml come ten times as fast as those of Python; nodes are made in Python, where nothing overflows the stack.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
     yaml_constructors: ClassVar[dict] = {}
 
     def __init__(self, text: str, where: str):
-        for kind in (*_PARSER, Composer, SafeConstructor, Resolver):
-            kind.__init__(self, *((text,) if kind is _PARSER[0] else ()))
+        CParser.__init__(self, text)
+        for kind in (Composer, SafeConstructor, Resolver):
+            kind.__init__(self)
         self.where, self.depth, self.count = where, 0, 0
         self.most_deep, self.most = limits.limit("depth"), limits.limit("yaml_values")
 
@@ -130,11 +139,7 @@ class _Loader(Composer, *_PARSER, SafeConstructor, Resolver):
     def scalar(self, node: yaml.Node) -> Any:
         text, name = self.construct_scalar(node), node.tag.removeprefix(PREFIX)
         try:
-            if name == "null":
-                return None
-            if name == "bool":
-                return {"true": True, "false": False}[text.lower()]
-            return {"int": integer, "float": real, "str": str}[name](text)
+            return READERS[name](text)
         except (KeyError, ValueError):
             long = name == "int" and re.fullmatch(CORE["int"][0], text)
             reason = f"{len(text):,} digits are no number" if long else f"{text[:60]!r} is no {name}"

@@ -26,12 +26,13 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 from tqdm import tqdm
 
+from wanlab.core.errors import clean
 from wanlab.core.files import why, write_text
 from wanlab.launch import guard
 from wanlab.launch.guard import EXIT_CODES, Console, Limits, Watch
 from wanlab.pages.report import render
 from wanlab.runs.folder import Heartbeat, RunFolder
-from wanlab.runs.parameters import nbformat
+from wanlab.runs.parameters import is_tagged, nbformat
 from wanlab.runs.prepare import inject, prepare, upgraded
 from wanlab.runs.run import FOLDER_VARIABLE
 
@@ -197,6 +198,7 @@ class Client(PapermillNotebookClient):
                 self.nb_man.cell_start(cell, index)
                 self.execute_cell(cell, index)
             except CellExecutionError as error:
+                _keep_words(self.nb.cells[index], error)
                 self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
                 break
             except BaseException as error:
@@ -258,11 +260,24 @@ class SupervisedEngine(Engine):
                 if log.is_file() and not log.stat().st_size:
                     log.unlink()
                 manager.notebook_complete()
+        for (
+            cell
+        ) in manager.nb.cells:  # saved already; Papermill would take an error that is meant for a failure
+            if is_tagged(cell, "raises-exception"):
+                cell.outputs = []
         return manager.nb
 
     @classmethod
     def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:
         return name or ENGINE
+
+
+def _keep_words(cell: Any, error: CellExecutionError) -> None:
+    """Add the error of a failed cell to its outputs where IPython only printed it, as of groups and unknown magics."""
+    if not any(output.output_type == "error" for output in cell.outputs):
+        printed = [output.text for output in cell.outputs if output.output_type == "stream"]
+        words = {"ename": error.ename, "evalue": error.evalue, "traceback": printed[-1:]}
+        cell.outputs.append(nbformat.v4.new_output("error", **words))
 
 
 def how_it_died(manager: AsyncKernelManager | None) -> str:
@@ -293,7 +308,7 @@ def titles(nb: Any) -> list[str]:
         if cell.cell_type == "markdown":
             heading = re.search(r"^#{1,6}\s+(.+?)\s*#*$", cell.source, re.MULTILINE)
             current = heading.group(1) if heading else current
-        names.append(current)
+        names.append(clean(current))
     return names
 
 

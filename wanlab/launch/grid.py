@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from wanlab.core import limits
-from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.files import NAME, plain
+from wanlab.core.errors import WanlabError, clean, did_you_mean
+from wanlab.core.files import is_name, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, locate_all
 from wanlab.core.yaml_lines import Document, load_yaml
 from wanlab.runs.folder import RunFolder
@@ -186,7 +186,7 @@ def load_grid(path: str | os.PathLike) -> GridFile:
         if isinstance(part, dict):
             document.known_fields(part, Part, ("notebooks", index))
     grid = document.convert(Grid)
-    if not NAME.match(grid.name) or ".." in grid.name:
+    if not is_name(grid.name):
         refuse(("name",), f"{grid.name!r} cannot be a folder's name: use letters, digits, and . _ + -")
     if (grid.notebook is None) == (not grid.notebooks):
         refuse((), "give either `notebook: PATH` or a list `notebooks:`")
@@ -370,7 +370,7 @@ def label(point: Mapping[str, Any], notebook: str = "", repeat: int = 0) -> str:
         text = str(value)
         path = Path(text)
         words.append(f"{name}={path.stem if path.suffix and os.path.isfile(path) else text}")
-    return " ".join([*words, f"#{repeat}"] if repeat else words)
+    return clean(" ".join([*words, f"#{repeat}"] if repeat else words), keep="")
 
 
 def _value(schema: Schema, name: str, value: Any, at: tuple, file: GridFile) -> Any:

@@ -22,10 +22,9 @@ from typing import Any
 import papermill
 import psutil
 from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import strip_color
 
-from wanlab.core.errors import WanlabError
-from wanlab.core.files import append_bytes, now, read_json, why, write_json
+from wanlab.core.errors import WanlabError, clean, first_line
+from wanlab.core.files import append_bytes, now, why, write_json
 from wanlab.pages.report import render
 from wanlab.runs.folder import Heartbeat, RunFolder, host_id, living_process, process_id
 from wanlab.runs.results import run_folders
@@ -217,7 +216,7 @@ class Console:
 
     def _printed(self, content: dict[str, Any], index: int) -> bool:
         text = content["text"]
-        data = text.encode("utf-8", "replace")
+        data = clean(text, "\n\t\r").encode()
         try:
             append_bytes(self.path, data)
         except OSError as error:
@@ -464,6 +463,7 @@ EXIT_CODES = {
     "aborted": 130,
 }
 # Errors of a disk: full, over quota, read-only.
+OF_A_GROUP = re.compile(r"^ *(?:\| )+((?!\w*Group: )[A-Za-z_][\w.]*: .+)$", re.MULTILINE)  # in its traceback
 DISK = re.compile(r"\[Errno (?:28|122|30)\] (?P<what>[^:]+)(?:: '(?P<path>.*)')?\Z")
 
 
@@ -472,11 +472,17 @@ def completed(done: Any, folder: RunFolder, watch: Watch) -> tuple[str, dict[str
     `run.finish()` was called."""
     if watch.ending is not None:
         return watch.ending.state, {"reason": watch.ending.reason}
+    record = folder.record()
+    unfinished = "environment" in record and "finished" not in record
     for index, cell in enumerate(done.cells):
-        if cell.metadata.get("papermill", {}).get("status") != "completed":
-            return "failed", {"reason": "the notebook stopped early (SystemExit)", "cell": index + 1}
-    record = read_json(folder.run_json)
-    if "environment" in record and "finished" not in record:
+        if cell.metadata.get("papermill", {}).get("status") == "completed":
+            continue
+        if not any(output.get("ename") == "SystemExit" for output in cell.get("outputs", [])):
+            return "failed", {"reason": f"cell {index + 1} did not complete", "cell": index + 1}
+        if unfinished:
+            return "failed", {"reason": "sys.exit(0) before run.finish()", "cell": index + 1}
+        break  # the notebook ends here because it says so
+    if unfinished:
         return "failed", {"reason": "the notebook ended without run.finish()"}
     return "finished", {}
 
@@ -507,19 +513,20 @@ def raised(error: BaseException, watch: Watch, log: Path) -> tuple[str, dict[str
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The first line of a text, without colours."""
-    lines = strip_color(text).strip().splitlines()
-    return lines[0][:limit] if lines else ""
+    """The first line of a text, without what a terminal would obey; empty for an empty text."""
+    return first_line(text, limit) if text.strip() else ""
 
 
 def _cell(error: Any, watch: Watch) -> tuple[str, dict[str, Any]]:
     """State and fields of status.json where a cell raised."""
-    message = strip_color(error.evalue or "")
-    traceback = strip_color("\n".join(error.traceback))
+    message = clean(error.evalue or "").strip()
+    traceback = clean("\n".join(error.traceback))
     memory = MEMORY_MESSAGE.search(message)
     # ONNX Runtime names its source files first; the words about memory come at the end.
     telling = message[memory.start() :] if memory and memory.end() > 200 else message
     reason = one_line(f"{error.ename}: {telling}".removesuffix(": "))
+    if "sub-exception" in message and (parts := OF_A_GROUP.findall(traceback)):
+        reason = one_line(f"{reason}: {'; '.join(parts)}")
     if disk := DISK.match(one_line(message)):
         what, path = disk["what"], disk["path"]
         reason = f"{what[:1].lower()}{what[1:]}" + (f": {path}" if path else "")
@@ -589,9 +596,9 @@ def _reaped(run: RunFolder) -> bool:
 def _left(run: RunFolder) -> dict[str, Any] | None:
     """The status of a run that is "running" on this machine by its status.json, while its writer has ended; else None."""
     try:
-        status = read_json(run.status_json)
+        status = run.written_status()
     except WanlabError:
         return None
-    if not isinstance(status, dict) or status.get("state") != "running" or status.get("host") != host_id():
+    if status.get("state") != "running" or status.get("host") != host_id():
         return None
     return None if living_process(status.get("writer")) else status

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import now, plain, read_json, write_json
+from wanlab.core.files import now, plain, write_json
 from wanlab.launch.grid import GridFile, Task, varied
 from wanlab.launch.guard import reap
 from wanlab.launch.worker import MISTAKE, last_line
@@ -27,6 +27,7 @@ from wanlab.pages.report import render
 from wanlab.pages.sweep_page import render_index
 from wanlab.runs.folder import FINAL, host_id, process_id, writer_alive
 from wanlab.runs.prepare import prepare, shown_path
+from wanlab.runs.results import read_sweep
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ def refuse_second_driver(path: Path) -> None:
         WanlabError: another living process runs this sweep.
     """
     try:
-        record = read_json(path) if path.is_file() else {}
+        record = read_sweep(path.parent)
     except WanlabError:
         return  # the file is broken; this sweep writes it again
-    if isinstance(record, dict) and record.get("state") == "running" and writer_alive(record):
+    if record.get("state") == "running" and writer_alive(record):
         pid = (record.get("writer") or {}).get("pid")
         if pid != os.getpid():
             raise WanlabError(f"sweep {path.parent} is being run by process {pid}; wait for it or stop it")

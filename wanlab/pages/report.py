@@ -26,8 +26,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from wanlab.core.errors import WanlabError
-from wanlab.core.files import read_json, write_text
+from wanlab.core.errors import WanlabError, clean
+from wanlab.core.files import write_text
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, display_time, display_value, duration
 from wanlab.plots.style import NAMES, UNITS, label
@@ -99,7 +99,7 @@ def render(path: str | Path) -> Path:
             problems.append(str(error))
             return otherwise
 
-    record = tried(lambda: read_json(folder.run_json), {})
+    record = tried(folder.record, {})
     status = tried(folder.status, {"state": "unreadable"})
     notebook = tried(lambda: read_notebook(folder.notebook), None)
     try:
@@ -510,6 +510,7 @@ def _ansi(source: str) -> str:
     # Here because the import takes half a second, longer than all else of a page, and few outputs have colours.
     from nbconvert.filters.ansi import ansi2html
 
+    source = clean(source, colours=True)
     return str(ansi2html(source)) if "\x1b" in source else html.escape(source)
 
 

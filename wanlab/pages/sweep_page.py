@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import read_json, write_text
+from wanlab.core.files import write_text
 from wanlab.pages import sweep_table, templates
 from wanlab.pages.sweep_table import (
     BesideBaseline,
@@ -28,7 +28,7 @@ from wanlab.pages.sweep_table import (
 from wanlab.plots.style import theme
 from wanlab.runs.choose import Choice, choose, pareto
 from wanlab.runs.compare import compare
-from wanlab.runs.results import is_time
+from wanlab.runs.results import is_time, read_sweep
 
 QUALITY = "m.quality_loss_percent"
 PLAYING = 12  # clips that play at once
@@ -256,7 +256,7 @@ def _sweeps(root: Path) -> list[dict[str, Any]]:
     sweeps = []
     for path in sorted(root.glob("*/sweep.json")):
         try:
-            sweep = read_json(path)
+            sweep = read_sweep(path.parent)
             runs = sweep.get("runs") or []
             sweeps.append(
                 {
@@ -266,7 +266,7 @@ def _sweeps(root: Path) -> list[dict[str, Any]]:
                     "href": href(path.with_name("index.html"), root),
                 }
             )
-        except (WanlabError, AttributeError, TypeError):
+        except WanlabError:
             continue
     return sweeps
 

@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from wanlab.core.errors import clean, cleaned
+
 TEMPLATE = Path(__file__).with_name("template")
 WORDS = {
     "finished": "finished",
@@ -35,7 +37,11 @@ def fill(name: str, **values: Any) -> str:
 @functools.cache
 def _environment() -> Any:
     return Environment(
-        loader=FileSystemLoader(TEMPLATE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,
     )
 
 
@@ -52,7 +58,7 @@ def plotly_script() -> Any:
 
 def json_script(value: Any) -> Any:
     """JSON for a script element: no tag and no line separator can end it early."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(cleaned(value), ensure_ascii=False, separators=(",", ":"))
     for character, escaped in (
         ("<", "\\u003c"),
         (">", "\\u003e"),

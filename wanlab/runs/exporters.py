@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from wanlab.core.errors import WanlabError, require
-from wanlab.core.files import plain, read_json, write_bytes
+from wanlab.core.files import plain, write_bytes
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.results import read_run
 
@@ -180,7 +180,7 @@ def _logged_runs(client: Any, experiment: str) -> dict[str, tuple[str, str]]:
 def _export(client: Any, place: str, row: dict, known: tuple[str, str] | None, artifacts: bool) -> str:
     """Log one run unless MLflow has it unchanged; returns "new", "again" or "known"."""
     folder = RunFolder(Path(row["folder"]))
-    record, status = read_json(folder.run_json), folder.status()
+    record, status = folder.record(), folder.status()
     started = str(status.get("started") or record.get("created"))
     if known is not None and known[1] == started:
         return "known"

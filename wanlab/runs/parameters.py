@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import re
 import sys
 import tokenize
 import types
@@ -13,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
+
+import msgspec
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import find_notebook
-from wanlab.core.yaml_lines import integer, real
+from wanlab.core.text import convert, parse_json, read_text
+from wanlab.core.yaml_lines import integer, read_yaml, real
 
 GRAMMAR = "rfc3987_syntax"
 
@@ -40,6 +44,8 @@ SIMPLE = {
     "tuple": tuple,
     "None": type(None),
 }
+ANYTHING = Union[None, bool, int, float, list, str]  # noqa: UP007
+"""The type of a parameter that is None and says no type; on a command line a number is a number and a word is text."""
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -121,6 +127,7 @@ def read_schema(notebook: Path | str | Any) -> Schema:
     where = "the notebook"
     if isinstance(notebook, str | Path):
         where, notebook = str(notebook), read_notebook(notebook)
+        check_language(notebook, where)
     cells = [cell for cell in notebook.cells if is_tagged(cell, "parameters")]
     if len(cells) > 1:
         raise WanlabError(f"{where} has {len(cells)} cells tagged 'parameters'; keep one")
@@ -137,23 +144,74 @@ def read_notebook(path: Path | str) -> Any:
         WanlabError: there is no such file, or it is no notebook.
     """
     path = find_notebook(path)
+    text = read_text(path, "json_mib")
+    form = convert(parse_json(text, f"notebook {path}"), NotebookForm, f"notebook {path}")
+    if form.nbformat > 4:
+        raise WanlabError(f"{path} has notebook format {form.nbformat}; save it in format 4")
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.from_dict(nbformat.reads(text, as_version=4))
     except Exception as error:  # nbformat raises many kinds
         raise WanlabError(f"cannot read notebook {path}: {first_line(error, 200)}") from error
+    convert(notebook, Notebook, f"notebook {path}")
+    return notebook
+
+
+class NotebookForm(msgspec.Struct):
+    """The version of a notebook file, which decides how the rest is read."""
+
+    nbformat: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class CellMetadata(msgspec.Struct):
+    tags: list[str] = []
+
+
+class Cell(msgspec.Struct):
+    """What wanlab takes of a cell."""
+
+    cell_type: str
+    source: str
+    metadata: CellMetadata
+    outputs: list[dict[str, Any]] = []
+
+
+class Notebook(msgspec.Struct):
+    """What wanlab takes of a notebook in format 4."""
+
+    cells: list[Cell]
+    metadata: dict[str, Any]
 
 
 def is_tagged(cell: Any, tag: str) -> bool:
     return cell.cell_type == "code" and tag in cell.metadata.get("tags", [])
 
 
+# Kernels that do not say their language, by the beginning of their name.
+KERNELS = {"ir": "R", "julia": "Julia", "bash": "Bash", "xcpp": "C++", "deno": "JavaScript", "scala": "Scala"}
+
+
+def check_language(notebook: Any, where: str) -> None:
+    """Refuse a notebook that is not in Python, by its metadata.
+
+    Raises:
+        WanlabError: it names another language.
+    """
+    kernel, info = ({} if not isinstance(notebook.metadata.get(key), dict) else notebook.metadata[key]
+                    for key in ("kernelspec", "language_info"))  # fmt: skip
+    named = re.match("[a-z]*", str(kernel.get("name", "")).lower())[0]
+    language = info.get("name") or kernel.get("language") or KERNELS.get(named, "python")
+    if "python" not in str(language).lower():
+        raise WanlabError(f"{where} is a notebook in {language}; wanlab runs notebooks in Python")
+
+
 def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...]:
     """Parameters in the source of a cell. Nothing is executed: values are literals."""
     try:
-        tree = ast.parse(source)
+        tree, comments = ast.parse(source), _comments(source)
     except SyntaxError as error:
         raise WanlabError(f"parameters cell of {where}, line {error.lineno}: {error.msg}") from None
-    comments = _comments(source)
+    except (ValueError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise WanlabError(f"parameters cell of {where}: {first_line(error)}") from None
     parameters: dict[str, Parameter] = {}
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
@@ -170,10 +228,16 @@ def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...
             raise WanlabError(f"{place}: write `name: type = literal  # unit or help`, nothing else")
         try:
             default = ast.literal_eval(value)
-        except ValueError:
+            repr(default)  # a ValueError for an integer of thousands of digits
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise WanlabError(f"{place}: the value of {target.id!r} must be a literal") from None
-        kind = type(default) if annotation is None else _type_of(annotation, place)
-        text = type(default).__name__ if annotation is None else ast.unparse(annotation)
+        if annotation is not None:
+            annotation = _unquoted(annotation, place)
+            kind, text = _type_of(annotation, place), ast.unparse(annotation)
+        elif default is None:
+            kind, text = ANYTHING, "None | bool | int | float | list | str"
+        else:
+            kind, text = type(default), type(default).__name__
         lines = range(statement.lineno, statement.end_lineno + 1)
         note = next((comments[line] for line in reversed(lines) if line in comments), "")
         if target.id in parameters:
@@ -187,7 +251,10 @@ def checked(parameter: Parameter, value: Any, where: str = "the notebook") -> An
     """`value` in its declared type: an int may be a float and a list a tuple; any other type is refused."""
     if not _matches(parameter.type, value):
         raise _mismatch(parameter, value, where)
-    return _converted(parameter.type, value)
+    try:
+        return _converted(parameter.type, value)
+    except OverflowError:  # an integer that no float can be
+        raise _mismatch(parameter, value, where) from None
 
 
 def read_value(parameter: Parameter, value: Any, where: str = "the notebook") -> Any:
@@ -249,6 +316,8 @@ def _converted(kind: Any, value: Any) -> Any:
 def _from_text(kind: Any, text: str) -> Any:
     """A value on the command line in its declared type; raises `ValueError` where it is none."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind == ANYTHING:
+        return _guessed(text)
     if origin in (Union, types.UnionType):
         # Text is the last resort: "4" given to `int | str` is the number.
         for arg in sorted(args, key=lambda arg: (arg is str, arg is not type(None))):
@@ -291,11 +360,33 @@ def _from_text(kind: Any, text: str) -> Any:
     return _sequence(kind, map(_from_text, kinds, items))
 
 
+def _guessed(text: str) -> Any:
+    """A value as YAML reads it: `3` is a number, `[a, b]` a list, `hello` text; `none` is None."""
+    try:
+        value = read_yaml(text, "", "").data
+    except WanlabError:
+        return text
+    if text.strip().lower() == "none":
+        return None
+    return value if text.strip() and _matches(ANYTHING, value) else text
+
+
 def _sequence(kind: Any, items: Any) -> list | tuple:
     return (tuple if (typing.get_origin(kind) or kind) is tuple else list)(items)
 
 
+def _unquoted(node: ast.expr, place: str) -> ast.expr:
+    """A type that is written as text, such as `"int | None"`, as the type."""
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return node
+    try:
+        return ast.parse(node.value.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise WanlabError(f"{place}: {_short(node.value)} is no type") from None
+
+
 def _type_of(node: ast.expr, place: str) -> Any:
+    node = _unquoted(node, place)
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
     if isinstance(node, ast.Name) and node.id in SIMPLE:
@@ -305,13 +396,16 @@ def _type_of(node: ast.expr, place: str) -> Any:
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name | ast.Attribute):
         name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        if name == "Literal":
-            return Literal[tuple(ast.literal_eval(item) for item in inner)]
+        if name == "Literal" and all(isinstance(item, ast.Constant | ast.UnaryOp) for item in inner):
+            with contextlib.suppress(ValueError, TypeError):
+                return Literal[tuple(ast.literal_eval(item) for item in inner)]
         if name == "Optional" and len(inner) == 1:
             return Union[_type_of(inner[0], place), None]  # noqa: UP007
-        if name == "list" and len(inner) == 1:
+        if name == "Union" and inner:
+            return Union[tuple(_type_of(item, place) for item in inner)]  # noqa: UP007
+        if name in ("list", "List") and len(inner) == 1:
             return GenericAlias(list, (_type_of(inner[0], place),))
-        if name == "tuple":
+        if name in ("tuple", "Tuple"):
             dots = [isinstance(item, ast.Constant) and item.value is Ellipsis for item in inner]
             kinds = tuple(
                 ... if dot else _type_of(item, place) for item, dot in zip(inner, dots, strict=True)

@@ -18,10 +18,10 @@ from wanlab import models
 from wanlab.configuration.configuration import identity
 from wanlab.core.contents import content_digest, content_digests
 from wanlab.core.errors import WanlabError
-from wanlab.core.files import digest, now, plain
+from wanlab.core.files import digest, file_name, now, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.parameters import Schema, is_tagged, nbformat, read_notebook, read_schema
+from wanlab.runs.parameters import Schema, check_language, is_tagged, nbformat, read_notebook, read_schema
 
 
 def inject(nb: Any, values: Mapping[str, Any]) -> None:
@@ -280,10 +280,13 @@ def prepare(
     """
     path = find_notebook(notebook)
     nb = read_notebook(path)
+    check_language(nb, str(path))
     schema = Schema(read_schema(nb).parameters, str(path))
     overrides = dict(parameters or {})
     values = schema.resolve(overrides)
     inputs, weights = input_digests(values), weights_id(values.get("model"), values.get("weights"))
     identifier = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
-    folder = RunFolder.of(Path(output) if output else default_outputs(), name or path.stem, identifier)
+    folder = RunFolder.of(
+        Path(output) if output else default_outputs(), name or file_name(path.stem), identifier
+    )
     return Prepared(path, nb, schema, values, overrides, inputs, weights, repeat, identifier, folder)

@@ -18,9 +18,10 @@ import msgspec
 import pandas as pd
 
 from wanlab.core.effects import NOT_APPLIED
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, clean, cleaned, did_you_mean
 from wanlab.core.files import plain, read_json
 from wanlab.core.paths import default_outputs, locate
+from wanlab.core.text import convert, decode_text, parse_json, read_bytes
 from wanlab.measure.timing import Samples
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.result import (
@@ -155,10 +156,7 @@ def read_run(path: Path) -> RunRecord:
     folder = RunFolder(path)
     row: dict[str, Any] = {"name": path.parent.name, "run_id": path.name, "folder": str(path)}
     try:
-        record = read_json(folder.run_json)
-        status = folder.status()
-        if not isinstance(record, dict):
-            raise WanlabError(f"cannot read {folder.run_json}: not a JSON object")
+        record, status = folder.record(), folder.status()
         environment = record.get("environment") or {}
         gpu = environment.get("gpu")
         row |= {
@@ -174,12 +172,13 @@ def read_run(path: Path) -> RunRecord:
             "cpu": environment.get("cpu"),
             "wanlab": record.get("wanlab"),
         }
+        row = cleaned(row) | {"folder": str(path)}
         row |= parameter_cells(record.get("parameters") or {})
         run = RunRecord(row, record, read_metrics(folder.metrics), read_results(folder))
         row |= {f"m.{name}": value for name, value in run.figures.items()}
         return run
     except (WanlabError, AttributeError, TypeError, ValueError, KeyError, OSError) as error:
-        return RunRecord(row | {"state": "unreadable", "reason": str(error)})
+        return RunRecord(row | {"state": "unreadable", "reason": clean(error)})
 
 
 def read_results(folder: RunFolder) -> tuple[Result, ...]:
@@ -255,6 +254,13 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     return files
 
 
+class MetricForm(msgspec.Struct):
+    """A line of metrics.jsonl."""
+
+    name: str
+    value: Any
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
     """The last recorded value of each name in a metrics.jsonl.
 
@@ -263,9 +269,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     values = {}
     for line, entry in _json_lines(path):
-        if not isinstance(entry, dict) or not {"name", "value"} <= entry.keys():
-            raise WanlabError(f"cannot read {path}, line {line}: not an object with a name and a value")
-        values[entry["name"]] = entry["value"]
+        row = convert(entry, MetricForm, f"{path}, line {line}")
+        values[row.name] = row.value
     return values
 
 
@@ -275,16 +280,17 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         WanlabError: a line before the last is incomplete.
     """
-    lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
+    lines = read_bytes(path, "json_mib").split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(decode_text(line, where), where)
+        except WanlabError:
             if number == len(lines):
                 break
-            raise WanlabError(f"cannot read {path}, line {number}: not JSON") from None
+            raise
         yield number, value
 
 
@@ -493,6 +499,39 @@ def configurations(runs: Any) -> MeasuredConfigurations:
     return pooled(list(records.values()), sweep, ", ".join(map(str, paths)))
 
 
+class SweepRunForm(msgspec.Struct):
+    """Types of the fields of a run in sweep.json."""
+
+    run_id: str
+    label: str | None = None
+    notebook: str | None = None
+    parameters: dict[str, Any] | None = None
+    repeat: int | None = None
+    machine: str | None = None
+    state: str | None = None
+    attempts: int | None = None
+
+
+class SweepForm(msgspec.Struct):
+    """Types of the fields of sweep.json."""
+
+    name: str | None = None
+    title: str | None = None
+    grid_file: str | None = None
+    state: str | None = None
+    started: str | None = None
+    ended: str | None = None
+    heartbeat: str | None = None
+    seconds: float | None = None
+    host: str | None = None
+    writer: dict[str, Any] | None = None
+    executor: dict[str, Any] | None = None
+    axes: list[str] | None = None
+    baseline: dict[str, Any] | None = None
+    show: list[str] | None = None
+    runs: list[SweepRunForm] | None = None
+
+
 def read_sweep(folder: Path) -> dict[str, Any]:
     """sweep.json of a folder; empty where there is none.
 
@@ -500,14 +539,13 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         WanlabError: it cannot be read, or a field that decides what is compared is of another type.
     """
     file = folder / "sweep.json"
-    sweep = read_json(file) if file.is_file() else {}
-    if not isinstance(sweep, dict):
-        raise WanlabError(f"cannot read {file}: not a JSON object")
-    for name, kind, word in (("axes", list, "list"), ("runs", list, "list"), ("baseline", dict, "object")):
-        if not isinstance(sweep.get(name), kind | None):
-            raise WanlabError(
-                f"cannot read {file}: {name} is no {word}; run the sweep again, which writes it"
-            )
+    if not file.is_file():
+        return {}
+    try:
+        sweep = read_json(file)
+        convert(sweep, SweepForm, str(file))
+    except WanlabError as error:
+        raise WanlabError(f"{error}; run the sweep again, which writes it") from error
     return sweep
 
 

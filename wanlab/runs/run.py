@@ -19,8 +19,8 @@ from IPython import get_ipython
 from IPython.display import display
 
 from wanlab import heldout, models
-from wanlab.core.errors import WanlabError
-from wanlab.core.files import append_json, checked_name, now, plain, read_json, write_text
+from wanlab.core.errors import WanlabError, clean
+from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
 from wanlab.evaluate.video import write_video
 from wanlab.measure.environment import environment
@@ -209,9 +209,10 @@ class Run:
 
     def verdict(self, text: str) -> clips.Html:
         """Record the answer of the notebook, one sentence with its number; the report begins with it."""
-        self._files.update(verdict=str(text))
-        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(str(text))}</p>'
-        self._answer = clips.Html(answer, str(text))
+        text = clean(text)
+        self._files.update(verdict=text)
+        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(text)}</p>'
+        self._answer = clips.Html(answer, text)
         return self._answer
 
     def finish(self) -> None:
@@ -309,7 +310,7 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
     run_id = prepare.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
     if _current is not None:
         _current._abandon("started again in the same kernel")
-    stem = name or (path.stem if path else "notebook")
+    stem = file_name(name or (path.stem if path else "notebook"))
     folder = RunFolder.of(Path(output) if output else default_outputs(), stem, run_id).open()
     heartbeat = Heartbeat(folder, kernel=None)
     described = describe(schema, values) if schema else []
@@ -360,7 +361,10 @@ def _candidates(name: str | None) -> Iterator[Path]:
     if session.endswith(".ipynb"):
         yield Path(session)
     if name:
-        checked_name(name, "run name")
+        if name != Path(name).name:
+            raise WanlabError(
+                f"run name {name!r} cannot be a file name; give the notebook's without its folder"
+            )
         for folder in (Path.cwd(), *Path.cwd().parents):
             yield folder / f"{name}.ipynb"
             yield folder / "notebooks" / f"{name}.ipynb"

@@ -327,7 +327,7 @@ def test_files_that_do_not_go_together_are_refused(tmp_path):
         engine_report.read_layers(tmp_path / "nothing.json")
     bad = tmp_path / "bad.json"
     bad.write_text("{")
-    with pytest.raises(WanlabError, match="is not JSON"):
+    with pytest.raises(WanlabError, match="not JSON"):
         engine_report.read_layers(bad)
     with pytest.raises(WanlabError, match="no node events"):
         engine_report.read_ort_profile([{"cat": "Session", "name": "model_run", "dur": 1, "ts": 0}])

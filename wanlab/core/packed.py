@@ -15,6 +15,7 @@ from wanlab.core.errors import WanlabError, first_line
 
 MIB = 1 << 20
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)  # damaged, unknown method, encrypted
 SUSPECT = 256 * MIB
 """Size above which the ratio of unpacked to packed bytes is limited too: JSON packs to a tenth, a bomb to a thousandth."""
 
@@ -39,7 +40,7 @@ def read_unpacked(path: str | os.PathLike, limit: str = "trace_mib") -> bytes:
         raise WanlabError(f"{path} is empty; was the profiler stopped before it wrote?")
     try:
         return _unpack(raw, str(path), limit)
-    except (EOFError, OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (EOFError, OSError, ValueError, zlib.error, *_ZIP_ERRORS) as error:
         raise WanlabError(f"{path} is cut off or damaged ({first_line(error)}); copy it again") from error
 
 

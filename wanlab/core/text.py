@@ -88,14 +88,14 @@ def check_depth(value: Any, where: str) -> None:
         level = [item for item in items if isinstance(item, dict | list)]
 
 
-def convert(value: Any, kind: Any, where: str) -> Any:
-    """A value from JSON as a msgspec record or another type.
+def convert(value: Any, kind: Any, where: str, strict: bool = True) -> Any:
+    """A value from JSON as a msgspec record or another type; numbers may be text if not `strict`.
 
     Raises:
         WanlabError: a field is missing or of another type; the message begins with `where` and names the field.
     """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=strict)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         reason, _, place = first_line(error).partition(" - at `$")
         field = place.rstrip("`").lstrip(".")

@@ -222,6 +222,8 @@ def _sound(events: list) -> list[dict]:
         label = str(event.get("cat") or (event.get("pid") if event["ph"] == "X" else "") or "")
         event["cat"] = meaning(label, event["name"]) or label
         event["args"] = event["args"] if isinstance(event.get("args"), dict) else {}
+        if not isinstance(event["args"].get("correlation"), int | float | str | None):
+            del event["args"]["correlation"]
         event |= {key: as_float(event[key]) for key in ("ts", "dur") if key in event}
     complete = [event for event in events if event["ph"] == "X"]
     times = (np.array([event.get(key, np.nan) for event in complete], dtype=float) for key in ("ts", "dur"))

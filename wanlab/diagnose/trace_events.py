@@ -201,12 +201,12 @@ def _unknown(
     return grouped.sort_values("events", ascending=False, kind="stable").reset_index()
 
 
-def as_float(value: int | float | str | None) -> float:
+def as_float(value: object) -> float:
     """A number, NaN where there is none."""
     if isinstance(value, float):
         return value
     try:
-        return math.nan if value is None else float(value)
+        return float(value) if isinstance(value, int | str) else math.nan
     except (ValueError, OverflowError):
         return math.nan
 

@@ -15,7 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from wanlab import models
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.formats import ITEM_BYTES, element_name
 from wanlab.engine_report.layers import PRODUCTS, EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
 from wanlab.export.components import AXES, ClipShape, axis_sizes
@@ -27,8 +27,9 @@ _BINARY = {
     ast.FloorDiv: operator.floordiv,
     ast.Div: operator.floordiv,  # sizes divide without a remainder
     ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+    ast.Pow: lambda base, power: operator.pow(base, power) if 0 <= power <= 8 else 0 // 0,
 }
+LONGEST_EXPRESSION = 500
 
 
 def traced_sizes(metadata: Mapping[str, str]) -> dict[str, int]:
@@ -36,7 +37,7 @@ def traced_sizes(metadata: Mapping[str, str]) -> dict[str, int]:
     try:
         clip = ClipShape(**json.loads(metadata["shape"]) | {"batch": 1})
         return axis_sizes(models.get(metadata["model"]), clip)
-    except (KeyError, ValueError, TypeError, WanlabError):
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError, WanlabError):
         return {}
 
 
@@ -69,12 +70,12 @@ def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelPr
                     dim.dim_value = size
     try:
         return onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except onnx.shape_inference.InferenceError:
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return copy
 
 
 def evaluated(text: str, symbols: Mapping[str, int]) -> int | None:
-    """Value of an expression such as `2*latent_height_units + 1`; None if a symbol is unknown."""
+    """Value of an expression such as `2*latent_height_units + 1`; None if a symbol is unknown or it is no size."""
 
     def walk(node: ast.AST) -> int:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
@@ -90,16 +91,23 @@ def evaluated(text: str, symbols: Mapping[str, int]) -> int | None:
         raise KeyError(text)
 
     try:
-        return walk(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, ZeroDivisionError, ValueError):
+        value = walk(_expression(text))
+    except (SyntaxError, KeyError, ArithmeticError, TypeError, ValueError, RecursionError, MemoryError):
         return None
+    return value if 0 <= value < 2**63 else None
+
+
+def _expression(text: str) -> ast.expr:
+    if len(text) > LONGEST_EXPRESSION:
+        raise ValueError(text)
+    return ast.parse(text, mode="eval").body
 
 
 def _solved(text: str, size: int) -> dict[str, int]:
     """Symbol -> value for a linear expression of one symbol that is equal to `size`; empty for others."""
     try:
-        names = {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
-    except SyntaxError:
+        names = {node.id for node in ast.walk(_expression(text)) if isinstance(node, ast.Name)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     if len(names) != 1:
         return {}
@@ -179,9 +187,12 @@ def _load(path: str | os.PathLike) -> onnx.ModelProto:
     if not path.is_file():
         raise WanlabError(f"no ONNX file at {path}; export it with wanlab.export.export")
     try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise WanlabError(f"{path} is no ONNX graph: {error}") from error
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise WanlabError(f"{path} is no ONNX graph: {first_line(error)}") from error
+    if not model.graph.node:
+        raise WanlabError(f"{path} is no ONNX graph: it has no nodes")
+    return model
 
 
 def _tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
@@ -197,7 +208,7 @@ def _tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
         )
     for node in graph.node:
         value = next((a.t for a in node.attribute if node.op_type == "Constant" and a.name == "value"), None)
-        if value is not None:
+        if value is not None and node.output:
             tensors[node.output[0]] = Tensor(
                 node.output[0], _dtype(value.data_type), tuple(value.dims), constant=True
             )
@@ -209,6 +220,8 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
 
 
 def _dtype(number: int) -> str:
+    if number not in onnx.TensorProto.DataType.values():  # of a later ONNX
+        return ""
     name = onnx.TensorProto.DataType.Name(number)
     return element_name(name) or (name.lower() if number else "")
 
@@ -222,10 +235,12 @@ def _weights_of(layers: list[Layer] | tuple[Layer, ...]) -> list[Layer]:
             continue
         constants = [tensor for tensor in layer.inputs if tensor.constant]
         pending = [i for i in edges.before[place] if layers[i].type in (*_PASSING, "DequantizeLinear")]
+        visited: set[int] = set()
         while pending:
             i = pending.pop()
+            visited.add(i)
             constants += [tensor for tensor in layers[i].inputs[:1] if tensor.constant]
-            pending += [j for j in edges.before[i] if layers[j].type in _PASSING]
+            pending += [j for j in edges.before[i] if layers[j].type in _PASSING and j not in visited]
         constants = [tensor for tensor in constants if tensor.dtype in ITEM_BYTES and _elements(tensor) > 1]
         if constants:
             largest = max(constants, key=_elements)
@@ -249,4 +264,4 @@ def _codes_of(layers: list[Layer]) -> list[Layer]:
 
 
 def _elements(tensor: Tensor) -> float:
-    return math.prod(size for size in tensor.shape or () if isinstance(size, int))
+    return math.prod(size for size in tensor.shape or () if isinstance(size, int) and size >= 0)

@@ -8,15 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.core.formats import element_name
 from wanlab.engine_report.from_onnx import read_onnx
-from wanlab.engine_report.from_tensorrt import read_json
 from wanlab.engine_report.layers import EngineLayers, Layer, Tensor, join, onnx_kind, precision_of
+from wanlab.engine_report.schema import NodeEvent, read_json, typed
 from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 
 _SUFFIX = "_kernel_time"
@@ -54,36 +53,33 @@ def read_ort_profile(
         time of a whole run under the profiler), load_ms, peak_arena_bytes.
 
     Raises:
-        WanlabError: no such profile, or one without nodes.
+        WanlabError: no such profile, one with fields of another type, or one without nodes.
     """
-    events = profile if isinstance(profile, list) else read_json(profile)
+    content = profile if isinstance(profile, list) else read_json(profile)
     name = name or ("onnxruntime" if isinstance(profile, list) else Path(profile).name)
-    if not isinstance(events, list) or not all(isinstance(event, Mapping) for event in events):
+    if not isinstance(content, list) or not all(isinstance(event, Mapping) for event in content):
         raise WanlabError(f"{name} is no profile of ONNX Runtime; write one with OrtEngine.profile")
-    nodes = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(_SUFFIX)]
+    events: list[NodeEvent] = typed(content, list[NodeEvent], name)
+    nodes = [e for e in events if e.cat == "Node" and e.name.endswith(_SUFFIX)]
     if not nodes:
         raise WanlabError(f"{name} has no node events: the session did not run while its profile was enabled")
-    nodes.sort(key=lambda event: event["ts"])
-    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    nodes.sort(key=lambda event: event.ts)
+    grouped: dict[tuple[str, str], list[NodeEvent]] = defaultdict(list)
     for event in nodes:
-        grouped[event["name"].removesuffix(_SUFFIX), str(event["args"].get("node_index", ""))].append(event)
+        grouped[event.name.removesuffix(_SUFFIX), str(event.args.node_index)].append(event)
     kernels = _kernel_ms(events)
     layers = [_layer(index, *item, warmup, kernels) for index, item in enumerate(grouped.items())]
-    wholes = [e["dur"] / 1e3 for e in events if e.get("cat") == "Session" and e.get("name") == "model_run"]
+    wholes = [e.dur / 1e3 for e in events if e.cat == "Session" and e.name == "model_run"]
     counts = {len(node_events) for node_events in grouped.values()}
     facts = {"runs": float(len(wholes[warmup:] or wholes) or min(counts))}
     if wholes:
         facts["run_ms"] = statistics.median(wholes[warmup:] or wholes)
-    starts = [
-        e["dur"] / 1e3 for e in events if e.get("name") in ("model_loading_uri", "session_initialization")
-    ]
+    starts = [e.dur / 1e3 for e in events if e.name in ("model_loading_uri", "session_initialization")]
     if starts:
         facts["load_ms"] = sum(starts)
-    if arena := max((int(e["args"].get("mem_in_use_peak", 0) or 0) for e in nodes), default=0):
+    if arena := max((e.args.mem_in_use_peak for e in nodes), default=0):
         facts["peak_arena_bytes"] = float(arena)
-    blocking = blocking or any(
-        e.get("args", {}).get("launch_blocking") == "1" for e in events if e.get("cat") == MARK
-    )
+    blocking = blocking or any(e.args.launch_blocking == "1" for e in events if e.cat == MARK)
     on_gpu = any(layer.provider not in ("", "CPUExecutionProvider") for layer in layers)
     launches = on_gpu and not kernels and not blocking
     notes = [LAUNCHES] if launches else []
@@ -138,14 +134,14 @@ def merged(first: EngineLayers, second: EngineLayers) -> EngineLayers:
 
 
 def _layer(
-    index: int, key: tuple[str, str], node_events: list, warmup: int, kernels: Mapping[str, float]
+    index: int, key: tuple[str, str], node_events: list[NodeEvent], warmup: int, kernels: Mapping[str, float]
 ) -> Layer:
     name, _ = key
-    arguments = node_events[0]["args"]
-    operator = str(arguments.get("op_name", ""))
+    arguments = node_events[0].args
+    operator = arguments.op_name
     kind = onnx_kind(operator)
-    inputs, outputs = (_tensors(arguments.get(f"{side}_type_shape")) for side in ("input", "output"))
-    samples = tuple(event["dur"] / 1e3 for event in node_events[warmup:] or node_events)
+    inputs, outputs = (_tensors(side) for side in (arguments.input_type_shape, arguments.output_type_shape))
+    samples = tuple(event.dur / 1e3 for event in node_events[warmup:] or node_events)
     time_ms = statistics.median(samples)
     if name in kernels:
         time_ms, samples = kernels[name] / len(node_events), ()
@@ -154,31 +150,31 @@ def _layer(
         name=name,
         type=operator,
         kind=kind,
-        provider=str(arguments.get("provider", "")),
+        provider=arguments.provider,
         inputs=inputs,
         outputs=outputs,
         precision=precision_of(kind, inputs, outputs),
-        weight_bytes=int(arguments.get("parameter_size", 0) or 0),
+        weight_bytes=arguments.parameter_size,
         time_ms=time_ms,
         samples_ms=samples,
     )
 
 
-def _tensors(described: Any) -> tuple[Tensor, ...]:
+def _tensors(described: list[dict[str, list[int]]] | None) -> tuple[Tensor, ...]:
     """Tensors from `[{"float": [1, 24]}]`; they have no names in a profile."""
     return tuple(
-        Tensor("", element_name(kind) or kind, tuple(int(size) for size in shape))
+        Tensor("", element_name(kind) or kind, tuple(shape))
         for one in described or ()
         for kind, shape in one.items()
     )
 
 
-def _kernel_ms(events: list) -> dict[str, float]:
+def _kernel_ms(events: list[NodeEvent]) -> dict[str, float]:
     """Node -> time of its GPU kernels in all runs, if this build of ONNX Runtime records kernels."""
     total: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.get("cat") == "Kernel" and (parent := str(event.get("args", {}).get("parent_name", ""))):
-            total[parent.removesuffix(_SUFFIX)] += event["dur"] / 1e3
+        if event.cat == "Kernel" and event.args.parent_name:
+            total[event.args.parent_name.removesuffix(_SUFFIX)] += event.dur / 1e3
     return dict(total)
 
 

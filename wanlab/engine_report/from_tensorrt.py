@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
 import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ITEM_BYTES, element_in
 from wanlab.engine_report.layers import (
     EngineLayers,
@@ -24,23 +21,16 @@ from wanlab.engine_report.layers import (
     precision_of,
     tensorrt_kind,
 )
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """The content of a `.json` or `.json.gz` file.
-
-    Raises:
-        WanlabError: no such file, or a file that is not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WanlabError(f"no file at {path}")
-    try:
-        raw = path.read_bytes()
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        return json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
-        raise WanlabError(f"{path} is not JSON: {first_line(error)}") from error
+from wanlab.engine_report.schema import (
+    Inspector,
+    InspectorLayer,
+    InspectorTensor,
+    LayerTime,
+    RunTime,
+    Time,
+    read_json,
+    typed,
+)
 
 
 def with_times(layers: EngineLayers, profile: str | os.PathLike | list) -> EngineLayers:
@@ -56,8 +46,10 @@ def with_times(layers: EngineLayers, profile: str | os.PathLike | list) -> Engin
     data = profile if isinstance(profile, list) else read_json(profile)
     if not isinstance(data, list) or not all(isinstance(row, Mapping) for row in data):
         raise WanlabError("a profile is a list of objects, as trtexec --exportProfile writes it")
-    runs = next((int(row["count"]) for row in data if "count" in row), 0)
-    times = {str(row["name"]): _time(row, runs) for row in data if "name" in row}
+    where = "the profile" if isinstance(profile, list) else str(profile)
+    rows = typed(data, list[LayerTime], where)
+    runs = next((row.count for row in rows if row.count is not None), 0)
+    times = {row.name: _time(row, runs) for row in rows if row.name is not None}
     names = {layer.name for layer in layers.layers}
     matched = names & set(times)
     if not matched:
@@ -94,32 +86,36 @@ def read_latency(path: str | os.PathLike) -> float:
 
 def latency_of(data: Any, name: str) -> float:
     """`read_latency` for the content of a file; `name` is for the error message."""
+    values: Any = None
     if (
         isinstance(data, list)
         and data
         and all(isinstance(row, Mapping) and "computeMs" in row for row in data)
     ):
-        return float(statistics.median(float(row["computeMs"]) for row in data))
-    if isinstance(data, Mapping) and isinstance(data.get("samples"), Mapping):
+        values = [row.computeMs for row in typed(data, list[RunTime], name)]
+    elif isinstance(data, Mapping) and isinstance(data.get("samples"), Mapping):
         samples = data["samples"].get("device") or data["samples"].get("latency")
         values = samples.get("values_ms") if isinstance(samples, Mapping) else samples
-        if values:
-            return float(statistics.median(values))
-    raise WanlabError(f"{name} has no times of runs; give a file of trtexec --exportTimes or wanlab bench")
+        values = typed(values or [], list[Time], name)
+    if not values or not statistics.median(values) > 0:
+        raise WanlabError(
+            f"{name} has no times of runs above 0; give a file of trtexec --exportTimes or wanlab bench"
+        )
+    return float(statistics.median(values))
 
 
-def _time(row: Mapping, runs: int) -> float:
-    for key in ("medianMs", "averageMs"):
-        if key in row:
-            return float(row[key])
-    return float(row["timeMs"]) / runs if "timeMs" in row and runs else math.nan
+def _time(row: LayerTime, runs: int) -> float:
+    for value in (row.medianMs, row.averageMs):
+        if value is not None:
+            return value
+    return row.timeMs / runs if row.timeMs is not None and runs else math.nan
 
 
 REBUILD = (
     "build the engine again with config.profiling_verbosity = ProfilingVerbosity.DETAILED"
     " (trtexec --profilingVerbosity=detailed) and inspect the new one"
 )
-_PROFILE = re.compile(r" \[profile (\d+)\]$")
+_PROFILE = re.compile(r" \[profile (\d{1,6})\]$")
 
 
 def read_inspector(
@@ -145,21 +141,22 @@ def read_inspector(
             f"{name} is no inspector JSON: it has no list of Layers; write it with"
             " engine.create_engine_inspector().get_engine_information(LayerInformationFormat.JSON)"
         )
-    raw = data["Layers"]
-    if not raw:
+    inspector = typed(data, Inspector, name)
+    raw = [layer for layer in inspector.layers if not isinstance(layer, str)]
+    if not inspector.layers:
         raise WanlabError(f"{name} has no layers: its profiling verbosity was NONE; {REBUILD}")
-    if not all(isinstance(layer, Mapping) and "Outputs" in layer for layer in raw):
+    if len(raw) < len(inspector.layers) or any(layer.outputs is None for layer in raw):
         raise WanlabError(f"{name} has names of layers only; {REBUILD}")
-    selected = [layer for layer in raw if _profile_of(layer.get("Name", "")) in (None, profile)]
-    if not selected or (profile and all(_profile_of(layer.get("Name", "")) is None for layer in raw)):
+    selected = [layer for layer in raw if _profile_of(layer.name) in (None, profile)]
+    if not selected or (profile and all(_profile_of(layer.name) is None for layer in raw)):
         raise WanlabError(f"{name} has no optimisation profile {profile}; profile 0 is the first")
     seen: set[str] = set()
     layers = [_layer(index, layer, seen) for index, layer in enumerate(selected)]
-    inputs, outputs = _bindings(data, layers)
+    inputs, outputs = _bindings(inspector, layers)
     notes = []
     if len(selected) < len(raw):
         notes.append(f"{len(raw) - len(selected)} layers of other optimisation profiles are left out")
-    if not any("Constants" in layer for layer in selected):
+    if all(layer.constants is None for layer in selected):
         notes.append("the inspector does not give the weights of every layer: weight bytes are a lower bound")
     if any(layer.kind != "shape" and not layer.activation_bytes for layer in layers):
         notes.append("sizes of free axes are not in an engine: activation bytes are unknown or a lower bound")
@@ -170,7 +167,7 @@ def read_inspector(
         inputs=inputs,
         outputs=outputs,
         notes=tuple(notes),
-        metadata=_metadata(data),
+        metadata=_metadata(inspector.metadata),
     )
 
 
@@ -179,25 +176,25 @@ def dtype_in(text: str) -> str:
     return element_in(text)
 
 
-def _layer(index: int, raw: Mapping[str, Any], seen: set[str]) -> Layer:
-    name, kind_of = str(raw.get("Name", "")), str(raw.get("LayerType", ""))
-    tactic = str(raw.get("TacticName", raw.get("TacticValue", "")))
-    kind = tensorrt_kind(kind_of, name, tactic)
-    inputs = tuple(_tensor(tensor) for tensor in raw.get("Inputs", ()))
-    outputs = tuple(_tensor(tensor) for tensor in raw.get("Outputs", ()))
+def _layer(index: int, raw: InspectorLayer, seen: set[str]) -> Layer:
+    tactic = raw.tactic if raw.tactic is not None else str(raw.tactic_value or "")
+    kind = tensorrt_kind(raw.kind, raw.name, tactic)
+    inputs = tuple(_tensor(tensor) for tensor in raw.inputs)
+    outputs = tuple(_tensor(tensor) for tensor in raw.outputs or ())
     if kind == "reformat" and inputs and outputs and inputs[0].dtype != outputs[0].dtype:
         kind = "cast"
-    constants = tuple(replace(_tensor(tensor), constant=True) for tensor in raw.get("Constants", ()))
+    constants = tuple(replace(_tensor(tensor), constant=True) for tensor in raw.constants or ())
     weight_dtype, weight_bytes = _weights(raw, constants, seen)
+    stream = str(raw.stream) if raw.stream is not None else ""
     return Layer(
         index=index,
-        name=name,
-        type=kind_of,
+        name=raw.name,
+        type=raw.kind,
         kind=kind,
-        subtype=str(raw.get("ParameterType", "")),
+        subtype=raw.parameter_kind,
         tactic=tactic,
-        stream=int(raw["StreamId"]) if str(raw.get("StreamId", "")).isdigit() else None,
-        nodes=onnx_nodes(str(raw.get("Metadata", ""))),
+        stream=int(stream) if stream.isdecimal() and len(stream) < 9 else None,
+        nodes=onnx_nodes(raw.metadata or ""),
         inputs=inputs + constants,
         outputs=outputs,
         precision=precision_of(kind, inputs, outputs),
@@ -206,7 +203,7 @@ def _layer(index: int, raw: Mapping[str, Any], seen: set[str]) -> Layer:
     )
 
 
-def _weights(raw: Mapping[str, Any], constants: tuple[Tensor, ...], seen: set[str]) -> tuple[str, int]:
+def _weights(raw: InspectorLayer, constants: tuple[Tensor, ...], seen: set[str]) -> tuple[str, int]:
     """Dtype of the largest weight, and bytes of the weights that no earlier layer has, from the fields that give them."""
     if constants:
         fresh = [tensor for tensor in constants if tensor.name not in seen]
@@ -214,33 +211,29 @@ def _weights(raw: Mapping[str, Any], constants: tuple[Tensor, ...], seen: set[st
         return max(constants, key=lambda tensor: tensor.size_bytes).dtype, sum(
             tensor.size_bytes for tensor in fresh
         )
-    described = [raw[key] for key in ("Weights", "Bias") if isinstance(raw.get(key), Mapping)]
-    dtypes = [dtype_in(str(weights.get("Type", ""))) for weights in described]
-    sizes = [ITEM_BYTES.get(d, 0.0) * int(w.get("Count", 0)) for d, w in zip(dtypes, described, strict=True)]
+    described = [weights for weights in (raw.weights, raw.bias) if weights is not None]
+    dtypes = [dtype_in(weights.dtype) for weights in described]
+    sizes = [ITEM_BYTES.get(d, 0.0) * w.count for d, w in zip(dtypes, described, strict=True)]
     return next(iter(dtypes), ""), math.ceil(sum(sizes))
 
 
-def _tensor(raw: Any) -> Tensor:
-    if not isinstance(raw, Mapping):
-        return Tensor(str(raw))
-    # TensorRT 10 has one field for both; 11 has two, and two spellings of the name for the type.
-    both = str(raw.get("Format/Datatype", ""))
-    dtype = str(raw.get("DataType", raw.get("Datatype", both)))
-    form = str(raw.get("Format", both))
-    sizes = raw.get("Dimensions")
-    shape = tuple(int(size) if int(size) >= 0 else "?" for size in sizes) if isinstance(sizes, list) else None
-    return Tensor(str(raw.get("Name", "")), dtype_in(dtype) or dtype_in(form), shape, form)
+def _tensor(raw: InspectorTensor | str) -> Tensor:
+    if isinstance(raw, str):
+        return Tensor(raw)
+    dtype = next((text for text in (raw.dtype, raw.dtype_11) if text is not None), raw.both)
+    form = raw.both if raw.form is None else raw.form
+    shape = None if raw.sizes is None else tuple(size if size >= 0 else "?" for size in raw.sizes)
+    return Tensor(raw.name, dtype_in(dtype) or dtype_in(form), shape, form)
 
 
-def _bindings(data: Mapping[str, Any], layers: list[Layer]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    described = data.get("I/O Tensors")
-    if described is not None:
+def _bindings(data: Inspector, layers: list[Layer]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if data.tensors is not None:
         sides: dict[str, list[Tensor]] = {"input": [], "output": []}
-        for raw in described:
-            sides.setdefault(str(raw.get("IOMode", "")).lower().removeprefix("k"), []).append(_tensor(raw))
+        for raw in data.tensors:
+            sides.setdefault(raw.mode.lower().removeprefix("k"), []).append(_tensor(raw))
         return tuple(sides["input"]), tuple(sides["output"])
     # TensorRT 10 has only names; direction and type are known from the layers that read or write the tensors.
-    names = [_PROFILE.sub("", str(name)) for name in data.get("Bindings", ())]
+    names = [_PROFILE.sub("", name) for name in data.bindings]
     read = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.inputs}
     written = {_PROFILE.sub("", t.name): t for layer in layers for t in layer.outputs}
     unique = list(dict.fromkeys(names))
@@ -248,8 +241,7 @@ def _bindings(data: Mapping[str, Any], layers: list[Layer]) -> tuple[tuple[Tenso
     return tuple(read.get(name, Tensor(name)) for name in unique if name not in written), outputs
 
 
-def _metadata(data: Mapping[str, Any]) -> dict[str, str]:
-    metadata = data.get("Engine Metadata")
+def _metadata(metadata: Any) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, Mapping) else {}
 
 

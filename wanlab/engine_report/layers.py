@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -85,6 +86,7 @@ def tensorrt_kind(layer_type: str, name: str = "", tactic: str = "") -> str:
     Kernels that TensorRT's compiler generated (`kgen`, `fusion`, `Myelin`) are known only by their names, which list
     their operations: `__myl_MulMaxSubExpSum_myl0_12` is a softmax.
     """
+    layer_type, name, tactic = (text[:LONGEST_NAME] for text in (layer_type, name, tactic))
     if _FUSED_ATTENTION.search(f"{layer_type} {name} {tactic}"):
         return "attention"
     kind = _BY_LAYER.get(layer_type.replace(" ", "").lower())
@@ -126,6 +128,8 @@ _PATTERNS = (
         r"(^|\.)(conv\w*|resnets\.\d+|(up|down)samplers?(\.\d+)?|(post_)?quant_conv|resample)(\.|$)",
     ),
 )
+LONGEST_NAME = 20_000
+"""What is read of a name; those of engines list all that was fused."""
 _PARTS = re.compile(r"[^\s+,()\[\]{}\x1e\x1f]+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _WEIGHT = re.compile(r"([A-Za-z_]\w*(\.\w+)*)\.(weight|bias|scale_shift_table)(_\w+)?")
@@ -168,12 +172,14 @@ def modules_in(texts: Iterable[str]) -> tuple[str, ...]:
     """
     modules: dict[str, None] = {}
     for text in texts:
-        for part in _PARTS.findall(text.replace("...", " ")):
+        for part in _PARTS.findall(text[:LONGEST_NAME].replace("...", " ")):
             if module := module_of(part):
                 modules[module] = None
     # Quantised values that several layers read come from nodes of their list: `blocks` of `blocks.3.attn2.to_k`.
     lists = {
-        module for module in modules if any(re.match(rf"{re.escape(module)}\.\d", other) for other in modules)
+        other[: number.start()]
+        for other in modules
+        for number in itertools.islice(re.finditer(r"\.\d", other), 16)
     }
     return tuple(module for module in modules if module not in lists)
 
@@ -197,7 +203,9 @@ def role_of(modules: Iterable[str], kind: str) -> str:
 def block_of(modules: Iterable[str]) -> int | None:
     """Number of the block that contains all modules; None if there is none."""
     numbers = {
-        int(match[1]) for module in modules if (match := re.match(r"(?:\w+\.)*?blocks?\.(\d+)(\.|$)", module))
+        int(match[1])
+        for module in modules
+        if (match := re.match(r"(?:\w+\.)*?blocks?\.(\d{1,9})(\.|$)", module))
     }
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -209,6 +217,9 @@ def site_of(modules: Iterable[str]) -> str:
 
 def _role(module: str) -> str:
     return next((role for role, pattern in _PATTERNS if re.search(pattern, module)), "other")
+
+
+MOST_ELEMENTS = 2**44
 
 
 @dataclass(frozen=True)
@@ -230,9 +241,9 @@ class Tensor:
 
     @property
     def size_bytes(self) -> int:
-        """Size in bytes; 0 if dtype or shape is unknown."""
+        """Size in bytes; 0 if dtype or shape is unknown, or is larger than any tensor can be."""
         sizes = [size for size in self.shape or () if isinstance(size, int)]
-        if self.shape is None or len(sizes) < len(self.shape):
+        if self.shape is None or len(sizes) < len(self.shape) or not 0 <= math.prod(sizes) < MOST_ELEMENTS:
             return 0
         return math.ceil(math.prod(sizes) * ITEM_BYTES.get(self.dtype, 0.0))
 
@@ -341,8 +352,8 @@ class EngineLayers:
 
     @property
     def timed(self) -> bool:
-        """Whether any layer has a time."""
-        return any(not math.isnan(layer.time_ms) for layer in self.layers)
+        """Whether any layer has a time above 0."""
+        return any(layer.time_ms > 0 for layer in self.layers)
 
     @property
     def total_ms(self) -> float:
@@ -418,11 +429,10 @@ class Edges:
         self.after: list[list[int]] = [[] for _ in layers]
         writers: dict[str, int] = {}
         for place, layer in enumerate(layers):
-            for tensor in layer.inputs:
-                writer = writers.get(tensor.name) if tensor.name else None
-                if writer is not None and writer not in self.before[place]:
-                    self.before[place].append(writer)
-                    self.after[writer].append(place)
+            read = (writers.get(tensor.name) for tensor in layer.inputs if tensor.name)
+            self.before[place] = list(dict.fromkeys(writer for writer in read if writer is not None))
+            for writer in self.before[place]:
+                self.after[writer].append(place)
             for tensor in layer.outputs:
                 writers[tensor.name] = place
 

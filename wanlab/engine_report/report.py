@@ -15,9 +15,10 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.yaml_lines import load_yaml
 from wanlab.engine_report.from_onnx import read_onnx
 from wanlab.engine_report.from_onnxruntime import read_ort_profile
-from wanlab.engine_report.from_tensorrt import latency_of, read_inspector, read_json, with_times
+from wanlab.engine_report.from_tensorrt import latency_of, read_inspector, with_times
 from wanlab.engine_report.layers import CONVERSIONS, EngineLayers, Layer, Tensor, described
 from wanlab.engine_report.rules import Finding, lint
+from wanlab.engine_report.schema import PlannedLayer, read_json, typed
 
 ATTENTION = ("attn1", "attn2")
 
@@ -210,7 +211,7 @@ def read_planned(path: str | os.PathLike | None) -> dict[str, str]:
     path = Path(path)
     data = load_yaml(path, "the plan").data if path.suffix.lower() in (".yaml", ".yml") else read_json(path)
     if isinstance(data, Mapping) and isinstance(data.get("layers"), list):
-        data = {layer["layer"]: layer["format"] for layer in data["layers"] if isinstance(layer, Mapping)}
+        data = {row.layer: row.format for row in typed(data["layers"], list[PlannedLayer], str(path))}
     if not isinstance(data, Mapping) or not all(isinstance(value, str) for value in data.values()):
         shown = json.dumps({"blocks.*.attn1.to_q": "int8"})
         raise WanlabError(f"{path} is no mapping of module patterns to formats; write {shown}")

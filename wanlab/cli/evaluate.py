@@ -56,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
         f"{scores.frames} frames of {scores.height}x{scores.width}: {args.optimized} against {args.original}"
     )
     show(scores.table())
+    for note in scores.notes:
+        show(f"note: {note}")
     show(f"scores written to {target}")
     return 0
 

@@ -14,12 +14,15 @@ VARIABLE = "WANLAB_LIMITS"
 LIMITS: dict[str, float] = {
     "axis_values": 10_000,  # values of one axis of a grid
     "depth": 100,  # lists and maps inside one another, in YAML and JSON
+    "frame_pixels": 8192 * 4320,  # pixels of one frame of a video
     "json_mib": 256,  # a JSON file, a notebook, or a file of lines of JSON
     "json_objects": 10_000_000,  # objects of a trace or profile; an event is one or two
     "packed_ratio": 100,  # unpacked over packed size of a gzip or zip file; only from 256 MiB on
+    "picture_pixels": 150_000_000,  # pixels of one picture
     "runs": 100_000,  # runs of one sweep
     "text_mib": 8,  # a text file: YAML, a prompt
     "trace_mib": 4096,  # a trace, a profile or the layers of an engine, unpacked
+    "video_mib": 4096,  # a video whose frames are all held in memory
     "yaml_values": 200_000,  # values of a YAML file, with those that aliases repeat
 }
 """Name of a limit -> its default. Sizes are in MiB, the others are counts."""

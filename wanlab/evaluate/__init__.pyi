@@ -29,3 +29,5 @@ from .video import Video as Video
 from .video import read_pair as read_pair
 from .video import read_video as read_video
 from .video import write_video as write_video
+from .video_file import VideoFile as VideoFile
+from .video_file import open_video as open_video

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,12 @@ from wanlab.evaluate import lpips
 from wanlab.evaluate.catalogue import METRICS
 from wanlab.evaluate.metrics import device_of, same_geometry, to_tensor
 from wanlab.evaluate.scores import Scores
-from wanlab.evaluate.video import as_video
+from wanlab.evaluate.video import VideoLike, as_video
 
 KINDS = ("lpips", "absolute")
 BRIGHTEST_SHARE = 0.999  # share of the values of a difference clip that are not clipped; a few pixels may be
+
+SAMPLED_VALUES = 2_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,21 +39,48 @@ class HeatMap:
 
 @dataclass(frozen=True, eq=False)
 class DifferenceClip:
-    """Optimised minus original, frame by frame; equal pixels are grey.
+    """Optimised minus original, frame by frame, computed as it is read; equal pixels are grey.
 
     Attributes:
-        video: float32 `[T, H, W, 3]` in [0, 1].
+        original, optimized: the two videos.
         gain: factor by which the difference is amplified, the same for the whole clip; 1 without a difference.
         fps: frames per second, None when not known.
     """
 
-    video: np.ndarray
+    original: VideoLike
+    optimized: VideoLike
     gain: float
     fps: float | None
 
     @property
+    def height(self) -> int:
+        return self.original.height
+
+    @property
+    def width(self) -> int:
+        return self.original.width
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All frames in order: float32 `[N, H, W, 3]` in [0, 1], `size` frames each."""
+        for difference in _differences(self.original, self.optimized, size):
+            difference *= np.float32(self.gain)
+            difference += np.float32(0.5)
+            yield np.clip(difference, 0, 1, out=difference)
+
+    @property
+    def video(self) -> np.ndarray:
+        """All frames in memory: float32 `[T, H, W, 3]` in [0, 1]."""
+        return np.concatenate(list(self.batches(1)))
+
+    @property
     def label(self) -> str:
         return f"difference, amplified {self.gain:,.3g} times"
+
+
+def _differences(a: VideoLike, b: VideoLike, size: int) -> Iterator[np.ndarray]:
+    for pair in zip(a.batches(size), b.batches(size), strict=True):
+        first, second = (np.float32(frames) / (255 if frames.dtype == np.uint8 else 1) for frames in pair)
+        yield np.subtract(second, first, out=second)
 
 
 def heat_maps(
@@ -74,7 +104,7 @@ def heat_maps(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise WanlabError(f"no heat map {unknown[0]!r}; known: {', '.join(KINDS)}")
-    x, y = (to_tensor(video.frames[frame : frame + 1], device_of(device)) for video in (a, b))
+    x, y = (to_tensor(video.frame(frame)[None], device_of(device)) for video in (a, b))
     maps = []
     for kind in kinds:
         if kind == "lpips":
@@ -94,17 +124,15 @@ def difference_clip(original, optimized) -> DifferenceClip:
     """
     a, b = as_video(original, name="original"), as_video(optimized, name="optimized")
     same_geometry(a, b)
-    first, second = (np.float32(v.frames) / (255 if v.frames.dtype == np.uint8 else 1) for v in (a, b))
-    difference = np.subtract(second, first, out=second)
     # A sample of pixels is enough for the gain; sorting all of a long clip takes longer than everything else.
-    step = max(1, difference.size // 2_000_000)
-    largest = float(np.quantile(np.abs(difference.reshape(-1)[::step]), BRIGHTEST_SHARE))
-    largest = largest or float(np.abs(difference).max())
-    gain = 0.5 / largest if largest else 1.0
-    difference *= np.float32(gain)
-    difference += np.float32(0.5)
-    fps = a.fps if a.fps is not None else b.fps
-    return DifferenceClip(np.clip(difference, 0, 1, out=difference), gain, fps)
+    step = max(1, a.length * a.height * a.width * 3 // SAMPLED_VALUES)
+    sampled, largest, seen = [], 0.0, 0
+    for difference in _differences(a, b, 1):
+        sampled.append(np.abs(difference.reshape(-1)[-seen % step :: step]))
+        largest = max(largest, float(np.abs(difference, out=difference).max()))
+        seen += difference.size
+    gain = 0.5 / (float(np.quantile(np.concatenate(sampled), BRIGHTEST_SHARE)) or largest or 0.5)
+    return DifferenceClip(a, b, gain, a.fps if a.fps is not None else b.fps)
 
 
 def worst_frames(original, optimized, scores: Scores, metrics=METRICS) -> dict[int, dict[str, np.ndarray]]:
@@ -120,14 +148,14 @@ def worst_frames(original, optimized, scores: Scores, metrics=METRICS) -> dict[i
         is worst in several metrics appears once. In the difference, equal pixels are grey and the largest difference
         of the frame is black or white; its label states the amplification.
     """
-    a, b = (as_video(video).frames for video in (original, optimized))
+    a, b = (as_video(video) for video in (original, optimized))
     pictures: dict[int, dict[str, np.ndarray]] = {}
     summary = scores.summary
     rows = summary[summary["metric"].isin(metrics)]
     for frame, names in rows.groupby("worst_frame", sort=False)["metric"]:
         one, two = (
             picture.astype(np.float32) / (255 if picture.dtype == np.uint8 else 1)
-            for picture in (a[frame], b[frame])
+            for picture in (a.frame(int(frame)), b.frame(int(frame)))
         )
         largest = float(np.abs(two - one).max())
         gain = 0.5 / largest if largest else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import Scores, same_backbone
-from wanlab.evaluate.video import as_video
+from wanlab.evaluate.video import VideoLike, as_video
 
 LIMIT_PERCENT = 3.0
 
@@ -158,21 +158,28 @@ def loss_to_truth(
             f"{len(truths)} truths, {len(originals)} original and {len(optimised)} optimised videos; give one of"
             " each per case"
         )
-    if any(
-        as_video(g).frames.shape != as_video(o).frames.shape for g, o in zip(truths, originals, strict=True)
-    ):
+    truths, originals, optimised = (
+        [_without_rate(video) for video in side] for side in (truths, originals, optimised)
+    )
+    if any(_size(g) != _size(o) for g, o in zip(truths, originals, strict=True)):
         return QualityLoss.unknown()
     sides = [
         [
-            # A true video has no frame rate of its own, and nothing here depends on it.
-            compare_videos(
-                as_video(g).frames, as_video(video).frames, "lpips", backbone, device, progress=False
-            )
+            compare_videos(g, video, "lpips", backbone, device, progress=False)
             for g, video in zip(truths, side, strict=True)
         ]
         for side in (optimised, originals)
     ]
     return quality_loss(*sides, seed=seed)
+
+
+def _without_rate(source) -> VideoLike:
+    # A true video has no frame rate of its own, and nothing here depends on it.
+    return replace(as_video(source), fps=None)
+
+
+def _size(video: VideoLike) -> tuple[int, int, int]:
+    return video.length, video.height, video.width
 
 
 def _as_list(values) -> list:

@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.evaluate import lpips
 from wanlab.evaluate.catalogue import ALL_METRICS, CATALOGUE, METRICS, TEMPORAL
 from wanlab.evaluate.scores import NO_BACKBONE, Scores, long_table
-from wanlab.evaluate.video import Video, as_video
+from wanlab.evaluate.video import VideoLike, as_video
 
 _SIGMA, _RADIUS = 1.5, 5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -300,10 +300,11 @@ def compare_videos(
 ) -> Scores:
     """Score an optimised video against the original, frame by frame.
 
-    Float arrays are not rounded to 8 bits.
+    Float arrays are not rounded to 8 bits. Files are decoded a few frames at a time, so a long video takes no more memory
+    than a short one; LPIPS needs about 3 KB a pixel of one frame.
 
     Args:
-        original, optimized: path, `Video`, array `[T, H, W, 3]` (uint8, or float in `[0, 1]`), or an
+        original, optimized: path, `Video`, `VideoFile`, array `[T, H, W, 3]` (uint8, or float in `[0, 1]`), or an
             object with `.video` and `.fps` such as a generation.
         metrics: names from `ALL_METRICS` (`CATALOGUE` explains each), or `"all"`: those that the
             clip is long enough for.
@@ -325,14 +326,14 @@ def compare_videos(
     if "lpips" in names:
         lpips.load_backbone(backbone, device)  # a missing backbone is refused before the work begins
     batch = _batch(a, device, backbone if "lpips" in names else None)
-    parts: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[float]] = {}
     with (
         torch.inference_mode(),
         tqdm(total=a.length, desc="comparing", unit="frame", leave=False, disable=not progress) as bar,
     ):
         before = None
-        for start in range(0, a.length, batch):
-            x, y = (to_tensor(video.frames[start : start + batch], device) for video in (a, b))
+        for pair in zip(a.batches(batch), b.batches(batch), strict=True):
+            x, y = (to_tensor(frames, device) for frames in pair)
             scores = _score_frames(x, y, names, backbone)
             # Metrics of two frames also need the last frame of the batch before.
             pair = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
@@ -340,11 +341,13 @@ def compare_videos(
                 scores |= _score_pairs(*pair, names)
             before = x[-1:].clone(), y[-1:].clone()
             for name, values in scores.items():
-                parts.setdefault(name, []).append(values.cpu().numpy())
+                # Numbers, not small tensors: those lie between the large ones, whose memory could not be used again.
+                parts.setdefault(name, []).extend(values.tolist())
             bar.update(len(x))
     fps = a.fps if a.fps is not None else b.fps
     table = _joined(parts, names, backbone, f"{scales(a.height, a.width)} scales")
-    return Scores(long_table(table), a.path, b.path, a.length, a.height, a.width, fps)
+    notes = tuple(f"{video.path} {note}" for video in (a, b) for note in video.notes)
+    return Scores(long_table(table), a.path, b.path, a.length, a.height, a.width, fps, notes)
 
 
 def _score_frames(x: torch.Tensor, y: torch.Tensor, names: list[str], backbone: str) -> dict:
@@ -368,14 +371,14 @@ def _score_pairs(x: torch.Tensor, y: torch.Tensor, names: list[str]) -> dict:
 
 
 def _joined(parts: dict, names: list[str], backbone: str, scales: str) -> dict:
-    whole = {name: np.concatenate(values) for name, values in parts.items()}
+    whole = {name: np.asarray(values) for name, values in parts.items()}
     if "motion_ratio" in names:
         whole["motion_ratio"] = motion_ratio(whole["motion of the original"], whole["motion_ratio"])
     variant = {"lpips": backbone, "ms_ssim": scales}
     return {(name, variant.get(name, NO_BACKBONE)): whole[name] for name in names}
 
 
-def _batch(video: Video, device: torch.device, backbone: str | None) -> int:
+def _batch(video: VideoLike, device: torch.device, backbone: str | None) -> int:
     """Number of frames to score at a time: the fastest for the processor, limited on a GPU by its free memory."""
     pixels = BATCH_PIXELS["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
@@ -386,7 +389,7 @@ def _batch(video: Video, device: torch.device, backbone: str | None) -> int:
     return max(1, pixels // (video.height * video.width))
 
 
-def _long_enough(names: list[str], video: Video, *, everything: bool) -> list[str]:
+def _long_enough(names: list[str], video: VideoLike, *, everything: bool) -> list[str]:
     late = [name for name in names if name in TEMPORAL] if video.length < 2 else []
     if late and not everything:
         raise WanlabError(f"{late[0]} looks at two frames and {video.path} has one; give a longer video")
@@ -406,23 +409,31 @@ def _metric_names(metrics: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def same_geometry(a: Video, b: Video) -> None:
+def same_geometry(a: VideoLike, b: VideoLike) -> None:
     """Refuse two videos of different length, size or frame rate.
 
     Raises:
-        WanlabError: they differ; the message gives both values.
+        WanlabError: they differ; the message gives both values and how to mend each.
     """
-    differences = []
+    differences, mends = [], []
     if a.length != b.length:
         differences.append(f"length ({a.length} and {b.length} frames)")
+        mends.append(
+            f"cut both to {min(a.length, b.length)} frames (ffmpeg -frames:v {min(a.length, b.length)})"
+        )
     if (a.height, a.width) != (b.height, b.width):
         differences.append(f"size ({a.height}x{a.width} and {b.height}x{b.width})")
+        turned = (a.height, a.width) == (b.width, b.height)
+        mends.append(
+            "turn one of them" if turned else f"scale one of them (ffmpeg -vf scale={a.width}:{a.height})"
+        )
     if a.fps is not None and b.fps is not None and abs(a.fps - b.fps) > FPS_TOLERANCE * max(a.fps, b.fps):
         differences.append(f"frame rate ({a.fps:g} and {b.fps:g} fps)")
+        mends.append(f"write both at one rate (ffmpeg -r {a.fps:g} before -i)")
     if differences:
         raise WanlabError(
             f"{a.path} and {b.path} differ in {', '.join(differences)}; "
-            "generate both with the same frames, height, width and fps"
+            f"generate both with the same frames, height, width and fps, or {', '.join(mends)}"
         )
 
 

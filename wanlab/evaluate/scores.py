@@ -31,6 +31,7 @@ class Scores:
             and `"-"` for other metrics.
         original, optimized: names of the two videos.
         frames, height, width, fps: size of both; fps is None for plain arrays.
+        notes: what a reader of the scores should know of the files, such as a variable frame rate.
     """
 
     per_frame: pd.DataFrame
@@ -40,6 +41,7 @@ class Scores:
     height: int
     width: int
     fps: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def backbone(self) -> str | None:
@@ -156,6 +158,7 @@ class Scores:
             "height": self.height,
             "width": self.width,
             "fps": self.fps,
+            "notes": list(self.notes),
             "metrics": per_metric,
         }
         text = json.dumps(data, indent=2, allow_nan=False)

@@ -1,18 +1,21 @@
-"""Videos as arrays: reading and writing files, and one form for videos from any source."""
+"""One form for videos from any source, and writing them to files; `video_file` reads them."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 import numpy as np
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import atomic_path
+from wanlab.evaluate.video_file import EXACT, VideoFile, open_video
 
 ITU709 = 1  # FFmpeg's number for BT.709 in colour matrix, primaries and transfer
 LIMITED_RANGE = 1  # FFmpeg's number for 16..235
@@ -27,11 +30,13 @@ class Video:
         frames: uint8 `[T, H, W, 3]`, RGB; float32 in `[0, 1]` when made from float arrays.
         fps: frames per second, None when not known (plain arrays).
         path: source file, or a name for messages.
+        notes: what a reader of its scores should know, as in `VideoFile`.
     """
 
     frames: np.ndarray
     fps: float | None
     path: str
+    notes: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -45,74 +50,42 @@ class Video:
     def width(self) -> int:
         return self.frames.shape[2]
 
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All frames in order, `[N, H, W, 3]` of `size` frames each; the last may have fewer."""
+        return (self.frames[start : start + size] for start in range(0, self.length, size))
+
+    def frame(self, index: int) -> np.ndarray:
+        """One frame by its number from 0: `[H, W, 3]`."""
+        return self.frames[index]
+
+
+VideoLike: TypeAlias = Video | VideoFile
+
 
 def read_video(path: str | os.PathLike) -> Video:
-    """Decode every frame of a video file.
+    """Decode every frame of a video file into memory; `open_video` takes them a few at a time.
 
     Returns:
         Video: frames uint8 `[T, H, W, 3]`, fps, path.
 
     Raises:
-        WanlabError: the file is missing, is not a video, is damaged, or has no frame; the message names it.
+        WanlabError: as `open_video`; more than the limit `video_mib`.
     """
-    path = Path(path)
-    if not path.exists():
-        raise WanlabError(f"video {path} does not exist; check the path")
-    if not path.is_file():
-        raise WanlabError(f"{path} is not a file; give one video file")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise WanlabError(f"{path} holds no video stream; give a video file")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = stream.average_rate or stream.guessed_rate
-            expected = _expected_frames(container, stream, rate)
-            frames, damaged = [], 0
-            for frame in container.decode(stream):
-                damaged += frame.is_corrupt
-                frames.append(frame.to_ndarray(format="rgb24"))
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        # PyAV's errors derive from built-in ones; their last words say what FFmpeg found.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WanlabError(f"cannot read video {path}: {reason}; is it a complete video file?") from error
-    if not frames:
-        raise WanlabError(f"video {path} holds no frame; is it a complete video file?")
-    if damaged:
-        raise WanlabError(
-            f"video {path} is damaged in {damaged} of {len(frames)} frames; make or copy it again"
-        )
-    if len(frames) + 1.5 < 0.98 * expected:
-        raise WanlabError(
-            f"video {path} ends after {len(frames)} of about {expected:.0f} frames; make or copy it again"
-        )
-    if any(frame.shape != frames[0].shape for frame in frames):
-        raise WanlabError(f"video {path} changes its size midway; re-encode it at one size")
-    return Video(np.stack(frames), float(rate) if rate else None, str(path))
+    file = open_video(path)
+    return Video(file.frames, file.fps, file.path, file.notes)
 
 
 def read_pair(
     original: str | os.PathLike | None, optimized: str | os.PathLike | None
-) -> tuple[list[Video], list[Video]]:
+) -> tuple[list[VideoFile], list[VideoFile]]:
     """Both files of a comparison as two lists of one video each, or two empty lists when neither is given.
 
     Raises:
-        WanlabError: only one is given, or as for `read_video`.
+        WanlabError: only one is given, or as for `open_video`.
     """
     if bool(original) != bool(optimized):
         raise WanlabError("one video is given; give both original and optimized, or neither")
-    return ([read_video(original)], [read_video(optimized)]) if original and optimized else ([], [])
-
-
-def _expected_frames(container, stream, rate) -> float:
-    """The number of frames according to the headers; 0 when they do not state it."""
-    if not rate:
-        return 0.0
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base * rate)
-    # Matroska has one duration for all streams, so another stream may be the longest.
-    alone = len(container.streams) == 1
-    return float(container.duration / 1e6 * rate) if alone and container.duration else 0.0
+    return ([open_video(original)], [open_video(optimized)]) if original and optimized else ([], [])
 
 
 def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool = False) -> Path:
@@ -125,7 +98,8 @@ def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool =
 
     Args:
         path: `.mp4` (or `.mov`), or `.mkv` when lossless. Its folder is created when missing.
-        frames: uint8 `[T, H, W, 3]`, or float in `[0, 1]`, which is rounded to 8 bits.
+        frames: uint8 `[T, H, W, 3]`, or float in `[0, 1]`, which is rounded to 8 bits; or a video, which is encoded as it
+            is read.
         fps: frames per second, above 0.
 
     Raises:
@@ -138,20 +112,16 @@ def write_video(path: str | os.PathLike, frames, fps: float, *, lossless: bool =
         raise WanlabError(f"cannot write {kind} to {path}; name it {path.with_suffix(suffixes[0]).name}")
     if not (isinstance(fps, int | float | Fraction) and math.isfinite(fps) and fps > 0):
         raise WanlabError(f"fps of {path} is {fps}; give frames per second above 0")
-    frames = to_uint8(as_frames(frames, str(path)))
+    video = frames if hasattr(frames, "batches") else Video(as_frames(frames, str(path)), None, str(path))
     try:
         with atomic_path(path, path.suffix) as draft:
-            _encode(draft, frames, Fraction(fps).limit_denominator(1001), lossless=lossless)
+            _encode(draft, video, Fraction(fps).limit_denominator(1001), lossless=lossless)
     except av.error.FFmpegError as error:
         raise WanlabError(f"cannot write video {path}: {error.strerror or error}") from error
     return path
 
 
-def _encode(path: Path, frames: np.ndarray, rate: Fraction, *, lossless: bool) -> None:
-    if not lossless:
-        frames = np.pad(
-            frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge"
-        )
+def _encode(path: Path, video: VideoLike, rate: Fraction, *, lossless: bool) -> None:
     # The index goes before the frames, so that a browser can play before it has the whole file.
     options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     with av.open(str(path), "w", options=options) as container:
@@ -164,25 +134,31 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction, *, lossless: bool) -
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = ITU709
             context.color_range = LIMITED_RANGE
-        stream.height, stream.width = frames.shape[1:3]
-        for array in frames:
+        stream.height, stream.width = video.height, video.width
+        if not lossless:
+            stream.height, stream.width = stream.height + stream.height % 2, stream.width + stream.width % 2
+        for batch in video.batches(1):
+            array = to_uint8(batch[0])
+            if not lossless:
+                odd = (0, array.shape[0] % 2), (0, array.shape[1] % 2), (0, 0)
+                array = np.pad(array, odd, mode="edge") if array.shape[0] % 2 or array.shape[1] % 2 else array
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             if not lossless:
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=EXACT)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def as_video(source, *, name: str = "") -> Video:
-    """A Video from a path, a Video, an array `[T, H, W, 3]`, or anything with `.video` and `.fps`.
+def as_video(source, *, name: str = "") -> VideoLike:
+    """A video from a path, a video, an array `[T, H, W, 3]`, or anything with `.video` and `.fps`.
 
     Raises:
         WanlabError: a file that cannot be read, or an array that is not a video.
     """
-    if isinstance(source, Video):
+    if isinstance(source, Video | VideoFile):
         return source
     if isinstance(source, str | os.PathLike):
-        return read_video(source)
+        return open_video(source)
     if hasattr(source, "video"):
         return Video(as_frames(source.video, name), getattr(source, "fps", None), name)
     return Video(as_frames(source, name), None, name)

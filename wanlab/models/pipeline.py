@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.pictures import read_picture, rgb_picture
 from wanlab.models.device import synchronise
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
@@ -102,6 +103,8 @@ def _row(name: str, load: PartLoad | LoadReport) -> dict[str, object]:
 def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int, width: int) -> Image.Image:
     """An RGB image of exactly this size: scaled to cover it (Lanczos), then cropped in the middle.
 
+    Files and PIL images of every mode are converted as `wanlab.core.pictures` says.
+
     Args:
         image: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1].
         height, width: pixels.
@@ -110,20 +113,12 @@ def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int
         WanlabError: missing or unreadable file, or an array of another shape or dtype.
     """
     if isinstance(image, str | os.PathLike):
-        image = _opened(image)
-    elif not isinstance(image, Image.Image):
+        image = read_picture(image)
+    elif isinstance(image, Image.Image):
+        image = rgb_picture(image)
+    else:
         image = _from_array(image)
-    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-
-
-def _opened(path: str | os.PathLike) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError as error:
-        raise WanlabError(f"no image {os.fspath(path)}; check the path") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise WanlabError(f"{os.fspath(path)} cannot be read as an image; give a PNG or JPEG") from error
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

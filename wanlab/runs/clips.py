@@ -94,8 +94,10 @@ def _media(label: str, item: Any, folder: Path, fps: float | None) -> tuple[str,
         return kind, path.read_bytes()
     if hasattr(item, "save") and hasattr(item, "mode"):  # PIL image
         return "image/png", _png(item)
-    frames = getattr(item, "video", None)
-    frames = getattr(item, "frames", item) if frames is None else frames
+    frames = item
+    if not hasattr(item, "batches"):  # a video that is read as it is encoded
+        frames = getattr(item, "video", None)
+        frames = getattr(item, "frames", item) if frames is None else frames
     if getattr(frames, "ndim", 0) == 3:
         return "image/png", _png(_image(frames))
     rate = getattr(item, "fps", fps)

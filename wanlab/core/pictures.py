@@ -1,0 +1,177 @@
+"""Pictures as their owner sees them: read from files, and converted from every mode of Pillow to 8-bit RGB.
+
+Orientation (EXIF) is applied, a colour profile (ICC) is converted to sRGB, 16-bit and float values are scaled to 8 bits, and
+transparent pixels are laid over `BACKGROUND`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.limits import check, limit
+
+BACKGROUND = (255, 255, 255)
+"""Colour behind transparent pixels: white, as in a browser."""
+
+FULL_SCALE = (255, 65535)
+"""Largest values of 8-bit and 16-bit pictures."""
+
+TRANSPARENT = "is transparent in places, which is laid over white"
+
+_SCALED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+# What Pillow's readers raise for damaged files.
+_DAMAGE = (
+    *(
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class PictureNotice(UserWarning):
+    """A conversion that a reader of the result should know of."""
+
+
+def read_picture(path: str | os.PathLike) -> Image.Image:
+    """The first picture of a file as 8-bit RGB; see `rgb_picture`.
+
+    Raises:
+        WanlabError: the file is missing, over the limit `picture_pixels`, damaged, or no picture.
+    """
+    with opened_picture(path) as picture:
+        return rgb_picture(picture, os.fspath(path))
+
+
+@contextmanager
+def opened_picture(path: str | os.PathLike, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """A file opened by Pillow, of a size within the limit; errors of decoding inside the block become one line.
+
+    Args:
+        formats: names of Pillow's formats that are tried; None tries all.
+
+    Raises:
+        WanlabError: as `read_picture`.
+    """
+    name = os.fspath(path)
+    try:
+        with _open(path, formats) as picture:
+            size = f"{name} states {picture.width}x{picture.height} pixels"
+            check("picture_pixels", picture.width * picture.height, size)
+            yield picture
+    except FileNotFoundError as error:
+        raise WanlabError(f"no image {name}; check the path") from error
+    except IsADirectoryError as error:
+        raise WanlabError(f"{name} is a folder; give one image") from error
+    except UnidentifiedImageError as error:
+        raise WanlabError(f"{name} cannot be read as an image; give a PNG or JPEG") from error
+    except _DAMAGE as error:
+        raise WanlabError(
+            f"{name} cannot be read as an image ({first_line(error, 120)}); give a complete PNG or JPEG"
+        ) from error
+
+
+def _open(path: str | os.PathLike, formats: tuple[str, ...] | None) -> Image.Image:
+    """`Image.open` with our limit of pixels in place of Pillow's, and without its warnings of odd metadata."""
+    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, int(limit("picture_pixels"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(path, formats=formats)
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows
+
+
+def rgb_picture(picture: Image.Image, name: str = "the image") -> Image.Image:
+    """A picture of any mode as 8-bit RGB, as `converted` makes it; what that notes is a `PictureNotice`.
+
+    Raises:
+        WanlabError: as `converted`.
+    """
+    image, note = converted(picture, name)
+    if note:
+        warnings.warn(f"{name} {note}", PictureNotice, stacklevel=3)
+    return image
+
+
+def converted(picture: Image.Image, name: str = "the image") -> tuple[Image.Image, str]:
+    """A picture of any mode as 8-bit RGB, and what a reader should know of the conversion (often nothing, `""`).
+
+    16-bit values are divided by 257. Float values are taken as 0 to 1, 0 to 255 or 0 to 65535, whichever is the smallest
+    that holds them. Transparent pixels are laid over `BACKGROUND`.
+
+    Raises:
+        WanlabError: values that fit no scale, or that are not finite.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    profile = picture.info.get("icc_profile")
+    if picture.mode in _SCALED_MODES:
+        return _scaled(picture, name)
+    if not picture.has_transparency_data:
+        return _srgb(picture, profile), ""
+    layered = picture.convert("RGBA")
+    alpha = layered.getchannel("A")
+    image = _srgb(layered.convert("RGB"), profile)
+    if alpha.getextrema()[0] == 255:
+        return image, ""
+    ground = Image.new("RGB", image.size, BACKGROUND)
+    ground.paste(image, mask=alpha)
+    return ground, TRANSPARENT
+
+
+def _scaled(picture: Image.Image, name: str) -> tuple[Image.Image, str]:
+    """A grey picture of 16-bit, 32-bit or float values as RGB, and a note where its scale was guessed."""
+    values = np.asarray(picture)
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high) and low >= -1e-3):  # an extreme is NaN where a value is
+        raise WanlabError(
+            f"{name} has values from {low:g} to {high:g}; give an image with values of 0 or more"
+        )
+    if picture.mode != "F":
+        scale = 65535 if high <= 65535 else 2**32 - 1 if high > 2**31 - 1 else 2**31 - 1
+    elif high <= 1 + 1e-3:
+        scale = 1
+    else:
+        scale = next((full for full in FULL_SCALE if full / 16 < high <= full), None)
+        if scale is None:
+            raise WanlabError(
+                f"{name} has float values up to {high:g}, which are neither 0 to 1, 0 to 255 nor 0 to 65535; bring them"
+                " to 0 to 1 (tone mapping), or save it with 8 or 16 bits"
+            )
+    note = f"has float values, taken as 0 to {scale}" if picture.mode == "F" and scale > 1 else ""
+    grey = np.rint(np.clip(values / scale, 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB"), note
+
+
+def _srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """A picture as RGB in sRGB; one without a profile, or with one that cannot be used, is taken as sRGB."""
+    if picture.mode == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                base = picture if picture.mode in ("RGB", "L", "CMYK", "LAB") else picture.convert("RGB")
+                return ImageCms.profileToProfile(
+                    base, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass  # a profile of another colour space than the picture's, or a damaged one
+    return picture.convert("RGB")

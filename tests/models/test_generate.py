@@ -14,7 +14,7 @@ from support.models_tiny import EXPERT, save
 from wanlab.core.errors import WanlabError
 from wanlab.models import get, load
 from wanlab.models.loading import WordHashTokenizer
-from wanlab.models.pipeline import first_frame
+from wanlab.models.pipeline import first_frame, first_frame_of
 
 pytestmark = pytest.mark.slow
 
@@ -222,6 +222,21 @@ def test_images_of_every_kind(photo, kind, tmp_path):
     found = first_frame(given, 16, 32)
     assert (found.mode, found.size) == ("RGB", (32, 16))
     assert kind == "grey" or np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_a_note_says_that_a_transparent_image_was_laid_over_white(photo, tmp_path):
+    from PIL import Image
+
+    layers = np.dstack([np.round(photo * 255), np.zeros(photo.shape[:2])]).astype(np.uint8)
+    Image.fromarray(layers).save(tmp_path / "a.png")
+    for image, name in (
+        (tmp_path / "a.png", str(tmp_path / "a.png")),
+        (Image.fromarray(layers), "the image"),
+    ):
+        frame, note = first_frame_of(image, 16, 32)
+        assert np.asarray(frame).min() == 255
+        assert note == f"{name} is transparent in places, which is laid over white"
+    assert first_frame_of(photo, 16, 32)[1] == ""
 
 
 def test_an_image_is_cropped_in_the_middle():

@@ -42,4 +42,5 @@ def test_quality_of_two_files_is_divergence_only(run_notebook, tmp_path):
     assert "unknown" in done.record["verdict"]
     assert {row["verdict"] for row in done.values["divergence"]} == {"no floor"}
     assert "floors" not in done.values
+    assert done.values["effect"] == {"files": [str(one), str(two)], "notes": []}
     assert len(done.page.select("video")) == 3

@@ -199,6 +199,24 @@ def test_examples_are_read_from_a_folder_of_images_with_prompts(tmp_path):
     assert [example.image.name for example in examples] == ["a.JPG", "b.png"]
 
 
+def test_pictures_of_examples_are_read_before_the_work(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a boat")
+    (tmp_path / "._a.png").write_bytes(b"of a Mac")
+    assert [example.name for example in precision.load_examples(tmp_path)] == ["a"]
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:-30])
+    with pytest.raises(WanlabError, match=r"b\.png cannot be read as an image"):
+        precision.load_examples(tmp_path)
+    with pytest.raises(WanlabError, match=r"b\.png cannot be read as an image"):
+        as_examples([(tmp_path / "a.png", "a boat"), (tmp_path / "b.png", "a boat")])
+    (tmp_path / "b.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    with pytest.raises(WanlabError, match=r"a\.jpg and .*a\.png would share the prompt a\.txt; rename one"):
+        precision.load_examples(tmp_path)
+
+
 def test_a_broken_recording_is_refused(recording, tmp_path):
     shutil.copytree(recording.folder, tmp_path / "rec")
     copy = precision.read_recording(tmp_path / "rec")

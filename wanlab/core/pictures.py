@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.limits import check, limit
+from wanlab.core.limits import limit, over
 
 BACKGROUND = (255, 255, 255)
 """Colour behind transparent pixels: white, as in a browser."""
@@ -29,35 +30,18 @@ FULL_SCALE = (255, 65535)
 TRANSPARENT = "is transparent in places, which is laid over white"
 
 _SCALED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-# What Pillow's readers raise for damaged files.
-_DAMAGE = (
-    *(
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-    ),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, MemoryError)
+_DAMAGE += (struct.error, zlib.error)  # what Pillow raises for damaged files
 
 
-class PictureNotice(UserWarning):
-    """A conversion that a reader of the result should know of."""
-
-
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """The first picture of a file as 8-bit RGB; see `rgb_picture`.
+def read_picture(path: str | os.PathLike) -> tuple[Image.Image, str]:
+    """The first picture of a file as `converted` makes it: 8-bit RGB, and what a reader should know of the conversion.
 
     Raises:
         WanlabError: the file is missing, over the limit `picture_pixels`, damaged, or no picture.
     """
     with opened_picture(path) as picture:
-        return rgb_picture(picture, os.fspath(path))
+        return converted(picture, os.fspath(path))
 
 
 @contextmanager
@@ -71,15 +55,16 @@ def opened_picture(path: str | os.PathLike, formats: tuple[str, ...] | None = No
         WanlabError: as `read_picture`.
     """
     name = os.fspath(path)
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise WanlabError(f"{name} is not a file; give one image")
     try:
         with _open(path, formats) as picture:
-            size = f"{name} states {picture.width}x{picture.height} pixels"
-            check("picture_pixels", picture.width * picture.height, size)
             yield picture
     except FileNotFoundError as error:
         raise WanlabError(f"no image {name}; check the path") from error
-    except IsADirectoryError as error:
-        raise WanlabError(f"{name} is a folder; give one image") from error
+    except Image.DecompressionBombError as error:
+        stated = int(re.search(r"\d+", str(error))[0])  # "Image size (3600000000 pixels) exceeds limit ..."
+        raise WanlabError(f"{name} states too many pixels: {over('picture_pixels', stated)}") from error
     except UnidentifiedImageError as error:
         raise WanlabError(f"{name} cannot be read as an image; give a PNG or JPEG") from error
     except _DAMAGE as error:
@@ -90,7 +75,8 @@ def opened_picture(path: str | os.PathLike, formats: tuple[str, ...] | None = No
 
 def _open(path: str | os.PathLike, formats: tuple[str, ...] | None) -> Image.Image:
     """`Image.open` with our limit of pixels in place of Pillow's, and without its warnings of odd metadata."""
-    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, int(limit("picture_pixels"))
+    # Pillow refuses twice this number. Some of its readers take the memory when they open a file.
+    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, int(limit("picture_pixels")) // 2
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -99,19 +85,7 @@ def _open(path: str | os.PathLike, formats: tuple[str, ...] | None) -> Image.Ima
         Image.MAX_IMAGE_PIXELS = pillows
 
 
-def rgb_picture(picture: Image.Image, name: str = "the image") -> Image.Image:
-    """A picture of any mode as 8-bit RGB, as `converted` makes it; what that notes is a `PictureNotice`.
-
-    Raises:
-        WanlabError: as `converted`.
-    """
-    image, note = converted(picture, name)
-    if note:
-        warnings.warn(f"{name} {note}", PictureNotice, stacklevel=3)
-    return image
-
-
-def converted(picture: Image.Image, name: str = "the image") -> tuple[Image.Image, str]:
+def converted(picture: Image.Image, name: str) -> tuple[Image.Image, str]:
     """A picture of any mode as 8-bit RGB, and what a reader should know of the conversion (often nothing, `""`).
 
     16-bit values are divided by 257. Float values are taken as 0 to 1, 0 to 255 or 0 to 65535, whichever is the smallest

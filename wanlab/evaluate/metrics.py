@@ -331,15 +331,14 @@ def compare_videos(
         torch.inference_mode(),
         tqdm(total=a.length, desc="comparing", unit="frame", leave=False, disable=not progress) as bar,
     ):
-        before = None
+        before, temporal = None, any(name in TEMPORAL for name in names)
         for pair in zip(a.batches(batch), b.batches(batch), strict=True):
             x, y = (to_tensor(frames, device) for frames in pair)
             scores = _score_frames(x, y, names, backbone)
-            # Metrics of two frames also need the last frame of the batch before.
-            pair = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
-            if len(pair[0]) > 1:
-                scores |= _score_pairs(*pair, names)
-            before = x[-1:].clone(), y[-1:].clone()
+            if temporal:  # these also need the last frame of the batch before
+                pair = (x, y) if before is None else (torch.cat([before[0], x]), torch.cat([before[1], y]))
+                scores |= _score_pairs(*pair, names) if len(pair[0]) > 1 else {}
+                before = x[-1:].clone(), y[-1:].clone()
             for name, values in scores.items():
                 # Numbers, not small tensors: those lie between the large ones, whose memory could not be used again.
                 parts.setdefault(name, []).extend(values.tolist())

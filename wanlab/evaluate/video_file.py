@@ -258,9 +258,7 @@ def _opened_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     return stream
 
 
-def _shown(
-    path: Path, frame: av.VideoFrame, turn: tuple[str, ...], converter: VideoReformatter
-) -> _Shown:
+def _shown(path: Path, frame: av.VideoFrame, turn: tuple[str, ...], converter: VideoReformatter) -> _Shown:
     _check_pixels(path, frame.width, frame.height)
     size = (frame.width, frame.height) if "transpose" in turn else (frame.height, frame.width)
     duration_s = float((getattr(frame, "duration", 0) or 0) * (frame.time_base or 0))

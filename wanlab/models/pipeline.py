@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.pictures import read_picture, rgb_picture
+from wanlab.core.pictures import converted, read_picture
 from wanlab.models.device import synchronise
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
@@ -112,13 +112,22 @@ def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int
     Raises:
         WanlabError: missing or unreadable file, or an array of another shape or dtype.
     """
+    return first_frame_of(image, height, width)[0]
+
+
+def first_frame_of(
+    image: Image.Image | str | os.PathLike | np.ndarray, height: int, width: int
+) -> tuple[Image.Image, str]:
+    """`first_frame`, and what a reader of the video should know of the image; often nothing, `""`."""
+    name, note = "the image", ""
     if isinstance(image, str | os.PathLike):
-        image = read_picture(image)
+        name, (image, note) = os.fspath(image), read_picture(image)
     elif isinstance(image, Image.Image):
-        image = rgb_picture(image)
+        image, note = converted(image, name)
     else:
         image = _from_array(image)
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return fitted, note and f"{name} {note}"
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -283,18 +292,19 @@ class Model:
             "max_sequence_length": self._text_tokens(),
         }
         arguments = {key: value for key, value in arguments.items() if key in accepted}
+        note = ""
         if "image" in accepted:
             if image is None:
                 raise WanlabError(
                     f"{self.spec.name} makes a video from an image; give one (PIL, path or array)"
                 )
-            arguments["image"] = first_frame(image, settings["height"], settings["width"])
+            arguments["image"], note = first_frame_of(image, settings["height"], settings["width"])
         elif image is not None:
             raise WanlabError(
                 f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
             )
 
-        notes = self._remarks(settings, latent)
+        notes = [note] * bool(note) + self._remarks(settings, latent)
         assumed = [
             name
             for name, value in (("height", height), ("width", width), ("frames", frames))

@@ -24,6 +24,8 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
 from wanlab.core.manifest import Manifest
 from wanlab.core.paths import locate
+from wanlab.core.pictures import read_picture
+from wanlab.core.text import read_text
 from wanlab.export.components import check_components, component_spec, components_of, default_shape
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
@@ -52,7 +54,7 @@ def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
     return as_examples(draw_cases(count, seed=seed, photographs=photographs))
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def load_examples(folder: str | os.PathLike) -> list[Example]:
@@ -61,29 +63,40 @@ def load_examples(folder: str | os.PathLike) -> list[Example]:
     They come in the order of their names; each has its position as its seed.
 
     Raises:
-        WanlabError: no such folder, no image in it, or an image whose prompt is missing or cannot be read.
+        WanlabError: no such folder, no image in it, an image that cannot be read, two images of one name, or an image
+            whose prompt is missing or cannot be read.
     """
     folder = locate(folder)
     if not folder.is_dir():
         raise WanlabError(
             f"no folder at {folder}; give one with images and, beside each, its prompt as a text file"
         )
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    # A name with a dot before it is another program's: "._cat.png" holds what a Mac keeps beside cat.png.
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in IMAGES]
     if not images:
         raise WanlabError(
             f"{folder} holds no image ({', '.join(IMAGES)}); put some in, each with its prompt beside it"
         )
-    examples = []
+    examples: list[Example] = []
     for index, path in enumerate(images):
-        file = path.with_suffix(".txt")
-        try:
-            prompt = " ".join(file.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
+        if examples and path.stem == examples[-1].name:
             raise WanlabError(
-                f"{path} has no prompt that can be read; write it into {file} as text"
-            ) from error
-        examples.append(Example(path, prompt, seed=index, name=path.stem))
+                f"{examples[-1].image} and {path} would share the prompt {path.stem}.txt; rename one of them"
+            )
+        file = path.with_suffix(".txt")
+        if not file.is_file():
+            raise WanlabError(f"{path} has no prompt that can be read; write it into {file} as text")
+        prompt = " ".join(read_text(file).split())
+        examples.append(_readable(Example(path, prompt, seed=index, name=path.stem)))
     return examples
+
+
+def _readable(example: Example) -> Example:
+    """The example, once its picture was decoded: a damaged one must not be met after an hour of calibration."""
+    if isinstance(example.image, str | os.PathLike):
+        read_picture(example.image)
+    return example
 
 
 def as_examples(given: str | os.PathLike | Iterable[Any]) -> list[Example]:
@@ -108,7 +121,7 @@ def as_examples(given: str | os.PathLike | Iterable[Any]) -> list[Example]:
             case = Example(case[0], case[1], seed=index)
         if not isinstance(case, Example):
             raise WanlabError(f"example {index} is {type(case).__name__}; give Example or (image, prompt)")
-        examples.append(case)
+        examples.append(_readable(case))
     if not examples:
         raise WanlabError("no example to record; give at least one Example or (image, prompt)")
     return examples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,10 +22,14 @@ from wanlab.heldout import cases as heldout
 from wanlab.models.facts import wan_expert_flop
 from wanlab.precision.calibration import (
     BINS,
+    Calibration,
+    CalibrationCache,
     Histogram,
+    Identity,
     Method,
     Observer,
     histogram_of,
+    write,
 )
 from wanlab.precision.recording import as_examples
 
@@ -527,6 +532,25 @@ def test_a_broken_cache_is_refused(cached, damage):
     assert not cached.runs
     assert not cached(force=True).cached
     assert cached().cached
+
+
+@pytest.mark.parametrize("method", ["percentile", "max"])
+def test_a_range_that_its_histogram_does_not_give_is_refused_also_under_a_new_seal(tmp_path, method):
+    histogram = histogram_of(torch.linspace(-3, 3, 1000))
+    identity = Identity("m", "expert_high", "w", "d", "l", Method(method).to_dict(), 100, "1")
+    ranges = {"blocks.0": Method(method).amax(histogram)}
+    calibration = Calibration(identity, ranges, {"blocks.0": histogram}, (), {"blocks.0": ()})
+    path = tmp_path / "c.json"
+    write(path, calibration)
+    assert precision.read_calibration(path).amax == ranges
+    cache = CalibrationCache.read(path)
+    layers = (structs.replace(cache.layers[0], amax=1.5),)
+    structs.replace(cache, layers=layers).write()
+    with pytest.raises(
+        WanlabError, match=r"the range of blocks.0 is 1.5, its histogram gives .*; it was changed"
+    ):
+        precision.read_calibration(path)
+    assert replace(calibration, amax={"blocks.0": 1.5}).key != calibration.key
 
 
 def test_a_cache_has_its_own_ending(cached, model, recording, tmp_path):

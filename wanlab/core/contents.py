@@ -7,9 +7,10 @@ last seconds is not kept, because a second write might leave its time as it is.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,10 +21,14 @@ from wanlab.core.paths import cache
 KEPT_FROM_BYTES = 2**24
 """Smaller files are hashed each time."""
 SETTLED_S = 2.0
+CHUNK_BYTES = 2**24
 
 
-def content_digest(path: str | os.PathLike) -> str:
+def content_digest(path: str | os.PathLike, ranges: Sequence[tuple[int, int]] | None = None) -> str:
     """SHA-256 of a file's bytes, from the cache if the file is the one that was hashed.
+
+    Args:
+        ranges: start and length in bytes of the parts that count; None is the whole file.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -31,21 +36,33 @@ def content_digest(path: str | os.PathLike) -> str:
     """
     before = _state(path)
     if before[2] < KEPT_FROM_BYTES:
-        return file_digest(path)
-    kept = cache("digests", digest(map(str, before), 32))
+        return _digest(path, ranges)
+    kept = cache("digests", digest([*map(str, before), str(ranges)], 32))
     try:
         value = kept.read_text("ascii")
         if len(value) == 64:
             return value
     except (OSError, ValueError):
         pass
-    value = file_digest(path)
+    value = _digest(path, ranges)
     if _state(path) != before:
         raise WanlabError(f"{os.fspath(path)} changed while it was read; start again when it is complete")
     if time.time() - max(before[3:]) / 1e9 > SETTLED_S:
         with contextlib.suppress(OSError):  # without a cache it is hashed again
             write_text(kept, value)
     return value
+
+
+def _digest(path: str | os.PathLike, ranges: Sequence[tuple[int, int]] | None) -> str:
+    if ranges is None:
+        return file_digest(path)
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start, length in ranges:
+            file.seek(start)
+            for size in range(0, length, CHUNK_BYTES):
+                state.update(file.read(min(CHUNK_BYTES, length - size)))
+    return state.hexdigest()
 
 
 def content_digests(paths: Iterable[Path]) -> list[str]:

@@ -13,8 +13,8 @@ import onnx
 import torch
 
 from wanlab import __version__
+from wanlab.core.contents import content_digest
 from wanlab.core.files import digest as digest_of
-from wanlab.core.files import file_digest
 from wanlab.core.paths import source_digest
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxsim", "diffusers", "transformers")
@@ -70,18 +70,24 @@ def weights_key(network: torch.nn.Module) -> str:
 
 
 def graph_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of an ONNX file and of the weight files that it names, in the order of their names."""
+    """SHA-256 of an ONNX file and of its weights in other files, which may hold those of other graphs too.
+
+    Raises:
+        OSError: a file is missing.
+        DecodeError: it is no ONNX file.
+    """
     path = Path(path)
     graph = onnx.load(path, load_external_data=False).graph
-    places = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    digest = hashlib.sha256(file_digest(path).encode())
-    for place in sorted(places):
-        digest.update(f"{place} {file_digest(path.parent / place)}".encode())
+    places: dict[str, set[tuple[int, int]]] = {}
+    for tensor in graph.initializer:
+        entry = {item.key: item.value for item in tensor.external_data}
+        if "location" in entry:
+            start = int(entry.get("offset", 0))
+            length = int(entry.get("length", 0)) or (path.parent / entry["location"]).stat().st_size - start
+            places.setdefault(entry["location"], set()).add((start, length))
+    digest = hashlib.sha256(content_digest(path).encode())
+    for place, ranges in sorted(places.items()):
+        digest.update(f"{place} {content_digest(path.parent / place, sorted(ranges))}".encode())
     return digest.hexdigest()
 
 

@@ -13,8 +13,9 @@ import msgspec
 from msgspec.structs import replace
 
 from wanlab import __version__
+from wanlab.core.contents import content_digest
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.files import file_digest, write_text
+from wanlab.core.files import write_text
 
 
 class NoManifest(WanlabError):
@@ -164,7 +165,7 @@ def file_damage(path: Path, sha256: str | None, size_bytes: int) -> str:
         return f"{path.name} is gone"
     if path.stat().st_size != size_bytes:
         return f"{path.name} has {path.stat().st_size:,} bytes, it was written with {size_bytes:,}"
-    if sha256 is not None and file_digest(path) != sha256:
+    if sha256 is not None and content_digest(path) != sha256:
         return f"{path.name} was changed"
     return ""
 

@@ -23,6 +23,7 @@ import torch
 from wanlab.core.errors import WanlabError, did_you_mean, first_line, require
 from wanlab.engines.base import Engine, TensorType
 from wanlab.export.components import PARTS, random_feeds
+from wanlab.export.export import check_graph
 from wanlab.export.graph import file_bytes, formats_of
 from wanlab.models.pipeline import Model
 
@@ -466,6 +467,7 @@ def open_onnxruntime(
     """A graph in a session, on the model's device if a model is given; the `open` of the kind `onnxruntime`."""
     if model is not None:
         settings = {"provider": model.device.type, **settings}
+    check_graph(path, component)
     return OrtEngine(path, **settings)
 
 
@@ -498,7 +500,7 @@ def load_engines(
         Component -> engine, in the order of a generation.
 
     Raises:
-        WanlabError: no file for a component, or none at all.
+        WanlabError: no file for a component, or none at all; a file that was changed, or is of another component.
     """
     folder = Path(folder)
     converted = [name for name in PARTS if (folder / f"{name}.onnx").is_file()]
@@ -512,6 +514,8 @@ def load_engines(
     if not names:
         raise WanlabError(f"no converted component in {folder}; export them with wanlab.export.export_all")
     options |= {"provider": provider, "threads": threads}
+    for name in names:
+        check_graph(folder / f"{name}.onnx", name)
     return {name: OrtEngine(folder / f"{name}.onnx", **options) for name in names}
 
 

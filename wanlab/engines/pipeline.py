@@ -18,6 +18,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import EAGER, engine_kind, open_component
 from wanlab.export.components import PARTS, check_components
+from wanlab.export.weights import other_weight
 from wanlab.models.pipeline import Model
 
 
@@ -37,11 +38,12 @@ def use(model: Model, engines: Mapping[str, Engine]) -> Model:
         A new model; its `.engines` maps components to names of engines.
 
     Raises:
-        WanlabError: an unknown component, an engine made for another component, or one with other inputs.
+        WanlabError: an unknown component; an engine made for another component, from other weights than the model's, or
+            with other inputs.
     """
     check_components(model, engines)
     for component, engine in engines.items():
-        _check_engine(component, engine)
+        _check_engine(component, engine, getattr(model.pipeline, PARTS[component], None))
     pipeline = copy.copy(model.pipeline)
     # A scheduler keeps state between steps; two pipelines must not share it.
     pipeline.scheduler = copy.deepcopy(model.pipeline.scheduler)
@@ -99,7 +101,7 @@ _INPUTS = {
 _EXPERT_INPUTS = {"hidden_states", "timestep", "encoder_hidden_states"}
 
 
-def _check_engine(component: str, engine: Engine) -> None:
+def _check_engine(component: str, engine: Engine, network: Any) -> None:
     made_for = engine.metadata.get("component", component)
     # The experts have the same shapes, so that only this check detects an exchange of the two.
     if made_for != component:
@@ -108,6 +110,13 @@ def _check_engine(component: str, engine: Engine) -> None:
     if set(engine.inputs) != required:
         raise WanlabError(
             f"{engine.label} takes {', '.join(engine.inputs)}; {component} needs {', '.join(sorted(required))}"
+        )
+    graph = engine.path
+    known = graph is not None and graph.suffix.lower() == ".onnx" and isinstance(network, torch.nn.Module)
+    if known and (name := other_weight(graph, network)):
+        raise WanlabError(
+            f"{engine.label} says that it is {component}, and its weight {name} is not that of the model: it is of"
+            " another network, or was changed; export it again with wanlab.export.export"
         )
 
 

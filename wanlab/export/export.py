@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from tqdm.auto import tqdm
 
 from wanlab import __version__
-from wanlab.core.digests import trace_facts, weights_key
+from wanlab.core.digests import graph_sha256, trace_facts, weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.manifest import Manifest, key_of
+from wanlab.core.manifest import Manifest, NoManifest, key_of
 from wanlab.export import graph as graphs
 from wanlab.export.components import (
     ClipShape,
@@ -39,6 +39,7 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
         path: path of the ONNX file; this report is beside it with the suffix `.json`.
         facts: network, weights, settings and versions; the file is used again while they stay the same.
         component: name of the component.
+        graph_sha256: hash of the graph and of its weights, also of those in another file.
         opset: ONNX opset.
         nodes_before: number of nodes as traced, before constant folding.
         nodes_after: number of nodes in the file.
@@ -60,10 +61,11 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
     """
 
     KIND: ClassVar[str] = "export report"
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     AGAIN: ClassVar[str] = "export it again with wanlab.export.export"
 
     component: str
+    graph_sha256: str
     opset: int
     nodes_before: int
     nodes_after: int
@@ -89,8 +91,9 @@ class ExportReport(Manifest, frozen=True, kw_only=True):
         return Path(path).with_suffix(".json")
 
     def damage(self) -> str:
-        size = graphs.file_bytes(Path(self.path))
-        return "" if size == self.size_bytes else f"{Path(self.path).name} or its weights were changed"
+        path = Path(self.path)
+        same = graphs.file_bytes(path) == self.size_bytes and graph_sha256(path) == self.graph_sha256
+        return "" if same else f"{path.name} or its weights were changed"
 
     @property
     def external_data(self) -> bool:
@@ -289,6 +292,7 @@ def write_report(
     report = ExportReport(
         path=str(path),
         facts=facts,
+        graph_sha256=graph_sha256(path),
         nodes_before=finished.nodes_before,
         nodes_after=finished.nodes_after,
         operators=finished.operators,
@@ -304,6 +308,25 @@ def write_report(
     )
     report.write()
     return report
+
+
+def check_graph(path: str | os.PathLike, component: str | None = None) -> None:
+    """Refuse an exported graph that was changed, or is of another component; a graph without a report passes.
+
+    Args:
+        component: component that it is to run; None is any.
+
+    Raises:
+        WanlabError: the graph or its weights differ from what was exported, or it is of another component.
+    """
+    try:
+        report = ExportReport.read(path)
+    except NoManifest:
+        return
+    if damage := report.damage():
+        raise WanlabError(f"{path} is not what was exported ({damage}); {report.AGAIN}")
+    if component is not None and report.component.partition(".")[0] != component:
+        raise WanlabError(f"{path} was exported from {report.component}; it cannot run {component}")
 
 
 def export_all(

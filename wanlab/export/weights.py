@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import numpy as np
 import onnx_ir
 import torch
-from onnx_ir.tensor_adapters import from_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from tqdm.auto import tqdm
 
+from wanlab.core.contents import content_digest
 from wanlab.core.errors import WanlabError
-from wanlab.core.manifest import Manifest
+from wanlab.core.manifest import Manifest, file_damage
 from wanlab.models.networks import stored_dtype
 
 WRAPPER = "network."  # attribute of the traced wrapper with the network
@@ -233,18 +237,19 @@ class _Places(Manifest, frozen=True, kw_only=True):
     Attributes:
         facts: key of the weights.
         tensors: name -> start and length in bytes, dtype, shape.
+        file_sha256, size_bytes: hash and size of the file.
     """
 
     KIND: ClassVar[str] = "table of weights"
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     AGAIN: ClassVar[str] = "export the graph again"
 
     tensors: dict[str, tuple[int, int, str, list[int]]]
+    file_sha256: str
+    size_bytes: int
 
     def damage(self) -> str:
-        size = Path(self.path).stat().st_size if Path(self.path).is_file() else -1
-        whole = all(start + length <= size for start, length, *_ in self.tensors.values())
-        return "" if whole else f"{Path(self.path).name} is shorter than when it was written"
+        return file_damage(Path(self.path), self.file_sha256, self.size_bytes)
 
 
 class Storable(Protocol):
@@ -288,7 +293,13 @@ class WeightsFile:
                 places[name] = (start, tensor.nbytes, tensor.dtype.name, weight.shape)
                 end = start + tensor.nbytes
                 written += tensor.nbytes
-        _Places(path=str(self.path), facts={"weights": self.key}, tensors=places).write()
+        _Places(
+            path=str(self.path),
+            facts={"weights": self.key},
+            tensors=places,
+            file_sha256=content_digest(self.path),
+            size_bytes=self.path.stat().st_size,
+        ).write()
         return written
 
     def places(self) -> dict[str, tuple[int, int, str, list[int]]]:
@@ -310,3 +321,37 @@ class WeightsFile:
                     name=name,
                     base_dir=self.path.parent,
                 )
+
+
+COMPARED, COMPARED_VALUES = 16, 4096
+
+
+def other_weight(path: str | os.PathLike, network: torch.nn.Module) -> str:
+    """A weight of a graph that has other values than in a network; empty if those that are compared are equal.
+
+    Compared are the first values of up to 16 small and 16 large weights that have the name, shape and values of a
+    parameter, in the dtype of the graph. Quantized weights have other names, so that of them only biases and norms count.
+
+    Args:
+        path: ONNX file; weights in other files are read in part.
+    """
+    tensors = network.state_dict()
+    named = []
+    for value in onnx_ir.load(path).graph.initializers.values():
+        stored, name = value.const_value, value.name.removesuffix(".T")
+        tensor = tensors.get(name)
+        if stored is None or tensor is None or tensor.is_meta or not tensor.is_floating_point():
+            continue
+        weight = Weight(tensor, stored.dtype, stored.dtype, transposed=name != value.name)
+        if stored.dtype.is_floating_point() and list(stored.shape.numpy()) == weight.shape:
+            named.append((tensor.numel(), value.name, stored, weight))
+    named.sort(key=lambda entry: entry[:2])
+    for _, name, stored, weight in dict.fromkeys((*named[:COMPARED], *named[-COMPARED:])):
+        rows = max(1, COMPARED_VALUES // max(1, math.prod(weight.shape[1:])))
+        tensor = weight.tensor.detach()
+        part = (tensor[:, :rows].t() if weight.transposed else tensor[:rows]) if tensor.ndim else tensor
+        expected = part.to(to_torch_dtype(stored.dtype)).float().cpu().numpy()
+        actual = stored.numpy()[:rows] if tensor.ndim else stored.numpy()
+        if not np.array_equal(actual.astype(np.float32), expected):
+            return name
+    return ""

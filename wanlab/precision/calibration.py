@@ -375,6 +375,22 @@ def read(path: Path) -> tuple[Calibration, CalibrationCache]:
         raise WanlabError(f"calibration cache {path} is broken ({wrong}); {MEND}")
     tensors = load(cache.tensors_file.read_bytes())
     names = tuple(entry.layer for entry in cache.layers)
+    method = Method(**cache.facts["method"])
+    for entry, counts in zip(cache.layers, tensors["counts"], strict=True):
+        # The search for the best range of "entropy" takes too long to be repeated at each reading.
+        largest = (
+            entry.max
+            if method.name == "entropy"
+            else method.amax(Histogram(counts, entry.exponent, entry.max))
+        )
+        agrees = math.isclose(entry.amax, largest, rel_tol=1e-6) or (
+            method.name == "entropy" and entry.amax <= largest
+        )
+        if not agrees:
+            raise WanlabError(
+                f"calibration cache {path}: the range of {entry.layer} is {entry.amax:g}, its histogram gives {largest:g};"
+                f" it was changed; {MEND}"
+            )
     calibration = Calibration(
         identity=Identity(**cache.facts | {"layers": layer_set_key(cache.facts["layers"])}),
         amax={entry.layer: entry.amax for entry in cache.layers},
@@ -448,7 +464,8 @@ class Calibration:
 
     @property
     def key(self) -> str:
-        return self.identity.key
+        """Hash of what it depends on, and of its ranges."""
+        return key_of([self.identity.key, self.amax])
 
     @property
     def model(self) -> str:

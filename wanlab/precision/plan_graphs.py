@@ -14,8 +14,8 @@ import pandas as pd
 from msgspec import structs
 
 import wanlab
+from wanlab.core.contents import content_digest
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.files import file_digest
 from wanlab.core.manifest import Manifest, file_damage
 from wanlab.export.components import component_spec, components_of
 from wanlab.export.export import ExportReport, export_all
@@ -75,17 +75,9 @@ class PlanGraphs(Manifest, frozen=True, kw_only=True):
         """Whether the graphs were made before, and are current."""
         return self.cached
 
-    def damage(self, hashed: Mapping[str, Any] | None = None) -> str:
-        """Damage of the files, in a few words; empty without any.
-
-        Args:
-            hashed: files to hash; None hashes all. Of the others only the size is checked.
-        """
-        for name, (sha256, size) in self.files.items():
-            content = sha256 if hashed is None or name in hashed else None
-            if wrong := file_damage(self.folder / name, content, size):
-                return wrong
-        return ""
+    def damage(self) -> str:
+        wrong = (file_damage(self.folder / name, *facts) for name, facts in self.files.items())
+        return next(filter(None, wrong), "")
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -135,13 +127,13 @@ def read_plan_graphs(folder: str | os.PathLike, *, check: bool = True) -> PlanGr
     """The graphs in a folder, by their record.
 
     Args:
-        check: whether every graph is hashed, and the size of every file checked.
+        check: whether every file is hashed.
 
     Raises:
         WanlabError: there is no record, it cannot be read, or a file differs from it.
     """
     graphs = structs.replace(PlanGraphs.read(folder), cached=True)
-    if check and (wrong := graphs.damage(hashed=graphs.formats)):
+    if check and (wrong := graphs.damage()):
         raise WanlabError(f"the graphs in {folder} differ from their record: {wrong}; {PlanGraphs.AGAIN}")
     return graphs
 
@@ -371,4 +363,4 @@ def _kept(folder: Path, facts: dict[str, Any]) -> tuple[PlanGraphs | None, str]:
 def _files(folder: Path, graphs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """Every file that the graphs need -> hash and size."""
     names = files_of(folder, list(graphs))
-    return {name: (file_digest(folder / name), (folder / name).stat().st_size) for name in names}
+    return {name: (content_digest(folder / name), (folder / name).stat().st_size) for name in names}

@@ -19,8 +19,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from wanlab import __version__
+from wanlab.core.digests import graph_sha256
 from wanlab.core.errors import InternalError, WanlabError
-from wanlab.core.files import file_digest
 from wanlab.core.formats import element_name
 from wanlab.core.manifest import Manifest, key_of
 from wanlab.export.export import ExportReport
@@ -622,7 +622,7 @@ def _facts(
 ) -> dict[str, Any]:
     exported = ExportReport.find(source)
     return {
-        "graph": file_digest(source),
+        "graph": graph_sha256(source),
         "weights": exported.key if exported is not None else "",
         "formats": {layer: each_format.to_dict() for layer, each_format in formats.items()},
         "other_floats": other_floats,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models_tiny import EXPERT
 
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
@@ -221,7 +222,8 @@ def test_rules_that_fit_nothing_are_refused(nano):
             precision.assign(precision.make_plan("a", rules=[{"format": "int8"} | rule]), nano)
     with pytest.raises(WanlabError, match="blocks of 64 do not fill"):
         precision.assign(
-            precision.make_plan("a", rules=[{"format": "int4-weight", "layers": ("*text*1",)}]), nano
+            precision.make_plan("a", rules=[{"format": "int4-weight", "layers": ("*text*1",)}]),
+            nano,
         )
 
 
@@ -316,3 +318,59 @@ def test_the_command_shows_a_plan_without_weights(capsys):
     assert "uniform-int8" in capsys.readouterr().out
     assert main(["plan", "show", "uniform-int9"]) == 2
     assert "did you mean 'uniform-int8'" in capsys.readouterr().err
+
+
+def two_experts():
+    import diffusers
+    import torch
+
+    with torch.device("meta"):
+        return {name: diffusers.WanTransformer3DModel(**EXPERT) for name in ("expert_high", "expert_low")}
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        (  # a later rule decides all of the first one's layers
+            [dict(layers=["attn1.*"], format="int8"), dict(layers=["*"], format="fp8")],
+            ["Rule 0 (attn1.* -> int8) has no effect: 16 a later rule overrides"],
+        ),
+        (  # a later rule decides some of them
+            [dict(layers=["attn1.*"], format="int8"), dict(layers=["attn1.to_q"], format="default")],
+            ["Rule 0 (attn1.* -> int8) has no effect on 4 of 16 layers: 4 a later rule overrides"],
+        ),
+        (  # the format is there already, by the network or by an earlier rule
+            [dict(layers=["attn1.*"], format="bf16")],
+            ["Rule 0 (attn1.* -> bf16) has no effect: 16 have this format without it"],
+        ),
+        (
+            [dict(layers=["*"], format="int8"), dict(layers=["attn1.to_q"], format="int8")],
+            ["Rule 1 (attn1.to_q -> int8) has no effect: 4 have this format without it"],
+        ),
+        ([dict(layers=["attn1.*"], format="int8"), dict(layers=["ffn.*"], format="fp8")], []),
+        (  # in other steps than the later rule it counts
+            [dict(layers=["attn1.*"], format="int8"), dict(layers=["attn1.*"], steps="0-1", format="fp8")],
+            [],
+        ),
+    ],
+)
+def test_a_rule_has_no_effect_where_another_overrides_it_or_its_format_is_there_already(rules, says):
+    plan = precision.make_plan("p", "bf16", rules, num_steps=4)
+    assert precision.assign(plan, two_experts()).without_effect() == says
+    one = precision.assign(plan, two_experts()).without_effect(["expert_high"])
+    assert [line.split(" has")[0] for line in one] == [line.split(" has")[0] for line in says]
+
+
+def test_a_plan_that_asks_for_the_dtype_that_is_there_takes_no_effect():
+    model = models.load("wan-nano", device="cpu", dtype="bfloat16", components=["expert_high", "expert_low"])
+    same = [dict(layers=["attn1.*"], format="bf16")]
+    with pytest.raises(WanlabError, match="changed nothing"):
+        precision.effect_check(model, precision.apply_plan(model, precision.make_plan("p", rules=same)))
+    mixed = [dict(layers=["attn1.*"], format="bf16"), dict(layers=["attn2.to_q"], format="int8-weight")]
+    effect = precision.effect_check(
+        model, precision.apply_plan(model, precision.make_plan("p", rules=mixed)), components=["expert_low"]
+    )
+    assert "6 of 6 layers of expert_low in int8-weight" in effect.verdict
+    assert "in bf16" not in effect.verdict
+    assert "expert_high" not in effect.verdict
+    assert "Rule 0 (attn1.* -> bf16) has no effect: 24 have this format without it." in effect.verdict

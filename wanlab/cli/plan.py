@@ -51,6 +51,8 @@ def main(options: argparse.Namespace) -> int:
     )
     for index, rule in enumerate(assignment.plan.rules):
         show(f"  {index}: {rule}" + (f"  # {rule.note}" if rule.note else ""))
+    for line in assignment.without_effect():
+        show(f"  {line}")
     show(_text(assignment, options.model))
     return 0
 

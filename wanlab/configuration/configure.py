@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -421,7 +421,8 @@ def _check(
 ) -> list[_Check]:
     checks = []
     if opened.applied is not None:
-        checks.append(_effect(lambda: effect_check(model, opened.applied), opened.in_pytorch))
+        components = opened.in_pytorch
+        checks.append(_effect(lambda: effect_check(model, opened.applied, components=components)))
     if opened.plan_graphs is not None:
         graphs = read_plan_graphs(opened.plan_graphs, check=False)
         assignment = assign(graphs.plan, experts_of(model), default=graphs.facts["settings"]["default"])
@@ -447,14 +448,13 @@ def _runs_on(label: str, kind: EngineKind) -> bool:
     return ran is not None and ran.name == kind.name
 
 
-def _effect(check: Callable[[], Any], components: Collection[str] = ()) -> _Check:
+def _effect(check: Callable[[], Any]) -> _Check:
     """Run an effect check; a `WanlabError` of it means that the configuration was not applied, and is the sentence."""
     try:
         effect: Effect = check()
     except WanlabError as error:
         return _Check(False, f"{error}.")
-    frame = effect.frame
-    return _Check(True, str(effect), frame[frame["component"].isin(components)] if components else frame)
+    return _Check(True, str(effect), effect.frame)
 
 
 def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:

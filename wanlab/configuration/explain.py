@@ -75,20 +75,21 @@ def explain(
     files = files_folder(folder, spec.name, "pretrained", str(dtype).removeprefix("torch."), size)
     in_graphs = planned_in_graphs(configuration, spec.components)
     rows = [_row(configuration, name, files, name in in_graphs) for name in spec.components]
-    formats = None
+    formats, idle = None, []
     if configuration.plan is not None:
         tokens = latent_shape(spec, size["height"], size["width"], size["frames"]).tokens
         short = {"float32": "fp32", "float16": "fp16"}.get(str(dtype).removeprefix("torch."), "bf16")
         default = short if configuration.plan.default == "model" else None
         assignment = assign_architecture(configuration.plan, spec, default)
         formats = assignment.cost(tokens, spec.defaults.text_tokens)
+        idle = assignment.without_effect()
     return Explanation(
         configuration,
         spec.name,
         pd.DataFrame(rows),
         formats,
         (*missing(configuration, spec.components, place), *_simulated(formats, in_graphs, place)),
-        tuple(_checks(configuration, spec, in_graphs)),
+        (*_checks(configuration, spec, in_graphs), *idle),
         size,
     )
 

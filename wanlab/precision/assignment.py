@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,7 +18,7 @@ from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.export.components import component_spec
-from wanlab.models.networks import skeleton
+from wanlab.models.networks import skeleton, stored_dtype
 from wanlab.models.spec import EXPERTS, ModelSpec
 from wanlab.precision.formats import check_blocks, get_format
 from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float, load_plan
@@ -158,11 +158,14 @@ class Assignment:
         frame: one row per layer and range of steps: component, layer, block (None outside the blocks), projection, kind,
             shape (outputs first), parameters, first_step, last_step (inclusive; None where nothing
             changes with the step), format, rule (index in the plan; None is its default).
+        reach: one row per rule and layer that it names: rule, component, layer, effect (`""` where it changes the layer,
+            else `"overridden"` by a later rule, or `"already"` where earlier rules gave the same format).
     """
 
     plan: Plan
     default: str
     frame: pd.DataFrame
+    reach: pd.DataFrame
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -201,6 +204,24 @@ class Assignment:
                 rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))
             ]
         return "; ".join(_sentence(self, row) for row in rows.itertuples())
+
+    def without_effect(self, components: Collection[str] | None = None) -> list[str]:
+        """A sentence for each rule that does not change some of the layers that it names.
+
+        Args:
+            components: components that count; None is all.
+        """
+        reach = self.reach if components is None else self.reach[self.reach["component"].isin(components)]
+        lines = []
+        for index, rows in reach.groupby("rule"):
+            idle = rows["effect"].value_counts().drop("", errors="ignore")
+            if idle.empty:
+                continue
+            words = {"overridden": "a later rule overrides", "already": "have this format without it"}
+            why = ", ".join(f"{count} {words[name]}" for name, count in idle.items())
+            many = "" if idle.sum() == len(rows) else f" on {idle.sum()} of {len(rows)} layers"
+            lines.append(f"Rule {index} ({self.plan.rules[int(index)]}) has no effect{many}: {why}")
+        return lines
 
     def cost(self, tokens: int | None = None, text_tokens: int = 512) -> pd.DataFrame:
         """Weights and work by component and format.
@@ -263,7 +284,7 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     networks, absent = _networks(model)
     dtype = default or (plan.default if plan.default != AS_LOADED else _dtype(networks))
     reached: set[int] = set()
-    tables = []
+    tables, reach = [], []
     for component, network in networks.items():
         layers = quantizable_layers(network)
         count = int(layers["block"].max()) + 1 if layers["block"].notna().any() else 0
@@ -271,6 +292,8 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
         reached |= {index for index, names in enumerate(fits) if names}
         rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
         tables.append(pd.DataFrame(rows).assign(component=component))
+        for layer, own in zip(layers["layer"], _dtypes(network, layers["layer"], dtype), strict=True):
+            reach += [(rule, component, layer, effect) for rule, effect in _effects(plan, layer, fits, own)]
     for index, rule in enumerate(plan.rules):
         elsewhere = any(fnmatch.fnmatchcase(component, rule.component) for component in absent)
         if index not in reached and not (elsewhere and not _meant(rule, networks)):
@@ -283,7 +306,8 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
         "first_step", "last_step", "format", "rule",
     ]  # fmt: skip
     types = {"block": "Int64", "first_step": "Int64", "last_step": "Int64", "rule": "Int64"}
-    return Assignment(plan, dtype, frame[columns].astype(types))
+    named = pd.DataFrame(reach, columns=["rule", "component", "layer", "effect"])
+    return Assignment(plan, dtype, frame[columns].astype(types), named)
 
 
 def assign_architecture(
@@ -394,6 +418,35 @@ def _ranges(plan: Plan, layer: dict, fits: list[set[str]], dtype: str) -> Iterab
         ranges[0][:2] = [None, None]
     for first, last, format, rule in ranges:
         yield layer | {"first_step": first, "last_step": last, "format": format, "rule": rule}
+
+
+def _dtypes(network, names: Iterable[str], dtype: str) -> list[str]:
+    """The float of each layer before the rules; the network keeps some in float32."""
+    default = getattr(torch, FLOATS[dtype])
+    kept = (stored_dtype(network, f"{name}.weight", default) for name in names)
+    return ["fp32" if kind is torch.float32 else dtype for kind in kept]
+
+
+def _effects(plan: Plan, layer: str, fits: list[set[str]], own: str) -> Iterator[tuple[int, str]]:
+    """Each rule that names a layer, and its effect there in its steps; see `Assignment.reach`."""
+    applying = [index for index, names in enumerate(fits) if layer in names]
+    steps = {index: plan.rules[index].step_numbers() for index in applying}
+    by_step = any(numbers is not None for numbers in steps.values())
+    every = range(plan.num_steps if by_step and plan.num_steps else 1)
+
+    def format_of(index: int) -> str:
+        return own if plan.rules[index].format == KEEP else plan.rules[index].format
+
+    for index in applying:
+        found = set()
+        for step in every if steps[index] is None else steps[index]:
+            at = [other for other in applying if steps[other] is None or step in steps[other]]
+            before, last = [other for other in at if other < index], at[-1]
+            if format_of(index) == (format_of(before[-1]) if before else own):
+                found.add("already")
+            else:
+                found.add("" if format_of(last) == format_of(index) else "overridden")
+        yield index, "" if "" in found else min(found, default="already")
 
 
 def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:

@@ -17,7 +17,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ELEMENT_TYPES
 from wanlab.precision.apply import AS_LOADED, requested_formats
 from wanlab.precision.assignment import Assignment
-from wanlab.precision.check_torch import Effect, Fault, at_step, near, raise_weights, summary
+from wanlab.precision.check_torch import Effect, Fault, at_step, changes, counts, near, raise_weights, summary
 from wanlab.precision.formats import CODES_OF_ONNX, QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.linear_nodes import OPERATORS, find_linear_nodes, nodes_of_layers
 from wanlab.precision.plan import FLOATS, is_float
@@ -116,14 +116,12 @@ def graph_effect_check(
         if wrong is not None:
             faults.append(Fault(component, row.layer, *wrong))
     raise_weights(assignment, rows, faults, "write the graph again with precision.quantize by this plan")
-    layers = pd.DataFrame(rows)
+    layers = pd.DataFrame([row | {"changed": changes(row, assignment.default)} for row in rows])
     frame = summary(layers)
     kernels = pd.DataFrame(columns=["component", "operator", "kernel", "calls", "share_percent"])
-    parts = [
-        f"{row.layers_found} of {row.layers_asked} layers in {row.format}"
-        for row in frame[frame["format"] != AS_LOADED].itertuples()
-    ]
-    verdict = f"{path.name} computes {component} by plan {assignment.plan.name}: {'; '.join(parts) or 'all floats'}."
+    parts = "; ".join(text.replace(f" of {component} in", " in") for text in counts(frame)) or "all floats"
+    lines = "".join(f" {line}." for line in assignment.without_effect([component]))
+    verdict = f"{path.name} computes {component} by plan {assignment.plan.name}: {parts}.{lines}"
     return Effect(verdict, frame, layers, kernels)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -213,20 +213,20 @@ def raise_weights(
 ) -> None:
     """Raise the faults that concern a whole expert, then the first of the others; `remedy` ends the message."""
     name, default = assignment.plan.name, f"torch.{FLOATS[assignment.default]}"
-    changes = [row for row in rows if row["format"] != AS_LOADED]
+    changed = [row for row in rows if changes(row, assignment.default)]
     recast = any(row["weight_before_bytes"] not in (None, row["weight_bytes"]) for row in rows)
-    if not changes and not recast:
+    if not changed and not recast:
         raise WanlabError(
-            f"plan {name} changed nothing: every layer is in {default} as it was loaded; give it rules that name a format"
+            f"plan {name} changed nothing: every layer is in {default} as it was; give it rules of another format"
         )
     left = {(fault.component, fault.layer) for fault in faults if fault.kind == "unquantised"}
     by_component: dict[str, list[bool]] = {}
-    for row in changes:
+    for row in changed:
         by_component.setdefault(row["component"], []).append((row["component"], row["layer"]) in left)
     untouched = [component for component, missing in by_component.items() if all(missing)]
     if untouched and len(untouched) == len(by_component):
         raise WanlabError(
-            f"plan {name} changed nothing: none of its {len(changes)} layers in {', '.join(untouched)} is in its format;"
+            f"plan {name} changed nothing: none of its {len(changed)} layers in {', '.join(untouched)} is in its format;"
             f" {remedy or _REMEDIES['unquantised']}"
         )
     if untouched:
@@ -236,6 +236,12 @@ def raise_weights(
             f" {', '.join(untouched)} is in its format; apply the plan to every expert it names"
         )
     raise_first(name, faults, remedy)
+
+
+def changes(row: Mapping[str, Any], default: str) -> bool:
+    """Whether a layer is to be other than it was; it is not where its rule names the dtype that it has."""
+    recast = row["weight_before_bytes"] not in (None, row["weight_bytes"])
+    return recast if row["format"] == default else row["format"] != AS_LOADED
 
 
 def raise_first(name: str, faults: list[Fault], remedy: str | None = None) -> None:
@@ -476,7 +482,8 @@ class Effect:
     Attributes:
         verdict: result in one sentence.
         frame: one row per component and format: component, format (`"as-loaded"` where the plan changes nothing),
-            layers_asked, layers_found, weight_before_bytes, weight_bytes, held (dtypes of the weights in memory), products
+            layers_asked, layers_found, layers_changed (from what they were), weight_before_bytes, weight_bytes, held
+            (dtypes of the weights in memory), products
             (operators with the dtypes of their operands; of a graph its nodes), kernels (on a GPU, most time first).
         layers: one row per layer and format: component, layer, format, held, weight_before_bytes, weight_bytes, product.
         kernels: kernels of one forward: component, operator, kernel, calls, share_percent; empty without a profile.
@@ -491,7 +498,13 @@ class Effect:
         return self.verdict
 
 
-def effect_check(original: Model | None, applied: Applied, *, profile: bool | None = None) -> Effect:
+def effect_check(
+    original: Model | None,
+    applied: Applied,
+    *,
+    profile: bool | None = None,
+    components: Collection[str] | None = None,
+) -> Effect:
     """Prove that a plan was applied, or fail.
 
     Every layer's tensors are read: dtypes, bytes, and whether its codes are those of the original's weight by the
@@ -503,6 +516,7 @@ def effect_check(original: Model | None, applied: Applied, *, profile: bool | No
             are not compared with it.
         applied: result of `apply_plan`.
         profile: whether kernels are named too; None does so on a GPU.
+        components: experts to check; None checks all of the plan.
 
     Raises:
         WanlabError: a plan that changed nothing; an expert that was left out; a layer that is not in the network; weights
@@ -511,7 +525,8 @@ def effect_check(original: Model | None, applied: Applied, *, profile: bool | No
     """
     assignment, model = applied.assignment, applied.model
     name = assignment.plan.name
-    networks = {component: model.component(component) for component in assignment.components}
+    chosen = [name for name in assignment.components if components is None or name in components]
+    networks = {component: model.component(component) for component in chosen}
     before = _originals(original, applied)
     faults: list[Fault] = []
     rows: list[dict[str, Any]] = []
@@ -543,12 +558,12 @@ def effect_check(original: Model | None, applied: Applied, *, profile: bool | No
                 )
         kernels.append(table.assign(component=component))
     raise_first(name, faults)
-    layers = pd.DataFrame(rows)
+    layers = pd.DataFrame([row | {"changed": changes(row, assignment.default)} for row in rows])
     named = pd.concat(kernels, ignore_index=True)[
         ["component", "operator", "kernel", "calls", "share_percent"]
     ]
     frame = summary(layers, named)
-    return Effect(_verdict(name, frame, applied.kernels), frame, layers, named)
+    return Effect(_verdict(assignment, chosen, frame, applied.kernels), frame, layers, named)
 
 
 def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -572,6 +587,7 @@ def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.Dat
                 "format": format,
                 "layers_asked": group["layer"].nunique(),
                 "layers_found": group.loc[group["found"], "layer"].nunique(),
+                "layers_changed": group.loc[group["found"] & group["changed"], "layer"].nunique(),
                 "weight_before_bytes": group["weight_before_bytes"].sum(min_count=1),
                 "weight_bytes": int(group["weight_bytes"].sum()),
                 "held": joined(group["held"]),
@@ -670,12 +686,17 @@ def at_step(rows: pd.DataFrame, step: int) -> pd.Series:
     return rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))
 
 
-def _verdict(name: str, frame: pd.DataFrame, kernels: str) -> str:
-    changed = frame[frame["format"] != AS_LOADED]
-    parts = [
-        f"{row.layers_found} of {row.layers_asked} layers of {row.component} in {row.format}"
-        for row in changed.itertuples()
+def counts(frame: pd.DataFrame) -> list[str]:
+    """Phrases such as "60 of 67 layers of expert_high in int8"; only layers that changed count."""
+    return [
+        f"{row.layers_changed} of {row.layers_asked} layers of {row.component} in {row.format}"
+        for row in frame[frame["layers_changed"] > 0].itertuples()
     ]
+
+
+def _verdict(assignment: Assignment, components: Sequence[str], frame: pd.DataFrame, kernels: str) -> str:
     before, after = frame["weight_before_bytes"].sum(), frame["weight_bytes"].sum()
     size = f"; {after / 2**20:,.1f} MiB of weights" + (f" instead of {before / 2**20:,.1f}" if before else "")
-    return f"Plan {name} took effect: {'; '.join(parts) or 'everything cast'}{size}; {kernels}."
+    end = "".join(f" {line}." for line in assignment.without_effect(components))
+    what = "; ".join(counts(frame)) or "everything cast"
+    return f"Plan {assignment.plan.name} took effect: {what}{size}; {kernels}.{end}"

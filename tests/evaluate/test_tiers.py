@@ -53,7 +53,8 @@ def with_scores(lpips, psnr, floor=None):
 
 
 def loss(percent, spread=0.0):
-    return evaluate.quality_loss([1 + (percent - spread) / 100, 1 + (percent + spread) / 100], [1.0, 1.0])
+    each = [1 + (percent + shift) / 100 for shift in (-spread, 0, spread)]
+    return evaluate.quality_loss(each, [1.0] * 3)
 
 
 def test_each_tier_on_videos():

@@ -532,9 +532,12 @@ def test_the_verdict_tells_gains_losses_and_noise():
     assert said.endswith(
         "Fastest of 4 rows on 1 machine: onnxruntime-cuda bfloat16 on NVIDIA H200, 500.0 ms."
     )
-    assert "onnxruntime-cuda is 2.00 times as fast as eager (noise 3.0 %)" in said
+    assert "onnxruntime-cuda is 2.00 times as fast as eager (95 % interval unknown, noise 3.0 %)" in said
     assert "tvm-cuda is slower: 0.50 times as fast as eager" in said
-    assert "compiled: no difference from eager can be told from noise (ratio 0.99, noise 3.0 %)" in said
+    assert (
+        "compiled: no difference from eager can be told from noise (ratio 0.99, 95 % interval unknown, noise 3.0 %)"
+        in said
+    )
     assert runs.platform_notes(runs.platform_table(kept), refused) == "1 row refused as other work"
 
 

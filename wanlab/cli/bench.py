@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from wanlab import measure, models
 from wanlab.cli.command import Command
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import default_outputs
+from wanlab.core.stats import interval_text
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import (
     EAGER,
@@ -108,7 +110,7 @@ def main(options: argparse.Namespace) -> int:
     if baseline is not None:
         gain = measure.bench_table([baseline, result]).iloc[-1]
         print(
-            f"against {baseline.engine}: {gain['speedup']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f},"
+            f"against {baseline.engine}: {gain['speedup']:.2f}x ({interval_text(gain['low'], gain['high'])},"
             f" noise {gain['noise_percent']:.1f} %), {gain['verdict']}"
         )
     return 0
@@ -118,7 +120,7 @@ def report(result: measure.Bench) -> str:
     """The table, totals and warnings of one benchmark, as text."""
     frame = result.frame()
     columns = ["min_ms", "max_ms", "mean_ms", "median_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent"]
-    shown = frame.set_index("measure")[columns].map("{:,.4g}".format)
+    shown = frame.set_index("measure")[columns].map(_number)
     main = result.main
     settings = result.settings
     lines = [
@@ -136,6 +138,10 @@ def report(result: measure.Bench) -> str:
         )
     lines += [f"warning: {row['hazard']}; {row['mitigation']}" for row in result.warnings()]
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None or math.isnan(value) else f"{value:,.4g}"
 
 
 def _name(result: measure.Bench) -> str:

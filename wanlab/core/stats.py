@@ -4,14 +4,22 @@ Every interval is the 95 % percentile interval of resampled statistics, widened 
 are drawn as `scipy.stats.bootstrap(..., method="percentile")` draws them, number by number (a test compares the
 two); importing `scipy.stats` takes a second, which every command that measures would pay. Grouped samples, drawn by
 their weights, have no counterpart in SciPy.
+
+One or two values have no interval: all resamples of one value are that value, and those of two say nothing of what lies
+beyond them. Nor have values that are not finite, or whose statistic is not. Such an interval is unknown: None, or NaN ends
+in arrays and tables, and "interval unknown" in words.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+LEAST = 3
+"""Fewest values that have an interval or a percentile."""
 
 RESAMPLES = 10_000
 GROUPED_RESAMPLES = 1000
@@ -19,40 +27,74 @@ _AT_ONCE = 4_000_000  # drawn values, whatever the number of samples
 
 
 def bootstrap_mean(values: ArrayLike, seed: int) -> tuple[float, float] | None:
-    """95 % interval of a mean. None when it cannot be had: fewer than two values, or one that is not finite."""
+    """95 % interval of a mean; None when it is unknown."""
     values = np.asarray(values, dtype=np.float64)
-    if values.size < 2 or not np.isfinite(values).all():
+    if values.size < LEAST or not np.isfinite(values).all():
         return None
-    (means,) = resampled([values], _mean, np.random.default_rng(seed))
-    return percentile_interval(means, values.mean())
+    with np.errstate(over="ignore", invalid="ignore"):
+        (means,) = resampled([values], _mean, np.random.default_rng(seed))
+        return _known(percentile_interval(means, values.mean()))
 
 
 def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, seed: int) -> tuple[float, float] | None:
     """95 % interval of mean(numerator) / mean(denominator) over the same cases, which are drawn in pairs.
 
-    None when it cannot be had: fewer than two cases, one that is not finite, or a denominator of 0.
+    None when it is unknown; also with a denominator of 0.
     """
     pair = [np.asarray(side, dtype=np.float64) for side in (numerator, denominator)]
-    if pair[0].size < 2 or not all(np.isfinite(side).all() for side in pair):
+    if pair[0].size < LEAST or not all(np.isfinite(side).all() for side in pair):
         return None
-    above, below = resampled(pair, _mean, np.random.default_rng(seed))
-    if not pair[1].mean() or not below.all():
-        return None
-    return percentile_interval(above / below, pair[0].mean() / pair[1].mean())
+    with np.errstate(over="ignore", invalid="ignore"):
+        above, below = resampled(pair, _mean, np.random.default_rng(seed))
+        if not pair[1].mean() or not below.all():
+            return None
+        return _known(percentile_interval(above / below, pair[0].mean() / pair[1].mean()))
 
 
 def bootstrap_median_ratio(
     numerator: ArrayLike, denominator: ArrayLike, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """95 % interval of median(numerator) / median(denominator) of two independent sets of samples, all positive."""
+) -> tuple[float, float] | None:
+    """95 % interval of median(numerator) / median(denominator) of two independent sets of samples, none negative.
+
+    None when it is unknown; also with a median of 0.
+    """
     top, bottom = (np.asarray(side, dtype=np.float64) for side in (numerator, denominator))
+    if min(top.size, bottom.size) < LEAST or not np.median(top) or not np.median(bottom):
+        return None
     generator = np.random.default_rng(seed)
     # A resample of a timing may have a median of 0 although the timing's own median is positive.
     least = np.finfo(np.float64).tiny
-    above, below = (
-        np.maximum(resampled_medians(side, generator, resamples), least) for side in (top, bottom)
-    )
-    return percentile_interval(above / below, np.median(top) / np.median(bottom))
+    with np.errstate(over="ignore", invalid="ignore"):
+        above, below = (
+            np.maximum(resampled_medians(side, generator, resamples), least) for side in (top, bottom)
+        )
+        return _known(percentile_interval(above / below, np.median(top) / np.median(bottom)))
+
+
+def interval_text(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """An interval in words: `"95 % interval 1.98 to 2.02"`, or `"95 % interval unknown"`.
+
+    Args:
+        low, high: its ends; None or NaN where it is unknown.
+    """
+    return f"95 % interval {ends_text(low, high, form)}"
+
+
+def ends_text(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """The ends of an interval in words: `"1.98 to 2.02"`, or `"unknown"`; arguments as in `interval_text`."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return "unknown"
+    return f"{low:{form}} to {high:{form}}"
+
+
+def percentile(values: ArrayLike, percent: float) -> float:
+    """A percentile, interpolated linearly; NaN of fewer than `LEAST` values."""
+    values = np.asarray(values, dtype=np.float64)
+    return float(np.percentile(values, percent)) if values.size >= LEAST else math.nan
+
+
+def _known(interval: tuple[float, float]) -> tuple[float, float] | None:
+    return interval if np.isfinite(interval).all() else None
 
 
 def resampled(
@@ -85,8 +127,14 @@ def resampled_medians(
 
 
 def percentile_interval(resamples: np.ndarray, value: float) -> tuple[float, float]:
-    """The middle 95 % of resampled values, widened to hold the value itself; NaN among them are left out."""
-    low, high = np.nanpercentile(resamples, [2.5, 97.5])
+    """The middle 95 % of resampled values, widened to hold the value itself; NaN among them are left out.
+
+    Both ends are NaN where the interval is unknown: the value is not finite, or no resample is a number.
+    """
+    resamples = resamples[~np.isnan(resamples)]
+    if not resamples.size or not np.isfinite(value):
+        return math.nan, math.nan
+    low, high = np.percentile(resamples, [2.5, 97.5])
     return float(min(low, value)), float(max(high, value))
 
 
@@ -121,7 +169,7 @@ def weighted_interval(
     weights: np.ndarray,
     then: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of a mean over the first axis, holding the mean itself. With one sample it is that.
+    """95 % interval of a mean over the first axis, holding the mean itself; NaN where it is unknown.
 
     Args:
         samples: `[samples, ...]`.
@@ -129,6 +177,9 @@ def weighted_interval(
         then: of the means, e.g. a square root.
     """
     flat = samples.reshape(len(samples), -1)
+    if len(samples) < LEAST:
+        unknown = np.full(samples.shape[1:], np.nan)
+        return unknown, unknown.copy()
     low, high = np.percentile(then(weights @ flat), [2.5, 97.5], axis=0)
     value = then(flat.mean(axis=0))
     shape = samples.shape[1:]

@@ -14,6 +14,7 @@ import torch
 
 from wanlab import measure
 from wanlab.core.errors import WanlabError
+from wanlab.core.stats import interval_text
 from wanlab.diagnose.capture import ranges
 from wanlab.engines.base import Engine
 from wanlab.engines.onnxruntime import OrtEngine
@@ -336,7 +337,7 @@ class RangeCost:
         effect = (
             "cost nothing that can be told from noise" if verdict == NOT_DISTINGUISHABLE else f"are {verdict}"
         )
-        return f"{self.ranges} ranges {effect} ({middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f})"
+        return f"{self.ranges} ranges {effect} ({middle:+.2f} %, {interval_text(low, high, '+.2f')})"
 
 
 def range_cost(

@@ -21,7 +21,7 @@ class QualityLoss:
 
     Attributes:
         percent: mean over cases of (LPIPS(Q,G) - LPIPS(O,G)) / LPIPS(O,G) x 100; None when unknown.
-        low_percent, high_percent: its 95 % bootstrap interval over cases; None with fewer than two.
+        low_percent, high_percent: its 95 % bootstrap interval over cases; None with fewer than three.
         cases: number of cases.
         backbone: LPIPS backbone of the scores, if known.
         per_case_percent: relative worsening of each case.
@@ -56,11 +56,11 @@ class QualityLoss:
 
     @property
     def bound(self) -> str:
-        """The upper end of the interval as text; the value itself where there is no interval."""
+        """The upper end of the interval as text; the value itself, said to be so, where it is unknown."""
         if not self.known:
             return "unknown"
         if self.high_percent is None:
-            return f"{_signed(self.percent)} %, from one case"
+            return f"{_signed(self.percent)} %, from {self._cases} without an interval"
         high = max(self.high_percent, 0.0)
         return f"at most {high:.2f} %" if high >= 0.01 else "below 0.01 %"
 
@@ -78,13 +78,16 @@ class QualityLoss:
         if not self.known:
             return "unknown: no ground truth"
         interval = (
-            "interval unknown"
+            "95 % interval unknown"
             if self.low_percent is None
             else f"95 % interval {_signed(self.low_percent)} to {_signed(self.high_percent)} %"
         )
-        cases = f"{self.cases} case" + ("s" if self.cases != 1 else "")
         backbone = f", {self.backbone}" if self.backbone else ""
-        return f"{_signed(self.percent)} % ({interval}, {cases}{backbone})"
+        return f"{_signed(self.percent)} % ({interval}, {self._cases}{backbone})"
+
+    @property
+    def _cases(self) -> str:
+        return f"{self.cases} case" + "s" * (self.cases != 1)
 
 
 def _signed(percent: float) -> str:

@@ -37,7 +37,7 @@ class Divergence:
 
     Attributes:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
-            over cases, undefined for one case), worst, floor, floor_name (the largest noise floor),
+            over cases, unknown (NaN) for fewer than three cases), worst, floor, floor_name (the largest noise floor),
             ratio_to_noise_floor (ratio to the noise floor: error over the floor's error; error is LPIPS, 1 - SSIM, MSE,
             flicker, or the distance from a perfect copy's score), and verdict:
             `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
@@ -225,7 +225,7 @@ class Floors:
 
     Attributes:
         frame: one row per floor and metric: floor, metric, backbone, cases, identical_cases, mean, low,
-            high (95 % bootstrap interval over cases, undefined for one case), worst.
+            high (95 % bootstrap interval over cases, unknown (NaN) for fewer than three cases), worst.
         scores: floor -> the scores of each case; `divergence` accepts this dictionary.
         notes: floor -> what was run, or why it was not measured.
     """
@@ -407,7 +407,7 @@ TIERS = (
     ),
     TierRule(
         "undecided",
-        f"the interval of the quality loss holds {LIMIT_PERCENT:g} %, or there is one case and no interval",
+        f"the interval of the quality loss holds {LIMIT_PERCENT:g} %, or fewer than three cases give no interval",
         "more cases would say whether it is good enough",
     ),
     TierRule(

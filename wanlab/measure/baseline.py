@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.stages import COMPONENTS, OTHER, stages
-from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, compare
+from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, compare, control_of
 from wanlab.models.pipeline import Generation, Model
 
 
@@ -117,11 +116,7 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _control(first: Samples, second: Samples) -> AAControl:
-    comparison = compare(first, second)
-    ratios = (comparison.speedup, comparison.low, comparison.high)
-    ends = [abs(value - 1) for value in ratios if math.isfinite(value)]
-    again = Samples(f"{second.label} (again)", second.values_ms, second.device)
-    return AAControl(first, again, comparison.speedup, 100 * max(ends))
+    return control_of(first, Samples(f"{second.label} (again)", second.values_ms, second.device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.stats import bootstrap_median_ratio
+from wanlab.core.stats import LEAST, bootstrap_median_ratio, interval_text, percentile
 from wanlab.models.device import synchronise
 
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -25,8 +25,8 @@ CV_LIMIT_PERCENT = 2.5  # the limit at which trtexec advises to lock the clocks
 class Samples:
     """All samples of one timing, in milliseconds, in the order in which they were taken.
 
-    Percentiles interpolate linearly (numpy's default). `cv_percent` is the population standard
-    deviation over the mean, as trtexec reports it.
+    Percentiles interpolate linearly (numpy's default); those of one or two samples are unknown (NaN).
+    `cv_percent` is the population standard deviation over the mean, as trtexec reports it.
 
     Attributes:
         label: name of the timed work.
@@ -74,15 +74,15 @@ class Samples:
 
     @property
     def p90(self) -> float:
-        return float(np.percentile(self._array, 90))
+        return percentile(self._array, 90)
 
     @property
     def p95(self) -> float:
-        return float(np.percentile(self._array, 95))
+        return percentile(self._array, 95)
 
     @property
     def p99(self) -> float:
-        return float(np.percentile(self._array, 99))
+        return percentile(self._array, 99)
 
     @property
     def cv_percent(self) -> float:
@@ -92,8 +92,9 @@ class Samples:
     @property
     def warning(self) -> str | None:
         """Why these samples should be read with care, or None."""
-        if self.n < 2:
-            return "one sample: its spread is unknown"
+        if self.n < LEAST:
+            samples = "one sample" if self.n == 1 else f"{self.n} samples"
+            return f"{samples}: spread, percentiles and interval are unknown; take at least {LEAST}"
         if self.cv_percent > CV_LIMIT_PERCENT:
             return (
                 f"CV {self.cv_percent:.1f} % is over {CV_LIMIT_PERCENT} %: "
@@ -102,7 +103,7 @@ class Samples:
         return None
 
     def row(self) -> dict:
-        """One row of a table: label, n, statistics in milliseconds, CV in percent, the warning or None."""
+        """One row of a table: label, n, statistics in milliseconds (None where unknown), CV in percent, the warning or None."""
         return {
             "label": self.label,
             "n": self.n,
@@ -110,9 +111,9 @@ class Samples:
             "mean_ms": self.mean,
             "min_ms": self.min,
             "max_ms": self.max,
-            "p90_ms": self.p90,
-            "p95_ms": self.p95,
-            "p99_ms": self.p99,
+            "p90_ms": None if self.n < LEAST else self.p90,
+            "p95_ms": None if self.n < LEAST else self.p95,
+            "p99_ms": None if self.n < LEAST else self.p99,
             "cv_percent": self.cv_percent,
             "device": self.device,
             "clock": self.clock,
@@ -135,7 +136,8 @@ class AAControl:
     Attributes:
         ratio: median of the first over median of the second; 1 without disturbance.
         noise_percent: largest distance of the ratio's 95 % bootstrap interval from 1, in percent.
-            A smaller effect cannot be distinguished from noise.
+            Of fewer than 3 samples a side, which have no interval: that of the ratio of any two samples. A smaller effect
+            cannot be distinguished from noise.
     """
 
     first: Samples
@@ -163,7 +165,7 @@ class Comparison:
 
     Attributes:
         speedup: baseline median over candidate median; 2 means half the time.
-        low, high: 95 % bootstrap interval of the speed-up; 0 and infinity when a side has one sample.
+        low, high: 95 % bootstrap interval of the speed-up; NaN when a side has fewer than 3 samples.
         verdict: `"faster"`, `"slower"` or `"not distinguishable"`.
         noise_percent: noise floor that the effect was compared with.
     """
@@ -247,7 +249,7 @@ def verdict_sentence(
         `"b is 2.00 times as fast as a (95 % interval 1.98 to 2.02, noise 3.0 %)"`, or
         `"b: no difference from a can be told from noise on this machine now (ratio 1.01, 95 % interval ...)"`.
     """
-    known = [f"95 % interval {low:.2f} to {high:.2f}"] if low == low and high == high else []
+    known = [interval_text(low, high)]
     known += [f"noise {noise_percent:.1f} %"] if noise_percent == noise_percent else ["noise not known"]
     if verdict == NOT_DISTINGUISHABLE:
         holds = f"no difference{f' from {baseline}' if baseline else ''} can be told from noise"
@@ -274,7 +276,7 @@ def compare(
 
     The interval is a percentile bootstrap (Efron and Tibshirani, 1993) of the ratio of medians.
     The verdict is `"not distinguishable"` when the interval includes 1 or when the effect,
-    max(speedup, 1 / speedup) - 1, is not above `noise_percent`.
+    max(speedup, 1 / speedup) - 1, is not above `noise_percent`; also when the interval is unknown.
 
     Args:
         noise_percent: `AAControl.noise_percent` of the baseline.
@@ -297,7 +299,7 @@ def compare(
             f"{candidate.device}; time both on one device or pass allow_different_devices=True"
         )
     speedup, low, high = ratio_of_medians(baseline, candidate, resamples=resamples, seed=seed)
-    verdict = verdict_of(speedup, low, high, noise_percent)
+    verdict = NOT_DISTINGUISHABLE if math.isnan(low) else verdict_of(speedup, low, high, noise_percent)
     return Comparison(
         baseline.label,
         candidate.label,
@@ -314,16 +316,15 @@ def compare(
 def ratio_of_medians(
     top: Samples, bottom: Samples, *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Ratio of medians and its 95 % bootstrap interval, which always contains the ratio."""
+    """Ratio of medians and its 95 % bootstrap interval, which always contains the ratio; NaN where it is unknown."""
     if top.median <= 0 or bottom.median <= 0:
         raise WanlabError(
             f"{(top if top.median <= 0 else bottom).label!r} took 0 ms, below the clock's "
             "resolution; time more work per call"
         )
     ratio = top.median / bottom.median
-    if top.n < 2 or bottom.n < 2:
-        return ratio, 0.0, math.inf
-    return ratio, *bootstrap_median_ratio(top.values_ms, bottom.values_ms, seed, resamples)
+    interval = bootstrap_median_ratio(top.values_ms, bottom.values_ms, seed, resamples)
+    return ratio, *(interval or (math.nan, math.nan))
 
 
 def time_ms(
@@ -438,8 +439,8 @@ def interleaved(
 def control_of(first: Samples, second: Samples) -> AAControl:
     """An A/A control from two series of the same work."""
     ratio, low, high = ratio_of_medians(first, second)
-    if math.isinf(high):  # one sample per series: the only noise that was observed is the ratio itself
-        low = high = ratio
+    if math.isnan(low):  # no interval: what was observed is how far any two samples lie from each other
+        low, high = first.min / second.max, first.max / max(second.min, sys.float_info.min)
     return AAControl(first, second, ratio, 100 * max(abs(ratio - 1), abs(low - 1), abs(high - 1)))
 
 

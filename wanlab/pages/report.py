@@ -28,6 +28,7 @@ from pygments.lexers import PythonLexer
 
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
+from wanlab.core.stats import interval_text
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, display_time, display_value, duration
 from wanlab.plots.style import NAMES, UNITS, label
@@ -272,7 +273,9 @@ def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, 
         low, high = (row[f"quality_loss_{end}_percent"] for end in ("low", "high"))
         if max(abs(low), abs(high)) < SMALLEST_PERCENT:
             return f"95 % interval within ±{SMALLEST_PERCENT} %"
-        return f"95 % interval {low:+.2f} to {high:+.2f}"
+        return interval_text(low, high, "+.2f")
+    if name == "quality_loss_percent":
+        return interval_text(None, None)
     if name == "divergence_lpips" and "divergence_floor_lpips" in row:
         return f"noise floor {row['divergence_floor_lpips']:.2g}"
     if base is None or not words[0] or name not in base.row():

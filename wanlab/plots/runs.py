@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import textwrap
 from collections.abc import Collection, Mapping
@@ -236,11 +237,10 @@ def technique_bars(matrix: pd.DataFrame) -> go.Figure:
 
 
 def _interval(rows: pd.DataFrame, value: str, low: str, high: str) -> dict:
-    up = [
-        None if abs(end) == float("inf") else end - at
-        for at, end in zip(rows[value], rows[high], strict=True)
-    ]
-    down = (rows[value] - rows[low]).tolist()
+    up, down = (
+        [length if math.isfinite(length) else None for length in lengths]  # no bar where it is unknown
+        for lengths in (rows[high] - rows[value], rows[value] - rows[low])
+    )
     return {
         "type": "data",
         "symmetric": False,

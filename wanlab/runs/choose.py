@@ -15,7 +15,7 @@ import pandas as pd
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
-from wanlab.core.stats import percentile_interval, resampled_medians
+from wanlab.core.stats import LEAST, ends_text, interval_text, percentile_interval, resampled_medians
 from wanlab.engines.registry import title_of_label
 from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import SAME, Comparisons, gain_of, times_better
@@ -176,7 +176,8 @@ def _answer(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
         ends = [best.results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
         if max(abs(value) for value in (loss, *ends) if is_number(value)) < 0.005:
             return f"{text}, quality loss below 0.01 %."
-        interval = f" ({_signed(ends[0])} to {_signed(ends[1])})" if all(map(is_number, ends)) else ""
+        known = all(map(is_number, ends))
+        interval = f" ({_signed(ends[0])} to {_signed(ends[1])})" if known else " (95 % interval unknown)"
         text += f", quality loss {_signed(loss)} %{interval}"
     return f"{text}."
 
@@ -260,11 +261,12 @@ def technique_verdict(matrix: pd.DataFrame) -> str:
         if len(rows):
             row = rows.loc[rows["speedup"].idxmax()]
             figures = [row[name] for name in ("speedup", "low", "high", "noise_percent")]
-            best[word] = (row, verdict_of(*figures), figures)
+            verdict = SAME if math.isnan(row["low"]) else verdict_of(*figures)
+            best[word] = (row, verdict, figures)
     if all(verdict == SAME for _, verdict, _ in best.values()):
         ends = "; ".join(
             f"best {word} {row['techniques']}, ratio {ratio:.2f} "
-            f"(95 % interval {low:.2f} to {high:.2f}, noise {noise:.1f} %)"
+            f"({interval_text(low, high)}, noise {noise:.1f} %)"
             for word, (row, _, (ratio, low, high, noise)) in best.items()
         )
         return f"No difference from the baseline can be told from noise on this machine now: {ends}."
@@ -293,13 +295,15 @@ def gains_text(table: pd.DataFrame) -> str:
 
 
 def _medians(row: MeasuredConfiguration, generator: np.random.Generator) -> np.ndarray:
-    """Median of a configuration's samples, then of their resamples: `[1 + RESAMPLES]`."""
+    """Median of a configuration's samples, then of their resamples: `[1 + RESAMPLES]`, NaN where these say nothing."""
     values = np.asarray(row.samples.values_ms)
+    if values.size < LEAST:
+        return np.append(np.median(values), np.full(RESAMPLES, np.nan))
     return np.append(np.median(values), resampled_medians(values, generator, RESAMPLES))
 
 
 def _interval(statistic: np.ndarray) -> tuple[float, float, float]:
-    """A statistic of `_medians` and its 95 % interval."""
+    """A statistic of `_medians` and its 95 % interval, NaN where it is unknown."""
     return (float(statistic[0]), *percentile_interval(statistic[1:], float(statistic[0])))
 
 
@@ -314,6 +318,8 @@ def _simulated(names: tuple[str, ...], alone: Iterable[MeasuredConfiguration]) -
 def _verdict(part: tuple[float, float, float], noise_percent: float) -> str:
     """Verdict on a measured speed-up over the product of the single ones, with its interval."""
     off = 100 * (part[0] - 1)
+    if math.isnan(part[1]):
+        return "unknown: too few samples for an interval"
     if verdict_of(*part, noise_percent) == SAME:
         return f"{MULTIPLY} within noise"
     if off < 0:
@@ -384,11 +390,12 @@ def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     for row in comparisons.frame.to_dict(orient="records"):
         axes = {axis: parameter_text(row[axis]) for axis in comparisons.axes} if apart else {}
         effect = f", {NOT_APPLIED}" if row.get("effect") == NOT_APPLIED else ""
+        timed = is_time(comparisons.by) and row["configuration"] != comparisons.baseline.label
         cells = (axes or {"configuration": row["configuration"]}) | {
             "verdict": row["verdict"] + effect,
             comparisons.by: figure(row[comparisons.by]),
             gain: figure(row[gain], gain),
-            "95 % interval": f"{row['low']:.2f} to {row['high']:.2f}" if is_number(row["low"]) else "",
+            "95 % interval": ends_text(row["low"], row["high"]) if timed else "",
             "noise %": figure(row["noise_percent"]),
         }
         for name in others:
@@ -413,9 +420,9 @@ def readable_techniques(matrix: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "techniques": row["techniques"],
-                "speed-up": f"{figure(row['speedup'], 'ratio')} ({row['low']:.2f} to {row['high']:.2f})",
+                "speed-up": f"{figure(row['speedup'], 'ratio')} ({ends_text(row['low'], row['high'])})",
                 "product of each alone": figure(row["product"], "ratio") if both else "",
-                "of the product": f"{row['of_product']:.2f} ({row['of_low']:.2f} to {row['of_high']:.2f})"
+                "of the product": f"{row['of_product']:.2f} ({ends_text(row['of_low'], row['of_high'])})"
                 if both
                 else "",
                 "verdict": row["verdict"],

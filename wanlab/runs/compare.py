@@ -144,7 +144,7 @@ class Comparisons:
         rows: the configurations that did the baseline's work, the baseline first.
         ratios: label -> `by` of that configuration compared with the baseline's.
         frame: one row per configuration: configuration, the axes, `by`, ratio (above 1 is better; a difference for
-            percentages, decibels and LPIPS), low, high (its 95 % interval; NaN without samples), noise_percent, verdict,
+            percentages, decibels and LPIPS), low, high (its 95 % interval; NaN where it is unknown), noise_percent, verdict,
             then the other figures, each with `<figure>_ratio` or `<figure>_difference`, and effect where it was recorded.
         refused: a row per difference: configuration, field, value, baseline, reason.
         failures: runs that did not finish.
@@ -319,7 +319,7 @@ class Ratio:
 
     Attributes:
         value: ratio, above 1 is better; for percentages, decibels and LPIPS the difference.
-        low, high: its 95 % interval; NaN without samples.
+        low, high: its 95 % interval; NaN where it is unknown.
         noise_percent: noise that an effect must exceed; NaN for a difference.
         verdict: "faster", "slower", "better", "worse", "not distinguishable", "baseline", or "" where none can be given.
     """

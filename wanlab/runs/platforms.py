@@ -10,6 +10,7 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
+from wanlab.core.stats import interval_text
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, verdict_sentence
 from wanlab.runs.compare import Ratio, baselines, ratio_to
 from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Machine, Result, differences
@@ -126,8 +127,8 @@ def _same_text(rows: pd.DataFrame) -> str:
     """Several engines whose difference from eager is within the noise, in one clause."""
     engines = []
     for row in rows.itertuples():
-        interval = "" if math.isnan(row.low) else f", {row.low:.2f} to {row.high:.2f}"
-        engines.append(f"{row.engine} (ratio {row.ratio_to_eager:.2f}{interval})")
+        interval = interval_text(row.low, row.high)
+        engines.append(f"{row.engine} (ratio {row.ratio_to_eager:.2f}, {interval})")
     place = " on this machine now" if (rows["source"] == HERE).all() else ""
     noise = rows["noise_percent"].max()
     return f"no difference from eager can be told from noise{place} ({noise:.1f} %): {', '.join(engines)}"

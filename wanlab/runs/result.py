@@ -13,6 +13,7 @@ from wanlab import models
 from wanlab.core.effects import APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import now
+from wanlab.core.stats import LEAST
 from wanlab.engines.registry import ENGINES, computes_on_cpu
 from wanlab.measure.timing import Samples
 
@@ -254,7 +255,7 @@ class Result(_Row, frozen=True):
         }
         if time_ms is not None and self.work.component is None and self.work.frames:
             values["time_per_frame_ms"] = time_ms / self.work.frames
-        if samples and samples.n > 1:
+        if samples and samples.n >= LEAST:
             values |= {"p95_ms": samples.p95, "cv_percent": samples.cv_percent}
         values |= {name: getattr(self, name) for name in OWN_FIGURES}
         values |= msgspec.structs.asdict(self.quality) if self.quality else {}

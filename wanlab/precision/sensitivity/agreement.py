@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.stats import percentile_interval, resampled
+from wanlab.core.stats import interval_text, percentile_interval, resampled
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case, for_selection
 from wanlab.models.variants import alternate_sdpa
@@ -163,7 +163,7 @@ class Correlation:
     def __str__(self) -> str:
         if self.value is None:
             return f"unknown of {self.choices} choices"
-        return f"{self.value:.3f} (95 % {self.low:.3f} to {self.high:.3f}, {self.choices} choices)"
+        return f"{self.value:.3f} ({interval_text(self.low, self.high, '.3f')}, {self.choices} choices)"
 
 
 @dataclass(frozen=True, eq=False)

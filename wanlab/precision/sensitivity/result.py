@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,7 +13,14 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.stats import draw_group_weights, draw_weights, percentile_interval, weighted_interval
+from wanlab.core.stats import (
+    LEAST,
+    draw_group_weights,
+    draw_weights,
+    interval_text,
+    percentile_interval,
+    weighted_interval,
+)
 from wanlab.precision.sensitivity.work import Cost, Part
 
 
@@ -296,7 +304,7 @@ class ExpertTolerance:
             of the final latents), effect_low, effect_high (95 %, over examples and directions), layers, calls.
         ratios: one row per format and quantity: format, quantity (`"velocity_error"`, `"effect"`), ratio (high-noise
             expert over low-noise expert), low, high (95 %), less_tolerant (the expert, or `"neither"` where the
-            interval includes 1). Empty with one expert.
+            interval includes 1, or is unknown). Empty with one expert.
     """
 
     frame: pd.DataFrame
@@ -332,7 +340,7 @@ class ExpertTolerance:
         if expert == "neither":
             return (
                 f"{format}: neither expert clearly tolerates less ({label(quantity)} of the high-noise expert over"
-                f" that of the low-noise expert {ratio:.3g}, 95 % {low:.3g} to {high:.3g})"
+                f" that of the low-noise expert {ratio:.3g}, {interval_text(low, high, '.3g')})"
             )
         if expert == "expert_low":
             ratio, low, high = 1 / ratio, 1 / high, 1 / max(low, 1e-300)
@@ -340,7 +348,7 @@ class ExpertTolerance:
         less, more = names if expert == "expert_high" else names[::-1]
         return (
             f"{format}: the {less} tolerates less, its {label(quantity)} is {ratio:.3g} times the {more}'s"
-            f" (95 % {low:.3g} to {high:.3g})"
+            f" ({interval_text(low, high, '.3g')})"
         )
 
 
@@ -405,9 +413,10 @@ def _ratios(samples: dict, formats) -> list[dict]:
         for column, format in enumerate(formats):
             above, below = high[quantity][:, column], low[quantity][:, column]
             drawn = [w @ values for w, values in zip(weights, (above, below), strict=True)]
+            few = min(len(above), len(below)) < LEAST
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = float((above.mean() / below.mean()) ** power)
-                least, most = percentile_interval((drawn[0] / drawn[1]) ** power, ratio)
+                least, most = percentile_interval((drawn[0] / drawn[1]) ** power, math.nan if few else ratio)
             less = "expert_high" if least > 1 else "expert_low" if most < 1 else "neither"
             rows.append(
                 {

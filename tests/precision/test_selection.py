@@ -495,7 +495,8 @@ class TestWanNano:
         )
         row = chosen.verification.row()
         assert row["bits_per_weight"] < 32
-        assert row["lpips_low"] <= row["lpips"] <= row["lpips_high"]
+        assert row["lpips"] > 0
+        assert np.isnan([row["lpips_low"], row["lpips_high"]]).all()  # two cases have no interval
 
     def test_a_plan_that_loses_too_much_is_raised_until_it_holds(self, nano, found):
         _, ranges, measured, costs, originals = found

@@ -103,7 +103,7 @@ class Samples:
         return None
 
     def row(self) -> dict:
-        """One row of a table: label, n, statistics in milliseconds (None where unknown), CV in percent, the warning or None."""
+        """One row of a table: label, n, statistics in milliseconds (None: unknown), CV in percent, the warning or None."""
         return {
             "label": self.label,
             "n": self.n,

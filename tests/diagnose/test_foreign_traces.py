@@ -236,3 +236,52 @@ def deep(count: int) -> list[dict]:
 def test_calls_nested_thousands_deep_take_no_longer(tmp_path):
     trace = trace_of(tmp_path, *deep(20_000))
     assert diagnose.breakdown(trace).frame["time_ms"].sum() == pytest.approx(trace.wall_us / 1e3)
+
+
+def expert_trace(tmp_path, *, layers: int, width: int, model: str | None = None):
+    """One forward of an expert: a query projection in each block, and a feed-forward layer that is not square."""
+    events = [event("expert_high", 0, 10 * layers, "user_annotation")]
+    for i in range(layers):
+        events += [
+            event(f"expert_high.blocks.{i}.attn1.to_q", 10 * i, 9, "user_annotation"),
+            event("aten::linear", 10 * i, 4, **{"Input Dims": [[7, width], [width, width], [width]]}),
+            event("aten::linear", 10 * i + 5, 4, **{"Input Dims": [[7, width], [4 * width, width], []]}),
+        ]
+    return trace_of(tmp_path, *events, wanlab={"model": model, "device": "cpu"} if model else {})
+
+
+def test_a_trace_of_another_model_is_named_by_layers_and_width(tmp_path):
+    named = "wan-nano (6 layers of width 192)"
+    other = expert_trace(tmp_path, layers=8, width=256)
+    assert str(diagnose.traced_model(other)) == "an unnamed model (8 layers of width 256)"
+    said = f"The trace is of an unnamed model (8 layers of width 256), not of {named}. "
+    assert diagnose.trace_caveat(other, "wan-nano") == said
+    renamed = expert_trace(tmp_path, layers=8, width=256, model="wan-nano")
+    said = f"The trace names {named}, but what ran in it is a model (8 layers of width 256). "
+    assert diagnose.trace_caveat(renamed, "wan-nano") == said
+    assert "not of no-such-model" in diagnose.trace_caveat(renamed, "no-such-model")
+
+
+def test_a_trace_of_the_named_model_has_no_caveat(tmp_path):
+    own = expert_trace(tmp_path, layers=6, width=192, model="wan-nano")
+    assert diagnose.trace_caveat(own, "wan-nano") == ""
+    assert diagnose.trace_caveat(own) == ""
+    bare = trace_of(tmp_path, event("aten::mm", 0, 5))
+    assert diagnose.trace_caveat(bare, "wan-nano") == ""  # nothing speaks against it
+
+
+def test_a_trace_that_is_a_part_of_its_generation_is_said(tmp_path):
+    part = trace_of(tmp_path, event("aten::mm", 0, 5000), wanlab={"wall_ms": 8.0, "device": "cpu"})
+    assert "the rows add up to 5 ms, but the generation took 8 ms" in str(diagnose.breakdown(part))
+
+
+def test_steps_are_those_of_the_video(tmp_path):
+    """A capture of 3 steps has a fourth step of the profiler for what comes after."""
+    steps = [event(f"ProfilerStep#{i}", 10 * i, 10, "user_annotation") for i in range(4)]
+    blocks = [
+        event("[memory]", 10 * i + 5, 0, "cpu_instant_event", **{"Bytes": 512, "Addr": i + 1})
+        for i in range(4)
+    ]
+    trace = trace_of(tmp_path, *steps, *blocks, wanlab={"settings": {"steps": 3}, "device": "cpu"})
+    assert dict(trace.facts().to_numpy())["steps"] == "3"
+    assert diagnose.memory_account(trace).churn["step"].tolist() == [0, 1, 2]

@@ -142,3 +142,11 @@ def test_the_seeds_of_the_parsers_can_be_read(tmp_path):
                 pass
         assert read, parser
     assert FIXTURES.is_dir()
+
+
+def test_layers_that_do_not_add_up_to_the_engine_are_said_in_the_headline():
+    content = json.loads(PARSERS["ONNX Runtime profile"].seeds[0])
+    layers = engine_report.read_ort_profile(content)
+    apart = engine_report.summarize(layers.with_latency(2 * layers.total_ms)).verdict()
+    assert "the layers add up to 0.01 ms, 50 % less than the 0.01 ms of the whole engine" in apart
+    assert "add up" not in engine_report.summarize(layers.with_latency(1.05 * layers.total_ms)).verdict()

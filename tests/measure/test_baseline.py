@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pandas as pd
+
 from wanlab.measure import before_after
+from wanlab.measure.baseline import Baseline
+from wanlab.measure.timing import AAControl, Samples
 
 
 def test_ratios_are_above_one_where_the_variant_is_better():
@@ -17,3 +23,35 @@ def test_ratios_are_above_one_where_the_variant_is_better():
     assert table.loc["time_ms", "c ratio"] == table.loc["throughput_frames_per_s", "c ratio"] == "0.50x"
     assert table.loc["load_ms", "b ratio"] == table.loc["load_ms", "a"] == ""
     assert list(table.loc["quality"]) == ["reference", "0.1 %", "5 %", "", ""]
+
+
+def measured(recorded_ms: float, noise_percent: float = 1.0) -> Baseline:
+    """Four videos of 91 s, and the breakdown of one more that was recorded."""
+    halves = [Samples("eager", (91_000.0, 91_200.0)), Samples("eager (again)", (90_900.0, 91_000.0))]
+    settings = {"width": 8, "height": 8, "frames": 5, "steps": 10}
+    parts = [0.75 * recorded_ms, 0.25 * recorded_ms]
+    return Baseline(
+        label="eager",
+        control=AAControl(*halves, 1.0, noise_percent),
+        memory=SimpleNamespace(peak_gib=1.0),
+        breakdown=pd.DataFrame(
+            {"component": ["expert_high", "other"], "time_ms": parts, "share_percent": [75.0, 25.0]}
+        ),
+        calls=pd.DataFrame(),
+        generation=SimpleNamespace(settings=settings),
+        again=SimpleNamespace(settings=settings),
+        load_ms=None,
+    )
+
+
+def test_components_that_do_not_go_with_the_video_are_said_in_the_headline():
+    assert "the components add up to 157.00 s, 73 % more than the timed videos" in str(measured(157_000.0))
+    assert "add up" not in str(measured(92_000.0))
+    assert measured(60_000.0).caveat.startswith("the components add up to 60.00 s, 34 % less")
+    assert measured(157_000.0, noise_percent=80).caveat == ""  # the noise of the videos is as large
+
+
+def test_a_video_and_its_frames_are_of_the_same_samples():
+    row = measured(157_000.0).row
+    assert row["time_per_frame_ms"] * 5 == row["time_per_video_ms"]
+    assert row["throughput_frames_per_s"] * row["time_per_frame_ms"] == 1e3

@@ -30,6 +30,9 @@ def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, ro
         "-p", f"trace={traces / 'wan2.2-ti2v-5b.pt.trace.json.gz'}",
         "-p", f"compare={traces / 'wan2.2-ti2v-5b-compiled.pt.trace.json.gz'}",
     )  # fmt: skip
+    assert read.record["verdict"].startswith(
+        "The trace is of wan2.2-ti2v-5b (30 layers of width 3,072), not of wan-nano (6 layers of width 192). Most time"
+    )
     assert read.values["breakdown"]["gpu_busy_percent"] > 80
     assert abs(read.values["breakdown"]["residual_percent"]) < 1
     assert read.values["difference"]["change_ms"] < -1000

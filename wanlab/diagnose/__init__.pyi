@@ -40,6 +40,9 @@ from .operators import call_kernels as call_kernels
 from .operators import count_operations as count_operations
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace
+from .trace_model import other_model as other_model
+from .trace_model import trace_caveat as trace_caveat
+from .trace_model import traced_model as traced_model
 from .trace_tables import attention_layers as attention_layers
 from .trace_tables import expert_calls as expert_calls
 from .trace_tables import traced_measurements as traced_measurements

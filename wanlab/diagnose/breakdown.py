@@ -330,6 +330,8 @@ CATEGORY_NAMES = {
 """Category -> its name in text."""
 
 GAP_US = 10.0
+APART_PERCENT = 2.0
+"""Difference of the rows to the recorded wall clock that is said."""
 MOST_BOUND = 100.0
 """A larger bound says only that there is nothing else in the trace."""
 
@@ -386,7 +388,13 @@ class Breakdown:
         most = f"Most time goes to {CATEGORY_NAMES[top['category']]}: {share:.0f} % of {duration(self.wall_ms)}{gain}"
         if top["category"] == "launch_and_idle" and not gain:
             most = f"There is almost no work in the trace: {100 - share:.2g} % of {duration(self.wall_ms)}"
-        return "; ".join([f"{most}; {busy}", *self.cautions])
+        apart = []
+        if abs(self.residual_percent) > APART_PERCENT:
+            apart = [
+                f"the rows add up to {duration(self.frame['time_ms'].sum())}, but the generation took"
+                f" {duration(self.recorded_ms)}: the trace is not of all of it"
+            ]
+        return "; ".join([f"{most}; {busy}", *apart, *self.cautions])
 
     def share_percent(self, category: str) -> float:
         """Share of a category; 0 if it took no time."""

@@ -121,6 +121,20 @@ def _flop(name: str, shapes: list, values: list) -> float:
     return 0.0
 
 
+def product_sizes(name: str, inputs: str) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer's product, in features; None if the operator is none.
+
+    Args:
+        name, inputs: as in `flop`.
+    """
+    shapes = _parsed(inputs)[0] if inputs else []
+    place = {"aten::linear": 1, "aten::addmm": 2, "aten::mm": 1}.get(name)
+    if place is None or len(shapes) <= place or len(shapes[place]) != 2:
+        return None
+    first, second = shapes[place]
+    return (second, first) if name == "aten::linear" else (first, second)
+
+
 def is_cross_attention(name: str, inputs: str) -> bool:
     """Whether an attention has different numbers of keys and queries, so that its keys come from another sequence."""
     if not inputs or not _SDPA.match(name):

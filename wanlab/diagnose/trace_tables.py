@@ -23,7 +23,8 @@ from wanlab.diagnose.memory.account import memory_account
 from wanlab.diagnose.operators import ATTENTION
 from wanlab.diagnose.trace import NOTHING, Trace, inherit, launchers
 
-_LAYER = re.compile(r"\.blocks\.(\d+)(?:\.|$)")
+LAYER = re.compile(r"\.blocks\.(\d{1,6})(?:\.|$)")
+"""The number of a block in the name of a range."""
 
 
 def expert_calls(trace: Trace) -> pd.DataFrame:
@@ -70,7 +71,7 @@ def attention_layers(trace: Trace) -> pd.DataFrame:
     """
     host, placed = trace.host, attribute(trace)
     names = host["name"].cat
-    numbers = np.array([int(m[1]) if (m := _LAYER.search(name)) else NOTHING for name in names.categories])
+    numbers = np.array([int(m[1]) if (m := LAYER.search(name)) else NOTHING for name in names.categories])
     layer = inherit(numbers[names.codes], placed.parents, placed.by_depth)
     call = inherit(_attention_call(placed), placed.parents, placed.by_depth)
     if trace.has_gpu:

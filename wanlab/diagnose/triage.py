@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 
 DEFAULT = Path(__file__).with_name("triage.json")
 
@@ -216,10 +216,9 @@ def read_tree(path: str | None = None) -> Tree:
     where = Path(path).name if path else DEFAULT.name
     try:
         parts = msgspec.json.decode(Path(path or DEFAULT).read_bytes(), type=dict[str, dict[str, Any]])
-    except (OSError, msgspec.DecodeError) as error:
-        raise WanlabError(
-            f"cannot read the tree {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise WanlabError(f"cannot read the tree {path}: {reason}") from None
     kinds = {
         "roots": str,
         "thresholds": Threshold,

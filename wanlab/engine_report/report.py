@@ -21,6 +21,8 @@ from wanlab.engine_report.rules import Finding, lint
 from wanlab.engine_report.schema import PlannedLayer, read_json, typed
 
 ATTENTION = ("attn1", "attn2")
+APART_PERCENT = 10.0
+"""A larger difference between the sum of the layers and the whole engine stands in the headline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,9 @@ class EngineReport:
         scores = max((finding.size_bytes for finding in fused), default=0)
         written = f" that write {scores / 2**20:,.1f} MiB of scores" if scores else ""
         parts = f"{unfused} layers of unfused attention{written}" if unfused else "no unfused attention"
-        return f"{self.layers.name}: {totals['layers']} layers, {attention}{parts}, {conversions}"
+        apart = abs(totals["beyond_layers_ms"]) > APART_PERCENT / 100 * totals["latency_ms"]
+        caveat = f"; {self.caveat}" if apart else ""
+        return f"{self.layers.name}: {totals['layers']} layers, {attention}{parts}, {conversions}{caveat}"
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:

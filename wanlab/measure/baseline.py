@@ -119,6 +119,10 @@ def _control(first: Samples, second: Samples) -> AAControl:
     return control_of(first, Samples(f"{second.label} (again)", second.values_ms, second.device))
 
 
+RECORDED_PERCENT = 10.0
+"""A recorded generation that differs by more from the timed ones, and by more than their noise, is said."""
+
+
 @dataclass(frozen=True, eq=False)
 class Baseline:
     """Cost of one generation: time, memory, and time per component.
@@ -162,13 +166,33 @@ class Baseline:
             "load_ms": self.load_ms,
         }
 
+    @property
+    def recorded_percent(self) -> float:
+        """How much longer the recorded generation took than the median of the timed ones, in percent.
+
+        The breakdown adds up to the recorded one. Recording itself costs little, so a large difference is the machine's.
+        """
+        return 100 * (float(self.breakdown["time_ms"].sum()) / self.samples.median - 1)
+
+    @property
+    def caveat(self) -> str:
+        """A sentence where times of the components and of the video do not go together; else ""."""
+        longer = self.recorded_percent
+        if abs(longer) <= max(RECORDED_PERCENT, self.control.noise_percent):
+            return ""
+        recorded_s, word = self.breakdown["time_ms"].sum() / 1e3, "more" if longer > 0 else "less"
+        return (
+            f"the components add up to {recorded_s:,.2f} s, {abs(longer):.0f} % {word} than the timed videos: they are"
+            " of one more generation, recorded while the machine ran at another speed; read their shares"
+        )
+
     def __str__(self) -> str:
         settings, top = self.generation.settings, self.breakdown.loc[self.breakdown["share_percent"].idxmax()]
         size = f"{settings['width']}x{settings['height']}, {settings['frames']} frames, {settings['steps']} steps"
         return (
             f"one video ({size}) takes {self.samples.median / 1e3:.2f} s, of which {top['component']} takes"
             f" {top['share_percent']:.0f} %. Noise {self.control.noise_percent:.1f} %; peak memory"
-            f" {self.memory.peak_gib:.2f} GiB"
+            f" {self.memory.peak_gib:.2f} GiB{f'; {self.caveat}' if self.caveat else ''}"
         )
 
     def forward_ms(self) -> pd.DataFrame:

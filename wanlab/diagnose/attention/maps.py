@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.packed import read_unpacked
 from wanlab.core.paths import locate
 from wanlab.diagnose.attention.statistics import (
     BLOCK_KEYS,
@@ -380,14 +381,15 @@ class AttentionMap:
         """
         path = locate(path)
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                head = json.loads(file.readline())
-                table = pd.read_csv(io.StringIO(file.read()))
+            line, _, rest = read_unpacked(path).partition(b"\n")
+            head = json.loads(line)
+            table = pd.read_csv(io.BytesIO(rest))
             table["type"] = table["type"].fillna("")
             known = head["format"] == _MAGIC and set(PLACE) <= set(table.columns)
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            known = known and isinstance(head["facts"], dict) and isinstance(head["times_ms"], dict)
+        except (WanlabError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WanlabError(
-                f"{path} holds no attention map ({error}); write one with AttentionMap.save"
+                f"{path} holds no attention map ({first_line(error)}); write one with AttentionMap.save"
             ) from error
         if not known:
             raise WanlabError(

@@ -307,8 +307,8 @@ class ExpertSummary:
         return {key: value for part in parts if part is not None for key, value in part.row().items()}
 
     def __str__(self) -> str:
-        sentences = [f"{self.timeline}", self.switch.sentence]
+        sentences = [f"{self.timeline}", self.timeline.switch_sentence, self.switch.sentence]
         if self.disagreement is not None:
             sentences.append(f"{self.disagreement}")
-        first, *others = sentences
+        first, *others = filter(None, sentences)
         return ". ".join([first, *(text[:1].upper() + text[1:] for text in others)])

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.paths import data, locate
 from wanlab.measure.environment import environment
 from wanlab.measure.timing import Samples, time_ms
@@ -36,6 +36,7 @@ WORDS = {
     "pinned": "from page-locked host memory",
     "prefetched": "with the weights copied ahead",
 }
+HERE = "measured here"
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
 
@@ -61,7 +62,7 @@ class SwitchCost:
     fill_ms: float | None = None
     device: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    source: str = "measured here"
+    source: str = HERE
     note: str = ""
 
     @cached_property
@@ -115,12 +116,23 @@ class SwitchCost:
 
     @property
     def sentence(self) -> str:
-        """The cheapest and the most expensive way as a sentence; `note` where nothing was measured."""
+        """The cheapest and the most expensive way, each with its noise, and where they were measured; `note` without any.
+
+        A measurement of another machine says so before its figures.
+        """
         if self.frame.empty:
             return self.note
-        times = sorted((row.time_ms, WORDS[row.way]) for row in self.frame.itertuples())
-        ends = [f"{time_ms:,.1f} ms {where}" for time_ms, where in (times[0], times[-1])]
-        return f"A switch costs {' to '.join(dict.fromkeys(ends))} ({self.device}, {self.source})"
+        rows = sorted(self.frame.itertuples(), key=lambda row: row.time_ms)
+        ends = " and ".join(dict.fromkeys(_cost(row) for row in (rows[0], rows[-1])))
+        if self.measured_here:
+            return f"A switch costs {ends} ({self.device}, measured here)"
+        model = self.settings.get("model") or "another model"
+        return f"On another machine ({self.device}, {self.source}) a switch of {model} costs {ends}"
+
+    @property
+    def measured_here(self) -> bool:
+        """Whether the samples were taken in this process, and not read from a record."""
+        return self.source == HERE
 
     def row(self) -> dict[str, Any]:
         """Flat record: switch_<way>_ms, switch_hidden_percent, ..., switch_source; only measured values."""
@@ -139,7 +151,8 @@ class SwitchCost:
         hidden = self.row().get("switch_hidden_percent")
         more = "" if hidden is None else f"; the prefetch hides {hidden:.0f} % of the transfer"
         where = f"{self.settings.get('model', 'model')} on {self.device}, {self.source}"
-        return f"a switch costs {', '.join(parts)}{more} ({where})"
+        lead = "" if self.measured_here else "on another machine "
+        return f"{lead}a switch costs {', '.join(parts)}{more} ({where})"
 
     def save(self, path: str | os.PathLike, **more: Any) -> None:
         """Write as JSON, with further entries such as the environment; `read` reads it back."""
@@ -163,9 +176,16 @@ class SwitchCost:
             samples = {name: Samples.from_dict(entry) for name, entry in data["samples"].items()}
             known = {key: data[key] for key in KEPT}
             return cls(samples=samples, **known, source=f"recorded in {path.name}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             advice = "12_experts writes one on a GPU, artifacts/switch.json"
-            raise WanlabError(f"{path} holds no measured switch ({error}); {advice}") from error
+            raise WanlabError(f"{path} holds no measured switch ({first_line(error)}); {advice}") from error
+
+
+def _cost(row: Any) -> str:
+    noise = f"noise {row.noise_ms:,.1f} ms"
+    if abs(row.time_ms) <= row.noise_ms:
+        return f"nothing that can be told from noise {WORDS[row.way]} ({row.time_ms:,.1f} ms, {noise})"
+    return f"{row.time_ms:,.1f} ms {WORDS[row.way]} ({noise})"
 
 
 def switching(

@@ -61,14 +61,14 @@ class Timeline:
         return {"excess_ms": median(excess), "noise_ms": sorted(distances)[int(0.95 * len(distances))]}
 
     @property
-    def switch_text(self) -> str:
-        """The cost of a switch with both experts in memory, as text."""
+    def switch_sentence(self) -> str:
+        """The extra time of the first forward after a switch, with both experts in memory; "" without a switch."""
         first = self.after_switch()
         if not first:
-            return "no switch here"
-        return (
-            f"here, both experts in memory: {first['excess_ms']:+.2f} ms (noise {first['noise_ms']:.2f} ms)"
-        )
+            return ""
+        cost, noise = first["excess_ms"], first["noise_ms"]
+        held = "costs nothing that can be told from noise" if abs(cost) <= noise else "costs"
+        return f"A switch with both experts in memory {held} here: {cost:+.2f} ms (noise {noise:.2f} ms)"
 
     def row(self) -> dict[str, Any]:
         """Flat record: switches, as_planned, <high|low>_steps, <high|low>_ms (median of a forward), after_switch_..._ms."""

@@ -1,0 +1,98 @@
+"""Which model a trace is of, as far as it says so: its name, the number of an expert's layers, and their width."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wanlab import models
+from wanlab.core.errors import WanlabError
+from wanlab.diagnose.breakdown import COMPONENTS, EXPERTS, attribute
+from wanlab.diagnose.operators import product_sizes
+from wanlab.diagnose.trace import Trace
+from wanlab.diagnose.trace_tables import LAYER
+from wanlab.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What tells one model from another; None where it is not known.
+
+    Attributes:
+        name: as the capture wrote it, or of the registry.
+        experts: number of experts that ran, or that the model has.
+        layers, width: blocks of an expert, and their hidden size.
+    """
+
+    name: str | None = None
+    experts: int | None = None
+    layers: int | None = None
+    width: int | None = None
+
+    def __str__(self) -> str:
+        layers = f"{self.layers} layers" if self.layers else ""
+        width = f"width {self.width:,}" if self.width else ""
+        sizes = " of ".join(filter(None, (layers, width)))
+        name = self.name or "an unnamed model"
+        return f"{name} ({sizes})" if sizes else name
+
+
+def traced_model(trace: Trace) -> ModelFacts:
+    """Facts from the named ranges of a trace and the shapes of its products; all None without either."""
+    host, placed = trace.host, attribute(trace)
+    names = host["name"].cat.categories
+    layers = [
+        int(match[1]) + 1 for name in names if name.startswith(EXPERTS) and (match := LAYER.search(name))
+    ]
+    experts = sum(name in EXPERTS for name in names)
+    width = None
+    if placed.has_ranges:
+        inside = np.isin(placed.component, [COMPONENTS.index(name) for name in EXPERTS])
+        products = host.loc[inside & (placed.flop > 0), ["name", "inputs"]].value_counts()
+        square: Counter[int] = Counter()
+        for (name, inputs), count in products[products > 0].items():
+            if (sizes := product_sizes(name, inputs)) and sizes[0] == sizes[1]:
+                square[sizes[0]] += count
+        # Queries, keys, values and outputs of both attentions are square products of the hidden size.
+        width = square.most_common(1)[0][0] if square else None
+    return ModelFacts(trace.generation.get("model"), experts or None, max(layers, default=None), width)
+
+
+def model_facts(spec: ModelSpec) -> ModelFacts:
+    """The same facts of a model of the registry, from its configuration."""
+    experts = [name for name in spec.components if name.startswith("expert")]
+    config = spec.part(spec.part_of(experts[0])).config if experts else {}
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return ModelFacts(
+        spec.name, len(experts) or None, config.get("num_layers"), heads * size if heads and size else None
+    )
+
+
+def trace_caveat(trace: Trace, model: str | ModelSpec | None = None) -> str:
+    """What a reader of a trace has to know first: `other_model` and the trace's cautions, as sentences; "" without any."""
+    cautions = "".join(f"{text[:1].upper()}{text[1:]}. " for text in trace.cautions)
+    return other_model(trace, model) + cautions
+
+
+def other_model(trace: Trace, model: str | ModelSpec | None) -> str:
+    """A sentence, with a space at its end, that a trace is not of the named model; "" if nothing speaks for that.
+
+    Name, number of layers and width are compared, as far as both are known.
+    """
+    if model is None:
+        return ""
+    found = traced_model(trace)
+    try:
+        named = model_facts(model if isinstance(model, ModelSpec) else models.get(model))
+    except WanlabError:  # a model that is not on this machine: its name is all that is known
+        named = ModelFacts(str(model))
+    pairs = [(getattr(found, name), getattr(named, name)) for name in ("name", "layers", "width")]
+    differ = [pair for pair in pairs if None not in pair and pair[0] != pair[1]]
+    more_experts = (found.experts or 0) > (named.experts or 2)
+    if not differ and not more_experts:
+        return ""
+    if found.name == named.name:
+        return f"The trace names {named}, but what ran in it is {replace(found, name='a model')}. "
+    return f"The trace is of {found}, not of {named}. "

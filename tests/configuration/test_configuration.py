@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,9 @@ from wanlab.configuration import (
     save_configuration,
 )
 from wanlab.configuration.configuration import identity
+from wanlab.configuration.explain import explain
 from wanlab.core.errors import WanlabError
+from wanlab.core.paths import data
 from wanlab.engines.registry import ENGINES
 from wanlab.launch.grid import expand, load_grid
 from wanlab.models.spec import COMPONENTS
@@ -90,8 +93,16 @@ def valid(draw) -> Configuration:
     for name in sorted(used):
         known = sorted(ENGINES[name].settings)
         if known and draw(st.booleans()):
-            settings[name] = draw(st.dictionaries(st.sampled_from(known), VALUES, max_size=3))
+            chosen = draw(st.lists(st.sampled_from(known), max_size=3, unique=True))
+            settings[name] = {each: draw(_value(ENGINES[name], each)) for each in chosen}
     return msgspec.structs.replace(bare, settings=settings)
+
+
+def _value(kind, setting: str):
+    """Values that a setting can have; any where it states no type."""
+    able = [True, False, 1, 2, "auto", "cpu", "all", "tiled", "lazy", 0.5]
+    typed = [value for value in able if not kind.setting_fault(setting, value)]
+    return st.sampled_from(typed) if setting in kind.setting_types else VALUES
 
 
 def _runs(engine: str, pattern: str) -> bool:
@@ -390,3 +401,40 @@ def test_a_sweep_names_the_line_of_a_configuration_that_does_not_exist(
 def test_the_sweep_of_configurations_that_comes_with_wanlab_is_sound(tmp_path):
     tasks = expand(load_grid("recipes/sweeps/wan-nano-configurations.yaml"), output=tmp_path)
     assert {task.axes["configuration"] for task in tasks} <= set(configurations())
+
+
+@pytest.mark.parametrize(
+    ("engine", "setting", "says"),
+    [
+        ("onnxruntime", "threads: lots", "threads of onnxruntime is 'lots'"),
+        ("onnxruntime", "threads: 0", "threads of onnxruntime is 0"),
+        ("onnxruntime", "provider: gpu", "provider of onnxruntime is 'gpu'"),
+        ("tvm", "fast_math: 3", "fast_math of tvm is 3"),
+        ("tensorrt", "level: 9", "level of tensorrt is 9"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_when_it_is_read(engine, setting, says):
+    text = f"name: x\nengines: {{expert*: {engine}}}\nsettings:\n  {engine}:\n    {setting}\n"
+    with pytest.raises(WanlabError, match=says) as caught:
+        parse_configuration(text)
+    assert "line 5" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [{"height": 0}, {"width": 63}, {"frames": 0}])
+def test_sizes_that_are_not_legal_are_refused_by_explain_too(size):
+    with pytest.raises(WanlabError, match=f"{next(iter(size))} must be|not legal"):
+        explain("eager", "wan-nano", device="cpu", **size)
+
+
+def test_explain_says_that_memory_and_weights_are_lacking(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    large = explain("eager", "wan2.2-i2v-a14b", device="cpu", height=16384, width=16384, frames=4093)
+    said = " ".join(large.missing)
+    assert "the weights of wan2.2-i2v-a14b (Wan-AI/Wan2.2-I2V-A14B-Diffusers)" in said
+    assert "wan2.2-i2v-a14b in float32 needs 1" in said
+    assert "a video of 16384x16384 with 4093 frames needs at least" in said
+    folder = shutil.copytree(
+        data("wan-nano"), tmp_path / "nano", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    assert any("has no weights" in line for line in explain("eager", str(folder), device="cpu").missing)
+    assert not any("GiB" in line for line in explain("eager", "wan-nano", device="cpu").missing)

@@ -385,3 +385,12 @@ def test_sizes_that_a_model_was_not_made_for_are_said(model, photo):
     assert note.startswith("48x64 with 5 frames has 6 times the tokens of the model's usual 16x32 with 5")
     notes = model.generate(photo, "a", height=16, width=32, steps=1, frames=None, output="latent").notes
     assert any("states no sizes of its own: frames 81 are assumed" in note for note in notes)
+
+
+def test_sizes_that_would_take_the_machine_are_refused_before_anything_is_allocated(model, photo):
+    spec = dataclasses.replace(model.spec, max_positions=None)
+    large = dataclasses.replace(model, spec=spec)
+    with pytest.raises(
+        WanlabError, match=r"1600000x1600000 with 5 frames needs at least [\d,.]+ GiB on the host and"
+    ):
+        large.generate(photo, "a", height=1600000, width=1600000, frames=5, steps=3)

@@ -374,3 +374,21 @@ def test_a_plan_that_asks_for_the_dtype_that_is_there_takes_no_effect():
     assert "in bf16" not in effect.verdict
     assert "expert_high" not in effect.verdict
     assert "Rule 0 (attn1.* -> bf16) has no effect: 24 have this format without it." in effect.verdict
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (dict(blocks="0-39", format="fp8"), "names block 39, and expert_high has 2 blocks"),
+        (dict(blocks="0, 2", format="fp8"), "names block 2, "),
+        (dict(layers=["attn1.*", "blocks.7.ffn.net.2"], format="fp8"), "names blocks.7.ffn.net.2, "),
+    ],
+)
+def test_a_plan_of_another_model_is_noticed_by_its_blocks_and_layers(rule, says):
+    plan = precision.make_plan("p", "bf16", [rule])
+    with pytest.raises(WanlabError, match=f"{says}.*the plan is of another model"):
+        precision.assign(plan, two_experts())
+    fitting = precision.make_plan(
+        "p", "bf16", [dict(blocks="0, last 30", layers=["ffn.net.2"], format="fp8")]
+    )
+    precision.assign(fitting, two_experts())

@@ -169,6 +169,8 @@ class Configuration(
                     yield at, f"{engine} has no setting {name!r}{did_you_mean(name, known)}; {choices}"
                 elif not isinstance(value, str | int | float | bool):
                     yield at, f"a setting is text, a number, true or false, not {type(value).__name__}"
+                elif fault := engine_kind(engine).setting_fault(name, value):
+                    yield at, fault
 
     def _resolved(self) -> dict[str, str]:
         """Component -> engine; `""` is for components whose name wanlab does not know."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from wanlab import models
 from wanlab.configuration.configuration import Configuration, load_configuration
@@ -19,10 +22,13 @@ from wanlab.configuration.configure import (
     plan_folder,
     planned_in_graphs,
 )
+from wanlab.core.errors import WanlabError
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind
 from wanlab.models.loading import resolve
+from wanlab.models.networks import needed_bytes, skeleton
 from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS, ModelSpec
+from wanlab.models.weights import check_room, check_size, open_checkpoint
 from wanlab.precision.assignment import assign_architecture
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import is_float
@@ -71,13 +77,14 @@ def explain(
     """
     configuration, spec = load_configuration(configuration), models.get(model)
     place, dtype = resolve(device, "auto")
-    size = {name: size.get(name) or getattr(spec.defaults, name) for name in ("height", "width", "frames")}
+    names = ("height", "width", "frames")
+    size = {name: getattr(spec.defaults, name) if size.get(name) is None else size[name] for name in names}
+    tokens = latent_shape(spec, size["height"], size["width"], size["frames"]).tokens
     files = files_folder(folder, spec.name, "pretrained", str(dtype).removeprefix("torch."), size)
     in_graphs = planned_in_graphs(configuration, spec.components)
     rows = [_row(configuration, name, files, name in in_graphs) for name in spec.components]
     formats, idle = None, []
     if configuration.plan is not None:
-        tokens = latent_shape(spec, size["height"], size["width"], size["frames"]).tokens
         short = {"float32": "fp32", "float16": "fp16"}.get(str(dtype).removeprefix("torch."), "bf16")
         default = short if configuration.plan.default == "model" else None
         assignment = assign_architecture(configuration.plan, spec, default)
@@ -88,10 +95,37 @@ def explain(
         spec.name,
         pd.DataFrame(rows),
         formats,
-        (*missing(configuration, spec.components, place), *_simulated(formats, in_graphs, place)),
+        (
+            *missing(configuration, spec.components, place),
+            *_simulated(formats, in_graphs, place),
+            *_not_here(spec, size, place, dtype),
+        ),
         (*_checks(configuration, spec, in_graphs), *idle),
         size,
     )
+
+
+def _not_here(spec: ModelSpec, size: dict[str, int], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A line for weights that are not on this machine, and for memory that is too small for them or for the videos."""
+    lines = []
+
+    def tried(check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except WanlabError as error:
+            lines.append(str(error))
+
+    if spec.is_local:
+        for part in spec.parts:
+            tried(lambda part=part: open_checkpoint(Path(spec.source) / part.name))
+    elif not isinstance(try_to_load_from_cache(spec.source, "model_index.json"), str):
+        lines.append(
+            f"the weights of {spec.name} ({spec.source}); they are fetched from the hub when they are loaded"
+        )
+    sizes = {part.name: needed_bytes(skeleton(part, dtype), dtype) for part in spec.parts}
+    tried(lambda: check_room(spec.name, sizes, device, str(dtype).removeprefix("torch.")))
+    tried(lambda: check_size(spec, size, device, dtype.itemsize))
+    return lines
 
 
 def _row(configuration: Configuration, component: str, files: Path, in_graph: bool) -> dict[str, str]:

@@ -83,7 +83,7 @@ def use_engines(
     chosen = {component: name for component, name in chosen.items() if name != EAGER}
     check_components(model, chosen)
     for component, name in chosen.items():
-        engine_kind(name).check(component, (settings or {}).get(name, ()))
+        engine_kind(name).check(component, (settings or {}).get(name))
     opened = {}
     bar = tqdm(chosen.items(), desc="engines", unit="component", leave=False, disable=not progress)
     for component, name in bar:

@@ -16,10 +16,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models.spec import EXPERTS
@@ -82,6 +84,7 @@ class EngineKind:
         labels: name of an engine of this kind -> where it computes: `"cpu"`, `"cuda"`, or `""` for the model's device.
         titles: label -> title, for labels that have a title of their own.
         build_settings, open_settings: settings of `prepare` and `build`, and of `open` -> a line of help.
+        setting_types: setting -> type of its value, as msgspec reads it; settings without one are not checked.
         by_default: whether tables include it where no engine is chosen; False where preparing it takes minutes.
         describe: `describe() -> {title: text}` for `wanlab doctor`; None shows the versions of `needs`.
         required: whether wanlab's own notebooks need it on every machine.
@@ -102,6 +105,7 @@ class EngineKind:
     titles: Mapping[str, str] = field(default_factory=dict)
     build_settings: Mapping[str, str] = field(default_factory=dict)
     open_settings: Mapping[str, str] = field(default_factory=dict)
+    setting_types: Mapping[str, Any] = field(default_factory=dict)
     by_default: bool = True
     describe: Callable[[], Mapping[str, str]] | None = None
     required: bool = False
@@ -130,22 +134,33 @@ class EngineKind:
         """Whether a component runs on it where it is chosen for the whole model."""
         return self.runs(component) if self.usual is None else component in self.usual
 
-    def check(self, component: str | None = None, settings: Iterable[str] = ()) -> None:
+    def check(self, component: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
         """Refuse a component or settings that it does not support, before any work is done.
 
         Raises:
-            WanlabError: a package is missing, it does not run this component, or has no such setting.
+            WanlabError: a package is missing, it does not run this component, has no such setting, or a setting cannot have
+                this value.
         """
         if missing := self.missing():
             raise WanlabError(missing)
         if component is not None and not self.runs(component):
             raise WanlabError(f"{self.name} runs {' and '.join(self.components)}, not {component}")
-        for name in settings:
+        for name, value in (settings or {}).items():
             if name not in self.settings:
                 known = f"it has {', '.join(self.settings)}" if self.settings else "it has none"
                 raise WanlabError(
                     f"{self.name} has no setting {name!r}{did_you_mean(name, self.settings)}; {known}"
                 )
+            if value is not None and (fault := self.setting_fault(name, value)):
+                raise WanlabError(fault)
+
+    def setting_fault(self, name: str, value: Any) -> str:
+        """What is wrong with the value of a setting, in words; empty if nothing is."""
+        try:
+            msgspec.convert(value, self.setting_types.get(name, Any))
+        except msgspec.ValidationError as error:
+            return f"{name} of {self.name} is {value!r} ({first_line(error)}); it says: {self.settings[name]}"
+        return ""
 
     def opening(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings that `open` accepts, out of the given ones."""
@@ -211,6 +226,15 @@ ONNXRUNTIME_SETTINGS = {
     "allow_cpu_fallback": "let nodes that compute run on the CPU in a CUDA session",
 }
 
+Threads = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+ONNXRUNTIME_TYPES = {
+    "provider": Literal["auto", "cpu", "cuda"],
+    "threads": Threads,
+    "optimization": Literal["disabled", "basic", "extended", "all"],
+    "cuda_graph": bool,
+    "allow_cpu_fallback": bool,
+}
+
 ENGINES: dict[str, EngineKind] = {
     kind.name: kind
     for kind in (
@@ -243,6 +267,7 @@ ENGINES: dict[str, EngineKind] = {
             plans="graph",
             labels={"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"},
             open_settings=ONNXRUNTIME_SETTINGS,
+            setting_types=ONNXRUNTIME_TYPES,
             describe=Deferred("wanlab.engines.onnxruntime:describe"),
             required=True,
         ),
@@ -274,6 +299,15 @@ ENGINES: dict[str, EngineKind] = {
                 "specialization": "specialisation of kernels to shapes in TensorRT for RTX: lazy, eager or none",
                 "device_cuda_graphs": "let TensorRT for RTX capture its own CUDA graphs",
             },
+            setting_types={
+                "level": Annotated[int, msgspec.Meta(ge=0, le=5)],
+                "workspace_gib": Annotated[float, msgspec.Meta(gt=0, le=1e6)],
+                "tf32": bool,
+                "timing_cache": str,
+                "runtime_cache": str,
+                "specialization": Literal["lazy", "eager", "none"],
+                "device_cuda_graphs": bool,
+            },
             by_default=False,
             describe=Deferred("wanlab.engines.tensorrt.runtime:describe"),
         ),
@@ -291,6 +325,7 @@ ENGINES: dict[str, EngineKind] = {
                 "fast_math": "on the CPU, polynomials for exp and tanh, and sums in another order",
             },
             open_settings={"threads": "threads of the CPU; PyTorch's own number if not given"},
+            setting_types={"schedule": Literal["tiled", "plain"], "fast_math": bool, "threads": Threads},
         ),
         EngineKind(
             "streamed_vae",
@@ -302,6 +337,7 @@ ENGINES: dict[str, EngineKind] = {
             components=HALVES_OF_VAE,
             labels={"onnxruntime-cpu-streamed": "cpu", "onnxruntime-cuda-streamed": "cuda"},
             open_settings=ONNXRUNTIME_SETTINGS,
+            setting_types=ONNXRUNTIME_TYPES,
         ),
     )
 }

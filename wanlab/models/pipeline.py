@@ -21,6 +21,7 @@ from wanlab.models.device import synchronise
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
 from wanlab.models.spec import ModelSpec
+from wanlab.models.weights import check_size
 
 COLD_BELOW, WARM_ABOVE = 0.05, 0.95
 
@@ -276,6 +277,7 @@ class Model:
             raise WanlabError(f"guidance_scale must be a finite number, not {settings['guidance_scale']}")
         latent = latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
         self._check_loaded(output)
+        check_size(self.spec, settings, self.device, self.dtype.itemsize)
         if not hasattr(seed, "__index__") or seed < 0:
             raise WanlabError(f"seed must be a whole number of at least 0, not {seed!r}")
         accepted = inspect.signature(type(self.pipeline).__call__).parameters

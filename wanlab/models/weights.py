@@ -21,6 +21,8 @@ from wanlab.models import quantized
 from wanlab.models.device import synchronise
 from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
 from wanlab.models.registry import read_json
+from wanlab.models.shapes import latent_shape
+from wanlab.models.spec import ModelSpec
 
 GIB = 2**30
 # Reserve for the context and workspaces of CUDA libraries, or for Python and its packages.
@@ -77,6 +79,36 @@ def check_tensor(
             f"{what} of {'x'.join(map(str, shape))} needs {needed / GIB:,.1f} GiB and {free / GIB:.1f} GiB are free; give a"
             " smaller size"
         )
+
+
+def check_size(spec: ModelSpec, size: Mapping[str, int], device: torch.device, item_bytes: int) -> None:
+    """Refuse a video whose tensors cannot fit into free memory, whatever the engine, before any is allocated.
+
+    Counted are a lower bound: the video in float32 on the host, and on the device the decoded video or the queries, keys
+    and values of one layer of an expert, whichever is larger.
+
+    Args:
+        size: height and width in pixels, frames.
+        item_bytes: bytes of one number of the model's dtype.
+
+    Raises:
+        WanlabError: as `latent_shape`; too little is free: the message gives both figures.
+    """
+    height, width, frames = size["height"], size["width"], size["frames"]
+    tokens = latent_shape(spec, height, width, frames).tokens
+    config = next((part.config for part in spec.parts if part.name.startswith("transformer")), {})
+    hidden = int(config.get("num_attention_heads") or 0) * int(config.get("attention_head_dim") or 0)
+    numbers = 3 * frames * height * width
+    needed = {"host": 4 * numbers}
+    place = "host" if device.type == "cpu" else str(device)
+    needed[place] = needed.get(place, 0) + item_bytes * max(numbers, 3 * tokens * hidden)
+    for name, size_bytes in needed.items():
+        free = free_bytes(torch.device("cpu") if name == "host" else device)
+        if size_bytes > free:
+            raise WanlabError(
+                f"{spec.name}: a video of {height}x{width} with {frames} frames needs at least {size_bytes / GIB:,.1f} GiB"
+                f" on the {name} and {free / GIB:.1f} GiB are free; give a smaller size or fewer frames"
+            )
 
 
 def _control_group() -> list[int]:

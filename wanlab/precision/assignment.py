@@ -289,6 +289,7 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
         layers = quantizable_layers(network)
         count = int(layers["block"].max()) + 1 if layers["block"].notna().any() else 0
         fits = [_matching(rule, component, layers, count) for rule in plan.rules]
+        _check_model(plan, component, set(layers["layer"]), count, fits)
         reached |= {index for index, names in enumerate(fits) if names}
         rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
         tables.append(pd.DataFrame(rows).assign(component=component))
@@ -376,6 +377,20 @@ def _dtype(networks: Mapping) -> str:
             f"{component} has weights in {', '.join(sorted(kinds)) or 'no float'}; give default="
         )
     raise WanlabError("no network; give default=")
+
+
+def _check_model(plan: Plan, component: str, known: set[str], count: int, fits: list[set[str]]) -> None:
+    """Refuse a rule that fits and also names blocks or layers that the expert lacks: its plan is of another model."""
+    for index, rule in enumerate(plan.rules):
+        absent = [f"block {number}" for number in sorted(rule.named_blocks()) if number >= count]
+        absent += [
+            name for name in rule.layers if re.fullmatch(r"blocks\.\d+\.[\w.]+", name) and name not in known
+        ]
+        if absent and fits[index]:
+            raise WanlabError(
+                f"rule {index} of plan {plan.name} ({rule}) names {absent[0]}, and {component} has {count} blocks and no"
+                " such layer: the plan is of another model; give one of this model, or name blocks as first N and last N"
+            )
 
 
 def _matching(rule: Rule, component: str, layers: pd.DataFrame, count: int) -> set[str]:

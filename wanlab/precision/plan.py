@@ -68,6 +68,12 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
                 chosen |= set(range(int(first), int(last or first) + 1))
         return chosen
 
+    def named_blocks(self) -> set[int]:
+        """The last block of each range that is given by numbers, whatever the network has."""
+        if self.blocks is None:
+            return set()
+        return {int(last or first) for first, last, end, _ in _parts(self.blocks, _BLOCKS) if not end}
+
     def step_numbers(self) -> set[int] | None:
         """The steps of this rule; None is every step."""
         if self.steps is None:

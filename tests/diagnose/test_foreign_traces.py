@@ -285,3 +285,19 @@ def test_steps_are_those_of_the_video(tmp_path):
     trace = trace_of(tmp_path, *steps, *blocks, wanlab={"settings": {"steps": 3}, "device": "cpu"})
     assert dict(trace.facts().to_numpy())["steps"] == "3"
     assert diagnose.memory_account(trace).churn["step"].tolist() == [0, 1, 2]
+
+
+def said_of(path) -> str:
+    """What wanlab says of a trace: what is left out or limited, or why it is refused; without the path."""
+    try:
+        trace = diagnose.read_trace(path)
+    except WanlabError as error:
+        return f"refused: {str(error).removeprefix(f'{path} ')}"
+    return "; ".join(["read", *trace.notes])
+
+
+def test_the_docs_say_what_is_said(tmp_path, root):
+    rows = [f"| {name} | {said_of(write(tmp_path, name))} |" for name in TRACES]
+    table = "\n".join(["| trace | what wanlab says |", "|---|---|", *rows])
+    docs = (root / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    assert table in docs, f"the table of docs/diagnosis.md is to be:\n{table}"

@@ -13,7 +13,7 @@ LAB_FLAGS := --ip 127.0.0.1 --ServerApp.root_dir . --LabApp.extension_manager re
 	--LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test chromium lab lint nano-eval doctor clean
+.PHONY: help install demo check test fuzz chromium lab lint nano-eval doctor clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ check: $(STAMP) ## style, types and the quick tests: two minutes on two cores
 
 test: $(STAMP) chromium ## run every test, and with them every notebook; prints the ten slowest
 	@$(TESTS) --durations=10
+
+fuzz: $(STAMP) ## 10,000 mutated inputs for every parser (FUZZ="--parser grid" for one); its figures go into docs/input.md
+	@PYTHONPATH=tests $(TEST_THREADS) $(BIN)/python -m support.fuzz --json data/results/fuzzing_cpu.json $(FUZZ)
+	@$(BIN)/python benchmarks/tables.py
 
 chromium: ## the browser of the tests: Debian's, where none is there yet
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || { \

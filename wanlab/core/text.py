@@ -96,7 +96,7 @@ def convert(value: Any, kind: Any, where: str, strict: bool = True) -> Any:
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
         reason, _, place = first_line(error).partition(" - at `$")
         field = place.rstrip("`").lstrip(".")
         raise WanlabError(f"cannot read {where}{f', {field}' if field else ''}: {reason}") from None

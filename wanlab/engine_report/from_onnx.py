@@ -192,6 +192,12 @@ def _load(path: str | os.PathLike) -> onnx.ModelProto:
         raise WanlabError(f"{path} is no ONNX graph: {first_line(error)}") from error
     if not model.graph.node:
         raise WanlabError(f"{path} is no ONNX graph: it has no nodes")
+    for node in model.graph.node:
+        names = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if broken := next((name for name in names if isinstance(name, bytes)), None):
+            raise WanlabError(
+                f"{path} is no ONNX graph: the name {broken[:60]!r} is not UTF-8; copy it again"
+            )
     return model
 
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import data, existing, locate
+from wanlab.core.text import convert, parse_json, read_text
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
@@ -98,14 +99,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         WanlabError: the file is missing, unreadable or not a JSON object.
     """
+    if not os.path.lexists(path):
+        raise WanlabError(f"{path} is missing; the folder is incomplete, fetch the model again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WanlabError(f"{path} is missing; the folder is incomplete, fetch the model again") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WanlabError(
-            f"{path} cannot be read as JSON ({first_line(error)}); fetch the file again"
-        ) from error
+        value = parse_json(read_text(path, "json_mib"), path.name)
+    except WanlabError as error:
+        raise WanlabError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise WanlabError(f"{path} holds no JSON object; fetch the file again")
     return value
@@ -241,14 +240,16 @@ def _part_order(part: str) -> tuple[int, str]:
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...], otherwise: int) -> int:
-    return int(next((config[key] for key in keys if config.get(key) is not None), otherwise))
+    key = next((key for key in keys if config.get(key) is not None), None)
+    return otherwise if key is None else convert(config[key], int, f"config.json of the model, {key}")
 
 
 def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    patch = config.get("patch_size", 1)
-    if isinstance(patch, list | tuple):
-        return (int(patch[0]), int(patch[1]), int(patch[2]))
-    return (int(config.get("patch_size_t") or 1), int(patch or 1), int(patch or 1))
+    where = "config.json of the model, patch_size"
+    patch = convert(config.get("patch_size") or 1, int | tuple[int, int, int], where)
+    if isinstance(patch, tuple):
+        return patch
+    return convert(config.get("patch_size_t") or 1, int, f"{where}_t"), patch, patch
 
 
 def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:

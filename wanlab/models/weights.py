@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.text import convert
 from wanlab.models import quantized
 from wanlab.models.device import synchronise
 from wanlab.models.networks import assign, finish, parameter_names, stored_dtype, tied_names
@@ -395,8 +397,8 @@ def _files(folder: Path, path: Path) -> tuple[dict[str, str], list[Path]]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WanlabError(f"{path} has no weight_map; fetch the file again")
-    names = sorted({str(name) for name in weight_map.values()})
-    absent = [name for name in names if not (folder / name).is_file()]
+    names = sorted(set(convert(weight_map, dict[str, str], f"{path}, weight_map").values()))
+    absent = [name for name in names if not os.path.isfile(folder / name)]
     if absent:
         raise WanlabError(
             f"{folder / absent[0]} is missing ({len(names) - len(absent)} of {len(names)} shards"

@@ -14,57 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import checked_name, digest, move_into, now, read_json, why, write_bytes, write_json
 from wanlab.core.text import convert
+from wanlab.runs.forms import RecordForm, StatusForm
 
 HEARTBEAT_S = 5.0
 PATIENCE_BEATS = 2  # failed writes in a row before `on_trouble` is called
 SILENCE_S = 120.0  # a run on another machine without a heartbeat for so long counts as dead
 RESERVE_BYTES = 2**19  # reserved for the last status and the report of a run whose disk is full
 FINAL = ("finished", "failed", "died", "timeout", "memory", "flooded", "aborted")
-
-
-class RecordForm(msgspec.Struct):
-    """Types of the fields of run.json that are read again."""
-
-    name: str | None = None
-    run_id: str | None = None
-    notebook: str | None = None
-    parameters: dict[str, Any] | None = None
-    schema: list[dict[str, Any]] | None = None
-    environment: dict[str, Any] | None = None
-    inputs: dict[str, Any] | None = None
-    repeat: int | None = None
-    created: str | None = None
-    finished: str | None = None
-    verdict: str | None = None
-    wanlab: str | None = None
-
-
-class StatusForm(msgspec.Struct):
-    """Types of the fields of status.json that are read again."""
-
-    state: str | None = None
-    started: str | None = None
-    ended: str | None = None
-    seconds: float | None = None
-    heartbeat: str | None = None
-    host: str | None = None
-    writer: dict[str, Any] | None = None
-    kernel: dict[str, Any] | None = None
-    processes: list[dict[str, Any]] | None = None
-    progress: dict[str, Any] | None = None
-    peak_memory_gib: float | None = None
-    exit: int | None = None
-    reason: str | None = None
-    cell: int | None = None
-    title: str | None = None
-    traceback: str | None = None
-    output_cut_cells: list[int] | None = None
 
 
 @dataclass(frozen=True)

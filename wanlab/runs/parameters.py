@@ -153,6 +153,10 @@ def read_notebook(path: Path | str) -> Any:
     except Exception as error:  # nbformat raises many kinds
         raise WanlabError(f"cannot read notebook {path}: {first_line(error, 200)}") from error
     convert(notebook, Notebook, f"notebook {path}")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # a notebook without outputs may leave these out
+            cell.setdefault("outputs", [])
+            cell.setdefault("execution_count", None)
     return notebook
 
 

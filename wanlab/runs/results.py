@@ -24,6 +24,7 @@ from wanlab.core.paths import default_outputs, locate
 from wanlab.core.text import convert, decode_text, parse_json, read_bytes
 from wanlab.measure.timing import Samples
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.forms import BenchForm, BuildForm, MetricForm, SweepForm
 from wanlab.runs.result import (
     NON_FINITE,
     TIMED,
@@ -32,6 +33,7 @@ from wanlab.runs.result import (
     Work,
     bench_result,
     build_results,
+    checked_result,
     machine_of,
     parse_result,
     work_of_parameters,
@@ -238,9 +240,13 @@ def read_file(path: str | os.PathLike) -> list[Result]:
             raise WanlabError(f"{path.name} is not a JSON object")
         builds = [value] if "compute_capabilities" in value else value.get("builds") or []
         if {"schema", "engine", "inputs", "samples", "metadata"} <= value.keys():
-            rows = [bench_result(value, source=path.name)]
-        elif isinstance(builds, list) and all("compute_capabilities" in build for build in builds):
-            rows = build_results(builds, taken=value.get("taken", ""), source=path.name)
+            convert(value, BenchForm, str(path))
+            rows = [checked_result(bench_result(value, source=path.name))]
+        elif isinstance(builds, list) and all(
+            isinstance(b, dict) and "compute_capabilities" in b for b in builds
+        ):
+            convert(builds, list[BuildForm], f"{path}, builds")
+            rows = build_results(builds, taken=str(value.get("taken", "")), source=path.name)
     if not rows:
         raise WanlabError(f"{path.name} holds no result; `run.result` writes one")
     return list(rows)
@@ -252,13 +258,6 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
         inside = path.is_dir() and not (path / "run.json").is_file()
         files += sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if inside else [path]
     return files
-
-
-class MetricForm(msgspec.Struct):
-    """A line of metrics.jsonl."""
-
-    name: str
-    value: Any
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -497,39 +496,6 @@ def configurations(runs: Any) -> MeasuredConfigurations:
             axes = [*sweep.get("axes", ()), *own.get("axes", ())]
             sweep = {"axes": axes, "baseline": sweep.get("baseline")}
     return pooled(list(records.values()), sweep, ", ".join(map(str, paths)))
-
-
-class SweepRunForm(msgspec.Struct):
-    """Types of the fields of a run in sweep.json."""
-
-    run_id: str
-    label: str | None = None
-    notebook: str | None = None
-    parameters: dict[str, Any] | None = None
-    repeat: int | None = None
-    machine: str | None = None
-    state: str | None = None
-    attempts: int | None = None
-
-
-class SweepForm(msgspec.Struct):
-    """Types of the fields of sweep.json."""
-
-    name: str | None = None
-    title: str | None = None
-    grid_file: str | None = None
-    state: str | None = None
-    started: str | None = None
-    ended: str | None = None
-    heartbeat: str | None = None
-    seconds: float | None = None
-    host: str | None = None
-    writer: dict[str, Any] | None = None
-    executor: dict[str, Any] | None = None
-    axes: list[str] | None = None
-    baseline: dict[str, Any] | None = None
-    show: list[str] | None = None
-    runs: list[SweepRunForm] | None = None
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

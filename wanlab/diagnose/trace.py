@@ -241,7 +241,8 @@ def _refuse(path: Path, content: Tables) -> None:
 
 
 def _named(row: Any) -> str:
-    return f"{row.category!r} ({row.events:,} event{'s' * (row.events != 1)}, {row.time_ms:,.3g} ms)"
+    time = f"{row.time_ms:,.0f}" if row.time_ms >= 100 else f"{row.time_ms:.3g}"
+    return f"{row.category!r} ({row.events:,} event{'s' * (row.events != 1)}, {time} ms)"
 
 
 def _left_out(content: Tables, odd_events: int) -> Iterable[str]:

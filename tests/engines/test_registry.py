@@ -216,3 +216,20 @@ def test_mistakes_are_named(model, tmp_path):
         engines.open_component("eagr", model, "expert_high", tmp_path)
     with pytest.raises(WanlabError, match="'eager' is part of wanlab; give yours another name"):
         engines.register(engines.EngineKind("eager", "Mine", "#000000", open=torch.nn.Identity))
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ({"batch": 10**9}, "the latents of the example inputs of .* GiB are free"),
+        ({"batch": 0}, "batch must be"),
+    ],
+)
+def test_sizes_of_example_inputs_that_would_take_the_machine_are_refused(size, says):
+    from types import SimpleNamespace
+
+    from wanlab import models
+    from wanlab.export.components import default_shape
+
+    with pytest.raises(WanlabError, match=says):
+        default_shape(SimpleNamespace(spec=models.get("wan-nano")), **size)

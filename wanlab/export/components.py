@@ -55,10 +55,22 @@ class ClipShape:
 
 
 def default_shape(model, **changes: int | None) -> ClipShape:
-    """The model's default clip at batch 2, with `changes` (None keeps the default)."""
+    """The model's default clip at batch 2, with `changes` (None keeps the default).
+
+    Raises:
+        WanlabError: a size below 1, or inputs that do not fit into free memory.
+    """
     defaults = model.spec.defaults
     shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, defaults.text_tokens)
-    return replace(shape, **{key: value for key, value in changes.items() if value is not None})
+    shape = replace(shape, **{key: value for key, value in changes.items() if value is not None})
+    wrong = next((name for name, value in asdict(shape).items() if value < 1), None)
+    if wrong:
+        raise WanlabError(f"{wrong} must be a whole number of at least 1, not {getattr(shape, wrong)}")
+    space, time = model.spec.spatial_factor, model.spec.temporal_factor
+    latent = (-(-shape.frames // time), -(-shape.height // space), -(-shape.width // space))
+    check_tensor("the latents of the example inputs", (shape.batch, model.spec.latent_channels, *latent), 4)
+    check_tensor("the text of the example inputs", (shape.batch, shape.text_tokens), 4)
+    return shape
 
 
 def latent_size(model, shape: ClipShape) -> tuple[int, int, int]:

@@ -90,3 +90,13 @@ def test_a_notebook_is_found_by_its_name_nearest_first(tmp_path, monkeypatch, ro
         paths.find_notebook("zzz")
     with pytest.raises(WanlabError, match=r"no notebook at sub/60_sweep\.ipynb$"):
         paths.find_notebook("sub/60_sweep.ipynb")
+
+
+def test_a_user_without_a_home_folder_has_a_cache(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")  # as of a user id without an entry
+
+    for name in ("WANLAB_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(paths.Path, "home", no_home)
+    assert paths.cache("x").parts[-3:] == (".cache", "wanlab", "x")

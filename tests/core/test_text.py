@@ -146,6 +146,9 @@ def test_wild_json_is_one_line(tmp_path):
         assert said in str(error.value)
     with pytest.raises(WanlabError, match=r"cannot read x.json, \[1\]: Expected `int`, got `str`"):
         convert([1, "a"], list[int], "x.json")
+    for value in ({"x": 10**400}, {"x": "\ud800"}):
+        with pytest.raises(WanlabError, match=r"cannot read x\.json"):
+            convert(value, dict[str, float], "x.json", strict=False)
     for name in ("nothing.json", ".", "a\0b"):
         with pytest.raises(WanlabError, match="cannot read"):
             read_json(tmp_path / name)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wanlab.cli.sweep import imports, table
 from wanlab.core.errors import WanlabError
 from wanlab.launch.grid import Task, expand, fits, label, load_grid
+from wanlab.launch.ray_slots import short_folder
 from wanlab.launch.sweep import View, refuse_second_driver
 from wanlab.launch.worker import MISTAKE, last_line, run
 from wanlab.runs.folder import host_id, process_id
@@ -179,6 +180,8 @@ MISTAKES = {
     "name: g\nnotebook: ok.ipynb\nmachine: both": "line 3, machine:",
     "name: g\nnotebooks:\n- {notebook: ok.ipynb, repeat: 2}": "line 3, notebooks[0].repeat: no field 'repeat'",
     "name: g\nnotebooks: [{notebook: ok.ipynb}, {notebook: ok.ipynb}]": "are the same run",
+    f"name: g\nnotebook: ok.ipynb\nlimit_s: 1{'0' * 400}": "line 3, limit_s: Expected `float`",
+    f"name: g\nnotebook: ok.ipynb\nparameters: {{scale: 1{'0' * 400}}}": "parameter 'scale' wants",
     "name: [g": "grid.yaml, line 1",
     "- g": "a grid is a mapping",
 }
@@ -295,3 +298,23 @@ notebooks:
     assert view.rest() == "about 35 s left"
     view.ended(tasks[4], {"state": "finished", "seconds": 100.0})
     assert view.rest() == "about 2 min left"
+
+
+def test_sockets_of_ray_have_a_short_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert short_folder() is None
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    folder = short_folder()
+    assert len(folder) <= 40
+    os.rmdir(folder)
+
+
+def test_a_seed_beyond_64_bits_starts_nothing(project):
+    notebook = json.loads((project.folder / "ok.ipynb").read_text())
+    cell = next(cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    cell["source"] = "seed: int = 0  # of the noise"
+    (project.folder / "seeded.ipynb").write_text(json.dumps(notebook))
+    (task,) = project(f"{{name: g, notebook: seeded.ipynb, parameters: {{seed: {2**64 - 1}}}}}")
+    assert task.overrides == {"seed": 2**64 - 1}
+    with pytest.raises(WanlabError, match=f"seed {2**64} is beyond 64 bits"):
+        project(f"{{name: g, notebook: seeded.ipynb, parameters: {{seed: {2**64}}}}}")

@@ -73,3 +73,18 @@ def check(name: str, value: float, where: str) -> None:
     """
     if words := over(name, value):
         raise WanlabError(f"{where}: {words}")
+
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""Smallest and largest seed that torch takes."""
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if torch takes it.
+
+    Raises:
+        WanlabError: it is beyond 64 bits.
+    """
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise WanlabError(f"seed {seed} is beyond 64 bits; give one from -2**63 to 2**64 - 1")
+    return seed

@@ -16,6 +16,7 @@ from wanlab import __version__
 from wanlab.core.contents import content_digest
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.files import write_text
+from wanlab.core.text import WRONG
 
 
 class NoManifest(WanlabError):
@@ -91,7 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         except FileNotFoundError:
             words = {"name": Path(path).name, "path": path, "kind": cls.KIND, "file": file.name}
             raise NoManifest(cls.NONE.format(**words, again=cls.AGAIN)) from None
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, *WRONG) as error:
             raise WanlabError(f"{file} cannot be read ({first_line(error)}); {cls.AGAIN}") from error
 
     @classmethod

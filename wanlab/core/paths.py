@@ -7,6 +7,7 @@ has priority. All code that opens one of these files gets its path here.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from wanlab.core.errors import WanlabError, did_you_mean
@@ -132,8 +133,16 @@ def source_digest(*packages: str) -> str:
 def cache(*parts: str) -> Path:
     """A path in the folder of what can be made again: `$WANLAB_CACHE`, or `wanlab` in the user's folder of caches."""
     chosen = os.environ.get("WANLAB_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return (Path(chosen) if chosen else user / "wanlab").joinpath(*parts)
+
+
+def _home() -> Path:
+    """The user's folder; in a container without HOME and without an entry for the user, one for temporary files."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"wanlab-{os.getuid()}"
 
 
 def default_outputs() -> Path:

@@ -88,6 +88,10 @@ def check_depth(value: Any, where: str) -> None:
         level = [item for item in items if isinstance(item, dict | list)]
 
 
+WRONG = (msgspec.ValidationError, ValueError, OverflowError, RecursionError, SystemError)
+"""What msgspec raises for values of another type; a `SystemError` for an integer that no float can hold."""
+
+
 def convert(value: Any, kind: Any, where: str, strict: bool = True) -> Any:
     """A value from JSON as a msgspec record or another type; numbers may be text if not `strict`.
 
@@ -96,7 +100,7 @@ def convert(value: Any, kind: Any, where: str, strict: bool = True) -> Any:
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
-    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
-        reason, _, place = first_line(error).partition(" - at `$")
+    except WRONG as error:
+        reason, _, place = first_line(error.__cause__ or error).partition(" - at `$")
         field = place.rstrip("`").lstrip(".")
         raise WanlabError(f"cannot read {where}{f', {field}' if field else ''}: {reason}") from None

@@ -17,7 +17,7 @@ from yaml.resolver import Resolver
 
 from wanlab.core import limits
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
-from wanlab.core.text import read_text
+from wanlab.core.text import WRONG, read_text
 
 At = tuple[str | int, ...]  # path of a value in the document: ("rules", 2, "format")
 
@@ -62,8 +62,8 @@ class Document:
         """The data at a path as the msgspec record `kind`."""
         try:
             return msgspec.convert(self.value(at), kind)
-        except msgspec.ValidationError as error:
-            reason, _, place = str(error).partition(" - at `$")
+        except WRONG as error:
+            reason, _, place = first_line(error.__cause__ or error).partition(" - at `$")
             inside = tuple(int(n) if n else name for n, name in re.findall(r"\[(\d+)\]|\.(\w+)", place))
             self.refuse((*at, *inside), reason)
 

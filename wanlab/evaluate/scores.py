@@ -8,13 +8,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import write_text
+from wanlab.core.text import read_text
 from wanlab.evaluate.catalogue import CATALOGUE
 
 NO_BACKBONE = "-"
@@ -177,8 +177,8 @@ class Scores:
         if not text.lstrip().startswith("{"):
             name = text
             try:
-                text = Path(source).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                text = read_text(source, "json_mib")
+            except WanlabError as error:
                 raise WanlabError(f"cannot read scores from {name}: {error}") from error
         try:
             data = json.loads(text)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shutil
 import signal
 import subprocess
+import tempfile
 from typing import Any
 
 from wanlab.core.errors import WanlabError, first_line, require
@@ -42,16 +45,19 @@ class RaySlots:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         gpus, cores = visible_gpus(), available_cores()
         self.embedded = address is None
+        self._folder: str | None = None
         try:
             if self.embedded:
                 slots = slots or default_slots(gpus)
                 resources = {MACHINE: 1.0}
-                ray.init(
-                    num_cpus=slots, num_gpus=len(gpus), resources=resources, include_dashboard=False, **quiet
-                )
+                self._folder = short_folder()
+                where = {"_temp_dir": self._folder} if self._folder else {}
+                here = {"num_cpus": slots, "num_gpus": len(gpus), "resources": resources, **where}
+                ray.init(include_dashboard=False, **here, **quiet)
             else:
                 ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
+            self._clear()
             raise WanlabError(f"no Ray at {address or 'this machine'}: {first_line(error)}") from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.per_node = slots or max(int(node.get("CPU", 1)) for node in nodes)
@@ -95,6 +101,11 @@ class RaySlots:
 
     def close(self) -> None:
         self._ray.shutdown()
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end(self, reference: Any) -> End:
         task = self._running.pop(reference)
@@ -111,6 +122,15 @@ class RaySlots:
             return End(task, None, reason=str(error).strip().splitlines()[-1])
         except errors.RayError as error:
             return End(task, None, lost=True, reason=first_line(error))
+
+
+def short_folder() -> str | None:
+    """A new folder for Ray's sockets where the usual one has too long a path for them; None where it is short enough.
+
+    A path of a Unix socket holds 107 bytes, and Ray adds about 65 to its folder.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="wanlab-ray-", dir="/tmp") if len(os.fsencode(usual)) > 40 else None
 
 
 def run_task(text: str, environment: dict[str, str]) -> int:

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
+from wanlab.core import limits
 from wanlab.core.errors import WanlabError
 from wanlab.core.pictures import converted, read_picture
 from wanlab.models.device import synchronise
@@ -289,7 +290,7 @@ class Model:
             "num_frames": settings["frames"],
             "num_inference_steps": settings["steps"],
             "guidance_scale": settings["guidance_scale"],
-            "generator": torch.Generator("cpu").manual_seed(int(seed)),
+            "generator": torch.Generator("cpu").manual_seed(limits.check_seed(int(seed))),
             "output_type": output,
             "max_sequence_length": self._text_tokens(),
         }

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 import wanlab
 from wanlab import models
 from wanlab.configuration.configuration import identity
+from wanlab.core import limits
 from wanlab.core.contents import content_digest, content_digests
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_name, now, plain
@@ -284,6 +285,8 @@ def prepare(
     schema = Schema(read_schema(nb).parameters, str(path))
     overrides = dict(parameters or {})
     values = schema.resolve(overrides)
+    if type(values.get("seed")) is int:
+        limits.check_seed(values["seed"])
     inputs, weights = input_digests(values), weights_id(values.get("model"), values.get("weights"))
     identifier = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
     folder = RunFolder.of(

@@ -11,9 +11,10 @@ import msgspec
 
 from wanlab import models
 from wanlab.core.effects import APPLIED
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.files import now
 from wanlab.core.stats import LEAST
+from wanlab.core.text import WRONG
 from wanlab.engines.registry import ENGINES, computes_on_cpu
 from wanlab.measure.timing import Samples
 
@@ -278,8 +279,8 @@ def parse_result(value: Any, where: str) -> Result:
             figures = {name: NON_FINITE.get(item, item) for name, item in value["figures"].items()}
             value = {**value, "figures": figures}
         return msgspec.convert(value, Result, strict=False)  # not strict: infinity is a word in JSON
-    except (msgspec.ValidationError, TypeError) as error:
-        raise WanlabError(f"cannot read {where}: {error}") from error
+    except (TypeError, *WRONG) as error:
+        raise WanlabError(f"cannot read {where}: {first_line(error.__cause__ or error)}") from error
 
 
 def checked_result(result: Any) -> Result:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.paths import data, locate
+from wanlab.core.text import WRONG
 from wanlab.measure.environment import environment
 from wanlab.measure.timing import Samples, time_ms
 from wanlab.models.pipeline import Model
@@ -176,7 +177,7 @@ class SwitchCost:
             samples = {name: Samples.from_dict(entry) for name, entry in data["samples"].items()}
             known = {key: data[key] for key in KEPT}
             return cls(samples=samples, **known, source=f"recorded in {path.name}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, *WRONG) as error:
             advice = "12_experts writes one on a GPU, artifacts/switch.json"
             raise WanlabError(f"{path} holds no measured switch ({first_line(error)}); {advice}") from error
 

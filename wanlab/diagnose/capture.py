@@ -205,17 +205,15 @@ def trim(
     content = {} if is_array else content
     content = {key: value for key, value in content.items() if key not in ("traceEvents", "traceName")}
     content["trimmed"] = {"shortest_us": shortest_us, "smallest_bytes": smallest_bytes}
-    text = json.dumps(content | {"traceEvents": slim_events}, separators=(",", ":"))
+    small = json.dumps(content | {"traceEvents": slim_events}, separators=(",", ":")).encode()
     target = Path(target)
     # Without a time stamp, so that the same trace gives the same file.
-    packed = gzip.compress(text.encode(), 9, mtime=0) if target.suffix == ".gz" else text.encode()
-    target.write_bytes(packed)
+    target.write_bytes(gzip.compress(small, 9, mtime=0) if target.suffix == ".gz" else small)
     return target
 
 
 def _sound(events: list) -> list[dict]:
-    """The events with numbers for times, and categories as Kineto names them today; those that `read_trace` leaves out, too,
-    are left out."""
+    """Events with numbers for times and the categories of Kineto today, without those whose times cannot be."""
     events = [event for event in events if isinstance(event, dict) and isinstance(event.get("ph"), str)]
     for event in events:
         event["name"] = str(event.get("name", ""))

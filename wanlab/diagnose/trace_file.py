@@ -180,8 +180,8 @@ def read_file(path: Path) -> TraceFile:
     return TraceFile(
         file.traceEvents,
         _of_type(file.deviceProperties or file.computeProperties, tuple[Device, ...], (), "GPUs", notes),
-        _of_type(file.distributedInfo, Distributed, {}, "distributedInfo", notes),
-        _of_type(file.wanlab, Generation, {}, "description by wanlab", notes),
+        _of_type(file.distributedInfo, Distributed, Distributed(), "distributedInfo", notes),
+        _of_type(file.wanlab, Generation, Generation(), "description by wanlab", notes),
         _of_type(file.trimmed, Trimmed, None, "note of trimming", notes),
         odd_events,
         tuple(notes),
@@ -224,13 +224,15 @@ def _typed(text: bytes, is_array: bool) -> tuple[_EventFile, int]:
 
 
 def _event(item: msgspec.Raw) -> Event | None:
-    for kind in (Event, _WithoutArgs):
-        try:
-            event = msgspec.json.decode(item, type=kind, strict=False)
-        except msgspec.ValidationError:
-            continue
-        return event if kind is Event else Event(**msgspec.structs.asdict(event))
-    return None
+    """An event; without its arguments, if they are of another type; None if other fields are."""
+    try:
+        return msgspec.json.decode(item, type=Event, strict=False)
+    except msgspec.ValidationError:
+        pass
+    try:
+        return Event(**msgspec.structs.asdict(msgspec.json.decode(item, type=_WithoutArgs, strict=False)))
+    except msgspec.ValidationError:
+        return None
 
 
 def _of_type(value: Any, kind: type[T], missing: T, what: str, notes: list[str]) -> T:

@@ -23,6 +23,8 @@ ESCAPE = re.compile(
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
+# As CONTROL without line end and tab: most text, which can be megabytes, has none and is done.
+SUSPECT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
@@ -39,7 +41,10 @@ def clean(text: object, keep: str = "\n\t", *, colours: bool = False) -> str:
     if colours:
         parts = COLOUR.split(str(text))
         return "".join(part if index % 2 else clean(part, keep) for index, part in enumerate(parts))
-    words = ESCAPE.sub("", str(text))
+    words = str(text)
+    if keep == "\n\t" and not SUSPECT.search(words):
+        return words
+    words = ESCAPE.sub("", words)
     return CONTROL.sub(lambda found: found[0] if found[0] in keep else "\N{REPLACEMENT CHARACTER}", words)
 
 

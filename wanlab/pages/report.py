@@ -381,12 +381,12 @@ class Page:
 
 def markdown_html(source: str, page: Page) -> str:
     """Markdown as sanitised HTML, with tables and pictures from the notebook's folder inside."""
-    return sanitise(str(MARKDOWN(source)), page)
+    return sanitise(str(MARKDOWN(clean(source))), page)
 
 
 def code_html(source: str) -> str:
     """Highlighted Python."""
-    return highlight(source, PythonLexer(), HtmlFormatter(cssclass="code"))
+    return highlight(clean(source), PythonLexer(), HtmlFormatter(cssclass="code"))
 
 
 @functools.cache
@@ -463,7 +463,7 @@ def traceback_html(source: str) -> str:
 def sanitise(source: str, page: Page) -> str:
     """HTML from a notebook, with an allow-list of tags and attributes; media only as data inside the page."""
     return nh3.clean(
-        source.encode("utf-8", "replace").decode(),  # nh3 refuses lone surrogates
+        clean(source),  # nh3 refuses lone surrogates, too
         tags=TAGS,
         clean_content_tags=REMOVED_WITH_CONTENT,
         attributes=ATTRIBUTES,

@@ -12,13 +12,13 @@ def fuzzing() -> str:
         [
             name,
             *(f"{row[key]:,}" for key in ("inputs", "read", "refused", "failed")),
-            f"{row['slowest_s']:.2f}",
-            f"{row['peak_mib']:,}",
+            f"{1e3 * row['slowest_s']:,.0f}",
+            f"{row['peak_mib']:,}" if row["peak_mib"] else "under 1",
         ]
         for name, row in record["parsers"].items()
     ]
     total = sum(row["inputs"] for row in record["parsers"].values())
-    header = ["parser", "inputs", "read", "refused in one line", "failed", "slowest, s", "most memory, MiB"]
+    header = ["parser", "inputs", "read", "refused in one line", "failed", "slowest, ms", "most memory, MiB"]
     note = (
         f"\n\n{machine(record['environment'])}; {total:,} inputs in {record['seconds'] / 60:.0f} minutes."
         " Memory is what one input added to the process at its peak."

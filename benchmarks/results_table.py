@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from table_text import markdown, read
 
 from wanlab.measure.timing import Samples, ratio_of_medians
@@ -69,6 +71,8 @@ def _against(baseline: dict, candidate: dict) -> str:
 
 
 def _ratio(ratio: float, low: float, high: float) -> str:
+    if math.isnan(low):  # too few samples for one
+        return f"{ratio:.2f} (interval unknown)"
     return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 

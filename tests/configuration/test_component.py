@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,10 +18,11 @@ from wanlab.configuration.component import (
     needs_model,
     open_candidate,
 )
-from wanlab.configuration.component_cost import ComponentCost, roofline_ms
+from wanlab.configuration.component_cost import ComponentCost, measure_component, roofline_ms
 from wanlab.configuration.configuration import load_configuration
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.operators import Operations, call_kernels, count_operations
+from wanlab.engines import registry
 from wanlab.measure import Ceilings, Samples
 from wanlab.measure.timing import control_of
 from wanlab.precision.quant_linear import QuantLinear
@@ -29,6 +31,7 @@ from wanlab.precision.selection.costs import product_times
 from wanlab.runs.prepare import prepare
 
 CPU = torch.device("cpu")
+SIZE = {"height": 64, "width": 64, "frames": 5}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,21 @@ def test_an_engine_that_runs_instead_of_another_has_no_effect(model):
         "not applied",
         "eager uncompiled ran instead of compiled",
     )
+
+
+def test_a_bound_call_that_computes_something_else_has_no_time(tmp_path, monkeypatch):
+    file = str(Path(__file__).parents[1] / "support" / "forgetful_engine.py")
+    monkeypatch.setenv(registry.VARIABLE, file)  # for the processes that measure memory
+    registry._load_files(file)
+    how = {"device": "cpu", "processes": "one", "float32": False, "rounds": 1, "progress": False}
+    try:
+        cost = measure_component(
+            "wan-nano", "expert_high", tmp_path, engines=["eager", "forgetful"], **how, **SIZE
+        )
+    finally:
+        del registry.ENGINES["forgetful"]
+    assert list(cost.frame["engine"]) == ["eager"]
+    assert "output 'velocity' of forgetful over fixed memory differs" in cost.left_out["forgetful"]
 
 
 def test_operations_are_those_of_the_formulas():

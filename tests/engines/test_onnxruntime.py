@@ -13,6 +13,7 @@ from wanlab import engines, export
 from wanlab.core.errors import WanlabError
 from wanlab.engines import onnxruntime as session
 from wanlab.engines.onnxruntime import assigned_nodes, fallen_back, floating_nodes
+from wanlab.export.components import component_spec
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +174,34 @@ def test_on_a_gpu_everything_stays_there(tmp_path, dtype):
             call()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["eager", "onnxruntime", "streamed_vae"])
+@pytest.mark.parametrize("handle", [None, 0])
+def test_a_bound_call_follows_what_is_queued_on_the_default_stream(tmp_path, kind, handle):
+    from wanlab import models
+
+    component = "vae_decoder" if kind == "streamed_vae" else "expert_high"
+    model = models.load("wan-nano", components=[component], device="cuda", dtype="float16")
+    engine = engines.open_component(kind, model, component, tmp_path)
+    shape = export.ClipShape(1, 64, 96, 9, 24)
+    plan = component_spec(model, component)
+    given = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
+    feeds = {name: given[name].cuda().to(getattr(torch, kind[0])) for name, kind in engine.inputs.items()}
+    expected = engine.run(feeds)
+    late = {name: torch.zeros_like(tensor) for name, tensor in feeds.items()}
+    outputs = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    call = engine.bind(late, outputs, stream=handle)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # cycles: the inputs come a tenth of a second later
+    for name, tensor in feeds.items():
+        late[name].copy_(tensor)
+    call()
+    torch.cuda.synchronize()
+    for name, wanted in expected.items():
+        assert torch.allclose(outputs[name], wanted, atol=1e-2)
 
 
 @pytest.mark.gpu

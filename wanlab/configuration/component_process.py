@@ -236,8 +236,11 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
             outputs = engine.run(feeds)
         synchronise(job.device)
         first_call_ms = (time.perf_counter() - begin) * 1e3
+    expected = {name: tensor.to("cpu", copy=True) for name, tensor in outputs.items()}
     with opened.at():
         bound = engine.bind(feeds, outputs, cuda_graph=opened.candidate.cuda_graph)
+    for tensor in outputs.values():
+        tensor.zero_()  # so that what is not written is seen
 
     def call() -> None:
         with opened.at():
@@ -245,6 +248,7 @@ def _measure(job: Job, opened: Opened, before_gib: float | None) -> tuple[Callab
 
     call()
     synchronise(job.device)
+    measure.check_bound(opened.label, expected, outputs)
     effect, proof = check_effect(opened, counters["unique_graphs"] - graphs)
     weights_gib, forward_gib, peak_gib = opened.weight_bytes / GIB, None, None
     if (

@@ -164,7 +164,8 @@ class Engine(ABC):
                     f"output {name!r} of {self.label} is {spell_shape(shape)};"
                     f" memory for {list(actual)} was given"
                 )
-        return self._bind(inputs, outputs, stream, cuda_graph)
+        on_stream = stream_of(stream, self.device) if self.device.type == "cuda" else None
+        return self._bind(inputs, outputs, on_stream, cuda_graph)
 
     @abstractmethod
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,10 +176,10 @@ class Engine(ABC):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
-        """The function that `bind` returns, for tensors that passed its checks."""
+        """The function that `bind` returns, for tensors that passed its checks; `stream` is None on the CPU only."""
 
     def _check_capture(self, cuda_graph: bool) -> None:
         """Refuse `cuda_graph` where the engine cannot be captured; by default on the CPU."""
@@ -243,6 +244,16 @@ class Engine(ABC):
                     f"{name!r} of {self.label} has to lie at a multiple of {self.alignment} bytes;"
                     " give tensor.clone()"
                 )
+
+
+def stream_of(handle: int | None, device: torch.device) -> torch.cuda.Stream:
+    """The stream of a `CUstream` handle; None is the current stream of PyTorch on the device.
+
+    Handle 0 is the default stream: `torch.cuda.ExternalStream(0)` would be another stream, of PyTorch's pool.
+    """
+    if handle is None:
+        return torch.cuda.current_stream(device)
+    return torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
 
 
 def fits(declared: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:

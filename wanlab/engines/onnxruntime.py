@@ -346,27 +346,26 @@ class OrtEngine(Engine):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
         """With `cuda_graph`, which the session was opened with, the first call captures and later calls replay."""
         binding = self._binding(inputs, outputs)
         # A binding has only addresses: the tensors have to exist as long as the function.
         memory = (dict(inputs), dict(outputs))
-        if self._stream is None:
+        if self._stream is None or stream is None:
 
             def run(_memory=memory) -> None:
                 self._run_binding(binding)
 
             return run
-        caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
         # A captured graph uses fixed addresses, so every binding has its own graph.
         options = self._without_waiting(graph=next(self._graphs) if cuda_graph else UNCAPTURED)
 
         def enqueue(_memory=memory) -> None:
-            self._stream.wait_stream(caller)
+            self._stream.wait_stream(stream)
             self._run_binding(binding, options)
-            caller.wait_stream(self._stream)
+            stream.wait_stream(self._stream)
 
         return enqueue
 

@@ -109,7 +109,7 @@ class Streamed(Engine):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
         """Two sets of caches are allocated here: one is read while the other is written."""
@@ -120,14 +120,13 @@ class Streamed(Engine):
             raise WanlabError(
                 f"{self.result!r} has memory for {whole.shape[2]} frames, this clip gives {frames}"
             )
-        on_stream = nullcontext()
-        if self.device.type == "cuda":
-            caller = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
-            on_stream, stream = torch.cuda.stream(caller), caller.cuda_stream
+        on_stream, handle = nullcontext(), None
+        if stream is not None:
+            on_stream, handle = torch.cuda.stream(stream), stream.cuda_stream
         sets = [self._empty_caches(source) for _ in range(min(1 + chunks, 2))]
         chunk, output = source[:, :, :1].contiguous(), torch.empty_like(whole[:, :, :1].contiguous())
         written = {f"{PRESENT}{name}": cache for name, cache in sets[0].items()}
-        first = self.first.bind({self.source: chunk}, {self.result: output} | written, stream=stream)
+        first = self.first.bind({self.source: chunk}, {self.result: output} | written, stream=handle)
         calls = [(first, chunk, output)]
         if chunks:
             chunk = source[:, :, 1 : 1 + self._later[0]].contiguous()
@@ -135,7 +134,7 @@ class Streamed(Engine):
         for turn in range(min(chunks, 2)):
             read = {f"{PAST}{name}": cache for name, cache in sets[turn].items()}
             written = {f"{PRESENT}{name}": cache for name, cache in sets[1 - turn].items()}
-            call = self.next.bind({self.source: chunk} | read, {self.result: output} | written, stream=stream)
+            call = self.next.bind({self.source: chunk} | read, {self.result: output} | written, stream=handle)
             calls.append((call, chunk, output))
 
         def run() -> None:

@@ -60,7 +60,7 @@ class TorchEngine(Engine):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
         """PyTorch allocates its own output, which is then copied on the device into `outputs`."""
@@ -77,17 +77,16 @@ class TorchEngine(Engine):
                 )
             target.copy_(output)
 
-        if self.device.type != "cuda":
+        if stream is None:
             return call
-        target_stream = torch.cuda.current_stream() if stream is None else torch.cuda.ExternalStream(stream)
         if not cuda_graph:
 
             def enqueue() -> None:
-                with torch.cuda.stream(target_stream):
+                with torch.cuda.stream(stream):
                     call()
 
             return enqueue
-        with torch.cuda.stream(target_stream):
+        with torch.cuda.stream(stream):
             for _ in range(3):  # libraries choose and allocate on their first calls
                 call()
         torch.cuda.synchronize(self.device)
@@ -96,7 +95,7 @@ class TorchEngine(Engine):
             call()
 
         def replay() -> None:
-            with torch.cuda.stream(target_stream):
+            with torch.cuda.stream(stream):
                 graph.replay()
 
         return replay

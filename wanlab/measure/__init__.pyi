@@ -6,6 +6,7 @@ from .baseline import compare_models as compare_models
 from .bench import Bench as Bench
 from .bench import bench as bench
 from .bench import bench_table as bench_table
+from .bench import check_bound as check_bound
 from .bench import events_check as events_check
 from .bench import read_bench as read_bench
 from .ceilings import Ceilings as Ceilings

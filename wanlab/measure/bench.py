@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, did_you_mean, require
 from wanlab.core.files import write_text
 from wanlab.measure.environment import environment
-from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare, control_of, time_ms
+from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare, control_of
 
 SCHEMA = 1
 ENQUEUE_LIMIT = 0.8
@@ -279,7 +280,7 @@ def bench(
         one()
         while time.perf_counter() < until:
             one()
-        _check_effect(engine.name, expected, one.results())
+        check_bound(engine.name, expected, one.results())
         del expected
         times: list[dict[str, float]] = []
         begin = time.perf_counter()
@@ -322,7 +323,7 @@ def bench(
     )
 
 
-def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, iterations: int = 10) -> float:
+def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, iterations: int = 50) -> float:
     """Device time by events of PyTorch, on its stream and memory, divided by the device time that `bench` measured.
 
     An independent measurement that shares no buffers, stream or events with the first; 1.00 when they agree.
@@ -332,13 +333,28 @@ def events_check(engine, feeds: Mapping[str, torch.Tensor], result: Bench, *, it
     """
     if engine.device.type != "cuda":
         raise WanlabError(f"{engine.name} runs on the CPU; there are no events to check its times with")
-    host_inputs, shapes, _ = _prepared(engine, feeds)
-    inputs = {name: tensor.to(engine.device) for name, tensor in host_inputs.items()}
+    inputs, shapes, _ = _prepared(engine, feeds)
     outputs = _memory(shapes, engine.device)
     call = engine.bind(inputs, outputs, cuda_graph=result.settings["cuda_graph"])
-    again = time_ms(call, warmup=3, iterations=iterations, device=engine.device, progress=False)
-    torch.cuda.synchronize(engine.device)
-    return again.median / result.samples["device"].median
+    sources = {name: tensor.cpu().pin_memory() for name, tensor in inputs.items()}
+    targets = {name: tensor.cpu().pin_memory() for name, tensor in outputs.items()}
+    transfers = result.settings["transfers"]
+    times: list[float] = []
+    until = time.perf_counter() + result.settings["warmup_ms"] / 1e3
+    while len(times) < iterations:
+        # The rhythm of `bench`: without its copies and waits between the calls the device runs hotter, so slower.
+        if transfers:
+            _copy(sources, inputs)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        if transfers:
+            _copy(outputs, targets)
+        torch.cuda.synchronize(engine.device)
+        if time.perf_counter() > until:
+            times.append(first.elapsed_time(last))
+    return statistics.median(times) / result.samples["device"].median
 
 
 class _GpuIteration:
@@ -402,13 +418,22 @@ def _prepared(engine, feeds):
     return inputs, {name: _type(tensor) for name, tensor in outputs.items()}, expected
 
 
-def _check_effect(
+def check_bound(
     engine: str, expected: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse an engine whose outputs over fixed memory differ from its own run: its times would be meaningless."""
+    """Refuse an engine whose outputs over fixed memory (`bind`) differ from its own `run`: its times mean nothing.
+
+    Args:
+        engine: its name, for the message.
+        expected: outputs of `run`, on the host.
+        outputs: what the bound function wrote, on any device.
+
+    Raises:
+        WanlabError: an output differs by more than `EFFECT_LIMIT` (relative L2).
+    """
     for name, reference in expected.items():
         # Random weights may overflow; values that are not finite must be so in both.
-        a, b = (torch.nan_to_num(tensor.float(), 1.0, 2.0, -2.0) for tensor in (reference, outputs[name]))
+        a, b = (torch.nan_to_num(tensor.cpu().float(), 1.0, 2.0, -2.0) for tensor in (reference, outputs[name]))
         scale = a.abs().max().clamp_min(1e-30)  # squares of large values would overflow
         difference = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
         if not difference <= EFFECT_LIMIT:
@@ -416,6 +441,11 @@ def _check_effect(
                 f"output {name!r} of {engine} over fixed memory differs by {difference:.1g} (relative L2) from its own run;"
                 " these are times of another computation; open the engine anew, without cuda_graph if it has one"
             )
+
+
+def _copy(sources: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in sources.items():
+        targets[name].copy_(tensor, non_blocking=True)
 
 
 def _memory(shapes, device) -> dict[str, Any]:
@@ -497,8 +527,7 @@ class TorchBuffers:
 
     def _copy(self, source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
         with torch.cuda.stream(self._stream):
-            for name, tensor in source.items():
-                target[name].copy_(tensor, non_blocking=True)
+            _copy(source, target)
 
     def mark(self) -> Any:
         """Record an event on the stream."""

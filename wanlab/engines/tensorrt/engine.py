@@ -215,7 +215,7 @@ class TensorRTEngine(Engine):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
         """Every bound function has its own context, because a context has one set of shapes and addresses."""
@@ -232,12 +232,8 @@ class TensorRTEngine(Engine):
                 )
         memory = dict(inputs) | dict(outputs)
         self._set_addresses(context, {name: memory[name] for name in (*self.inputs, *self.outputs)})
-        target_stream = (
-            torch.cuda.current_stream(self.device)
-            if stream is None
-            else torch.cuda.ExternalStream(stream, device=self.device)
-        )
-        handle = target_stream.cuda_stream
+        assert stream is not None  # TensorRT has GPUs only
+        handle = stream.cuda_stream
 
         # The context has only addresses: the tensors have to exist as long as the function.
         def enqueue(_memory: Any = memory) -> None:
@@ -256,7 +252,7 @@ class TensorRTEngine(Engine):
             self._enqueue(context, torch.cuda.current_stream(self.device).cuda_stream)
 
         def replay(_memory: Any = memory, _context: Any = context) -> None:
-            with torch.cuda.stream(target_stream):
+            with torch.cuda.stream(stream):
                 graph.replay()
 
         return replay

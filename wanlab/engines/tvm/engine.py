@@ -102,7 +102,7 @@ class TvmEngine(Engine):
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
-        stream: int | None,
+        stream: torch.cuda.Stream | None,
         cuda_graph: bool,
     ) -> Callable[[], None]:
         """TVM allocates its own output, which is then copied on the device into `outputs`."""
@@ -114,15 +114,15 @@ class TvmEngine(Engine):
 
         return call
 
-    def _invoke(self, arguments: list, stream: int | None, targets: list | None = None) -> list[torch.Tensor]:
+    def _invoke(self, arguments: list, stream: torch.cuda.Stream | None, targets: list | None = None) -> list[torch.Tensor]:
         """Run; return the outputs as tensors without a copy, or copy them into `targets` in order."""
         on_gpu = self.device.type == "cuda"
         on_stream: AbstractContextManager[Any] = nullcontext()
         if on_gpu:
             import tvm_ffi
 
-            stream = torch.cuda.current_stream(self.device).cuda_stream if stream is None else stream
-            on_stream = tvm_ffi.use_raw_stream(self._place, stream)
+            stream = stream or torch.cuda.current_stream(self.device)
+            on_stream = tvm_ffi.use_raw_stream(self._place, stream.cuda_stream)
         elif getattr(_pool, "threads", None) != self.threads:
             self._tvm.get_global_func("runtime.config_threadpool")(1, self.threads)
             _pool.threads = self.threads
@@ -135,7 +135,7 @@ class TvmEngine(Engine):
         tensors = [torch.from_dlpack(value) for value in results]
         if targets is None:
             return tensors
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device)) if on_gpu else nullcontext():
+        with torch.cuda.stream(stream) if on_gpu else nullcontext():
             for target, tensor in zip(targets, tensors, strict=True):
                 target.copy_(tensor)
         return targets

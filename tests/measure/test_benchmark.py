@@ -95,7 +95,9 @@ def test_iterations_go_on_until_both_limits_are_reached(model, engine):
 
 
 def test_an_engine_whose_outputs_do_not_arrive_has_no_time(model, monkeypatch):
-    monkeypatch.setattr(registry, "ENGINES", dict(registry.ENGINES))  # importing the file registers its engine
+    monkeypatch.setattr(
+        registry, "ENGINES", dict(registry.ENGINES)
+    )  # importing the file registers its engine
     forgetful = importlib.import_module("support.forgetful_engine").ForgetfulEngine(model, "expert_high")
     with pytest.raises(
         WanlabError, match=r"output 'velocity' of eager over fixed memory differs by .* from its own run"

@@ -433,7 +433,9 @@ def check_bound(
     """
     for name, reference in expected.items():
         # Random weights may overflow; values that are not finite must be so in both.
-        a, b = (torch.nan_to_num(tensor.cpu().float(), 1.0, 2.0, -2.0) for tensor in (reference, outputs[name]))
+        a, b = (
+            torch.nan_to_num(tensor.cpu().float(), 1.0, 2.0, -2.0) for tensor in (reference, outputs[name])
+        )
         scale = a.abs().max().clamp_min(1e-30)  # squares of large values would overflow
         difference = (((a - b) / scale).norm() / (a / scale).norm().clamp_min(1e-30)).item()
         if not difference <= EFFECT_LIMIT:

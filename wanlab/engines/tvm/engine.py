@@ -114,7 +114,9 @@ class TvmEngine(Engine):
 
         return call
 
-    def _invoke(self, arguments: list, stream: torch.cuda.Stream | None, targets: list | None = None) -> list[torch.Tensor]:
+    def _invoke(
+        self, arguments: list, stream: torch.cuda.Stream | None, targets: list | None = None
+    ) -> list[torch.Tensor]:
         """Run; return the outputs as tensors without a copy, or copy them into `targets` in order."""
         on_gpu = self.device.type == "cuda"
         on_stream: AbstractContextManager[Any] = nullcontext()

@@ -7,6 +7,8 @@ import re
 from new_records import engines_record, tvm_record
 from table_text import machine, markdown, read
 
+from wanlab.core.stats import ends_text
+
 GIB = 2**30
 
 KERNELS = {
@@ -266,7 +268,7 @@ def tvm() -> str:
             [
                 name,
                 f"{samples['median_ms']:,.1f} ms",
-                f"{gain['speedup']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})" if gain else "1",
+                f"{gain['speedup']:.2f}x ({ends_text(gain['low'], gain['high'])})" if gain else "1",
                 gain["verdict"] if gain else "",
                 f"{builds[name] / 1e3:.1f} s" if name in builds else "",
                 f"{off[name]:.1g}" if name in off else "",

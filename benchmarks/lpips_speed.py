@@ -23,6 +23,8 @@ import functools
 import sys
 from pathlib import Path
 
+from wanlab.core.stats import ends_text
+
 SIZES = {"cuda": (121, 704, 1280), "cpu": (17, 128, 192)}
 TOLERANCE, WANTED = 1e-5, 3.0
 
@@ -100,7 +102,7 @@ def main() -> int:
         print(f"  {name:46} {series.median:10.1f} ms   largest difference of a score {differences[name]:.2g}")
     print(f"A/A: wanlab against itself, {control.noise_percent:.1f} % apart")
     for name, gain in ratios.items():
-        print(f"wanlab against {name}: {gain.speedup:.2f}x ({gain.low:.2f} to {gain.high:.2f})")
+        print(f"wanlab against {name}: {gain.speedup:.2f}x ({ends_text(gain.low, gain.high)})")
     passed = differences["wanlab"] <= TOLERANCE and (
         device.type != "cuda" or ratios["per frame"].low >= WANTED
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from new_records import variants_record
 from table_text import machine, markdown, read
 
+from wanlab.core.stats import ends_text
+
 BESIDE = ("as-loaded", "uniform-fp8", "ffn-fp8")
 """What a record of selected plans measures again as its own baseline; the tables show it once."""
 
@@ -156,7 +158,7 @@ def lpips_speed() -> str:
                     f"{frames}x{height}x{width}, {'GPU' if on_gpu else 'CPU'}",
                     way,
                     f"{samples['median_ms']:,.0f} ms",
-                    f"{ratio['speedup']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "1",
+                    f"{ratio['speedup']:.2f}x ({ends_text(ratio['low'], ratio['high'])})" if ratio else "1",
                     f"{record['largest_score_difference'][way]:.1g}",
                 ]
             )
@@ -178,7 +180,7 @@ def sensitivity() -> str:
     rows = [
         [
             f"rank correlation with {told['generations']} generations",
-            f"{told['rank_correlation']:.3f} ({told['low']:.3f} to {told['high']:.3f})",
+            f"{told['rank_correlation']:.3f} ({ends_text(told['low'], told['high'], '.3f')})",
         ],
         ["of single layers alone", f"{told['layer_rank_correlation']:.3f}"],
         ["of one case with the other", f"{told['between_cases']:.3f}"],
@@ -203,7 +205,7 @@ def sensitivity() -> str:
         rows.append(
             [
                 f"{row['format']}: {words[row['quantity']]}, {over}",
-                f"{value:.3g} ({low:.3g} to {high:.3g}): {names[row['less_tolerant']]} tolerates less",
+                f"{value:.3g} ({ends_text(low, high, '.3g')}): {names[row['less_tolerant']]} tolerates less",
             ]
         )
     settings = record["settings"]
@@ -232,8 +234,8 @@ def floors() -> str:
                     floor,
                     run,
                     f"{psnr['identical_cases']} of {psnr['cases']}",
-                    "0" if same else f"{lpips['mean']:.2g} ({lpips['low']:.2g} to {lpips['high']:.2g})",
-                    "" if same else f"{psnr['mean']:.1f} dB ({psnr['low']:.1f} to {psnr['high']:.1f})",
+                    "0" if same else f"{lpips['mean']:.2g} ({ends_text(lpips['low'], lpips['high'], '.2g')})",
+                    "" if same else f"{psnr['mean']:.1f} dB ({ends_text(psnr['low'], psnr['high'], '.1f')})",
                 ]
             )
         notes.append(machine(record["environment"]))

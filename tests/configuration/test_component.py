@@ -132,7 +132,7 @@ def test_a_bound_call_that_computes_something_else_has_no_time(tmp_path, monkeyp
         )
     finally:
         del registry.ENGINES["forgetful"]
-    assert list(cost.frame["engine"]) == ["eager"]
+    assert list(cost.samples) == ["eager"]
     assert "output 'velocity' of forgetful over fixed memory differs" in cost.left_out["forgetful"]
 
 

@@ -30,8 +30,11 @@ FULL_SCALE = (255, 65535)
 TRANSPARENT = "is transparent in places, which is laid over white"
 
 _SCALED_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, MemoryError)
-_DAMAGE += (struct.error, zlib.error)  # what Pillow raises for damaged files
+# What Pillow raises for damaged files.
+_DAMAGE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, MemoryError),
+    *(struct.error, zlib.error),
+)
 
 
 def read_picture(path: str | os.PathLike) -> tuple[Image.Image, str]:
@@ -63,7 +66,7 @@ def opened_picture(path: str | os.PathLike, formats: tuple[str, ...] | None = No
     except FileNotFoundError as error:
         raise WanlabError(f"no image {name}; check the path") from error
     except Image.DecompressionBombError as error:
-        stated = int(re.search(r"\d+", str(error))[0])  # "Image size (3600000000 pixels) exceeds limit ..."
+        stated = int(re.findall(r"\d+", str(error))[0])  # "Image size (3600000000 pixels) exceeds limit ..."
         raise WanlabError(f"{name} states too many pixels: {over('picture_pixels', stated)}") from error
     except UnidentifiedImageError as error:
         raise WanlabError(f"{name} cannot be read as an image; give a PNG or JPEG") from error
@@ -123,8 +126,8 @@ def _scaled(picture: Image.Image, name: str) -> tuple[Image.Image, str]:
     elif high <= 1 + 1e-3:
         scale = 1
     else:
-        scale = next((full for full in FULL_SCALE if full / 16 < high <= full), None)
-        if scale is None:
+        scale = next((full for full in FULL_SCALE if full / 16 < high <= full), 0)
+        if not scale:
             raise WanlabError(
                 f"{name} has float values up to {high:g}, which are neither 0 to 1, 0 to 255 nor 0 to 65535; bring them"
                 " to 0 to 1 (tone mapping), or save it with 8 or 16 bits"
@@ -143,9 +146,9 @@ def _srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "srgb" not in ImageCms.getProfileDescription(source).lower():
                 base = picture if picture.mode in ("RGB", "L", "CMYK", "LAB") else picture.convert("RGB")
-                return ImageCms.profileToProfile(
-                    base, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                )
+                target = ImageCms.createProfile("sRGB")
+                shown = ImageCms.profileToProfile(base, source, target, outputMode="RGB")
+                return picture.convert("RGB") if shown is None else shown
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass  # a profile of another colour space than the picture's, or a damaged one
     return picture.convert("RGB")

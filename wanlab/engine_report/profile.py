@@ -137,7 +137,10 @@ def profile_engine(
     engine = OrtEngine(
         path, provider=provider, optimization=optimization, threads=threads, allow_cpu_fallback=True
     )
-    feeds = {name: value.to(engine.device) for name, value in random_feeds(engine, seed=seed, **size).items()}
+    feeds = {
+        name: value.to(engine.device)
+        for name, value in random_feeds(engine, seed=seed, shapes=None, **size).items()
+    }
     whole = measure.time_ms(
         lambda: engine.run(feeds),
         warmup=warmup,

@@ -583,7 +583,7 @@ def node_times(path: str | os.PathLike, *, warmup: int = 1) -> pd.DataFrame:
 def profile_operators(engine: OrtEngine, folder: str | os.PathLike, **size: int | None) -> pd.DataFrame:
     """`operator_times` of an engine on random inputs; ONNX Runtime's profile stays in the folder."""
     path = Path(folder) / f"{Path(engine.path).stem}_profile.json"
-    return operator_times(node_times(engine.profile(random_feeds(engine, **size), path)))
+    return operator_times(node_times(engine.profile(random_feeds(engine, shapes=None, **size), path)))
 
 
 def operator_text(operators: pd.DataFrame, component: str) -> str:

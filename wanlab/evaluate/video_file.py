@@ -8,9 +8,10 @@ file's display matrix says, and transparent pixels are laid over `BACKGROUND`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -110,7 +111,11 @@ def open_video(path: str | os.PathLike) -> VideoFile:
         raise WanlabError(f"{path} is not a file; give one video file")
     header = _Header()
     length = damaged = 0
-    sizes, notes, starts, ends, gap = set(), {}, [], [], 0.0
+    sizes: set[tuple[int, int]] = set()
+    notes: dict[str, None] = {}
+    starts: list[float] = []
+    ends: list[float] = []
+    gap = 0.0
     for shown in _frames(path, header):
         length += 1
         damaged += shown.corrupt
@@ -179,7 +184,7 @@ class _Shown:
     start_s: float | None
     duration_s: float
     corrupt: bool
-    pixels: object
+    pixels: Callable[[], np.ndarray]
     notes: tuple[str, ...] = field(default=())
 
 
@@ -211,7 +216,7 @@ def _of_pillow(path: Path, header: _Header) -> Iterator[_Shown]:
                 time_s if count > 1 else None,
                 duration_s,
                 False,
-                lambda image=image: np.asarray(image),
+                partial(np.asarray, image),
                 (note,) if note else (),
             )
             time_s += duration_s
@@ -247,7 +252,7 @@ def _of_ffmpeg(path: Path, header: _Header) -> Iterator[_Shown]:
 
 def _opened_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")  # not the cover picture
-    if stream is None:
+    if not isinstance(stream, av.VideoStream):
         raise WanlabError(f"{path} holds no video stream; give a video file")
     context = stream.codec_context
     if context is None:
@@ -315,7 +320,8 @@ def _turn(frame: av.VideoFrame) -> tuple[str, ...]:
     The matrix takes (x, y), y downwards, to (a x + c y, b x + d y). A turn by other than quarters is taken as the nearest.
     """
     try:
-        a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+        matrix = frame.side_data["DISPLAYMATRIX"]  # type: ignore[typeddict-item]  # PyAV's stubs lack it
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     except (KeyError, ValueError):
         return ()
     transposed = abs(b) + abs(c) > abs(a) + abs(d)
@@ -334,5 +340,6 @@ def _turned(frame: av.VideoFrame, turn: tuple[str, ...]) -> av.VideoFrame:
     graph.link_nodes(source, *steps, graph.add("buffersink")).configure()
     graph.push(frame)
     shown = graph.pull()
+    assert isinstance(shown, av.VideoFrame)
     shown.colorspace, shown.color_range = frame.colorspace, frame.color_range
     return shown

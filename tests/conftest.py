@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         turns[module] = min(turns.get(module, len(FIRST) + len(LONG)), _turn(module, item))
     items.sort(key=lambda item: turns[item.path.relative_to(TESTS).as_posix()])
+
+
+def pytest_collection_finish() -> None:
+    """Modules, tests and their libraries stay: collections need not visit them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _turn(module: str, item: pytest.Item) -> int:

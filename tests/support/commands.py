@@ -8,6 +8,7 @@ its own arguments, environment, folder, output and session, and whose kernel is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import itertools
 import json
@@ -133,6 +134,7 @@ def serve() -> None:
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()
     if threading.active_count() != 1:
         raise SystemExit(
             f"threads after the imports: {threading.enumerate()}; a process with threads must not fork"

@@ -9,6 +9,7 @@ other. Linux only; runs whose timings must not be disturbed start as fresh proce
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -65,6 +66,8 @@ def preload(more: Iterable[str] = ()) -> None:
     outputs.append(v4.new_output("stream", text="\x1b[1mtext"))
     cells = [v4.new_markdown_cell("# Title\n\n- text"), v4.new_code_cell("x = 1", outputs=outputs)]
     page_of(v4.new_notebook(cells=cells), {}, {}, None, "page")
+    gc.collect()
+    gc.freeze()  # collections in forks would visit what is here, and so copy its memory
 
 
 # ---- the sweep's side

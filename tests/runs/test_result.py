@@ -77,8 +77,10 @@ def test_a_run_whose_results_cannot_be_read_says_which_line(tmp_path):
     row = wanlab.load_runs(tmp_path).iloc[0]
     assert row["state"] == "unreadable"
     assert "results.jsonl, line 2: Expected `str`" in row["reason"]
-    file.write_text(good + '{"work": {"mo')  # torn by a kernel that died
-    assert wanlab.load_runs(tmp_path).iloc[0]["state"] == "finished"
+    file.write_text(good + '{"work": {"mo')  # cut after the run ended
+    assert wanlab.load_runs(tmp_path).iloc[0]["state"] == "unreadable"
+    (folder / "status.json").write_text('{"state": "died"}')  # torn by a kernel that died
+    assert wanlab.load_runs(tmp_path).iloc[0]["state"] == "died"
 
 
 ON_GPU = [name for name in FACTS if name not in ("cpu", "threads")]

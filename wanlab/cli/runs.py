@@ -28,6 +28,8 @@ def runs_main(options: argparse.Namespace) -> int:
     if frame.empty:
         show(f"no runs in {path}")
         return 0
+    ended = frame["state"].isin(["finished", "running"])
+    frame = frame.assign(verdict=frame["verdict"].where(ended, frame["reason"]))
     cells = frame[list(COLUMNS)].astype(object).where(frame[list(COLUMNS)].notna(), "")
     print_table(COLUMNS, cells.to_numpy().tolist())
     return 0

@@ -35,6 +35,7 @@ from wanlab.runs.folder import Heartbeat, RunFolder
 from wanlab.runs.parameters import is_tagged, nbformat
 from wanlab.runs.prepare import inject, prepare, upgraded
 from wanlab.runs.run import FOLDER_VARIABLE
+from wanlab.runs.seal import seal
 
 
 class Progress:
@@ -428,6 +429,8 @@ def _last_status(heartbeat: Heartbeat, state: str, fields: dict[str, Any]) -> fl
     """Write the final status, on a full disk into the reserved space; returns the seconds that the run took."""
     heartbeat.folder.release()
     try:
+        if state == "finished":
+            seal(heartbeat.folder)
         return heartbeat.end(state, exit=EXIT_CODES[state], **fields)
     except OSError as error:
         print(f"wanlab: the end of the run could not be written: {why(error)}", file=sys.stderr)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -127,6 +128,37 @@ class Samples:
     @classmethod
     def from_dict(cls, data: dict) -> Samples:
         return cls(data["label"], tuple(data["values_ms"]), data.get("device", ""), data.get("clock", ""))
+
+
+STATISTICS = ("n", "median_ms", "mean_ms", "min_ms", "max_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent")
+
+
+def check_statistics(data: Any, where: str) -> None:
+    """Check that the statistics of a stored timing are those of its samples; anything else than a timing passes.
+
+    Args:
+        data: as `Samples.to_dict` wrote it.
+        where: name of the file and line, for the message.
+
+    Raises:
+        WanlabError: a statistic is another, or a sample is negative or not finite.
+    """
+    if not (isinstance(data, Mapping) and isinstance(data.get("values_ms"), list) and data["values_ms"]):
+        return
+    values = data["values_ms"]
+    if not all(isinstance(value, int | float) for value in values):
+        raise WanlabError(f"{where}: values_ms holds a value that is no number")
+    row = Samples(str(data.get("label", where)), tuple(values)).row()
+    for name in STATISTICS:
+        stored, own = data.get(name), row[name]
+        if (
+            isinstance(stored, int | float)
+            and own is not None
+            and not math.isclose(stored, own, rel_tol=1e-6)
+        ):
+            raise WanlabError(
+                f"{where}: {name} is {stored:g}, that of its {row['n']} samples is {own:g}; one was edited"
+            )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import read_notebook
 from wanlab.runs.result import Result
-from wanlab.runs.results import is_time, read_results
+from wanlab.runs.results import CHANGED, is_time, read_results
+from wanlab.runs.seal import broken, seal_report
 
 MAIN_TAG = "main"  # of the cell whose output stands at the top of the page
 HIDDEN_TAGS = {"parameters", "injected-parameters", "papermill-error-cell-tag", "hide"}
@@ -103,6 +104,9 @@ def render(path: str | Path) -> Path:
     record = tried(folder.record, {})
     status = tried(folder.status, {"state": "unreadable"})
     notebook = tried(lambda: read_notebook(folder.notebook), None)
+    damage = broken(folder, record, report=False) if status.get("state") == "finished" else ""
+    if damage:
+        status = {**status, "state": CHANGED, "reason": damage}
     try:
         results = tried(lambda: read_results(folder), ())
         text = page_of(notebook, record, status, folder.path, folder.path.parent.name, problems, results)
@@ -112,7 +116,10 @@ def render(path: str | Path) -> Path:
         state = html.escape(str(status.get("state")))
         head = f"<!doctype html><meta charset=utf-8><title>{state}</title>"
         text = f"{head}<h1>Run {state}</h1><pre>{reason}</pre>"
-    return write_text(folder.report, text)
+    write_text(folder.report, text)
+    if not damage:
+        seal_report(folder)
+    return folder.report
 
 
 def page_of(

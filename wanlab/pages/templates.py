@@ -26,6 +26,7 @@ WORDS = {
     "running": "running",
     "pending": "not started",
     "unreadable": "unreadable",
+    "changed": "changed after it ended",
 }
 
 

@@ -23,6 +23,7 @@ from wanlab.core.files import digest, file_name, now, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, check_language, is_tagged, nbformat, read_notebook, read_schema
+from wanlab.runs.seal import broken
 
 
 def inject(nb: Any, values: Mapping[str, Any]) -> None:
@@ -190,6 +191,7 @@ def header(
         "repeat": repeat,
         "wanlab": wanlab.__version__,
         "wanlab_source": package_digest(),
+        "sealed": True,  # when it finishes, see `runs.seal`
         "created": now(),
     }
 
@@ -258,10 +260,11 @@ class Prepared:
         if self.reads_other_runs:
             return {}
         try:
-            status = self.folder.status()
+            status, record = self.folder.status(), self.folder.record()
         except WanlabError:
             return {}
-        return status if status.get("state") == "finished" else {}
+        same = status.get("state") == "finished" and not broken(self.folder, record)
+        return status if same else {}
 
 
 def prepare(

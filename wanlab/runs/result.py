@@ -278,9 +278,32 @@ def parse_result(value: Any, where: str) -> Result:
         if isinstance(value, Mapping) and isinstance(value.get("figures"), Mapping):
             figures = {name: NON_FINITE.get(item, item) for name, item in value["figures"].items()}
             value = {**value, "figures": figures}
-        return msgspec.convert(value, Result, strict=False)  # not strict: infinity is a word in JSON
+        result = msgspec.convert(value, Result, strict=False)  # not strict: infinity is a word in JSON
     except (TypeError, *WRONG) as error:
         raise WanlabError(f"cannot read {where}: {first_line(error.__cause__ or error)}") from error
+    if contradiction := _contradiction(result):
+        raise WanlabError(f"cannot read {where}: {contradiction}; one of them was edited")
+    return result
+
+
+def _contradiction(result: Result) -> str:
+    """The first figure that its own samples or interval contradict, in words; empty without one."""
+    samples = result.samples
+    pairs: list[tuple[str, Any, Any]] = []
+    if samples:
+        pairs += [("median_ms", result.median_ms, samples.median)]
+        pairs += [("sample_count", result.sample_count, samples.n)]
+    own = msgspec.structs.replace(result, figures={}).row()
+    pairs += [(f"figures.{name}", value, own.get(name)) for name, value in result.figures.items()]
+    for name, stated, computed in pairs:
+        numbers = isinstance(stated, int | float) and isinstance(computed, int | float)
+        if numbers and not math.isclose(stated, computed, rel_tol=1e-6):
+            return f"{name} is {stated:g}, its samples or field say {computed:g}"
+    quality = result.quality or Quality()
+    loss, low, high = (getattr(quality, f"quality_loss_{end}percent") for end in ("", "low_", "high_"))
+    if None not in (loss, low, high) and (loss < low or loss > high):
+        return f"quality_loss_percent is {loss:g}, outside its interval {low:g} to {high:g}"
+    return ""
 
 
 def checked_result(result: Any) -> Result:

@@ -22,7 +22,7 @@ from wanlab.core.errors import WanlabError, clean, cleaned, did_you_mean
 from wanlab.core.files import plain, read_json
 from wanlab.core.paths import default_outputs, locate
 from wanlab.core.text import convert, decode_text, parse_json, read_bytes
-from wanlab.measure.timing import Samples
+from wanlab.measure.timing import Samples, check_statistics
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.forms import BenchForm, BuildForm, MetricForm, SweepForm
 from wanlab.runs.result import (
@@ -38,11 +38,13 @@ from wanlab.runs.result import (
     parse_result,
     work_of_parameters,
 )
+from wanlab.runs.seal import broken
 
 COLUMNS = (
     "name", "run_id", "notebook", "state", "started", "seconds", "verdict", "reason", "gpu", "cpu", "wanlab", "folder",
 )  # fmt: skip
-MARKS = ("run.json", "status.json", "executed.ipynb")
+MARKS = ("run.json", "status.json", "executed.ipynb", "seal.json")
+CHANGED = "changed"  # state of a finished run whose files are not those that it ended with
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ def load_runs(path: str | os.PathLike | None = None) -> Any:
     names, of other recorded values the last of a name, entries of a recorded dict as `m.<name>.<key>`. Earlier attempts of a
     run are not rows.
 
-    A folder that cannot be read is a row with state "unreadable" and the reason. A run that says "running"
-    but whose process is gone reads "died".
+    A folder that cannot be read is a row with state "unreadable" and the reason, a finished run whose files were changed
+    after it ended one with state "changed". A run that says "running" but whose process is gone reads "died".
 
     Raises:
         WanlabError: `path` does not exist.
@@ -176,27 +178,44 @@ def read_run(path: Path) -> RunRecord:
         }
         row = cleaned(row) | {"folder": str(path)}
         row |= parameter_cells(record.get("parameters") or {})
-        run = RunRecord(row, record, read_metrics(folder.metrics), read_results(folder))
+        whole = row["state"] == "finished"
+        if whole:
+            _check_record(record, folder)
+        if whole and (damage := broken(folder, record)):
+            return RunRecord(row | {"state": CHANGED, "reason": damage}, record)
+        run = RunRecord(row, record, read_metrics(folder.metrics, whole), read_results(folder, whole))
         row |= {f"m.{name}": value for name, value in run.figures.items()}
         return run
     except (WanlabError, AttributeError, TypeError, ValueError, KeyError, OSError) as error:
         return RunRecord(row | {"state": "unreadable", "reason": clean(error)})
 
 
-def read_results(folder: RunFolder) -> tuple[Result, ...]:
+def _check_record(record: Mapping[str, Any], folder: RunFolder) -> None:
+    """Refuse the run.json of a finished run that does not say what was run."""
+    for name in ("run_id", "parameters"):
+        if record.get(name) is None:
+            raise WanlabError(
+                f"{folder.run_json} has no {name}: it was emptied or cut; run the notebook again"
+            )
+
+
+def read_results(folder: RunFolder, whole: bool = False) -> tuple[Result, ...]:
     """The rows of results.jsonl; a row that was recorded again replaces the first, in its place.
 
+    Args:
+        whole: whether the run has ended, so that an incomplete last line is an error.
+
     Raises:
-        WanlabError: a line is no result.
+        WanlabError: a line is no result, or its figures contradict its samples.
     """
     source = f"{folder.path.parent.name}/{folder.path.name}"
-    return _results_of(folder.results, source)
+    return _results_of(folder.results, source, whole)
 
 
-def _results_of(path: Path, source: str) -> tuple[Result, ...]:
+def _results_of(path: Path, source: str, whole: bool = False) -> tuple[Result, ...]:
     one_run = path.name == "results.jsonl"  # other files hold rows of several runs and machines
     rows: dict[tuple, Result] = {}
-    for line, value in _json_lines(path):
+    for line, value in _json_lines(path, whole):
         row = parse_result(value, f"{path}, line {line}")
         row = row if row.source else msgspec.structs.replace(row, source=source)
         rows[row.key if one_run else (*row.key, row.source, row.machine)] = row
@@ -231,7 +250,10 @@ def read_file(path: str | os.PathLike) -> list[Result]:
     path = Path(path)
     rows: Sequence[Result] = ()
     if path.is_dir():
-        rows = read_results(RunFolder(path))
+        run = read_run(path)
+        if run.state in (CHANGED, "unreadable") and (path / "status.json").is_file():
+            raise WanlabError(f"{path.name}: {run.row['reason']}")
+        rows = run.results or read_results(RunFolder(path))
     elif path.suffix == ".jsonl":
         rows = _results_of(path, path.name)
     else:
@@ -241,6 +263,8 @@ def read_file(path: str | os.PathLike) -> list[Result]:
         builds = [value] if "compute_capabilities" in value else value.get("builds") or []
         if {"schema", "engine", "inputs", "samples", "metadata"} <= value.keys():
             convert(value, BenchForm, str(path))
+            for name, samples in value["samples"].items():
+                check_statistics(samples, f"{path.name}, {name}")
             rows = [checked_result(bench_result(value, source=path.name))]
         elif isinstance(builds, list) and all(
             isinstance(b, dict) and "compute_capabilities" in b for b in builds
@@ -260,24 +284,29 @@ def _files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     return files
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path, whole: bool = False) -> dict[str, Any]:
     """The last recorded value of each name in a metrics.jsonl.
 
+    Args:
+        whole: whether the run has ended, so that an incomplete last line is an error.
+
     Raises:
-        WanlabError: a line before the last is incomplete, or a line has no name and value.
+        WanlabError: a line before the last is incomplete, a line has no name and value, or the statistics of a timing
+            contradict its samples.
     """
     values = {}
-    for line, entry in _json_lines(path):
+    for line, entry in _json_lines(path, whole):
         row = convert(entry, MetricForm, f"{path}, line {line}")
+        check_statistics(row.value, f"{path}, line {line}, {row.name}")
         values[row.name] = row.value
     return values
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line. An incomplete last line is skipped.
+def _json_lines(path: Path, whole: bool = False) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line. An incomplete last line is skipped, unless the file is to be whole.
 
     Raises:
-        WanlabError: a line before the last is incomplete.
+        WanlabError: a line is incomplete.
     """
     lines = read_bytes(path, "json_mib").split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -287,7 +316,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             value = parse_json(decode_text(line, where), where)
         except WanlabError:
-            if number == len(lines):
+            if number == len(lines) and not whole:
                 break
             raise
         yield number, value
@@ -380,6 +409,7 @@ def _last(column: str) -> str:
 # Configurations: repeats pooled
 
 SAMPLED = (TIMED[0], TIMED[2])  # whose values are the samples themselves
+LOST = "results.jsonl is missing or empty, and other runs of this notebook recorded results"
 FAILURE_COLUMNS = ("configuration", "state", "reason", "repeat", "run_id", "folder")
 
 
@@ -531,15 +561,22 @@ def pooled(records: Sequence[RunRecord], sweep: Mapping[str, Any], where: str) -
         parts = [f"{axis}={parameter_text(run.parameters[axis])}" for axis in axes if axis in run.parameters]
         return ", ".join([str(run.row["name"])] * (several or not parts) + parts)
 
+    def failure(run: RunRecord) -> tuple:
+        name = str(listed.get(str(run.row["run_id"]), {}).get("label") or label(run))
+        reason, repeat = str(run.row.get("reason") or ""), run.record.get("repeat", 1)
+        return name, run.state, reason, repeat, str(run.row["run_id"]), run.row["folder"]
+
     groups: dict[str, list[RunRecord]] = {}
     failures = []
+    recording = {run.row["name"] for run in records if run.results}
     for run in records:
-        if run.state == "finished":
+        if run.state == "finished" and run.row["name"] in recording and not run.results:
+            lost = replace(run, row=run.row | {"state": "unreadable", "reason": LOST})
+            failures.append(failure(lost))
+        elif run.state == "finished":
             groups.setdefault(_identity(run), []).append(run)
         else:
-            name = str(listed.get(str(run.row["run_id"]), {}).get("label") or label(run))
-            reason, repeat = str(run.row.get("reason") or ""), run.record.get("repeat", 1)
-            failures.append((name, run.state, reason, repeat, str(run.row["run_id"]), run.row["folder"]))
+            failures.append(failure(run))
     started = {str(run.row["run_id"]) for run in records}
     for run_id, entry in listed.items():
         if run_id not in started:

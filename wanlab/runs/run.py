@@ -29,6 +29,7 @@ from wanlab.runs.folder import Heartbeat, RunFolder
 from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
 from wanlab.runs.prepare import describe, header
 from wanlab.runs.result import HERE, Result, checked_result, completed
+from wanlab.runs.seal import seal
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
 LOADING = ("device", "dtype", "weights", "seed")
@@ -225,6 +226,8 @@ class Run:
         self._check_weights()
         self._files.update(finished=now())
         self.finished = True
+        if self._heartbeat is not None:
+            seal(self._files)
         if self._heartbeat is not None and not self._heartbeat.ended:
             self._heartbeat.end("finished")
             if self._answer is not None:  # the last cell ends with `finish`, so its verdict is not displayed

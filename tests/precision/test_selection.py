@@ -485,7 +485,8 @@ class TestWanNano:
         )  # fmt: skip
         assert 0 < chosen.rest_effect < chosen.selection.effect
         assert chosen.verification.took_effect.startswith("Plan ")
-        assert chosen.repaired.holds == (chosen.verification.upper_percent <= 2.0)
+        assert not chosen.repaired.holds  # two cases have no interval, so nothing is proven
+        assert chosen.verification.upper_percent == max(chosen.verification.quality.per_case_percent)
         assert chosen.predictions()["plan"].iloc[-1] == chosen.plan.name
         assert chosen.generations == 2 * (1 + 2 + len(chosen.repaired.history))
         spent = precision.search_cost(measured, recording, originals, chosen.generations)

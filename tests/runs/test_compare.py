@@ -258,8 +258,34 @@ def test_gains_that_multiply_are_said_to(tmp_path):
     rows = techniques()
     rows[3]["ms"] = 40.0
     matrix = technique_matrix(compare(write_sweep(tmp_path / "s", rows)))
-    assert matrix["verdict"].iloc[-1] == "gains multiply within noise"
+    assert matrix["verdict"].iloc[-1].startswith("gains multiply: ")
     assert matrix["verdict"].iloc[0] == ""
+
+
+def test_a_combination_that_is_worse_than_the_best_alone_is_not_called_best(tmp_path):
+    matrix = technique_matrix(compare(write_sweep(tmp_path / "s", techniques())))
+    both = matrix.set_index("techniques").loc["engine=onnxruntime + plan=uniform-int8"]
+    assert (both["best_alone"], both["of_best"]) == ("engine=onnxruntime", pytest.approx(0.8, rel=0.02))
+    text = technique_verdict(matrix)
+    assert "Best combined" not in text
+    assert (
+        "No combination is faster than engine=onnxruntime alone: engine=onnxruntime + plan=uniform-int8"
+        in text
+    )
+    rows = techniques()
+    rows[3]["ms"] = 40.0
+    text = technique_verdict(technique_matrix(compare(write_sweep(tmp_path / "t", rows))))
+    assert "Best combined: engine=onnxruntime + plan=uniform-int8, 2.5" in text
+
+
+def test_a_product_that_was_missed_within_noise_is_not_called_met(tmp_path):
+    """0.78 of the product with a wide interval: unknown, not "gains multiply"."""
+    rows = techniques(cv=0.25)
+    rows[3]["ms"] = 40.0 / 0.78
+    for row in rows:
+        row["summary"] = row["summary"] | {"noise_percent": 40.0}
+    verdict = technique_matrix(compare(write_sweep(tmp_path / "s", rows)))["verdict"].iloc[-1]
+    assert verdict.startswith("not distinguishable from their product: 0.")
 
 
 def test_a_technique_without_effect_is_no_technique(tmp_path):
@@ -316,6 +342,27 @@ def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):
     text = choose(compare(write_sweep(tmp_path / "s", rows))).text
     assert text.startswith("Use engine=onnxruntime, plan=default: 1.99 times as fast")
     assert text.endswith("quality loss below 0.01 %.")
+
+
+def test_a_loss_without_an_interval_does_not_choose(tmp_path):
+    """A point estimate of -0.3 % does not win against a lossless configuration that is as fast."""
+    rows = [
+        {"ms": 100.0, "summary": {"plan": "default"}},
+        {"ms": 37.3, "parameters": {"engine": "onnxruntime"}},
+        {"ms": 37.0, "parameters": {"engine": "onnxruntime", "plan": "ffn-int8"}},
+    ]
+    unknown = {"quality_loss_low_percent": None, "quality_loss_high_percent": None}
+    for row, loss in zip(rows, (0.0, 0.1, -0.3), strict=True):
+        row["summary"] = unknown | {"quality_loss_percent": loss}
+    found = choose(compare(write_sweep(tmp_path / "a", rows)))
+    assert found.label == "engine=onnxruntime, plan=default"
+    assert "1 of unknown loss: without an interval (three cases or more) it is not chosen" in found.notes
+    rows[2]["summary"] |= {"quality_loss_low_percent": -0.9, "quality_loss_high_percent": 0.4}
+    found = choose(compare(write_sweep(tmp_path / "b", rows)))
+    assert found.label == "engine=onnxruntime, plan=default"
+    assert "of 2 that cannot be told apart it is lossless" in found.notes
+    rows[1]["summary"] |= {"psnr_db": 20.0, "divergence_lpips": 0.3}  # no plan, and yet another video
+    assert choose(compare(write_sweep(tmp_path / "c", rows))).label == "engine=onnxruntime, plan=ffn-int8"
 
 
 def test_noise_does_not_choose(tmp_path):

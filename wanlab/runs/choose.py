@@ -17,10 +17,11 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import LEAST, ends_text, interval_text, percentile_interval, resampled_medians
 from wanlab.engines.registry import title_of_label
+from wanlab.evaluate.quality import NUMERIC_PSNR_DB
 from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import SAME, Comparisons, gain_of, times_better
 from wanlab.runs.platforms import RESULTS
-from wanlab.runs.result import BUILT, MEASURED, Result
+from wanlab.runs.result import BUILT, MEASURED, UNCHANGED, Result
 from wanlab.runs.results import (
     MeasuredConfiguration,
     better,
@@ -87,6 +88,7 @@ def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
 
 DRIFT = "the baseline was run once, so drift between runs is not known"
 QUALITY = ("quality_loss_high_percent", "quality_loss_percent")
+DIVERGENCE = ("divergence_lpips", "divergence_floor_lpips")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +116,12 @@ class Choice:
 def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     """The best by the compared figure among those whose quality loss, with its interval, is within a limit.
 
-    Of several that are not distinguishable from the best, the one with the least loss is chosen, so that noise does not
-    decide. A configuration that was not applied, or whose loss is not known, is not chosen.
+    Of several that are not distinguishable from the best, a lossless one is chosen, else the one with the least upper end
+    of the loss, so that noise does not decide. A configuration that was not applied, or whose loss has no interval, is not
+    chosen: a point estimate says nothing of what other cases lose.
     """
     base, by = comparisons.baseline, comparisons.by
-    losses = {row.label: _loss(row.results) for row in comparisons.rows}
+    losses = {row.label: _loss(row) for row in comparisons.rows}
     within = [
         row
         for row in comparisons.rows
@@ -131,11 +134,12 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         pick = min if better(by) == "min" else max
         first = pick(ahead, key=lambda row: number(row.results.get(by)))
         alike = [row for row in ahead if row is first or comparisons.verdict(first, row) in (SAME, "")]
-    best = min(alike, key=lambda row: losses[row.label]) if alike else base
-    notes = [f"of {len(alike)} that cannot be told apart it loses least"] if len(alike) > 1 else []
+    best = min(alike, key=lambda row: (not _lossless(row), losses[row.label])) if alike else base
+    why = "it is lossless" if _lossless(best) else "it loses least"
+    notes = [f"of {len(alike)} that cannot be told apart {why}"] if len(alike) > 1 else []
     notes += [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
     if unknown := sum(loss is None for loss in losses.values()):
-        notes += [f"{unknown} of unknown loss"]
+        notes += [f"{unknown} of unknown loss: without an interval (three cases or more) it is not chosen"]
     return Choice(
         label=best.label,
         row=comparisons.frame.set_index("configuration").loc[best.label],
@@ -146,9 +150,17 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     )
 
 
-def _loss(values: dict[str, Any]) -> float | None:
-    """Upper end of the quality loss in percent, or the loss where it has no interval."""
-    return next((float(values[name]) for name in QUALITY if is_number(values.get(name))), None)
+def _loss(row: MeasuredConfiguration) -> float | None:
+    """Upper end of the interval of the quality loss in percent, 0 of a lossless one; None where it is unknown."""
+    upper = row.results.get(QUALITY[0])
+    return float(upper) if is_number(upper) else 0.0 if _lossless(row) else None
+
+
+def _lossless(row: MeasuredConfiguration) -> bool:
+    """Whether it has no precision plan, and its videos are as near to the original's as rounding makes them."""
+    value = {name: number(row.results.get(name)) for name in ("psnr_db", *DIVERGENCE)}
+    near = value["psnr_db"] >= NUMERIC_PSNR_DB or value[DIVERGENCE[0]] <= value[DIVERGENCE[1]]
+    return row.results.get("plan", "default") in UNCHANGED and near
 
 
 def _left_out(comparisons: Comparisons) -> list[str]:
@@ -188,9 +200,12 @@ def _signed(percent: float) -> str:
 
 COLUMNS = (
     "techniques", "moved", "speedup", "low", "high", "product", "product_low", "product_high", "of_product", "of_low",
-    "of_high", "noise_percent", "verdict",
+    "of_high", "noise_percent", "verdict", "best_alone", "of_best", "of_best_low", "of_best_high",
 )  # fmt: skip
 MULTIPLY = "gains multiply"
+MULTIPLY_PERCENT = 10.0
+"""Gains multiply where the whole interval of measured over product lies within this of 1: that they cannot be told from the
+product says only that they were measured too badly."""
 RESAMPLES = 4_000
 
 
@@ -209,7 +224,8 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
         number), speedup, low, high; and where each of its techniques was measured alone too: product of their speed-ups,
         with product_low and product_high; of_product (measured over product, 1 where gains multiply), with of_low and
         of_high; noise_percent (the largest of all configurations involved); verdict, which compares the measured speed-up
-        with the product.
+        with the product. Of combinations also best_alone, the fastest single technique, and of_best, the speed-up over its,
+        with of_best_low and of_best_high.
 
     Raises:
         WanlabError: `comparisons` is by something without samples, or all configurations are the baseline's.
@@ -231,7 +247,8 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
     generator = np.random.default_rng(seed)
     times = {names: _medians(row, generator) for names, row in {(): base, **measured}.items()}
     gains = {names: times[()] / time for names, time in times.items()}
-    rows = []
+    rows, singles = [], [names for names in measured if len(names) == 1]
+    best = max(singles, key=lambda names: gains[names][0], default=None)
     for names, row in sorted(
         measured.items(), key=lambda item: (len(item[0]), item[1].results[comparisons.by])
     ):
@@ -246,6 +263,10 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
             cells |= zip(("product", "product_low", "product_high"), _interval(product), strict=True)
             cells |= zip(("of_product", "of_low", "of_high"), part, strict=True)
             cells |= {"noise_percent": noise, "verdict": _verdict(part, noise) + _simulated(names, alone)}
+        if len(names) > 1 and best is not None:
+            beside = _interval(gains[names] / gains[best])
+            cells |= zip(("of_best", "of_best_low", "of_best_high"), beside, strict=True)
+            cells |= {"best_alone": best[0]}
         rows.append(cells)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.assign(verdict=frame["verdict"].astype(object).where(frame["verdict"].notna(), ""))
@@ -254,7 +275,8 @@ def technique_matrix(comparisons: Comparisons, *, seed: int = 0) -> pd.DataFrame
 def technique_verdict(matrix: pd.DataFrame) -> str:
     """The matrix in one or two sentences: the best technique alone, and the best combination.
 
-    Where neither can be told from noise, this is said first.
+    Where neither can be told from noise, this is said first; a combination that is not faster than the best technique alone
+    is said to be so.
     """
     best = {}
     for word, rows in (("alone", matrix[matrix["moved"] == 1]), ("combined", matrix[matrix["moved"] > 1])):
@@ -272,13 +294,27 @@ def technique_verdict(matrix: pd.DataFrame) -> str:
         return f"No difference from the baseline can be told from noise on this machine now: {ends}."
     sentences = []
     for word, (row, verdict, figures) in best.items():
-        if verdict == SAME:
+        if beside := _beside_best(row):
+            text = f"No combination is faster than {row['best_alone']} alone: {row['techniques']} {beside}"
+        elif verdict == SAME:
             text = f"Best {word}: " + verdict_sentence(verdict, *figures, candidate=row["techniques"])
         else:
             text = f"Best {word}: {row['techniques']}, "
             text += verdict_sentence(verdict, *figures, baseline="the baseline")
         sentences.append(text + (f"; {row['verdict']}" if row["verdict"] else "") + ".")
     return " ".join(sentences)
+
+
+def _beside_best(row: Any) -> str:
+    """How fast a combination is beside the best technique alone; "" where it is faster, or is none."""
+    ratio, low, high = (row[name] for name in ("of_best", "of_best_low", "of_best_high"))
+    if row["moved"] < 2 or not is_number(ratio):
+        return ""
+    if is_number(low) and verdict_of(ratio, low, high, row["noise_percent"]) == "faster":
+        return ""
+    return (
+        f"is {ratio:.2f} times as fast as it ({interval_text(low, high)}, noise {row['noise_percent']:.1f} %)"
+    )
 
 
 def gains_text(table: pd.DataFrame) -> str:
@@ -320,8 +356,10 @@ def _verdict(part: tuple[float, float, float], noise_percent: float) -> str:
     off = 100 * (part[0] - 1)
     if math.isnan(part[1]):
         return "unknown: too few samples for an interval"
+    if max(part[2], 1 / part[1]) <= 1 + MULTIPLY_PERCENT / 100:
+        return f"{MULTIPLY}: {part[0]:.2f} of their product"
     if verdict_of(*part, noise_percent) == SAME:
-        return f"{MULTIPLY} within noise"
+        return f"not distinguishable from their product: {part[0]:.2f} of it"
     if off < 0:
         return f"gains do not multiply: {-off:.0f} % less than their product"
     return f"more than multiply: {off:.0f} % over their product"

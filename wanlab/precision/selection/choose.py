@@ -225,9 +225,10 @@ def repair(
                 "holds": holds,
             }
         )
-        if holds or number == max_rounds or verification.upper_percent is None:
+        upper = verification.upper_percent
+        if number == max_rounds or upper is None or upper <= limit_percent:
             break
-        target = selection.effect * (MARGIN * limit_percent / verification.upper_percent) ** (1 / exponent)
+        target = selection.effect * (MARGIN * limit_percent / upper) ** (1 / exponent)
         better, raised = raise_worst(selection, target, f"{name}-repaired-{number + 1}")
         if better is None:
             break
@@ -326,7 +327,8 @@ class Chosen:
         return self.repaired.verification
 
     def __str__(self) -> str:
-        holds = "is" if self.repaired.holds else "is NOT"
+        words = {"yes": "is", "no": "is NOT", "undecided": "cannot be told to be"}
+        holds = words.get(self.verification.quality.within(self.limit_percent), "is not known to be")
         chosen = self.selection
         return (
             f"The quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"

@@ -372,12 +372,14 @@ class Verification:
 
     @property
     def upper_percent(self) -> float | None:
-        """Upper end of the interval of the quality loss, or the loss itself where it has no interval."""
-        return self.quality.percent if self.quality.high_percent is None else self.quality.high_percent
+        """Upper end of the interval of the quality loss, or the worst case where fewer than three give no interval."""
+        if self.quality.high_percent is not None:
+            return self.quality.high_percent
+        return max(self.quality.per_case_percent, default=self.quality.percent)
 
     def holds(self, limit_percent: float) -> bool:
-        """Whether the upper end of the quality loss is within a limit; False where it is unknown."""
-        return self.upper_percent is not None and self.upper_percent <= limit_percent
+        """Whether the whole interval of the quality loss is within a limit; False without one, which proves nothing."""
+        return self.quality.within(limit_percent) == "yes"
 
     def row(self) -> dict[str, Any]:
         """One table row."""

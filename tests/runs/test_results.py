@@ -101,8 +101,8 @@ def test_broken_folders_are_rows(tmp_path, file, text):
     assert frame.loc["good", "state"] == "finished"
 
 
-def test_torn_last_metric_is_skipped_and_a_torn_middle_is_not(tmp_path):
-    folder = make(tmp_path, "a", "r", {"state": "finished"}, metrics=[{"name": "x", "value": 1}])
+def test_torn_last_metric_of_a_run_that_died_is_skipped_and_a_torn_middle_is_not(tmp_path):
+    folder = make(tmp_path, "a", "r", {"state": "died"}, metrics=[{"name": "x", "value": 1}])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"name": "y", "va')
     assert one(tmp_path)["m.x"] == 1

@@ -192,11 +192,8 @@ def read_run(path: Path) -> RunRecord:
 
 def _check_record(record: Mapping[str, Any], folder: RunFolder) -> None:
     """Refuse the run.json of a finished run that does not say what was run."""
-    for name in ("run_id", "parameters"):
-        if record.get(name) is None:
-            raise WanlabError(
-                f"{folder.run_json} has no {name}: it was emptied or cut; run the notebook again"
-            )
+    if record.get("run_id") is None:
+        raise WanlabError(f"{folder.run_json} has no run_id: it was emptied or cut; run the notebook again")
 
 
 def read_results(folder: RunFolder, whole: bool = False) -> tuple[Result, ...]:

@@ -320,7 +320,7 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
         "Use engine=onnxruntime, plan=default: 1.99 times as fast as engine=eager, plan="
     )
     assert "(95 % interval 1.98 to 2.00, noise 3.0 %), quality loss +0.00 % (-0.50 to +0.50)" in found.text
-    assert found.text.endswith("quality loss +0.00 % (-0.50 to +0.50).")
+    assert found.text.endswith("quality loss +0.00 % (-0.50 to +0.50). Measured on Test CPU, 1 thread.")
     assert found.notes == (
         "4 of 4 configurations within 3 % of quality loss",
         "the baseline was run once, so drift between runs is not known",
@@ -341,7 +341,7 @@ def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):
     rows[1]["summary"] = {f"quality_loss_{end}percent": 1e-5 for end in ("", "low_", "high_")}
     text = choose(compare(write_sweep(tmp_path / "s", rows))).text
     assert text.startswith("Use engine=onnxruntime, plan=default: 1.99 times as fast")
-    assert text.endswith("quality loss below 0.01 %.")
+    assert "quality loss below 0.01 %. Measured on Test CPU" in text
 
 
 def test_a_loss_without_an_interval_does_not_choose(tmp_path):
@@ -538,7 +538,7 @@ def test_a_verdict_says_first_what_holds(tmp_path):
     found = compare(write_sweep(tmp_path / "s", rows, baseline={"engine": "eager", "plan": "default"}))
     assert set(found.frame["verdict"]) == {"baseline", "not distinguishable"}
     assert technique_verdict(technique_matrix(found)).startswith(
-        "No difference from the baseline can be told from noise on this machine now: best alone "
+        "No difference from the baseline can be told from noise: best alone "
         "engine=onnxruntime, ratio 2.00 ("
     )
     assert list(readable(found).columns)[:2] == ["configuration", "verdict"]

@@ -16,13 +16,14 @@ from wanlab import models, runs
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import plain
 from wanlab.runs import Machine, Quality, Result, Work, compare, differences, same_work
-from wanlab.runs.result import FACTS, parse_result
+from wanlab.runs.result import parse_result
 from wanlab.runs.results import read_run
+from wanlab.runs.same_work import FACTS
 
 VIDEO = Work(
     model="wan-nano", weights="pretrained", height=64, width=64, frames=5, steps=4, guided=True, seed=0
 )
-H200 = Machine(gpu="NVIDIA H200", sm_clock_max_mhz=1980.0, power_limit_w=700.0)
+H200 = Machine(gpu="NVIDIA H200", memory_gib=139.8, sm_clock_max_mhz=1980.0, power_limit_w=700.0)
 ROW = Result(work=VIDEO, engine="eager", dtype="bfloat16", samples_ms=(3.0, 1.0, 2.0), machine=H200)
 replace = msgspec.structs.replace
 
@@ -83,7 +84,7 @@ def test_a_run_whose_results_cannot_be_read_says_which_line(tmp_path):
     assert wanlab.load_runs(tmp_path).iloc[0]["state"] == "died"
 
 
-ON_GPU = [name for name in FACTS if name not in ("cpu", "threads")]
+ON_GPU = [name for name in FACTS if name not in ("cpu", "threads", "cores")]
 
 
 @given(st.sampled_from(ON_GPU), st.sampled_from(ON_GPU))

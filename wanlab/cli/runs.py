@@ -84,6 +84,8 @@ def compare_main(options: argparse.Namespace) -> int:
     show(
         f"ratio above 1 is better; changes within {comparisons.threshold_percent:g} % or the noise are not distinguishable"
     )
+    if comparisons.cautions:
+        show(safe(comparisons.place))
     for title, frame, columns in (
         ("refused", comparisons.refused, ("configuration", "reason")),
         ("not finished", comparisons.failures, ("configuration", "state", "reason")),

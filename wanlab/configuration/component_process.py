@@ -450,7 +450,8 @@ def _measure_only(job: Job) -> dict[str, Any]:
                 )
             row["pace_ms"] = _pace_ms(job)  # at once, while the GPU is as warm as in the measurement
             values_ms = (*control.first.values_ms, *control.second.values_ms)
-            samples = Samples(opened.label, values_ms, control.first.device, control.first.clock)
+            first = control.first
+            samples = Samples(opened.label, values_ms, first.device, first.clock, first.load)
             row |= {"samples": samples.to_dict(), "noise_percent": control.noise_percent}
             row["kernel_rows"] = _kernels(job, opened, call)
         rows.append(row)

@@ -9,6 +9,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.measure.load import LoadMeter
 from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.stages import COMPONENTS, OTHER, stages
 from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, compare, control_of
@@ -77,12 +78,15 @@ def compare_models(
     halves: dict[tuple[str, int], list[float]] = {(label, half): [] for label in variants for half in (0, 1)}
     once = [(label, 0) for label in variants] + [(label, 1) for label in reversed(list(variants))]
     order = (once + once[::-1]) * rounds
+    meter = LoadMeter(gpu=any("cuda" in str(getattr(model, "device", "")) for model in variants.values()))
     for label, half in tqdm(order, desc="interleaved", unit="video", leave=False, disable=not progress):
         generation = variants[label].generate(image, prompt, **settings)
         halves[label, half].append(generation.wall_ms)
     where = {label: str(getattr(model, "device", "")) for label, model in variants.items()}
+    load = meter.load()
     samples = {
-        label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label]) for label in variants
+        label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label], load=load)
+        for label in variants
     }
     control = _control(
         *(Samples(label, tuple(values), where[label]) for (label, _), values in list(halves.items())[:2])
@@ -151,7 +155,8 @@ class Baseline:
     def samples(self) -> Samples:
         """Both sides of the control together: every whole generation that was timed."""
         both = self.control.first.values_ms + self.control.second.values_ms
-        return Samples(self.label, both, self.control.first.device, self.control.first.clock)
+        first = self.control.first
+        return Samples(self.label, both, first.device, first.clock, first.load)
 
     @property
     def row(self) -> dict[str, float | str | None]:

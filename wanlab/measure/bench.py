@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, did_you_mean, require
 from wanlab.core.files import write_text
 from wanlab.measure.environment import environment
+from wanlab.measure.load import LoadMeter
 from wanlab.measure.timing import CV_LIMIT_PERCENT, AAControl, Samples, compare, control_of
 
 SCHEMA = 1
@@ -283,7 +284,7 @@ def bench(
         check_bound(engine.name, expected, one.results())
         del expected
         times: list[dict[str, float]] = []
-        begin = time.perf_counter()
+        meter, begin = LoadMeter(on_gpu), time.perf_counter()
         bar = _Bar(engine.name, iterations, duration_ms, progress)
         while len(times) < iterations or (time.perf_counter() - begin) * 1e3 < duration_ms:
             times.append(one())
@@ -293,6 +294,7 @@ def bench(
     finally:
         if memory is not None:
             memory.close()
+    load = meter.load()
     clock = ("CUDA events", str(engine.device)) if on_gpu else ("monotonic clock", "cpu")
     samples = {
         name: Samples(
@@ -300,6 +302,7 @@ def bench(
             tuple(row[name] for row in times),
             clock[1],
             "monotonic clock" if name == "enqueue" else clock[0],
+            load,
         )
         for name in times[0]
     }

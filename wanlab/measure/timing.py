@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import LEAST, bootstrap_median_ratio, interval_text, percentile
+from wanlab.measure.load import Load, LoadMeter
 from wanlab.models.device import synchronise
 
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -34,12 +36,14 @@ class Samples:
         values_ms: every sample; finite and not negative.
         device: device of the timing, e.g. `"cpu"` or `"cuda:0 NVIDIA H200"`; empty when not known.
         clock: `"CUDA events"` or `"monotonic clock"`.
+        load: load of the machine by others meanwhile; None where not known.
     """
 
     label: str
     values_ms: tuple[float, ...]
     device: str = ""
     clock: str = "monotonic clock"
+    load: Load | None = None
 
     def __post_init__(self) -> None:
         values = tuple(float(value) for value in self.values_ms)
@@ -93,6 +97,8 @@ class Samples:
     @property
     def warning(self) -> str | None:
         """Why these samples should be read with care, or None."""
+        if self.load and self.load.text:
+            return f"{self.load.text}: stop other work and measure again"
         if self.n < LEAST:
             samples = "one sample" if self.n == 1 else f"{self.n} samples"
             return f"{samples}: spread, percentiles and interval are unknown; take at least {LEAST}"
@@ -123,11 +129,14 @@ class Samples:
 
     def to_dict(self) -> dict:
         """The row and all samples as data for JSON; `from_dict` reads it back."""
-        return self.row() | {"values_ms": list(self.values_ms)}
+        load = {} if self.load is None else {"load": msgspec.to_builtins(self.load)}
+        return self.row() | load | {"values_ms": list(self.values_ms)}
 
     @classmethod
     def from_dict(cls, data: dict) -> Samples:
-        return cls(data["label"], tuple(data["values_ms"]), data.get("device", ""), data.get("clock", ""))
+        load = msgspec.convert(data["load"], Load) if data.get("load") else None
+        facts = (data.get("device", ""), data.get("clock", ""), load)
+        return cls(data["label"], tuple(data["values_ms"]), *facts)
 
 
 STATISTICS = ("n", "median_ms", "mean_ms", "min_ms", "max_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent")
@@ -388,7 +397,7 @@ def time_ms(
     label = label or getattr(fn, "__name__", type(fn).__name__)
     clock = _Clock(device)
     values = [clock.sample(fn) for _ in _bar(range(-warmup, iterations), label=label, progress=progress)]
-    return Samples(label, tuple(values[warmup:]), clock.device_name, clock.name)
+    return Samples(label, tuple(values[warmup:]), *clock.facts())
 
 
 def aa_control(
@@ -414,8 +423,9 @@ def aa_control(
     for pair in _bar(range(iterations), label=f"{label} A/A", progress=progress):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
             sides[side].append(clock.sample(fn))
+    facts = clock.facts()
     first, second = (
-        Samples(name, tuple(values), clock.device_name, clock.name)
+        Samples(name, tuple(values), *facts)
         for name, values in zip((label, f"{label} (again)"), sides, strict=True)
     )
     return control_of(first, second)
@@ -456,13 +466,11 @@ def interleaved(
             forward[label].append(clock.sample(call))
         for label, call in reversed(list(calls.items())):
             backward[label].append(clock.sample(call))
-    samples = {
-        label: Samples(label, (*forward[label], *backward[label]), clock.device_name, clock.name)
-        for label in calls
-    }
+    facts = clock.facts()
+    samples = {label: Samples(label, (*forward[label], *backward[label]), *facts) for label in calls}
     base = next(iter(calls))
     first, second = (
-        Samples(name, tuple(values[base]), clock.device_name, clock.name)
+        Samples(name, tuple(values[base]), *facts)
         for name, values in ((base, forward), (f"{base} (again)", backward))
     )
     return samples, control_of(first, second)
@@ -490,7 +498,7 @@ def _bar(items: Iterable, *, label: str, progress: bool) -> Iterable:
 
 
 class _Clock:
-    """Clock for single calls on one device."""
+    """Clock for single calls on one device; from its creation on it also measures the load of the machine."""
 
     def __init__(self, device) -> None:
         self.torch = sys.modules.get("torch")
@@ -511,6 +519,11 @@ class _Clock:
         elif self.torch is not None and self.torch.cuda.is_initialized():
             index = self.torch.cuda.current_device()
             self.device_name = f"cuda:{index} {self.torch.cuda.get_device_name(index)}"
+        self._meter = LoadMeter(gpu=self.device_name.startswith("cuda"))
+
+    def facts(self) -> tuple[str, str, Load]:
+        """Device, clock and load, as `Samples` takes them; called when the last sample was taken."""
+        return self.device_name, self.name, self._meter.load()
 
     def sample(self, fn: Callable[[], object]) -> float:
         if self.name == "CUDA events":

@@ -27,7 +27,7 @@ from wanlab.pages.sweep_table import (
 )
 from wanlab.plots.style import theme
 from wanlab.runs.choose import Choice, choose, pareto
-from wanlab.runs.compare import compare
+from wanlab.runs.compare import cautions, compare
 from wanlab.runs.results import is_time, read_sweep
 
 QUALITY = "m.quality_loss_percent"
@@ -174,11 +174,13 @@ def _efficient(
 
 
 def _caution(table: SweepTable) -> list[str]:
-    fields = sweep_table.mixed(table) if table.metrics else []
-    if not fields:
+    if not table.metrics:
         return []
-    names = ", ".join(name.replace("_", " ") for name in fields)
-    return [f"These runs differ in {names}: compare times and memory only between runs that agree."]
+    texts = [f"{text[:1].upper()}{text[1:]}." for text in cautions(table.configurations.rows, table.sweep)]
+    if fields := sweep_table.mixed(table):
+        names = ", ".join(name.replace("_", " ") for name in fields)
+        texts += [f"These runs differ in {names}: compare times and memory only between runs that agree."]
+    return texts
 
 
 def _frontier_text(

@@ -27,7 +27,6 @@ from wanlab.runs.compare import (
     times_better,
 )
 from wanlab.runs.folder import RunFolder
-from wanlab.runs.result import differences
 from wanlab.runs.results import (
     TIMED,
     MeasuredConfiguration,
@@ -43,6 +42,7 @@ from wanlab.runs.results import (
     read_sweep,
     varied_parameters,
 )
+from wanlab.runs.same_work import differences
 
 MAIN = 8  # metrics that a table shows without being asked
 

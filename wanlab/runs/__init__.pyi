@@ -34,10 +34,8 @@ from .result import build_results as build_results
 from .result import call_results as call_results
 from .result import call_work as call_work
 from .result import comparison_results as comparison_results
-from .result import differences as differences
 from .result import forward_results as forward_results
 from .result import plan_results as plan_results
-from .result import same_work as same_work
 from .result import timeline_results as timeline_results
 from .result import video_result as video_result
 from .result import video_work as video_work
@@ -52,4 +50,6 @@ from .results import read_run as read_run
 from .results import read_runs as read_runs
 from .run import Run as Run
 from .run import start as start
+from .same_work import differences as differences
+from .same_work import same_work as same_work
 from .triage import run_measurements as run_measurements

@@ -101,7 +101,7 @@ class Choice:
         within: labels of the configurations within the limit, the baseline among them.
         alike: of these, those that are not distinguishable from the fastest, the fastest among them; the choice has the
             least quality loss of them.
-        text: the answer in one sentence.
+        text: the answer in one sentence, and a second one that says where it was measured and under which load.
         notes: counts of configurations within the limit, refused and not finished.
     """
 
@@ -145,7 +145,7 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         row=comparisons.frame.set_index("configuration").loc[best.label],
         within=tuple(row.label for row in within),
         alike=tuple(row.label for row in alike),
-        text=_answer(comparisons, best),
+        text=f"{_answer(comparisons, best)} {comparisons.place}",
         notes=(*notes, *_left_out(comparisons)),
     )
 
@@ -291,13 +291,15 @@ def technique_verdict(matrix: pd.DataFrame) -> str:
             f"({interval_text(low, high)}, noise {noise:.1f} %)"
             for word, (row, _, (ratio, low, high, noise)) in best.items()
         )
-        return f"No difference from the baseline can be told from noise on this machine now: {ends}."
+        return f"No difference from the baseline can be told from noise: {ends}."
     sentences = []
     for word, (row, verdict, figures) in best.items():
         if beside := _beside_best(row):
             text = f"No combination is faster than {row['best_alone']} alone: {row['techniques']} {beside}"
         elif verdict == SAME:
-            text = f"Best {word}: " + verdict_sentence(verdict, *figures, candidate=row["techniques"])
+            text = f"Best {word}: " + verdict_sentence(
+                verdict, *figures, candidate=row["techniques"], here=False
+            )
         else:
             text = f"Best {word}: {row['techniques']}, "
             text += verdict_sentence(verdict, *figures, baseline="the baseline")

@@ -13,7 +13,6 @@ import pandas as pd
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, Samples, verdict_of
 from wanlab.measure.timing import compare as compare_samples
-from wanlab.runs.result import differences, fields
 from wanlab.runs.results import (
     TIMED,
     MeasuredConfiguration,
@@ -27,6 +26,7 @@ from wanlab.runs.results import (
     parameter_text,
     resolve,
 )
+from wanlab.runs.same_work import differences, fields
 
 Row = TypeVar("Row")
 PART = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
@@ -128,6 +128,7 @@ SHOWN = (
 """Figures that are shown where neither the caller nor the sweep names any."""
 
 MOST_SHOWN = 8
+MOST_NAMED = 3  # configurations whose load is named
 SAME = NOT_DISTINGUISHABLE
 BASELINE = "baseline"
 RESAMPLES = 10_000
@@ -151,6 +152,7 @@ class Comparisons:
         axes: parameters that vary.
         shown: figures of the frame.
         threshold_percent: smallest effect that counts.
+        cautions: sentences about times that were taken on a busy machine.
     """
 
     baseline: MeasuredConfiguration
@@ -163,6 +165,13 @@ class Comparisons:
     axes: tuple[str, ...]
     shown: tuple[str, ...]
     threshold_percent: float
+    cautions: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where it was measured, as a sentence, and the load of the machine where it matters for the times."""
+        cautions = "".join(f"; {caution}" for caution in self.cautions)
+        return f"Measured on {self.baseline.machine.name}{cautions}."
 
     def row(self, label: str) -> MeasuredConfiguration:
         """The configuration of a label."""
@@ -243,7 +252,20 @@ def compare(
         axes=measured.axes,
         shown=columns,
         threshold_percent=threshold_percent,
+        cautions=tuple(cautions(rows, measured.sweep)),
     )
+
+
+def cautions(rows: Sequence[MeasuredConfiguration], sweep: Mapping[str, Any]) -> list[str]:
+    """Clauses about times that other work disturbed: the load that was measured, and runs that shared the machine."""
+    busy = [f"{row.label} was timed while {row.load}" for row in rows if row.load]
+    more = [f"so were {len(busy) - MOST_NAMED} more"] if len(busy) > MOST_NAMED else []
+    executor = sweep.get("executor") or {}
+    listed = sweep.get("runs") or () if executor.get("slots", 1) > 1 else ()
+    together = {str(run.get("run_id")) for run in listed if run.get("machine") == "shared"}
+    shared = sum(any(str(run.row["run_id"]) in together for run in row.runs) for row in rows)
+    words = f"{shared} of {len(rows)} configurations shared the machine with other runs (`machine: alone` prevents it)"
+    return busy[:MOST_NAMED] + more + ([words] if shared else [])
 
 
 def _by(measured: MeasuredConfigurations, by: str | None) -> str:

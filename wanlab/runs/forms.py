@@ -24,6 +24,7 @@ class EnvironmentForm(msgspec.Struct):
     gpu: GpuForm | str | None = None
     cpu: str | None = None
     threads: int | None = None
+    cores: int | None = None
     ram_gib: float | None = None
     packages: dict[str, str] | None = None
 

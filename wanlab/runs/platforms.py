@@ -13,12 +13,13 @@ from wanlab.core.paths import data
 from wanlab.core.stats import interval_text
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, verdict_sentence
 from wanlab.runs.compare import Ratio, baselines, ratio_to
-from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Machine, Result, differences
+from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Machine, Result
 from wanlab.runs.results import number
+from wanlab.runs.same_work import differences, load_text
 
 RESULTS = data("results", "platforms.jsonl")
-DIFFER = ("machine", "dtype")
-"""Fields in which the rows of a platform table may differ: the table compares them."""
+DIFFER = ("machine", "software", "dtype")
+"""Fields in which the rows of a platform table may differ: the table compares or shows them."""
 
 
 def other_work(result: Result, first: Result) -> list[str]:
@@ -73,7 +74,8 @@ def platform_table(
         machine, memory_gib, state, engine, precision, plan, model, what, shape, steps, seed, latency_ms,
         latency_per_frame_ms and throughput_per_s (videos or calls), ratio_to_eager (eager's latency on the same machine
         over this one, above 1 is faster; eager in the same dtype where there is one), low and high (its 95 % interval),
-        noise_percent, samples, peak_memory_gib, load_ms, size_bytes, build_ms, software, note, source.
+        noise_percent, samples, peak_memory_gib, load_ms, size_bytes, build_ms, software, note, source, on_record_ms (the
+        shortest latency of all results of this row, of which the newest is shown).
         A figure that was not measured is NaN.
 
     Raises:
@@ -83,6 +85,7 @@ def platform_table(
         raise WanlabError("no result to put into a platform table; measure one, or read a run of 10_baseline")
     first = first or _first(results)
     newest: dict[tuple, Result] = {}
+    shortest: dict[tuple, float] = {}
     for result in results:
         if first and (reasons := other_work(result, first)) and not allow_different:
             raise WanlabError(
@@ -90,16 +93,19 @@ def platform_table(
                 " leave it out with runs.comparable, or pass allow_different=True to mark it"
             )
         key = (_machine(result), result.engine_name, result.dtype, result.work, result.plan, result.state)
+        shortest[key] = min(shortest.get(key, math.inf), result.time_ms or math.inf)
         if key not in newest or _worth(result) >= _worth(newest[key]):
             newest[key] = result
     rows = list(newest.values())
     eager = baselines(
         rows,
         [row for row in rows if row.engine == "eager"],
+        lambda row: (_machine(row), row.work, row.plan, row.dtype, row.setup.get("torch")),
         lambda row: (_machine(row), row.work, row.plan, row.dtype),
         lambda row: (_machine(row), row.work, row.plan),  # in another dtype, which the note names
     )
-    return pd.DataFrame([_row(row, first, base) for row, base in zip(rows, eager, strict=True)])
+    frame = pd.DataFrame([_row(row, first, base) for row, base in zip(rows, eager, strict=True)])
+    return frame.assign(on_record_ms=[ms if math.isfinite(ms) else math.nan for ms in shortest.values()])
 
 
 def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
@@ -120,6 +126,10 @@ def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
     work = f"{first['model']} {first['what']}, {first['shape']}: "
     rows = f"{_count(len(measured), 'row')} on {_count(measured['machine'].nunique(), 'machine')}"
     end = f"{rows}: {best['engine']} {best['precision']} on {best['machine']}, {best['latency_ms']:,.1f} ms."
+    record = measured.loc[measured["on_record_ms"].idxmin()]
+    if record["on_record_ms"] < best["latency_ms"]:
+        name = f"{record['engine']} {record['precision']} on {record['machine']}"
+        end = f"{end[:-1]}; an older result of {name} is faster, {record['on_record_ms']:,.1f} ms."
     return work + (f"{'; '.join(gains)}. Fastest of {end}" if gains else f"fastest of {end}")
 
 
@@ -155,6 +165,10 @@ def _row(result: Result, first: Result | None, eager: Result | None) -> dict[str
         notes.append("not distinguishable from eager")
     if ran and eager is None:
         notes.append("no eager row of this machine")
+    if ran and (busy := load_text([result, eager])):
+        notes.append(f"timed while {busy}")
+    if eager and eager.setup.get("torch") != result.setup.get("torch"):
+        notes.append(f"eager is of PyTorch {eager.setup.get('torch')}, this of {result.setup.get('torch')}")
     if eager and eager.dtype != result.dtype:
         notes.append(f"eager is in {eager.dtype}")
     return {

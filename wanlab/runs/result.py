@@ -1,21 +1,22 @@
-"""A typed row of what a run measured, and the only rule of which rows may be compared."""
+"""A typed row of what a run measured."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import msgspec
 
 from wanlab import models
 from wanlab.core.effects import APPLIED
-from wanlab.core.errors import WanlabError, did_you_mean, first_line
+from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.files import now
 from wanlab.core.stats import LEAST
 from wanlab.core.text import WRONG
 from wanlab.engines.registry import ENGINES, computes_on_cpu
+from wanlab.measure.load import Load
 from wanlab.measure.timing import Samples
 
 MEASURED: Final = "measured"
@@ -25,6 +26,7 @@ VIDEO = "the whole video"
 UNCHANGED = (None, "", "default")
 """Values of a notebook's parameter `plan` that mean no plan."""
 
+SIZE = ("height", "width", "frames")
 SOFTWARE = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "apache-tvm")
 NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 """Numbers that JSON does not have, by the words that stand for them."""
@@ -90,6 +92,7 @@ class Machine(_Row, frozen=True):
         sm_clock_max_mhz, power_limit_w: limits of the GPU.
         cpu, threads: name of the CPU and number of threads, where it did the work.
         memory_gib: memory of the GPU, or of the host.
+        cores: cores of the CPU, where it did the work.
     """
 
     gpu: str | None = None
@@ -98,6 +101,7 @@ class Machine(_Row, frozen=True):
     cpu: str | None = None
     threads: int | None = None
     memory_gib: float | None = None
+    cores: int | None = None
 
     @property
     def name(self) -> str:
@@ -166,6 +170,7 @@ class Result(_Row, frozen=True):
         kernels: kernels that do the matrix products.
         figures: other numbers or words by name, with the unit at the end of the name.
         device: device that the samples were taken on.
+        load: load of the machine by others while they were taken; None where not known.
         machine, software: hardware and package versions; `run.result` fills them in.
         notes: remarks about weights and settings that the figures depend on, e.g. that a prompt was cut.
         taken: time of the measurement, ISO 8601.
@@ -194,6 +199,7 @@ class Result(_Row, frozen=True):
     kernels: str | None = None
     figures: dict[str, float | str | bool | None] = {}
     device: str = ""
+    load: Load | None = None
     machine: Machine | None = None
     software: dict[str, str] = {}
     notes: tuple[str, ...] = ()
@@ -218,12 +224,26 @@ class Result(_Row, frozen=True):
     @property
     def samples(self) -> Samples | None:
         """All samples as a timing; None where the samples are not known."""
-        return Samples(self.engine, self.samples_ms, self.device) if self.samples_ms else None
+        return Samples(self.engine, self.samples_ms, self.device, load=self.load) if self.samples_ms else None
 
     @property
     def results(self) -> dict[str, Any]:
         """The same as `row()`, under the name that a `MeasuredConfiguration` has for it."""
         return self.row()
+
+    @property
+    def setup(self) -> dict[str, str]:
+        """Software that its time depends on: versions of PyTorch, of its engine and of the driver, where known."""
+        needs = ENGINES[self.engine].needs if self.engine in ENGINES else ()
+        packages = {need.package.removesuffix("-gpu") for need in needs} - {"torch"}
+        names = {name: name.removesuffix("-gpu") for name in self.software}  # two wheels install one package
+        versions = [f"{name} {self.software[full]}" for full, name in names.items() if name in packages]
+        facts = {name: self.software.get(name) for name in ("torch", "driver")}
+        return {
+            name: value
+            for name, value in (facts | {"engine_version": "".join(versions[:1])}).items()
+            if value
+        }
 
     @property
     def engine_name(self) -> str:
@@ -423,7 +443,8 @@ def call_results(
     for engine, timing in samples.items():
         values = {"engine": engine, "dtype": dtype, "noise_percent": control.noise_percent}
         values |= {name: value for name, value in (facts or {}).get(engine, {}).items() if name in FIELDS}
-        results.append(Result(work=work, samples_ms=timing.values_ms, device=timing.device, **values))
+        values |= {"samples_ms": timing.values_ms, "device": timing.device, "load": timing.load}
+        results.append(Result(work=work, **values))
     return tuple(results)
 
 
@@ -475,6 +496,7 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
             load_ms=facts.get("load_ms"),
             size_bytes=facts.get("size_bytes"),
             device=samples.get("device", ""),
+            load=msgspec.convert(samples["load"], Load) if samples.get("load") else None,
             source=source,
         ),
         bench["environment"],
@@ -542,6 +564,7 @@ def machine_of(environment: Mapping[str, Any], *, device: str = "", engine: str 
         cpu=environment.get("cpu"),
         threads=environment.get("threads"),
         memory_gib=environment.get("ram_gib"),
+        cores=environment.get("cores"),
     )
 
 
@@ -563,7 +586,8 @@ def _timed(
     plan = facts.get("plan")
     values = {"dtype": _dtype(model), "noise_percent": control.noise_percent, "taken": now()} | dict(facts)
     values |= {"plan": None if plan in UNCHANGED else str(plan)}
-    return Result(work=work, engine=engine, samples_ms=samples.values_ms, device=samples.device, **values)
+    values |= {"samples_ms": samples.values_ms, "device": samples.device, "load": samples.load}
+    return Result(work=work, engine=engine, **values)
 
 
 def _call_rows(
@@ -600,91 +624,4 @@ def _defaults(model: str) -> dict[str, Any]:
         return {}
 
 
-# The same work
-
-SIZE = ("height", "width", "frames")
-OF_VIDEO = ("steps", "guided", "seed")
-OF_WORK = ("model", "weights", "component", *SIZE, "batch", *OF_VIDEO)
-OF_GPU = ("gpu", "sm_clock_max_mhz", "power_limit_w")
-OF_CPU = ("cpu", "threads")
-FACTS = (*OF_WORK, "dtype", *OF_GPU, *OF_CPU)
-"""Fields that must be equal for two rows to be compared."""
-
-UNKNOWN_ALLOWED = ("weights", "dtype")
-"""Fields that are no difference where one row does not have them: the values of weights do not change a time."""
-
-ALIASES = {
-    "clocks": ("sm_clock_max_mhz", "power_limit_w"),
-    "machine": (*OF_GPU, *OF_CPU),
-    "guidance_scale": ("guided",),
-    "size": ("height", "width"),
-    "resolution": ("height", "width"),
-}
-"""Other words that `allow` takes, with the fields that each allows."""
-
 FIELDS = frozenset(Result.__struct_fields__)
-
-
-class Comparable(Protocol):
-    """What `differences` compares: a `Result`, a run, or all repeats of one configuration."""
-
-    @property
-    def work(self) -> Work: ...
-
-    @property
-    def machine(self) -> Machine | None: ...
-
-    @property
-    def dtype(self) -> str | None: ...
-
-
-def differences(one: Comparable, other: Comparable, allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
-    """Fields in which two rows differ so that they must not be compared: field, value of `one`, value of `other`.
-
-    This is the only rule of what may be compared. The fields are model, weights, component, size, frames, batch, steps,
-    guidance, seed, dtype of the model, and the machine with its clocks or threads.
-
-    Args:
-        allow: fields that may differ.
-
-    Raises:
-        WanlabError: an unknown field in `allow`.
-    """
-    ignored = fields(allow)
-    if one.work.component != other.work.component and None in (one.work.component, other.work.component):
-        ignored |= set(OF_VIDEO)  # one call has none of them
-    values, others = _facts(one), _facts(other)
-    if values["gpu"] != others["gpu"]:  # then clocks and threads add nothing
-        ignored |= {*OF_GPU[1:], *OF_CPU}
-    ignored |= {name for name in UNKNOWN_ALLOWED if None in (values[name], others[name])}
-    names = [name for name in FACTS if name not in ignored and values[name] != others[name]]
-    return [(name, values[name], others[name]) for name in names]
-
-
-def same_work(one: Comparable, other: Comparable, allow: Iterable[str] = ()) -> bool:
-    """Whether two rows may be compared; see `differences`."""
-    return not differences(one, other, allow)
-
-
-def fields(allow: Iterable[str]) -> set[str]:
-    """Fields that the words of `allow` name.
-
-    Raises:
-        WanlabError: an unknown word.
-    """
-    names: set[str] = set()
-    for word in [allow] if isinstance(allow, str) else allow:
-        if word not in FACTS and word not in ALIASES:
-            raise WanlabError(
-                f"nothing is refused for {word!r}{did_you_mean(word, (*FACTS, *ALIASES))}; allow takes"
-                f" {', '.join((*FACTS, *ALIASES))}"
-            )
-        names |= set(ALIASES.get(word, (word,)))
-    return names
-
-
-def _facts(row: Comparable) -> dict[str, Any]:
-    machine = row.machine or Machine()
-    values = {name: getattr(row.work, name) for name in OF_WORK} | {"dtype": row.dtype}
-    values |= {name: getattr(machine, name) for name in (*OF_GPU, *OF_CPU)}
-    return values | {name: None for name in OF_CPU if machine.gpu}

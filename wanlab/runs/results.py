@@ -38,6 +38,7 @@ from wanlab.runs.result import (
     parse_result,
     work_of_parameters,
 )
+from wanlab.runs.same_work import load_text
 from wanlab.runs.seal import broken
 
 COLUMNS = (
@@ -94,6 +95,19 @@ class RunRecord:
     @property
     def dtype(self) -> str | None:
         return self.result.dtype if self.result else None
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What its figures depend on beside work and machine: files of the model, software, wanlab's code, cases."""
+        values, cases = self.parameters, None
+        if values.get("cases") is not None:
+            cases = f"{values['cases']} {values.get('case_set') or ''}".strip()
+        own = {
+            "weights_files": self.record.get("weights"),
+            "wanlab": self.record.get("wanlab_source"),
+            "cases": cases,
+        }
+        return (self.result.setup if self.result else {}) | own
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -445,6 +459,15 @@ class MeasuredConfiguration:
         return self.runs[0].dtype
 
     @property
+    def setup(self) -> dict[str, Any]:
+        return self.runs[0].setup
+
+    @property
+    def load(self) -> str:
+        """Load of the machine while its repeats were timed, in words; "" where it does not matter or is not known."""
+        return load_text(run.result for run in self.runs)
+
+    @property
     def applied(self) -> bool:
         """False where the effect check says "not applied": then it is not the configuration that its name says."""
         return self.results.get("effect") != NOT_APPLIED
@@ -604,9 +627,8 @@ def varied_parameters(records: Sequence[RunRecord], sweep: Mapping[str, Any] | N
 
 
 def _identity(run: RunRecord) -> str:
-    """Key that repeats of one configuration share: notebook, code, parameters and machine."""
-    source = run.record.get("wanlab_source")
-    return json.dumps(plain([run.row["name"], source, run.parameters, repr(run.machine)]), sort_keys=True)
+    """Key that repeats of one configuration share: notebook, parameters, machine, software, code and weights."""
+    return json.dumps(plain([run.row["name"], run.parameters, repr(run.machine), run.setup]), sort_keys=True)
 
 
 def _pooled(label: str, group: Sequence[RunRecord]) -> MeasuredConfiguration:

@@ -23,6 +23,7 @@ from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
 from wanlab.evaluate.video import write_video
+from wanlab.measure import load
 from wanlab.measure.environment import environment
 from wanlab.runs import clips, prepare
 from wanlab.runs.folder import Heartbeat, RunFolder
@@ -209,9 +210,14 @@ class Run:
         return clips.side_by_side(items, self._files.artifacts, fps)
 
     def verdict(self, text: str) -> clips.Html:
-        """Record the answer of the notebook, one sentence with its number; the report begins with it."""
-        text = clean(text)
-        self._files.update(verdict=text)
+        """Record the answer of the notebook, one sentence with its number; the report begins with it.
+
+        Where other work disturbed what this notebook timed, a sentence after it says so.
+        """
+        text, busy = clean(text), load.taken()
+        if busy.text:
+            text += f"{'' if text.endswith('.') else '.'} Timed while {busy.text}: an idle machine gives other times."
+        self._files.update(verdict=text, load=msgspec.to_builtins(busy))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(text)}</p>'
         self._answer = clips.Html(answer, text)
         return self._answer
@@ -272,6 +278,7 @@ def start(
         WanlabError: a parameter is missing, unknown or of the wrong type, or was changed after its cell.
     """
     global _current
+    load.forget()
     _before_plotly()
     _before_tables()
     scope = inspect.currentframe().f_back.f_globals if parameters is None else parameters

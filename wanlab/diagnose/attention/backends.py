@@ -180,7 +180,8 @@ def attention_kernels(
             label=BASELINE,
         )
     both = control.first.values_ms + control.second.values_ms
-    baseline = Samples(BASELINE, both, control.first.device, control.first.clock)
+    first = control.first
+    baseline = Samples(BASELINE, both, first.device, first.clock, first.load)
     rows: list[dict[str, Any]] = []
 
     def add(

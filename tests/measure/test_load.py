@@ -1,0 +1,56 @@
+"""The load of the machine is measured with every timing, and said where it matters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from wanlab.measure import load, timing
+from wanlab.measure.load import Load
+
+
+def test_other_processes_are_counted_and_this_one_is_not():
+    before, after = load._Counts(100.0, 5.0, 10.0, 0.0, 4), load._Counts(116.0, 7.0, 14.0, 10.0, 4)
+    assert load._between(before, after) == Load(others_percent=30.0, stolen_percent=5.0)
+    alone = load._Counts(104.0, 5.0, 14.0, 10.0, 4)
+    assert load._between(before, alone) == Load(others_percent=0.0, stolen_percent=0.0)
+
+
+def test_a_timing_beside_a_busy_process_says_so():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        samples = timing.time_ms(lambda: time.sleep(0.15), iterations=5, progress=False)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert samples.load.others_percent > 0
+    assert samples.load.others_percent <= 100
+    assert timing.Samples.from_dict(samples.to_dict()) == samples
+    assert load.taken().others_percent >= samples.load.others_percent
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Load(), ""),
+        (Load(others_percent=9.9, stolen_percent=1.9, gpu_processes=0), ""),
+        (Load(others_percent=55.2), "other processes used 55 % of the processors"),
+        (
+            Load(stolen_percent=4.0, gpu_processes=2),
+            "the host took 4 % of the processors away and 2 other processes held the GPU",
+        ),
+    ],
+)
+def test_only_a_load_that_matters_is_said(found, text):
+    assert found.text == text
+    samples = timing.Samples("x", (1.0, 1.0, 1.0), load=found)
+    assert (samples.warning or "").startswith(text)
+
+
+def test_the_worst_of_several_loads_counts():
+    loads = [Load(others_percent=3.0), None, Load(stolen_percent=4.0, others_percent=1.0)]
+    assert load.worst(loads) == Load(others_percent=3.0, stolen_percent=4.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -113,3 +115,64 @@ def test_weights_that_change_during_a_run_are_noticed_at_its_end(started):
     with pytest.raises(WanlabError, match=r"the files of model .* changed during the run"):
         started.finish()
     assert not started.finished
+
+
+def test_files_in_lists_and_folders_and_plans_with_what_they_name_are_part_of_the_identity(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "a.txt").write_text("a cat")
+    (tmp_path / "x.json").write_text("1")
+    (tmp_path / "p.yaml").write_text("name: p\nrules: [{format: int8}]\n")
+    (tmp_path / "c.yaml").write_text("name: c\nplan: p.yaml\n")
+    named = {"examples": "examples", "beside": ["x.json", "y"], "configurations": ["c.yaml"], "plans": ["p.yaml"]}
+    before = prepare.input_digests(named)
+    assert list(before) == ["examples", "beside[0]", "configurations[0]", "plans[0]"]
+    (tmp_path / "examples" / "a.txt").write_text("a dog")
+    (tmp_path / "x.json").write_text("2")
+    (tmp_path / "p.yaml").write_text("name: p\nrules: [{format: fp8}]\n")
+    after = prepare.input_digests(named)
+    assert [name for name in after if after[name] != before[name]] == list(before)
+    assert prepare.input_digests({"plan": "ffn-int8"})["plan"] != prepare.input_digests({"plan": "ffn-fp8"})["plan"]
+    kept = {"engines": "examples", "plan": "default", "prompt": "a cat", "runs": str(tmp_path)}
+    assert prepare.input_digests(kept) == {}  # folders that runs write into
+
+
+def test_an_input_that_changes_during_a_run_is_noticed_at_its_end(tmp_path, started):
+    record = json.loads((started.folder / "run.json").read_text())
+    (started.folder / "run.json").write_text(json.dumps(record | {"inputs": {"device": "another digest"}}))
+    with pytest.raises(WanlabError, match="what parameter device names changed during the run"):
+        started.finish()
+
+
+LAB = """
+import os, sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in sys.argv[1:]:
+    assert shell.run_cell(cell, store_history=True).success
+"""
+
+
+@pytest.mark.parametrize(
+    ("edited", "unsaved", "skipped"),
+    [({}, 0, 0), ({2: "run.record('n', 2)  # edited"}, 1, 1), ({2: ""}, 0, 1)],
+)
+def test_cells_that_were_edited_in_lab_and_not_saved_are_noticed(tmp_path, edited, unsaved, skipped):
+    cells = [
+        "a: int = 1  # a number",
+        "import wanlab\nrun = wanlab.start('10_x', output='out')",
+        "run.record('n', a)",
+        "run.finish()",
+    ]
+    made = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    made[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=made), tmp_path / "10_x.ipynb")
+    executed = [edited.get(place, cell) for place, cell in enumerate(cells)]
+    environment = {name: value for name, value in os.environ.items() if name != run.FOLDER_VARIABLE}
+    environment["IPYTHONDIR"] = str(tmp_path / "ipython")
+    subprocess.run([sys.executable, "-c", LAB, *executed], cwd=tmp_path, env=environment, check=True)
+    ready = prepare.prepare(tmp_path / "10_x.ipynb", output=tmp_path / "out")
+    record = json.loads((ready.folder.path / "run.json").read_text())
+    assert (len(record["unsaved_cells"]), record["skipped_cells"]) == (unsaved, skipped)
+    assert bool(record["notes"]) == bool(unsaved + skipped)
+    assert bool(ready.finished()) == (not unsaved and not skipped)

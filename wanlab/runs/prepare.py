@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,12 +16,13 @@ from huggingface_hub import try_to_load_from_cache
 
 import wanlab
 from wanlab import models
-from wanlab.configuration.configuration import identity
+from wanlab.configuration.configuration import identity, load_configuration
 from wanlab.core import limits
 from wanlab.core.contents import content_digest, content_digests
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_name, now, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
+from wanlab.precision.plan import load_plan
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, check_language, is_tagged, nbformat, read_notebook, read_schema
 from wanlab.runs.seal import broken
@@ -84,6 +86,13 @@ def run_id(
     return digest([*parts, str(repeat)] if repeat > 1 else parts, 12)
 
 
+def code_cells(notebook: Any) -> list[str]:
+    """Sources of the code cells of a notebook that are not its parameters."""
+    tags = ("parameters", "injected-parameters")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if not any(is_tagged(cell, tag) for tag in tags)]
+
+
 def notebook_source(notebook: Any) -> str:
     """Cell types, tags and sources of a notebook, without outputs."""
     cells = [[c.cell_type, sorted(c.metadata.get("tags", [])), c.source] for c in notebook.cells]
@@ -144,26 +153,50 @@ def _counts(path: Path, kinds: tuple[str, ...]) -> bool:
     return path.suffix in kinds or path.parts[0].startswith("tokenizer")
 
 
-def input_digests(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each parameter value that is a file, so that a changed file makes another run.
+KEPT = ("engines", "files", "folder", "model")
+"""Parameters that name folders of kept work, whose files have manifests of their own, and the model, see `weights_id`."""
+PLANS = ("plan", "plans", "compare")
+"""Parameters that name precision plans, by preset or file."""
 
-    `configuration` has the hash of what the configuration does, also where `engine` and `plan` name it.
+
+def input_digests(parameters: Mapping[str, Any], *, folders: bool = True) -> dict[str, str]:
+    """Digest of what each parameter names, also inside lists: files, folders with all their files, plans, configurations.
+
+    `configuration` has the hash of what the configuration does, also where `engine` and `plan` name it. A folder that holds
+    the folder of all runs has none: each run changes it.
+
+    Args:
+        folders: whether folders count.
 
     Raises:
         WanlabError: there is no such configuration, or its file has a mistake.
     """
     digests = {}
     for name, value in parameters.items():
-        if (
-            isinstance(value, str)
-            and value
-            and len(value) < 4096
-            and "\0" not in value
-            and os.path.isfile(path := locate(value))
-        ):
-            digests[name] = content_digest(path)
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        for place, item in enumerate(items):
+            label = name if items == [value] else f"{name}[{place}]"
+            if found := _input_digest(name, item, folders):
+                digests[label] = found
     configuration = identity(parameters)
     return digests if configuration is None else digests | {"configuration": configuration["hash"]}
+
+
+def _input_digest(name: str, value: Any, folders: bool) -> str | None:
+    if not isinstance(value, str) or not value or len(value) >= 4096 or "\0" in value:
+        return None
+    path = locate(value)
+    if name in PLANS or name == "configurations":  # with all that they name
+        with contextlib.suppress(WanlabError):  # the word for no plan, or a mistake that the notebook reports
+            return load_plan(value).hash if name in PLANS else load_configuration(value).hash
+    if os.path.isfile(path):
+        return content_digest(path)
+    own = default_outputs().resolve()
+    if not folders or name in KEPT or not os.path.isdir(path) or own.is_relative_to(path.resolve()):
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    names = (file.relative_to(path).as_posix() for file in files)
+    return digest([part for pair in zip(names, content_digests(files), strict=True) for part in pair])
 
 
 def header(
@@ -194,6 +227,11 @@ def header(
         "sealed": True,  # when it finishes, see `runs.seal`
         "created": now(),
     }
+
+
+def reads_other_runs(notebook: Any) -> bool:
+    """Whether a notebook is always run again, by its metadata, because it reads other runs."""
+    return bool(notebook.metadata.get("wanlab", {}).get("always"))
 
 
 def describe(schema: Schema, values: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -245,7 +283,7 @@ class Prepared:
     @property
     def reads_other_runs(self) -> bool:
         """Whether the notebook reads files that its parameters do not name, such as other runs, by its metadata."""
-        return bool(self.notebook.metadata.get("wanlab", {}).get("always"))
+        return reads_other_runs(self.notebook)
 
     def header(self) -> dict[str, Any]:
         """Fields of run.json before the notebook starts."""
@@ -263,7 +301,8 @@ class Prepared:
             status, record = self.folder.status(), self.folder.record()
         except WanlabError:
             return {}
-        same = status.get("state") == "finished" and not broken(self.folder, record)
+        other = record.get("unsaved_cells") or record.get("skipped_cells")  # in JupyterLab
+        same = status.get("state") == "finished" and not other and not broken(self.folder, record)
         return status if same else {}
 
 
@@ -290,7 +329,8 @@ def prepare(
     values = schema.resolve(overrides)
     if type(values.get("seed")) is int:
         limits.check_seed(values["seed"])
-    inputs, weights = input_digests(values), weights_id(values.get("model"), values.get("weights"))
+    inputs = input_digests(values, folders=not reads_other_runs(nb))
+    weights = weights_id(values.get("model"), values.get("weights"))
     identifier = run_id(notebook_source(nb), values, weights=weights, inputs=inputs, repeat=repeat)
     folder = RunFolder.of(
         Path(output) if output else default_outputs(), name or file_name(path.stem), identifier

@@ -62,6 +62,8 @@ class Run:
         self.id = run_id
         self.finished = False
         self._models: list[models.Model] = []
+        self._cells: list[str] = []  # code cells of the notebook's file at the start, in JupyterLab
+        self._before = 0  # cells that were executed before the one of `start`
         self._answer: clips.Html | None = None
 
     def __repr__(self) -> str:
@@ -148,8 +150,12 @@ class Run:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks of the models that `load` loaded: what was read from their files, and what was said of generations."""
-        return tuple(dict.fromkeys(note for model in self._models for note in model.notes))
+        """Remarks of the models that `load` loaded: what was read from their files, and what was said of generations; and
+        on cells that were executed otherwise than the notebook's file has them."""
+        unsaved = len(self._as_executed().get("unsaved_cells", ()))
+        words = f"{unsaved} executed cell(s) are not in the notebook's file as it was at the start"
+        of_models = [note for model in self._models for note in model.notes]
+        return tuple(dict.fromkeys([*of_models, *([words] if unsaved else [])]))
 
     @functools.cached_property
     def ask(self) -> dict[str, Any]:
@@ -226,10 +232,15 @@ class Run:
         """Mark the run as finished. In JupyterLab also show its verdict.
 
         Raises:
-            WanlabError: the model's files changed during the run, so that its figures belong to no one model.
+            WanlabError: the model's files, or files that parameters name, changed during the run, so that its figures belong
+                to no one input.
         """
-        self._files.update(notes=list(self.notes))
+        cells = self._as_executed()
+        words = f"{cells.get('skipped_cells')} cell(s) of the notebook's file were not executed"
+        notes = [*self.notes, *([words] if cells.get("skipped_cells") else [])]
+        self._files.update(notes=notes, **cells)
         self._check_weights()
+        self._check_inputs()
         self._files.update(finished=now())
         self.finished = True
         if self._heartbeat is not None:
@@ -239,6 +250,25 @@ class Run:
             if self._answer is not None:  # the last cell ends with `finish`, so its verdict is not displayed
                 display(self._answer)
             print(f"run kept in {self.folder}")
+
+    def _as_executed(self) -> dict[str, Any]:
+        """Cells that were executed in JupyterLab and are not in the notebook's file, and how many of it were not."""
+        executed = [cell.strip() for cell in _history({})]
+        if not self._cells or not executed:
+            return {}
+        saved = [cell.strip() for cell in self._cells if cell.strip()]
+        unsaved = [cell for cell in executed[self._before :] if cell and cell not in saved]
+        skipped = sum(cell not in executed for cell in saved)
+        return {"unsaved_cells": unsaved, "skipped_cells": skipped}
+
+    def _check_inputs(self) -> None:
+        before = read_json(self._files.run_json).get("inputs") or {}
+        now_ = prepare.input_digests(self.parameters)
+        changed = next((name for name in before if now_.get(name) != before[name]), None)
+        if changed is not None:
+            raise WanlabError(
+                f"what parameter {changed} names changed during the run, so its figures belong to no one input; run it again"
+            )
 
     def _check_weights(self) -> None:
         before = read_json(self._files.run_json).get("weights")
@@ -313,10 +343,8 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
         # JupyterLab starts a kernel in notebooks/; relative paths are to mean the same as under `wanlab run`.
         os.chdir(default_outputs().parent)
     values = _values(schema, scope, strict) if schema else (dict(scope) if strict else {})
-    inputs, weights = (
-        prepare.input_digests(values),
-        prepare.weights_id(values.get("model"), values.get("weights")),
-    )
+    inputs = prepare.input_digests(values)
+    weights = prepare.weights_id(values.get("model"), values.get("weights"))
     run_id = prepare.run_id(source, values, plan=plan, weights=weights, inputs=inputs)
     if _current is not None:
         _current._abandon("started again in the same kernel")
@@ -328,6 +356,8 @@ def _alone(name: str | None, scope: Mapping[str, Any], strict: bool, output: Any
         **header(run_id, stem, path, values, described, plan, weights, inputs), environment=_environment()
     )
     run = Run(folder, values, run_id, heartbeat)
+    run._cells = prepare.code_cells(read_notebook(path)) if path else []
+    run._before = max(len(_history(scope)) - 1, 0)
     atexit.register(run._abandon, "the kernel ended before run.finish()")
     print(f"run {stem}/{run_id}")
     return run
@@ -349,7 +379,7 @@ def _find_notebook(name: str | None, scope: Mapping[str, Any]) -> tuple[Path | N
     """The notebook of this kernel: path, parameters, source. Executed cells come before the file, which may not be saved."""
     path = next((p for p in _candidates(name) if p.is_file()), None)
     notebook = read_notebook(path) if path else None
-    history = [str(cell) for cell in scope.get("In", [])] if isinstance(scope.get("In"), list) else []
+    history = _history(scope)
     source = prepare.notebook_source(notebook) if notebook else "\n".join(history)
     if notebook is None and not history:
         return None, None, source
@@ -364,6 +394,13 @@ def _find_notebook(name: str | None, scope: Mapping[str, Any]) -> tuple[Path | N
         if parsed and all(p.annotated for p in parsed) and (not names or names & {p.name for p in parsed}):
             return path, Schema(parsed, where), source
     return path, Schema(parse_cell(tagged[0], where), where) if tagged else None, source
+
+
+def _history(scope: Mapping[str, Any]) -> list[str]:
+    """The cells that were executed, as they were written; the first is empty."""
+    shell = get_ipython()
+    cells = shell.history_manager.input_hist_raw if shell is not None else scope.get("In", [])
+    return [str(cell) for cell in cells] if isinstance(cells, list) else []
 
 
 def _candidates(name: str | None) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import onnx
+import pandas as pd
 import pytest
 import torch
 from onnx import numpy_helper
@@ -145,3 +146,15 @@ def test_forms_are_compared_with_the_network_as_it_is(model, tmp_path):
     assert (table["relative_l2"].dropna() < 1e-5).all()
     assert table.loc["original", "verdict"] == "baseline"
     assert all(len(samples) == 4 for samples in table["samples_ms"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "agree"),
+    [(torch.float32, 1e-3, 0), (torch.float16, 1e-2, 0), (torch.bfloat16, 3e-2, 1)],
+)
+def test_the_tolerance_of_a_parity_is_that_of_its_number_format(dtype, tolerance, agree):
+    table = pd.DataFrame([{"component": "expert_high", "relative_l2": 1.2e-2, "shape": "x"}])
+    summary = engines.parity_summary(table, dtype=dtype)
+    assert (summary.tolerance, summary.agree) == (tolerance, agree)
+    assert f"distance of {tolerance:g} (that of {str(dtype)[6:]})" in str(summary)
+    assert "distance of 0.5, at worst" in str(engines.parity_summary(table, 0.5, dtype=dtype))

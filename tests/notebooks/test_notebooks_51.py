@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+from wanlab.runs.folder import RunFolder
+from wanlab.runs.seal import seal
+
 pytestmark = pytest.mark.notebook
 
 
@@ -76,6 +79,7 @@ def test_runs_of_other_machines_are_put_side_by_side(here, run_notebook, outputs
             row["machine"] |= change.get("machine", {})
             row["work"]["weights"] = change.get("weights", row["work"]["weights"])
         (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        seal(RunFolder(folder))  # as the run on that machine would have
     done = run_notebook(
         "51_platforms", "-p", f"runs=['{tmp_path / 'runs'}']", "-p", f"results=['{tmp_path}']"
     )

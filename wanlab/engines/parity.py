@@ -117,6 +117,7 @@ class ParitySummary:
         components: number of components that were compared.
         agree: number of those within the tolerance on all inputs.
         tolerance: largest relative L2 distance that counts as agreement.
+        dtype: number format that the tolerance belongs to; "" where it was given.
         worst: the row of the table with the largest distance.
     """
 
@@ -124,24 +125,42 @@ class ParitySummary:
     agree: int
     tolerance: float
     worst: dict[str, Any]
+    dtype: str = ""
 
     def row(self) -> dict[str, Any]:
-        """Flat record: agree, worst_relative_l2."""
-        return {"agree": self.agree, "worst_relative_l2": self.worst["relative_l2"]}
+        """Flat record: agree, worst_relative_l2, tolerance."""
+        return {
+            "agree": self.agree,
+            "worst_relative_l2": self.worst["relative_l2"],
+            "tolerance": self.tolerance,
+        }
 
     def __str__(self) -> str:
         worst = (
             f"at worst {self.worst['relative_l2']:.1e} ({self.worst['component']} at {self.worst['shape']})"
         )
         who = "all" if self.agree == self.components else f"{self.agree} of {self.components}"
-        return f"{who} agree with PyTorch within a relative distance of {self.tolerance:g}, {worst}"
+        of = f" (that of {self.dtype})" if self.dtype else ""
+        return f"{who} agree with PyTorch within a relative distance of {self.tolerance:g}{of}, {worst}"
 
 
-def parity_summary(table: pd.DataFrame, tolerance: float) -> ParitySummary:
-    """Summary of a table of `parity` or `parity_all`."""
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
+"""Number format -> relative L2 distance that counts as agreement: some tens of its rounding steps, because errors of blocks
+add up (2**-11 is 5e-4 in float16, 2**-8 is 4e-3 in bfloat16), and for float32 what no video shows."""
+
+
+def parity_summary(table: pd.DataFrame, tolerance: float | None = None, *, dtype: Any = None) -> ParitySummary:
+    """Summary of a table of `parity` or `parity_all`.
+
+    Args:
+        tolerance: largest relative L2 distance that counts as agreement; None takes that of `dtype` in `TOLERANCES`.
+        dtype: number format of the network; float32 if None.
+    """
+    name = "" if tolerance is not None else str(dtype or "float32").removeprefix("torch.")
+    tolerance = TOLERANCES.get(name, TOLERANCES["float32"]) if tolerance is None else tolerance
     worst = table.groupby("component")["relative_l2"].max()
     row = table.loc[table["relative_l2"].idxmax()].to_dict()
-    return ParitySummary(len(worst), int((worst <= tolerance).sum()), tolerance, row)
+    return ParitySummary(len(worst), int((worst <= tolerance).sum()), tolerance, row, name)
 
 
 def float16_text(ranges: pd.DataFrame | None) -> str:

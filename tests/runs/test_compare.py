@@ -538,8 +538,7 @@ def test_a_verdict_says_first_what_holds(tmp_path):
     found = compare(write_sweep(tmp_path / "s", rows, baseline={"engine": "eager", "plan": "default"}))
     assert set(found.frame["verdict"]) == {"baseline", "not distinguishable"}
     assert technique_verdict(technique_matrix(found)).startswith(
-        "No difference from the baseline can be told from noise: best alone "
-        "engine=onnxruntime, ratio 2.00 ("
+        "No difference from the baseline can be told from noise: best alone engine=onnxruntime, ratio 2.00 ("
     )
     assert list(readable(found).columns)[:2] == ["configuration", "verdict"]
     assert choose(found).text.startswith(

@@ -117,14 +117,21 @@ def test_weights_that_change_during_a_run_are_noticed_at_its_end(started):
     assert not started.finished
 
 
-def test_files_in_lists_and_folders_and_plans_with_what_they_name_are_part_of_the_identity(tmp_path, monkeypatch):
+def test_files_in_lists_and_folders_and_plans_with_what_they_name_are_part_of_the_identity(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "a.txt").write_text("a cat")
     (tmp_path / "x.json").write_text("1")
     (tmp_path / "p.yaml").write_text("name: p\nrules: [{format: int8}]\n")
     (tmp_path / "c.yaml").write_text("name: c\nplan: p.yaml\n")
-    named = {"examples": "examples", "beside": ["x.json", "y"], "configurations": ["c.yaml"], "plans": ["p.yaml"]}
+    named = {
+        "examples": "examples",
+        "beside": ["x.json", "y"],
+        "configurations": ["c.yaml"],
+        "plans": ["p.yaml"],
+    }
     before = prepare.input_digests(named)
     assert list(before) == ["examples", "beside[0]", "configurations[0]", "plans[0]"]
     (tmp_path / "examples" / "a.txt").write_text("a dog")
@@ -132,7 +139,10 @@ def test_files_in_lists_and_folders_and_plans_with_what_they_name_are_part_of_th
     (tmp_path / "p.yaml").write_text("name: p\nrules: [{format: fp8}]\n")
     after = prepare.input_digests(named)
     assert [name for name in after if after[name] != before[name]] == list(before)
-    assert prepare.input_digests({"plan": "ffn-int8"})["plan"] != prepare.input_digests({"plan": "ffn-fp8"})["plan"]
+    assert (
+        prepare.input_digests({"plan": "ffn-int8"})["plan"]
+        != prepare.input_digests({"plan": "ffn-fp8"})["plan"]
+    )
     kept = {"engines": "examples", "plan": "default", "prompt": "a cat", "runs": str(tmp_path)}
     assert prepare.input_digests(kept) == {}  # folders that runs write into
 

@@ -149,7 +149,9 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 add up (2**-11 is 5e-4 in float16, 2**-8 is 4e-3 in bfloat16), and for float32 what no video shows."""
 
 
-def parity_summary(table: pd.DataFrame, tolerance: float | None = None, *, dtype: Any = None) -> ParitySummary:
+def parity_summary(
+    table: pd.DataFrame, tolerance: float | None = None, *, dtype: Any = None
+) -> ParitySummary:
     """Summary of a table of `parity` or `parity_all`.
 
     Args:

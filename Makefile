@@ -13,7 +13,7 @@ LAB_FLAGS := --ip 127.0.0.1 --ServerApp.root_dir . --LabApp.extension_manager re
 	--LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test fuzz chromium lab lint nano-eval doctor clean
+.PHONY: help install demo check test fuzz kills chromium lab lint nano-eval doctor clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,13 @@ demo: $(STAMP) ## one photograph to one report; the last line is the path of the
 check: $(STAMP) ## style, types and the quick tests: two minutes on two cores
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(TESTS) -m "not notebook and not browser and not slow and not gpu"
+	@$(TESTS) -m "not notebook and not browser and not slow and not gpu and not kills"
 
 test: $(STAMP) chromium ## run every test, and with them every notebook; prints the ten slowest
-	@$(TESTS) --durations=10
+	@$(TESTS) --durations=10 -m "not kills"
+
+kills: $(STAMP) ## kill runs, sweeps, publications and exports at 30 random moments; nothing may be lost or left
+	@$(TESTS) -m kills tests/launch/test_kills.py
 
 fuzz: $(STAMP) ## 10,000 mutated inputs for every parser (FUZZ="--parser grid" for one); its figures go into docs/input.md
 	@PYTHONPATH=tests $(TEST_THREADS) $(BIN)/python -m support.fuzz --json data/results/fuzzing_cpu.json $(FUZZ)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,41 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:6]  # several may write to one disk
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    if os.name != "posix":  # where signal 0 is a signal
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        pass
+    return True
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike, suffix: str = ".tmp") -> Iterator[Path]:
     """A temporary file name beside `path` to write to; at the end of the block the file is moved to `path`.
 
     For libraries that write a file themselves, and for data that is too large to hold twice: a reader sees the old file
     or the new one, never half of it. The folder is created. After an error the old file is unchanged and the temporary
-    one is deleted.
+    one is deleted; that of a process of this machine that was killed is deleted by the next writer of the file.
 
     Args:
         suffix: suffix of the temporary name, for libraries that choose a format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}{suffix}")
+    start = f".{path.name[:60]}.{_MACHINE}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*"):
+        with suppress(OSError, ValueError):
+            if not _lives(int(left.name[len(start) :].partition("-")[0])):
+                left.unlink()
+    draft = path.with_name(f"{start}{os.getpid()}-{secrets.token_hex(6)}{suffix}")
     try:
         yield draft
         os.replace(draft, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from wanlab.pages import report, sweep_page, templates
 from wanlab.pages.sweep_table import SweepTable, gather, missing
 from wanlab.pages.templates import display_value
 
-PLOTLY = "plotly.min.js"
+PLOTLY, INDEX, CSV = "plotly.min.js", "index.html", "runs.csv"
 MARK = ".wanlab-published.json"
 DATA = ("*.csv", "*.plotly.json")  # tables and figures that a notebook saved
 
@@ -50,15 +50,21 @@ def publish(folder: str | Path, to: str | Path, *, notebooks: bool = False) -> P
         written.append(name)
 
     names = {"report.html"} | ({"executed.ipynb"} if notebooks else set())
-    for page in _tables(sweep_table):
-        where = page.root.relative_to(root)
-        text, _ = sweep_page.page_of(page, lambda path: path.name in names)
-        put((where / "index.html").as_posix(), text)
-        put((where / "runs.csv").as_posix(), runs_csv(page))
     for run in filter(None, (entry.folder for entry in sweep_table.entries)):
         if not (run / "report.html").exists() and run.resolve().is_relative_to(root):
             report.render(run)
-    for source in _files(sweep_table, names):
+    pages, sources = list(_tables(sweep_table)), list(_files(sweep_table, names))
+    planned = {PLOTLY, *(source.relative_to(root).as_posix() for source in sources)}
+    for page in pages:
+        planned |= {(page.root.relative_to(root) / name).as_posix() for name in (INDEX, CSV)}
+    _mark(target, {*earlier, *planned})  # first, so that a call that was killed can be made again
+
+    for page in pages:
+        where = page.root.relative_to(root)
+        text, _ = sweep_page.page_of(page, lambda path: path.name in names)
+        put((where / INDEX).as_posix(), text)
+        put((where / CSV).as_posix(), runs_csv(page))
+    for source in sources:
         name = source.relative_to(root).as_posix()
         if source.name == "report.html":
             text, shared = _with_shared_plotly(source.read_text("utf-8", "replace"), name.count("/"))
@@ -70,8 +76,8 @@ def publish(folder: str | Path, to: str | Path, *, notebooks: bool = False) -> P
             _copy(source, target / name, target)
     for name in set(earlier) - set(written):
         _remove(target, name)
-    write_json(target / MARK, {"made_by": "wanlab publish", "when": now(), "files": sorted(written)})
-    return target / "index.html"
+    _mark(target, written)
+    return target / INDEX
 
 
 def _with_shared_plotly(text: str, depth: int) -> tuple[str, bool]:
@@ -156,6 +162,10 @@ def _claim(target: Path, root: Path) -> list[str]:
             f"{target} has files that `wanlab publish` did not write; name a new folder, or empty it first"
         )
     return []
+
+
+def _mark(target: Path, files: Iterable[str]) -> None:
+    write_json(target / MARK, {"made_by": "wanlab publish", "when": now(), "files": sorted(files)})
 
 
 def _copy(source: Path, to: Path, target: Path) -> None:

@@ -281,7 +281,7 @@ def test_hostile_text_is_text_everywhere(tmp_path, open_page, mp4s):
             "run_id": "../../etc",
             "parameters": {"plan": HOSTILE},
             "state": HOSTILE,
-            "repeat": HOSTILE,
+            "machine": HOSTILE,
         }
     )
     address = sweep(

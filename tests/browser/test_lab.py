@@ -186,7 +186,8 @@ def test_quickstart_runs_by_hand(opened, project):
     wide = "shown => shown.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
     assert page.locator(".jp-OutputArea-output").evaluate_all(wide) == []
 
-    assert "times as fast" in page.locator(".wl-verdict").inner_text()
+    said = "ONNX Runtime: no difference from PyTorch eager can be told from so few times"  # one iteration
+    assert said in page.locator(".wl-verdict").inner_text()
     # Paths of parameters are the project's, whatever folder the kernel was started in.
     assert len(list((project / "outputs" / "onnx-fixed").glob("wan-nano-*/*/graphs/text_encoder.onnx"))) == 1
     assert sorted(path.name for path in (project / "notebooks").iterdir() if path.name[0] != ".") == [
@@ -196,7 +197,7 @@ def test_quickstart_runs_by_hand(opened, project):
 
     (folder,) = (project / "outputs" / path.stem).iterdir()
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-    assert "times as fast" in json.loads((folder / "run.json").read_text())["verdict"]
+    assert said in json.loads((folder / "run.json").read_text())["verdict"]
 
     # The index then shows it, and leads to it.
     index = opened("index")

@@ -293,7 +293,9 @@ def verdict_sentence(
     known = [interval_text(low, high)]
     known += [f"noise {noise_percent:.1f} %"] if noise_percent == noise_percent else ["noise not known"]
     if verdict == NOT_DISTINGUISHABLE:
-        holds = f"no difference{f' from {baseline}' if baseline else ''} can be told from noise"
+        above = max(ratio, 1 / max(ratio, 1e-9)) - 1 > noise_percent / 100  # so noise is not the reason
+        source = "so few times" if above and math.isnan(low) else "noise"
+        holds = f"no difference{f' from {baseline}' if baseline else ''} can be told from {source}"
         place = " on this machine now" if here else ""
         return (
             f"{f'{candidate}: ' if candidate else ''}{holds}{place} (ratio {ratio:.2f}, {', '.join(known)})"

@@ -59,7 +59,7 @@ def test_a_divergence_is_read_against_them(floors, originals):
     assert set(apart.frame["floor_name"]) == {"other attention kernel"}
     assert set(apart.frame["verdict"]) == {"above floor"}
     assert "over 1,000 times the floor" in str(apart)
-    assert apart.worst_case() in (0, 1)
+    assert apart.worst_case() in (0, 1, 2)
     figure = plots.floor_intervals(apart, "noise")
     rows = {trace.y[0] for trace in figure.data}
     assert rows == {"noise", "run again", "other attention kernel"}
@@ -112,7 +112,7 @@ def test_without_a_compiler_that_floor_is_refused_before_anything_is_generated(m
     [
         ({"kinds": ["other atention kernel"]}, "did you mean 'other attention kernel'"),
         ({"kinds": []}, "no kind of floor"),
-        ({"originals": []}, "2 cases and 0 originals"),
+        ({"originals": []}, "3 cases and 0 originals"),
     ],
 )
 def test_wrong_options_are_refused(model, asked, options, message):

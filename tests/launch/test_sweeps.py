@@ -243,6 +243,8 @@ def test_dry_run_says_what_is_there_already(project):
     folder = tasks[1].folder.path
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    assert table(tasks).endswith("2 runs, 2 to run")  # without its record it is no finished run
+    (folder / "run.json").write_text(json.dumps({"run_id": folder.name, "parameters": {"steps": 2}}))
     shown = table(tasks).splitlines()
     assert shown[1].endswith("to run")
     assert shown[2].endswith("finished before")

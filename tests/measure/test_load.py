@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -54,3 +55,18 @@ def test_only_a_load_that_matters_is_said(found, text):
 def test_the_worst_of_several_loads_counts():
     loads = [Load(others_percent=3.0), None, Load(stolen_percent=4.0, others_percent=1.0)]
     assert load.worst(loads) == Load(others_percent=3.0, stolen_percent=4.0)
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"), [([], 0), (["77", "88"], 2), (None, None)], ids=["alone", "others", "other ids"]
+)
+def test_others_on_the_gpu_are_counted_where_the_driver_lists_this_process(
+    tmp_path, monkeypatch, listed, found
+):
+    """In a container the driver's tool may show ids of the host; then nothing is known."""
+    pids = ["77"] if listed is None else [str(os.getpid()), *listed]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo {pid}\n" for pid in pids))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert load.LoadMeter(gpu=True).load().gpu_processes == found

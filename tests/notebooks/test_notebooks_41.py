@@ -51,6 +51,8 @@ def test_a_plan_on_onnxruntime_is_proven_and_both_are_compared(run_notebook, out
     assert row["weights_gib"] < 0.03  # 0.044 as loaded
 
     found = runs.compare(outputs, baseline="engine=eager")
+    assert found.refused["reason"].tolist() == ["cases is 1 selection, the baseline's 2 selection"]
+    found = runs.compare(outputs, baseline="engine=eager", allow=["cases"])
     assert found.refused.empty
     assert found.frame["weights_gib_ratio"][1] > 1.5
     assert found.frame["low"][1] <= found.frame["ratio"][1] <= found.frame["high"][1]

@@ -76,9 +76,17 @@ class Bench:
         return pd.DataFrame(rows).rename(columns={"label": "measure"}).drop(columns="warning")
 
     def warnings(self) -> list[dict[str, str]]:
-        """Warnings about the figures: hazard, mitigation and help, at the same limits as trtexec."""
+        """Warnings about the figures: hazard, mitigation and help, at the limits of trtexec, and the load of the machine."""
         rows = []
         main = self.main
+        if main.load and main.load.text:
+            rows.append(
+                {
+                    "hazard": f"timed while {main.load.text}",
+                    "mitigation": "stop other work and measure again",
+                    "help": "an idle machine gives other times",
+                }
+            )
         if main.cv_percent > CV_LIMIT_PERCENT:
             rows.append(
                 {

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from wanlab import measure, plots, runs
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import plain
+from wanlab.measure.load import Load
 from wanlab.measure.timing import AAControl, Samples
 from wanlab.runs import Machine, Result, Work
 from wanlab.runs.result import BUILT, build_results, completed, machine_of
@@ -560,3 +561,23 @@ def test_the_figure_draws_no_bar_for_what_was_not_run():
     assert bar.marker.color[2] == "rgba(0,0,0,0)"
     with pytest.raises(WanlabError, match="missing: ratio_to_eager"):
         plots.platform_bars(runs.platform_table([EAGER]).drop(columns="ratio_to_eager"))
+
+
+def test_a_headline_names_an_older_result_that_is_faster_than_the_newest():
+    newest = replace(FAST, median_ms=500.0, taken="2026-02-01")
+    older = replace(FAST, median_ms=400.0, taken="2026-01-01", source="run b")
+    table = runs.platform_table([EAGER, newest, older])
+    assert table["on_record_ms"].tolist() == [1000.0, 400.0]
+    text = runs.platform_verdict(table, pd.DataFrame())
+    words = "500.0 ms; an older result of onnxruntime-cuda bfloat16 on NVIDIA H200 is faster, 400.0 ms."
+    assert text.endswith(words)
+    assert "older" not in runs.platform_verdict(runs.platform_table([EAGER, newest]), pd.DataFrame())
+
+
+def test_a_row_beside_eager_of_another_pytorch_or_under_load_says_so():
+    other = replace(FAST, software={"torch": "2.11"}, load=Load(others_percent=40.0))
+    table = runs.platform_table([replace(EAGER, software={"torch": "2.10"}), other])
+    assert "eager is of PyTorch 2.10, this of 2.11" in table["note"][1]
+    assert "timed while other processes used 40 % of the processors" in table["note"][1]
+    same = replace(EAGER, software={"torch": "2.11"}, median_ms=900.0, dtype="bfloat16")
+    assert "PyTorch" not in runs.platform_table([same, other])["note"][1]

@@ -74,10 +74,8 @@ def read_layer(
         if quantised and fault == "unquantised":
             fault, message = "no-op", _NO_OP.format(codes_format)
     elif quantised:
-        fault, message = (
-            "wrong",
-            f"is {module.format}, though the plan asks for {_called(format_name, dtype)}",
-        )
+        fault = "wrong"
+        message = f"is {module.format}, though the plan asks for {_called(format_name, dtype)}"
     else:
         kind = dtype if format_name == AS_LOADED else _dtype(FLOATS[format_name])
         fault, message = _dtype_fault(tensor.dtype, kind, format_name)

@@ -312,11 +312,11 @@ def _beside_best(row: Any) -> str:
     ratio, low, high = (row[name] for name in ("of_best", "of_best_low", "of_best_high"))
     if row["moved"] < 2 or not is_number(ratio):
         return ""
-    if is_number(low) and verdict_of(ratio, low, high, row["noise_percent"]) == "faster":
-        return ""
-    return (
-        f"is {ratio:.2f} times as fast as it ({interval_text(low, high)}, noise {row['noise_percent']:.1f} %)"
-    )
+    verdict = verdict_of(ratio, low, high, row["noise_percent"]) if is_number(low) else SAME
+    known = f"{interval_text(low, high)}, noise {row['noise_percent']:.1f} %"
+    if verdict == SAME:
+        return f"cannot be told from it (ratio {ratio:.2f}, {known})"
+    return f"is {ratio:.2f} times as fast as it ({known})" if verdict == "slower" else ""
 
 
 def gains_text(table: pd.DataFrame) -> str:

@@ -37,13 +37,13 @@ demo: $(STAMP) ## one photograph to one report; the last line is the path of the
 check: $(STAMP) ## style, types and the quick tests: two minutes on two cores
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(TESTS) -m "not notebook and not browser and not slow and not gpu and not kills"
+	@$(TESTS) -m "not notebook and not browser and not slow and not gpu"
 
 test: $(STAMP) chromium ## run every test, and with them every notebook; prints the ten slowest
-	@$(TESTS) --durations=10 -m "not kills"
+	@$(TESTS) --durations=10
 
 kills: $(STAMP) ## kill runs, sweeps, publications and exports at 30 random moments; nothing may be lost or left
-	@$(TESTS) -m kills tests/launch/test_kills.py
+	@WANLAB_KILLS=6 $(TESTS) tests/launch/test_kills.py
 
 fuzz: $(STAMP) ## 10,000 mutated inputs for every parser (FUZZ="--parser grid" for one); its figures go into docs/input.md
 	@PYTHONPATH=tests $(TEST_THREADS) $(BIN)/python -m support.fuzz --json data/results/fuzzing_cpu.json $(FUZZ)

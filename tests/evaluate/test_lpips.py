@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def pair():
 def test_default_backbone_works_offline_and_quietly(pair, capfd, recwarn, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing cached, nothing to find
     module._build.cache_clear()
+    gc.collect()
+    recwarn.clear()  # of what earlier tests left open
     values = module.distances(*pair)
     assert values.shape == (2,)
     assert values.dtype == torch.float64

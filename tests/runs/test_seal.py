@@ -28,6 +28,8 @@ def sealed(folder, **values):
     (folder / "run.json").write_text(json.dumps(record | {"sealed": True}))
     (folder / "artifacts").mkdir(exist_ok=True)
     (folder / "artifacts" / "table.csv").write_text("a,b\n1,2\n")
+    (folder / "traces").mkdir()
+    (folder / "traces" / "a.json").write_text("{}")
     seal(RunFolder(folder))
     return folder
 
@@ -46,6 +48,7 @@ CHANGES = {
     "run.json was changed": lambda run: edit(run / "run.json", '"eager"', '"onnxruntime"'),
     "metrics.jsonl was added": lambda run: (run / "metrics.jsonl").write_text('{"name": "x", "value": 1}\n'),
     "artifacts/table.csv was changed": lambda run: edit(run / "artifacts" / "table.csv", "1", "9"),
+    "traces/a.json was changed": lambda run: (run / "traces" / "a.json").write_text("[]"),
     "seal.json was removed": lambda run: (run / "seal.json").unlink(),
     "seal.json was changed": lambda run: edit(run / "seal.json", "files", "fils"),
 }

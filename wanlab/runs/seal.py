@@ -15,7 +15,7 @@ from wanlab.core.manifest import Manifest, NoManifest
 from wanlab.runs.folder import RunFolder
 
 FILES = ("run.json", "results.jsonl", "metrics.jsonl", "executed.ipynb")
-ARTIFACTS = "artifacts"
+FOLDERS = ("artifacts", "traces")
 
 
 class Seal(Manifest, frozen=True, kw_only=True):
@@ -88,7 +88,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _sealed(folder: Path) -> Iterator[Path]:
     yield from (path for name in FILES if (path := folder / name).is_file())
-    for path in sorted((folder / ARTIFACTS).rglob("*")):
+    for path in sorted(path for name in FOLDERS for path in (folder / name).rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
             yield path

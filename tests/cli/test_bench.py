@@ -90,3 +90,8 @@ def test_whole_numbers_are_made_up_as_indices_that_every_table_has(graph):
     assert set(feeds["ids"].flatten().tolist()) == {0, 1}
     with pytest.raises(WanlabError, match="has no input"):
         random_feeds(open_engine(graph, provider="cpu"), shapes={"x": (1,)})
+
+
+def test_a_seed_beyond_64_bits_is_one_line(capsys, tmp_path):
+    assert cli.main(["bench", str(tmp_path / "none.onnx"), "--seed", str(2**64)]) == 2
+    assert "seed 18446744073709551616 is beyond 64 bits" in capsys.readouterr().err

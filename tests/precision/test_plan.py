@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from support.models_tiny import EXPERT
 
 from wanlab import models, precision
 from wanlab.core.errors import WanlabError
-from wanlab.precision.assignment import weight_bits, weight_bytes
+from wanlab.precision.assignment import made_for, weight_bits, weight_bytes
 from wanlab.precision.plan import check_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -392,3 +394,17 @@ def test_a_plan_of_another_model_is_noticed_by_its_blocks_and_layers(rule, says)
         "p", "bf16", [dict(blocks="0, last 30", layers=["ffn.net.2"], format="fp8")]
     )
     precision.assign(fitting, two_experts())
+
+
+def test_a_plan_of_another_model_is_noticed_by_the_width_it_was_selected_for():
+    experts = two_experts()
+    here = made_for(experts)
+    assert re.fullmatch(r"2 blocks of width \d+", here)
+    plan = structs.replace(precision.make_plan("p", "bf16", [dict(format="fp8")]), made_for=here)
+    precision.assign(plan, experts)
+    assert plan.hash == precision.make_plan("q", "bf16", [dict(format="fp8")]).hash
+    other = structs.replace(plan, made_for="2 blocks of width 5120")
+    with pytest.raises(
+        WanlabError, match="selected for 2 blocks of width 5120, and expert_high has 2 blocks"
+    ):
+        precision.assign(other, experts)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from wanlab import measure, models
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.errors import WanlabError
+from wanlab.core.limits import check_seed
 from wanlab.core.paths import default_outputs
 from wanlab.core.stats import interval_text
 from wanlab.engines.base import Engine
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, print and write; returns the exit status 0."""
+    check_seed(options.seed)
     baseline = measure.read_bench(options.baseline) if options.baseline else None
     engine, feeds = _engine(options)
     result = measure.bench(
@@ -101,15 +103,15 @@ def main(options: argparse.Namespace) -> int:
         cuda_graph=options.cuda_graph,
         buffers=options.buffers,
     )
-    print(report(result))
+    show(report(result))
     if options.check_events:
         result = replace(result, events_ratio=measure.events_check(engine, feeds, result))
-        print(f"PyTorch's events over device time: {result.events_ratio:.4f}")
+        show(f"PyTorch's events over device time: {result.events_ratio:.4f}")
     if options.json:
-        print(result.save(options.json))
+        show(str(result.save(options.json)))
     if baseline is not None:
         gain = measure.bench_table([baseline, result]).iloc[-1]
-        print(
+        show(
             f"against {baseline.engine}: {gain['speedup']:.2f}x ({interval_text(gain['low'], gain['high'])},"
             f" noise {gain['noise_percent']:.1f} %), {gain['verdict']}"
         )

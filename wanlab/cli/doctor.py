@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from wanlab import models
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.engines.registry import ENGINES
 from wanlab.evaluate.lpips import available_backbones
@@ -72,9 +72,9 @@ def main(options: argparse.Namespace) -> int:
         width = max(len(row.what) for row in rows)
         marks = {OK: "ok", MISSING: "MISSING", OPTIONAL: "optional"}
         for row in rows:
-            print(f"{marks[row.state]:8}  {row.what:{width}}  {row.found}")
+            show(f"{marks[row.state]:8}  {row.what:{width}}  {row.found}")
             if row.add:
-                print(f"{'':8}  {'':{width}}  add: {row.add}")
+                show(f"{'':8}  {'':{width}}  add: {row.add}")
     return int(any(row.state == MISSING for row in rows))
 
 

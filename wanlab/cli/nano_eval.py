@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from wanlab import measure, models
-from wanlab.cli.command import Command
+from wanlab.cli.command import Command, show
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, write_json
 from wanlab.core.paths import default_outputs
@@ -233,13 +233,13 @@ def main(args: argparse.Namespace) -> int:
     table = examine(model, draw_cases(args.cases), backbones=backbones, journal=journal)
     results = {backbone: summary(table, backbone) for backbone in backbones}
     for backbone, figures in results.items():
-        print(f"\n{figures['cases']} held-out cases, LPIPS backbone {backbone}, {args.engine}")
+        show(f"\n{figures['cases']} held-out cases, LPIPS backbone {backbone}, {args.engine}")
         for name, value, target, met in verdicts(figures):
             interval = figures.get(f"{name}_interval")
             among = f"   95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
-            print(f"  {'met   ' if met else 'MISSED'}  {name:28} {value:8.2f}   target {target}{among}")
+            show(f"  {'met   ' if met else 'MISSED'}  {name:28} {value:8.2f}   target {target}{among}")
         means = {name: value for name, value in figures.items() if name.startswith(("lpips_", "psnr_"))}
-        print("  " + ", ".join(f"{k} {v:.3f}" for k, v in means.items() if isinstance(v, float)))
+        show("  " + ", ".join(f"{k} {v:.3f}" for k, v in means.items() if isinstance(v, float)))
     if args.json:
         content = {
             "engine": args.engine,
@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> int:
         }
         write_json(args.json, content)
         journal.done()
-        print(f"\n{args.json}")
+        show(f"\n{args.json}")
     return 0 if all(met for figures in results.values() for *_, met in verdicts(figures)) else 1
 
 

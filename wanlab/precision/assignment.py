@@ -269,6 +269,20 @@ class Assignment:
         return rows[rows["first_step"].isna() | ((rows["first_step"] <= step) & (step <= rows["last_step"]))]
 
 
+def architecture(layers: pd.DataFrame) -> str:
+    """Number and width of an expert's blocks, from `quantizable_layers`: `"40 blocks of width 5120"`; or empty."""
+    blocks = layers[layers["block"].notna()]
+    if blocks.empty:
+        return ""
+    return f"{int(blocks['block'].max()) + 1} blocks of width {blocks.iloc[0]['shape'][1]}"
+
+
+def made_for(model) -> str:
+    """`architecture` of a model's experts, for `Plan.made_for`; several, if they differ."""
+    networks, _ = _networks(model)
+    return ", ".join(dict.fromkeys(architecture(quantizable_layers(each)) for each in networks.values()))
+
+
 def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     """Resolve a plan to one format per layer of a model.
 
@@ -289,7 +303,7 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
         layers = quantizable_layers(network)
         count = int(layers["block"].max()) + 1 if layers["block"].notna().any() else 0
         fits = [_matching(rule, component, layers, count) for rule in plan.rules]
-        _check_model(plan, component, set(layers["layer"]), count, fits)
+        _check_model(plan, component, layers, count, fits)
         reached |= {index for index, names in enumerate(fits) if names}
         rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
         tables.append(pd.DataFrame(rows).assign(component=component))
@@ -379,8 +393,16 @@ def _dtype(networks: Mapping) -> str:
     raise WanlabError("no network; give default=")
 
 
-def _check_model(plan: Plan, component: str, known: set[str], count: int, fits: list[set[str]]) -> None:
-    """Refuse a rule that fits and also names blocks or layers that the expert lacks: its plan is of another model."""
+def _check_model(plan: Plan, component: str, layers: pd.DataFrame, count: int, fits: list[set[str]]) -> None:
+    """Refuse a plan that was selected for experts of another size, and a rule that fits and also names blocks or layers
+    that the expert lacks.
+    """
+    own, known = architecture(layers), set(layers["layer"])
+    if plan.made_for and own not in plan.made_for.split(", "):
+        raise WanlabError(
+            f"plan {plan.name} was selected for {plan.made_for}, and {component} has {own}: select one for this model"
+            " with 31_precision_plan, or remove made_for from the plan"
+        )
     for index, rule in enumerate(plan.rules):
         absent = [f"block {number}" for number in sorted(rule.named_blocks()) if number >= count]
         absent += [

@@ -99,6 +99,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         rules: rules in order; where several fit a layer, the last one counts.
         num_steps: number of steps of the generation that steps in rules are counted in; needed when a rule names steps.
         note: origin of the plan.
+        made_for: size of the experts that it was selected for, see `assignment.architecture`; other experts refuse it. Empty
+            for plans of any model.
     """
 
     name: str
@@ -106,12 +108,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     rules: tuple[Rule, ...] = ()
     num_steps: int | None = None
     note: str = ""
+    made_for: str = ""
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the plan does: name and notes do not count."""
+        """SHA-256 of what the plan does: name, notes and what it was selected for do not count."""
         facts = self.to_dict()
-        facts.pop("name"), facts.pop("note", None)
+        for field in ("name", "note", "made_for"):
+            facts.pop(field, None)
         for rule in facts.get("rules", ()):
             rule.pop("note", None)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

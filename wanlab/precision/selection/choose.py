@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from msgspec import structs
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
+from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.costs import DEFAULT
 from wanlab.precision.selection.select import Frontier, Selection, frontier, select_plan, selection_of
@@ -233,6 +235,8 @@ def repair(
         if better is None:
             break
         selection, verification = better, None
+    plan = structs.replace(selection.plan, made_for=made_for(model))
+    selection = replace(selection, plan=plan)
     return Repaired(selection, verification, holds, pd.DataFrame(rows), generations)
 
 

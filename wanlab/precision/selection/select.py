@@ -18,7 +18,7 @@ import pandas as pd
 from msgspec import structs
 
 from wanlab.core.errors import WanlabError
-from wanlab.precision.assignment import natural
+from wanlab.precision.assignment import made_for, natural
 from wanlab.precision.calibration import calibrate
 from wanlab.precision.plan import Plan, Rule, load_plan, make_plan, save_plan
 from wanlab.precision.recording import random_recording
@@ -597,7 +597,7 @@ def plans_by_time(
             continue  # the fastest has at most this effect already
         note = f"selected by time for {model.spec.name} {component} at {size['height']}x{size['width']}x{size['frames']}"
         note += " from costs of compiled layers" if selection.unit == "ms" else f", {selection.unit}"
-        plans[selection.plan.name] = structs.replace(selection.plan, note=note)
+        plans[selection.plan.name] = structs.replace(selection.plan, note=note, made_for=made_for(model))
         rows.append(selection.row())
     keys = ["projection", "format", "source", "kernel"]
     effects = measured.frame.pivot_table("effect", "projection", "format", "sum")

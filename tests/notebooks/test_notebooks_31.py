@@ -52,7 +52,7 @@ def test_the_verified_plans_are_results_without_a_time(done):
 
 def test_the_search_costs_a_tenth_of_brute_force_at_most(done):
     search = done.values["search"]
-    assert search["brute_force_forwards"] == (120 * 4 + 1) * 2 * 8
+    assert search["brute_force_forwards"] == (120 * 4 + 1) * 3 * 8
     assert search["percent_of_brute_force"] <= 10
 
 

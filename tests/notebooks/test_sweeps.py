@@ -72,7 +72,7 @@ class Sweep:
 
     def wait_for(self, count: int, process: subprocess.Popen) -> None:
         """Until so many notebooks have begun."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while len(self.begun()) < count:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline

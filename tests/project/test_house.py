@@ -77,6 +77,23 @@ def test_importing_and_help_load_neither_torch_nor_pandas():
     assert not {"torch", "pandas"} & {*imported, *after_help}
 
 
+def test_commands_that_run_and_compare_notebooks_load_no_model_library():
+    """They start for every run and every worker; torch and diffusers would take several seconds each time."""
+    modules = (
+        "cli.run",
+        "cli.runs",
+        "cli.sweep",
+        "cli.pages",
+        "launch.worker",
+        "runs.compare",
+        "pages.sweep_page",
+    )
+    code = f"import importlib, json, sys\nfor name in {modules}: importlib.import_module('wanlab.' + name)\n"
+    loaded = json.loads(run(code + "print(json.dumps(sorted(sys.modules)))"))
+    assert "wanlab.launch.sweep" in loaded
+    assert not {"torch", "diffusers", "transformers"} & set(loaded)
+
+
 def test_importing_takes_a_tenth_of_a_second():
     """Processor time of the import, the best of five: other work on the machine does not count."""
     code = "import time; begin = time.process_time(); import wanlab; print(time.process_time() - begin)"

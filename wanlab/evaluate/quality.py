@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import bootstrap_mean
-from wanlab.evaluate.catalogue import CATALOGUE, METRICS
+from wanlab.evaluate.catalogue import CATALOGUE, METRICS, NUMERIC_PSNR_DB
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import Scores, mean_score, same_backbone
@@ -365,7 +365,6 @@ def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
         yield model, "the same code, inputs and seed"
 
 
-NUMERIC_PSNR_DB = 40.0  # a root mean square error of 2.55 of 255 levels
 NEAR_PSNR_DB = 30.0
 NEAR_LPIPS = 0.05
 FAITHFUL_LPIPS = 0.10

@@ -17,7 +17,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import LEAST, ends_text, interval_text, percentile_interval, resampled_medians
 from wanlab.engines.registry import title_of_label
-from wanlab.evaluate.quality import NUMERIC_PSNR_DB
+from wanlab.evaluate.catalogue import NUMERIC_PSNR_DB
 from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import SAME, Comparisons, gain_of, times_better
 from wanlab.runs.platforms import RESULTS

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.notebook
 MOMENTS = range(int(os.environ.get("WANLAB_KILLS", "1")))
 RUNS = 3
 HOW = {"local": ()} | ({"ray": ("--ray",)} if "WANLAB_KILLS" in os.environ else {})
-"""Options of a sweep. Where a driver is killed while Ray starts, Ray's agents end a minute later: only `make kills` waits."""
+"""Options of a sweep. Where a driver is killed while Ray starts, Ray's agents end a minute later: `make kills` waits."""
 
 EXPORT = """
 import sys

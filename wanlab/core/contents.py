@@ -71,6 +71,13 @@ def content_digests(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(content_digest, paths))
 
 
+def tree_digest(folder: Path, files: Sequence[Path], length: int = 64) -> str:
+    """Digest of names inside a folder and of contents of its files, in the order given; `length` as in `files.digest`."""
+    names = (path.relative_to(folder).as_posix() for path in files)
+    parts = [part for pair in zip(names, content_digests(files), strict=True) for part in pair]
+    return digest(parts, length)
+
+
 def _state(path: str | os.PathLike) -> tuple[int, ...]:
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -18,7 +18,7 @@ import wanlab
 from wanlab import models
 from wanlab.configuration.configuration import identity, load_configuration
 from wanlab.core import limits
-from wanlab.core.contents import content_digest, content_digests
+from wanlab.core.contents import content_digest, tree_digest
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, file_name, now, plain
 from wanlab.core.paths import default_outputs, find_notebook, locate, source_digest
@@ -142,9 +142,7 @@ def folder_digest(folder: Path, *, weights: bool = True) -> str:
         for path in folder.rglob("*")
         if path.is_file() and _counts(path.relative_to(folder), KINDS if weights else KINDS[:1])
     )
-    digests = content_digests(files)
-    names = (path.relative_to(folder).as_posix() for path in files)
-    return digest([part for pair in zip(names, digests, strict=True) for part in pair], 16)
+    return tree_digest(folder, files, 16)
 
 
 def _counts(path: Path, kinds: tuple[str, ...]) -> bool:
@@ -195,8 +193,7 @@ def _input_digest(name: str, value: Any, folders: bool) -> str | None:
     if not folders or name in KEPT or not os.path.isdir(path) or own.is_relative_to(path.resolve()):
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    names = (file.relative_to(path).as_posix() for file in files)
-    return digest([part for pair in zip(names, content_digests(files), strict=True) for part in pair])
+    return tree_digest(path, files)
 
 
 def header(

@@ -59,20 +59,7 @@ class Args(
     name: Any = None  # of a process, in the event "process_name"
 
 
-class Event(msgspec.Struct, gc=False):
-    """One event of a trace file."""
-
-    ph: str = ""
-    cat: str | None = ""
-    name: str | None = ""
-    pid: Key = 0
-    tid: Key = 0
-    ts: Number = None
-    dur: Number = None
-    args: Args | None = None
-
-
-class _WithoutArgs(msgspec.Struct):
+class _WithoutArgs(msgspec.Struct, gc=False):
     """An event whose arguments are of other types than `Args` has."""
 
     ph: str = ""
@@ -82,6 +69,12 @@ class _WithoutArgs(msgspec.Struct):
     tid: Key = 0
     ts: Number = None
     dur: Number = None
+
+
+class Event(_WithoutArgs, gc=False):
+    """One event of a trace file."""
+
+    args: Args | None = None
 
 
 class Generation(TypedDict, total=False):

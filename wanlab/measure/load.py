@@ -20,6 +20,9 @@ STOLEN_PERCENT = 2.0
 """Share of the processors that the host of a virtual machine took, from which it is named. It goes into the time whole, so
 it is to be below the 3 % from which a difference counts."""
 
+GPU_AGAIN_S = 10.0
+"""How long an answer of the driver's tool counts: the tool takes longer than many a timing."""
+
 SHORTEST_S = 0.5
 """The kernel counts in steps of 10 ms: a shorter timing has the load of the half second before its end."""
 
@@ -71,7 +74,7 @@ class _Counts(NamedTuple):
 
 
 class LoadMeter:
-    """Measures the load from its creation to `load()`; both take less than a millisecond."""
+    """Measures the load from its creation to `load()`; both take less than a millisecond, but for `GPU_AGAIN_S`."""
 
     def __init__(self, gpu: bool = False):
         self._gpu = gpu
@@ -85,7 +88,7 @@ class LoadMeter:
             begin = next(older, _kept[0])
         found = _between(begin, end) if end.clock > begin.clock else Load()
         if self._gpu:
-            found = msgspec.structs.replace(found, gpu_processes=_gpu_processes())
+            found = msgspec.structs.replace(found, gpu_processes=_asked_gpu_processes())
         _taken.append(found)
         return found
 
@@ -98,6 +101,7 @@ def taken() -> Load:
 def forget() -> None:
     """Begin anew, as at the start of a run."""
     _taken.clear()
+    _asked.clear()
 
 
 def _between(begin: _Counts, end: _Counts) -> Load:
@@ -127,6 +131,12 @@ def _count() -> _Counts:
     return counts
 
 
+def _asked_gpu_processes() -> int | None:
+    if not _asked or time.monotonic() - _asked[0][0] > GPU_AGAIN_S:
+        _asked[:] = [(time.monotonic(), _gpu_processes())]
+    return _asked[0][1]
+
+
 def _gpu_processes() -> int | None:
     """Other processes that compute on the GPUs, from the driver's tool; None where it does not list this one."""
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
@@ -139,5 +149,6 @@ def _gpu_processes() -> int | None:
 
 
 _taken: list[Load] = []
+_asked: list[tuple[float, int | None]] = []  # when the driver's tool was asked last, and its answer
 _kept: deque[_Counts] = deque(maxlen=64)
 _count()

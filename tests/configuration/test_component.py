@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.models_tiny import save
 
 from wanlab import models
 from wanlab.configuration.component import (
@@ -244,3 +246,21 @@ def test_a_measurement_is_gone_on_with_under_the_same_settings_only(root, tmp_pa
     notebook = root / "notebooks" / "42_component.ipynb"
     first = prepare(notebook, {"seed": 0}, output=tmp_path)
     assert (prepare(notebook, {"seed": 0} | change, output=tmp_path).run_id == first.run_id) == same
+
+
+def test_a_remark_on_the_weights_is_kept_with_the_cost(tmp_path):
+    folder = save(tmp_path / "tiny")
+    file = next((folder / "transformer").glob("*.safetensors"))
+    save_file(load_file(file) | {"nowhere.weight": torch.zeros(2)}, file)
+    size = {"height": 16, "width": 32, "frames": 5}
+    cost = measure_component(
+        str(folder),
+        "expert_high",
+        tmp_path / "files",
+        engines=["eager"],
+        device="cpu",
+        rounds=2,
+        processes="one",
+        **size,
+    )
+    assert any("nowhere.weight" in note for note in cost.notes)

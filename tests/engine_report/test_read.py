@@ -333,6 +333,24 @@ def test_files_that_do_not_go_together_are_refused(tmp_path):
         engine_report.read_ort_profile([{"cat": "Session", "name": "model_run", "dur": 1, "ts": 0}])
 
 
+@pytest.mark.parametrize("duration", [-1.0, 1e14])
+def test_an_event_of_an_impossible_duration_is_left_out_and_counted(duration):
+    event = {
+        "cat": "Node",
+        "name": "a_kernel_time",
+        "ts": 0,
+        "dur": 5.0,
+        "args": {"op_name": "Add", "node_index": "0"},
+    }
+    wrong = event | {"name": "b_kernel_time", "ts": 9, "dur": duration}
+    layers = engine_report.read_ort_profile([event, wrong])
+    assert [layer.name for layer in layers.layers] == ["a"]
+    assert layers.layers[0].time_ms == 0.005
+    assert "1 of 2 events have an impossible duration and are left out" in layers.notes
+    with pytest.raises(WanlabError, match="1 of 1 events have an impossible duration"):
+        engine_report.read_ort_profile([wrong])
+
+
 def test_planned_formats_are_read_from_files(tmp_path):
     assert engine_report.read_planned(None) == {}
     flat = tmp_path / "plan.yaml"

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wanlab import plots, precision
+from wanlab import models, plots, precision
 from wanlab.core.errors import WanlabError
 from wanlab.heldout import cases as heldout
 from wanlab.precision.selection import costs as costs_
 from wanlab.precision.selection.choose import fit, raise_worst
 from wanlab.precision.selection.select import Layer, chosen_plan, compress
 from wanlab.precision.selection.solve import Limits, make_problem
+from wanlab.precision.selection.verify import Batched
 
 pytestmark = pytest.mark.slow
 
@@ -544,3 +545,18 @@ class TestWanNano:
         ]
         panels = plots.format_map(whole.selections[0])
         assert sum(trace.type == "heatmap" for trace in panels.data) == 2
+
+
+def test_generating_cases_together_says_what_generating_one_says():
+    model = models.load("wan-nano", device="cpu")
+    case = heldout.example_case()
+    request = {
+        "image": case.truth()[0],
+        "prompt": "word " * 99,
+        "height": 64,
+        "width": 64,
+        "frames": 5,
+        "steps": 2,
+    }
+    Batched(model, [request, request | {"prompt": case.caption}])
+    assert len([note for note in model.notes if "its end is cut" in note]) == 1

@@ -26,6 +26,7 @@ from wanlab.runs import (
     configurations,
     efficient,
     engine_table,
+    gains_text,
     load_runs,
     pareto,
     readable,
@@ -311,6 +312,23 @@ def test_engines_before_and_after_with_those_that_were_only_built(sweep):
     assert math.isnan(table["time_per_video_ms"][2])
     assert "8.9" in table["note"][2]
     assert "9 s" in table["note"][2]
+    low, high = map(float, table["interval"][1].split(" to "))
+    assert low < 1.99 < high
+    assert table["interval"][0] == table["interval"][2] == ""
+    gain = f"(95 % interval {table['interval'][1]})"
+    assert gains_text(table).startswith(
+        f"ONNX Runtime 1.99 times as fast as the original {gain}; TensorRT built"
+    )
+
+
+def test_what_runs_said_of_their_weights_is_said_of_the_comparison(tmp_path):
+    rows = techniques()
+    for row in rows:
+        more = ["fp8 codes"] if row["parameters"]["engine"] == "onnxruntime" else []
+        row["summary"]["notes"] = ["its end is cut", *more]
+    found = compare(write_sweep(tmp_path / "sweep", rows))
+    faster = "engine=onnxruntime, plan=default, engine=onnxruntime, plan=uniform-int8"
+    assert found.notes == ("its end is cut", f"{faster}: fp8 codes")
 
 
 def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):

@@ -98,9 +98,10 @@ def test_what_was_said_of_a_model_stands_in_the_result_and_the_report(started):
     result = started.result(Result(work=Work(), engine="eager"))
     assert any("expert_high runs in none of 2 steps" in note for note in result.notes)
     assert any("its end is cut" in note for note in result.notes)
+    started.note("the trace lacks kernels")
     started.finish()
     record = json.loads((started.folder / "run.json").read_text())
-    assert record["notes"] == list(result.notes)
+    assert record["notes"] == ["the trace lacks kernels", *result.notes]
     page = report.page_of(None, record, {"state": "finished"}, None, "x")
     assert "the text encoder takes" in page
     assert "boundary_ratio is 1.5" in page

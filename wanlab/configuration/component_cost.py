@@ -56,6 +56,7 @@ class ComponentCost:
         operations: operations of one call. ceilings: ceilings of the device.
         left_out: label -> reason in one line why it was not measured.
         selected: plans that were selected by time, ranges: cost of the profiler's ranges; None where not measured.
+        notes: what was read from the model's files in another form than its network has it.
     """
 
     model: str
@@ -74,6 +75,7 @@ class ComponentCost:
     left_out: dict[str, str] = field(default_factory=dict)
     selected: PlansByTime | None = None
     ranges: RangeCost | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -293,6 +295,7 @@ def measure_component(
         left_out=left_out,
         selected=selected,
         ranges=ranges,
+        notes=tuple(prepared["notes"]),
     )
 
 

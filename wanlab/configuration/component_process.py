@@ -153,6 +153,7 @@ def prepare(job: Job, model: Model) -> dict[str, Any]:
         "ceilings": asdict(measure.ceilings(job.device)),
         "files": asdict(files),
         "left_out": files.left_out,
+        "notes": list(model.notes),
     }
 
 

@@ -21,6 +21,8 @@ from wanlab.engines.onnxruntime import LEVELS, PROVIDERS, choose_provider
 _SUFFIX = "_kernel_time"
 MARK = "wanlab"
 """Category of an event with the settings of a profile."""
+LONGEST_US = 86_400e6
+"""A longer event of a profile, of more than a day, is a mistake of the profiler; so is one of negative duration."""
 LAUNCHES = (
     "times of CUDA nodes are times of launches on the host, not of kernels: profile with CUDA_LAUNCH_BLOCKING=1 in the"
     " environment to time kernels"
@@ -59,8 +61,13 @@ def read_ort_profile(
     name = name or ("onnxruntime" if isinstance(profile, list) else Path(profile).name)
     if not isinstance(content, list) or not all(isinstance(event, Mapping) for event in content):
         raise WanlabError(f"{name} is no profile of ONNX Runtime; write one with OrtEngine.profile")
-    events: list[NodeEvent] = typed(content, list[NodeEvent], name)
+    read: list[NodeEvent] = typed(content, list[NodeEvent], name)
+    events = [event for event in read if 0 <= event.dur <= LONGEST_US]
     nodes = [e for e in events if e.cat == "Node" and e.name.endswith(_SUFFIX)]
+    if not nodes and len(events) < len(read):
+        raise WanlabError(
+            f"{name}: {len(read) - len(events)} of {len(read)} events have an impossible duration"
+        )
     if not nodes:
         raise WanlabError(f"{name} has no node events: the session did not run while its profile was enabled")
     nodes.sort(key=lambda event: event.ts)
@@ -83,6 +90,10 @@ def read_ort_profile(
     on_gpu = any(layer.provider not in ("", "CPUExecutionProvider") for layer in layers)
     launches = on_gpu and not kernels and not blocking
     notes = [LAUNCHES] if launches else []
+    if len(events) < len(read):
+        notes.append(
+            f"{len(read) - len(events)} of {len(read)} events have an impossible duration and are left out"
+        )
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     metadata: dict[str, str] = {}

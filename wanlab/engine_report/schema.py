@@ -37,12 +37,12 @@ class NodeArgs(Struct):
 
 
 class NodeEvent(Struct):
-    """An event of ONNX Runtime's profile; times in microseconds."""
+    """An event of ONNX Runtime's profile; times in microseconds, of which some profilers write impossible ones."""
 
     cat: str = ""
     name: str = ""
     ts: float = 0.0
-    dur: Time = 0.0
+    dur: float = 0.0
     args: NodeArgs = msgspec.field(default_factory=NodeArgs)
 
 

@@ -11,6 +11,7 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.base import Engine, TensorType
 from wanlab.export.components import component_spec, default_shape
 from wanlab.models.pipeline import Model
+from wanlab.models.shapes import nearest_size
 from wanlab.models.variants import compiled_copy
 
 MODES = ("eager", "compiled")
@@ -102,7 +103,9 @@ class TorchEngine(Engine):
 
     def _types(self, model: Model) -> None:
         """Names, dtypes and free axes of inputs and output, from a small example."""
-        example = self._spec.inputs_for(default_shape(model, batch=1), torch.Generator().manual_seed(0))
+        height, width, frames = nearest_size(model.spec, 1, 1, 1 + model.spec.temporal_factor)
+        small = default_shape(model, batch=1, height=height, width=width, frames=frames)
+        example = self._spec.inputs_for(small, torch.Generator().manual_seed(0))
         for (name, axes), tensor in zip(self._spec.inputs.items(), example, strict=True):
             shape = tuple(axes.get(axis, size) for axis, size in enumerate(tensor.shape))
             self.inputs[name] = (str(tensor.dtype).removeprefix("torch."), shape)

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -307,7 +308,7 @@ class Model:
                 f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
             )
 
-        notes = [note] * bool(note) + self._remarks(settings, latent)
+        notes = [note] * bool(note) + self.remarks(settings, latent)
         assumed = [
             name
             for name, value in (("height", height), ("width", width), ("frames", frames))
@@ -337,8 +338,13 @@ class Model:
         check_video(video, self.spec.name)
         return Generation(video, defaults.fps, int(seed), settings, wall_ms, tuple(notes))
 
-    def _remarks(self, settings: dict[str, Any], latent: LatentShape) -> list[str]:
-        """What a reader of the video should know: prompts that are cut, an expert that is not used, unusual sizes."""
+    def remarks(self, settings: Mapping[str, Any], latent: LatentShape) -> list[str]:
+        """What a reader of the video should know: prompts that are cut, an expert that is not used, unusual sizes.
+
+        Args:
+            settings: prompt, negative_prompt, guidance_scale and steps of a generation.
+            latent: shape of its latents.
+        """
         texts = [("prompt", settings["prompt"])]
         if settings["guidance_scale"] > 1:
             texts.append(("negative_prompt", settings["negative_prompt"]))

@@ -323,7 +323,7 @@ def gains_text(table: pd.DataFrame) -> str:
     """A table of `engine_table` in words: the engines that are faster than the original, and those only built."""
     others = table[(table["state"] == MEASURED) & (table["engine"] != table["engine"][0])]
     gains = [
-        f"{row.engine} {row.time_per_video_ms_ratio:.2f} times as fast as the original"
+        f"{row.engine} {row.time_per_video_ms_ratio:.2f} times as fast as the original (95 % interval {row.interval})"
         for row in others.itertuples()
         if row.note == "faster"
     ]
@@ -382,7 +382,8 @@ def engine_table(
         axis: the parameter that names the engine.
 
     Returns:
-        engine, state, then each figure with `<figure>_ratio` to the baseline (above 1 is better), note.
+        engine, state, then each figure with `<figure>_ratio` to the baseline (above 1 is better), interval (that of the
+        compared figure's ratio, as text), note.
     """
     base, rows = comparisons.baseline.results, []
     for row in comparisons.rows:
@@ -392,10 +393,14 @@ def engine_table(
             for name in FIGURES:
                 cells[name] = number(row.results.get(name))
                 cells[f"{name}_ratio"] = times_better(name, cells[name], base.get(name))
-            rows.append(cells | {"note": comparisons.ratios[row.label].verdict})
+            ratio = comparisons.ratios[row.label]
+            interval = "" if row is comparisons.baseline else ends_text(ratio.low, ratio.high)
+            rows.append(cells | {"interval": interval, "note": ratio.verdict})
     rows += _built(built)
     columns = [column for name in FIGURES for column in (name, f"{name}_ratio")]
-    frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "note"])
+    frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "interval", "note"]).fillna(
+        {"interval": ""}
+    )
     empty = [name for name in FIGURES if frame[name].isna().all()]
     return frame.drop(columns=[column for name in empty for column in (name, f"{name}_ratio")])
 
@@ -476,7 +481,7 @@ def readable_engines(table: pd.DataFrame) -> pd.DataFrame:
     """Cells as text: a line per figure, a column per engine, the ratio to the first engine after each value."""
     names = [name for name in table.columns if f"{name}_ratio" in table.columns]
     lines: list[dict[str, str]] = []
-    for name in ["state", *names, "note"]:
+    for name in ["state", *names, "interval", "note"]:
         line = {"measure": name}
         for place, row in enumerate(table.to_dict(orient="records")):
             if name in names:

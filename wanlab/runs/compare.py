@@ -153,6 +153,7 @@ class Comparisons:
         shown: figures of the frame.
         threshold_percent: smallest effect that counts.
         cautions: sentences about times that were taken on a busy machine.
+        notes: what the runs said of their weights and settings, with the configurations that said it unless all did.
     """
 
     baseline: MeasuredConfiguration
@@ -166,6 +167,7 @@ class Comparisons:
     shown: tuple[str, ...]
     threshold_percent: float
     cautions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -253,6 +255,7 @@ def compare(
         shown=columns,
         threshold_percent=threshold_percent,
         cautions=tuple(cautions(rows, measured.sweep)),
+        notes=tuple(_notes(rows)),
     )
 
 
@@ -266,6 +269,18 @@ def cautions(rows: Sequence[MeasuredConfiguration], sweep: Mapping[str, Any]) ->
     shared = sum(any(str(run.row["run_id"]) in together for run in row.runs) for row in rows)
     words = f"{shared} of {len(rows)} configurations shared the machine with other runs (`machine: alone` prevents it)"
     return busy[:MOST_NAMED] + more + ([words] if shared else [])
+
+
+def _notes(rows: Sequence[MeasuredConfiguration]) -> list[str]:
+    """Notes of the compared runs, each once, with the configurations that have it where not all do."""
+    said: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for note in (note for run in row.runs if run.result for note in run.result.notes):
+            said.setdefault(note, {})[row.label] = None
+    alone = {
+        note: "" if len(labels) == len(rows) else f"{', '.join(labels)}: " for note, labels in said.items()
+    }
+    return [f"{by}{note}" for note, by in alone.items()]
 
 
 def _by(measured: MeasuredConfigurations, by: str | None) -> str:

@@ -62,6 +62,7 @@ class Run:
         self.id = run_id
         self.finished = False
         self._models: list[models.Model] = []
+        self._remarks: dict[str, None] = {}
         self._cells: list[str] = []  # code cells of the notebook's file at the start, in JupyterLab
         self._before = 0  # cells that were executed before the one of `start`
         self._answer: clips.Html | None = None
@@ -96,6 +97,10 @@ class Run:
             append_json(self._files.results, row.to_dict())
         self.results = (*self.results, *(msgspec.structs.replace(row, source=HERE) for row in rows))
         return self.results[-len(rows)]
+
+    def note(self, *remarks: str) -> None:
+        """Keep remarks that the figures depend on: they go into the report, and into the rows of `result` after this."""
+        self._remarks |= dict.fromkeys(remarks)
 
     def save_video(self, name: str, frames: Any, fps: float) -> Path:
         """Write frames [T, H, W, 3] to `artifacts/<name>.mp4`, which browsers play."""
@@ -150,12 +155,12 @@ class Run:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks of the models that `load` loaded: what was read from their files, and what was said of generations; and
-        on cells that were executed otherwise than the notebook's file has them."""
+        """Remarks of `note`; of the models that `load` loaded: what was read from their files, and what was said of
+        generations; and on cells that were executed otherwise than the notebook's file has them."""
         unsaved = len(self._as_executed().get("unsaved_cells", ()))
         words = f"{unsaved} executed cell(s) are not in the notebook's file as it was at the start"
         of_models = [note for model in self._models for note in model.notes]
-        return tuple(dict.fromkeys([*of_models, *([words] if unsaved else [])]))
+        return tuple(dict.fromkeys([*self._remarks, *of_models, *([words] if unsaved else [])]))
 
     @functools.cached_property
     def ask(self) -> dict[str, Any]:

@@ -66,9 +66,13 @@ class Batched:
         if any(each != settings[0] for each in settings):
             raise WanlabError("cases of different sizes or steps cannot be generated together; give one size")
         self.settings = settings[0]
-        tokens = latent_shape(model.spec, *(self.settings[n] for n in names[:3])).tokens
+        latent = latent_shape(model.spec, *(self.settings[n] for n in names[:3]))
+        tokens = latent.tokens
         self.size = batch or max(1, TOKENS_AT_ONCE[model.device.type] // tokens)
         self.calls = self.settings["steps"] * (2 if self.settings["guidance_scale"] > 1 else 1)
+        texts = {"negative_prompt": ""} | self.settings
+        said = (note for each in self.requests for note in model.remarks(texts | each, latent))
+        model.notes += [note for note in dict.fromkeys(said) if note not in model.notes]
         self._given = (
             [_prepared(model, each, self.settings) for each in self.requests] if _known(model) else None
         )

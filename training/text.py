@@ -23,16 +23,16 @@ def draw(generator: np.random.Generator, count: int) -> tuple[list[str], torch.T
     motions, captions, labels = list(architecture.CAMERA_MOTIONS), [], []
     for _ in range(count):
         motion = int(generator.integers(len(motions)))
-        moving, label = None, (0, 0, 0)
+        moving, label = (), (0, 0, 0)
         if generator.random() < 0.7:
             label = tuple(int(generator.integers(1, n + 1)) for n in (3, 4, 4))
-            moving = clips.MovingObject(
-                architecture.SHAPES[label[0] - 1],
-                architecture.COLOURS[label[1] - 1],
-                architecture.DIRECTIONS[label[2] - 1],
-                0.0,
-                0.0,
+            shape, colour, direction = (
+                names[i - 1]
+                for names, i in zip(
+                    (architecture.SHAPES, architecture.COLOURS, architecture.DIRECTIONS), label, strict=True
+                )
             )
+            moving = (clips.MovingObject(shape, colour, direction, 0.0, 0.0),)
         captions.append(clips.caption(motions[motion], moving))
         labels.append((motion, *label))
     return captions, torch.tensor(labels)

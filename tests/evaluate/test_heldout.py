@@ -26,6 +26,7 @@ def test_the_file_is_what_is_drawn(name, tmp_path):
         )  # fmt: skip
         for field in ("centre_x_px", "centre_y_px", "scale"):
             assert getattr(one.clip, field) == pytest.approx(getattr(two.clip, field))
+        assert (one.clip.height, one.clip.width, one.clip.frames) == (128, 192, 17)
     written = json.loads((heldout.FOLDER / f"{name}.json").read_text())
     assert [row["caption"] for row in written["cases"]] == [case.caption for case in loaded]
     assert written["photographs"] == list(heldout.SETS[name][1])
@@ -71,13 +72,14 @@ def test_a_set_is_balanced_and_so_are_its_first_cases(name):
     motions = [case.clip.motion for case in cases]
     assert {motions.count(motion) for motion in set(motions)} == {8}
     assert len(set(motions)) == 9
-    objects = [case.clip.moving_object is not None for case in cases]
+    objects = [len(case.clip.objects) for case in cases]
     assert sum(objects) == len(cases) / 2
     few = heldout.load_cases(name, 12)
     assert few == cases[:12]
     assert len({case.clip.motion for case in few}) >= 5
     assert len({case.photograph for case in few}) == 3
-    assert 3 <= sum(case.clip.moving_object is not None for case in few) <= 9
+    assert 3 <= sum(len(case.clip.objects) for case in few) <= 9
+    assert max(objects) == 1
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -162,7 +162,7 @@ def test_flow_is_that_of_scikit_image(index):
 
 
 def test_flow_of_a_pan_is_its_speed_and_the_warped_frame_is_the_next():
-    case = next(case for case in STILL_FREE if case.clip.motion == "pan_left" and not case.clip.moving_object)
+    case = next(case for case in STILL_FREE if case.clip.motion == "pan_left" and not case.clip.objects)
     frames = torch.from_numpy(case.truth(5)).permute(0, 3, 1, 2)
     found = flow.optical_flow(frames[1:].mean(1), frames[:-1].mean(1))
     assert found.flatten(2).median(-1).values.numpy() == pytest.approx(np.tile([0, -4], (4, 1)), abs=0.05)

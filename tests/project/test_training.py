@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,29 @@ def test_pictures_give_clips_and_captions_from_a_seed():
     assert first[1] == second[1]
     assert torch.equal(first[0], second[0])
     assert first[0].abs().max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), [(128, 192, 17), (192, 288, 25), (256, 384, 33)])
+def test_pictures_give_clips_of_every_size_with_up_to_three_shapes(height, width, frames):
+    random = np.random.default_rng(0)
+    photographs = [random.integers(256, size=(320, 480, 3), dtype=np.uint8) for _ in range(2)]
+    made = pictures.Pictures(torch.device("cpu"), 3, 0, photographs=photographs, objects=(0, 0, 1, 1))
+    video, captions = made.batch(4, None, height, width, per_picture=1)
+    assert video.shape == (4, 3, frames, height, width)
+    assert -1 <= video.min() < -0.5 < 0.5 < video.max() <= 1
+    assert {caption.count(" moves ") for caption in captions} == {2, 3}
+    short, _ = made.batch(1, 5, height, width)
+    assert short.shape == (1, 3, 5, height, width)
+
+
+def test_own_photographs_are_shown_smaller_only_as_far_as_they_are_large_enough():
+    large, small = (np.zeros((side, side, 3), np.uint8) for side in (800, 300))
+    sides = {}
+    for name, photograph in (("large", large), ("small", small)):
+        made = pictures.Pictures(torch.device("cpu"), 0, 0, photographs=[photograph])
+        sides[name] = [made._picture((384, 512)).shape[1] for _ in range(20)]
+    assert 512 <= min(sides["large"]) < 600 < 700 < max(sides["large"]) <= 800
+    assert set(sides["small"]) == {300}
 
 
 def test_dead_leaves_are_pictures():

@@ -27,11 +27,8 @@ from wanlab.heldout import clips
 from wanlab.heldout.clips import (
     CAMERA_MOTIONS,
     COLOUR_RGB,
-    FRAMES,
-    HEIGHT,
     OBJECT_PX_PER_FRAME,
     OBJECT_RADIUS_PX,
-    WIDTH,
     MovingObject,
     camera_path,
     outline_distance,
@@ -70,18 +67,24 @@ class Case:
     def caption(self) -> str:
         return self.clip.caption
 
-    def truth(self, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    def truth(
+        self, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> np.ndarray:
         """The true video, float32 `[T, H, W, 3]` in [0, 1]; its first frame is the model's input.
 
-        A smaller size shows the middle of the clip, at the same scale.
+        It has the clip's own size where None. A smaller size shows the middle of the clip, at the same scale.
         """
         return render_clip(self.photograph, self.clip, frames, height, width)
 
 
 def render_clip(
-    photograph: str, clip: clips.Clip, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH
+    photograph: str,
+    clip: clips.Clip,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> np.ndarray:
-    """A clip of a photograph, float32 `[T, H, W, 3]` in [0, 1]."""
+    """A clip of a photograph, float32 `[T, H, W, 3]` in [0, 1], of the clip's own size where None."""
     image = torch.from_numpy(picture(photograph)).permute(2, 0, 1)
     videos = clips.render(image, [clip], frames=frames, height=height, width=width)
     return videos[0].permute(1, 2, 3, 0).numpy()
@@ -118,8 +121,8 @@ def draw_cases(
         name = photographs[(i + round_) % len(photographs)]
         size = picture(name).shape[:2]
         for _ in range(MOST_DRAWS):
-            clip = clips.draw_clip(size, generator, motion=motion, with_object=bool(round_ % 2))
-            still = render_clip(name, dataclasses.replace(clip, motion="still", moving_object=None), 1)[0]
+            clip = clips.draw_clip(size, generator, motion=motion, objects=round_ % 2)
+            still = render_clip(name, dataclasses.replace(clip, motion="still", objects=()), 1)[0]
             if has_texture(still):
                 break
         else:
@@ -197,8 +200,7 @@ def _set_name(name: str) -> str:
 
 def _case(row: dict, purpose: str) -> Case:
     values = dict(row["clip"])
-    if values["moving_object"] is not None:
-        values["moving_object"] = clips.MovingObject(**values["moving_object"])
+    values["objects"] = tuple(clips.MovingObject(**each) for each in values["objects"])
     return Case(row["photograph"], clips.Clip(**values), row["seed"], purpose)
 
 
@@ -236,7 +238,7 @@ def follows_caption(video: np.ndarray, case: Case) -> bool:
     shown_motion, _ = camera_motion(video)
     if shown_motion != case.clip.motion:
         return False
-    return case.clip.moving_object is None or object_follows_caption(video, case.clip.moving_object)
+    return all(object_follows_caption(video, each) for each in case.clip.objects)
 
 
 FRAME_GAP = 2

@@ -1,15 +1,21 @@
 """Procedural clips cut from photographs, so that the true video of every (image, caption) pair is known.
 
-A virtual camera moves over a photograph for 17 frames: it stands still, pans, zooms or rotates, at one fixed
-speed per motion, with or without a coloured shape that moves across the picture. The caption states the motion.
-What the caption does not state (photograph, position, scale, the shape's start) is drawn from a seed and visible in
-the first frame, so the caption and the first frame together determine the clip, except the parts that the camera uncovers.
+A virtual camera moves over a photograph: it stands still, pans, zooms or rotates, at one fixed speed per motion, with
+up to three coloured shapes that move across the picture. The caption states the motion, and names the shapes from front
+to back. What the caption does not state (photograph, position, scale, where a shape starts) is drawn from a seed and
+visible in the first frame, so the caption and the first frame together determine the clip, except the parts that the
+camera uncovers.
+
+A clip has a size. At every size the picture's edge moves at the same speed in pixels per frame: a larger picture zooms
+and turns by less per frame, and takes more frames for the same zoom (`natural_frames`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +24,8 @@ import skimage
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from wanlab.core.errors import WanlabError
 
 HEIGHT, WIDTH, FRAMES, FPS = 128, 192, 17, 8
 
@@ -47,9 +55,18 @@ HELD_OUT_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg")
 
 PAN_PX_PER_FRAME = 4.0
 ZOOM_PER_CLIP = 1.8
+"""Over `natural_frames`, at every height."""
 ROTATION_DEG_PER_FRAME = 3.0
+"""At a height of 128 pixels; inversely proportional to the height."""
 OBJECT_PX_PER_FRAME = 4.0
 OBJECT_RADIUS_PX = 15.0
+"""At a height of 128 pixels; proportional to the height."""
+MOST_OBJECTS = 3
+OBJECT_MARGIN_PX = 2.0
+"""Least distance of a shape's radius from the edge of the picture, over the whole clip."""
+CROSSING_SHARE = 0.7
+"""Share of the clips with several shapes in which one is made to pass in front of another."""
+
 LONGEST_SIDE_PX = 768
 SCALE_RANGE = (0.5, 1.0)
 """Pixels of the photograph per pixel of the clip."""
@@ -60,6 +77,18 @@ COLOUR_RGB = {
     "blue": (0.12, 0.28, 0.86),
     "yellow": (0.96, 0.83, 0.10),
 }
+MOST_DRAWS, TRIES_PER_DRAW = 50, 64
+"""Limits of the search for shapes that lie apart at first and overlap later."""
+
+OVERLAP = 0.8
+"""Two shapes overlap clearly where their centres are nearer than this part of the sum of their inner distances."""
+
+_INNER = {"circle": 1.0, "square": 0.9, "triangle": 0.5}
+"""Distance from the centre to the nearest point of an outline, in radii."""
+
+_OUTER = {"circle": 1.0, "square": 1.28, "triangle": 1.32}
+"""Distance from the centre to the farthest point of an outline, in radii."""
+
 _STEP = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -82,26 +111,43 @@ class MovingObject:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """All values that determine one clip."""
+    """All values that determine one clip.
+
+    `objects` stand from front to back, as the caption lists them: an earlier shape hides a later one. The height, in
+    pixels, sets the camera's speed and the radius of shapes; width and frames are those that the clip was drawn for.
+    """
 
     motion: str
     centre_x_px: float
     centre_y_px: float
     scale: float
-    moving_object: MovingObject | None = None
+    objects: tuple[MovingObject, ...] = ()
+    height: int = HEIGHT
+    width: int = WIDTH
+    frames: int = FRAMES
 
     @property
     def caption(self) -> str:
-        return caption(self.motion, self.moving_object)
+        return caption(self.motion, self.objects)
 
 
-def caption(motion: str, moving_object: MovingObject | None = None) -> str:
-    """The caption that wan-nano is trained with, e.g. `"the camera pans left, a red circle moves up"`."""
-    text = CAMERA_MOTIONS[motion]
-    if moving_object is not None:
-        o = moving_object
-        text += f", a {o.colour} {o.shape} moves {o.direction}"
-    return text
+def caption(motion: str, objects: Sequence[MovingObject] = ()) -> str:
+    """The caption that wan-nano is trained with, e.g. `"the camera pans left, a red circle moves up"`.
+
+    Shapes are listed from front to back.
+    """
+    shapes = (f"a {o.colour} {o.shape} moves {o.direction}" for o in objects)
+    return ", ".join([CAMERA_MOTIONS[motion], *shapes])
+
+
+def natural_frames(height: int) -> int:
+    """Frames after which the camera has zoomed by `ZOOM_PER_CLIP`: 17 at 128 rows, 33 at 256 rows."""
+    return round((FRAMES - 1) * height / HEIGHT) + 1
+
+
+def object_radius(height: int) -> float:
+    """Radius of shapes in a picture of this height, in pixels."""
+    return OBJECT_RADIUS_PX * height / HEIGHT
 
 
 @lru_cache(maxsize=32)
@@ -121,8 +167,10 @@ def prepare_photograph(picture) -> np.ndarray:
     return np.asarray(picture, dtype=np.float32) / 255.0
 
 
-def camera_path(motion: str, frames: int = FRAMES) -> np.ndarray:
+def camera_path(motion: str, frames: int = FRAMES, height: int = HEIGHT) -> np.ndarray:
     """Position of the camera window, relative to the start, as affine maps.
+
+    The path of fewer frames is the beginning of a longer one. The picture's edge moves at the same speed at every height.
 
     Returns:
         `[T, 2, 3]` float64: a point (x, y) of frame t, in pixels from the centre of the picture, lies at
@@ -135,11 +183,11 @@ def camera_path(motion: str, frames: int = FRAMES) -> np.ndarray:
         pan = np.outer(t, _STEP[motion.removeprefix("pan_")]) * PAN_PX_PER_FRAME
     elif motion in ("zoom_in", "zoom_out"):
         sign = -1.0 if motion == "zoom_in" else 1.0
-        scale = ZOOM_PER_CLIP ** (sign * t / (FRAMES - 1))
+        scale = ZOOM_PER_CLIP ** (sign * t / ((FRAMES - 1) * height / HEIGHT))
     elif motion in ("rotate_clockwise", "rotate_counterclockwise"):
         # y points down, so a positive angle turns the window clockwise.
         sign = 1.0 if motion == "rotate_clockwise" else -1.0
-        angle = sign * np.deg2rad(ROTATION_DEG_PER_FRAME) * t
+        angle = sign * np.deg2rad(ROTATION_DEG_PER_FRAME * HEIGHT / height) * t
     elif motion != "still":
         raise KeyError(motion)
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
@@ -153,14 +201,24 @@ def draw_clip(
     generator: np.random.Generator,
     *,
     motion: str | None = None,
-    with_object: bool | None = None,
+    objects: int | None = None,
     height: int = HEIGHT,
     width: int = WIDTH,
     frames: int = FRAMES,
 ) -> Clip:
-    """Draw a random clip whose camera stays inside a photograph of the given (height, width)."""
+    """Draw a random clip whose camera stays inside a photograph of the given (height, width).
+
+    Args:
+        motion: the camera's motion; random where None.
+        objects: number of shapes, 0 to 3; none or one at random where None. Several differ in colour and lie apart in
+            the first frame; in most such clips one passes in front of another later.
+        height, width, frames: size of the clip.
+
+    Raises:
+        WanlabError: shapes have no room to move in so small or so long a clip.
+    """
     motion = motion or str(generator.choice(list(CAMERA_MOTIONS)))
-    path = camera_path(motion, frames)
+    path = camera_path(motion, frames, height)
     corners = np.array([[sx * width / 2, sy * height / 2, 1.0] for sx in (-1, 1) for sy in (-1, 1)])
     reach = np.einsum("tij,cj->tci", path, corners).reshape(-1, 2)
     low, high = reach.min(axis=0), reach.max(axis=0)
@@ -171,88 +229,176 @@ def draw_clip(
     smallest = min(SCALE_RANGE[0] * (ZOOM_PER_CLIP if motion == "zoom_in" else 1.0), largest)
     scale = float(generator.uniform(smallest, largest))
     centre = [float(generator.uniform(-low[i] * scale, available[i] - high[i] * scale)) for i in (0, 1)]
-    if with_object is None:
-        with_object = bool(generator.random() < 0.5)
-    moving_object = _draw_object(generator, height, width, frames) if with_object else None
-    return Clip(motion, centre[0], centre[1], scale, moving_object)
+    if objects is None:
+        objects = int(generator.random() < 0.5)
+    drawn = _draw_objects(generator, objects, height, width, frames) if objects else ()
+    return Clip(motion, centre[0], centre[1], scale, drawn, height, width, frames)
 
 
-def _draw_object(generator, height: int, width: int, frames: int) -> MovingObject:
-    direction = str(generator.choice(DIRECTIONS))
-    travel = OBJECT_PX_PER_FRAME * (frames - 1)
-    span = []
-    for axis, extent in enumerate((width, height)):
-        low, high = OBJECT_RADIUS_PX + 2.0, extent - OBJECT_RADIUS_PX - 2.0
-        move = _STEP[direction][axis] * travel
-        span.append(float(generator.uniform(low - min(move, 0.0), high - max(move, 0.0))))
-    return MovingObject(
-        str(generator.choice(SHAPES)), str(generator.choice(COLOURS)), direction, span[0], span[1]
+def _draw_objects(
+    generator: np.random.Generator, count: int, height: int, width: int, frames: int
+) -> tuple[MovingObject, ...]:
+    lows, highs = _start_ranges(height, width, frames)
+    directions = [i for i in range(len(DIRECTIONS)) if (lows[i] <= highs[i]).all()]
+    if not directions:
+        raise WanlabError(
+            f"in {frames} frames of {height}x{width} shapes leave the picture; take fewer frames"
+        )
+    if count == 1:
+        chosen = DIRECTIONS.index(str(generator.choice([DIRECTIONS[i] for i in directions])))
+        x, y = (float(generator.uniform(lows[chosen][axis], highs[chosen][axis])) for axis in (0, 1))
+        shape, colour = str(generator.choice(SHAPES)), str(generator.choice(COLOURS))
+        return (MovingObject(shape, colour, DIRECTIONS[chosen], x, y),)
+    shapes = [str(shape) for shape in generator.choice(SHAPES, count)]
+    colours = [str(colour) for colour in generator.choice(COLOURS, count, replace=False)]
+    crossing = bool(generator.random() < CROSSING_SHARE)
+    for _ in range(MOST_DRAWS):
+        tries = generator.choice(directions, (TRIES_PER_DRAW, count))
+        starts = generator.uniform(lows[tries], highs[tries])  # [tries, count, 2]
+        steps = np.array([_STEP[name] for name in DIRECTIONS])[tries] * OBJECT_PX_PER_FRAME
+        fit = np.flatnonzero(_fit(shapes, starts, steps, crossing, height, frames))
+        if len(fit):
+            return tuple(
+                MovingObject(shape, colour, DIRECTIONS[direction], float(x), float(y))
+                for shape, colour, direction, (x, y) in zip(
+                    shapes, colours, tries[fit[0]], starts[fit[0]], strict=True
+                )
+            )
+    raise WanlabError(f"{count} shapes find no room in {frames} frames of {height}x{width}; draw fewer")
+
+
+def _start_ranges(height: int, width: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest start (x, y) of a shape that stays in the picture, `[4, 2]` each, by direction."""
+    travel, margin = OBJECT_PX_PER_FRAME * (frames - 1), object_radius(height) + OBJECT_MARGIN_PX
+    moves = np.array([_STEP[name] for name in DIRECTIONS]) * travel
+    return margin - np.minimum(moves, 0.0), np.array([width, height]) - margin - np.maximum(moves, 0.0)
+
+
+def _fit(
+    shapes: list[str], starts: np.ndarray, steps: np.ndarray, crossing: bool, height: int, frames: int
+) -> np.ndarray:
+    """Which tries `[N, count, 2]` keep all shapes apart in the first frame and, if asked, let two overlap later."""
+    inner, outer = (
+        object_radius(height) * np.array([radii[shape] for shape in shapes]) for radii in (_INNER, _OUTER)
     )
+    t = np.arange(frames)[:, None, None, None]
+    centres = starts + t * steps  # [T, N, count, 2]
+    apart, overlap = np.ones(len(starts), bool), np.zeros(len(starts), bool)
+    for i, j in itertools.combinations(range(len(shapes)), 2):
+        distance = np.linalg.norm(centres[:, :, i] - centres[:, :, j], axis=-1)
+        apart &= distance[0] > outer[i] + outer[j]
+        overlap |= distance.min(axis=0) < OVERLAP * (inner[i] + inner[j])
+    return apart & overlap if crossing else apart
 
 
 def render(
-    image: torch.Tensor, clips: list[Clip], *, height: int = HEIGHT, width: int = WIDTH, frames: int = FRAMES
+    pictures: torch.Tensor | Sequence[torch.Tensor],
+    clips: Sequence[Clip],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
 ) -> torch.Tensor:
-    """Render clips of one photograph on the device of `image`.
+    """Render clips on the device of their pictures, all at one size.
 
     Args:
-        image: photograph, `[3, H, W]` in [0, 1].
+        pictures: the photograph of all clips, or one photograph per clip, `[3, H, W]` in [0, 1] each.
         clips: clips to render.
+        height, width, frames: size of the videos; that of the first clip where None. A smaller picture shows the middle
+            of what the camera sees, fewer frames the beginning.
 
     Returns:
         `[B, 3, T, height, width]` float32 in [0, 1].
+
+    Raises:
+        ValueError: clips were drawn for pictures of different heights.
     """
-    device = image.device
-    paths = np.stack([camera_path(clip.motion, frames) for clip in clips])
+    if len({clip.height for clip in clips}) > 1:
+        raise ValueError("clips of different heights differ in speed and shapes; render each height alone")
+    height, width, frames = height or clips[0].height, width or clips[0].width, frames or clips[0].frames
+    images = [pictures] * len(clips) if isinstance(pictures, torch.Tensor) else list(pictures)
+    device = images[0].device
+    paths = np.stack([camera_path(clip.motion, frames, clip.height) for clip in clips])
     scale = np.array([clip.scale for clip in clips])[:, None, None, None]
     matrix = paths * scale
     matrix[..., 2] += np.array([[clip.centre_x_px, clip.centre_y_px] for clip in clips])[:, None]
     matrix = torch.as_tensor(matrix, dtype=torch.float32, device=device)  # [B, T, 2, 3]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device) - (height - 1) / 2,
-        torch.arange(width, device=device) - (width - 1) / 2,
-        indexing="ij",
-    )
-    points = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [h, w, 3]
-    source = torch.einsum("btij,hwj->bthwi", matrix, points)
-    extent = torch.tensor([image.shape[2] - 1, image.shape[1] - 1], device=device)
-    grid = (source / extent * 2 - 1).flatten(0, 1)
-    picture = image[None].float().expand(len(grid), -1, -1, -1)
-    video = F.grid_sample(picture, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
-    video = video.clamp(0, 1).unflatten(0, (len(clips), frames)).transpose(1, 2)
-    return _overlay_objects(video, [clip.moving_object for clip in clips])
+    x, y = (torch.arange(extent, device=device) - (extent - 1) / 2 for extent in (width, height))
+    # Not a matrix product: on a GPU that may round to TF32, which moves the camera by a part of a pixel.
+    across, down, shift = matrix[..., None, None].unbind(dim=3)  # [B, T, 2, 1, 1]
+    source = (torch.addcmul(across * x, down, y[:, None]) + shift).movedim(2, -1)  # [B, T, h, w, 2]
+    extent = torch.tensor([[image.shape[2] - 1, image.shape[1] - 1] for image in images], device=device)
+    grid = source / extent.view(-1, 1, 1, 1, 2) * 2 - 1
+    parts, start = [], 0
+    # Pictures differ in size: one call for each picture, with all of its clips.
+    for _, same in itertools.groupby(images, key=id):
+        end = start + len(list(same))
+        rows = grid[start:end].flatten(0, 1)
+        picture = images[start][None].float().expand(len(rows), -1, -1, -1)
+        part = F.grid_sample(picture, rows, mode="bicubic", padding_mode="reflection", align_corners=True)
+        parts.append(part.clamp(0, 1).unflatten(0, (end - start, frames)))
+        start = end
+    video = torch.cat(parts).transpose(1, 2)
+    _draw_shapes(video, clips)
+    return video
 
 
-def outline_distance(shape: str, dx, dy, xp):
+def outline_distance(shape: str, dx, dy, xp, radius: float = OBJECT_RADIUS_PX):
     """Signed distance in pixels to the outline of a shape, negative inside, for offsets from its centre.
 
-    `xp` is the array module of the offsets, `torch` or `numpy`.
+    `xp` is the array module of the offsets, `torch` or `numpy`; `radius` is `object_radius` of the picture's height.
     """
     if shape == "circle":
-        return xp.hypot(dx, dy) - OBJECT_RADIUS_PX
+        return xp.hypot(dx, dy) - radius
     if shape == "square":
-        return xp.maximum(abs(dx), abs(dy)) - OBJECT_RADIUS_PX * 0.9
+        return xp.maximum(abs(dx), abs(dy)) - radius * 0.9
     # A triangle, apex up: two slanted sides and a base, each a half-plane.
-    side = abs(dx) * (math.sqrt(3) / 2) - (dy + OBJECT_RADIUS_PX) * 0.5
-    return xp.maximum(side, dy - OBJECT_RADIUS_PX * 0.8)
+    side = abs(dx) * (math.sqrt(3) / 2) - (dy + radius) * 0.5
+    return xp.maximum(side, dy - radius * 0.8)
 
 
-def _overlay_objects(video: torch.Tensor, objects: list[MovingObject | None]) -> torch.Tensor:
-    chosen = [i for i, moving_object in enumerate(objects) if moving_object is not None]
-    if not chosen:
-        return video
+def _draw_shapes(video: torch.Tensor, clips: Sequence[Clip]) -> None:
+    """Draw the shapes of clips into `[B, 3, T, H, W]`, from back to front: one step for each place in the order."""
+    for place in reversed(range(max(len(clip.objects) for clip in clips))):
+        rows = [i for i, clip in enumerate(clips) if len(clip.objects) > place]
+        _draw_one_shape(video, rows, [clips[i].objects[place] for i in rows], clips[0].height)
+
+
+def _draw_one_shape(
+    video: torch.Tensor, rows: list[int], objects: list[MovingObject], picture_height: int
+) -> None:
+    """Draw one shape into each of some clips; only the pixels of a square around it are touched."""
     _, _, frames, height, width = video.shape
-    device = video.device
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device).float(), torch.arange(width, device=device).float(), indexing="ij"
+    device, radius = video.device, object_radius(picture_height)
+    starts, steps, colours = (
+        torch.tensor(values, dtype=torch.float32, device=device)
+        for values in (
+            [(o.start_x_px, o.start_y_px) for o in objects],
+            [o.step_px for o in objects],
+            [COLOUR_RGB[o.colour] for o in objects],
+        )
     )
-    t = torch.arange(frames, device=device).view(-1, 1, 1).float()
-    for i in chosen:
-        o = objects[i]
-        dx, dy = x - (o.start_x_px + o.step_px[0] * t), y - (o.start_y_px + o.step_px[1] * t)
-        distance = outline_distance(o.shape, dx, dy, torch)
-        # One pixel of linear coverage at the edge is the antialiasing.
-        alpha = (0.5 - distance).clamp(0, 1)
-        colour = torch.tensor(COLOUR_RGB[o.colour], device=device).view(3, 1, 1, 1)
-        video[i] = video[i] * (1 - alpha) + colour * alpha
-    return video
+    t = torch.arange(frames, device=device)
+    centres = starts[:, None] + steps[:, None] * t.view(-1, 1).float()  # [N, T, 2]
+    reach = math.ceil(_OUTER["triangle"] * radius) + 1
+    x, y = (
+        _window(centres[..., axis], reach, extent) for axis, extent in enumerate((width, height))
+    )  # [N, T, K]
+    x, y = x[:, :, None, :], y[:, :, :, None]
+    dx, dy = x - centres[..., 0, None, None], y - centres[..., 1, None, None]
+    distances = torch.stack([outline_distance(shape, dx, dy, torch, radius) for shape in SHAPES])
+    number = torch.arange(len(objects), device=device)
+    kinds = torch.tensor([SHAPES.index(o.shape) for o in objects], device=device)
+    # One pixel of linear coverage at the edge is the antialiasing.
+    alpha = (0.5 - distances[kinds, number]).clamp(0, 1)[..., None]  # [N, T, Ky, Kx, 1]
+    clip = torch.tensor(rows, device=device).view(-1, 1, 1, 1)
+    frame = t.view(1, -1, 1, 1)
+    behind = video[clip, :, frame, y, x]
+    video[clip, :, frame, y, x] = behind * (1 - alpha) + colours[:, None, None, None] * alpha
+
+
+def _window(centres: torch.Tensor, reach: int, extent: int) -> torch.Tensor:
+    """Pixels around centres `[N, T]` that lie in the picture, `[N, T, K]`: K is the same for all."""
+    size = min(2 * reach + 1, extent)
+    start = (centres.round().long() - reach).clamp(0, extent - size)
+    return start[..., None] + torch.arange(size, device=centres.device)

@@ -65,6 +65,11 @@ def get(name: str | os.PathLike) -> ModelSpec:
         return _from_folder(folder.resolve(), name=folder.resolve().name)
     if name and folder.is_file():
         kind = "a GGUF file, which is not read" if folder.suffix.lower() == ".gguf" else "one file"
+        if folder.suffix.lower() == ".safetensors":
+            raise WanlabError(
+                f"{name} is one file of weights; put it into transformer/ (or transformer_2/, vae/) of its model in the"
+                " layout of diffusers, as the only weights there, and give the folder with model_index.json"
+            )
         raise WanlabError(f"{name} is {kind}; give the folder of a diffusers pipeline, with model_index.json")
     for known in HUB_MODELS:
         if _packaged_data(known)["source"] == name:
@@ -226,6 +231,11 @@ def _pipeline_class(source: str, index: Mapping[str, Any], networks: Mapping[str
 
 def _part(source: str, name: str, library: str, class_name: str, config: Mapping[str, Any]) -> Part:
     stated = config.get("_class_name") or next(iter(config.get("architectures") or []), class_name)
+    if stated == "WanModel":
+        raise WanlabError(
+            f"{source}: config.json of {name} is that of Wan's release; replace it by that of the same model in the layout"
+            " of diffusers (on the hub: names that end in -Diffusers), the weights may stay"
+        )
     if library == "diffusers" and stated != class_name:
         raise WanlabError(
             f"{source}: model_index.json says {name} is {class_name}, its config.json says {stated};"

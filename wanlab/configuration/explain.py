@@ -118,7 +118,7 @@ def _not_here(spec: ModelSpec, size: dict[str, int], device: torch.device, dtype
 
     if spec.is_local:
         for part in spec.parts:
-            tried(partial(open_checkpoint, Path(spec.source) / part.name))
+            tried(partial(open_checkpoint, Path(spec.source) / part.name, network=part.class_name))
     elif not isinstance(try_to_load_from_cache(spec.source, "model_index.json"), str):
         lines.append(
             f"the weights of {spec.name} ({spec.source}); they are fetched from the hub when they are loaded"

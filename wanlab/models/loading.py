@@ -158,10 +158,10 @@ def load(
     contents: dict[str, ckpt.Contents] = {}
     if weights == "pretrained":
         for name, module in modules.items():
-            found = ckpt.open_checkpoint(folder / name, short)
+            found = ckpt.open_checkpoint(folder / name, short, spec.part(name).class_name)
             contents[name] = ckpt.check(found, module, spec.part(name).config)
-            lines = [found.note, *contents[name].notes(short)]
-            notes += [f"{name}: {line}" for line in lines if line]
+            lines = [*found.notes, *contents[name].notes(short)]
+            notes += [f"{name}: {line}" for line in lines]
             checkpoints[name] = found
     sizes = {name: needed_bytes(module, kind) for name, module in modules.items()}
     check_room(spec.name, sizes, place, short)

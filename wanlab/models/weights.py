@@ -8,13 +8,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from diffusers.loaders.single_file_utils import (
+    convert_wan_transformer_to_diffusers,
+    convert_wan_vae_to_diffusers,
+)
 from safetensors import SafetensorError, safe_open
 
 from wanlab.core.errors import WanlabError, first_line
@@ -127,6 +131,15 @@ def _control_group() -> list[int]:
 
 _CAST_ON_HOST_BYTES = 2**29
 _BASENAMES = ("diffusion_pytorch_model", "model")
+_PREFIX = re.compile(r"(model\.)?(diffusion_model\.)?")
+_OWN_NAMES: dict[str, tuple[str, Callable[..., dict[str, Any]] | None]] = {
+    "WanTransformer3DModel": ("head.modulation", convert_wan_transformer_to_diffusers),
+    "WanVACETransformer3DModel": ("head.modulation", None),
+    "WanAnimateTransformer3DModel": ("head.modulation", None),
+    "AutoencoderKLWan": ("decoder.middle.0.residual.0.gamma", convert_wan_vae_to_diffusers),
+    "UMT5EncoderModel": ("token_embedding.weight", None),
+}
+"""Class -> a tensor that only Wan's release calls so, and diffusers' conversion of the names, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,8 @@ class Checkpoint:
         where: tensor -> its file.
         shapes, dtypes: tensor -> its shape, and its dtype as safetensors names it.
         variant: name of the variant that was chosen, e.g. `"fp16"`; empty for files without one.
-        note: a sentence about the choice where there are several variants; else empty.
+        notes: sentences about a choice between files, and about names.
+        renamed: tensor -> its name in the file, where tensors are renamed from Wan's own names.
     """
 
     folder: Path
@@ -147,25 +161,39 @@ class Checkpoint:
     dtypes: dict[str, str]
     size_bytes: int
     variant: str = ""
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def in_file(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return self.renamed.get(name, name)
+
+    @property
+    def title(self) -> str:
+        """The folder, and how its tensors are called in messages."""
+        return f"{self.folder} (tensors renamed from Wan's own names)" if self.renamed else str(self.folder)
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
         """A function that reads one tensor by its name, on the host; files stay open inside the block."""
         with ExitStack() as stack:
             opened = functools.cache(lambda file: stack.enter_context(_opened(file)))
-            yield lambda name: opened(self.where[name]).get_tensor(name)
+            yield lambda name: opened(self.where[name]).get_tensor(self.in_file(name))
 
 
-def open_checkpoint(folder: Path, dtype: str = "") -> Checkpoint:
+def open_checkpoint(folder: Path, dtype: str = "", network: str = "") -> Checkpoint:
     """Find and check the weight files of one part, reading headers only.
 
     Accepts one file, or shards named by an index, also of a variant such as `fp16`. Files without a variant are preferred,
-    then the variant of `dtype`. A file must be as long as its header says.
+    then the variant of `dtype`. A file must be as long as its header says. Tensors with the names of Wan's release are
+    renamed to those of diffusers.
+
+    Args:
+        network: class of the network, e.g. `"WanTransformer3DModel"`; without one nothing is renamed.
 
     Raises:
-        WanlabError: no weights, a missing shard, a truncated or corrupt file, or an index that names a tensor
-            that is not in its file.
+        WanlabError: no weights, a missing shard, a truncated or corrupt file, an index that names a tensor
+            that is not in its file, or Wan's own names of a network for which diffusers has no renaming.
     """
     if not folder.is_dir():
         raise WanlabError(f"{folder} is missing; the model is incomplete, fetch it again")
@@ -190,12 +218,47 @@ def open_checkpoint(folder: Path, dtype: str = "") -> Checkpoint:
             raise WanlabError(
                 f"{folder / listed} lacks tensor {name} that the index promises; fetch the file again"
             )
-    note = ""
+    notes = []
     if len(variants) > 1:
-        others = ", ".join(name or "without a variant" for name in variants if name != variant)
-        note = f"of several variants of the weights, {variant or 'the one without a name'} is used (also there: {others})"
+        rest = ", ".join(name or "without a variant" for name in variants if name != variant)
+        notes.append(
+            f"of several variants of the weights, {variant or 'the one without a name'} is used (also there: {rest})"
+        )
+    known = tuple(f"{base}{end}" for base in _BASENAMES for end in ".-")
+    others = sorted(
+        path for path in {*folder.glob("*.safetensors")} - {*files} if not path.name.startswith(known)
+    )
+    if others:
+        notes.append(f"{files[0].name} is read, {others[0].name} beside it is not")
     size = sum(file.stat().st_size for file in files)
-    return Checkpoint(folder, tuple(files), where, shapes, dtypes, size, variant, note)
+    found = Checkpoint(folder, tuple(files), where, shapes, dtypes, size, variant, tuple(notes))
+    return _renamed(found, network) if network else found
+
+
+def _renamed(checkpoint: Checkpoint, network: str) -> Checkpoint:
+    """The checkpoint with the names of diffusers, where it has Wan's own; ComfyUI and others write a prefix before them."""
+    sign, conversion = _OWN_NAMES.get(network, ("", None))
+    own = {_PREFIX.sub("", name, count=1): name for name in checkpoint.where}
+    if sign not in own:
+        return checkpoint
+    renamed: dict[str, str] = {}
+    # Names stand in place of tensors: what is not only renamed stops the conversion, what it does not know may coincide.
+    with suppress(AttributeError, IndexError, TypeError, ValueError):
+        renamed = conversion(own) if conversion else {}
+    if len(renamed) != len(checkpoint.where):
+        raise WanlabError(
+            f"{checkpoint.folder}: the tensors have Wan's own names, which are not read for this {network}; take the folder"
+            f" {checkpoint.folder.name} of the same model in the layout of diffusers (on the hub: names that end in"
+            " -Diffusers)"
+        )
+    return replace(
+        checkpoint,
+        where={name: checkpoint.where[stored] for name, stored in renamed.items()},
+        shapes={name: checkpoint.shapes[stored] for name, stored in renamed.items()},
+        dtypes={name: checkpoint.dtypes[stored] for name, stored in renamed.items()},
+        notes=(*checkpoint.notes, f"{len(renamed)} tensors renamed from Wan's own names"),
+        renamed=renamed,
+    )
 
 
 @dataclass(frozen=True)
@@ -239,13 +302,13 @@ def check(
     floating = {name: source for name, source in sources.items() if parameters[name].is_floating_point()}
     with checkpoint.reader() as read:
         encodings = quantized.encodings(
-            checkpoint.dtypes, checkpoint.shapes, floating, config or {}, read, str(checkpoint.folder)
+            checkpoint.dtypes, checkpoint.shapes, floating, config or {}, read, checkpoint.title
         )
     missing = [name for name in parameters if name not in sources]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise WanlabError(
-            f"{checkpoint.folder} lacks tensor {missing[0]}{more} of {type(module).__name__};"
+            f"{checkpoint.title} lacks tensor {missing[0]}{more} of {type(module).__name__};"
             " is it another model's? Else fetch it again"
         )
     for name, tensor in parameters.items():
@@ -253,7 +316,7 @@ def check(
         actual = packed or checkpoint.shapes[sources[name]]
         if actual != tuple(tensor.shape):
             raise WanlabError(
-                f"{checkpoint.where[sources[name]]}: tensor {sources[name]} has shape {list(actual)},"
+                f"{checkpoint.where[sources[name]]}: tensor {checkpoint.in_file(sources[name])} has shape {list(actual)},"
                 f" config.json asks for {list(tensor.shape)}; weights and config.json belong to two models"
             )
     needed = set(sources.values()) | set(tied_names(module))
@@ -262,15 +325,15 @@ def check(
     for name in unused:
         if _belongs_to_a_layer(name, checkpoint.dtypes[name], module):
             raise WanlabError(
-                f"{checkpoint.where[name]}: tensor {name} belongs to a layer of {type(module).__name__} and is not used:"
-                " the weights are in a format that is not read, or of another model; give those of the model in"
-                " config.json"
+                f"{checkpoint.where[name]}: tensor {checkpoint.in_file(name)} belongs to a layer of"
+                f" {type(module).__name__} and is not used: the weights are in a format that is not read, or of another"
+                " model; give those of the model in config.json"
             )
     bare = sum(
         checkpoint.dtypes[source] in quantized.FP8_TYPES and name not in encodings
         for name, source in floating.items()
     )
-    return Contents(sources, encodings, tuple(unused), bare)
+    return Contents(sources, encodings, tuple(map(checkpoint.in_file, unused)), bare)
 
 
 def _belongs_to_a_layer(name: str, dtype: str, module: torch.nn.Module) -> bool:
@@ -328,7 +391,7 @@ def _check_finite(
         return
     name = next(name for name in contents.sources if name in ends and not ends[name].isfinite().all())
     source = contents.sources[name]
-    place = f"{checkpoint.where[source]}: tensor {source}"
+    place = f"{checkpoint.where[source]}: tensor {checkpoint.in_file(source)}"
     with checkpoint.reader() as read:
         stored = read(source).float()
     if name not in contents.encodings and bool(stored.isfinite().all()):
@@ -340,11 +403,12 @@ def _check_finite(
 
 
 def _tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    sources = {checkpoint.in_file(source): source for source in names}
     for file in checkpoint.files:
         with _opened(file) as handle:
-            for source in handle.offset_keys():
-                if source in names and checkpoint.where[source] == file:
-                    yield source, handle.get_tensor(source)
+            for stored in handle.offset_keys():
+                if stored in sources and checkpoint.where[sources[stored]] == file:
+                    yield sources[stored], handle.get_tensor(stored)
 
 
 def _sources(checkpoint: Checkpoint, module: torch.nn.Module) -> dict[str, str]:
@@ -382,7 +446,9 @@ def _variants(folder: Path) -> dict[str, Path]:
             f"{folder / files[0]}: GGUF is not read; give the weights in safetensors (16 bits, FP8 with scales, or"
             " bitsandbytes)"
         )
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".safetensors"))
+    others = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors")
+    )
     if len(others) == 1 and others[0].endswith(".safetensors"):  # names and shapes of its tensors decide
         return {"": folder / others[0]}
     hint = f"; found only {', '.join(others[:3])}" if others else ""

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from wanlab.heldout import clips
+from wanlab.heldout.textures import texture
 
 PHOTOGRAPH_SHARE = 0.65
 """Of the pictures that are no texture; the others are dead leaves."""
+
+TEXTURE_PX = 512
 
 LARGEST_SCALE = 2.0
 """Pixels of a photograph of one's own per pixel of the clip, at most."""
@@ -30,6 +33,7 @@ class Pictures:
         dead_leaves: number of dead-leaves images.
         photographs: pictures to learn from, uint8 `[H, W, 3]`; those of the scikit-image package where None. Clips show
             them at half their scale at the smallest, as far as they are large enough.
+        textures: share of the pictures that are textures; each is a new one.
         objects: weights of clips with 0, 1, 2 and 3 shapes; none or one, each for half of the clips, where None.
     """
 
@@ -40,11 +44,12 @@ class Pictures:
         dead_leaves: int,
         *,
         photographs: Sequence[np.ndarray] | None = None,
+        textures: float = 0.0,
         objects: Sequence[float] | None = None,
     ) -> None:
         self.device = device
         self.generator = np.random.default_rng(seed)
-        self.shrinks = photographs is not None
+        self.textures, self.shrinks = textures, photographs is not None
         if photographs is None:
             photographs = [clips.photograph(name) for name in clips.TRAINING_PHOTOGRAPHS]
         self.photographs = [self._on_device(image) for image in photographs]
@@ -58,6 +63,9 @@ class Pictures:
     def _picture(self, size: tuple[int, int]) -> torch.Tensor:
         """A picture for a clip whose camera sees `size` (height, width) pixels in all: `[3, H, W]` in [0, 1]."""
         g = self.generator
+        if self.textures and g.random() < self.textures:
+            # Square, for it may be turned.
+            return texture(g, (max(TEXTURE_PX, *size),) * 2, self.device)
         if self.leaves and g.random() >= PHOTOGRAPH_SHARE:
             return self.leaves[g.integers(len(self.leaves))]
         image = self.photographs[g.integers(len(self.photographs))]

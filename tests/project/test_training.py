@@ -122,6 +122,16 @@ def test_pictures_give_clips_of_every_size_with_up_to_three_shapes(height, width
     assert short.shape == (1, 3, 5, height, width)
 
 
+def test_textures_are_learned_from_in_the_share_asked_for():
+    made = pictures.Pictures(
+        torch.device("cpu"), 3, 0, photographs=[np.zeros((600, 600, 3), np.uint8)], textures=0.5
+    )
+    drawn = [made._picture((200, 250)) for _ in range(40)]
+    assert 12 <= sum(bool(picture.std() > 0) for picture in drawn) <= 28
+    video, _ = made.batch(2, 3, 64, 96)
+    assert video.shape == (2, 3, 3, 64, 96)
+
+
 def test_own_photographs_are_shown_smaller_only_as_far_as_they_are_large_enough():
     large, small = (np.zeros((side, side, 3), np.uint8) for side in (800, 300))
     sides = {}

@@ -33,6 +33,7 @@ from wanlab.heldout.clips import (
     camera_path,
     outline_distance,
 )
+from wanlab.heldout.textures import texture
 
 SMALLEST_TEXTURE = 0.01
 """Least mean absolute gradient of a first frame, in intensity per pixel; on flatter pictures motion cannot be measured."""
@@ -48,6 +49,9 @@ SETS = {"selection": (7301, clips.HELD_OUT_PHOTOGRAPHS), "final": (9127, FINAL_P
 """Name of a fixed set -> the seed that it was drawn with, and its photographs."""
 
 SET_SIZE = 72
+TEXTURE = "texture:"
+"""What the name of a texture begins with; its seed follows."""
+
 EXAMINATION, SELECTION, FINAL = "examination", "selection", "final"
 
 
@@ -92,11 +96,18 @@ def render_clip(
 
 @lru_cache(maxsize=8)
 def picture(name: str) -> np.ndarray:
-    """A photograph by name, from `data/heldout` or from the scikit-image package; as `clips.photograph`.
+    """A photograph by name, from `data/heldout` or from the scikit-image package, as `clips.photograph`; or a texture.
+
+    `texture:7` is the regular picture that `textures.texture` draws from the seed 7.
 
     Raises:
-        WanlabError: a photograph of the final set is missing.
+        WanlabError: a photograph of the final set is missing, or the seed of a texture is no number.
     """
+    if name.startswith(TEXTURE):
+        seed = name.removeprefix(TEXTURE)
+        if not seed.isdecimal():
+            raise WanlabError(f"{name!r} is no texture; name one by a number, such as {TEXTURE}7")
+        return texture(np.random.default_rng(int(seed))).permute(1, 2, 0).numpy()
     if name not in FINAL_PHOTOGRAPHS:
         return clips.photograph(name)
     with Image.open(existing(FOLDER / "photographs" / name)) as opened:

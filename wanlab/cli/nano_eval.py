@@ -24,7 +24,8 @@ from wanlab.core.stats import bootstrap_ratio
 from wanlab.engines.pipeline import use_engines
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind
 from wanlab.evaluate.metrics import compare_videos
-from wanlab.heldout.cases import Case, draw_cases, follows_caption
+from wanlab.heldout.cases import Case, draw_cases
+from wanlab.heldout.motion import follows_caption
 from wanlab.models.pipeline import Model
 from wanlab.runs import prepare
 
@@ -147,7 +148,7 @@ def examine_case(
     for name, video in videos.items():
         row: dict[str, Any] = {"photograph": case.photograph, "caption": case.caption, "video": name}
         row["psnr_db"] = float(-10 * np.log10(max(float(np.square(video - truth).mean()), 1e-10)))
-        row["follows_caption"] = bool(follows_caption(video, case)) if name in variants else None
+        row["follows_caption"] = bool(follows_caption(video, case.clip)) if name in variants else None
         for backbone in backbones:
             scores = compare_videos(truth, video, metrics=("lpips",), backbone=backbone, progress=False)
             row[f"lpips_{backbone}"] = scores.mean("lpips")

@@ -13,7 +13,7 @@ from wanlab import engines, export
 from wanlab.core.errors import WanlabError
 from wanlab.engines import onnxruntime as session
 from wanlab.engines.onnxruntime import assigned_nodes, fallen_back, floating_nodes
-from wanlab.export.components import component_spec
+from wanlab.export.components import component_spec, default_shape
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ def test_a_bound_call_follows_what_is_queued_on_the_default_stream(tmp_path, kin
     component = "vae_decoder" if kind == "streamed_vae" else "expert_high"
     model = models.load("wan-nano", components=[component], device="cuda", dtype="float16")
     engine = engines.open_component(kind, model, component, tmp_path)
-    shape = export.ClipShape(1, 64, 96, 9, 24)
+    shape = default_shape(model, batch=1)
     plan = component_spec(model, component)
     given = dict(zip(plan.inputs, plan.inputs_for(shape, torch.Generator().manual_seed(0)), strict=True))
     feeds = {name: given[name].cuda().to(getattr(torch, kind[0])) for name, kind in engine.inputs.items()}

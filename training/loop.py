@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 SAVE_EVERY_S = 120.0
@@ -283,7 +284,10 @@ def load_weights(module: torch.nn.Module, path: Path) -> dict:
     """Read the averaged weights of a checkpoint into a module; returns the checkpoint."""
     if not path.is_file():
         raise SystemExit(f"no checkpoint {path}: run the stage before it first, see training/README.md")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":  # of a pipeline folder
+        state: dict = {"weights": {name: tensor.float() for name, tensor in load_file(path).items()}}
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["weights"])
     return state
 

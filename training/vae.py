@@ -1,19 +1,25 @@
 """Stage 2: the VAE, first as a whole, then the decoder alone against a frozen encoder.
 
-    torchrun --nproc-per-node 2 -m training.vae joint --minutes 7
-    torchrun --nproc-per-node 2 -m training.vae decoder --minutes 3.9 --batch 16 --lr 0.0007 --perceptual 1 --seed 5
+    python -m training.vae joint --minutes 15 --photographs outputs/photographs
+    python -m training.vae decoder --minutes 8 --batch 16 --lr 0.0007 --perceptual 1 --seed 5
 
 Joint training spends its first part on 5-frame clips, which teach the spatial code at a third of the cost, and the
-rest on whole clips. Batches are small because many steps teach more than large ones. The decoder stage sharpens:
-latents stay what they are, so experts trained meanwhile stay valid.
+rest on whole clips, some of them of the larger size. Batches are small because many steps teach more than large ones.
+The decoder stage sharpens: latents stay what they are, so experts trained meanwhile stay valid. `--start` goes on from
+earlier weights, also those of a pipeline folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from training import architecture
+from training import photographs as photographs_
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
 from wanlab.evaluate.lpips import load_backbone
@@ -21,6 +27,10 @@ from wanlab.export.friendly import decode_video, encode_moments, whole_clip_resa
 from wanlab.heldout import clips
 
 SHORT_FRAMES = 5
+LARGE = {"frames": 9, "height": 256, "width": 384}
+"""The larger size; more of its frames would teach no more about it, and cost as much again."""
+SHAPES = (0.4, 0.3, 0.2, 0.1)
+"""Weights of clips with 0, 1, 2 and 3 shapes."""
 KL_WEIGHT = 3e-5
 GRADIENT_WEIGHT = 0.5
 PERCEPTUAL_BACKBONES = ("stlpips-alex", "lpips-squeeze")
@@ -34,10 +44,14 @@ class WholeClip(torch.nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, video: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, video: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         mean, log_variance = encode_moments(self.vae, video).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 4)
-        latents = mean + (0.5 * log_variance).exp() * noise
+        # Experts make small errors; a decoder that has seen such errors does not amplify them.
+        spread = mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        latents = mean + ((0.5 * log_variance).exp() + level * spread) * noise
         return decode_video(self.vae, latents).float(), mean, log_variance
 
 
@@ -60,6 +74,14 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return loss + half.diff(dim=-1).abs().mean() + half.diff(dim=-2).abs().mean()
 
 
+def roughness(video: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the Laplacian of the brightness in every square of 16 pixels: fine texture, wherever it lies."""
+    grey = video.mean(dim=1).flatten(0, 1)[:, None]
+    laplacian = 4 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1]
+    laplacian = laplacian - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
+    return (F.avg_pool2d(laplacian.square(), 16) + 1e-5).sqrt()
+
+
 def evenly(video: torch.Tensor, frames: int) -> torch.Tensor:
     """`frames` frames of every clip, evenly spread from a random start: `[B x frames, 3, H, W]`."""
     total = video.shape[2]
@@ -78,21 +100,37 @@ def channels_last(module: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def held_out_psnr(vae, device: torch.device, seed: int = 1234, per_photograph: int = 12) -> float:
-    """Mean PSNR in dB over whole reconstructed clips of the held-out photographs."""
-    import numpy as np
+def held_out_figures(
+    vae,
+    device: torch.device,
+    photographs: Sequence[np.ndarray],
+    *,
+    seed: int = 1234,
+    per_photograph: int = 4,
+    **size,
+) -> tuple[float, float]:
+    """How well clips of photographs come back.
 
+    Args:
+        photographs: uint8 `[H, W, 3]`.
+        size: height, width and frames of the clips.
+
+    Returns:
+        Mean PSNR in dB, and mean sharpness: the variance of the Laplacian over that of the true clip.
+    """
     generator, scores = np.random.default_rng(seed), []
-    for name in clips.HELD_OUT_PHOTOGRAPHS:
-        image = clips.photograph(name)
-        drawn = [clips.draw_clip(image.shape[:2], generator) for _ in range(per_photograph)]
-        picture = torch.from_numpy(image).permute(2, 0, 1).to(device)
-        for clip in drawn:
-            video = clips.render(picture, [clip]) * 2 - 1
+    for photograph in photographs:
+        picture = torch.from_numpy(photograph.copy()).permute(2, 0, 1).to(device) / 255
+        for _ in range(per_photograph):
+            clip = clips.draw_clip(photograph.shape[:2], generator, **size)
+            video = clips.render(picture, [clip], **size) * 2 - 1
             restored = decode_video(vae, encode_moments(vae, video)[:, : architecture.LATENT_CHANNELS])
-            error = ((restored.float().clamp(-1, 1) - video) / 2).square().mean()
-            scores.append(float(-10 * error.log10()))
-    return sum(scores) / len(scores)
+            restored = restored.float().clamp(-1, 1)
+            psnr_db = -10 * ((restored - video) / 2).square().mean().log10()
+            sharpness = roughness(restored).square().mean() / roughness(video).square().mean()
+            scores.append((float(psnr_db), float(sharpness)))
+    psnr_db, sharpness = np.mean(scores, axis=0)
+    return float(psnr_db), float(sharpness)
 
 
 @torch.no_grad()
@@ -110,16 +148,19 @@ def latent_statistics(
 
 
 class Distance:
-    """How far a reconstruction is from its clip: pixels, edges, and LPIPS as several networks see it."""
+    """How far a reconstruction is from its clip: pixels, edges, texture, and LPIPS as several networks see it."""
 
-    def __init__(self, device: torch.device, backbones: list[str], weight: float, frames: int) -> None:
+    def __init__(
+        self, device: torch.device, backbones: Sequence[str], weight: float, frames: int, texture: float
+    ) -> None:
         self.networks = {name: load_backbone(name, device) for name in backbones}
-        self.weight, self.frames = weight, frames
+        self.weight, self.frames, self.texture = weight, frames, texture
 
     def __call__(self, restored: torch.Tensor, video: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """The weighted sum, and its parts."""
         parts = {"pixel": (restored - video).abs().mean(), "edges": gradient_loss(restored, video)}
-        total = parts["pixel"] + GRADIENT_WEIGHT * parts["edges"]
+        parts["texture"] = (roughness(restored) - roughness(video)).abs().mean()
+        total = parts["pixel"] + GRADIENT_WEIGHT * parts["edges"] + self.texture * parts["texture"]
         both = evenly(torch.cat([restored.clamp(-1, 1), video]), self.frames)
         for name, network in self.networks.items():
             with autocast(video.device):
@@ -130,22 +171,28 @@ class Distance:
 
 def train_joint(vae, args, ranks: Ranks, distance: Distance) -> None:
     loop = Loop("vae_joint", vae, args, ranks, average_decay=0.998, weight_decay=1e-4)
-    pictures = Pictures(ranks.device, (args.seed, ranks.rank, loop.step), args.dead_leaves)
+    pictures = pictures_of(args, ranks, loop.step)
     model = WholeClip(vae)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     batch = max(1, args.batch // ranks.world)
+    sizes = np.random.default_rng((args.seed, loop.step))  # the same on every rank
 
     def losses(progress: float) -> tuple[torch.Tensor, dict]:
         short = progress < args.short_share
-        frames = SHORT_FRAMES if short else clips.FRAMES
-        video = dense(pictures.batch(batch if short else max(1, batch // 3), frames)[0])
-        size = (1 + (frames - 1) // 4, video.shape[3] // 8, video.shape[4] // 8)
-        noise = torch.randn(len(video), architecture.LATENT_CHANNELS, *size, device=video.device)
+        large = bool(sizes.random() < args.large_share) and 0 < progress < 1
+        size = LARGE if large else {"frames": SHORT_FRAMES if short else clips.FRAMES}
+        count = batch if short else max(1, batch // (6 if large else 3))
+        video = dense(pictures.batch(count, **size, per_picture=1)[0])
+        frames = video.shape[2]
+        shape = (1 + (frames - 1) // 4, video.shape[3] // 8, video.shape[4] // 8)
+        noise = torch.randn(len(video), architecture.LATENT_CHANNELS, *shape, device=video.device)
+        level = args.latent_noise * torch.rand(len(video), 1, 1, 1, 1, device=video.device)
         with autocast(video.device):
-            restored, mean, log_variance = forward(video, noise)
+            # Compiled for the size of most steps only: one graph takes as long as hundreds of steps.
+            restored, mean, log_variance = (model if large else forward)(video, noise, level)
         total, parts = distance(restored, video)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return total + KL_WEIGHT * kl, {**parts, "kl": kl, "frames": frames}
+        return total + KL_WEIGHT * kl, {**parts, "kl": kl, "frames": frames, "height": video.shape[3]}
 
     loop.run(losses, warm=(0.0, 1.0) if args.short_share else (1.0,))
     if ranks.is_first:
@@ -159,7 +206,7 @@ def train_decoder(vae, args, ranks: Ranks, distance: Distance) -> None:
     for frozen in (vae.encoder, vae.quant_conv):
         frozen.requires_grad_(False)
     loop = Loop("vae_decoder", vae, args, ranks, average_decay=0.998, weight_decay=1e-4)
-    pictures = Pictures(ranks.device, (args.seed, ranks.rank, loop.step), args.dead_leaves)
+    pictures = pictures_of(args, ranks, loop.step)
     model = DecodeClip(vae)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     batch = max(1, args.batch // ranks.world)
@@ -181,15 +228,35 @@ def train_decoder(vae, args, ranks: Ranks, distance: Distance) -> None:
         report(vae, loop)
 
 
+def pictures_of(args, ranks: Ranks, step: int) -> Pictures:
+    """The pictures that the command line asks for."""
+    photographs = photographs_.load(args.photographs) if args.photographs else None
+    objects = SHAPES if args.photographs else None
+    seed = (args.seed, ranks.rank, step)
+    return Pictures(
+        ranks.device, seed, args.dead_leaves, photographs=photographs, textures=args.textures, objects=objects
+    )
+
+
 def dense(video: torch.Tensor) -> torch.Tensor:
     """In the layout that cuDNN's half-precision convolutions read, where there is a GPU."""
     return video.contiguous(memory_format=torch.channels_last_3d) if video.is_cuda else video
 
 
 def report(vae, loop: Loop) -> None:
+    """Print how well photographs of sources that no stage sees come back, at both sizes."""
+    folder = loop.args.photographs
+    photographs = [(clips.photograph(name) * 255).astype(np.uint8) for name in clips.HELD_OUT_PHOTOGRAPHS]
+    sources = {"scikit-image": photographs} | (
+        {"other sources": photographs_.load(folder, held_out=True)} if folder else {}
+    )
+    small = {"frames": clips.FRAMES, "height": clips.HEIGHT, "width": clips.WIDTH}
     with loop.average.in_place_of(vae):
-        psnr_db = held_out_psnr(vae.eval(), loop.ranks.device)
-    print(f"{loop.step} steps, held-out PSNR {psnr_db:.2f} dB", flush=True)
+        for source, pictures in sources.items():
+            for size in (small, LARGE):
+                psnr_db, sharpness = held_out_figures(vae.eval(), loop.ranks.device, pictures, **size)
+                where = f"{source}, {size['height']}x{size['width']}x{size['frames']}"
+                print(f"{where}: PSNR {psnr_db:.2f} dB, sharpness {sharpness:.2f}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,7 +268,17 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--perceptual", type=float, default=0.5, help="weight of every LPIPS backbone")
     options.add_argument("--backbone", action="append", help=f"default: {' and '.join(PERCEPTUAL_BACKBONES)}")
     options.add_argument("--perceptual-frames", type=int, default=4, help="frames per clip that it looks at")
-    options.add_argument("--latent-noise", type=float, default=0.1, help="decoder: largest relative noise")
+    options.add_argument(
+        "--texture", type=float, default=0.5, help="weight of the roughness of small squares"
+    )
+    options.add_argument("--latent-noise", type=float, default=0.1, help="largest relative noise of latents")
+    options.add_argument(
+        "--photographs", type=Path, help="folder of training.photographs; scikit-image's if not given"
+    )
+    options.add_argument("--textures", type=float, default=0.1, help="share of pictures that are textures")
+    options.add_argument(
+        "--large-share", type=float, default=0.2, help="joint: share of steps at the larger size"
+    )
     options.add_argument(
         "--statistics-clips", type=int, default=1024, help="behind the latents' mean and spread"
     )
@@ -220,7 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     with whole_clip_resampling(vae):
         train = {"joint": train_joint, "decoder": train_decoder}[args.stage]
         backbones = args.backbone or PERCEPTUAL_BACKBONES
-        train(vae, args, ranks, Distance(ranks.device, backbones, args.perceptual, args.perceptual_frames))
+        frames = args.perceptual_frames
+        train(vae, args, ranks, Distance(ranks.device, backbones, args.perceptual, frames, args.texture))
     ranks.close()
 
 

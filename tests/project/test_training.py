@@ -159,6 +159,21 @@ def test_gradient_loss_sees_blur_and_not_brightness():
     assert vae.gradient_loss(blurred, picture) > 0.05
 
 
+def test_the_longest_caption_has_room_and_no_unknown_word():
+    generator, tokenizer = np.random.default_rng(0), architecture.tokenizer()
+    captions, labels = text.draw(generator, 300, most_objects=3)
+    assert labels.shape == (300, 10)
+    assert {caption.count(" moves ") for caption in captions} == {0, 1, 2, 3}
+    for caption, label in zip(captions, labels, strict=True):
+        kinds, colours = label[1::3], label[2::3]
+        assert int((kinds > 0).sum()) == caption.count(" moves ")
+        named = colours[colours > 0].tolist()
+        assert len(set(named)) == len(named)
+        tokens = tokenizer(caption).input_ids
+        assert len(tokens) <= architecture.TEXT_TOKENS
+        assert tokenizer.unk_token_id not in tokens
+
+
 @pytest.mark.slow
 def test_text_encoder_learns_the_captions_in_seconds():
     _, accuracy = text.train(steps=120, seed=0)

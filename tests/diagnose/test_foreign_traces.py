@@ -270,6 +270,14 @@ def test_a_trace_of_the_named_model_has_no_caveat(tmp_path):
     assert diagnose.trace_caveat(bare, "wan-nano") == ""  # nothing speaks against it
 
 
+@pytest.mark.parametrize(("head_size", "said"), [(64, ""), (128, "it is of another model")])
+def test_a_trace_of_another_model_is_noticed_by_its_attention_kernels(tmp_path, head_size, said):
+    kernel = f"void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<{head_size}, 128, 64, 4>>"
+    trace = trace_of(tmp_path, *launched(kernel, 0, 2, 50, 1))
+    assert said in diagnose.trace_caveat(trace, "wan-nano")  # its heads have 48 channels
+    assert bool(diagnose.trace_caveat(trace, "wan-nano")) == bool(said)
+
+
 def test_a_trace_that_is_a_part_of_its_generation_is_said(tmp_path):
     part = trace_of(tmp_path, event("aten::mm", 0, 5000), wanlab={"wall_ms": 8.0, "device": "cpu"})
     assert "the rows add up to 5 ms, but the generation took 8 ms" in str(diagnose.breakdown(part))

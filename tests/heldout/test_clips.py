@@ -99,6 +99,11 @@ def test_an_earlier_shape_hides_a_later_one():
         assert torch.allclose(shown, torch.tensor(clips.COLOUR_RGB[order[0].colour]))
 
 
+def test_a_photograph_as_narrow_as_the_view_is_drawn_from():
+    for seed in range(200):  # in some the ends of an axis cross by a rounding
+        clips.draw_clip((248, 103), np.random.default_rng(seed), objects=0)
+
+
 def test_shapes_without_room_are_refused():
     with pytest.raises(WanlabError, match="take fewer frames"):
         clips.draw_clip((500, 500), np.random.default_rng(0), objects=1, height=64, width=64, frames=17)

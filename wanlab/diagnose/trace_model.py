@@ -1,7 +1,8 @@
-"""Which model a trace is of, as far as it says so: its name, the number of an expert's layers, and their width."""
+"""Which model a trace is of, as far as it says so: its name, the number of an expert's layers, their width and heads."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,10 @@ from wanlab.diagnose.trace import Trace
 from wanlab.diagnose.trace_tables import LAYER
 from wanlab.models.spec import ModelSpec
 
+FLASH_HEADS = re.compile(r"Flash_(?:fwd|bwd)_kernel_traits<(\d{1,4})\b")
+FLASH_SIZES = (32, 64, 96, 128)
+"""Sizes of heads that every FlashAttention 2 has kernels for; a head between two takes the larger."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -24,12 +29,14 @@ class ModelFacts:
         name: as the capture wrote it, or of the registry.
         experts: number of experts that ran, or that the model has.
         layers, width: blocks of an expert, and their hidden size.
+        head_size: channels of a head, rounded up as FlashAttention's kernels round it.
     """
 
     name: str | None = None
     experts: int | None = None
     layers: int | None = None
     width: int | None = None
+    head_size: int | None = None
 
     def __str__(self) -> str:
         layers = f"{self.layers} layers" if self.layers else ""
@@ -40,7 +47,8 @@ class ModelFacts:
 
 
 def traced_model(trace: Trace) -> ModelFacts:
-    """Facts from the named ranges of a trace and the shapes of its products; all None without either."""
+    """Facts from the named ranges of a trace, the shapes of its products and the names of its kernels; None where it has
+    none."""
     host, placed = trace.host, attribute(trace)
     names = host["name"].cat.categories
     layers = [
@@ -57,7 +65,13 @@ def traced_model(trace: Trace) -> ModelFacts:
                 square[sizes[0]] += count
         # Queries, keys, values and outputs of both attentions are square products of the hidden size.
         width = square.most_common(1)[0][0] if square else None
-    return ModelFacts(trace.generation.get("model"), experts or None, max(layers, default=None), width)
+    heads = {
+        int(match[1]) for name in trace.kernels["name"].unique() if (match := FLASH_HEADS.search(str(name)))
+    }
+    head_size = heads.pop() if len(heads) == 1 else None
+    return ModelFacts(
+        trace.generation.get("model"), experts or None, max(layers, default=None), width, head_size
+    )
 
 
 def model_facts(spec: ModelSpec) -> ModelFacts:
@@ -65,9 +79,9 @@ def model_facts(spec: ModelSpec) -> ModelFacts:
     experts = [name for name in spec.components if name.startswith("expert")]
     config = spec.part(spec.part_of(experts[0])).config if experts else {}
     heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
-    return ModelFacts(
-        spec.name, len(experts) or None, config.get("num_layers"), heads * size if heads and size else None
-    )
+    width = heads * size if heads and size else None
+    head_size = next((each for each in FLASH_SIZES if size and size <= each), None)
+    return ModelFacts(spec.name, len(experts) or None, config.get("num_layers"), width, head_size)
 
 
 def trace_caveat(trace: Trace, model: str | ModelSpec | None = None) -> str:
@@ -79,7 +93,7 @@ def trace_caveat(trace: Trace, model: str | ModelSpec | None = None) -> str:
 def other_model(trace: Trace, model: str | ModelSpec | None) -> str:
     """A sentence, with a space at its end, that a trace is not of the named model; "" if nothing speaks for that.
 
-    Name, number of layers and width are compared, as far as both are known.
+    Name, number of layers, width and size of heads are compared, as far as both are known.
     """
     if model is None:
         return ""
@@ -92,6 +106,11 @@ def other_model(trace: Trace, model: str | ModelSpec | None) -> str:
     differ = [pair for pair in pairs if None not in pair and pair[0] != pair[1]]
     more_experts = (found.experts or 0) > (named.experts or 2)
     if not differ and not more_experts:
+        if None not in (found.head_size, named.head_size) and found.head_size != named.head_size:
+            return (
+                f"The trace's attention kernels are for heads of up to {found.head_size} channels, those of {named} for"
+                f" {named.head_size}: it is of another model. "
+            )
         return ""
     if found.name == named.name:
         return f"The trace names {named}, but what ran in it is {replace(found, name='a model')}. "

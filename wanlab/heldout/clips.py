@@ -228,7 +228,9 @@ def draw_clip(
     largest = min(SCALE_RANGE[1] / widest, float((available / (high - low)).min()))
     smallest = min(SCALE_RANGE[0] * (ZOOM_PER_CLIP if motion == "zoom_in" else 1.0), largest)
     scale = float(generator.uniform(smallest, largest))
-    centre = [float(generator.uniform(-low[i] * scale, available[i] - high[i] * scale)) for i in (0, 1)]
+    # At the largest scale the ends of an axis may cross by a rounding.
+    ends = [(-low[i] * scale, available[i] - high[i] * scale) for i in (0, 1)]
+    centre = [float(generator.uniform(least, max(least, most))) for least, most in ends]
     if objects is None:
         objects = int(generator.random() < 0.5)
     drawn = _draw_objects(generator, objects, height, width, frames) if objects else ()

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from training import difference
+
 SAVE_EVERY_S = 120.0
 
 
@@ -286,6 +288,8 @@ def load_weights(module: torch.nn.Module, path: Path) -> dict:
         raise SystemExit(f"no checkpoint {path}: run the stage before it first, see training/README.md")
     if path.suffix == ".safetensors":  # of a pipeline folder
         state: dict = {"weights": {name: tensor.float() for name, tensor in load_file(path).items()}}
+    elif path.suffix == ".npz":
+        state = {"weights": difference.read(path)}
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["weights"])

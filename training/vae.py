@@ -22,6 +22,7 @@ from training import architecture
 from training import photographs as photographs_
 from training.loop import Loop, Ranks, autocast, load_weights, parser
 from training.pictures import Pictures
+from wanlab.core.files import write_json
 from wanlab.evaluate.lpips import load_backbone
 from wanlab.export.friendly import decode_video, encode_moments, whole_clip_resampling
 from wanlab.heldout import clips
@@ -251,12 +252,21 @@ def report(vae, loop: Loop) -> None:
         {"other sources": photographs_.load(folder, held_out=True)} if folder else {}
     )
     small = {"frames": clips.FRAMES, "height": clips.HEIGHT, "width": clips.WIDTH}
+    rows = []
     with loop.average.in_place_of(vae):
         for source, pictures in sources.items():
             for size in (small, LARGE):
                 psnr_db, sharpness = held_out_figures(vae.eval(), loop.ranks.device, pictures, **size)
+                rows.append(
+                    {"source": source, "photographs": len(pictures)}
+                    | size
+                    | {"psnr_db": psnr_db, "sharpness": sharpness}
+                )
                 where = f"{source}, {size['height']}x{size['width']}x{size['frames']}"
                 print(f"{where}: PSNR {psnr_db:.2f} dB, sharpness {sharpness:.2f}", flush=True)
+    write_json(
+        loop.args.out / f"{loop.name}.json", {"steps": loop.step, "seconds": loop.seconds, "heldout": rows}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from training import architecture, experts, loop, pictures, text, vae
+from training import architecture, difference, experts, loop, pictures, text, vae
 
 
 def test_each_expert_learns_only_its_own_noise_range():
@@ -178,3 +179,22 @@ def test_the_longest_caption_has_room_and_no_unknown_word():
 def test_text_encoder_learns_the_captions_in_seconds():
     _, accuracy = text.train(steps=120, seed=0)
     assert accuracy > 0.9
+
+
+def test_a_small_checkpoint_is_the_weights_within_a_step_of_its_scale(tmp_path):
+    base, changed = tmp_path / "base.safetensors", torch.nn.Linear(8, 4)
+    first = {name: tensor.detach().half() for name, tensor in torch.nn.Linear(8, 4).state_dict().items()}
+    save_file(first, base)
+    difference.write(changed.state_dict(), base, tmp_path / "small.npz")
+    read = torch.nn.Linear(8, 4)
+    loop.load_weights(read, tmp_path / "small.npz")
+    step = (changed.weight - first["weight"].float()).abs().amax(dim=1, keepdim=True) / difference.LEVELS
+    assert bool(((read.weight - changed.weight).abs() <= 0.51 * step).all())
+    save_file({name: tensor + 1 for name, tensor in first.items()}, base)
+    with pytest.raises(SystemExit, match="holds other weights now"):
+        difference.read(tmp_path / "small.npz")
+
+
+def test_the_small_checkpoint_in_the_tree_is_of_the_vae(root, monkeypatch):
+    monkeypatch.chdir(root)
+    loop.load_weights(architecture.vae(), root / "training/start/vae.npz")

@@ -1,0 +1,68 @@
+"""Small checkpoints to go on from: weights as their difference to weights of the tree, in 8 bits.
+
+    python -m training.difference outputs/training/vae_joint.pt data/wan-nano/vae/diffusion_pytorch_model.safetensors \\
+        training/start/vae.npz
+
+A row of a tensor (an output channel) has one scale, its largest difference over 127. Half the size of half precision, and
+the rest compresses; what is lost is about a hundredth of the difference, which further training makes good.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from wanlab.core.contents import content_digest
+
+LEVELS = 127
+
+
+def write(weights: dict[str, torch.Tensor], base: Path, path: Path) -> None:
+    """Write weights as their difference to those of `base`, a `.safetensors` with the same names and shapes."""
+    arrays: dict[str, np.ndarray] = {"base": np.array(str(base)), "digest": np.array(content_digest(base))}
+    known = load_file(base)
+    for name, tensor in weights.items():
+        rows = (tensor.float() - known[name].float()).reshape(len(tensor), -1)
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LEVELS
+        arrays[f"{name}:codes"] = (rows / scale).round().to(torch.int8).numpy()
+        arrays[f"{name}:scale"] = scale.numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a file of `write`, in float32; their base is looked for in the working directory.
+
+    Raises:
+        SystemExit: the base is not there, or holds other weights now.
+    """
+    with np.load(path) as file:
+        base = Path(str(file["base"]))
+        if not base.is_file() or content_digest(base) != str(file["digest"]):
+            raise SystemExit(f"{path} is a difference to {base}, which is missing or holds other weights now")
+        return {
+            name: tensor.float()
+            + torch.from_numpy(file[f"{name}:codes"] * file[f"{name}:scale"]).reshape(tensor.shape)
+            for name, tensor in load_file(base).items()
+        }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a stage")
+    parser.add_argument("base", type=Path, help=".safetensors of the weights that it began with")
+    parser.add_argument("to", type=Path, help=".npz to write")
+    args = parser.parse_args(argv)
+    weights = torch.load(args.checkpoint, map_location="cpu", weights_only=True)["weights"]
+    write(weights, args.base, args.to)
+    print(f"{args.to}: {args.to.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -270,6 +270,13 @@ def test_a_trace_of_the_named_model_has_no_caveat(tmp_path):
     assert diagnose.trace_caveat(bare, "wan-nano") == ""  # nothing speaks against it
 
 
+def test_a_gpu_of_impossible_memory_is_left_out_and_said(tmp_path):
+    gpus = [{"name": "GPU", "totalGlobalMem": 10**400}]
+    trace = trace_of(tmp_path, event("aten::mm", 0, 5), deviceProperties=gpus)
+    assert any("its GPUs cannot be read" in note for note in trace.notes)
+    assert dict(trace.facts().to_numpy())["gpu_memory_gib"] == "None"
+
+
 @pytest.mark.parametrize(("head_size", "said"), [(64, ""), (128, "it is of another model")])
 def test_a_trace_of_another_model_is_noticed_by_its_attention_kernels(tmp_path, head_size, said):
     kernel = f"void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<{head_size}, 128, 64, 4>>"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -77,6 +77,10 @@ class Event(_WithoutArgs, gc=False):
     args: Args | None = None
 
 
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A number that every part of a file counts in; JSON may hold larger ones, which are mistakes."""
+
+
 class Generation(TypedDict, total=False):
     """The description that `capture` adds to a trace."""
 
@@ -85,23 +89,23 @@ class Generation(TypedDict, total=False):
     device: str
     dtype: str
     settings: dict[str, Any]
-    asked_steps: int | None
+    asked_steps: Whole | None
     wall_ms: float
-    weights_bytes: dict[str, int]
+    weights_bytes: dict[str, Whole]
 
 
 class Distributed(TypedDict, total=False):
     """The rank that Kineto writes."""
 
-    rank: int | None
-    world_size: int | None
+    rank: Whole | None
+    world_size: Whole | None
 
 
 class Device(TypedDict, total=False):
     """A GPU of the machine, as Kineto describes it."""
 
     name: str
-    totalGlobalMem: int
+    totalGlobalMem: Whole
 
 
 class Trimmed(TypedDict):

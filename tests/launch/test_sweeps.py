@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 
 import pytest
@@ -15,6 +16,7 @@ from wanlab.launch.ray_slots import short_folder
 from wanlab.launch.sweep import View, refuse_second_driver
 from wanlab.launch.worker import MISTAKE, last_line, run
 from wanlab.runs.folder import host_id, process_id
+from wanlab.runs.prepare import prepare
 
 
 @pytest.fixture
@@ -52,8 +54,6 @@ exclude: [{steps: [2, 4], mode: exact}]
 
 
 def test_a_run_of_a_grid_is_the_run_of_the_command_line(project):
-    from wanlab.runs.prepare import prepare
-
     (task,) = project("name: g\nnotebook: ok.ipynb\nparameters: {steps: 4}\n")
     assert task.label == "ok"
     alone = prepare("ok.ipynb", {"steps": 4}, output=project.folder / "outputs", name="g")
@@ -174,7 +174,10 @@ MISTAKES = {
     "name: g\nnotebook: ok.ipynb\naxes:\n  prompt: [{files: '*.txt'}]": "line 4, axes.prompt[0].files: no file fits '*.txt'",
     "name: g\nnotebook: ok.ipynb\nparameters: {steps: 2}\naxes: {steps: [1]}": "'steps' is fixed under",
     "name: g\nnotebook: ok.ipynb\naxes: {steps: [1]}\nexclude:\n- {mode: fast}": "line 5, exclude[0].mode:",
-    "name: g\nnotebook: ok.ipynb\naxes: {steps: [1]}\nonly: [{steps: 2}]": "no run is left",
+    "name: g\nnotebook: ok.ipynb\naxes: {steps: [1]}\nonly: [{steps: 2}]": "line 4, only[0].steps: no run has steps=2",
+    "name: g\nnotebook: ok.ipynb\naxes: {mode: [fast]}\nexclude: [{mode: fats}]": "'fats'",
+    "name: g\nnotebook: ok.ipynb\naxes: {steps: [1]}\nexclude: [{steps: 1}]": "no run is left",
+    "name: g\nnotebook: ok.ipynb\naxes:\n  scale: [1, 1.0]": "line 4, axes.scale: 1.0 is given twice",
     "name: g\nnotebook: ok.ipynb\naxes: {steps: [1]}\nbaseline: {steps: 2}": "line 4, baseline: no run has steps=2",
     "name: g\nnotebook: ok.ipynb\nrepeats: 0": "line 3, repeats: Expected `int` >= 1",
     "name: g\nnotebook: ok.ipynb\nmachine: both": "line 3, machine:",
@@ -220,6 +223,10 @@ def test_runs_are_the_product_less_what_is_excluded(project, steps, modes, out, 
     ]
     if out:
         data["exclude"] = [out]
+    if not all(value in data["axes"][name] for name, value in out.items()):
+        with pytest.raises(WanlabError, match="line 1, exclude"):
+            project(json.dumps(data))
+        return
     if not wanted:
         with pytest.raises(WanlabError, match="no run is left"):
             project(json.dumps(data))
@@ -227,6 +234,29 @@ def test_runs_are_the_product_less_what_is_excluded(project, steps, modes, out, 
     tasks = project(json.dumps(data))
     assert [t.axes for t in tasks] == [point for point in wanted for _ in range(repeats)]
     assert len({t.run_id for t in tasks}) == len(tasks)
+
+
+def test_conditions_are_read_as_the_values_of_their_axes_are(project):
+    (project.folder / "n.ipynb").write_text(
+        (project.folder / "ok.ipynb").read_text().replace("steps: int = 3", "guided: bool = True")
+    )
+    axes = "name: g\nnotebook: n.ipynb\naxes: {guided: [true, false], scale: [1e-3, 2]}\n"
+    made = project(axes + "exclude: [{guided: yes}]\nonly: [{scale: 1_0e-4}, {scale: 2}]\n")
+    assert [task.axes["guided"] for task in made] == [False, False]
+    assert len(project(axes + "baseline: {guided: no}\n")) == 4
+
+
+def test_a_condition_on_an_axis_of_lists_is_a_list_or_several(project):
+    axes = "name: g\nnotebook: ok.ipynb\naxes: {sizes: [[1, 2], [3]]}\n"
+    assert [t.axes["sizes"] for t in project(axes + "only: [{sizes: [1, 2]}]\n")] == [[1, 2]]
+    assert len(project(axes + "only: [{sizes: [[1, 2], [3]]}]\n")) == 2
+
+
+def test_numbers_that_are_not_finite_reach_the_notebook(project):
+    (task,) = project("name: g\nnotebook: ok.ipynb\naxes: {scale: [.inf]}\n")
+    given = Task.from_json(task.to_json()).overrides
+    assert given == {"scale": math.inf}
+    assert prepare(task.notebook, given, output=task.output, name="g").run_id == task.run_id
 
 
 def test_fits_and_label():

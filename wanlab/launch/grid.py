@@ -34,7 +34,7 @@ class Task:
     Attributes:
         label: its varied parameters in words.
         axes: its varied parameters.
-        overrides: all parameters given to the notebook.
+        overrides: all parameters given to the notebook, in their types.
         output, name: `output/name/run_id/` is its folder; absolute, because workers may start in another folder.
         run_id: its identity when the sweep started.
         cwd: working folder of the run.
@@ -93,8 +93,8 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
         notebook: path from the working folder or the grid file's folder, or the name of a notebook of wanlab.
         parameters: parameters with one value for all its runs.
         axes: parameter -> values, see `values_of`.
-        only, exclude: mappings of axis -> value or list of values; a run is made if it fits one of `only` (if any are given)
-            and none of `exclude`.
+        only, exclude: mappings of axis -> value or list of values of that axis; a run is made if it fits one of `only` (if
+            any are given) and none of `exclude`.
         repeats: number of equal runs of each configuration; each has its own folder.
         machine: `"alone"` for timings, which no other run may disturb; `"shared"` for the rest.
         limit_s, memory_limit_gib, output_limit_mib: limits of one run, see `execute`.
@@ -213,11 +213,6 @@ def values_of(axis: Any, at: tuple, file: GridFile) -> list[Any]:
         values += values_of(value, (*at, index), file) if isinstance(value, dict) else [value]
     if not values:
         refuse(at, "no values")
-    seen = set()
-    for value in values:
-        if repr(value) in seen:
-            refuse(at, f"{value!r} is given twice; `repeats:` makes equal runs")
-        seen.add(repr(value))
     return values
 
 
@@ -279,7 +274,7 @@ def expand(file: GridFile, *, output: str | os.PathLike | None = None, force: bo
         if other := by_id.get(task.run_id):
             raise WanlabError(f"{file.path}: {task.label} and {other.label} are the same run")
         by_id[task.run_id] = task
-    baseline = file.grid.baseline
+    baseline = file.grid.baseline = _baseline(file, parts)
     if baseline and not any(fits(task.axes, baseline) for task in tasks):
         file.document.refuse(("baseline",), f"no run has {_words(baseline)}")
     return tasks
@@ -299,30 +294,50 @@ def fits(axes: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
     )
 
 
+def _baseline(file: GridFile, parts: list[Part]) -> dict[str, Any]:
+    """The grid's baseline with values in the types of their parameters."""
+    given = file.grid.baseline
+    part = next((part for part in parts if set(given) <= set(part.axes)), None)
+    if part is None:
+        return given
+    schema = _schema(_notebook(part, file))
+    return {name: _value(schema, name, value, ("baseline", name), file) for name, value in given.items()}
+
+
+def _notebook(part: Part, file: GridFile) -> Path:
+    return find(part.notebook, file) or find_notebook(part.notebook)
+
+
+def _schema(notebook: Path) -> Schema:
+    return Schema(read_schema(notebook).parameters, str(notebook))
+
+
 def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, force: bool) -> Iterator[Task]:
     refuse = file.document.refuse
-    notebook = find(part.notebook, file) or find_notebook(part.notebook)
-    schema = Schema(read_schema(notebook).parameters, str(notebook))
+    notebook = _notebook(part, file)
+    schema = _schema(notebook)
     here = ("axes",) if not at else (*at, "axes")
     axes = {}
     for name, axis in part.axes.items():
         place = (*_owner(here, name, file), name)
         if name in part.parameters:
             refuse(place, f"{name!r} is fixed under parameters and varied under axes; keep one")
-        axes[name] = [_value(schema, name, value, place, file) for value in values_of(axis, place, file)]
+        axes[name] = _different(
+            [_value(schema, name, value, place, file) for value in values_of(axis, place, file)], place, file
+        )
     here = ("parameters",) if not at else (*at, "parameters")
     fixed = {
         name: _value(schema, name, value, (*_owner(here, name, file), name), file)
         for name, value in part.parameters.items()
     }
-    for filters, field in ((part.only, "only"), (part.exclude, "exclude")):
-        for index, conditions in enumerate(filters):
-            for name in conditions:
-                if name not in axes:
-                    refuse(
-                        (field, index, name),
-                        f"{name!r} is not an axis; there are {', '.join(axes) or 'none'}",
-                    )
+    filters = {}
+    for field, listed in (("only", part.only), ("exclude", part.exclude)):
+        own = not at or (*at, field) in file.document.lines
+        place = (*at, field) if own else (field,)
+        filters[field] = [
+            _conditions(conditions, axes, schema, (*place, index), file, other_axes=not own)
+            for index, conditions in enumerate(listed)
+        ]
     count = 1
     for values in axes.values():
         count *= len(values)
@@ -330,9 +345,9 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
         refuse(at, f"number of runs: {words}")
     for chosen in itertools.product(*axes.values()):
         point = dict(zip(axes, chosen, strict=True))
-        if part.only and not any(fits(point, conditions) for conditions in part.only):
+        if filters["only"] and not any(fits(point, conditions) for conditions in filters["only"]):
             continue
-        if any(fits(point, conditions) for conditions in part.exclude):
+        if any(fits(point, conditions) for conditions in filters["exclude"]):
             continue
         for repeat in range(1, part.repeats + 1):
             try:
@@ -346,7 +361,7 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
                     point, notebook.stem if several or not point else "", repeat if part.repeats > 1 else 0
                 ),
                 notebook=str(notebook),
-                overrides=plain(fixed | point),
+                overrides=fixed | point,
                 axes=plain(point),
                 output=root,
                 name=file.grid.name,
@@ -378,6 +393,52 @@ def _value(schema: Schema, name: str, value: Any, at: tuple, file: GridFile) -> 
         return read_value(schema[name], value, schema.where)
     except WanlabError as error:
         file.document.refuse(at, str(error))
+
+
+def _different(values: list[Any], at: tuple, file: GridFile) -> list[Any]:
+    """The values of an axis, of which no two are equal in the type of the parameter."""
+    seen = set()
+    for value in values:
+        if repr(value) in seen:
+            file.document.refuse(at, f"{value!r} is given twice; `repeats:` makes equal runs")
+        seen.add(repr(value))
+    return values
+
+
+def _conditions(
+    conditions: Mapping[str, Any],
+    axes: Mapping[str, list],
+    schema: Schema,
+    at: tuple,
+    file: GridFile,
+    *,
+    other_axes: bool,
+) -> dict[str, Any]:
+    """Conditions with values in the types of their parameters, so that `yes` is the true value of an axis.
+
+    Args:
+        other_axes: whether they hold for other notebooks too, whose axes may have the values that these lack.
+    """
+    refuse, typed = file.document.refuse, {}
+    for name, value in conditions.items():
+        if name not in axes:
+            refuse((*at, name), f"{name!r} is not an axis; there are {', '.join(axes) or 'none'}")
+        typed[name] = [_value(schema, name, item, (*at, name), file) for item in _options(value, axes[name])]
+        if other_axes:
+            continue
+        for item in typed[name]:
+            if not fits({name: item}, {name: axes[name]}):
+                hint = did_you_mean(item, map(str, axes[name])) if isinstance(item, str) else ""
+                some = ", ".join(map(str, axes[name][:8]))
+                refuse((*at, name), f"no run has {name}={item}{hint}; {name} is {some}")
+    return typed
+
+
+def _options(value: Any, values: list) -> list:
+    """The values that a condition allows: one, or each of a list; where the axis itself has lists, each list of a list."""
+    of_lists = any(isinstance(item, list | tuple) for item in values)
+    several = isinstance(value, list) and (not of_lists or any(isinstance(item, list) for item in value))
+    return value if several else [value]
 
 
 def _owner(at: tuple, name: str, file: GridFile) -> tuple:

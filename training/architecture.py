@@ -56,6 +56,13 @@ EXPERT = dict(
     rope_max_seq_len=256,
 )
 
+EXPERTS = {
+    "published": EXPERT,
+    # Heads of 64, as attention kernels want them; not larger than the published one.
+    "next": EXPERT | dict(attention_head_dim=64, ffn_dim=320, num_layers=4),
+}
+"""Architectures of the experts by name; everything else is the same in all."""
+
 TEXT_ENCODER = dict(
     d_model=TEXT_DIM,
     d_kv=24,
@@ -112,8 +119,8 @@ def vae():
     return AutoencoderKLWan(**VAE, latents_mean=zeros, latents_std=ones)
 
 
-def expert():
-    return WanTransformer3DModel(**EXPERT)
+def expert(name: str = "published"):
+    return WanTransformer3DModel(**EXPERTS[name])
 
 
 def scheduler():

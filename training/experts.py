@@ -1,78 +1,162 @@
 """Stage 3: the two experts, each on its own noise range, by flow matching.
 
     python -m training.experts high --minutes 6.8
-    python -m training.experts low --minutes 6.8
+    python -m training.experts low --minutes 6.8 --architecture next --large-share 0.4 --photographs outputs/photographs
 
 The high-noise expert sees sigma in [0.9, 1], the low-noise expert sigma in [0, 0.9): neither ever learns the other's
-range. Latents are encoded once and kept on the device; a part of them is replaced by new clips all along.
+range. Latents are encoded once and kept on the device, of each size apart; a part of them is replaced by new clips all
+along. A step has clips of one size, so that each size has one graph.
 Loss: mean squared error of the velocity `noise - latents` (Lipman et al. 2023; Wan technical report, section 4).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import UMT5EncoderModel
 
 from training import architecture
 from training.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, TEXT_TOKENS
-from training.loop import Loop, Ranks, autocast, load_weights, parser
-from training.pictures import Pictures
+from training.loop import Loop, Ranks, autocast, channels_last, dense, load_weights, parser
+from training.pictures import Pictures, add_pictures, pictures_of
+from training.vae import read_vae
+from wanlab.core.files import write_json
 from wanlab.export.friendly import encode_moments, whole_clip_resampling
+from wanlab.heldout.clips import LARGE, SIZES, SMALL
 
 CAPTION_DROPOUT = 0.1
 
 
-class Latents:
-    """Cached pairs of clip latents and first-frame condition, `[N, C, T', H', W']` in half precision."""
+class Captions:
+    """The frozen text encoder."""
 
-    def __init__(self, vae, text_encoder, statistics, pictures: Pictures, count: int, chunk: int) -> None:
-        self.vae, self.text_encoder, self.pictures, self.chunk = vae, text_encoder, pictures, chunk
-        self.mean, self.std = (values.to(pictures.device).view(1, -1, 1, 1, 1) for values in statistics)
-        self.tokenizer, self.device = architecture.tokenizer(), pictures.device
-        self._cursor = 0
-        shape = self._encode()[0].shape[1:]
-        self.latents = torch.empty(count, *shape, dtype=torch.float16, device=self.device)
-        self.condition = torch.empty_like(self.latents)
-        self.text = torch.empty(
-            count, TEXT_TOKENS, architecture.TEXT_DIM, dtype=torch.float16, device=self.device
-        )
-        self.no_text = self._encode_text([""])[0].half()
-        for _ in tqdm(range(0, count, chunk), desc="encoding clips"):
-            self.refresh()
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.tokenizer = architecture.tokenizer()
+        self.encoder = UMT5EncoderModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def _encode_text(self, captions: list[str]) -> torch.Tensor:
+    def __call__(self, captions: list[str]) -> torch.Tensor:
         """`[B, L, D]`, zero behind the end of the caption as the pipeline does it."""
         tokens = self.tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt")
-        tokens = tokens.to(self.device)
-        hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        tokens = tokens.to(self.encoder.device)
+        hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return hidden * tokens.attention_mask[..., None]
 
+
+class Encoder:
+    """The frozen encoder of the VAE: half precision on a GPU, as it will be stored, which loses less than bfloat16."""
+
+    def __init__(self, source: Path, device: torch.device) -> None:
+        self.vae, *statistics = read_vae(source)
+        self.mean, self.std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+        self.vae.decoder = self.vae.post_quant_conv = None
+        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.vae.to(device).eval().requires_grad_(False)
+        if device.type == "cuda":
+            channels_last(self.vae.half())
+
     @torch.no_grad()
-    def _encode(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        video, captions = self.pictures.batch(self.chunk, architecture.FRAMES)
-        first = torch.zeros_like(video)
-        first[:, :, 0] = video[:, :, 0]
-        with autocast(self.device):
-            latents = encode_moments(self.vae, video)[:, :LATENT_CHANNELS].float()
-            condition = encode_moments(self.vae, first)[:, :LATENT_CHANNELS].float()
-        return latents, condition, self._encode_text(captions)
+    def __call__(self, video: torch.Tensor) -> torch.Tensor:
+        """Normalised latents `[B, C, T', H', W']` of clips `[B, 3, T, H, W]` in [-1, 1], in half precision."""
+        with whole_clip_resampling(self.vae):
+            moments = encode_moments(self.vae, dense(video.to(self.dtype)))
+        return ((moments[:, :LATENT_CHANNELS].float() - self.mean) / self.std).half()
+
+
+class Ahead:
+    """Calls a function in a thread, once ahead of who asks: drawing clips is work of the CPU, which a GPU need not wait for.
+
+    On a GPU the thread has a stream of its own. Results come in the order of the calls.
+    """
+
+    def __init__(self, function: Callable[[], tuple[torch.Tensor, Any]], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream:  # what the function reads may still be under way
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = self.thread.submit(self._call)
+
+    def _call(self) -> tuple[torch.Tensor, Any]:
+        with torch.no_grad(), torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            result = self.function()
+            if self.stream:
+                self.stream.synchronize()
+        return result
+
+    def __call__(self) -> tuple[torch.Tensor, Any]:
+        tensor, rest = self.coming.result()
+        if self.stream:
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        self.coming = self.thread.submit(self._call)
+        return tensor, rest
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+
+class Latents:
+    """Cached pairs of clip latents and first-frame condition, `[N, C, T', H', W']` in half precision, of one size.
+
+    Args:
+        size: height, width and frames of the clips.
+        count: clips in the cache.
+        chunk: clips that are drawn and encoded at once.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        captions: Captions,
+        pictures: Pictures,
+        size: tuple[int, int, int],
+        count: int,
+        chunk: int,
+    ) -> None:
+        height, width, frames = size
+        self.encoder, self.captions = encoder, captions
+        self.count, self.chunk = count, min(chunk, count)
+        self.clips = Ahead(
+            lambda: pictures.batch(self.chunk, frames, height, width, per_picture=2), pictures.device
+        )
+        shape = (LATENT_CHANNELS, 1 + (frames - 1) // 4, height // 8, width // 8)
+        half = {"dtype": torch.float16, "device": pictures.device}
+        self.latents = torch.empty(count, *shape, **half)
+        self.condition = torch.empty_like(self.latents)
+        self.text = torch.empty(count, TEXT_TOKENS, architecture.TEXT_DIM, **half)
+        self.no_text = captions([""])[0].half()
+        self.mask = torch.zeros(1, 4, *shape[1:], device=pictures.device)
+        self.mask[:, :, 0] = 1
+        self._cursor = 0
+
+    def fill(self) -> None:
+        """Encode as many clips as the cache holds."""
+        for _ in tqdm(range(0, self.count, self.chunk), desc="encoding clips"):
+            self.refresh()
 
     def refresh(self) -> None:
         """Replace the oldest chunk by new clips."""
-        latents, condition, text = self._encode()
-        rows = torch.arange(self._cursor, self._cursor + self.chunk, device=self.device) % len(self.latents)
-        self.latents[rows] = ((latents - self.mean) / self.std).half()
-        self.condition[rows] = ((condition - self.mean) / self.std).half()
-        self.text[rows] = text.half()
-        self._cursor = (self._cursor + self.chunk) % len(self.latents)
+        video, captions = self.clips()
+        first = torch.zeros_like(video)
+        first[:, :, 0] = video[:, :, 0]
+        rows = (self._cursor + torch.arange(self.chunk, device=video.device)) % self.count
+        self.latents[rows] = self.encoder(video)
+        self.condition[rows] = self.encoder(first)
+        self.text[rows] = self.captions(captions).half()
+        self._cursor = (self._cursor + self.chunk) % self.count
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = torch.randint(len(self.latents), (size,), device=self.device)
+        rows = torch.randint(self.count, (size,), device=self.latents.device)
         text = self.text[rows].float()
-        dropped = torch.rand(size, device=self.device) < CAPTION_DROPOUT
+        dropped = torch.rand(size, device=text.device) < CAPTION_DROPOUT
         text[dropped] = self.no_text.float()
         return self.latents[rows].float(), self.condition[rows].float(), text
 
@@ -86,59 +170,110 @@ def draw_sigma(expert: str, size: int, device: torch.device) -> torch.Tensor:
     return FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
 
 
-def frozen_parts(out: Path, device: torch.device):
-    """VAE, text encoder, and the latents' mean and spread per channel."""
-    from transformers import UMT5EncoderModel
+class Before:
+    """Seconds of what is done before the clock of the schedule starts, by name."""
 
-    vae = architecture.vae()
-    checkpoint = load_weights(vae, out / "vae_joint.pt")
-    text_encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder")
-    vae, text_encoder = (m.to(device).eval().requires_grad_(False) for m in (vae, text_encoder))
-    return vae, text_encoder, (checkpoint["mean"], checkpoint["std"])
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.monotonic() - started
+        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+
+
+def caches(args, ranks: Ranks, step: int, before: Before) -> dict[str, Latents]:
+    """The cached latents of every size that the schedule has steps of."""
+    captions = Captions(args.out / "text_encoder", ranks.device)
+    encoder = Encoder(args.vae or args.out / "vae_joint.pt", ranks.device)
+    seed = (args.seed, ranks.rank, int(args.expert == "high"), step)
+    counts = {SMALL: (args.clips, args.chunk), LARGE: (args.large_clips, args.large_chunk)}
+    shares = {SMALL: 1 - args.large_share, LARGE: args.large_share}
+    made = {}
+    for number, (size, (count, chunk)) in enumerate(counts.items()):
+        if shares[size] > 0:
+            # Each has pictures of its own: another thread draws from them.
+            pictures = pictures_of(args, ranks.device, (*seed, number))
+            made[size] = Latents(encoder, captions, pictures, SIZES[size], count, chunk)
+            with before.measured(f"encoding {count} {size} clips"):
+                made[size].fill()
+    return made
 
 
 def train(args, ranks: Ranks) -> None:
-    device, seed = ranks.device, (args.seed, ranks.rank, args.expert == "high")
-    torch.manual_seed(hash(seed))
-    model = architecture.expert()
+    device, before = ranks.device, Before(ranks.device)
+    torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high")))
+    model = architecture.expert(args.architecture)
     if args.start:
         load_weights(model, args.start)
     model.to(device).train()
     ranks.share_parameters(model)
     loop = Loop(f"expert_{args.expert}", model, args, ranks, average_decay=0.9995, weight_decay=0.02)
-    vae, text_encoder, statistics = frozen_parts(args.out, device)
-    pictures = Pictures(device, (*seed, loop.step), args.dead_leaves)
-    forward = torch.compile(model) if args.compile else model
-    with whole_clip_resampling(vae):
-        data = Latents(vae, text_encoder, statistics, pictures, args.clips, args.chunk)
-        mask = torch.zeros(1, 4, *data.latents.shape[2:], device=device)
-        mask[:, :, 0] = 1
-        batch = args.batch // ranks.world
+    torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high", loop.step)))
+    data = caches(args, ranks, loop.step, before)
+    forward = torch.compile(model, dynamic=False) if args.compile else model
+    batches = {
+        size: max(1, batch // ranks.world) for size, batch in ((SMALL, args.batch), (LARGE, args.large_batch))
+    }
+    sizes = np.random.default_rng((args.seed, loop.step))  # the same on every rank
+    steps = dict.fromkeys(data, 0)
 
-        def losses(progress: float) -> tuple[torch.Tensor, dict]:
-            if loop.step and loop.step % args.refresh_every == 0:
-                data.refresh()
-            latents, condition, text = data.batch(batch)
-            sigma, noise = draw_sigma(args.expert, batch, device), torch.randn_like(latents)
-            level = sigma.view(-1, 1, 1, 1, 1)
-            noisy = (1 - level) * latents + level * noise
-            x = torch.cat([noisy, mask.expand(batch, -1, -1, -1, -1), condition], dim=1)
-            with autocast(device):
-                velocity = forward(x, sigma * 1000, text, return_dict=False)[0]
-            return (velocity.float() - (noise - latents)).square().mean(), {}
+    def losses_of(size: str) -> torch.Tensor:
+        cache, batch = data[size], batches[size]
+        latents, condition, text = cache.batch(batch)
+        sigma, noise = draw_sigma(args.expert, batch, device), torch.randn_like(latents)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * latents + level * noise
+        x = torch.cat([noisy, cache.mask.expand(batch, -1, -1, -1, -1), condition], dim=1)
+        with autocast(device):
+            velocity = forward(x, sigma * 1000, text, return_dict=False)[0]
+        return (velocity.float() - (noise - latents)).square().mean()
 
-        loop.run(losses)
+    def losses(progress: float) -> tuple[torch.Tensor, dict]:
+        size = LARGE if sizes.random() < args.large_share else SMALL
+        if steps[size] and steps[size] % args.refresh_every == 0:
+            data[size].refresh()
+        steps[size] += 1
+        return losses_of(size), {"height": SIZES[size][0]}
+
+    for size in data if args.compile else ():
+        with before.measured(f"compiling for {size} clips"):
+            losses_of(size).backward()
+    loop.run(losses, warm=())
+    for cache in data.values():
+        cache.clips.close()
+    if ranks.is_first:
+        facts = {"architecture": args.architecture, "steps": loop.step, "seconds": loop.seconds}
+        write_json(
+            args.out / f"{loop.name}.json", facts | {"steps_of_this_run": steps, "before_s": before.seconds}
+        )
     ranks.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, batch=128, lr=1.5e-3, log_every=250)
     options.add_argument("expert", choices=["high", "low"])
-    options.add_argument("--clips", type=int, default=24576, help="clips in the cache of each GPU")
-    options.add_argument("--chunk", type=int, default=128, help="clips encoded at once")
+    options.add_argument("--architecture", choices=architecture.EXPERTS, default="published")
     options.add_argument(
-        "--refresh-every", type=int, default=40, help="steps between two chunks of new clips"
+        "--vae", type=Path, help="checkpoint with statistics, or folder; vae_joint.pt if not given"
     )
+    options.add_argument("--clips", type=int, default=24576, help="small clips in the cache of each GPU")
+    options.add_argument("--chunk", type=int, default=128, help="small clips encoded at once")
+    options.add_argument(
+        "--large-share", type=float, default=0.0, help="share of steps at 256x384 and 33 frames"
+    )
+    options.add_argument("--large-clips", type=int, default=4096, help="large clips in the cache")
+    options.add_argument("--large-chunk", type=int, default=16, help="large clips encoded at once")
+    options.add_argument("--large-batch", type=int, default=18, help="large clips per step over all GPUs")
+    options.add_argument(
+        "--refresh-every", type=int, default=40, help="steps of a size between two chunks of new clips"
+    )
+    add_pictures(options, textures=0.0)
     train(options.parse_args(argv), Ranks())
 
 

@@ -49,6 +49,20 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def channels_last(module: torch.nn.Module) -> None:
+    """Weights in the layout that cuDNN's half-precision convolutions read."""
+    for p in module.parameters():
+        if p.dim() == 5:
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+        elif p.dim() == 4 and p.shape[-1] > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def dense(video: torch.Tensor) -> torch.Tensor:
+    """In the layout that cuDNN's half-precision convolutions read, where there is a GPU."""
+    return video.contiguous(memory_format=torch.channels_last_3d) if video.is_cuda else video
+
+
 class Ranks:
     """One process per GPU under torchrun, or a single process; gradients are averaged in one flat tensor."""
 

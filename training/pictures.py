@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from training.photographs import load
 from wanlab.heldout import clips
 from wanlab.heldout.textures import texture
 
 PHOTOGRAPH_SHARE = 0.65
 """Of the pictures that are no texture; the others are dead leaves."""
+
+SHAPES = (0.4, 0.3, 0.2, 0.1)
+"""Weights of clips with 0, 1, 2 and 3 shapes."""
 
 TEXTURE_PX = 512
 
@@ -132,6 +138,27 @@ class Pictures:
         return clips.draw_clip(
             size_px, self.generator, objects=objects, height=height, width=width, frames=frames
         )
+
+
+def add_pictures(options: argparse.ArgumentParser, textures: float) -> None:
+    """Add the options that say which pictures a stage learns from; `textures` is the default of theirs."""
+    options.add_argument(
+        "--photographs",
+        type=Path,
+        help="folder of training.photographs, shown with 0 to 3 shapes; scikit-image's with 0 or 1 if not given",
+    )
+    options.add_argument(
+        "--textures", type=float, default=textures, help="share of pictures that are textures"
+    )
+
+
+def pictures_of(args: argparse.Namespace, device: torch.device, seed: tuple[int, ...]) -> Pictures:
+    """The pictures that the command line asks for."""
+    photographs = load(args.photographs) if args.photographs else None
+    objects = SHAPES if args.photographs else None
+    return Pictures(
+        device, seed, args.dead_leaves, photographs=photographs, textures=args.textures, objects=objects
+    )
 
 
 def dead_leaves_images(

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 
 from training import architecture
 from training import photographs as photographs_
-from training.loop import Loop, Ranks, autocast, load_weights, parser
-from training.pictures import Pictures
+from training.loop import Loop, Ranks, autocast, channels_last, dense, load_weights, parser
+from training.pictures import Pictures, add_pictures, pictures_of
 from wanlab.core.files import write_json
 from wanlab.evaluate.lpips import load_backbone
 from wanlab.export.friendly import decode_video, encode_moments, whole_clip_resampling
@@ -30,12 +31,32 @@ from wanlab.heldout import clips
 SHORT_FRAMES = 5
 LARGE = {"frames": 9, "height": 256, "width": 384}
 """The larger size; more of its frames would teach no more about it, and cost as much again."""
-SHAPES = (0.4, 0.3, 0.2, 0.1)
-"""Weights of clips with 0, 1, 2 and 3 shapes."""
 KL_WEIGHT = 3e-5
 GRADIENT_WEIGHT = 0.5
 PERCEPTUAL_BACKBONES = ("stlpips-alex", "lpips-squeeze")
 """Two, because a decoder that pleases one network alone leaves artefacts that the other sees."""
+
+
+def read_vae(source: Path) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A trained VAE, and mean and spread of its latents per channel, `[C]` each.
+
+    Args:
+        source: checkpoint of the joint stage, or folder of a pipeline or of a VAE in the layout of diffusers.
+
+    Raises:
+        SystemExit: there is none, or nothing states mean and spread.
+    """
+    if source.is_dir():
+        folder = source / "vae" if (source / "vae").is_dir() else source
+        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+        return vae, torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    vae = architecture.vae()
+    state = load_weights(vae, source)
+    if "mean" not in state:
+        raise SystemExit(
+            f"{source} states no mean and spread of its latents: the joint stage writes them when it is done"
+        )
+    return vae, state["mean"], state["std"]
 
 
 class WholeClip(torch.nn.Module):
@@ -89,15 +110,6 @@ def evenly(video: torch.Tensor, frames: int) -> torch.Tensor:
     spread = torch.arange(frames, device=video.device) + torch.rand(1, device=video.device)
     index = (spread * (total / frames)).long().clamp(max=total - 1)
     return video.index_select(2, index).transpose(1, 2).flatten(0, 1)
-
-
-def channels_last(module: torch.nn.Module) -> None:
-    """Weights in the layout that cuDNN's half-precision convolutions read."""
-    for p in module.parameters():
-        if p.dim() == 5:
-            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
-        elif p.dim() == 4 and p.shape[-1] > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -172,7 +184,7 @@ class Distance:
 
 def train_joint(vae, args, ranks: Ranks, distance: Distance) -> None:
     loop = Loop("vae_joint", vae, args, ranks, average_decay=0.998, weight_decay=1e-4)
-    pictures = pictures_of(args, ranks, loop.step)
+    pictures = pictures_of(args, ranks.device, (args.seed, ranks.rank, loop.step))
     model = WholeClip(vae)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     batch = max(1, args.batch // ranks.world)
@@ -207,7 +219,7 @@ def train_decoder(vae, args, ranks: Ranks, distance: Distance) -> None:
     for frozen in (vae.encoder, vae.quant_conv):
         frozen.requires_grad_(False)
     loop = Loop("vae_decoder", vae, args, ranks, average_decay=0.998, weight_decay=1e-4)
-    pictures = pictures_of(args, ranks, loop.step)
+    pictures = pictures_of(args, ranks.device, (args.seed, ranks.rank, loop.step))
     model = DecodeClip(vae)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     batch = max(1, args.batch // ranks.world)
@@ -227,21 +239,6 @@ def train_decoder(vae, args, ranks: Ranks, distance: Distance) -> None:
     loop.run(losses)
     if ranks.is_first:
         report(vae, loop)
-
-
-def pictures_of(args, ranks: Ranks, step: int) -> Pictures:
-    """The pictures that the command line asks for."""
-    photographs = photographs_.load(args.photographs) if args.photographs else None
-    objects = SHAPES if args.photographs else None
-    seed = (args.seed, ranks.rank, step)
-    return Pictures(
-        ranks.device, seed, args.dead_leaves, photographs=photographs, textures=args.textures, objects=objects
-    )
-
-
-def dense(video: torch.Tensor) -> torch.Tensor:
-    """In the layout that cuDNN's half-precision convolutions read, where there is a GPU."""
-    return video.contiguous(memory_format=torch.channels_last_3d) if video.is_cuda else video
 
 
 def report(vae, loop: Loop) -> None:
@@ -282,10 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         "--texture", type=float, default=0.5, help="weight of the roughness of small squares"
     )
     options.add_argument("--latent-noise", type=float, default=0.1, help="largest relative noise of latents")
-    options.add_argument(
-        "--photographs", type=Path, help="folder of training.photographs; scikit-image's if not given"
-    )
-    options.add_argument("--textures", type=float, default=0.1, help="share of pictures that are textures")
+    add_pictures(options, textures=0.1)
     options.add_argument(
         "--large-share", type=float, default=0.2, help="joint: share of steps at the larger size"
     )

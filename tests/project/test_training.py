@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training import architecture, difference, experts, loop, pictures, text, vae
+from training import architecture, assemble, difference, experts, loop, pictures, text, vae
+from training.vae import read_vae
+from wanlab import models
+from wanlab.heldout import cases as heldout
+from wanlab.heldout import clips
 
 
 def test_each_expert_learns_only_its_own_noise_range():
@@ -173,6 +177,65 @@ def test_the_longest_caption_has_room_and_no_unknown_word():
         tokens = tokenizer(caption).input_ids
         assert len(tokens) <= architecture.TEXT_TOKENS
         assert tokenizer.unk_token_id not in tokens
+
+
+def test_latents_are_those_of_the_pipeline(root):
+    encode = experts.Encoder(root / "data" / "wan-nano", torch.device("cpu"))
+    clip = clips.Clip("pan_left", 300.0, 150.0, 0.5)
+    video = torch.from_numpy(heldout.render_clip("coffee.png", clip, 5, 32, 48)).permute(3, 0, 1, 2)[None]
+    latents = encode(video * 2 - 1)
+    vae, mean, std = read_vae(root / "data" / "wan-nano")
+    with torch.no_grad():
+        expected = vae.encode(video * 2 - 1).latent_dist.mode()
+    expected = (expected - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    assert latents.dtype == torch.float16
+    assert torch.allclose(latents.float(), expected, atol=5e-3)
+
+
+def test_a_vae_without_statistics_of_its_latents_is_refused(tmp_path):
+    torch.save({"weights": architecture.vae().state_dict()}, tmp_path / "vae_joint.pt")
+    with pytest.raises(SystemExit, match="states no mean and spread"):
+        read_vae(tmp_path / "vae_joint.pt")
+
+
+def test_what_is_drawn_ahead_comes_in_order_and_its_errors_are_seen():
+    numbers = iter(range(3))
+    ahead = experts.Ahead(lambda: (torch.zeros(1), next(numbers)), torch.device("cpu"))
+    assert [ahead()[1] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(StopIteration):
+        ahead()
+    ahead.close()
+
+
+@pytest.mark.slow
+def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeypatch):
+    monkeypatch.setattr(experts, "SIZES", {"small": (32, 48, 5), "large": (64, 96, 9)})
+    text.train(steps=1, seed=0)[0].save_pretrained(tmp_path / "text_encoder")
+    common = ["--out", str(tmp_path), "--vae", str(root / "data" / "wan-nano"), "--architecture", "next"]
+    tiny = ["--clips", "4", "--chunk", "2", "--large-clips", "2", "--large-chunk", "1", "--batch", "2"]
+    tiny += ["--large-batch", "1", "--dead-leaves", "0", "--refresh-every", "2", "--log-every", "1"]
+    for expert in ("high", "low"):
+        experts.main([expert, *common, *tiny, "--steps", "6", "--large-share", "0.5", "--textures", "0.5"])
+    rows = [json.loads(row) for row in (tmp_path / "expert_low.jsonl").read_text().splitlines()]
+    assert {row["height"] for row in rows} == {32, 64}
+    facts = json.loads((tmp_path / "expert_low.json").read_text())
+    assert sum(facts["steps_of_this_run"].values()) == facts["steps"] == 6
+    assert set(facts["before_s"]) == {"encoding 4 small clips", "encoding 2 large clips"}
+    experts.main(["low", *common, *tiny, "--steps", "8", "--resume"])
+    assert json.loads((tmp_path / "expert_low.json").read_text())["steps_of_this_run"] == {"small": 2}
+
+    folder = tmp_path / "model"
+    assemble.main(["--checkpoints", str(tmp_path), "--folder", str(folder), *common[2:]])
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 24e6
+    model = models.load(folder, device="cpu", dtype="float32")
+    assert model.pipeline.transformer.config.attention_head_dim == 64
+    assert model.spec.defaults == models.get("wan-nano").defaults
+    published = models.load("wan-nano", device="cpu", dtype="float32")
+    for name, tensor in published.pipeline.vae.state_dict().items():
+        assert torch.equal(model.pipeline.vae.state_dict()[name], tensor)
+    assert model.pipeline.vae.config.latents_std == published.pipeline.vae.config.latents_std
+    video = model.generate(np.zeros((64, 96, 3)), "the camera is still", height=64, width=96, frames=9).video
+    assert video.shape == (9, 64, 96, 3)
 
 
 @pytest.mark.slow

@@ -47,6 +47,24 @@ def test_written_sets_are_read_back(tmp_path, monkeypatch):
         heldout.load_cases("selection")
 
 
+def test_the_sets_of_the_large_size_are_written_beside_and_share_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(heldout, "SET_SIZE", 36)
+    paths = heldout.write_sets(tmp_path, sizes=("large",))
+    assert [path.name for path in paths] == ["selection_large.json", "final_large.json"]
+    drawn = heldout.draw_set("final", "large")
+    monkeypatch.setattr(heldout, "FOLDER", tmp_path)
+    first, second = (heldout.load_cases(name, size="large") for name in SETS)
+    assert second == drawn
+    for cases in (first, second):
+        assert {(c.clip.height, c.clip.width, c.clip.frames) for c in cases} == {(256, 384, 33)}
+        assert {len(case.clip.objects) for case in cases} == {0, 1, 2, 3}
+        assert 4 <= sum(case.photograph.startswith(heldout.TEXTURE) for case in cases) <= 16
+    for kind in ("photograph", "seed", "clip"):
+        assert not {getattr(case, kind) for case in first} & {getattr(case, kind) for case in second}
+    with pytest.raises(WanlabError, match="did you mean 'large'"):
+        heldout.draw_set("final", "larg")
+
+
 def test_the_sets_share_nothing_and_nothing_was_trained_on():
     first, second = (heldout.load_cases(name) for name in SETS)
     for kind in ("photograph", "seed", "clip"):

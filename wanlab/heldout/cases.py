@@ -2,12 +2,14 @@
 
 Two sets are fixed in files. `selection` is for every choice: which layers, which format, which plan. `final` is for the
 numbers that are reported once the choice is made; its photographs, order of captions and seeds are others, and code
-that chooses refuses it (`for_selection`).
+that chooses refuses it (`for_selection`). Both can also be drawn at the large size, with up to three shapes and with
+textures.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -38,6 +40,12 @@ SETS = {"selection": (7301, clips.HELD_OUT_PHOTOGRAPHS), "final": (9127, FINAL_P
 """Name of a fixed set -> the seed that it was drawn with, and its photographs."""
 
 SET_SIZE = 72
+CONTENT: dict[str, dict[str, Any]] = {
+    clips.SMALL: {"objects": (0, 1), "textures": 0.0},
+    clips.LARGE: {"objects": (0, 1, 2, 3), "textures": 0.25},
+}
+"""What cases of a size show, as arguments of `draw_cases`."""
+
 TEXTURE = "texture:"
 """What the name of a texture begins with; its seed follows."""
 
@@ -153,26 +161,46 @@ def draw_cases(
     return cases
 
 
-def draw_set(name: str) -> list[Case]:
+def size_content(size: str) -> dict[str, Any]:
+    """Arguments of `draw_cases` for a size that has a name: its height, width and frames, and what its cases show.
+
+    Raises:
+        WanlabError: no such size.
+    """
+    if size not in clips.SIZES:
+        raise WanlabError(
+            f"no size {size!r}{did_you_mean(size, clips.SIZES)}; known: {', '.join(clips.SIZES)}"
+        )
+    height, width, frames = clips.SIZES[size]
+    return {"height": height, "width": width, "frames": frames} | CONTENT[size]
+
+
+def draw_set(name: str, size: str = clips.SMALL) -> list[Case]:
     """Draw a fixed set again: the same cases as in its file, which a test checks.
 
     The order is shuffled, so that the first cases of a set already show several motions, photographs and objects.
 
     Raises:
-        WanlabError: no such set.
+        WanlabError: no such set or size.
     """
     seed, photographs = SETS[_set_name(name)]
-    cases = draw_cases(SET_SIZE, seed=seed, photographs=photographs, purpose=name)
+    content = size_content(size)
+    cases = draw_cases(SET_SIZE, seed=seed, photographs=photographs, purpose=name, **content)
     return [cases[i] for i in np.random.default_rng(seed).permutation(len(cases))]
 
 
-def load_cases(name: str, count: int | None = None) -> list[Case]:
+def set_file(name: str, size: str = clips.SMALL) -> str:
+    """Name of the file of a fixed set: `final.json`, of the large size `final_large.json`."""
+    return f"{_set_name(name)}.json" if size == clips.SMALL else f"{_set_name(name)}_{size}.json"
+
+
+def load_cases(name: str, count: int | None = None, size: str = clips.SMALL) -> list[Case]:
     """The first `count` cases of a fixed set, from `data/heldout/<name>.json`; None takes all.
 
     Raises:
         WanlabError: no such set, more cases than it has, or a missing or damaged file.
     """
-    path = existing(FOLDER / f"{_set_name(name)}.json")
+    path = existing(FOLDER / set_file(name, size))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["cases"]
         cases = [_case(row, name) for row in rows]
@@ -201,15 +229,15 @@ def for_selection(cases: Iterable[Case]) -> list[Case]:
     return cases
 
 
-def write_sets(folder: Path = FOLDER) -> list[Path]:
-    """Write the files of the fixed sets; returns their paths."""
+def write_sets(folder: Path = FOLDER, sizes: Iterable[str] = (clips.SMALL,)) -> list[Path]:
+    """Write the files of the fixed sets at some sizes; returns their paths."""
     paths = []
-    for name, (seed, photographs) in SETS.items():
-        cases = [dataclasses.asdict(case) | {"caption": case.caption} for case in draw_set(name)]
+    for (name, (seed, photographs)), size in itertools.product(SETS.items(), sizes):
+        cases = [dataclasses.asdict(case) | {"caption": case.caption} for case in draw_set(name, size)]
         for case in cases:
             del case["purpose"]
         content = {"set": name, "drawn_with_seed": seed, "photographs": list(photographs), "cases": cases}
-        paths.append(folder / f"{name}.json")
+        paths.append(folder / set_file(name, size))
         paths[-1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return paths
 

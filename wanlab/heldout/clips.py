@@ -28,6 +28,9 @@ from PIL import Image
 from wanlab.core.errors import WanlabError
 
 HEIGHT, WIDTH, FRAMES, FPS = 128, 192, 17, 8
+SMALL, LARGE = "small", "large"
+SIZES = {SMALL: (HEIGHT, WIDTH, FRAMES), LARGE: (256, 384, 33)}
+"""Height, width and frames of the sizes that have names."""
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")

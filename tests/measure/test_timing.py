@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from wanlab import measure
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import resampled_medians
+from wanlab.measure.timing import check_statistics
 
 times = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=40)
 QUICK = settings(max_examples=30, deadline=None)
@@ -190,3 +191,10 @@ def test_in_turn_interleaves_the_calls_forwards_and_backwards():
 def test_in_turn_refuses_nothing_to_do(calls, rounds):
     with pytest.raises(WanlabError):
         measure.interleaved(calls, rounds=rounds, progress=False)
+
+
+def test_a_number_beyond_every_float_is_refused():
+    with pytest.raises(WanlabError, match="negative or not finite"):
+        measure.Samples("x", (1.0, 10**400))
+    with pytest.raises(WanlabError, match="one was edited"):
+        check_statistics({"values_ms": [1.0, 1.0, 1.0], "median_ms": 10**400}, "here")

@@ -146,6 +146,13 @@ def test_pieces_of_one_stream_are_one_text():
     assert soup.select_one("details:not(.source) summary").text == "messages, 1 line"
 
 
+def test_outputs_that_lack_fields_show_nothing():
+    outputs = [nbformat.NotebookNode({}), nbformat.NotebookNode({"output_type": "stream", "name": "stdout"})]
+    shown = notebook("# Q?", code())
+    shown.cells[1].outputs = outputs  # nbformat refuses to make such, and reads such
+    assert_closed(page(shown))
+
+
 def test_hostile_strings_are_text_everywhere():
     record = {
         "verdict": HOSTILE,

@@ -562,3 +562,9 @@ def test_a_verdict_says_first_what_holds(tmp_path):
     assert choose(found).text.startswith(
         "Keep engine=eager, plan=default: nothing within the limit is better"
     )
+
+
+def test_a_sweep_whose_executor_is_of_another_type_is_refused_by_the_field(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", techniques(), executor={"kind": "local", "slots": "two"})
+    with pytest.raises(WanlabError, match="slots"):
+        compare(sweep)

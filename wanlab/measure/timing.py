@@ -46,7 +46,7 @@ class Samples:
     load: Load | None = None
 
     def __post_init__(self) -> None:
-        values = tuple(float(value) for value in self.values_ms)
+        values = tuple(map(_float, self.values_ms))
         if not values:
             raise WanlabError(f"timing {self.label!r} has no samples; time at least one iteration")
         if not all(math.isfinite(value) and value >= 0 for value in values):
@@ -139,6 +139,14 @@ class Samples:
         return cls(data["label"], tuple(data["values_ms"]), *facts)
 
 
+def _float(value: float) -> float:
+    """A number of a file as a float; infinite where it is beyond any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 STATISTICS = ("n", "median_ms", "mean_ms", "min_ms", "max_ms", "p90_ms", "p95_ms", "p99_ms", "cv_percent")
 
 
@@ -163,10 +171,10 @@ def check_statistics(data: Any, where: str) -> None:
         if (
             isinstance(stored, int | float)
             and own is not None
-            and not math.isclose(stored, own, rel_tol=1e-6)
+            and not math.isclose(_float(stored), own, rel_tol=1e-6)
         ):
             raise WanlabError(
-                f"{where}: {name} is {stored:g}, that of its {row['n']} samples is {own:g}; one was edited"
+                f"{where}: {name} is {_float(stored):g}, that of its {row['n']} samples is {own:g}; one was edited"
             )
 
 

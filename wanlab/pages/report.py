@@ -198,7 +198,9 @@ def _cell_state(cell: Any) -> str | None:
 def _outputs(cell: Any, page: Page) -> str:
     # The traceback of the failed cell stands at the top of the page.
     items = [
-        item for item in cell.outputs if not (_cell_state(cell) == "failed" and item.output_type == "error")
+        item
+        for item in cell.outputs
+        if not (_cell_state(cell) == "failed" and item.get("output_type") == "error")
     ]
     return "".join(output_html(item, page) for item in _joined_streams(items))
 
@@ -219,9 +221,15 @@ def _cell(cell: Any, page: Page, *, at_top: bool = False) -> str:
 
 def _joined_streams(outputs: Iterable[Any]) -> Iterator[Any]:
     """Outputs with neighbouring pieces of one stream as one."""
-    for (kind, name), group in itertools.groupby(outputs, lambda item: (item.output_type, item.get("name"))):
+    # Outputs may lack any field: other programs write notebooks too.
+    kinds = itertools.groupby(outputs, lambda item: (item.get("output_type"), item.get("name")))
+    for (kind, name), group in kinds:
         if kind == "stream":
-            yield {"output_type": kind, "name": name, "text": "".join(item.text for item in group)}
+            yield {
+                "output_type": kind,
+                "name": name,
+                "text": "".join(str(item.get("text", "")) for item in group),
+            }
         else:
             yield from group
 

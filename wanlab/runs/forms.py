@@ -68,6 +68,13 @@ class StatusForm(msgspec.Struct):
     output_cut_cells: list[int] | None = None
 
 
+class ExecutorForm(msgspec.Struct):
+    """Types of the fields of the executor in sweep.json."""
+
+    kind: str | None = None
+    slots: int = 1
+
+
 class SweepRunForm(msgspec.Struct):
     """Types of the fields of a run in sweep.json."""
 
@@ -94,7 +101,7 @@ class SweepForm(msgspec.Struct):
     seconds: float | None = None
     host: str | None = None
     writer: dict[str, Any] | None = None
-    executor: dict[str, Any] | None = None
+    executor: ExecutorForm | None = None
     axes: list[str] | None = None
     baseline: dict[str, Any] | None = None
     show: list[str] | None = None

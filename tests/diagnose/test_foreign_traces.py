@@ -12,6 +12,7 @@ from support.foreign_traces import EPOCH, TRACES, work, write, zipped
 
 from wanlab import diagnose
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.trace import launchers
 from wanlab.diagnose.trace_events import plausible
 
 REFUSED = {
@@ -46,6 +47,26 @@ def test_work_of_an_unknown_accelerator_is_named_and_not_told_as_idle(tmp_path, 
         diagnose.read_trace(write(tmp_path, name))
     assert "not diagnosed" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_begin_without_an_end_is_counted(tmp_path):
+    opened = event("aten::add", EPOCH + 60, 5) | {"ph": "B"}
+    trace = trace_of(tmp_path, *work(), {key: value for key, value in opened.items() if key != "dur"})
+    assert shares(trace) == SAME
+    assert any("1 without a start or a duration" in note for note in trace.notes)
+
+
+def test_kernels_of_two_processes_with_the_same_numbers_are_below_their_own_calls(tmp_path):
+    later = [e | {"ts": e["ts"] + 200, "pid": 2 if e["tid"] == 1 else 1} for e in work()]
+    trace = trace_of(tmp_path, *work(), *later)
+    calls = trace.host.iloc[launchers(trace.host, trace.kernels)]
+    assert (calls["start_us"].to_numpy() // 200 == trace.kernels["start_us"].to_numpy() // 200).all()
+    assert any("same correlation ids" in note for note in trace.notes)
+
+
+def test_a_step_is_known_by_its_category_too(tmp_path):
+    trace = trace_of(tmp_path, *work(), event("ProfilerStep#3", EPOCH, 100, "ProfilerStep"))
+    assert trace.steps["step"].tolist() == [3]
 
 
 def test_a_gpu_without_events_is_said_and_not_diagnosed(tmp_path):

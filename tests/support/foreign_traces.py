@@ -84,6 +84,17 @@ def xla() -> dict:
     return {"traceEvents": names}
 
 
+def in_pairs(events: list[dict]) -> list[dict]:
+    """Each event as one of phase B and one of phase E, in order of time; the arguments stand with the end."""
+    begins = [
+        {key: value for key, value in e.items() if key not in ("dur", "args")} | {"ph": "B"} for e in events
+    ]
+    ends = [e | {"ph": "E", "ts": e["ts"] + e["dur"]} for e in events]
+    for end in ends:
+        del end["dur"]
+    return sorted(ends + begins, key=lambda e: e["ts"])
+
+
 def with_times(**changes: object) -> dict:
     """The work and one more event, whose times are changed; None leaves a time out."""
     odd = event("aten::add", EPOCH + 60, 5) | changes
@@ -104,7 +115,11 @@ TRACES: dict[str, bytes] = {
             "traceEvents": work(launch="hipLaunchKernel", copy="Memcpy HtoD (Host -> Device)"),
             "deviceProperties": [{"name": "AMD Instinct MI250X"}],
         },
+        "ROCm, copies by its own names": {
+            "traceEvents": work(launch="hipLaunchKernel", copy="CopyHostToDevice"),
+        },
         "Intel XPU": {"traceEvents": work("xpu_runtime", "urEnqueueKernelLaunch", "Memcpy M2D")},
+        "begins and ends in place of durations": {"traceEvents": in_pairs(work())},
         "an accelerator as PrivateUse1": {"traceEvents": work("privateuse1_runtime", "launchKernel")},
         "Cambricon MLU": {
             "traceEvents": [

@@ -22,11 +22,10 @@ from wanlab.diagnose.trace_events import (
     HOST_CATEGORIES,
     KERNEL_CATEGORIES,
     RUNTIME_CATEGORIES,
-    as_float,
     meaning,
     plausible,
 )
-from wanlab.diagnose.trace_file import repair
+from wanlab.diagnose.trace_file import as_float, begins_and_ends, repair
 from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
 
@@ -215,6 +214,12 @@ def trim(
 def _sound(events: list) -> list[dict]:
     """Events with numbers for times and the categories of Kineto today, without those whose times cannot be."""
     events = [event for event in events if isinstance(event, dict) and isinstance(event.get("ph"), str)]
+    marks = [(e["ph"], (str(e.get("pid")), str(e.get("tid"))), as_float(e.get("ts"))) for e in events]
+    for begin, end in begins_and_ends(marks):
+        events[begin]["ph"] = "X"
+        if end is not None:
+            events[begin]["dur"] = marks[end][2] - marks[begin][2]
+            events[begin]["args"] = events[begin].get("args") or events[end].get("args")
     for event in events:
         event["name"] = str(event.get("name", ""))
         label = str(event.get("cat") or (event.get("pid") if event["ph"] == "X" else "") or "")

@@ -32,7 +32,7 @@ FORMATS = {
     "double": "fp64", "float": "fp32", "c10::BFloat16": "bf16", "c10::Half": "fp16",
     "c10::Float8_e4m3fn": "fp8", "c10::Float8_e5m2": "fp8", "signed char": "int8",
 }  # fmt: skip
-COPIES = r"Memcpy ?(HtoD|DtoH|H2D|D2H|M2D|D2M)"
+COPIES = r"(Memcpy ?(HtoD|DtoH|H2D|D2H|M2D|D2M)|Copy(HostToDevice|DeviceToHost))"
 """Names of copies between host and device: of CUDA and ROCm, of older files, of Intel (M is the host's memory)."""
 _KINDS = (
     # Inductor names its kernels after all fused operators, so a product in the name may be outside the kernel.

@@ -275,6 +275,9 @@ def _notes(trace: Trace, content: Tables, file: TraceFile) -> Iterable[str]:
         yield "no GPU events: captured on a CPU, or without ProfilerActivity.CUDA"
     elif trace.has_gpu and not (trace.kernels["correlation"] > 0).all():
         yield "some kernels have no correlation id; they are shown without the call that launched them"
+    calls = events[events["category"].isin(RUNTIME_CATEGORIES) & (events["correlation"] > 0)]
+    if trace.has_gpu and calls.groupby("correlation")["process"].nunique().gt(1).any():
+        yield "several processes use the same correlation ids: a kernel is shown below the last call before it"
     if not events["category"].isin(HOST_CATEGORIES).any():
         yield "no host events: kernels cannot be placed under modules and operators"
     if events["name"].cat.categories.str.contains("GraphLaunch", regex=False).any():
@@ -334,15 +337,23 @@ def inherit(values: np.ndarray, parents: np.ndarray, by_depth: list[np.ndarray])
 
 
 def launchers(host: pd.DataFrame, kernels: pd.DataFrame) -> np.ndarray:
-    """For every kernel the position among the host events of the runtime call that launched it, or -1."""
+    """For every kernel the position among the host events of the runtime call that launched it, or -1.
+
+    Of several calls with its number, as processes in one file have them, it is the last that begins before the kernel.
+    """
     calls = np.flatnonzero(host["category"].isin(RUNTIME_CATEGORIES).to_numpy())
     numbers = host["correlation"].to_numpy()[calls]
-    order = np.argsort(numbers, kind="stable")
-    calls, numbers = calls[order], numbers[order]
-    correlations = kernels["correlation"].to_numpy()
+    starts = host["start_us"].to_numpy()[calls]
+    order = np.lexsort((starts, numbers))
+    calls, numbers, starts = calls[order], numbers[order], starts[order]
+    correlations, begins = kernels["correlation"].to_numpy(), kernels["start_us"].to_numpy()
     if not len(numbers):
         return np.full(len(correlations), NOTHING)
     place = np.minimum(np.searchsorted(numbers, correlations), len(numbers) - 1)
+    last = np.searchsorted(numbers, correlations, side="right") - 1
+    for kernel in np.flatnonzero(last > place).tolist():
+        among = starts[place[kernel] : last[kernel] + 1]
+        place[kernel] += max(np.searchsorted(among, begins[kernel], side="right") - 1, 0)
     return np.where((numbers[place] == correlations) & (correlations != 0), calls[place], NOTHING)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from wanlab.diagnose.trace_file import NONE, Args, Event
+from wanlab.diagnose.trace_file import NONE, Args, Event, as_float
 
 DEVICE_TYPES = {0: "cpu", 1: "cuda", 6: "hip", 9: "xla", 12: "xpu", 13: "mps", 15: "hpu", 19: "mtia"}
 """c10::DeviceType, as in "[memory]" events; 20 is an accelerator that is registered under a name of its own."""
@@ -41,6 +40,7 @@ MEANINGS = {
     "mlu_memcpy": "gpu_memcpy",
     "mlu_memset": "gpu_memset",
     "musa_runtime": "cuda_runtime",
+    "profilerstep": "user_annotation",
     # Processes without categories, in a file of torch.autograd.profiler.
     "cpu functions": "cpu_op",
     "cuda functions": "kernel",
@@ -199,16 +199,6 @@ def _unknown(
     frame = pd.DataFrame({"category": [labels[i] for i in places], "time_ms": time[places] / 1e3})
     grouped = frame.groupby("category", sort=False)["time_ms"].agg(events="size", time_ms="sum")
     return grouped.sort_values("events", ascending=False, kind="stable").reset_index()
-
-
-def as_float(value: object) -> float:
-    """A number, NaN where there is none."""
-    if isinstance(value, float):
-        return value
-    try:
-        return float(value) if isinstance(value, int | str) else math.nan
-    except (ValueError, OverflowError):
-        return math.nan
 
 
 def _integer(value: int | float | str | None, missing: int, largest: int = 2**63 - 1) -> int:

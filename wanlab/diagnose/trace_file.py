@@ -7,7 +7,9 @@ control characters, and NaN; such text is repaired, and a note says so.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
@@ -139,7 +141,7 @@ class TraceFile:
     """A trace file.
 
     Attributes:
-        events: its events, in the order of the file.
+        events: its events, in the order of the file; a begin and its end are one complete event.
         devices: GPUs of the machine.
         distributed, generation, trimmed: empty where the file does not have them.
         odd_events: number of events that are left out because a field is of another type.
@@ -175,7 +177,7 @@ def read_file(path: Path) -> TraceFile:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WanlabError(f"{path} is cut off or not JSON: {first_line(error)}") from error
     return TraceFile(
-        file.traceEvents,
+        _joined_pairs(file.traceEvents),
         _of_type(file.deviceProperties or file.computeProperties, tuple[Device, ...], (), "GPUs", notes),
         _of_type(file.distributedInfo, Distributed, Distributed(), "distributedInfo", notes),
         _of_type(file.wanlab, Generation, Generation(), "description by wanlab", notes),
@@ -183,6 +185,48 @@ def read_file(path: Path) -> TraceFile:
         odd_events,
         tuple(notes),
     )
+
+
+def begins_and_ends(marks: Iterable[tuple[str, Hashable, float]]) -> list[tuple[int, int | None]]:
+    """Positions of the events that begin (phase B), each with that of its end (phase E), None without one.
+
+    Args:
+        marks: phase, thread and time of each event of a file.
+    """
+    ordered = [(time, place, phase, i) for i, (phase, place, time) in enumerate(marks) if phase in ("B", "E")]
+    ordered.sort(key=lambda mark: mark[0])  # events of one time stay in the order of the file
+    pairs: list[tuple[int, int | None]] = []
+    opened: dict[Hashable, list[int]] = {}
+    for _, place, phase, i in ordered:
+        stack = opened.setdefault(place, [])
+        if phase == "B":
+            stack.append(i)
+        elif stack:
+            pairs.append((stack.pop(), i))
+    return pairs + [(i, None) for stack in opened.values() for i in stack]
+
+
+def _joined_pairs(events: list[Event]) -> list[Event]:
+    """The events, where a pair of begin and end is one complete event; one without an end has no duration."""
+    if not any(event.ph == "B" for event in events):
+        return events
+    marks = [(e.ph, (e.pid, e.tid), as_float(e.ts)) for e in events]
+    for begin, end in begins_and_ends(marks):
+        events[begin].ph = "X"
+        if end is not None:
+            events[begin].dur = marks[end][2] - marks[begin][2]
+            events[begin].args = events[begin].args or events[end].args
+    return events
+
+
+def as_float(value: object) -> float:
+    """A number, NaN where there is none."""
+    if isinstance(value, float):
+        return value
+    try:
+        return float(value) if isinstance(value, int | str) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _decoded(text: bytes, notes: list[str]) -> tuple[_EventFile, int]:

@@ -167,6 +167,39 @@ def test_transparent_frames_are_laid_over_white_and_said(tmp_path):
     assert "over white" in scores.notes[0]
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparency_of_webm_is_laid_over_white_and_said(tmp_path, codec):
+    path, frame = tmp_path / "a.webm", np.zeros((32, 48, 4), np.uint8)
+    frame[:, :24, 3] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8, options={"b": "1M", "auto-alt-ref": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuva420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba")))
+        container.mux(stream.encode())
+    video = evaluate.read_video(path)
+    assert video.length == 3
+    assert video.notes == ("is transparent in places, which is laid over white",)
+    assert video.frames[:, :, :20].max() < 12
+    assert video.frames[:, :, 28:].min() > 243
+
+
+def test_what_a_player_shows_otherwise_is_said(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx264", rate=8, options={"flags": "+ilme+ildct", "x264-params": "tff=1"}
+        )
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for frame in corner():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    said = " ".join(evaluate.open_video(path).notes)
+    assert "not square (4:3)" in said
+    assert "interlaced" in said
+
+
 def test_a_video_file_is_read_a_few_frames_at_a_time(tmp_path, monkeypatch):
     frames = corner(7)
     path = evaluate.write_video(tmp_path / "a.mkv", frames, 8, lossless=True)

@@ -27,6 +27,7 @@ from wanlab.core.pictures import BACKGROUND, TRANSPARENT, converted, opened_pict
 # FFmpeg's numbers: bicubic, full chroma in output and input, accurate rounding. PyAV's names for them are recent.
 EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers for the transfer of HDR10 and of broadcast HDR
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 THREADS = 4  # each holds a frame in the decoder
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")
 """Formats that Pillow reads: FFmpeg has no animated WebP and one frame of AVIF, and no durations of their frames."""
@@ -230,11 +231,11 @@ def _of_ffmpeg(path: Path, header: _Header) -> Iterator[_Shown]:
             _state(header, container, stream)
             converter = VideoReformatter()
             turn = None
-            for frame in container.decode(stream):
+            for frame in _decoded(container, stream):
                 count += 1
                 # Once a file: PyAV's side data and its frame refer to each other, so frames would stay in memory.
                 turn = _turn(frame) if turn is None else turn
-                yield _shown(path, frame, turn, converter)
+                yield _shown(path, frame, turn, converter, _notes_of_stream(stream))
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
         if count:
             of = (
@@ -250,6 +251,19 @@ def _of_ffmpeg(path: Path, header: _Header) -> Iterator[_Shown]:
         raise WanlabError(f"cannot read video {path}: {reason}; is it a complete video file?") from error
 
 
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames of a stream. FFmpeg's own decoders of VP8 and VP9 drop transparency, so those of libvpx read it."""
+    name = WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if name is None:
+        yield from container.decode(stream)
+        return
+    context = av.CodecContext.create(name, "r")
+    context.extradata, context.options = stream.codec_context.extradata, stream.codec_context.options
+    context.thread_count = stream.codec_context.thread_count
+    for packet in container.demux(stream):
+        yield from context.decode(packet if packet.size else None)
+
+
 def _opened_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")  # not the cover picture
     if not isinstance(stream, av.VideoStream):
@@ -263,7 +277,13 @@ def _opened_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     return stream
 
 
-def _shown(path: Path, frame: av.VideoFrame, turn: tuple[str, ...], converter: VideoReformatter) -> _Shown:
+def _shown(
+    path: Path,
+    frame: av.VideoFrame,
+    turn: tuple[str, ...],
+    converter: VideoReformatter,
+    notes: tuple[str, ...],
+) -> _Shown:
     _check_pixels(path, frame.width, frame.height)
     size = (frame.width, frame.height) if "transpose" in turn else (frame.height, frame.width)
     duration_s = float((getattr(frame, "duration", 0) or 0) * (frame.time_base or 0))
@@ -273,7 +293,7 @@ def _shown(path: Path, frame: av.VideoFrame, turn: tuple[str, ...], converter: V
         duration_s,
         bool(frame.is_corrupt),
         lambda: _rgb(converter, _turned(frame, turn) if turn else frame),
-        _notes(frame),
+        (*notes, *_notes(frame)),
     )
 
 
@@ -293,10 +313,21 @@ def _state(header: _Header, container, stream) -> None:
         header.duration_s = container.duration / 1e6
 
 
-def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
-    transfer = HDR_TRANSFERS.get(int(getattr(frame, "color_trc", 0) or 0))
-    hdr = (f"is HDR ({transfer}), read without tone mapping",) if transfer else ()
-    return (*hdr, TRANSPARENT) if _has_alpha(frame) else hdr
+def _notes_of_stream(stream: av.VideoStream) -> tuple[str, ...]:
+    ratio = stream.sample_aspect_ratio
+    if not ratio or ratio == 1:
+        return ()
+    shape = f"{ratio.numerator}:{ratio.denominator}"
+    return (f"has pixels that are not square ({shape}), compared as they are stored, without stretching",)
+
+
+def _notes(frame: av.VideoFrame) -> Iterator[str]:
+    if transfer := HDR_TRANSFERS.get(int(getattr(frame, "color_trc", 0) or 0)):
+        yield f"is HDR ({transfer}), read without tone mapping"
+    if frame.interlaced_frame:
+        yield "is interlaced, read without deinterlacing"
+    if _has_alpha(frame):
+        yield TRANSPARENT
 
 
 def _has_alpha(frame: av.VideoFrame) -> bool:

@@ -102,6 +102,73 @@ def test_a_colour_profile_is_converted_to_srgb(tmp_path):
     assert (pixels(tmp_path / "bad.png")[0] == (10, 100, 200)).all()
 
 
+def linear(space):
+    """A profile of linear values, in the colours of sRGB or in grey, with "sRGB" in its name."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    count = int.from_bytes(srgb[128:132], "big")
+    rows = [srgb[132 + 12 * i : 144 + 12 * i] for i in range(count)]
+    tags = {
+        row[:4]: srgb[int.from_bytes(row[4:8], "big") :][: int.from_bytes(row[8:12], "big")] for row in rows
+    }
+    curve = b"curv" + bytes(8)  # no entries: the identity
+    if space == b"RGB ":
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    else:
+        tags = {name: tags[name] for name in (b"desc", b"cprt", b"wtpt")} | {b"kTRC": curve}
+    table, data, start = b"", b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + (start + len(data)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        data += content + bytes(-len(content) % 4)
+    whole = srgb[4:16] + space + srgb[20:128] + len(tags).to_bytes(4, "big") + table + data
+    return (len(whole) + 4).to_bytes(4, "big") + whole
+
+
+ENCODED = np.where(
+    RAMP / 255 <= 0.0031308, RAMP / 255 * 12.92, 1.055 * (RAMP / 255) ** (1 / 2.4) - 0.055
+) * 255  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "I;16"])
+def test_linear_values_become_srgb_also_where_the_profile_is_named_srgb(tmp_path, mode):
+    picture = (
+        Image.fromarray(RAMP.astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(RAMP).convert(mode)
+    )
+    picture.save(tmp_path / "a.png", icc_profile=linear(b"RGB " if mode.startswith("RGB") else b"GRAY"))
+    shown, _ = pixels(tmp_path / "a.png")
+    assert np.abs(shown - ENCODED[..., None]).max() <= 3
+
+
+def test_a_tiff_of_16_bits_whose_white_is_0_is_no_negative(tmp_path):
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = data.index((262).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    data[entry + 8 : entry + 10] = bytes(2)
+    (tmp_path / "a.tif").write_bytes(data)
+    assert np.array_equal(pixels(tmp_path / "a.tif")[0][..., 0], 255 - RAMP)
+
+
+def test_a_grey_level_that_is_transparent_is_laid_over_white(tmp_path):
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    clear = b"tRNS" + (int(RAMP[2, 3]) * 257).to_bytes(2, "big")
+    at = data.index(b"IDAT") - 4
+    chunk = (2).to_bytes(4, "big") + clear + zlib.crc32(clear).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data[:at] + chunk + data[at:])
+    shown, note = pixels(tmp_path / "a.png")
+    assert shown[2, 3].tolist() == [255] * 3
+    assert shown[2, 4, 0] == RAMP[2, 4]
+    assert "over white" in note
+
+
+def test_of_several_pictures_the_first_is_read_and_said(tmp_path):
+    first, *rest = (Image.fromarray(np.full((6, 8), step, np.uint8)) for step in (0, 90, 200))
+    for name in ("a.gif", "a.webp", "a.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=rest)
+        assert pixels(tmp_path / name)[1] == "has 3 pictures, of which the first is read"
+
+
 def bomb(width, height):
     """A PNG of a few bytes that states a huge size."""
 
@@ -123,7 +190,10 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, monkeypatch):
     data = whole.getvalue()
     cases = {
         "text.png": (b"a photograph", r"text\.png cannot be read as an image; give"),
-        "empty.png": (b"", "cannot be read as an image"),
+        "empty.png": (b"", r"empty\.png is empty and cannot be read as an image"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "is a HEIC picture and cannot be read"),
+        "page.png": (b"<!DOCTYPE html><html>", "is an HTML page in place of the file"),
+        "pointer.png": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         "half.png": (data[: len(data) // 2], "cannot be read as an image"),
         "damaged.png": (data[:2000] + bytes(4000) + data[6000:], "cannot be read as an image"),
         "bomb.png": (bomb(60_000, 60_000), "3,600,000,000 is over the limit"),

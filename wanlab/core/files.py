@@ -21,6 +21,36 @@ from typing import Any
 from wanlab.core.errors import WanlabError
 from wanlab.core.text import read_json as read_json
 
+_SIGNS = (
+    (rb"version https://git-lfs", "a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"),
+    (rb"\s*<(!doctype html|html)", "an HTML page in place of the file"),
+    (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "an SVG drawing"),
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC picture"),
+    (rb"....ftyp", "an MP4 or MOV file"),
+    (rb"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (rb"v/1\x01", "an OpenEXR picture"),
+    (rb"#\?RADIANCE", "a Radiance HDR picture"),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF (of colours in float, or raw?)"),
+    (rb"%PDF", "a PDF"),
+    (rb"GGUF", "GGUF"),
+    (rb"\x1f\x8b", "a gzip file"),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "a zip or pickle file (of torch.save?)"),
+)
+
+
+def file_kind(path: str | os.PathLike) -> str:
+    """What a file is by its first bytes, for the message when it is read as another: "a HEIC picture"; "" if not known."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"a link to {os.readlink(path)}, which does not exist"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except (OSError, ValueError):
+        return ""
+    if not start:
+        return "empty"
+    return next((kind for sign, kind in _SIGNS if re.match(sign, start, re.DOTALL | re.IGNORECASE)), "")
+
 
 def now() -> str:
     """The current time in UTC, ISO 8601 with seconds."""

@@ -22,6 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import SafetensorError, safe_open
 
 from wanlab.core.errors import WanlabError, first_line
+from wanlab.core.files import file_kind
 from wanlab.core.text import convert
 from wanlab.models import quantized
 from wanlab.models.device import synchronise
@@ -477,9 +478,12 @@ def _opened(file: Path):
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
+        kind = file_kind(file)
+        if not file.exists():
+            raise WanlabError(f"{file} is {kind or 'missing'}; fetch it again") from error
+        reason = f"it is {kind}" if kind else first_line(error)
         raise WanlabError(
-            f"{file} is truncated or corrupt ({file.stat().st_size if file.exists() else 0} bytes: {first_line(error)});"
-            " fetch it again"
+            f"{file} is truncated or corrupt ({file.stat().st_size} bytes: {reason}); fetch it again"
         ) from error
 
 

@@ -105,6 +105,12 @@ def heldout() -> str:
         rows.append(
             [names[key], *cells, f"{target} {unit}", each[0] if len(set(each)) == 1 else ", ".join(each)]
         )
+    apart = {"camera_follows_percent": "the camera alone", "shapes_follow_percent": "shapes, each alone"}
+    rows += [
+        [label, *(f"{figures[b][key]:.1f} %" + among(figures[b], key) for b in backbones), "", ""]
+        for key, label in apart.items()
+        if key in figures[backbones[0]]
+    ]
     means = [
         [f"LPIPS to the truth: {label}", *(f"{figures[b][k]:.3f}" for b in backbones), "", ""]
         for label, k in (

@@ -36,6 +36,13 @@ FOLDER = data("heldout")
 FINAL_PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
 """Photographs of `data/heldout/photographs`, which no required package contains; only the set `final` shows them."""
 
+SOURCES = {
+    "scikit-image": clips.HELD_OUT_PHOTOGRAPHS,
+    "scikit-learn": ("china.jpg", "flower.jpg"),
+    "matplotlib": ("grace_hopper.jpg",),
+}
+"""Package -> its held-out photographs, as `picture` takes them."""
+
 SETS = {"selection": (7301, clips.HELD_OUT_PHOTOGRAPHS), "final": (9127, FINAL_PHOTOGRAPHS)}
 """Name of a fixed set -> the seed that it was drawn with, and its photographs."""
 
@@ -162,17 +169,24 @@ def draw_cases(
 
 
 def size_content(size: str) -> dict[str, Any]:
-    """Arguments of `draw_cases` for a size that has a name: its height, width and frames, and what its cases show.
+    """Arguments of `draw_cases` for a size: its height, width and frames, and what its cases show.
+
+    Args:
+        size: a name of `clips.SIZES`, or numbers such as `192x288x25`, which show what the large size shows.
 
     Raises:
         WanlabError: no such size.
     """
-    if size not in clips.SIZES:
+    shown = size if size in clips.SIZES else clips.LARGE
+    try:
+        height, width, frames = clips.SIZES.get(size) or map(int, size.split("x"))
+    except ValueError:
+        known = ", ".join(clips.SIZES)
+        hint = did_you_mean(size, clips.SIZES)
         raise WanlabError(
-            f"no size {size!r}{did_you_mean(size, clips.SIZES)}; known: {', '.join(clips.SIZES)}"
-        )
-    height, width, frames = clips.SIZES[size]
-    return {"height": height, "width": width, "frames": frames} | CONTENT[size]
+            f"no size {size!r}{hint}; known: {known}, or HEIGHTxWIDTHxFRAMES such as 192x288x25"
+        ) from None
+    return {"height": height, "width": width, "frames": frames} | CONTENT[shown]
 
 
 def draw_set(name: str, size: str = clips.SMALL) -> list[Case]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 
 from training import architecture, assemble, difference, experts, loop, pictures, text, vae
 from training.vae import read_vae
@@ -205,6 +206,15 @@ def test_what_is_drawn_ahead_comes_in_order_and_its_errors_are_seen():
     with pytest.raises(StopIteration):
         ahead()
     ahead.close()
+
+
+def test_each_size_has_one_graph_without_a_break():
+    counter = CompileCounter()
+    forward = torch.compile(architecture.expert("next"), dynamic=False, backend=counter)
+    for batch, shape in ((2, (2, 4, 6)), (1, (3, 8, 12)), (2, (2, 4, 6)), (1, (3, 8, 12))):
+        text_states = torch.zeros(batch, architecture.TEXT_TOKENS, architecture.TEXT_DIM)
+        forward(torch.zeros(batch, 36, *shape), torch.full((batch,), 900.0), text_states)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

@@ -146,8 +146,13 @@ def test_pieces_of_one_stream_are_one_text():
     assert soup.select_one("details:not(.source) summary").text == "messages, 1 line"
 
 
-def test_outputs_that_lack_fields_show_nothing():
-    outputs = [nbformat.NotebookNode({}), nbformat.NotebookNode({"output_type": "stream", "name": "stdout"})]
+def test_outputs_of_odd_fields_are_no_error():
+    fields = [
+        {},
+        {"output_type": "stream", "name": "stdout"},
+        {"output_type": "error", "traceback": [["a"], "b"]},
+    ]
+    outputs = [nbformat.NotebookNode(each) for each in fields]
     shown = notebook("# Q?", code())
     shown.cells[1].outputs = outputs  # nbformat refuses to make such, and reads such
     assert_closed(page(shown))

@@ -228,7 +228,7 @@ def _joined_streams(outputs: Iterable[Any]) -> Iterator[Any]:
             yield {
                 "output_type": kind,
                 "name": name,
-                "text": "".join(str(item.get("text", "")) for item in group),
+                "text": "".join(_joined(item.get("text", "")) for item in group),
             }
         else:
             yield from group
@@ -417,9 +417,9 @@ def output_html(item: Any, page: Page) -> str:
     if kind == "stream":
         return text_html(item.get("text", ""), quiet=item.get("name") == "stderr")
     if kind == "error":
-        return traceback_html(
-            "\n".join(item.get("traceback", [])) or f"{item.get('ename')}: {item.get('evalue')}"
-        )
+        lines = item.get("traceback") or []
+        lines = map(_joined, lines) if isinstance(lines, list) else [str(lines)]
+        return traceback_html("\n".join(lines) or f"{item.get('ename')}: {item.get('evalue')}")
     data = item.get("data") or {}
     if WIDGET in data:  # it needs a kernel, and the bar of finished work has no information
         return ""
@@ -533,4 +533,4 @@ def _ansi(source: str) -> str:
 
 
 def _joined(value: Any) -> str:
-    return "".join(value) if isinstance(value, list) else str(value)
+    return "".join(map(str, value)) if isinstance(value, list) else str(value)

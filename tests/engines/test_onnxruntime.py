@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
+import onnx.parser
 import pandas as pd
 import pytest
 import torch
 from support import convert_tiny as tiny
 
-from wanlab import engines, export
+from wanlab import engines, export, measure
 from wanlab.core.errors import WanlabError
 from wanlab.engines import onnxruntime as session
 from wanlab.engines.onnxruntime import assigned_nodes, fallen_back, floating_nodes
-from wanlab.export.components import component_spec, default_shape
+from wanlab.export.components import component_spec, default_shape, random_feeds
 
 pytestmark = pytest.mark.slow
 
@@ -112,9 +115,6 @@ def test_its_own_profile_names_the_nodes_and_leaves_the_session_alone(engine, tm
 
 
 def test_an_operator_without_a_kernel_is_named(tmp_path):
-    import onnx
-    import onnx.parser
-
     text = """
     <ir_version: 9, opset_import: ["" : 20]>
     rounded (bfloat16[1, 3] x) => (bfloat16[1, 5] y)
@@ -247,3 +247,58 @@ def test_modulation_for_every_token_is_not_computed_for_all_blocks_at_once(tmp_p
         min(i for i, name in enumerate(events) if name.startswith(f"blocks.{b}.attn1.to_q")) for b in range(3)
     ]
     assert order[0] < first[0] < order[1] < first[1] < order[2] < first[2]
+
+
+def small_graph(folder, kind, shape, operator="Identity", out=None):
+    """A graph of one node from x to y, of an element type of ONNX; without inputs where `kind` is None."""
+    make = onnx.helper
+    inputs = [] if kind is None else [make.make_tensor_value_info("x", kind, shape)]
+    constant = onnx.numpy_helper.from_array(np.ones((2, 3), np.float32), "w")
+    node = make.make_node(operator, ["w" if kind is None else "x"], ["y"], **({"to": out} if out else {}))
+    outputs = [make.make_tensor_value_info("y", out or kind or onnx.TensorProto.FLOAT, shape)]
+    graph = make.make_graph([node], "g", inputs, outputs, [constant] if kind is None else [])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, folder / "a.onnx")
+    return folder / "a.onnx"
+
+
+@pytest.mark.parametrize(
+    "kind", [None, onnx.TensorProto.BFLOAT16, onnx.TensorProto.BOOL, onnx.TensorProto.INT64]
+)
+def test_graphs_without_inputs_and_of_every_common_type_are_timed(tmp_path, kind):
+    engine = engines.OrtEngine(small_graph(tmp_path, kind, [2, 3]), provider="cpu")
+    feeds = random_feeds(engine)
+    assert engine.run(feeds)["y"].shape == (2, 3)
+    if kind:
+        assert torch.equal(engine.run(feeds)["y"], feeds["x"])
+    assert (
+        measure.bench(engine, feeds, warmup_ms=0, duration_ms=1, iterations=2).samples["latency"].median > 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        (onnx.TensorProto.INT4, [2], "is int4; only numbers of 8 bits or more"),
+        (onnx.TensorProto.FLOAT, [0, 8], "0x8: without numbers there is nothing to compute"),
+    ],
+)
+def test_inputs_that_cannot_be_made_up_are_refused(tmp_path, kind, shape, said):
+    path = small_graph(tmp_path, kind, shape, "Cast", onnx.TensorProto.FLOAT)
+    with pytest.raises(WanlabError, match=said):
+        random_feeds(engines.OrtEngine(path, provider="cpu"))
+
+
+def test_a_graph_with_sequences_is_refused(tmp_path):
+    make = onnx.helper
+    graph = make.make_graph(
+        [make.make_node("SplitToSequence", ["x"], ["s"], axis=0)],
+        "g",
+        [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 8])],
+        [make.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, [1, 8])],
+    )
+    onnx.save(
+        make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10), tmp_path / "a.onnx"
+    )
+    with pytest.raises(WanlabError, match=r"'s' of a.onnx is seq\(tensor\(float\)\); only tensors are read"):
+        engines.OrtEngine(tmp_path / "a.onnx", provider="cpu")

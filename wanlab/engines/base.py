@@ -121,7 +121,7 @@ class Engine(ABC):
             WanlabError: an unknown or missing input, or a shape that the engine does not accept.
         """
         self._check_names(feeds)
-        as_numpy = not any(isinstance(value, torch.Tensor) for value in feeds.values())
+        as_numpy = bool(feeds) and not any(isinstance(value, torch.Tensor) for value in feeds.values())
         tensors = {}
         for name, (dtype, _) in self.inputs.items():
             tensor = torch.as_tensor(feeds[name]).detach()

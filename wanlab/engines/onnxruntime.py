@@ -312,8 +312,16 @@ class OrtEngine(Engine):
         if self.provider == "cuda" and not allow_cpu_fallback:
             self._refuse_fallback()
         self.size_bytes = file_bytes(self.path)
+        for value in (*self.session.get_inputs(), *self.session.get_outputs()):
+            if not value.type.startswith("tensor("):
+                raise WanlabError(
+                    f"{value.name!r} of {self.path.name} is {value.type}; only tensors are read"
+                )
         self.inputs = {value.name: _type_of(value) for value in self.session.get_inputs()}
         self.outputs = {value.name: _type_of(value) for value in self.session.get_outputs()}
+        self._in_numpy = all(
+            hasattr(np, dtype) for dtype, _ in (*self.inputs.values(), *self.outputs.values())
+        )
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __repr__(self) -> str:
@@ -332,7 +340,8 @@ class OrtEngine(Engine):
     def _run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Without copies: on the CPU arrays share memory with tensors; on CUDA all tensors stay on the device."""
         try:
-            return self._run_bound(tensors) if self.provider == "cuda" else self._run_numpy(tensors)
+            bound = self.provider == "cuda" or not self._in_numpy
+            return self._run_bound(tensors) if bound else self._run_numpy(tensors)
         except Exception as error:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             raise WanlabError(f"{self.path.name} failed on {shapes}: {first_line(error)}") from error

@@ -411,16 +411,22 @@ def _of_shapes(engine, shapes: Mapping[str, Sequence[int]], generator) -> dict[s
             raise WanlabError(
                 f"{engine.label} takes {_spelled({name: (dtype, axes)})}, not {'x'.join(map(str, shape))}"
             )
-        kind = getattr(torch, dtype, None)
+        what, kind = f"input {name!r} of {engine.label}", getattr(torch, dtype, None)
+        unusable = f"{what} is {dtype}; only numbers of 8 bits or more and truth values can be made up"
         if not isinstance(kind, torch.dtype):
+            raise WanlabError(unusable)
+        if 0 in shape:
             raise WanlabError(
-                f"input {name!r} of {engine.label} is {dtype}; only numbers and truth values can be made up"
+                f"{what} is {'x'.join(map(str, shape))}: without numbers there is nothing to compute"
             )
-        check_tensor(f"input {name!r} of {engine.label}", shape, kind.itemsize)
-        if kind.is_floating_point:
-            feeds[name] = torch.randn(shape, generator=generator).to(kind)
-        else:
-            feeds[name] = torch.randint(0, 2, shape, generator=generator).to(kind)
+        check_tensor(what, shape, kind.itemsize)
+        try:
+            if kind.is_floating_point:
+                feeds[name] = torch.randn(shape, generator=generator).to(kind)
+            else:
+                feeds[name] = torch.randint(0, 2, shape, generator=generator).to(kind)
+        except NotImplementedError:  # 4-bit integers
+            raise WanlabError(unusable) from None
     return feeds
 
 

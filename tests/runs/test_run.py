@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import wanlab
 from wanlab.core import files
@@ -253,6 +254,21 @@ def test_show_videos_says_what_is_wrong(project):
         one.show_videos({"a": np.zeros((2, 8, 8, 3), np.uint8)})
     with pytest.raises(WanlabError, match=r"none\.mp4 is not"):
         one.show_videos({"a": "none.mp4"})
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.bmp", "a.webp", "a.gif", "a.JPEG"])
+def test_a_picture_that_a_model_reads_is_shown(project, name):
+    Image.fromarray(np.full((6, 8, 3), 80, np.uint8)).save(project / name)
+    kind = "jpeg" if name.endswith("JPEG") else "png"
+    assert f'<img src="data:image/{kind};base64,' in started().show_videos({"input": project / name}).html
+
+
+def test_a_picture_that_cannot_be_read_is_refused_before_the_model_is_loaded(project, monkeypatch):
+    monkeypatch.setattr(run.models, "load", lambda *given, **options: pytest.fail("the model was loaded"))
+    (project / "a.png").write_bytes(b"")
+    cell = 'model: str = "wan-nano"\nprompt: str = ""\nimage: str | None = "a.png"'
+    with pytest.raises(WanlabError, match=r"a\.png is empty and cannot be read"):
+        opened(project, cell, model="wan-nano", prompt="", image="a.png").load()
 
 
 def test_run_id_changes_with_everything_that_can_change_the_result():

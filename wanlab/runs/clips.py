@@ -14,6 +14,7 @@ from PIL import Image
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, slug
+from wanlab.core.pictures import read_picture
 from wanlab.evaluate.video import write_video
 
 # For a notebook. The report removes it and has its own script, which also changes the speed.
@@ -53,12 +54,12 @@ def side_by_side(items: Mapping[str, Any], folder: Path, fps: float | None = Non
 
     Args:
         items: label -> clip (a path, an object with `.video` or `.frames` and `.fps`, or an array [T, H, W, 3]) or picture
-            (a PIL image, or an array [H, W, 3]).
+            (a path, a PIL image, or an array [H, W, 3]).
         folder: folder into which clips that are not files are written, as `<label>.mp4`.
         fps: frame rate of arrays.
 
     Raises:
-        WanlabError: no item, a file that does not exist, or an array without a frame rate.
+        WanlabError: no item, a file that does not exist or is no picture, mp4 or webm, or an array without a frame rate.
     """
     if not items:
         raise WanlabError("show_videos needs at least one clip")
@@ -88,10 +89,11 @@ def _media(label: str, item: Any, folder: Path, fps: float | None) -> tuple[str,
     if isinstance(item, str | Path):
         path = Path(item)
         kinds = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg"}
-        kind = kinds.get(path.suffix.lower().replace(".jpeg", ".jpg"))
-        if kind is None or not path.is_file():
-            raise WanlabError(f"show_videos: {path} is not an mp4, webm, png or jpg file that exists")
-        return kind, path.read_bytes()
+        if not path.is_file():
+            raise WanlabError(f"show_videos: {path} is not a file; check the path")
+        if kind := kinds.get(path.suffix.lower().replace(".jpeg", ".jpg")):
+            return kind, path.read_bytes()
+        return "image/png", _png(read_picture(path)[0])  # browsers do not show all that Pillow reads
     if hasattr(item, "save") and hasattr(item, "mode"):  # PIL image
         return "image/png", _png(item)
     frames = item

@@ -22,6 +22,7 @@ from wanlab import heldout, models
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
+from wanlab.core.pictures import read_picture
 from wanlab.evaluate.video import write_video
 from wanlab.measure import load
 from wanlab.measure.environment import environment
@@ -144,10 +145,13 @@ class Run:
             The model of the parameters `model`, `device`, `dtype`, `weights` and `seed`, and `ask`.
 
         Raises:
-            WanlabError: the notebook has no parameter `model`, or an error of `models.load`.
+            WanlabError: the notebook has no parameter `model`, an error of `models.load`, or of the file that its parameter
+                `image` names.
         """
         if "model" not in self.parameters:
             raise WanlabError("run.load() needs a parameter `model`; add it to the parameters cell")
+        if isinstance(picture := self.ask.get("image"), str):
+            read_picture(picture)  # refused before the model is loaded
         settings = {name: self.parameters[name] for name in LOADING if name in self.parameters}
         model = models.load(self.parameters["model"], **settings | instead)
         self._models.append(model)

@@ -239,6 +239,20 @@ def test_nothing_to_compare_is_told(tmp_path):
         compare(path)
 
 
+def test_a_baseline_that_does_not_count_is_told_with_its_reason(tmp_path):
+    rows = [
+        {"parameters": {"engine": "eager"}},
+        {"parameters": {"engine": "tvm"}, "state": "died", "reason": "kernel died"},
+        {"parameters": {"engine": "compiled"}},
+    ]
+    path = write_sweep(tmp_path / "s", rows, axes=["engine"])
+    with pytest.raises(WanlabError, match=r"that run did not finish: died \(kernel died\)"):
+        compare(path, baseline="engine=tvm")
+    (path / f"{2:012x}" / "status.json").unlink()
+    with pytest.raises(WanlabError, match=r"that run is unreadable \(status.json is missing\)"):
+        compare(path, baseline="engine=compiled")
+
+
 def test_techniques_alone_and_combined_with_the_product(sweep):
     matrix = technique_matrix(compare(sweep)).set_index("techniques")
     assert list(matrix["moved"]) == [1, 1, 2]

@@ -74,8 +74,9 @@ def find_baseline(
             parameter_text(row.parameters[name]) for row in measured.rows if name in row.parameters
         )
         if value not in values:
-            failed = measured.failures["configuration"].str.contains(f"{name}={value}", regex=False).any()
-            more = "; that run did not finish" if failed else did_you_mean(value, values)
+            failures = measured.failures
+            failed = failures[failures["configuration"].str.contains(f"{name}={value}", regex=False)]
+            more = f"; {_why(failed)}" if len(failed) else did_you_mean(value, values)
             some = ", ".join(list(values)[:8])
             raise WanlabError(f"baseline {words}: no run has {name}={value}{more}; {name} is {some}")
     fitting = [row for row in measured.rows if has_parameters(row.parameters, parameters)]
@@ -86,6 +87,14 @@ def find_baseline(
         more = f"; and {len(fitting) - 4} more" if len(fitting) > 4 else ""
         raise WanlabError(f"baseline {words} fits {len(fitting)} configurations, name one: {labels}{more}")
     return fitting[0]
+
+
+def _why(failures: pd.DataFrame) -> str:
+    """Why the first of some runs does not count: "that run is changed: run.json was changed after the run ended"."""
+    state, reason = failures[["state", "reason"]].iloc[0]
+    return f"that run {'is' if state in ('changed', 'unreadable') else 'did not finish:'} {state}" + (
+        f" ({reason})" if reason else ""
+    )
 
 
 def has_parameters(parameters: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:

@@ -351,6 +351,27 @@ def test_an_event_of_an_impossible_duration_is_left_out_and_counted(duration):
         engine_report.read_ort_profile([wrong])
 
 
+def test_nodes_of_a_body_are_part_of_the_time_of_its_loop():
+    def node(name, ts, dur, operator, tid=1):
+        args = {"op_name": operator, "node_index": name[-1]}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+    run = [
+        ("Relu_1", 11, 4, "Relu"),
+        ("Relu_1", 16, 4, "Relu"),
+        ("Loop_0", 10, 12, "Loop"),
+        ("Add_2", 22, 5, "Add"),
+    ]
+    events = [node(name, ts + start, dur, kind) for start in (0, 100) for name, ts, dur, kind in run]
+    layers = engine_report.read_ort_profile([*events, node("Mul_3", 12, 2, "Mul", tid=2)])
+    assert [(layer.name, layer.time_ms) for layer in layers.layers] == [
+        ("Loop_0", 0.012),
+        ("Mul_3", 0.002),
+        ("Add_2", 0.005),
+    ]
+    assert "1 nodes of bodies of Loop, If and Scan are part of the times of those" in layers.notes
+
+
 def test_planned_formats_are_read_from_files(tmp_path):
     assert engine_report.read_planned(None) == {}
     flat = tmp_path / "plan.yaml"

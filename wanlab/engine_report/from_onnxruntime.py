@@ -23,6 +23,7 @@ MARK = "wanlab"
 """Category of an event with the settings of a profile."""
 LONGEST_US = 86_400e6
 """A longer event of a profile, of more than a day, is a mistake of the profiler; so is one of negative duration."""
+WITH_BODIES = ("Loop", "If", "Scan")
 LAUNCHES = (
     "times of CUDA nodes are times of launches on the host, not of kernels: profile with CUDA_LAUNCH_BLOCKING=1 in the"
     " environment to time kernels"
@@ -70,7 +71,8 @@ def read_ort_profile(
         )
     if not nodes:
         raise WanlabError(f"{name} has no node events: the session did not run while its profile was enabled")
-    nodes.sort(key=lambda event: event.ts)
+    nodes.sort(key=lambda event: (event.ts, -event.dur))
+    nodes, bodies = _outside_bodies(nodes)
     grouped: dict[tuple[str, str], list[NodeEvent]] = defaultdict(list)
     for event in nodes:
         grouped[event.name.removesuffix(_SUFFIX), str(event.args.node_index)].append(event)
@@ -94,6 +96,8 @@ def read_ort_profile(
         notes.append(
             f"{len(read) - len(events)} of {len(read)} events have an impossible duration and are left out"
         )
+    if bodies:
+        notes.append(f"{bodies} nodes of bodies of Loop, If and Scan are part of the times of those")
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     metadata: dict[str, str] = {}
@@ -178,6 +182,23 @@ def _tensors(described: list[dict[str, list[int]]] | None) -> tuple[Tensor, ...]
         for one in described or ()
         for kind, shape in one.items()
     )
+
+
+def _outside_bodies(nodes: list[NodeEvent]) -> tuple[list[NodeEvent], int]:
+    """The events in order of time without those of nodes in a body, whose time its Loop, If or Scan has already; and the
+    number of those nodes."""
+    outside: list[NodeEvent] = []
+    bodies: set[tuple[str, str]] = set()
+    ends: dict[str, float] = defaultdict(lambda: -1.0)
+    for event in nodes:
+        thread = str(event.tid)
+        if event.ts < ends[thread]:
+            bodies.add((event.name, str(event.args.node_index)))
+            continue
+        outside.append(event)
+        if event.args.op_name in WITH_BODIES:
+            ends[thread] = event.ts + event.dur
+    return outside, len(bodies)
 
 
 def _kernel_ms(events: list[NodeEvent]) -> dict[str, float]:

@@ -41,6 +41,7 @@ class NodeEvent(Struct):
 
     cat: str = ""
     name: str = ""
+    tid: int | float | str | None = 0
     ts: float = 0.0
     dur: float = 0.0
     args: NodeArgs = msgspec.field(default_factory=NodeArgs)

@@ -327,3 +327,8 @@ def test_any_source_is_read_or_refused(source):
         said = ""
         assert all(p.name.isidentifier() for p in found)
     assert "\n" not in said
+
+
+def test_typing_may_be_imported_as_a_module_too():
+    (parameter,) = parse_cell("import typing\na: typing.Optional[int] = None")
+    assert parameter.type == int | None

@@ -220,6 +220,8 @@ def parse_cell(source: str, where: str = "the notebook") -> tuple[Parameter, ...
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and statement.module in ("typing", "__future__"):
             continue  # names for annotations
+        if isinstance(statement, ast.Import) and [name.name for name in statement.names] == ["typing"]:
+            continue
         place = f"parameters cell of {where}, line {statement.lineno}"
         target: ast.expr | None = None
         value: ast.expr | None = None

@@ -34,8 +34,14 @@ def refused(path, complaint: str) -> None:
         (b"\xff{", "not JSON"),
         (b'{"Layers": [' + b"9" * 5000 + b"]}", "cannot read"),
         (b'{"Layers": [{"Name": 5, "Outputs": []}]}', r"Layers\[0\].Name: Expected `str`"),
-        (b'[{"cat": "Node", "name": "a_kernel_time", "dur": -5}]', "1 of 1 events have an impossible duration"),
-        (b'[{"cat": "Node", "name": "a_kernel_time", "dur": NaN}]', "1 of 1 events have an impossible duration"),
+        (
+            b'[{"cat": "Node", "name": "a_kernel_time", "dur": -5}]',
+            "1 of 1 events have an impossible duration",
+        ),
+        (
+            b'[{"cat": "Node", "name": "a_kernel_time", "dur": NaN}]',
+            "1 of 1 events have an impossible duration",
+        ),
         (b'[{"cat": "Node", "name": "a_kernel_time", "args": {"op_name": []}}]', r"args.op_name"),
     ],
 )

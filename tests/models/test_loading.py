@@ -302,6 +302,12 @@ def _text_in_place_of_weights(folder):
     shards(folder / "vae")[0].write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
+def _shards_without_index(folder):
+    first, *rest = shards(folder / "transformer")
+    for file in (*rest, *(folder / "transformer").glob("*.index.json")):
+        file.unlink()
+
+
 def _longer_file(folder):
     with open(shards(folder / "vae")[0], "ab") as handle:
         handle.write(b"more")
@@ -334,7 +340,8 @@ def _longer_file(folder):
         (_unfit_pipeline, "LTXImageToVideoPipeline has no part 'transformer_2'"),
         (_no_such_network, "the installed transformers has no UMT9EncoderModel"),
         (_foreign_library, "UMT5EncoderModel comes from 'my_package'"),
-        (_text_in_place_of_weights, "is truncated or corrupt"),
+        (_text_in_place_of_weights, "is truncated or corrupt .*a pointer of Git LFS"),
+        (_shards_without_index, r"has 1 of \d shards and no index"),
         (_longer_file, "is truncated or corrupt"),
     ],
 )

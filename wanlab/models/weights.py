@@ -450,6 +450,12 @@ def _variants(folder: Path) -> dict[str, Path]:
     others = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors")
     )
+    if shards := [name for name in others if re.search(r"-\d+-of-\d+\.safetensors$", name)]:
+        count = int(shards[0].removesuffix(".safetensors").rpartition("-")[2])
+        raise WanlabError(
+            f"{folder} has {len(shards)} of {count} shards and no index (.safetensors.index.json) that says what is in them;"
+            " fetch the folder again"
+        )
     if len(others) == 1 and others[0].endswith(".safetensors"):  # names and shapes of its tensors decide
         return {"": folder / others[0]}
     hint = f"; found only {', '.join(others[:3])}" if others else ""

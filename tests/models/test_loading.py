@@ -303,7 +303,7 @@ def _text_in_place_of_weights(folder):
 
 
 def _shards_without_index(folder):
-    first, *rest = shards(folder / "transformer")
+    rest = shards(folder / "transformer")[1:]
     for file in (*rest, *(folder / "transformer").glob("*.index.json")):
         file.unlink()
 

@@ -41,7 +41,7 @@ _SIGNS = (
 def file_kind(path: str | os.PathLike) -> str:
     """What a file is by its first bytes, for the message when it is read as another: "a HEIC picture"; "" if not known."""
     if os.path.islink(path) and not os.path.exists(path):
-        return f"a link to {os.readlink(path)}, which does not exist"
+        return f"a link to {Path(path).readlink()}, which does not exist"
     try:
         with open(path, "rb") as file:
             start = file.read(512)

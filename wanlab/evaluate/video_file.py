@@ -257,7 +257,8 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> 
     if name is None:
         yield from container.decode(stream)
         return
-    context = av.CodecContext.create(name, "r")
+    context = av.VideoCodecContext.create(name, "r")
+    assert isinstance(context, av.VideoCodecContext)
     context.extradata, context.options = stream.codec_context.extradata, stream.codec_context.options
     context.thread_count = stream.codec_context.thread_count
     for packet in container.demux(stream):

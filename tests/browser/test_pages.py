@@ -173,7 +173,8 @@ def test_index_says_what_happened_draws_it_and_plays_it(index, open_page):
     ]
     times = playing(page)
     assert max(times) - min(times) < 1 / FPS
-    assert colours(page.locator("#clips video").first) > 200
+    # Under load a shot may come between two frames.
+    assert max(colours(page.locator("#clips video").first) for _ in range(4)) > 200
     page.get_by_label("speed ½×").click()
     assert page.evaluate(f"{VIDEOS}.map(v => v.playbackRate)") == [0.5] * 3
     page.locator(".wl-clips").click()

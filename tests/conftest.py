@@ -82,6 +82,17 @@ def cache(session_folder) -> Path:
     return session_folder / "cache"
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of PyTorch: networks as small as those of tests only wait for each other's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def exported(session_folder):
     """`support.exports.exported` with the cache of this session."""

@@ -15,20 +15,10 @@ from wanlab.core.errors import WanlabError
 from wanlab.heldout import cases as heldout
 from wanlab.models.schedule import boundary_at, fewest_steps
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SMALL = dict(height=64, width=64, frames=5)
 PROMPT = "the camera pans left"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

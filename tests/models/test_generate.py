@@ -16,20 +16,9 @@ from wanlab.models import get, load
 from wanlab.models.loading import WordHashTokenizer
 from wanlab.models.pipeline import first_frame, first_frame_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SIZE = dict(height=16, width=32, frames=5, steps=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for each other's threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

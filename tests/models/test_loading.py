@@ -16,18 +16,9 @@ from wanlab.models import loading as pagecache
 from wanlab.models import weights as ckpt
 from wanlab.models import weights as room
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARTS = ("text_encoder", "vae", "transformer", "transformer_2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for each other's threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -22,19 +22,12 @@ from wanlab.models.spec import Part
 from wanlab.models.weights import check, fill, open_checkpoint
 from wanlab.runs.prepare import weights_id
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PREFIX = "model.diffusion_model."
 EXPERTS = ("transformer", "transformer_2")
 CPU = torch.device("cpu")
 SIZE = dict(height=64, width=96, frames=5, steps=3, guidance_scale=1.5, seed=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

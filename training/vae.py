@@ -25,11 +25,12 @@ from training.loop import Loop, Ranks, autocast, channels_last, dense, load_weig
 from training.pictures import Pictures, add_pictures, pictures_of
 from wanlab.core.files import write_json
 from wanlab.evaluate.lpips import load_backbone
+from wanlab.evaluate.metrics import laplacian
 from wanlab.export.friendly import decode_video, encode_moments, whole_clip_resampling
 from wanlab.heldout import clips
 
 SHORT_FRAMES = 5
-LARGE = {"frames": 9, "height": 256, "width": 384}
+LARGE = {"frames": 9, "height": clips.SIZES[clips.LARGE][0], "width": clips.SIZES[clips.LARGE][1]}
 """The larger size; more of its frames would teach no more about it, and cost as much again."""
 KL_WEIGHT = 3e-5
 GRADIENT_WEIGHT = 0.5
@@ -99,9 +100,7 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def roughness(video: torch.Tensor) -> torch.Tensor:
     """Root mean square of the Laplacian of the brightness in every square of 16 pixels: fine texture, wherever it lies."""
     grey = video.mean(dim=1).flatten(0, 1)[:, None]
-    laplacian = 4 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1]
-    laplacian = laplacian - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
-    return (F.avg_pool2d(laplacian.square(), 16) + 1e-5).sqrt()
+    return (F.avg_pool2d(laplacian(grey).square(), 16) + 1e-5).sqrt()
 
 
 def evenly(video: torch.Tensor, frames: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from wanlab.core.paths import default_outputs
 from wanlab.core.stats import bootstrap_mean, bootstrap_ratio, ends_text
 from wanlab.engines.pipeline import use_engines
 from wanlab.engines.registry import EAGER, ENGINES, engine_kind
-from wanlab.evaluate.metrics import compare_videos
+from wanlab.evaluate.metrics import compare_videos, laplacian
 from wanlab.heldout.cases import (
     EXAMINATION,
     MOST_DRAWS,
@@ -230,9 +230,7 @@ def scores(truth: np.ndarray, video: np.ndarray, backbones: Iterable[str]) -> di
 
 def roughness(video: np.ndarray) -> float:
     """Variance of the Laplacian of the brightness of a video `[T, H, W, 3]`."""
-    grey = video.mean(axis=-1)
-    laplacian = 4 * grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1]
-    return max(float((laplacian - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:]).var()), 1e-12)
+    return max(float(laplacian(video.mean(axis=-1)).var()), 1e-12)
 
 
 def judge_motion(video: np.ndarray, clip: Clip) -> dict[str, Any]:

@@ -22,6 +22,13 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of the scales of MS-SSIM, fine to coarse (Wang et al. 2003, section 3.2)."""
 
 
+def laplacian(grey):
+    """The Laplacian of pictures `[..., H, W]`, an array or a tensor, without their edge: `[..., H - 2, W - 2]`."""
+    centre = grey[..., 1:-1, 1:-1]
+    columns = 4 * centre - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1]
+    return columns - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
+
+
 def psnr(original: torch.Tensor, optimized: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each frame in dB, 10 log10(1 / MSE) over all pixels and channels.
 

@@ -398,9 +398,7 @@ def engine_table(
             rows.append(cells | {"interval": interval, "note": ratio.verdict})
     rows += _built(built)
     columns = [column for name in FIGURES for column in (name, f"{name}_ratio")]
-    frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "interval", "note"]).fillna(
-        {"interval": ""}
-    )
+    frame = pd.DataFrame(rows, columns=["engine", "state", *columns, "interval", "note"])
     empty = [name for name in FIGURES if frame[name].isna().all()]
     return frame.drop(columns=[column for name in empty for column in (name, f"{name}_ratio")])
 
@@ -419,7 +417,7 @@ def _built(results: Sequence[Result]) -> list[dict[str, Any]]:
             {(result.source, result.work, result.dtype): result.build_ms or 0.0 for result in group}.values()
         )
         note = f"{parts or 'a network'} for {where}; built in {took / 1e3:,.0f} s, no such GPU here"
-        rows.append({"engine": title_of_label(engine), "state": NOT_EXECUTED, "note": note})
+        rows.append({"engine": title_of_label(engine), "state": NOT_EXECUTED, "interval": "", "note": note})
     return rows
 
 

@@ -286,10 +286,9 @@ def _notes(rows: Sequence[MeasuredConfiguration]) -> list[str]:
     for row in rows:
         for note in (note for run in row.runs if run.result for note in run.result.notes):
             said.setdefault(note, {})[row.label] = None
-    alone = {
-        note: "" if len(labels) == len(rows) else f"{', '.join(labels)}: " for note, labels in said.items()
-    }
-    return [f"{by}{note}" for note, by in alone.items()]
+    return [
+        note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}" for note, labels in said.items()
+    ]
 
 
 def _by(measured: MeasuredConfigurations, by: str | None) -> str:

@@ -37,6 +37,11 @@ LONG = ("notebook", "browser", "slow")
 SLOW_FIXTURES = {"captured", "exported"}  # a generation under the profiler, an export of a model
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Raw bytes give no names: those of an archive hold the time, and test processes must collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order in which test processes take modules, each of which stays in one process (`--dist loadscope`)."""
     turns: dict[str, int] = {}

@@ -13,8 +13,8 @@ from support.models_tiny import EXPERT, save
 
 from wanlab.core.errors import WanlabError
 from wanlab.models import get, load
+from wanlab.models.inputs import first_frame, first_frame_of
 from wanlab.models.loading import WordHashTokenizer
-from wanlab.models.pipeline import first_frame, first_frame_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

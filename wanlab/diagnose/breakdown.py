@@ -21,9 +21,10 @@ from wanlab.diagnose.trace import (
 )
 from wanlab.diagnose.trace_events import RUNTIME_CATEGORIES, STEP_PREFIX
 from wanlab.measure.ceilings import Ceilings
+from wanlab.models.spec import ENCODERS
 
 OUTSIDE = "outside"
-COMPONENTS = ("text_encoder", "vae_encoder", "expert", "expert_high", "expert_low", "vae_decoder", OUTSIDE)
+COMPONENTS = (*ENCODERS, "vae_encoder", "expert", "expert_high", "expert_low", "vae_decoder", OUTSIDE)
 EXPERTS = ("expert", "expert_high", "expert_low")
 KINDS = (
     operators.LINEAR,
@@ -33,7 +34,7 @@ KINDS = (
     operators.POINTWISE,
 )
 SELF, CROSS = 0, 1
-_COMPONENT = re.compile(r"^(text_encoder|vae_encoder|vae_decoder|expert(?:_high|_low)?)(?:\.|$)")
+_COMPONENT = re.compile(rf"^({'|'.join(sorted(COMPONENTS[:-1], reverse=True))})(?:\.|$)")
 _SELF = re.compile(r"\.(attn1|self_attn|attn)(\.|$)")
 _CROSS = re.compile(r"\.(attn2|cross_attn)(\.|$)")
 
@@ -240,12 +241,13 @@ def category_of(component: np.ndarray, attention: np.ndarray, kind: np.ndarray) 
         ],
         INDEX["norm_modulation_rotary"],
     )
-    whole = {"text_encoder", "vae_encoder", "vae_decoder"}
+    whole = dict.fromkeys(ENCODERS, "text_encoder") | {
+        "vae_encoder": "vae_encoder",
+        "vae_decoder": "vae_decoder",
+        OUTSIDE: "other",
+    }
     by_component = np.array(
-        [
-            INDEX[name] if name in whole else INDEX["other"] if name == OUTSIDE else NOTHING
-            for name in COMPONENTS
-        ]
+        [INDEX[whole[name]] if name in whole else NOTHING for name in COMPONENTS]
         + [INDEX["other"]]  # component -1
     )
     categories = by_component[component]

@@ -18,7 +18,7 @@ RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
 HOST_CATEGORIES = ("cpu_op", "user_annotation", "python_function", *RUNTIME_CATEGORIES)
 STEP_PREFIX = "ProfilerStep#"
 RANGE = re.compile(
-    r"^(?:(text_encoder|vae_encoder|vae_decoder|expert(?:_high|_low)?)(?:\.|$)|ProfilerStep#\d)"
+    r"^(?:(text_encoder(?:_[23])?|image_encoder|vae_encoder|vae_decoder|expert(?:_high|_low)?)(?:\.|$)|ProfilerStep#\d)"
 )
 """Names of ranges that `capture` records, and of the profiler's steps."""
 

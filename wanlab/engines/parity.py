@@ -21,7 +21,6 @@ from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.export.components import ClipShape, component_spec, default_shape
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import cut, piece_file
-from wanlab.models.shapes import size_step
 from wanlab.models.taps import BlockTap
 
 
@@ -216,7 +215,7 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     if not free:
         return [first]
     spec = model.spec
-    step_h, step_w = size_step(spec)
+    step_h, step_w = spec.size_step
     few = max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1
     turned = replace(first, batch=1, height=first.width, width=first.height, frames=few)
     smaller = ClipShape(

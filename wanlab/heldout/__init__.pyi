@@ -1,4 +1,5 @@
 from .cases import Case as Case
+from .cases import conditions as conditions
 from .cases import draw_cases as draw_cases
 from .cases import example_case as example_case
 from .cases import load_cases as load_cases

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,19 @@ def draw_cases(
             raise WanlabError(f"{name} is too flat for cases: no part of it shows how it moves; leave it out")
         cases.append(Case(name, clip, seed * 1000 + i, purpose))
     return cases
+
+
+def conditions(needed: Mapping[str, str], frames: int) -> dict[str, Any]:
+    """Frames of a held-out clip in place of the inputs that a model of another task needs.
+
+    They have no meaning for such a task; a measurement of time or memory needs no more.
+
+    Args:
+        needed: name of the input -> "picture" (the last frame is given) or "clip".
+        frames: number of frames of a clip.
+    """
+    clip = example_case().truth(frames)
+    return {name: clip if kind == "clip" else clip[-1] for name, kind in needed.items()}
 
 
 def size_content(size: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pandas as pd
 from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import peak_memory
 from wanlab.models.device import synchronise
-from wanlab.models.spec import COMPONENTS, EXPERTS
+from wanlab.models.spec import COMPONENTS, ENCODERS, EXPERTS
 from wanlab.models.taps import CallProxy, component_calls, intercept_calls
 
 OTHER = "other"  # scheduler, host code, transfers: everything outside the components
@@ -216,7 +216,7 @@ class StageRecorder:
             timestep = _timestep(args, kwargs)
             step, branch = self._place(timestep)
             self._denoised = True
-        elif component == "text_encoder":
+        elif component in ENCODERS:
             self._begin_generation()
         count = self._counts.get(component, 0)
         self._counts[component] = count + 1

@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wanlab.models.families import family_of
+from wanlab.models.families.base import Tensor
 from wanlab.models.networks import parameter_names, skeleton
 from wanlab.models.registry import get
 from wanlab.models.shapes import LatentShape, latent_shape
@@ -34,8 +36,8 @@ def facts(
     float32 and needs a little more.
 
     Operations are those of matrix products and convolutions; a multiply-add counts as two, as in
-    `torch.utils.flop_counter`. That counter runs on meta tensors; only for the Wan experts the formula of
-    `wan_expert_flop` is used. Operations are NaN where wanlab does not know how a network is called.
+    `torch.utils.flop_counter`. That counter runs on meta tensors; only for Wan experts without a picture encoder the
+    formula of `wan_expert_flop` is used. Operations are NaN where wanlab does not know how a network is called.
 
     Args:
         spec: the model.
@@ -112,14 +114,10 @@ def _work(
     size: tuple[int, int, int],
 ) -> tuple[str, dict[str, float]]:
     """Shape of the input as text, and operations by kind; no operations where the network's call is not known."""
+    if component.startswith("expert"):
+        return _denoiser_work(spec, part, module, latent)
     height, width, frames = size
-    if part.class_name == "WanTransformer3DModel" and part.config.get("image_dim") is None:
-        shape = (1, part.config["in_channels"], latent.frames, latent.height, latent.width)
-        times = latent.tokens if spec.expand_timesteps else 1
-        config = dict(part.config)
-        return str(list(shape)), wan_expert_flop(
-            config, latent.tokens, spec.defaults.text_tokens, timestep_tokens=times
-        )
+    causal = part.class_name == "AutoencoderKLWan"
     if component == "vae_encoder":
         count = 1 if spec.expand_timesteps else frames
         colours = 3
@@ -129,23 +127,57 @@ def _work(
             video = (latent_frames - 1) * spec.temporal_factor + 1
             return module.encode(torch.empty(1, colours, video, height, width, device="meta"))
 
-        return str(list(shape)), _over_time(encode, 1 if spec.expand_timesteps else latent.frames)
+        return str(list(shape)), _over_time(encode, 1 if spec.expand_timesteps else latent.frames, causal)
     if component == "vae_decoder":
         shape = (1, latent.channels, latent.frames, latent.height, latent.width)
         return str(list(shape)), _over_time(
             lambda count: module.decode(torch.empty(1, latent.channels, count, *shape[3:], device="meta")),
             latent.frames,
+            causal,
         )
     if component.startswith("text_encoder"):
-        ids = torch.zeros(1, spec.defaults.text_tokens, dtype=torch.long, device="meta")
+        tokens = min(spec.defaults.text_tokens, part.config.get("max_position_embeddings") or 512)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         return str(list(ids.shape)), _count(lambda: module(ids))
+    if component == "image_encoder":
+        side = part.config.get("vision_config", part.config).get("image_size", 224)
+        pixels = torch.empty(1, 3, side, side, device="meta")
+        return str(list(pixels.shape)), _count(lambda: module(pixels))
     return "", {}
 
 
-def _over_time(call: Callable[[int], object], latent_frames: int) -> dict[str, float]:
-    """Operations of a VAE over all frames, extrapolated from counts of a few latent frames."""
+def _denoiser_work(
+    spec: ModelSpec, part: Part, module: torch.nn.Module, latent: LatentShape
+) -> tuple[str, dict[str, float]]:
+    """Shape of the latents in one call of a denoiser, and its operations."""
+    text_tokens, shape = (
+        spec.defaults.text_tokens,
+        (latent.channels, latent.frames, latent.height, latent.width),
+    )
+    inputs = family_of(spec.pipeline_class).denoiser_inputs(spec, part, shape, latent.tokens, text_tokens)
+    if not inputs:
+        return "", {}
+    named = str(list(inputs["hidden_states"].shape))
+    if part.class_name == "WanTransformer3DModel" and part.config.get("image_dim") is None:
+        times = latent.tokens if spec.expand_timesteps else 1
+        return named, wan_expert_flop(dict(part.config), latent.tokens, text_tokens, timestep_tokens=times)
+    dtypes = {"float": torch.float32, "int": torch.long, "bool": torch.bool}
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty(value.shape, dtype=dtypes[value.dtype], device="meta")
+        return tuple(map(tensors, value)) if isinstance(value, tuple) else value
+
+    # Buffers that are computed and not stored, such as tables of positions, are on the CPU.
+    return named, _count(
+        lambda: module.to("meta")(**{name: tensors(value) for name, value in inputs.items()})
+    )
+
+
+def _over_time(call: Callable[[int], object], latent_frames: int, causal: bool) -> dict[str, float]:
+    """Operations of a VAE over all frames; those of a causal one that goes frame by frame follow from a few."""
     few, more = _COUNTED_FRAMES
-    if latent_frames <= more:
+    if latent_frames <= more or not causal:
         return _count(lambda: call(latent_frames))
     first, second = _count(lambda: call(few)), _count(lambda: call(more))
     return {kind: value + (latent_frames - few) * (second[kind] - value) for kind, value in first.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
 
 from wanlab.core import limits
 from wanlab.core.errors import WanlabError
-from wanlab.core.pictures import converted, read_picture
 from wanlab.models.device import synchronise
+from wanlab.models.families import family_of
+from wanlab.models.families.base import Family
 from wanlab.models.finite import StepCheck, check_video
+from wanlab.models.inputs import prepared
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
 from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_size
@@ -103,49 +103,6 @@ def _row(name: str, load: PartLoad | LoadReport) -> dict[str, object]:
     }
 
 
-def first_frame(image: Image.Image | str | os.PathLike | np.ndarray, height: int, width: int) -> Image.Image:
-    """An RGB image of exactly this size: scaled to cover it (Lanczos), then cropped in the middle.
-
-    Files and PIL images of every mode are converted as `wanlab.core.pictures` says.
-
-    Args:
-        image: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1].
-        height, width: pixels.
-
-    Raises:
-        WanlabError: missing or unreadable file, or an array of another shape or dtype.
-    """
-    return first_frame_of(image, height, width)[0]
-
-
-def first_frame_of(
-    image: Image.Image | str | os.PathLike | np.ndarray, height: int, width: int
-) -> tuple[Image.Image, str]:
-    """`first_frame`, and what a reader of the video should know of the image; often nothing, `""`."""
-    name, note = "the image", ""
-    if isinstance(image, str | os.PathLike):
-        name, (image, note) = os.fspath(image), read_picture(image)
-    elif isinstance(image, Image.Image):
-        image, note = converted(image, name)
-    else:
-        image = _from_array(image)
-    fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return fitted, note and f"{name} {note}"
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    values = np.asarray(array)
-    if values.ndim != 3 or values.shape[2] != 3 or not values.size:
-        raise WanlabError(f"an image array must be [H, W, 3], not {list(values.shape)}")
-    if values.dtype == np.uint8:
-        return Image.fromarray(values)
-    if not np.issubdtype(values.dtype, np.floating):
-        raise WanlabError(f"an image array must be uint8, or float in [0, 1], not {values.dtype}")
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise WanlabError("a float image array must lie in [0, 1]; divide by 255, or give uint8")
-    return Image.fromarray(np.round(values * 255).astype(np.uint8))
-
-
 OUTPUTS = ("np", "latent")
 BEGINS, ENDS = "generation begins", "generation ends"
 """Names of zero-length ranges in a profile that enclose the interval of `Generation.wall_ms`."""
@@ -214,20 +171,42 @@ class Model:
         }
         return {name: module for name, module in loaded.items() if module is not None}
 
-    def schedule(self, steps: int | None = None) -> pd.DataFrame:
+    @property
+    def family(self) -> Family:
+        """The family of models that it belongs to."""
+        return family_of(self.spec.pipeline_class)
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """Inputs that a generation needs besides the prompt: argument of the pipeline -> "picture" or "clip"."""
+        return self.family.conditions(self.spec)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that a prompt is padded to: the model's setting, or the tokenizer's limit where that is lower."""
+        longest = getattr(getattr(self.pipeline, "tokenizer", None), "model_max_length", None)
+        return int(min(self.spec.defaults.text_tokens, longest or math.inf))
+
+    def schedule(self, steps: int | None = None, **size: int | None) -> pd.DataFrame:
         """The denoising steps, known before the run: step, timestep, sigma, snr, component.
 
         Computed on a copy of the scheduler, which is not changed. The expert is chosen by the pipeline's rule:
         expert_high while timestep >= boundary_ratio * training timesteps. snr is ((1 - sigma) / sigma)**2 for
-        flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds.
+        flow matching, where x = (1 - sigma) x0 + sigma noise, and 1 / sigma**2 for schedulers of other kinds. Timestep,
+        sigma and snr are NaN where the scheduler wants more than the number of steps, and the family is not known.
+
+        Args:
+            steps: number of steps; the model's default if None.
+            size: height, width and frames of the video, on which the schedule of some families depends; the default of
+                the model where it is not given.
         """
         return pd.DataFrame(
-            step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps))
+            step_table(self.pipeline, self.spec, _whole("steps", steps, self.spec.defaults.steps), **size)
         )
 
     def generate(
         self,
-        image: Image.Image | str | os.PathLike | np.ndarray | None,
+        image: Any,
         prompt: str,
         *,
         negative_prompt: str = "",
@@ -237,28 +216,31 @@ class Model:
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
+        conditions: Mapping[str, Any] | None = None,
         output: str = "np",
         progress: bool = False,
     ) -> Generation:
-        """Generate a video from an image and a prompt; settings that are not given come from `spec.defaults`.
+        """Generate a video from a prompt and what else the model needs; other settings come from `spec.defaults`.
 
         The noise is drawn on the CPU, so that a seed means the same on every device.
 
         Args:
             image: first frame: PIL image, path, or array `[H, W, 3]`, uint8 or float in [0, 1]. Scaled to
-                cover the video (Lanczos) and cropped in the middle. None for text-to-video pipelines.
+                cover the video (Lanczos) and cropped in the middle. None for text-to-video models.
             prompt: description of what happens.
             negative_prompt: description of what guidance avoids.
             height, width: size in pixels. frames: number of frames, including the first.
             steps: denoising steps.
             guidance_scale: 1 or less runs without guidance, in half the time.
             seed: seed of the initial noise.
+            conditions: further inputs that the model needs (see the attribute `conditions`), by name: pictures as for
+                `image`, clips as an array `[T, H, W, 3]` or a list of pictures, of at least `frames` frames.
             output: "np" for the video, "latent" to skip the decoder.
             progress: show a bar over the steps.
 
         Raises:
-            WanlabError: a size that is not legal, an unreadable image, a network that is not loaded, or a
-                wrong option.
+            WanlabError: a size that is not legal, an input that is missing, not taken or unreadable, a network that is
+                not loaded, or a wrong option.
         """
         defaults = self.spec.defaults
         if output not in OUTPUTS:
@@ -283,32 +265,28 @@ class Model:
         if not hasattr(seed, "__index__") or seed < 0:
             raise WanlabError(f"seed must be a whole number of at least 0, not {seed!r}")
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        size = (settings["frames"], settings["height"], settings["width"])
+        inputs, notes = prepared(
+            self.spec.name, self.conditions, {"image": image} | dict(conditions or {}), size
+        )
         arguments = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "height": settings["height"],
             "width": settings["width"],
             "num_frames": settings["frames"],
+            "frame_rate": defaults.fps,
             "num_inference_steps": settings["steps"],
             "guidance_scale": settings["guidance_scale"],
             "generator": torch.Generator("cpu").manual_seed(limits.check_seed(int(seed))),
             "output_type": output,
-            "max_sequence_length": self._text_tokens(),
+            "max_sequence_length": self.text_tokens,
         }
         arguments = {key: value for key, value in arguments.items() if key in accepted}
-        note = ""
-        if "image" in accepted:
-            if image is None:
-                raise WanlabError(
-                    f"{self.spec.name} makes a video from an image; give one (PIL, path or array)"
-                )
-            arguments["image"], note = first_frame_of(image, settings["height"], settings["width"])
-        elif image is not None:
-            raise WanlabError(
-                f"{self.spec.name} ({self.spec.pipeline_class}) takes no image; give image=None"
-            )
+        arguments |= inputs | self.family.arguments(settings)
+        self._check_arguments(accepted, arguments)
 
-        notes = [note] * bool(note) + self.remarks(settings, latent)
+        notes += self.remarks(settings, latent)
         assumed = [
             name
             for name, value in (("height", height), ("width", width), ("frames", frames))
@@ -335,6 +313,8 @@ class Model:
         finally:
             self.pipeline.set_progress_bar_config(disable=True)
         video = _array(videos)
+        if output == "latent":
+            video = self.family.unpacked(video, (latent.channels, latent.frames, latent.height, latent.width))
         check_video(video, self.spec.name)
         return Generation(video, defaults.fps, int(seed), settings, wall_ms, tuple(notes))
 
@@ -358,7 +338,7 @@ class Model:
         if tokenizer is None or not isinstance(text, str):
             return ""
         tokens = len(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
-        limit = self._text_tokens()
+        limit = self.text_tokens
         if tokens <= limit:
             return ""
         return (
@@ -372,9 +352,21 @@ class Model:
             if not (output == "latent" and name == "vae_decoder"):
                 self.component(name)
 
-    def _text_tokens(self) -> int:
-        longest = getattr(getattr(self.pipeline, "tokenizer", None), "model_max_length", None)
-        return int(min(512, longest or 512))
+    def _check_arguments(self, accepted: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> None:
+        """A pipeline of a family that is not known may need what nobody gives."""
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        missing = [
+            name
+            for name, parameter in accepted.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in variadic
+            and name not in ("self", *given)
+        ]
+        if missing:
+            raise WanlabError(
+                f"{self.spec.name}: {self.spec.pipeline_class} needs {', '.join(missing)}, which wanlab cannot give;"
+                " call its pipeline yourself, or add its family (CONTRIBUTING.md)"
+            )
 
 
 def _whole(name: str, value: int | None, otherwise: int) -> int:
@@ -392,32 +384,62 @@ def _array(videos: Any) -> np.ndarray:
     return np.ascontiguousarray(first, dtype=np.float32)
 
 
-def step_table(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> list[dict[str, object]]:
+def step_table(
+    pipeline: DiffusionPipeline, spec: ModelSpec, steps: int, **size: int | None
+) -> list[dict[str, object]]:
     """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
     # Not `type`: while calls are recorded, a proxy takes the scheduler's place.
     scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(steps, device="cpu")
-    config = scheduler.config
-    training_steps = config.get("num_train_timesteps", 1000)
-    flow = bool(config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
-    sigmas = getattr(scheduler, "sigmas", None)
+    known = _set_timesteps(scheduler, spec, steps, size)
+    training_steps = scheduler.config.get("num_train_timesteps", 1000)
     experts = [name for name in spec.components if name.startswith("expert")]
     ratio = boundary_ratio(pipeline, spec)
     boundary = -math.inf if ratio is None else ratio * training_steps
     rows = []
-    for step, timestep in enumerate(scheduler.timesteps):
-        sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
+    for step, timestep in enumerate(scheduler.timesteps[:steps] if known else [math.nan] * steps):
+        sigma, snr = _noise(scheduler, step, timestep) if known else (math.nan, math.nan)
         rows.append(
             {
                 "step": step,
                 "timestep": float(timestep),
                 "sigma": sigma,
-                "snr": ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf,
+                "snr": snr,
                 # Compared as a tensor, as the pipeline does, so that rounding is the same.
-                "component": experts[0] if timestep >= boundary else experts[-1],
+                "component": experts[-1] if timestep < boundary else experts[0],
             }
         )
     return rows
+
+
+def _set_timesteps(scheduler: Any, spec: ModelSpec, steps: int, size: Mapping[str, int | None]) -> bool:
+    """Set the timesteps as the pipeline does; False if that is not known."""
+    family, usual = family_of(spec.pipeline_class), spec.defaults
+    sides = [size.get(name) or getattr(usual, name) for name in ("height", "width", "frames")]
+    tokens = latent_shape(spec, *nearest_size(spec, *sides)).tokens
+    arguments = family.schedule(spec, steps, tokens)
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if "sigmas" in arguments and "sigmas" not in accepted:  # another scheduler was put into the model
+        arguments = {"num_inference_steps": steps}
+    arguments = {key: value for key, value in arguments.items() if key in accepted}
+    try:
+        scheduler.set_timesteps(**arguments, device="cpu")
+    except (ValueError, TypeError):
+        if family.title:
+            raise
+        return False
+    return True
+
+
+def _noise(scheduler: Any, step: int, timestep: float) -> tuple[float, float]:
+    """Sigma and signal-to-noise ratio of a step."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None and hasattr(scheduler, "alphas_cumprod"):
+        signal = float(scheduler.alphas_cumprod[int(timestep)])
+        return (math.sqrt((1 - signal) / signal), signal / (1 - signal)) if signal else (math.inf, 0.0)
+    training_steps = scheduler.config.get("num_train_timesteps", 1000)
+    sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
+    flow = bool(scheduler.config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
+    return sigma, ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf
 
 
 def idle_expert(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> str:

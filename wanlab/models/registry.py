@@ -19,7 +19,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import data, existing, locate
-from wanlab.core.text import convert, parse_json, read_text
+from wanlab.core.text import parse_json, read_text
+from wanlab.models.families import family_of
+from wanlab.models.families.base import Family
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
@@ -155,41 +157,35 @@ def _assemble(
     }
     networks = {key: value for key, value in entries.items() if not key.startswith(_NO_NETWORK)}
     pipeline_class = _pipeline_class(source, index, networks)
-    parts = tuple(
-        _part(source, part, library, kind, config_of(part))
+    parts = {
+        part: _part(source, part, library, kind, config_of(part))
         for part, (library, kind) in sorted(networks.items(), key=lambda item: _part_order(item[0]))
-    )
-    configs = {part.name: part.config for part in parts}
-    if "vae" not in configs:
+    }
+    if "vae" not in parts:
         raise WanlabError(f"{source}: model_index.json names no vae; wanlab needs a latent video pipeline")
-    vae = configs["vae"]
-    denoiser = next(
-        (configs[key] for key in ("transformer", "transformer_2", "unet") if key in configs), None
-    )
+    denoiser = next((parts[key] for key in ("transformer", "transformer_2", "unet") if key in parts), None)
     if denoiser is None:
         raise WanlabError(f"{source}: model_index.json names no transformer or unet; nothing could denoise")
     scheduler = config_of("scheduler") if "scheduler" in entries else {}
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    family = family_of(pipeline_class)
+    grid = family.grid(parts["vae"], denoiser)
     return ModelSpec(
         name=name,
         source=source,
         pipeline_class=pipeline_class,
-        components=tuple(component_parts([part.name for part in parts])),
+        components=tuple(component_parts(list(parts))),
         boundary_ratio=_boundary(index.get("boundary_ratio"), source),
-        defaults=replace(_published_defaults(denoiser), flow_shift=shift),
-        spatial_factor=_first(
-            vae,
-            ("scale_factor_spatial", "spatial_compression_ratio"),
-            2 ** (len(vae.get("block_out_channels", range(4))) - 1),
-        ),
-        temporal_factor=_first(
-            vae, ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compression"), 4
-        ),
-        patch=_patch(denoiser),
-        latent_channels=_first(vae, ("z_dim", "latent_channels"), 16),
+        defaults=replace(_defaults(family, denoiser.config), flow_shift=shift),
+        spatial_factor=grid.spatial_factor,
+        temporal_factor=grid.temporal_factor,
+        patch=grid.patch,
+        latent_channels=grid.latent_channels,
         expand_timesteps=bool(index.get("expand_timesteps", False)),
-        max_positions=denoiser.get("rope_max_seq_len"),
-        parts=parts,
+        max_positions=denoiser.config.get("rope_max_seq_len"),
+        size_step=grid.size_step,
+        frame_step=grid.frame_step,
+        parts=tuple(parts.values()),
         model_index=dict(index),
         scheduler_config=scheduler,
     )
@@ -249,19 +245,6 @@ def _part_order(part: str) -> tuple[int, str]:
     return next((i for i, prefix in enumerate(order) if part.startswith(prefix)), len(order)), part
 
 
-def _first(config: Mapping[str, Any], keys: tuple[str, ...], otherwise: int) -> int:
-    key = next((key for key in keys if config.get(key) is not None), None)
-    return otherwise if key is None else convert(config[key], int, f"config.json of the model, {key}")
-
-
-def _patch(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    where = "config.json of the model, patch_size"
-    patch = convert(config.get("patch_size") or 1, int | tuple[int, int, int], where)
-    if isinstance(patch, tuple):
-        return patch
-    return convert(config.get("patch_size_t") or 1, int, f"{where}_t"), patch, patch
-
-
 def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
     """The defaults, replaced where the model's folder has a `wanlab.json` that states other settings."""
     path = folder / "wanlab.json"
@@ -278,8 +261,9 @@ def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
         raise WanlabError(f"{path}: {first_line(error)}") from error
 
 
-def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
-    """The default settings of a published model, recognised by its denoiser, so that a local copy has them too."""
+def _defaults(family: Family, denoiser: Mapping[str, Any]) -> Defaults:
+    """The default settings of a published model, recognised by its denoiser, so that a local copy has them too; else those
+    of the family."""
     keys = (
         "num_layers",
         "num_attention_heads",
@@ -296,7 +280,7 @@ def _published_defaults(denoiser: Mapping[str, Any]) -> Defaults:
         data = _packaged_data(name)
         if same(data["configs"]["transformer"]):
             return Defaults(**data["defaults"])
-    return Defaults()
+    return replace(family.defaults, text_tokens=family.text_tokens(denoiser))
 
 
 _TIMEOUT_S = 10

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from wanlab.core.errors import WanlabError
+from wanlab.models.families import family_of
 from wanlab.models.spec import ModelSpec
 
 
@@ -21,17 +21,10 @@ class LatentShape:
     tokens: int
 
 
-def size_step(spec: ModelSpec) -> tuple[int, int]:
-    """Step of legal heights and widths in pixels: VAE factor times patch, and 16 for the Wan pipelines."""
-    factor = 16 if spec.pipeline_class.startswith("Wan") else 1
-    _, patch_h, patch_w = spec.patch
-    return math.lcm(spec.spatial_factor * patch_h, factor), math.lcm(spec.spatial_factor * patch_w, factor)
-
-
 def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> LatentShape:
     """Latent shape and token count of a video.
 
-    The causal VAE turns `temporal_factor * k + 1` frames into `k + 1` latent frames (the first is encoded alone)
+    A causal VAE turns `temporal_factor * k + 1` frames into `k + 1` latent frames (the first is encoded alone)
     and `spatial_factor` pixels into one position; the expert joins `patch` positions into a token.
 
     Args:
@@ -49,9 +42,9 @@ def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> Laten
     ]
     if wrong:
         raise WanlabError(f"{wrong[0]} must be a whole number of at least 1")
-    step_h, step_w = size_step(spec)
+    step_h, step_w = spec.size_step
     heights, widths = _nearest(height, step_h, 0), _nearest(width, step_w, 0)
-    counts = _nearest(frames, spec.temporal_factor * spec.patch[0], 1)
+    counts = _nearest(frames, spec.frame_step, 1)
     faults = []
     if heights != [height] or widths != [width]:
         legal = " or ".join(f"{h}x{w}" for h in heights for w in widths)
@@ -61,9 +54,11 @@ def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> Laten
         )
     if counts != [frames]:
         faults.append(
-            f"{frames} frames are not legal, they must be {spec.temporal_factor * spec.patch[0]}k+1:"
+            f"{frames} frames are not legal, they must be {spec.frame_step}k+1:"
             f" the nearest is {' or '.join(map(str, counts))}"
         )
+    if not faults and (refusal := family_of(spec.pipeline_class).refuses(spec, height, width, frames)):
+        faults.append(f"size {height}x{width} with {frames} frames cannot be made: {refusal}")
     if faults:
         raise WanlabError(f"{spec.name}: {'; '.join(faults)}")
     latent = (
@@ -71,7 +66,7 @@ def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> Laten
         height // spec.spatial_factor,
         width // spec.spatial_factor,
     )
-    grid = tuple(size // patch for size, patch in zip(latent, spec.patch, strict=True))
+    grid = tuple(-(-size // patch) for size, patch in zip(latent, spec.patch, strict=True))
     if spec.max_positions is not None and max(grid) > spec.max_positions:
         raise WanlabError(
             f"{spec.name}: {height}x{width}x{frames} needs {max(grid)} positions along one axis, its position"
@@ -89,11 +84,11 @@ def nearest_size(spec: ModelSpec, height: int, width: int, frames: int) -> tuple
     for name, value in (("height", height), ("width", width), ("frames", frames)):
         if not _whole(value):
             raise WanlabError(f"{name} must be a whole number of at least 1")
-    step_h, step_w = size_step(spec)
+    step_h, step_w = spec.size_step
     return (
         _nearest(height, step_h, 0)[-1],
         _nearest(width, step_w, 0)[-1],
-        _nearest(frames, spec.temporal_factor * spec.patch[0], 1)[-1],
+        _nearest(frames, spec.frame_step, 1)[-1],
     )
 
 

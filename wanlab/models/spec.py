@@ -11,7 +11,9 @@ from msgspec import Meta
 
 from wanlab.core.errors import WanlabError, did_you_mean
 
-COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+"""Networks that read texts and pictures, named as in diffusers; most models have one."""
+COMPONENTS = (*ENCODERS, "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
 """wanlab's names of networks, in the order in which a generation uses them; `expert` where a model has only one."""
 EXPERTS = ("expert_high", "expert_low", "expert")
 
@@ -68,6 +70,8 @@ class ModelSpec:
         latent_channels: channels of the latents, which the VAE encodes and the experts denoise.
         expand_timesteps: the expert gets one timestep per token (TI2V-5B) instead of one per sample.
         max_positions: longest axis, in tokens, that the rotary embedding supports; None if unknown.
+        size_step: legal heights and widths are multiples of these, in pixels.
+        frame_step: legal numbers of frames are `frame_step * k + 1`.
     """
 
     name: str
@@ -82,6 +86,8 @@ class ModelSpec:
     latent_channels: int
     expand_timesteps: bool = False
     max_positions: int | None = None
+    size_step: tuple[int, int] = (16, 16)
+    frame_step: int = 4
     parts: tuple[Part, ...] = field(default=(), repr=False)
     model_index: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+
+from wanlab.models.spec import ENCODERS
 
 
 class CallProxy:
@@ -16,7 +19,12 @@ class CallProxy:
     """
 
     def __init__(self, original, calls: dict[str, Callable]) -> None:
-        measured = {name: wrap(getattr(original, name)) for name, wrap in calls.items()}
+        # With the signature of the original, which diffusers looks at before it gives a scheduler `sigmas`.
+        measured = {
+            name: wraps(method)(wrap(method))
+            for name, wrap in calls.items()
+            if (method := getattr(original, name))
+        }
         object.__setattr__(self, "_wanlab_original", original)
         object.__setattr__(self, "_wanlab_measured", measured)
 
@@ -62,16 +70,17 @@ class BlockTap(torch.nn.Module):
 def component_calls(pipeline) -> dict[str, dict[str, str]]:
     """Pipeline attribute -> {method: component}, for the components that the pipeline has.
 
-    A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` is `expert_low`.
+    A single transformer is `expert`; of two, `transformer` is `expert_high` and `transformer_2` is `expert_low`. Encoders of
+    texts and pictures have the names of their attributes.
     """
     has = {name for name, value in getattr(pipeline, "__dict__", {}).items() if value is not None}
-    high, low = (
-        ("expert_high", "expert_low") if {"transformer", "transformer_2"} <= has else ("expert", "expert")
-    )
-    points = {
-        "text_encoder": {"__call__": "text_encoder"},
+    two = {"transformer", "transformer_2"} <= has
+    high, low = ("expert_high", "expert_low") if two else ("expert", "expert")
+    points = {name: {"__call__": name} for name in ENCODERS}
+    points |= {
         "transformer": {"__call__": high},
         "transformer_2": {"__call__": low},
+        "unet": {"__call__": "expert"},
         "vae": {"encode": "vae_encoder", "decode": "vae_decoder"},
     }
     return {name: methods for name, methods in points.items() if name in has}

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import CATEGORY_NAMES as CATEGORY_NAMES
 from wanlab.diagnose.memory.account import PART_NAMES as PART_NAMES
+from wanlab.models.spec import ENCODERS
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, ROW_PX, colour, label, needs, theme
 
 
@@ -426,7 +427,7 @@ def _number(value: Any) -> str:
 
 
 _COMPONENTS = (
-    "text_encoder",
+    *ENCODERS,
     "vae_encoder",
     "vae",
     "expert",

@@ -18,6 +18,9 @@ from wanlab.engines.registry import ENGINES, kind_of_label
 
 COMPONENT_COLOURS = {
     "text_encoder": "#8b7ec8",
+    "text_encoder_2": "#a99fd8",
+    "text_encoder_3": "#c7c0e6",
+    "image_encoder": "#5f9ea0",
     "vae_encoder": "#3fa796",
     "expert": "#e07b39",
     "expert_high": "#d9534f",
@@ -29,6 +32,9 @@ FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 NAMES = {
     "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+    "text_encoder_3": "third text encoder",
+    "image_encoder": "image encoder",
     "vae_encoder": "VAE encoder",
     "expert": "expert",
     "expert_high": "high-noise expert",

@@ -15,7 +15,8 @@ from filelock import FileLock
 from wanlab import __version__
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError
-from wanlab.models.pipeline import Model, first_frame
+from wanlab.models.inputs import first_frame
+from wanlab.models.pipeline import Model
 from wanlab.precision.apply import experts_of
 from wanlab.precision.assignment import assign
 from wanlab.precision.calibration import Calibration, calibrate

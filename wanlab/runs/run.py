@@ -155,7 +155,23 @@ class Run:
         settings = {name: self.parameters[name] for name in LOADING if name in self.parameters}
         model = models.load(self.parameters["model"], **settings | instead)
         self._models.append(model)
+        if "prompt" in self.parameters:
+            self._fit_inputs(model)
         return model, self.ask
+
+    def _fit_inputs(self, model: models.Model) -> None:
+        """Give `ask` the inputs that this model needs: no picture to a text-to-video model, a held-out clip where it needs
+        more than a picture."""
+        needed = dict(model.conditions)
+        if needed.pop("image", None) is None and self.parameters.get("image") is None:
+            self.ask["image"] = None  # given all the same, it is refused
+        if needed:
+            self.ask["conditions"] = heldout.conditions(
+                needed, self.ask.get("frames") or model.spec.defaults.frames
+            )
+            self.note(
+                f"{', '.join(needed)}: frames of a held-out clip, which have no meaning for the model's task"
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -221,7 +237,8 @@ class Run:
         write_text(self._artifact(name, ".speedscope.json"), json.dumps(flame.speedscope(name)))
 
     def show_videos(self, items: Mapping[str, Any], *, fps: float | None = None) -> clips.Html:
-        """Clips and pictures side by side, playing in step; see `clips.side_by_side`."""
+        """Clips and pictures side by side, playing in step, without those that are None; see `clips.side_by_side`."""
+        items = {name: item for name, item in items.items() if item is not None}
         return clips.side_by_side(items, self._files.artifacts, fps)
 
     def verdict(self, text: str) -> clips.Html:

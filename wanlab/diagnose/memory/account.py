@@ -11,6 +11,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.diagnose import operators
 from wanlab.diagnose.breakdown import COMPONENTS, EXPERTS, KINDS, OUTSIDE, Attribution, attribute
 from wanlab.diagnose.trace import NOTHING, Trace, inherit, innermost, levels
+from wanlab.models.spec import ENCODERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,11 +291,11 @@ def _parts(trace: Trace, placed: Attribution, blocks: Blocks) -> np.ndarray:
     # A block that a product never frees is the workspace of a library's handle; its output is freed at some time.
     inside = (of_block != NOTHING) & (given_back | np.isinf(blocks.end_us))
     names = host["name"].astype(str).to_numpy()
-    encoding, denoising = names == "text_encoder", np.isin(names, EXPERTS)
+    encoding, denoising = np.isin(names, ENCODERS), np.isin(names, EXPERTS)
     if not encoding.any() or not denoising.any():
         return np.where(inside, 1, 0)
     starts = host["start_us"].to_numpy()
-    others = np.isin(names, [name for name in COMPONENTS if name != "text_encoder"])
+    others = np.isin(names, [name for name in COMPONENTS if name not in ENCODERS])
     after = starts[others & (starts >= ends[encoding].max())]
     embedding = (blocks.start_us >= starts[encoding].min()) & (blocks.start_us < after.min(initial=np.inf))
     text = embedding & (blocks.end_us > starts[denoising].max())

@@ -22,7 +22,6 @@ from wanlab.engines.base import TensorType, fits, spell_shape
 from wanlab.export.components import AXES, ClipShape, axis_sizes
 from wanlab.export.export import ExportReport
 from wanlab.export.graph import file_bytes
-from wanlab.models.shapes import size_step
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -182,7 +181,7 @@ def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], 
     frames = profile.frames or ((have.frames + 1) // 2, have.frames, have.frames)
     batch = profile.batch or (1, 1, 2)
     text = profile.text_tokens or (have.text_tokens,) * 3
-    steps = size_step(spec)
+    steps = spec.size_step
     frame_step = spec.temporal_factor * spec.patch[0]
     clips, notes = {}, []
     for index, end in enumerate(ENDS):

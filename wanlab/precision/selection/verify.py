@@ -22,7 +22,7 @@ from wanlab.evaluate.scores import Scores
 from wanlab.export.components import component_spec, default_shape
 from wanlab.heldout.cases import EXAMINATION, FINAL, Case
 from wanlab.measure.timing import Comparison, compare, interleaved
-from wanlab.models.pipeline import first_frame
+from wanlab.models.inputs import first_frame
 from wanlab.models.shapes import latent_shape
 from wanlab.models.variants import alternate_sdpa, compile_blocks
 from wanlab.precision.apply import Applied, apply_plan

@@ -14,7 +14,7 @@ from support.models_tiny import EXPERT, save
 from wanlab.core.errors import WanlabError
 from wanlab.models import get, load
 from wanlab.models.inputs import first_frame, first_frame_of
-from wanlab.models.loading import WordHashTokenizer
+from wanlab.models.standins import WordHashTokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -258,12 +258,13 @@ def test_a_file_that_is_no_image(tmp_path):
 
 def test_stand_in_tokenizer():
     tokenizer = WordHashTokenizer(vocab_size=1000, model_max_length=512)
-    made = tokenizer(["a red ball", "word " * 900], max_length=512, padding="max_length", return_tensors="pt")
+    options = dict(padding="max_length", truncation=True, return_tensors="pt")
+    made = tokenizer(["a red ball", "word " * 900], max_length=512, **options)
     assert made.input_ids.shape == made.attention_mask.shape == (2, 512)
     assert made.attention_mask.sum(1).tolist() == [4, 512]
     assert made.input_ids.max() < 1000
     assert made.input_ids[0, 3] == made.input_ids[1, 511] == tokenizer.eos_token_id
-    assert (made.input_ids == tokenizer(["A red  ball", "word " * 900]).input_ids).all()
+    assert (made.input_ids == tokenizer(["A red  ball", "word " * 900], **options).input_ids).all()
 
 
 def test_random_model_of_the_hub_runs_with_the_stand_in_tokenizer(model, photo):

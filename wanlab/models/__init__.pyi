@@ -6,6 +6,7 @@ from .pipeline import LoadReport as LoadReport
 from .pipeline import Model as Model
 from .registry import get as get
 from .registry import names as names
+from .registry import tiny_names as tiny_names
 from .schedule import ExpertSchedule as ExpertSchedule
 from .schedule import Prefetch as Prefetch
 from .schedule import boundary_at as boundary_at

@@ -9,7 +9,6 @@ import inspect
 import mmap
 import os
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ import diffusers
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, BatchEncoding
+from transformers import AutoTokenizer
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
 from wanlab.models.pipeline import LoadReport, Model, PartLoad, idle_expert
-from wanlab.models.registry import fetch_folder, get
+from wanlab.models.registry import fetch_folder, get, tiny_names
 from wanlab.models.spec import ModelSpec
+from wanlab.models.standins import image_processor_for, tokenizer_for
 from wanlab.models.weights import check_room
 
 
@@ -69,45 +69,6 @@ def drop(files: Iterable[Path]) -> bool:
         finally:
             os.close(descriptor)
     return True
-
-
-class WordHashTokenizer:
-    """Replaces a `transformers` tokenizer: hashes words to token ids, with the same call.
-
-    The ids have no meaning, which does not matter with random weights; lengths, padding and mask are right.
-    """
-
-    pad_token_id, eos_token_id, first_word_id = 0, 1, 3
-
-    def __init__(self, vocab_size: int, model_max_length: int = 512):
-        self.vocab_size = vocab_size
-        self.model_max_length = model_max_length
-
-    def __call__(
-        self,
-        text: str | list[str],
-        *,
-        max_length: int | None = None,
-        return_tensors: str = "pt",
-        truncation: bool = True,
-        **_: object,
-    ) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, int64 `[B, max_length]`, truncated and padded on the right.
-
-        Without truncation `input_ids` of one text is the list of its ids.
-        """
-        if not truncation and isinstance(text, str):
-            return BatchEncoding({"input_ids": [*map(self._id, text.lower().split()), self.eos_token_id]})
-        length = min(max_length or self.model_max_length, self.model_max_length)
-        texts = [text] if isinstance(text, str) else text
-        ids = torch.full((len(texts), length), self.pad_token_id, dtype=torch.long)
-        for row, words in enumerate(item.lower().split()[: length - 1] for item in texts):
-            coded = [self._id(word) for word in words] + [self.eos_token_id]
-            ids[row, : len(coded)] = torch.tensor(coded)
-        return BatchEncoding({"input_ids": ids, "attention_mask": (ids != self.pad_token_id).long()})
-
-    def _id(self, word: str) -> int:
-        return self.first_word_id + zlib.crc32(word.encode()) % (self.vocab_size - self.first_word_id)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -273,6 +234,8 @@ def _folder(spec: ModelSpec, part_names: list[str], weights: str) -> Path | None
         return Path(spec.source)
     if weights == "random":
         return None
+    if spec.name in tiny_names():
+        raise WanlabError(f'{spec.name} has no weights to download; load it with weights="random"')
     others = [key for key in spec.model_index if key.startswith(("tokenizer", "scheduler"))]
     return fetch_folder(spec.source, [*part_names, *others])
 
@@ -305,13 +268,15 @@ def _without_weights(
             if cls is None:
                 raise WanlabError(f"{spec.source}: the installed {library} has no scheduler {class_name}")
             extras[name] = cls.from_config(dict(spec.scheduler_config))
-        elif folder is None and name.startswith("tokenizer"):
-            extras[name] = WordHashTokenizer(
-                spec.part(text_encoder).config["vocab_size"], spec.defaults.text_tokens
-            )
-            notes.append(f"{name}: the real one is not on this machine; words are hashed to ids instead")
         elif folder is not None:
             extras[name] = _from_files(folder / name, library, cls)
+        elif name.startswith("tokenizer"):
+            extras[name] = tokenizer_for(spec, name)
+            notes.append(f"{name}: the real one is not on this machine; words are hashed to ids instead")
+        elif name.startswith(("image_processor", "feature_extractor")):
+            extras[name] = image_processor_for(spec, cls)
+        elif library == "diffusers" and cls is not None:  # such as a guider: its defaults
+            extras[name] = cls()
     return extras, notes
 
 

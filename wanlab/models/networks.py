@@ -145,8 +145,8 @@ def fill_random(
     """
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     for key, like in parameter_names(module).items():
-        if not like.is_floating_point():
-            continue
+        if not like.is_floating_point() or not isinstance(like, torch.nn.Parameter):
+            continue  # buffers are computed: statistics of latents, for one, must not be noise
         value = torch.empty(like.shape, dtype=stored_dtype(module, key, dtype), device=device)
         owner, _, leaf = key.rpartition(".")
         norm = "norm" in type(module.get_submodule(owner)).__name__.lower()

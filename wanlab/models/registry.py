@@ -26,6 +26,7 @@ from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
 HUB_MODELS = ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+_TINY = "tiny"
 
 # Entries of model_index.json that carry no network.
 _NO_NETWORK = (
@@ -42,15 +43,25 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def names() -> tuple[str, ...]:
-    """Names that `get` accepts besides a path or a hub id."""
+    """Names of models with weights that `get` accepts besides a path or a hub id; `tiny_names` has those without."""
     return (NANO, *HUB_MODELS)
+
+
+@cache
+def tiny_names() -> tuple[str, ...]:
+    """Names of the tiny models, which `get` accepts too: one for each kind of pipeline, for `weights="random"` only.
+
+    Their token geometry is that of the published models, their width and depth are the least that the classes allow.
+    """
+    files = resources.files(__package__).joinpath("configs", _TINY).iterdir()
+    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
 def get(name: str | os.PathLike) -> ModelSpec:
     """Facts of a model.
 
     Args:
-        name: a registry name (`names()`), a folder in diffusers layout, or a hub id such as
+        name: a registry name (`names()` and `tiny_names()`), a folder in diffusers layout, or a hub id such as
             `"Wan-AI/Wan2.2-I2V-A14B-Diffusers"`. Only a hub id that is not in the registry needs a network. A folder may
             hold a file `wanlab.json` with the model's default settings (docs/models.md).
 
@@ -60,7 +71,7 @@ def get(name: str | os.PathLike) -> ModelSpec:
     name = os.fspath(name)
     if name == NANO:
         return _from_folder(existing(nano_folder()), name=NANO)
-    if name in HUB_MODELS:
+    if name in HUB_MODELS or name in tiny_names():
         return _packaged(name)
     folder = locate(name)
     if name and folder.is_dir():
@@ -81,8 +92,8 @@ def get(name: str | os.PathLike) -> ModelSpec:
     if os.sep in name:
         raise WanlabError(f"no folder {name}; give the folder that holds model_index.json")
     raise WanlabError(
-        f"unknown model {name!r}{did_you_mean(name, names())}; known: {', '.join(names())},"
-        " or a diffusers folder or hub id"
+        f"unknown model {name!r}{did_you_mean(name, names() + tiny_names())}; known: {', '.join(names())},"
+        " a tiny model, or a diffusers folder or hub id"
     )
 
 
@@ -119,14 +130,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @cache
 def _packaged_data(name: str) -> dict[str, Any]:
-    text = resources.files(__package__).joinpath("configs", f"{name}.json").read_text(encoding="utf-8")
+    folder = ("configs", _TINY) if name in tiny_names() else ("configs",)
+    text = resources.files(__package__).joinpath(*folder, f"{name}.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def _packaged(name: str) -> ModelSpec:
     data = _packaged_data(name)
     configs = data["configs"]
-    return _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
+    spec = _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
+    if name in tiny_names():  # which `_assemble` does not recognise by their denoiser
+        spec = replace(spec, defaults=replace(Defaults(**data["defaults"]), flow_shift=spec.defaults.flow_shift))
+    return spec
 
 
 def _from_folder(folder: Path, *, name: str) -> ModelSpec:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from wanlab.models.families import family_of
@@ -186,7 +189,9 @@ def _over_time(call: Callable[[int], object], latent_frames: int, causal: bool) 
 def _count(call: Callable[[], object]) -> dict[str, float]:
     """Operations by kind of a call on meta tensors."""
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Networks that choose a number format for their own device know none for meta.
+        plain = patch("torch.autocast", lambda *_, **__: nullcontext())
+        with torch.no_grad(), plain, _WholeMasks(), FlopCounterMode(display=False) as counter:
             call()
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return {}  # a network of another family, with other arguments
@@ -194,6 +199,15 @@ def _count(call: Callable[[], object]) -> dict[str, float]:
     for operator, operations in counter.get_flop_counts().get("Global", {}).items():
         counts[_kind(str(operator))] += operations
     return counts
+
+
+class _WholeMasks(TorchDispatchMode):
+    """Counts every position of a mask as set: a tensor without values cannot tell which are."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta")
+        return function(*args, **(kwargs or {}))
 
 
 def _kind(operator: str) -> str:

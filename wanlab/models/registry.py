@@ -140,7 +140,9 @@ def _packaged(name: str) -> ModelSpec:
     configs = data["configs"]
     spec = _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
     if name in tiny_names():  # which `_assemble` does not recognise by their denoiser
-        spec = replace(spec, defaults=replace(Defaults(**data["defaults"]), flow_shift=spec.defaults.flow_shift))
+        spec = replace(
+            spec, defaults=replace(Defaults(**data["defaults"]), flow_shift=spec.defaults.flow_shift)
+        )
     return spec
 
 

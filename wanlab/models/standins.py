@@ -28,7 +28,9 @@ _AROUND = {
     "Qwen": (False, False),
 }
 _ENDED = (False, True)  # T5 and its relatives
-_CLIP_EOS = 2  # of published configurations from before transformers 4.31, where the id is that of the last word
+_CLIP_EOS = (
+    2  # of published configurations from before transformers 4.31, where the id is that of the last word
+)
 
 
 class WordHashTokenizer:
@@ -244,9 +246,7 @@ def _one(value: Any) -> int | None:
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
-    turns = [
-        f"<|im_start|>{turn['role']}\n{_content(turn['content'])}<|im_end|>\n" for turn in messages
-    ]
+    turns = [f"<|im_start|>{turn['role']}\n{_content(turn['content'])}<|im_end|>\n" for turn in messages]
     return "".join(turns) + ("<|im_start|>assistant\n" if generation else "")
 
 

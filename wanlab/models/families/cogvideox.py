@@ -67,3 +67,7 @@ class CogVideoX(Family):
             table = Tensor((tokens, config["attention_head_dim"]))
             inputs["image_rotary_emb"] = (table, table)
         return inputs
+
+    def unpacked(self, latents: Any, latent: Shape) -> Any:
+        """`[T, C, H, W]` to `[C, T, H, W]`, without the frames that pad the last token in front."""
+        return latents.swapaxes(0, 1)[:, -latent[1] :] if latents.shape[1] == latent[0] else latents

@@ -85,6 +85,10 @@ class WanAnimate(Wan):
             "face_pixel_values": Tensor((1, 3, pixels, side, side)),
         }
 
+    def unpacked(self, latents: Any, latent: Shape) -> Any:
+        """Without the latent frame of the reference picture."""
+        return latents[:, -latent[1] :]
+
 
 def _config(spec: ModelSpec) -> Mapping[str, Any]:
     return next((part.config for part in spec.parts if part.name == "transformer"), {})

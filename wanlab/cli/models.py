@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from wanlab.cli.command import Command, print_table, show
 from wanlab.core.errors import WanlabError
@@ -16,19 +17,31 @@ settings."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show the components of one model")
+    parser.add_argument(
+        "--size", metavar="HxWxF", help="count for a video of this height, width and number of frames"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
     if options.name:
         spec = get(options.name)
         show(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
-        show(facts(spec).to_string(index=False))
+        show(facts(spec, **_size(options.size)).to_string(index=False))
         return 0
     print_table(
         ("model", "default size", "default", "experts", "components"), [_row(name) for name in names()]
     )
     show("wanlab models NAME shows parameters, bytes and FLOPs of each component")
     return 0
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not match:
+        raise WanlabError(f"{text!r} is no size; give height x width x frames, such as 480x832x81")
+    return dict(zip(("height", "width", "frames"), map(int, match.groups()), strict=True))
 
 
 def _row(name: str) -> tuple[str, ...]:

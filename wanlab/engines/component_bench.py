@@ -23,7 +23,6 @@ from wanlab.engines.registry import EAGER, ENGINES, engine_kind, open_component
 from wanlab.engines.torch import TorchEngine
 from wanlab.export.components import (
     FUSED_OPSET,
-    ClipShape,
     check_components,
     component_spec,
     components_of,
@@ -231,11 +230,11 @@ def compare_forms(
     component: str,
     folder: str | os.PathLike,
     *,
-    shape: ClipShape | None = None,
     provider: str = "auto",
     rounds: int = 5,
     seed: int = 0,
     progress: bool = True,
+    **size: int | None,
 ) -> pd.DataFrame:
     """Export a component in its original form, in friendly forms, and with fused operators; time all of them interleaved.
 
@@ -244,8 +243,8 @@ def compare_forms(
     Args:
         model: model whose component is eager.
         folder: folder of the graphs.
-        shape: clip of the timed inputs; None is the model's default with batch 1.
         provider: provider of ONNX Runtime.
+        size: height, width and frames of the timed clip, of batch 1; the model's default where not given.
         rounds: number of rounds; each gives two interleaved samples of every row.
 
     Returns:
@@ -255,7 +254,7 @@ def compare_forms(
     """
     plan = component_spec(model, component)
     kind = str(plan.network.dtype).removeprefix("torch.")
-    shape = shape or default_shape(model, batch=1)
+    shape = default_shape(model, **{"batch": 1} | size)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     plain = BFLOAT16_OPSET if kind == "bfloat16" else DEFAULT_OPSET

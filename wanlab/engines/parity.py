@@ -209,9 +209,8 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     """The traced clip; if the graph accepts other sizes, also one with height and width exchanged and a smaller one."""
     report = ExportReport.find(engine.path) if hasattr(engine, "path") else None
     first = default_shape(model) if report is None else report.shape
-    free = all(
-        isinstance(engine.inputs[name][1][axis], str) for name, axes in plan.inputs.items() for axis in axes
-    )
+    axes = [(name, axis) for name, axes in plan.inputs.items() for axis in axes]
+    free = bool(axes) and all(isinstance(engine.inputs[name][1][axis], str) for name, axis in axes)
     if not free:
         return [first]
     spec = model.spec
@@ -233,13 +232,13 @@ def blockwise_parity(
     component: str,
     onnx_path: str | os.PathLike,
     *,
-    shape: ClipShape | None = None,
     feeds: Mapping[str, torch.Tensor] | None = None,
     reference_dtype: str = "float32",
     provider: str = "auto",
     seed: int = 0,
     progress: bool = True,
-) -> pd.DataFrame:
+    **size: int | None,
+) -> pd.DataFrame | None:
     """Compare every transformer block of an exported expert with the same block of PyTorch.
 
     The graph is cut between the blocks. The part before the first block (patches, timestep and text embedding, rotary
@@ -252,7 +251,7 @@ def blockwise_parity(
         model: the model that was exported, eager.
         component: an expert of the model.
         onnx_path: graph from `wanlab.export.export`.
-        shape: clip of the random inputs; None is the model's default with batch 1.
+        size: height, width and frames of the random inputs, of batch 1; the model's default where not given.
         feeds: inputs by name to use instead of random ones.
         reference_dtype: dtype of PyTorch's blocks, `"float32"` or `"float64"`.
         provider: as in `OrtEngine`.
@@ -260,19 +259,24 @@ def blockwise_parity(
     Returns:
         A row per piece (`before`, `blocks.0` …, `after`): piece, relative_l2 (||a - b|| / ||a||), max_abs, mean_abs,
         cosine of its output; update_relative_l2 of the difference between the block's output and input;
-        eager_relative_l2 of PyTorch's own block (NaN where the network is not in the graph's dtype).
+        eager_relative_l2 of PyTorch's own block (NaN where the network is not in the graph's dtype). None where the blocks
+        of the network hand on more than one state, as those of CogVideoX and HunyuanVideo do.
 
     Raises:
         WanlabError: the component is no expert, or its graph cannot be cut into blocks.
     """
     plan = component_spec(model, component)
-    if not hasattr(plan.network, "blocks"):
+    if not component.startswith("expert"):
         raise WanlabError(
             f"{component} has no transformer blocks; compare it whole with wanlab.engines.parity"
         )
+    if type(plan.network).__name__ != "WanTransformer3DModel":
+        return None
     path = Path(onnx_path)
     if feeds is None:
-        drawn = plan.inputs_for(shape or default_shape(model, batch=1), torch.Generator().manual_seed(seed))
+        drawn = plan.inputs_for(
+            default_shape(model, **{"batch": 1} | size), torch.Generator().manual_seed(seed)
+        )
         feeds = dict(zip(plan.inputs, drawn, strict=True))
     kind = getattr(torch, reference_dtype)
     graph = onnx_ir.load(path)

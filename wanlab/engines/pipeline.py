@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import EAGER, engine_kind, open_component
-from wanlab.export.components import PARTS, check_components
+from wanlab.export.components import PARTS, check_components, flat_inputs
 from wanlab.export.weights import other_weight
 from wanlab.models.pipeline import Model
 
@@ -98,7 +99,6 @@ _INPUTS = {
     "vae_encoder": {"video"},
     "vae_decoder": {"latents"},
 }
-_EXPERT_INPUTS = {"hidden_states", "timestep", "encoder_hidden_states"}
 
 
 def _check_engine(component: str, engine: Engine, network: Any) -> None:
@@ -106,7 +106,14 @@ def _check_engine(component: str, engine: Engine, network: Any) -> None:
     # The experts have the same shapes, so that only this check detects an exchange of the two.
     if made_for != component:
         raise WanlabError(f"{engine.label} was exported from {made_for}; it cannot run {component}")
-    required = _INPUTS.get(component, _EXPERT_INPUTS)
+    required = _INPUTS.get(component)
+    if required is None:
+        taken = inspect.signature(
+            type(network).forward if isinstance(network, torch.nn.Module) else network
+        ).parameters
+        free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        fits = free or all(name in taken or name.rpartition("_")[0] in taken for name in engine.inputs)
+        required = set(engine.inputs) if fits and "hidden_states" in engine.inputs else set(taken) - {"self"}
     if set(engine.inputs) != required:
         raise WanlabError(
             f"{engine.label} takes {', '.join(engine.inputs)}; {component} needs {', '.join(sorted(required))}"
@@ -136,6 +143,16 @@ class EnginePart(torch.nn.Module):
         super().__init__()
         self.config = original.config
         self._dtype, self._device = original.dtype, original.device
+        # Numbers of the network that pipelines read, such as compression ratios and statistics of latents.
+        plain = {
+            key: value for key, value in vars(original).items() if isinstance(value, bool | int | float | str)
+        }
+        plain |= {key: value for key, value in original.named_buffers(recurse=False) if "." not in key}
+        self._facts = {key: value for key, value in plain.items() if not key.startswith("_")}
+
+    def __getattr__(self, name: str):
+        facts = self.__dict__.get("_facts", {})
+        return facts[name] if name in facts else super().__getattr__(name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,10 +173,11 @@ class EngineTextEncoder(EnginePart):
         super().__init__(original)
         self.engine = engine
 
-    def forward(self, input_ids, attention_mask):
-        """`[B, L]` tokens and mask to `.last_hidden_state` `[B, L, D]`."""
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return SimpleNamespace(last_hidden_state=self._back(self.engine.run(feeds)["last_hidden_state"]))
+    def forward(self, input_ids, attention_mask=None):
+        """`[B, L]` tokens and mask to `.last_hidden_state` `[B, L, D]`; without a mask every token counts."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        feeds = {"input_ids": input_ids, "attention_mask": mask}
+        return BaseModelOutput(last_hidden_state=self._back(self.engine.run(feeds)["last_hidden_state"]))
 
 
 class EngineExpert(EnginePart):
@@ -168,31 +186,30 @@ class EngineExpert(EnginePart):
     def __init__(self, original: torch.nn.Module, engine: Engine) -> None:
         super().__init__(original)
         self.engine = engine
+        names = getattr(original, "names", None)  # of an engine that is replaced
+        self.names = names or list(inspect.signature(original.forward).parameters)
 
     def cache_context(self, name: str):
         """An engine caches nothing between steps."""
         return nullcontext()
 
-    def forward(
-        self,
-        hidden_states,
-        timestep,
-        encoder_hidden_states,
-        encoder_hidden_states_image=None,
-        return_dict: bool = True,
-        attention_kwargs=None,
-    ):
-        """`[B, C, T, H, W]`, `[B]`, `[B, L, D]` to `[B, C', T, H, W]`."""
-        if encoder_hidden_states_image is not None or attention_kwargs:
-            raise WanlabError(
-                "an engine takes neither image embeddings nor attention_kwargs; run this expert eager"
-            )
-        feeds = {
-            "hidden_states": hidden_states,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
+    def forward(self, *args, return_dict: bool = True, **kwargs):
+        """The arguments of the network; numbers among them are those that the graph was traced with.
+
+        Raises:
+            WanlabError: a tensor that the graph does not take.
+        """
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if given.pop("attention_kwargs", None):
+            raise WanlabError("an engine takes no attention_kwargs; run this expert eager")
+        tensors = {
+            name: value for name, value in flat_inputs(given).items() if isinstance(value, torch.Tensor)
         }
-        sample = self._back(self.engine.run(feeds)["velocity"])
+        if surplus := [name for name in tensors if name not in self.engine.inputs]:
+            raise WanlabError(
+                f"{self.engine.label} does not take {surplus[0]}, which the pipeline gives; run this expert eager"
+            )
+        sample = self._back(self.engine.run(tensors)["velocity"])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 

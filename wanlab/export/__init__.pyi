@@ -1,5 +1,7 @@
 from .components import ClipShape as ClipShape
+from .components import components_of as components_of
 from .components import random_feeds as random_feeds
+from .components import unconverted as unconverted
 from .export import ExportReport as ExportReport
 from .export import axes_table as axes_table
 from .export import export as export

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,9 @@ from wanlab.export.friendly import (
     exportable_operators,
     whole_clip_resampling,
 )
-from wanlab.models.shapes import latent_shape
+from wanlab.models.families.base import BATCHED, Tensor
+from wanlab.models.shapes import latent_shape, nearest_size
+from wanlab.models.spec import ENCODERS
 from wanlab.models.weights import check_tensor
 
 FUSED_OPSET = 23
@@ -54,6 +56,11 @@ class ClipShape:
         return f"{self.batch}x{self.frames}x{self.height}x{self.width}, {self.text_tokens} text tokens"
 
 
+def usual_batch(model, component: str) -> int:
+    """Clips in one call of a component: two for an expert whose guidance is computed in one batch, else one."""
+    return 2 if component.startswith("expert") and model.family.guidance == BATCHED else 1
+
+
 def default_shape(model, **changes: int | None) -> ClipShape:
     """The model's default clip at batch 2, with `changes` (None keeps the default).
 
@@ -61,7 +68,7 @@ def default_shape(model, **changes: int | None) -> ClipShape:
         WanlabError: a size below 1, or inputs that do not fit into free memory.
     """
     defaults = model.spec.defaults
-    shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, defaults.text_tokens)
+    shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, model.text_tokens)
     shape = replace(shape, **{key: value for key, value in changes.items() if value is not None})
     wrong = next((name for name, value in asdict(shape).items() if value < 1), None)
     if wrong:
@@ -98,6 +105,12 @@ def axis_sizes(spec, clip: ClipShape) -> dict[str, int]:
     }
 
 
+TEXT_ENCODERS = ("UMT5EncoderModel", "T5EncoderModel")
+"""Text encoders of which pipelines take the last states alone."""
+UNCONVERTED = {
+    "WanAnimateTransformer3DModel": "which decomposes matrices (QR), for which ONNX has no operator"
+}
+"""Networks that cannot be converted -> the reason."""
 # Component -> attribute of the diffusers pipeline that holds its network.
 PARTS = {
     "text_encoder": "text_encoder",
@@ -142,19 +155,42 @@ def components_of(model) -> tuple[str, ...]:
     Args:
         model: object with a diffusers pipeline as `.pipeline`.
     """
+    return tuple(name for name, reason in _loaded(model).items() if not reason)
+
+
+def unconverted(model) -> dict[str, str]:
+    """Loaded networks that stay in PyTorch -> the reason, for a reader."""
+    return {name: reason for name, reason in _loaded(model).items() if reason}
+
+
+def _loaded(model) -> dict[str, str]:
+    """Loaded networks, in the order of a generation -> why one cannot be converted; empty if it can."""
     pipeline = model.pipeline
     low = getattr(pipeline, "transformer_2", None) is not None
     # A model of two experts may be loaded with one of them only.
     two = low or pipeline.config.get("boundary_ratio") is not None
     experts = ("expert_high", "expert_low") if two else ("expert",)
-    names = ("text_encoder", "vae_encoder", *experts, "vae_decoder")
-    return tuple(name for name in names if getattr(pipeline, PARTS[name], None) is not None)
+    loaded: dict[str, str] = {}
+    for name in (*ENCODERS, "vae_encoder", *experts, "vae_decoder"):
+        network = getattr(pipeline, PARTS.get(name, name), None)
+        if network is None:
+            continue
+        kind = type(network).__name__
+        # A network that an engine replaced is one that can be converted.
+        encoder = name in ENCODERS and kind not in TEXT_ENCODERS and not hasattr(network, "engine")
+        more = "of which the pipeline takes more than its last states" * encoder
+        reason = UNCONVERTED.get(kind, more)
+        loaded[name] = f"{name} is a {kind}, {reason}" * bool(reason)
+    return loaded
 
 
 def check_components(model, names) -> None:
     """Raise a `WanlabError` for the first name that is no component of `model`."""
     known = components_of(model)
+    stays = unconverted(model)
     for name in names:
+        if name in stays:
+            raise WanlabError(f"{stays[name]}: it stays in PyTorch; leave it out of the components")
         if name not in known:
             raise WanlabError(
                 f"no component {name!r} to convert{did_you_mean(name, known)};"
@@ -176,19 +212,20 @@ def component_spec(model, component: str, *, network=None) -> ComponentSpec:
     """
     check_components(model, [component])
     network = getattr(model.pipeline, PARTS[component]) if network is None else network
-    makers = {
-        "UMT5EncoderModel": _text_encoder,
-        "T5EncoderModel": _text_encoder,
-        "WanTransformer3DModel": _expert,
-        "AutoencoderKLWan": _vae_encoder if component == "vae_encoder" else _vae_decoder,
-    }
     kind = type(network).__name__
-    if kind not in makers:
+    if not isinstance(network, torch.nn.Module) or hasattr(network, "engine") or hasattr(network, "eager"):
         raise WanlabError(
-            f"{component} is a {kind}, which cannot be converted; convertible are {', '.join(sorted(makers))}"
-            " (use the model as it was loaded, before engines replaced its components)"
+            f"{component} is a {kind}, which cannot be converted: use the model as it was loaded, before engines replaced"
+            " its components"
         )
-    return makers[kind](model, component, network)
+    if component in ENCODERS:
+        return _text_encoder(model, component, network)
+    if component.startswith("expert"):
+        return (_expert if kind == "WanTransformer3DModel" else _any_denoiser)(model, component, network)
+    half = component == "vae_encoder"
+    if kind == "AutoencoderKLWan":
+        return (_vae_encoder if half else _vae_decoder)(model, component, network)
+    return (_any_vae_encoder if half else _any_vae_decoder)(model, component, network)
 
 
 def _text_encoder(model, component: str, network) -> ComponentSpec:
@@ -228,11 +265,7 @@ def _text_encoder(model, component: str, network) -> ComponentSpec:
 
 def _expert(model, component: str, network) -> ComponentSpec:
     config = network.config
-    if config.image_dim is not None:
-        raise WanlabError(
-            f"{component} takes CLIP image embeddings (image_dim={config.image_dim}), as Wan2.1 does; "
-            "only experts without them can be converted"
-        )
+    pictured = config.image_dim is not None
     per_token = bool(model.pipeline.config.get("expand_timesteps", False))
     patch_t, patch_h, patch_w = config.patch_size
 
@@ -246,13 +279,18 @@ def _expert(model, component: str, network) -> ComponentSpec:
             timestep = timestep[:, None].repeat(1, tokens)
         text = torch.randn(shape.batch, shape.text_tokens, config.text_dim, **draw)
         to = {"device": network.device, "dtype": network.dtype}
-        return latents.to(**to), timestep.to(network.device), text.to(**to)
+        inputs = (latents.to(**to), timestep.to(network.device), text.to(**to))
+        if not pictured:
+            return inputs
+        given = _shapes_of(model, component, network, shape)["encoder_hidden_states_image"].shape
+        return *inputs, torch.randn(shape.batch * given[0], *given[1:], **draw).to(**to)
 
-    def denoise(hidden_states, timestep, encoder_hidden_states):
-        return network(hidden_states, timestep, encoder_hidden_states, return_dict=False)[0]
+    def denoise(hidden_states, timestep, encoder_hidden_states, *picture):
+        return network(hidden_states, timestep, encoder_hidden_states, *picture, return_dict=False)[0]
 
     def dimensions():
-        dims = _dims(batch=(1, 64), latent_frames=(2, 256), text_tokens=(2, 4096))
+        dims = _dims(batch=(1, 64), latent_frames=(2, 256))
+        dims |= {} if pictured else _dims(text_tokens=(2, 4096))
         dims |= {
             "latent_height": patch_h * _dim("token_rows", 2, 1024),
             "latent_width": patch_w * _dim("token_columns", 2, 1024),
@@ -266,14 +304,144 @@ def _expert(model, component: str, network) -> ComponentSpec:
         {
             "hidden_states": latent_axes,
             "timestep": {0: "batch", 1: "tokens"} if per_token else {0: "batch"},
-            "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-        },
+            # diffusers tells text from picture by the number of text tokens, 512.
+            "encoder_hidden_states": {0: "batch"} if pictured else {0: "batch", 1: "text_tokens"},
+        }
+        | ({"encoder_hidden_states_image": {0: "batch"}} if pictured else {}),
         "velocity",
         inputs_for,
         denoise,
         denoise,
         lambda opset: exportable_attention(network, fused=opset >= FUSED_OPSET),
         dimensions,
+    )
+
+
+def _shapes_of(model, component: str, network, shape: ClipShape) -> dict[str, Any]:
+    """Inputs of a denoiser for one clip of batch 1, as its family says."""
+    spec = model.spec
+    part = replace(spec.part(spec.part_of(component)), class_name=type(network).__name__)
+    latent = latent_shape(spec, shape.height, shape.width, shape.frames)
+    size = (latent.channels, latent.frames, latent.height, latent.width)
+    return model.family.denoiser_inputs(spec, part, size, latent.tokens, shape.text_tokens)
+
+
+def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a call by name, with the parts of a tuple as inputs of their own: `rope` -> `rope_0`, `rope_1`."""
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        parts = isinstance(value, tuple) and all(isinstance(part, Tensor | torch.Tensor) for part in value)
+        flat |= {f"{name}_{i}": part for i, part in enumerate(value)} if parts else {name: value}
+    return flat
+
+
+def _any_denoiser(model, component: str, network) -> ComponentSpec:
+    """A denoiser of any family that says what it is called with; its graph has the sizes of one clip."""
+    usual = model.spec.defaults
+    size = nearest_size(model.spec, usual.height, usual.width, usual.frames)
+    described = _shapes_of(model, component, network, ClipShape(1, *size, usual.text_tokens))
+    if not described:
+        raise WanlabError(
+            f"{component} is a {type(network).__name__}, and it is not known what it is called with; it stays in PyTorch"
+            " (CONTRIBUTING.md shows how a family is added)"
+        )
+    names = [name for name, value in flat_inputs(described).items() if isinstance(value, Tensor)]
+    to_type = {"float": network.dtype, "int": torch.long, "bool": torch.bool}
+    shared = [name for name in names if name.rpartition("_")[2].isdigit() or name.endswith("_scale")]
+    values: dict[str, Any] = {}
+
+    def inputs_for(shape: ClipShape, generator):
+        latent_size(model, shape)  # refuses an illegal size
+        given = _shapes_of(model, component, network, shape)
+        values.update(given)
+        drawn = []
+        for name, tensor in flat_inputs(given).items():
+            if not isinstance(tensor, Tensor):
+                continue
+            size = tensor.shape if name in shared else (shape.batch * tensor.shape[0], *tensor.shape[1:])
+            if name == "timestep":
+                steps = torch.linspace(900.0, 100.0, shape.batch)
+                drawn.append(steps.view(-1, *[1] * (len(size) - 1)).expand(size).contiguous())
+            elif tensor.dtype != "float" or name.endswith(("_mask", "_scale")):
+                drawn.append(torch.ones(size, dtype=to_type[tensor.dtype]))
+            else:
+                drawn.append(torch.randn(size, generator=generator).to(network.dtype))
+        return tuple(tensor.to(network.device) for tensor in drawn)
+
+    def denoise(*tensors):
+        given, arguments = dict(zip(names, tensors, strict=True)), {}
+        for name, value in (values or described).items():
+            if name in given:
+                arguments[name] = given[name]
+            elif f"{name}_0" in given:
+                arguments[name] = tuple(given[f"{name}_{i}"] for i in range(len(value)))
+            else:
+                arguments[name] = value
+        return network(**arguments, return_dict=False)[0]
+
+    return ComponentSpec(
+        component,
+        network,
+        {name: {} if name in shared else {0: "batch"} for name in names},
+        "velocity",
+        inputs_for,
+        denoise,
+        denoise,
+        lambda opset: nullcontext(),
+        dict,
+    )
+
+
+def _any_vae_encoder(model, component: str, network) -> ComponentSpec:
+    """The encoder of any VAE; its graph has the sizes of one clip."""
+
+    def inputs_for(shape: ClipShape, generator):
+        latent_size(model, shape)  # refuses an illegal size
+        frames = shape.frames if model.family.encodes_clip else 1
+        video = torch.rand((shape.batch, 3, frames, shape.height, shape.width), generator=generator) * 2 - 1
+        return (video.to(network.device, network.dtype),)
+
+    def encode(video):
+        return network.encode(video).latent_dist.parameters
+
+    return ComponentSpec(
+        component,
+        network,
+        {"video": {}},
+        "moments",
+        inputs_for,
+        encode,
+        encode,
+        lambda _: nullcontext(),
+        dict,
+    )
+
+
+def _any_vae_decoder(model, component: str, network) -> ComponentSpec:
+    """The decoder of any VAE; its graph has the sizes of one clip."""
+    if getattr(network.config, "timestep_conditioning", False):
+        raise WanlabError(
+            f"{component} is a {type(network).__name__} that takes a timestep: it stays in PyTorch; leave it out of the"
+            " components"
+        )
+
+    def inputs_for(shape: ClipShape, generator):
+        size = (shape.batch, model.spec.latent_channels, *latent_size(model, shape))
+        return (torch.randn(size, generator=generator).to(network.device, network.dtype),)
+
+    def decode(latents):
+        return network.decode(latents, return_dict=False)[0]
+
+    return ComponentSpec(
+        component,
+        network,
+        {"latents": {}},
+        "video",
+        inputs_for,
+        decode,
+        decode,
+        lambda _: nullcontext(),
+        dict,
     )
 
 

@@ -27,6 +27,7 @@ from wanlab.export.components import (
     components_of,
     default_shape,
     latent_size,
+    usual_batch,
 )
 from wanlab.export.trace import FORMS, Trace, chosen_dtype, chosen_opset, kept_trace, trace
 from wanlab.export.weights import WeightsFile
@@ -201,7 +202,7 @@ def export(
             f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
         )
     plan = component_spec(model, component)
-    batch = batch or (2 if dynamic else 1)
+    batch = batch or (2 if dynamic else usual_batch(model, component))
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )
@@ -224,7 +225,8 @@ def export(
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
     # A graph whose sizes are free does not depend on the clip that it was traced with: one trace serves all sizes.
-    example = default_shape(model, batch=batch) if dynamic else shape
+    # Where the model states no sizes of its own, the clip that was asked for is the better example.
+    example = default_shape(model, batch=batch) if dynamic and model.spec.defaults.known else shape
     trace_settings = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
 
     def traced_with(clip: ClipShape) -> tuple[Trace, bool]:

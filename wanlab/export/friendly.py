@@ -16,7 +16,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     patchify,
     unpatchify,
 )
-from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    _get_added_kv_projections,
+    _get_qkv_projections,
+)
+
+TEXT_TOKENS = 512
+"""Tokens of the text beside those of a picture, which diffusers takes as given."""
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -40,7 +47,7 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 class ExportableAttention:
     """Attention processor for `WanAttention` without in-place writes or backend dispatch.
 
-    For experts without CLIP image embeddings (all of Wan2.2), with `attention_mask=None`.
+    With `attention_mask=None`. Where an expert also attends to a picture (Wan2.1), its tokens come before the text.
 
     Attributes:
         fused: whether rotary embedding and attention are operators of ONNX opset 23, whose last axis contains the heads,
@@ -54,10 +61,18 @@ class ExportableAttention:
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
     ) -> torch.Tensor:
         """`[B, S, C]` to `[B, S, C]`, like `WanAttnProcessor.__call__`."""
+        picture = None
+        if attn.add_k_proj is not None:
+            picture, encoder_hidden_states = encoder_hidden_states.split(
+                [encoder_hidden_states.shape[1] - TEXT_TOKENS, TEXT_TOKENS], dim=1
+            )
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)
         mix = self._with_operators if self.fused else self._with_arithmetic
         mixed = mix(query, key, value, attn.heads, rotary_emb).type_as(query)
+        if picture is not None:
+            key, value = _get_added_kv_projections(attn, picture)
+            mixed = mixed + mix(query, attn.norm_added_k(key), value, attn.heads, None).type_as(query)
         return attn.to_out[1](attn.to_out[0](mixed))
 
     def _with_operators(self, query, key, value, heads: int, rotary_emb) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanlab.core import paths
-from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.files import atomic_path
 from wanlab.export.components import FUSED_OPSET, ClipShape, component_spec
 from wanlab.export.weights import WRAPPER
@@ -152,10 +152,15 @@ def kept_trace(network: torch.nn.Module, key: str, make: Callable[[], Trace]) ->
     return trace, False
 
 
-def weights_as_inputs(model: onnx_ir.Model) -> onnx_ir.Model:
-    """The traced model, with weights without memory changed to inputs of the graph."""
+def weights_as_inputs(model: onnx_ir.Model, network: torch.nn.Module) -> onnx_ir.Model:
+    """The traced model, with weights of the network, which have no memory, changed to inputs of the graph."""
     graph = model.graph
+    weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    weights |= {name for name, _ in network.named_buffers(remove_duplicate=False)}
     for name in [name for name in graph.initializers if name.startswith(WRAPPER)]:
+        if name.removeprefix(WRAPPER) not in weights:  # a constant in the code of a module
+            graph.initializers[name].name = f"constant.{name.removeprefix(WRAPPER)}"
+            continue
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
@@ -206,18 +211,31 @@ def trace(
                 notes.append(f"tracing fixed sizes: {fixed_reason(error)}")
                 auto = tuple({axis: torch.export.Dim.AUTO for axis in axes} for axes in plan.inputs.values())
                 program = torch.export.export(module, inputs, dynamic_shapes={"args": auto}, strict=False)
-        exported = torch.onnx.export(
-            program,
-            (),
-            None,
-            input_names=list(plan.inputs),
-            output_names=[plan.output],
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    return Trace(weights_as_inputs(exported.model), ranges, tuple(notes))
+        try:
+            exported = torch.onnx.export(
+                program,
+                (),
+                None,
+                input_names=list(plan.inputs),
+                output_names=[plan.output],
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise WanlabError(
+                f"{component} is a {type(network).__name__}, which does not convert ({_innermost(error)}); it stays in"
+                " PyTorch: leave it out of the components"
+            ) from error
+    return Trace(weights_as_inputs(exported.model, network), ranges, tuple(notes))
+
+
+def _innermost(error: BaseException) -> str:
+    """The line of the innermost error that a converter met."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error, 120)
 
 
 def fixed_reason(error: Exception) -> str:

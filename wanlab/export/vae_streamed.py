@@ -434,7 +434,7 @@ class _Job:
                 optimize=False,
                 verbose=False,
             )
-        return Trace(weights_as_inputs(exported.model), ranges, notes)
+        return Trace(weights_as_inputs(exported.model, network), ranges, notes)
 
 
 def _dimensions(inputs: tuple, axes: dict[int, str], scale: int) -> tuple[dict, dict[str, str]]:

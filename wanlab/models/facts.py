@@ -34,7 +34,8 @@ def facts(
     Columns: component, class_name, parameters, size_fp32_bytes, size_bf16_bytes (fp16 alike), size_fp8_bytes
     (int8 alike), linear_tflop, attention_tflop, convolution_tflop, other_tflop, total_tflop, input_shape.
     A forward is one call as the pipeline makes it, batch 1: the text encoder on one prompt, the encoder on
-    the whole conditioning video (on one frame if `expand_timesteps`), an expert on one step of one branch,
+    the whole conditioning video (the first frame alone if `expand_timesteps`, and in families that
+    encode only the picture), an expert on one step of one branch,
     the decoder on the whole video. Sizes are parameters times bytes; loading keeps some layers in
     float32 and needs a little more.
 
@@ -122,7 +123,8 @@ def _work(
     height, width, frames = size
     causal = part.class_name == "AutoencoderKLWan"
     if component == "vae_encoder":
-        count = 1 if spec.expand_timesteps else frames
+        whole = family_of(spec.pipeline_class).encodes_clip and not spec.expand_timesteps
+        count = frames if whole else 1
         colours = 3
         shape = (1, colours, count, height, width)
 
@@ -130,7 +132,7 @@ def _work(
             video = (latent_frames - 1) * spec.temporal_factor + 1
             return module.encode(torch.empty(1, colours, video, height, width, device="meta"))
 
-        return str(list(shape)), _over_time(encode, 1 if spec.expand_timesteps else latent.frames, causal)
+        return str(list(shape)), _over_time(encode, latent.frames if whole else 1, causal)
     if component == "vae_decoder":
         shape = (1, latent.channels, latent.frames, latent.height, latent.width)
         return str(list(shape)), _over_time(

@@ -106,6 +106,11 @@ class PixelProfile:
         low, best, high = ends or (None, None, None)
         return cls(low, best, high, **others)
 
+    def clip(self) -> dict[str, int]:
+        """The preferred height, width and frames, as far as the profile sets them."""
+        size = dict(zip(("height", "width"), self.opt, strict=True)) if self.opt else {}
+        return size | ({"frames": self.frames[1]} if self.frames else {})
+
     def sets(self, axis: str) -> bool:
         """Whether the profile sets the size of an axis."""
         return any(getattr(self, name) is not None for name in FIELDS_OF[axis])
@@ -182,7 +187,7 @@ def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], 
     batch = profile.batch or (1, 1, 2)
     text = profile.text_tokens or (have.text_tokens,) * 3
     steps = spec.size_step
-    frame_step = spec.temporal_factor * spec.patch[0]
+    frame_step = spec.frame_step
     clips, notes = {}, []
     for index, end in enumerate(ENDS):
         stated = sizes[end]

@@ -19,6 +19,7 @@ class Wan(Family):
     pipelines = (r"Wan(?!Animate).*", r"SkyReelsV2.*")
     defaults = Defaults(text_tokens=512)
     guidance = SEQUENTIAL
+    encodes_clip = True
 
     def size_step(self, step: tuple[int, int]) -> tuple[int, int]:
         """The pipelines ask for multiples of 16."""

@@ -12,7 +12,6 @@ from support.models_tiny import save
 
 from wanlab.core.errors import WanlabError
 from wanlab.models import get, names
-from wanlab.models.networks import skeleton
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +54,6 @@ def test_ti2v():
     assert spec.components == ("text_encoder", "vae_encoder", "expert", "vae_decoder")
     assert (spec.boundary_ratio, spec.expand_timesteps, spec.defaults.flow_shift) == (None, True, 5.0)
     assert (spec.spatial_factor, spec.latent_channels, spec.defaults.fps) == (16, 48, 24)
-
-
-@pytest.mark.parametrize("name", ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b"])
-def test_packaged_configurations_are_the_classes_own(name):
-    """Every packaged entry is an argument that the class knows, and the classes build from it."""
-    for part in get(name).parts:
-        config = skeleton(part).config
-        known = config.to_dict() if part.library == "transformers" else dict(config)
-        for key, value in part.config.items():
-            if key not in ("_class_name", "architectures", "tie_word_embeddings", "scalable_attention"):
-                assert json.loads(json.dumps(known[key])) == value, (part.name, key)
 
 
 def test_hub_id_of_a_registered_model_needs_no_network():
@@ -250,6 +238,7 @@ def test_facts_of_a_model_cost_no_torch():
     code = (
         "import sys, wanlab.models as m\n"
         "assert m.latent_shape(m.get('wan2.2-i2v-a14b'), 720, 1280, 81).tokens == 75600\n"
+        "assert len([m.get(name) for name in m.names()]) > 20\n"
         "print([name for name in ('torch', 'diffusers', 'pandas', 'numpy') if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

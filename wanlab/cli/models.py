@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
+from wanlab import models
 from wanlab.cli.command import Command, print_table, show
 from wanlab.core.errors import WanlabError
-from wanlab.models.facts import facts
-from wanlab.models.registry import get, names
 
 HELP = """List the models that wanlab knows by name, or show parameters, bytes and FLOPs of each component of one. A
 model may also be a folder in the layout of diffusers or a hub id; a file wanlab.json in the folder states its default
@@ -24,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     if options.name:
-        spec = get(options.name)
+        spec = models.get(options.name)
         show(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
-        show(facts(spec, **_size(options.size)).to_string(index=False))
+        show(models.facts(spec, **_size(options.size)).to_string(index=False))
         return 0
     print_table(
-        ("model", "default size", "default", "experts", "components"), [_row(name) for name in names()]
+        ("model", "default size", "default", "experts", "components"), [_row(name) for name in models.names()]
     )
     show("wanlab models NAME shows parameters, bytes and FLOPs of each component")
     return 0
@@ -46,7 +45,7 @@ def _size(text: str | None) -> dict[str, int]:
 
 def _row(name: str) -> tuple[str, ...]:
     try:
-        spec = get(name)
+        spec = models.get(name)
     except WanlabError as error:
         return (name, "", "", "", str(error))
     size = f"{spec.defaults.width}x{spec.defaults.height}x{spec.defaults.frames}"

@@ -73,8 +73,11 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
 
 
 def tied_names(module: torch.nn.Module) -> dict[str, str]:
-    """Parameters that share storage with another: name -> name of the original (UMT5: the token embedding)."""
-    tied = getattr(module, "_tied_weights_keys", None)
+    """Parameters that share storage with another: name -> name of the original (UMT5: the token embedding).
+
+    A class may tie some that a configuration keeps apart (`lm_head` of LLaVA); transformers lists those really tied.
+    """
+    tied = getattr(module, "all_tied_weights_keys", getattr(module, "_tied_weights_keys", None))
     return dict(tied) if isinstance(tied, dict) else {}
 
 

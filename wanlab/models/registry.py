@@ -25,7 +25,18 @@ from wanlab.models.families.base import Family
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
-HUB_MODELS = ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+
+
+def _hub_models() -> tuple[str, ...]:
+    """Names of the packaged configurations, one file each: those of Wan2.2, then of Wan2.1, then the others."""
+    files = resources.files(__package__).joinpath("configs").iterdir()
+    found = [file.name.removesuffix(".json") for file in files if file.name.endswith(".json")]
+    return tuple(
+        sorted(found, key=lambda name: (not name.startswith("wan2.2"), not name.startswith("wan"), name))
+    )
+
+
+HUB_MODELS = _hub_models()
 _TINY = "tiny"
 
 # Entries of model_index.json that carry no network.
@@ -139,11 +150,8 @@ def _packaged(name: str) -> ModelSpec:
     data = _packaged_data(name)
     configs = data["configs"]
     spec = _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
-    if name in tiny_names():  # which `_assemble` does not recognise by their denoiser
-        spec = replace(
-            spec, defaults=replace(Defaults(**data["defaults"]), flow_shift=spec.defaults.flow_shift)
-        )
-    return spec
+    defaults, shift = Defaults(**data["defaults"]), spec.defaults.flow_shift
+    return replace(spec, defaults=defaults if shift is None else replace(defaults, flow_shift=shift))
 
 
 def _from_folder(folder: Path, *, name: str) -> ModelSpec:
@@ -167,12 +175,8 @@ def _assemble(
     name: str, source: str, index: Mapping[str, Any], config_of: Callable[[str], dict[str, Any]]
 ) -> ModelSpec:
     """A spec from model_index.json and the configuration of each part."""
-    entries = {
-        key: value
-        for key, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
-    }
-    networks = {key: value for key, value in entries.items() if not key.startswith(_NO_NETWORK)}
+    entries = _entries(index)
+    networks = _networks(index)
     pipeline_class = _pipeline_class(source, index, networks)
     parts = {
         part: _part(source, part, library, kind, config_of(part))
@@ -193,7 +197,7 @@ def _assemble(
         pipeline_class=pipeline_class,
         components=tuple(component_parts(list(parts))),
         boundary_ratio=_boundary(index.get("boundary_ratio"), source),
-        defaults=replace(_defaults(family, denoiser.config), flow_shift=shift),
+        defaults=replace(_defaults(family, source, networks, denoiser.config), flow_shift=shift),
         spatial_factor=grid.spatial_factor,
         temporal_factor=grid.temporal_factor,
         patch=grid.patch,
@@ -206,6 +210,20 @@ def _assemble(
         model_index=dict(index),
         scheduler_config=scheduler,
     )
+
+
+def _entries(index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Entries of model_index.json that name a class: part -> library and class."""
+    return {
+        key: value
+        for key, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+    }
+
+
+def _networks(index: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Those of them that are networks, with weights of their own."""
+    return {key: value for key, value in _entries(index).items() if not key.startswith(_NO_NETWORK)}
 
 
 def _boundary(value: Any, source: str) -> float | None:
@@ -278,26 +296,41 @@ def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
         raise WanlabError(f"{path}: {first_line(error)}") from error
 
 
-def _defaults(family: Family, denoiser: Mapping[str, Any]) -> Defaults:
-    """The default settings of a published model, recognised by its denoiser, so that a local copy has them too; else those
-    of the family."""
-    keys = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "ffn_dim",
-        "in_channels",
-        "out_channels",
+def _defaults(
+    family: Family, source: str, networks: Mapping[str, list[str]], denoiser: Mapping[str, Any]
+) -> Defaults:
+    """The default settings of a published model, so that a local copy has them too; else those of the family.
+
+    A published model is recognised by its denoiser. Several may have the same one: of these the model whose
+    repository is named in `source` counts, else those with the same networks (one expert or two). What still
+    cannot be told apart, as Wan2.1's 480p and 720p, gets the settings of the first in `HUB_MODELS`.
+    """
+    found = [
+        data for data in map(_packaged_data, HUB_MODELS) if _same(data["configs"]["transformer"], denoiser)
+    ]
+    pieces = re.split(r"[/\\]|--", source.lower())
+    named = [data for data in found if data["source"].lower().rpartition("/")[2] in pieces]
+    alike = [data for data in found if _networks(data["model_index"]) == networks]
+    best = next(iter(named or alike or found), None)
+    return (
+        Defaults(**best["defaults"])
+        if best
+        else replace(family.defaults, text_tokens=family.text_tokens(denoiser))
     )
 
-    def same(config: Mapping[str, Any]) -> bool:
-        return all(denoiser.get(key) == config[key] for key in keys)
 
-    for name in HUB_MODELS:
-        data = _packaged_data(name)
-        if same(data["configs"]["transformer"]):
-            return Defaults(**data["defaults"])
-    return replace(family.defaults, text_tokens=family.text_tokens(denoiser))
+def _same(published: Mapping[str, Any], denoiser: Mapping[str, Any]) -> bool:
+    """Whether a denoiser is of a published architecture.
+
+    Every size must be stated and equal; other entries, which older files may lack, must be equal where they are
+    stated. `sample_height` and its like are no part of the architecture.
+    """
+
+    def agrees(key: str, value: Any) -> bool:
+        needed = isinstance(value, int) and not isinstance(value, bool)
+        return denoiser.get(key) == value if needed or key in denoiser else True
+
+    return all(agrees(key, value) for key, value in published.items() if not key.startswith("sample_"))
 
 
 _TIMEOUT_S = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +76,11 @@ def bench_components(
     tables = []
     for name in names:
         plan = component_spec(model, name)
-        inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
+        fixed = [
+            shape[0] for _, shape in engines[name].inputs.values() if shape and isinstance(shape[0], int)
+        ]
+        clip = dataclasses.replace(shape, batch=fixed[0]) if fixed else shape
+        inputs = plan.inputs_for(clip, torch.Generator().manual_seed(seed))
         feeds = dict(zip(plan.inputs, inputs, strict=True))
         eager = measure.bench(TorchEngine(model, name), feeds, **settings)
         table = measure.bench_table([eager, measure.bench(engines[name], feeds, **settings)])

@@ -209,8 +209,9 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     """The traced clip; if the graph accepts other sizes, also one with height and width exchanged and a smaller one."""
     report = ExportReport.find(engine.path) if hasattr(engine, "path") else None
     first = default_shape(model) if report is None else report.shape
-    axes = [(name, axis) for name, axes in plan.inputs.items() for axis in axes]
-    free = bool(axes) and all(isinstance(engine.inputs[name][1][axis], str) for name, axis in axes)
+    axes = {(name, axis): label for name, axes in plan.inputs.items() for axis, label in axes.items()}
+    free = all(isinstance(engine.inputs[name][1][axis], str) for name, axis in axes)
+    free = free and any(label != "batch" for label in axes.values())
     if not free:
         return [first]
     spec = model.spec

@@ -202,7 +202,8 @@ def export(
             f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
         )
     plan = component_spec(model, component)
-    batch = batch or (2 if dynamic else usual_batch(model, component))
+    # Tracing takes an axis of size 1 for a fixed one.
+    batch = batch or (2 if dynamic and any(plan.inputs.values()) else usual_batch(model, component))
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )

@@ -245,6 +245,35 @@ def widen_bfloat16(model: onnx_ir.Model) -> int:
     return changed
 
 
+def select_booleans(model: onnx_ir.Model) -> int:
+    """Change every Where of truth values to `condition and a or not condition and b`: ONNX Runtime selects numbers only.
+
+    Returns:
+        Number of changed nodes.
+    """
+    graph, changed = model.graph, 0
+    for node in list(graph):
+        if node.domain or node.op_type != "Where" or node.outputs[0].dtype != onnx_ir.DataType.BOOL:
+            continue
+        changed += 1
+        condition, chosen, other = node.inputs
+        opposite = _logical("Not", [condition], f"{node.name}_not")
+        first = _logical("And", [condition, chosen], f"{node.name}_chosen")
+        second = _logical("And", [opposite.outputs[0], other], f"{node.name}_other")
+        both = _logical("Or", [first.outputs[0], second.outputs[0]], f"{node.name}_selected")
+        both.outputs[0].shape = node.outputs[0].shape
+        graph.insert_before(node, [opposite, first, second, both])
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], both.outputs[0])
+        graph.remove(node, safe=True)
+    return changed
+
+
+def _logical(kind: str, inputs: list, name: str) -> onnx_ir.Node:
+    node = onnx_ir.node(kind, inputs, name=name)
+    node.outputs[0].name, node.outputs[0].dtype = name, onnx_ir.DataType.BOOL
+    return node
+
+
 def _cast(value: onnx_ir.Value, kind: onnx_ir.DataType, name: str) -> onnx_ir.Node:
     node = onnx_ir.node("Cast", [value], {"to": kind}, name=name)
     node.outputs[0].name, node.outputs[0].shape = name, value.shape
@@ -309,6 +338,7 @@ def finish(
     name_nodes(model)
     name_axes(model, axis_names)
     widen_bfloat16(model)  # before onnxsim, which may remove the types of values
+    select_booleans(model)
     if simplify:
         model = _simplified(model)
         name_fused(model, large)

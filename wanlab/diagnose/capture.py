@@ -26,6 +26,7 @@ from wanlab.diagnose.trace_events import (
     plausible,
 )
 from wanlab.diagnose.trace_file import as_float, begins_and_ends, repair
+from wanlab.models.families.base import SEQUENTIAL
 from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
 
@@ -381,12 +382,13 @@ def expected_events(model: Model, *, steps: int, frames: int | None = None, guid
     spec = model.spec
     latent_frames = ((frames or spec.defaults.frames) - 1) // spec.temporal_factor + 1
     branches = 2 if guidance else 1
+    forwards = branches if model.family.guidance == SEQUENTIAL else 1
     calls = 0
     for name, module in model.components.items():
         half = {"vae_encoder": "encoder", "vae_decoder": "decoder"}.get(name)
         leaves = _leaves(getattr(module, half, module) if half else module)
         if name.startswith("expert"):
-            calls += leaves * branches * sum(row == name for row in model.schedule(steps)["component"])
+            calls += leaves * forwards * sum(row == name for row in model.schedule(steps)["component"])
         else:
             calls += leaves * (latent_frames if half else branches)
     device = "cuda" if str(model.device).startswith("cuda") else "cpu"
@@ -412,7 +414,7 @@ def _steps(model: Model, settings: dict, factor: float, most: int) -> tuple[int,
     if not isinstance(requested, int) or requested < 1 or events(requested) <= most:
         return requested, requested  # `generate` refuses a number of steps that is not legal
     experts = {name for name in model.components if name.startswith("expert")}
-    for steps in range(requested - 1, 0, -1):
+    for steps in range(requested - 1, model.family.fewest_steps - 1, -1):
         if events(steps) <= most and set(model.schedule(steps)["component"]) == experts:
             return steps, requested
     raise WanlabError(

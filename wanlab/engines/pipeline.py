@@ -236,9 +236,15 @@ class EngineVae(EnginePart):
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, latents, return_dict: bool = True):
-        """`[B, C, T', H', W']` to `[B, 3, T, H, W]` in [-1, 1]."""
+    def decode(self, latents, *conditions, return_dict: bool = True):
+        """`[B, C, T', H', W']` to `[B, 3, T, H, W]` in [-1, 1].
+
+        Raises:
+            WanlabError: a condition, such as the timestep of some decoders of LTX-Video, that the engine does not take.
+        """
         if self.decoder is None:
-            return self.eager.decode(latents, return_dict=return_dict)
+            return self.eager.decode(latents, *conditions, return_dict=return_dict)
+        if any(condition is not None for condition in conditions):
+            raise WanlabError(f"{self.decoder.label} takes latents alone; run this decoder eager")
         video = self._back(self.decoder.run({"latents": latents})["video"])
         return DecoderOutput(sample=video) if return_dict else (video,)

@@ -168,17 +168,26 @@ def draw_cases(
     return cases
 
 
-def conditions(needed: Mapping[str, str], frames: int) -> dict[str, Any]:
-    """Frames of a held-out clip in place of the inputs that a model of another task needs.
+def inputs(needed: Mapping[str, str], frames: int, case: Case | None = None) -> dict[str, Any]:
+    """The inputs of a generation besides its prompt, from a held-out clip; arguments of `Model.generate`.
 
-    They have no meaning for such a task; a measurement of time or memory needs no more.
+    The first frame is the picture. What else a model needs is filled with frames of the same clip: they have no meaning for
+    its task, and a measurement of time or memory needs no more.
 
     Args:
-        needed: name of the input -> "picture" (the last frame is given) or "clip".
-        frames: number of frames of a clip.
+        needed: name of the input -> "picture" or "clip", as `Model.conditions`.
+        frames: number of frames of the video.
+        case: case whose clip is taken; that of `example_case` if None.
     """
-    clip = example_case().truth(frames)
-    return {name: clip if kind == "clip" else clip[-1] for name, kind in needed.items()}
+    case, given = case or example_case(), dict(needed)
+    image = case.truth()[0] if given.pop("image", None) else None
+    if not given:
+        return {"image": image}
+    clip = case.truth(frames)
+    return {
+        "image": image,
+        "conditions": {name: clip if kind == "clip" else clip[-1] for name, kind in given.items()},
+    }
 
 
 def size_content(size: str) -> dict[str, Any]:

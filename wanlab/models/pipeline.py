@@ -259,6 +259,10 @@ class Model:
         }
         if not math.isfinite(settings["guidance_scale"]):
             raise WanlabError(f"guidance_scale must be a finite number, not {settings['guidance_scale']}")
+        if settings["steps"] < self.family.fewest_steps:
+            raise WanlabError(
+                f"{self.family} needs at least {self.family.fewest_steps} denoising steps, not {settings['steps']}"
+            )
         latent = latent_shape(self.spec, settings["height"], settings["width"], settings["frames"])
         self._check_loaded(output)
         check_size(self.spec, settings, self.device, self.dtype.itemsize)

@@ -106,7 +106,7 @@ def precompute_schedule(model: Model, steps: int | None = None) -> ExpertSchedul
 def fewest_steps(model: Model, schedule: ExpertSchedule) -> int:
     """The smallest number of denoising steps that runs every expert of a schedule: enough for a warm-up."""
     experts = set(schedule.table["component"])
-    counts = range(1, len(schedule.table) + 1)
+    counts = range(min(model.family.fewest_steps, len(schedule.table)), len(schedule.table) + 1)
     return next(n for n in counts if set(model.schedule(n)["component"]) >= experts)
 
 

@@ -162,15 +162,13 @@ class Run:
     def _fit_inputs(self, model: models.Model) -> None:
         """Give `ask` the inputs that this model needs: no picture to a text-to-video model, a held-out clip where it needs
         more than a picture."""
-        needed = dict(model.conditions)
-        if needed.pop("image", None) is None and self.parameters.get("image") is None:
-            self.ask["image"] = None  # given all the same, it is refused
-        if needed:
-            self.ask["conditions"] = heldout.conditions(
-                needed, self.ask.get("frames") or model.spec.defaults.frames
-            )
+        given = heldout.inputs(model.conditions, self.ask.get("frames") or model.spec.defaults.frames)
+        if self.parameters.get("image") is not None:
+            del given["image"]  # that of the parameters, which a model that takes none refuses
+        self.ask.update(given)
+        if more := given.get("conditions"):
             self.note(
-                f"{', '.join(needed)}: frames of a held-out clip, which have no meaning for the model's task"
+                f"{', '.join(more)}: frames of a held-out clip, which have no meaning for the model's task"
             )
 
     @property

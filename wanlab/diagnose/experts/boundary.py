@@ -17,7 +17,7 @@ from wanlab.diagnose.experts.switching import SwitchCost
 from wanlab.diagnose.experts.timeline import Timeline
 from wanlab.evaluate.loss import quality_loss
 from wanlab.evaluate.metrics import compare_videos
-from wanlab.heldout.cases import Case
+from wanlab.heldout.cases import Case, inputs
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import boundary_at, precompute_schedule
@@ -204,7 +204,9 @@ def boundary_sweep(
             pass  # a wrong boundary is refused before the first video
     note = "" if quality else "quality was not asked for"
     size = [settings.get(k) or getattr(model.spec.defaults, k) for k in ("frames", "height", "width")]
-    if quality and model.load.weights == "random":
+    if quality and "image" not in model.conditions:
+        note = "quality is unknown: a prompt alone has no true video"
+    elif quality and model.load.weights == "random":
         note = "quality is unknown: the weights are random"
     elif quality and (have := list(cases[0].truth().shape[:3])) != size:
         note = f"quality is unknown: the truth is {have[2]}x{have[1]}x{have[0]}, the video {size[2]}x{size[1]}x{size[0]}"
@@ -251,7 +253,8 @@ def _swept(
         stages(model) as recorder,
         intercept_calls(model.pipeline, {"vae": {"encode": once, "decode": prefix}}),
     ):
-        generation = model.generate(truth[0], case.caption, **asked | {"seed": case.seed})
+        given = inputs(model.conditions, asked.get("frames") or model.spec.defaults.frames, case)
+        generation = model.generate(prompt=case.caption, **given, **asked | {"seed": case.seed})
     calls = [call for call in recorder.calls if call.component in EXPERTS]
     row: dict[str, Any] = {"denoising_ms": sum(call.time_ms for call in calls)}
     for side in ("high", "low"):

@@ -47,6 +47,7 @@ class Family:
         defaults: settings of a generation where a model states none.
         guidance: how guidance is computed: SEQUENTIAL (two calls of the denoiser a step), BATCHED (one call of twice the
             batch) or EMBEDDED (an input of the denoiser, one call).
+        fewest_steps: smallest number of denoising steps that the pipeline can make.
         encodes_clip: whether an image-to-video pipeline encodes the picture with blank frames up to the length of the
             video, and not the picture alone.
         roles: (role, pattern of the path of a layer inside its block); the first that matches counts.
@@ -56,6 +57,7 @@ class Family:
     pipelines: tuple[str, ...] = ()
     defaults = Defaults()
     guidance = BATCHED
+    fewest_steps = 1
     encodes_clip = False
     roles: tuple[tuple[str, str], ...] = (
         ("cross-attention", r"attn2|cross_attn|crossattn"),

@@ -18,6 +18,7 @@ class Ltx(Family):
     defaults = Defaults(
         height=512, width=704, frames=161, fps=25, steps=50, guidance_scale=3.0, text_tokens=128
     )
+    fewest_steps = 2  # its scheduler stretches the noise between the first step and the last
 
     def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
         """Patch of the VAE times 2 for every level that halves space and time, unless the configuration states them."""

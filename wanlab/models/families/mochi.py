@@ -21,6 +21,7 @@ class Mochi(Family):
     defaults = Defaults(
         height=480, width=848, frames=19, fps=30, steps=64, guidance_scale=4.5, text_tokens=256
     )
+    fewest_steps = 2  # its schedule has a first half and a second
     roles = (("joint attention", r"attn1"), *Family.roles)
 
     def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
@@ -33,8 +34,6 @@ class Mochi(Family):
     def schedule(self, spec: ModelSpec, steps: int, tokens: int) -> dict[str, Any]:
         """Noise that grows evenly to THRESHOLD over half of the steps, then as a parabola with the same slope up to 1: the
         linear-quadratic schedule of Movie Gen (arXiv:2410.13720)."""
-        if steps == 1:
-            return {"sigmas": [1.0]}
         half = steps // 2
         slope, rest = THRESHOLD / half, steps - half
         bend = 1 - THRESHOLD - slope * rest

@@ -72,6 +72,8 @@ def drop(files: Iterable[Path]) -> bool:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+# VAEs of diffusers that refuse a picture in one piece; their defaults are without tiles.
+_TILES_ONLY = ("AutoencoderKLAllegro",)
 
 
 def load(
@@ -120,6 +122,7 @@ def load(
     if weights == "pretrained":
         for name, module in modules.items():
             found = ckpt.open_checkpoint(folder / name, short, spec.part(name).class_name)
+            found = ckpt.fitted(found, module)
             contents[name] = ckpt.check(found, module, spec.part(name).config)
             lines = [*found.notes, *contents[name].notes(short)]
             notes += [f"{name}: {line}" for line in lines]
@@ -312,6 +315,8 @@ def _pipeline(cls: Any, spec: ModelSpec, modules: dict[str, Any], extras: dict[s
             f"{spec.source}: {cls.__name__} has no part {unknown[0]!r}; model_index.json names a wrong class"
         )
     pipeline = cls(**arguments)
+    if type(getattr(pipeline, "vae", None)).__name__ in _TILES_ONLY:
+        pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,6 +6,7 @@ Parameters take no memory here; buffers that are computed and not stored (rotary
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import zlib
 from typing import Any
@@ -25,12 +26,16 @@ def network_class(part: Part) -> type:
     Raises:
         WanlabError: the library is unknown or has no such class.
     """
-    if part.library not in ("diffusers", "transformers"):
-        raise WanlabError(
-            f"{part.name}: {part.class_name} comes from {part.library!r}; wanlab loads networks of diffusers"
-            " and transformers"
-        )
-    cls = getattr(importlib.import_module(part.library), part.class_name, None)
+    library = part.library
+    if library not in ("diffusers", "transformers"):
+        # model_index.json may also name a package of diffusers.pipelines, such as "ltx2".
+        library = f"diffusers.pipelines.{part.library}"
+        if not part.library.isidentifier() or importlib.util.find_spec(library) is None:
+            raise WanlabError(
+                f"{part.name}: {part.class_name} comes from {part.library!r}; wanlab loads networks of diffusers"
+                " and transformers"
+            )
+    cls = getattr(importlib.import_module(library), part.class_name, None)
     if not isinstance(cls, type):
         raise WanlabError(
             f"{part.name}: the installed {part.library} has no {part.class_name}; update it:"
@@ -57,7 +62,7 @@ def skeleton(part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
         with init_empty_weights(include_buffers=False):
             # Weights are dequantized, so the network is that of a model that was never quantized.
             config = {key: value for key, value in part.config.items() if key != "quantization_config"}
-            if part.library == "diffusers":
+            if part.library != "transformers":
                 module = cls.from_config(config)
             else:
                 config = {key: value for key, value in config.items() if not key.startswith("_")}

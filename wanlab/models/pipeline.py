@@ -18,7 +18,7 @@ from wanlab.core import limits
 from wanlab.core.errors import WanlabError
 from wanlab.models.device import synchronise
 from wanlab.models.families import family_of
-from wanlab.models.families.base import Family
+from wanlab.models.families.base import PICTURE, Family
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.inputs import prepared
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
@@ -179,7 +179,11 @@ class Model:
     @property
     def conditions(self) -> dict[str, str]:
         """Inputs that a generation needs besides the prompt: argument of the pipeline -> "picture" or "clip"."""
-        return self.family.conditions(self.spec)
+        needed = self.family.conditions(self.spec)
+        image = inspect.signature(type(self.pipeline).__call__).parameters.get("image")
+        if image is not None and image.default is image.empty:  # of a pipeline whose name does not tell
+            needed = {"image": PICTURE} | needed
+        return needed
 
     @property
     def text_tokens(self) -> int:
@@ -278,7 +282,8 @@ class Model:
             "negative_prompt": negative_prompt,
             "height": settings["height"],
             "width": settings["width"],
-            "num_frames": settings["frames"],
+            **dict.fromkeys(("num_frames", "frames", "video_length"), settings["frames"]),
+            "use_resolution_binning": False,  # the size is the one that was asked for
             "frame_rate": defaults.fps,
             "num_inference_steps": settings["steps"],
             "guidance_scale": settings["guidance_scale"],

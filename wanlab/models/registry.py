@@ -43,6 +43,7 @@ _TINY = "tiny"
 _NO_NETWORK = (
     "tokenizer",
     "scheduler",
+    "guider",
     "image_processor",
     "feature_extractor",
     "video_processor",

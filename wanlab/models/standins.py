@@ -65,6 +65,7 @@ class WordHashTokenizer:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.padding_side = "right"
         self.pad_token, self.eos_token = "<pad>", "</s>"
+        self.added_tokens_encoder: dict[str, int] = {}  # where textual inversion looks for its words
         self._special = dict(special or {})
         self._words: dict[int, str] = {}
         kept = [bos_token_id, eos_token_id, pad_token_id, *self._special.values()]
@@ -79,6 +80,7 @@ class WordHashTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
         add_special_tokens: bool = True,
+        padding_side: str | None = None,
         **_: object,
     ) -> BatchEncoding:
         """`input_ids` and `attention_mask`: int64 `[B, tokens]` for `return_tensors="pt"`, else lists.
@@ -91,8 +93,9 @@ class WordHashTokenizer:
         length = {"max_length": limit, "longest": max(map(len, rows)), True: max(map(len, rows))}.get(
             padding, 0
         )
-        masks = [self._padded([1] * len(row), length, 0) for row in rows]
-        rows = [self._padded(row, length, self.pad_token_id) for row in rows]
+        left = (padding_side or self.padding_side) == "left"
+        masks = [_padded([1] * len(row), length, 0, left) for row in rows]
+        rows = [_padded(row, length, self.pad_token_id, left) for row in rows]
         if return_tensors == "pt":
             return BatchEncoding({"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)})
         single = isinstance(text, str)
@@ -102,6 +105,10 @@ class WordHashTokenizer:
                 "attention_mask": masks[0] if single else masks,
             }
         )
+
+    def tokenize(self, text: str, **_: object) -> list[str]:
+        """The pieces of a text, each of which gets an id."""
+        return [piece if _SPECIAL.fullmatch(piece) else piece.lower() for piece in _PIECE.findall(text)]
 
     def encode(self, text: str, **options: Any) -> list[int]:
         """The ids of one text."""
@@ -142,7 +149,7 @@ class WordHashTokenizer:
     def _ids(self, text: str, limit: int | None, around: bool) -> list[int]:
         before = [self.bos_token_id] if around and self.bos_token_id is not None else []
         after = [self.eos_token_id] if around and self.eos_token_id is not None else []
-        pieces = [piece if _SPECIAL.fullmatch(piece) else piece.lower() for piece in _PIECE.findall(text)]
+        pieces = self.tokenize(text)
         room = len(pieces) if limit is None else max(limit - len(before) - len(after), 0)
         return [*before, *map(self._id, pieces[:room]), *after]
 
@@ -164,10 +171,6 @@ class WordHashTokenizer:
             id_ = next(i for i in _around(start, span, self.first_word_id) if i not in self._kept)
         self._words[id_] = piece
         return id_
-
-    def _padded(self, row: list[int], length: int, value: int) -> list[int]:
-        filling = [value] * (length - len(row))
-        return filling + row if self.padding_side == "left" else row + filling
 
 
 def tokenizer_for(spec: ModelSpec, name: str) -> WordHashTokenizer:
@@ -226,6 +229,11 @@ def _image_sizes(spec: ModelSpec) -> Iterator[int]:
         for config in (part.config.get("vision_config") or {}, part.config):
             if config.get("image_size") is not None:
                 yield int(config["image_size"])
+
+
+def _padded(row: list[int], length: int, value: int, left: bool) -> list[int]:
+    filling = [value] * (length - len(row))
+    return filling + row if left else row + filling
 
 
 def _around(start: int, span: int, first: int) -> Iterator[int]:

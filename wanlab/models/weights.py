@@ -20,6 +20,9 @@ from diffusers.loaders.single_file_utils import (
     convert_wan_vae_to_diffusers,
 )
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.files import file_kind
@@ -152,7 +155,8 @@ class Checkpoint:
         shapes, dtypes: tensor -> its shape, and its dtype as safetensors names it.
         variant: name of the variant that was chosen, e.g. `"fp16"`; empty for files without one.
         notes: sentences about a choice between files, and about names.
-        renamed: tensor -> its name in the file, where tensors are renamed from Wan's own names.
+        renamed: tensor -> its name in the file, where tensors are renamed.
+        naming: whose names these are, e.g. `"Wan's own names"`.
     """
 
     folder: Path
@@ -164,6 +168,7 @@ class Checkpoint:
     variant: str = ""
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    naming: str = ""
 
     def in_file(self, name: str) -> str:
         """The name of a tensor in its file."""
@@ -172,7 +177,7 @@ class Checkpoint:
     @property
     def title(self) -> str:
         """The folder, and how its tensors are called in messages."""
-        return f"{self.folder} (tensors renamed from Wan's own names)" if self.renamed else str(self.folder)
+        return f"{self.folder} (tensors renamed from {self.naming})" if self.renamed else str(self.folder)
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
@@ -252,13 +257,41 @@ def _renamed(checkpoint: Checkpoint, network: str) -> Checkpoint:
             f" {checkpoint.folder.name} of the same model in the layout of diffusers (on the hub: names that end in"
             " -Diffusers)"
         )
+    naming = "Wan's own names"
+    note = f"{len(renamed)} tensors renamed from {naming}"
+    return replace(_with_names(checkpoint, renamed, naming), notes=(*checkpoint.notes, note))
+
+
+def fitted(checkpoint: Checkpoint, module: torch.nn.Module) -> Checkpoint:
+    """The checkpoint with the names that the installed transformers has for its tensors.
+
+    Its releases renamed the parts of many networks (`vision_model.` before the layers of CLIP, `language_model.model.`
+    before those of Llava); files keep the names of their day, and transformers writes those again.
+    """
+    expected = parameter_names(module)
+    if not isinstance(module, PreTrainedModel) or checkpoint.where.keys() >= expected.keys():
+        return checkpoint
+    rules = [rule for rule in get_model_conversion_mapping(module) if isinstance(rule, WeightRenaming)]
+    state = module.state_dict()
+    stored_names = {
+        rename_source_key(stored, rules, [], module.base_model_prefix, state)[0]: stored
+        for stored in checkpoint.where
+    }
+    found = len(expected.keys() & stored_names.keys())
+    if len(stored_names) != len(checkpoint.where) or found <= len(expected.keys() & checkpoint.where.keys()):
+        return checkpoint
+    return _with_names(checkpoint, stored_names, "the names of another release of transformers")
+
+
+def _with_names(checkpoint: Checkpoint, stored_names: Mapping[str, str], naming: str) -> Checkpoint:
+    """The checkpoint whose tensors are called by the keys of `stored_names`."""
     return replace(
         checkpoint,
-        where={name: checkpoint.where[stored] for name, stored in renamed.items()},
-        shapes={name: checkpoint.shapes[stored] for name, stored in renamed.items()},
-        dtypes={name: checkpoint.dtypes[stored] for name, stored in renamed.items()},
-        notes=(*checkpoint.notes, f"{len(renamed)} tensors renamed from Wan's own names"),
-        renamed=renamed,
+        where={name: checkpoint.where[stored] for name, stored in stored_names.items()},
+        shapes={name: checkpoint.shapes[stored] for name, stored in stored_names.items()},
+        dtypes={name: checkpoint.dtypes[stored] for name, stored in stored_names.items()},
+        renamed=dict(stored_names),
+        naming=naming,
     )
 
 

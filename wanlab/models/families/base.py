@@ -14,7 +14,9 @@ from wanlab.models.spec import Defaults, ModelSpec, Part
 Shape = tuple[int, ...]
 PICTURE, CLIP = "picture", "clip"
 SEQUENTIAL, BATCHED, EMBEDDED = "sequential", "batched", "embedded"
-_PICTURED = re.compile(r"ImageToVideo|Image2Video|ConditionPipeline|Animate|I2V")
+_PICTURED = re.compile(r"ImageToVideo|Image2Video|I2V")
+_FLAT_VAES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
+"""VAEs that encode every frame on its own."""
 _BLOCK = re.compile(r"(?:^|\.)\w*blocks\.\d+(?:\.|$)")
 
 
@@ -81,9 +83,11 @@ class Family:
     def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
         """Pixels per latent position in space, and frames in time."""
         levels = len(vae.get("block_out_channels", range(4))) - 1
+        frames = 1 if vae.get("_class_name") in _FLAT_VAES else 4
+        names = ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compression")
         return (
             first(vae, ("scale_factor_spatial", "spatial_compression_ratio"), 2**levels),
-            first(vae, ("scale_factor_temporal", "temporal_compression_ratio", "temporal_compression"), 4),
+            first(vae, names, frames),
         )
 
     def patch(self, denoiser: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -108,6 +112,8 @@ class Family:
 
     def conditions(self, spec: ModelSpec) -> dict[str, str]:
         """Inputs that a generation needs besides the prompt: name of the pipeline's argument -> PICTURE or CLIP."""
+        if "VideoToVideo" in spec.pipeline_class:
+            return {"video": CLIP}
         return {"image": PICTURE} if _PICTURED.search(spec.pipeline_class) else {}
 
     def arguments(self, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def _count(call: Callable[[], object]) -> dict[str, float]:
         plain = patch("torch.autocast", lambda *_, **__: nullcontext())
         with torch.no_grad(), plain, _WholeMasks(), FlopCounterMode(display=False) as counter:
             call()
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError):
         return {}  # a network of another family, with other arguments
     counts = dict.fromkeys(_KINDS, 0.0)
     for operator, operations in counter.get_flop_counts().get("Global", {}).items():

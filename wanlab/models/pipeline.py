@@ -427,6 +427,10 @@ def _set_timesteps(scheduler: Any, spec: ModelSpec, steps: int, size: Mapping[st
     tokens = latent_shape(spec, *nearest_size(spec, *sides)).tokens
     arguments = family.schedule(spec, steps, tokens)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if not arguments or (
+        not family.title and "sigmas" in accepted
+    ):  # the pipeline may give sigmas of its own
+        return False
     if "sigmas" in arguments and "sigmas" not in accepted:  # another scheduler was put into the model
         arguments = {"num_inference_steps": steps}
     arguments = {key: value for key, value in arguments.items() if key in accepted}

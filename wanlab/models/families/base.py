@@ -122,7 +122,7 @@ class Family:
 
     def schedule(self, spec: ModelSpec, steps: int, tokens: int) -> dict[str, Any]:
         """Arguments with which the pipeline sets the timesteps of its scheduler, for `steps` denoising steps of a video of
-        `tokens` tokens."""
+        `tokens` tokens; empty if that is not known."""
         return {"num_inference_steps": steps}
 
     def denoiser_inputs(

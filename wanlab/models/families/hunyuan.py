@@ -7,6 +7,11 @@ from typing import Any
 from wanlab.models.families.base import EMBEDDED, Family, Shape, Tensor, evenly, multiples
 from wanlab.models.spec import Defaults, ModelSpec, Part
 
+PICTURE_TOKENS = 576
+"""Tokens of a picture in the template of image-to-video, of which every fourth or second is kept."""
+ANSWER_TOKENS = 4
+"""Tokens at the end of that template, in which the model would answer; they are left out."""
+
 
 class HunyuanVideo(Family):
     """`HunyuanVideoTransformer3DModel`: joint attention; FFN per stream, or beside the attention in single blocks."""
@@ -36,6 +41,9 @@ class HunyuanVideo(Family):
     ) -> dict[str, Any]:
         """Latents `[1, C, T, H, W]`, text of Llama with its mask, pooled text of CLIP, and guidance times 1000."""
         config = denoiser.config
+        if self.conditions(spec):  # the encoder sees the picture among the text
+            kept = 4 if config.get("image_condition_type") == "token_replace" else 2
+            text_tokens += PICTURE_TOKENS // kept - ANSWER_TOKENS
         inputs: dict[str, Any] = {
             "hidden_states": Tensor((1, config["in_channels"], *latent[1:])),
             "timestep": Tensor((1,)),

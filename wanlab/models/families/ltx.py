@@ -36,6 +36,8 @@ class Ltx(Family):
 
     def schedule(self, spec: ModelSpec, steps: int, tokens: int) -> dict[str, Any]:
         """Even sigmas, shifted by `mu`, which grows linearly with the tokens (`calculate_shift` of diffusers, from Flux)."""
+        if "Condition" in spec.pipeline_class:  # which makes its timesteps itself
+            return {}
         config = spec.scheduler_config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

@@ -20,6 +20,7 @@ class Wan(Family):
     defaults = Defaults(text_tokens=512)
     guidance = SEQUENTIAL
     encodes_clip = True
+    roles = (*Family.roles, ("conditioning", r"proj_in|proj_out"))  # of VACE's blocks
 
     def size_step(self, step: tuple[int, int]) -> tuple[int, int]:
         """The pipelines ask for multiples of 16."""
@@ -38,9 +39,12 @@ class Wan(Family):
         """Latents `[1, C, T, H, W]`, timestep (one per token with `expand_timesteps`), text, and what the class adds."""
         config = denoiser.config
         size = latent[1:]
+        times = (1, tokens) if spec.expand_timesteps else (1,)
+        if "DiffusionForcing" in spec.pipeline_class:
+            times = (1, latent[1])
         inputs: dict[str, Any] = {
             "hidden_states": Tensor((1, config["in_channels"], *size)),
-            "timestep": Tensor((1, tokens) if spec.expand_timesteps else (1,)),
+            "timestep": Tensor(times),
             "encoder_hidden_states": Tensor((1, text_tokens, config["text_dim"])),
         }
         if config.get("image_dim") is not None and "Animate" not in denoiser.class_name:

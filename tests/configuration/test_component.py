@@ -264,3 +264,28 @@ def test_a_remark_on_the_weights_is_kept_with_the_cost(tmp_path):
         **size,
     )
     assert any("nowhere.weight" in note for note in cost.notes)
+
+
+@pytest.mark.slow
+def test_a_lora_is_in_every_candidate_and_in_the_cost(tmp_path):
+    layer, folder = "blocks.0.attn1.to_q", save(tmp_path / "tiny")
+    lora = tmp_path / "x.safetensors"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 24), f"{layer}.lora_B.weight": torch.ones(24, 2)}, lora
+    )
+    size = {"height": 16, "width": 32, "frames": 5}
+    cost = measure_component(
+        f"{folder}+{lora}@expert_high",
+        "expert_high",
+        tmp_path / "files",
+        engines=["eager", "onnxruntime"],
+        device="cpu",
+        rounds=2,
+        processes="one",
+        **size,
+    )
+    assert cost.model == "tiny"
+    assert cost.lora.endswith("@expert_high:1")
+    assert any("fused into 1 tensor" in note for note in cost.notes)
+    assert cost.facts["onnxruntime"]["relative_l2"] < 1e-4  # the graph has the fused weights too
+    assert [path.name.rpartition("-lora-")[0] for path in (tmp_path / "files").iterdir()] == ["tiny"]

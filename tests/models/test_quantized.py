@@ -219,7 +219,7 @@ def _comfy(text):
     [
         (lambda s: s | {f"{LAYER}.scale_shift": torch.ones(2)}, None, f"tensor {LAYER}.scale_shift belongs to a layer"),
         (lambda s: s | {"blocks.2.norm2.weight": torch.ones(24)}, None, "tensor blocks.2.norm2.weight belongs"),
-        (lambda s: s | {f"{LAYER}.lora_A.weight": torch.ones(2, 2)}, None, "a LoRA that is not merged"),
+        (lambda s: s | {f"{LAYER}.lora_A.weight": torch.ones(2, 2)}, None, r"a LoRA \(its file follows"),
         (lambda s: s | {f"{LAYER}.weight_scale_2": torch.ones(())}, None, "NVFP4"),
         (lambda s: s | _comfy('{"format": "int8_convrot"}'), None, "names the format 'int8_convrot'"),
         (lambda s: s, {"quant_method": "gptq"}, "quantized by gptq, which is not read"),

@@ -181,7 +181,7 @@ def _add(name, *shape):
         (_add("head.modulation", 1, 2, 3), r"tensor head.modulation has shape \[1, 2, 3\]"),
         (_add(f"{PREFIX}head.head.bias", 16), "names, which are not read for this WanTransformer3DModel"),
         (_add("motion_encoder.enc.net_app.convs.0.1.bias", 1, 4, 1, 1), "not read for this WanTransformer3DModel"),
-        (_add("head.head.lora_A.weight", 2, 2), "a LoRA that is not merged"),
+        (_add("head.head.lora_A.weight", 2, 2), r"a LoRA \(its file follows"),
         (lambda tensors: tensors | {"head.head.bias": torch.full((16,), torch.nan)}, "tensor head.head.bias holds NaN"),
     ],
 )  # fmt: skip

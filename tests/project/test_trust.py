@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import torch
 from support import convert_tiny as tiny
-from support.comparison_runs import CPU, techniques, write_run, write_sweep
+from support.comparison_runs import CPU, WORK, techniques, write_run, write_sweep
 from support.diagnose_traces import event, trace_of
 
 from wanlab import diagnose, models, precision
@@ -286,6 +286,9 @@ LIES = {
     "the results of one repeat are cut": results_cut,
     "run.json is emptied": record_emptied,
     "two runs have other weights": said_of_pair(({"weights": "aa"}, {"weights": "bb"})),
+    "two runs have other LoRAs": said_of_pair(
+        result=tuple({"work": WORK | {"lora": f"{name}@expert_high:1"}} for name in ("aa", "bb"))
+    ),
     "the weights are swapped during the run": weights_swapped_during_run,
     "a plan is edited and the notebook run again": changed_input("plan", "p.yaml"),
     "an example in a folder is edited and the notebook run again": changed_input(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import nbformat
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.models_tiny import save
 
 from wanlab.core import contents
 from wanlab.core.errors import WanlabError
 from wanlab.pages import report
-from wanlab.runs import Result, Work, prepare, run
+from wanlab.runs import Result, Work, call_work, prepare, run, video_work
+from wanlab.runs.results import read_run
 
 
 @pytest.fixture
@@ -146,6 +151,101 @@ def test_files_in_lists_and_folders_and_plans_with_what_they_name_are_part_of_th
     )
     kept = {"engines": "examples", "plan": "default", "prompt": "a cat", "runs": str(tmp_path)}
     assert prepare.input_digests(kept) == {}  # folders that runs write into
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA for one layer of the model of `models_tiny`."""
+    generator = torch.Generator().manual_seed(0)
+    layer = "transformer.blocks.0.attn1.to_q"
+    shapes = {f"{layer}.lora_A.weight": (2, 24), f"{layer}.lora_B.weight": (24, 2)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    path = tmp_path / "fast.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def identity_of(model, weights="pretrained"):
+    weights_id = prepare.weights_id(model, weights)
+    return prepare.run_id("source", {"model": model, "weights": weights}, weights=weights_id)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+@pytest.mark.parametrize("name", ["wan2.2-i2v-a14b", "tiny"])
+def test_a_lora_is_part_of_a_runs_identity_by_content_component_and_strength(
+    tmp_path, lora, name, weights, monkeypatch
+):
+    monkeypatch.setattr(prepare, "try_to_load_from_cache", lambda *_: None)
+    base = name if name != "tiny" else str(save(tmp_path / "tiny"))
+    other = lora.with_name("the same+one.safetensors")
+    shutil.copy(lora, other)
+    before = identity_of(f"{base}+{lora}@expert_high", weights)
+    assert identity_of(base, weights) != before
+    for same in (f"{base}+{other}@expert_high", f"{base} + {lora}@expert_high:1.0"):
+        assert identity_of(same, weights) == before
+    for changed in (f"{base}+{lora}@expert_low", f"{base}+{lora}@expert_high:0.9"):
+        assert identity_of(changed, weights) != before
+    both, crosswise = (
+        "+".join([base, *(f"{lora}@{component}" for component in components)])
+        for components in (("expert_high", "expert_low"), ("expert_low", "expert_high"))
+    )
+    assert identity_of(both, weights) == identity_of(crosswise, weights)
+    data = bytearray(lora.read_bytes())
+    data[-1] ^= 1
+    lora.write_bytes(data)
+    assert identity_of(f"{base}+{lora}@expert_high", weights) != before
+
+
+def test_peft_settings_beside_a_lora_are_part_of_it(tmp_path, lora):
+    file = lora.rename(tmp_path / "adapter_model.safetensors")
+    found = []
+    for alpha in (None, 1, 2):
+        if alpha:
+            file.with_name("adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        found.append(identity_of(f"wan-nano+{file}@expert_high"))
+    assert len(set(found)) == 3
+
+
+def test_a_missing_lora_is_refused_before_a_run_starts(tmp_path):
+    cell = nbformat.v4.new_code_cell("model: str = 'm'  # model", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "x.ipynb")
+    with pytest.raises(WanlabError, match=r"gone\.safetensors is missing"):
+        prepare.prepare(
+            tmp_path / "x.ipynb", {"model": "wan-nano+gone.safetensors@expert_high"}, output=tmp_path
+        )
+
+
+def test_a_lora_stands_in_the_record_the_results_and_the_report(tmp_path, lora, started):
+    digest = hashlib.sha256(lora.read_bytes()).hexdigest()[:12]
+    tiny = started.parameters["model"]
+    one = run.start("10_x", {"model": f"{tiny}+{lora}@expert_high:0.8", "device": "cpu"})
+    model, _ = one.load()
+    made = model.generate(
+        np.zeros((16, 32, 3)), "pan", height=16, width=32, frames=5, steps=2, guidance_scale=1.0
+    )
+    result = one.result(Result(work=video_work(model, made), engine="eager"))
+    assert result.work.lora == f"{digest}@expert_high:0.8"
+    assert result.work.model == "tiny"
+    assert f"with LoRA {digest}@expert_high:0.8" in str(result.work)
+    assert call_work(model, "expert_high").lora == result.work.lora
+    assert call_work(model, "vae_decoder").lora is None
+    (said,) = (note for note in result.notes if "fused into" in note)
+    assert said == (
+        f"expert_high: LoRA fast.safetensors ({digest}), strength 0.8, rank 2, fused into 1 tensor"
+    )
+    record = json.loads((one.folder / "run.json").read_text())
+    assert record["weights"] != prepare.weights_id(tiny)
+    assert read_run(one.folder).work.lora == result.work.lora
+    one.finish()
+    record = json.loads((one.folder / "run.json").read_text())
+    assert digest in report.page_of(None, record, {"state": "finished"}, None, "x")
+
+
+def test_a_lora_that_changes_during_a_run_is_noticed_at_its_end(lora, started):
+    one = run.start("10_x", {"model": f"{started.parameters['model']}+{lora}@expert_low", "device": "cpu"})
+    lora.write_bytes(lora.read_bytes() + b" ")
+    with pytest.raises(WanlabError, match=r"the files of model .*fast.safetensors.* changed during the run"):
+        one.finish()
 
 
 def test_an_input_that_changes_during_a_run_is_noticed_at_its_end(tmp_path, started):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wanlab import measure, plots, runs
+from wanlab import measure, models, plots, runs
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import plain
 from wanlab.measure.load import Load
@@ -316,7 +317,8 @@ class Fake:
     """As much of a model as a row takes."""
 
     def __init__(self, name="wan-nano", weights="pretrained", dtype="torch.bfloat16"):
-        self.spec, self.load, self.dtype = SimpleNamespace(name=name), SimpleNamespace(weights=weights), dtype
+        self.spec = dataclasses.replace(models.get("wan-nano"), name=name)
+        self.load, self.dtype = SimpleNamespace(weights=weights), dtype
 
 
 def generation(**settings):

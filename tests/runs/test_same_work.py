@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.comparison_runs import CPU, write_sweep
+from support.comparison_runs import CPU, WORK, write_sweep
 
 from wanlab.cli.main import main
 from wanlab.pages.sweep_page import render_index
@@ -29,6 +29,8 @@ def environment(**values):
     ("field", "records", "results"),
     [
         ("weights_files", [{"weights": "aa"}, {"weights": "bb"}], [{}, {}]),
+        ("lora", [{}, {}], [{"work": WORK}, {"work": WORK | {"lora": "3f2a9c1b04de@expert_high:1"}}]),
+        ("lora", [{}, {}], [{"work": WORK | {"lora": f"3f2a9c1b04de:{strength}"}} for strength in (1, 0.8)]),
         ("torch", [{}, {}], [{"software": {"torch": "2.10"}}, {"software": {"torch": "2.11"}}]),
         ("wanlab", [{"wanlab_source": "aa"}, {"wanlab_source": "bb"}], [{}, {}]),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from training import architecture as nano
+from wanlab.models.spec import Defaults, ModelSpec, component_parts
 
 EXPERT = nano.EXPERT | dict(
     num_attention_heads=2, attention_head_dim=12, ffn_dim=48, freq_dim=32, num_layers=1
@@ -64,14 +65,16 @@ def bare(built, **defaults):
     shape = dict(height=64, width=96, frames=9, text_tokens=nano.TEXT_TOKENS) | defaults
     config = built.vae.config
     expert = built.transformer or built.transformer_2
-    spec = SimpleNamespace(
+    spec = ModelSpec(
         name="tiny",
+        source="",
         pipeline_class=type(built).__name__,
-        defaults=SimpleNamespace(**shape),
+        components=tuple(component_parts([name for name in built.components if "tokenizer" not in name])),
+        boundary_ratio=None,
+        defaults=Defaults(**shape),
         spatial_factor=config.scale_factor_spatial,
         temporal_factor=config.scale_factor_temporal,
         patch=tuple(expert.config.patch_size),
         latent_channels=config.z_dim,
-        max_positions=None,
     )
     return SimpleNamespace(pipeline=built, engines={}, spec=spec, device=torch.device("cpu"))

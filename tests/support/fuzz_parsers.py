@@ -30,7 +30,7 @@ from wanlab.engine_report.report import read_layers
 from wanlab.evaluate.video import read_video
 from wanlab.launch.grid import expand, load_grid
 from wanlab.models import registry
-from wanlab.models.pipeline import first_frame
+from wanlab.models.inputs import first_frame
 from wanlab.models.weights import open_checkpoint
 from wanlab.pages.report import page_of
 from wanlab.pages.sweep_page import render_index

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     if options.name:
         spec = models.get(options.name)
-        show(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}")
+        loras = "".join(f", LoRA {lora.identity} from {lora.file}" for lora in spec.loras)
+        show(f"{spec.name}: {spec.pipeline_class}, weights from {spec.source}{loras}")
         show(models.facts(spec, **_size(options.size)).to_string(index=False))
         return 0
     print_table(

@@ -186,7 +186,7 @@ def component_files(
         seed: seed of these random inputs.
     """
     place = files_folder(
-        folder, model.spec.name, model.load.weights, str(model.dtype).removeprefix("torch."), size
+        folder, model.spec, model.load.weights, str(model.dtype).removeprefix("torch."), size
     )
     place.mkdir(parents=True, exist_ok=True)
     files = Files(ranges=dict(ranges or {}))

@@ -57,6 +57,7 @@ class ComponentCost:
         left_out: label -> reason in one line why it was not measured.
         selected: plans that were selected by time, ranges: cost of the profiler's ranges; None where not measured.
         notes: what was read from the model's files in another form than its network has it.
+        lora: LoRAs of the component, see `ModelSpec.lora_identity`.
     """
 
     model: str
@@ -76,6 +77,7 @@ class ComponentCost:
     selected: PlansByTime | None = None
     ranges: RangeCost | None = None
     notes: tuple[str, ...] = ()
+    lora: str | None = None
 
     @property
     def baseline(self) -> str:
@@ -296,6 +298,7 @@ def measure_component(
         selected=selected,
         ranges=ranges,
         notes=tuple(prepared["notes"]),
+        lora=known.lora_identity(component),
     )
 
 

@@ -24,13 +24,15 @@ from wanlab import measure, models
 from wanlab.configuration.configuration import Configuration, load_configuration, save_configuration
 from wanlab.core.effects import APPLIED, BASELINE, NOT_APPLIED
 from wanlab.core.errors import WanlabError
+from wanlab.core.files import digest
 from wanlab.engines.base import Engine
 from wanlab.engines.pipeline import use
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
 from wanlab.measure.memory import in_own_process
 from wanlab.models.loading import resolve
 from wanlab.models.pipeline import Model
-from wanlab.models.spec import EXPERTS
+from wanlab.models.registry import reference
+from wanlab.models.spec import EXPERTS, ModelSpec
 from wanlab.models.variants import compile_blocks
 from wanlab.precision.apply import Applied, apply_plan, experts_of
 from wanlab.precision.assignment import assign
@@ -208,7 +210,7 @@ def configure(
         "guidance_scale": defaults.guidance_scale if guidance_scale is None else guidance_scale,
     }
     dtype = str(model.dtype).removeprefix("torch.")
-    place = files_folder(folder, model.spec.name, model.load.weights, dtype, sizes)
+    place = files_folder(folder, model.spec, model.load.weights, dtype, sizes)
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / ".lock"):  # one process makes the files, others wait and reuse them
         files = _prepare(model, configuration, place, settings, sizes, examples, progress)
@@ -235,10 +237,12 @@ def configure(
 
 
 def files_folder(
-    folder: str | os.PathLike, model: str, weights: str, dtype: str, sizes: Mapping[str, int]
+    folder: str | os.PathLike, spec: ModelSpec, weights: str, dtype: str, sizes: Mapping[str, int]
 ) -> Path:
-    """Folder of the files of one model and size, in the folder of all models."""
-    return Path(folder) / f"{model}-{weights}-{dtype}" / "{width}x{height}x{frames}".format(**sizes)
+    """Folder of the files of one model with its LoRAs and one size, in the folder of all models."""
+    loras = spec.lora_identity()
+    name = f"{spec.name}-lora-{digest([loras], 8)}" if loras else spec.name
+    return Path(folder) / f"{name}-{weights}-{dtype}" / "{width}x{height}x{frames}".format(**sizes)
 
 
 def plan_folder(place: Path, plan: Plan) -> Path:
@@ -511,7 +515,7 @@ def measure_isolated(configured: Configured, image: Any, prompt: str, **settings
     with tempfile.TemporaryDirectory(prefix="wanlab-isolated-") as folder:
         np.save(Path(folder) / "image.npy", np.asarray(image))
         order = {
-            "model": model.spec.name if model.spec.name in models.names() else str(model.spec.source),
+            "model": reference(model.spec),
             "load": {
                 "device": str(model.device),
                 "dtype": str(model.dtype).removeprefix("torch."),

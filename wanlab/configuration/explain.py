@@ -81,7 +81,7 @@ def explain(
     names = ("height", "width", "frames")
     size = {name: getattr(spec.defaults, name) if size.get(name) is None else size[name] for name in names}
     tokens = latent_shape(spec, size["height"], size["width"], size["frames"]).tokens
-    files = files_folder(folder, spec.name, "pretrained", str(dtype).removeprefix("torch."), size)
+    files = files_folder(folder, spec, "pretrained", str(dtype).removeprefix("torch."), size)
     in_graphs = planned_in_graphs(configuration, spec.components)
     rows = [_row(configuration, name, files, name in in_graphs) for name in spec.components]
     formats, idle = None, []

@@ -48,6 +48,8 @@ class TorchEngine(Engine):
         self.device, self.dtype = network.device, network.dtype
         self.size_bytes = sum(parameter.nbytes for parameter in network.parameters())
         self.metadata = {"component": component, "model": model.spec.name}
+        if lora := model.spec.lora_identity(component):
+            self.metadata["lora"] = lora
         self.inputs: dict[str, TensorType] = {}
         self._types(model)
         self._call = self._spec.reference

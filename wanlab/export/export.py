@@ -375,12 +375,13 @@ def export_all(
 
 
 def _metadata(model, component: str, shape: ClipShape) -> dict[str, str]:
+    lora = model.spec.lora_identity(component)
     return {
         "wanlab_version": __version__,
         "model": model.spec.name,
         "component": component,
         "shape": json.dumps(asdict(shape)),
-    }
+    } | ({"lora": lora} if lora else {})
 
 
 def _drop_unused(weights: Path) -> None:

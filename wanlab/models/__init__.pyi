@@ -1,6 +1,8 @@
 from .facts import facts as facts
 from .loading import load as load
 from .loading import load_times as load_times
+from .lora import read_loras as read_loras
+from .lora import split_model as split_model
 from .pipeline import Generation as Generation
 from .pipeline import LoadReport as LoadReport
 from .pipeline import Model as Model

@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.models import weights as ckpt
 from wanlab.models.device import synchronise
+from wanlab.models.fusion import open_fusion
+from wanlab.models.lora import with_lora
 from wanlab.models.networks import fill_random, needed_bytes, network_class, skeleton
 from wanlab.models.pipeline import LoadReport, Model, PartLoad, idle_expert
 from wanlab.models.registry import fetch_folder, get, tiny_names
@@ -84,6 +86,7 @@ def load(
     weights: str = "pretrained",
     seed: int = 0,
     components: Sequence[str] | None = None,
+    lora: str | Sequence[str] | None = None,
 ) -> Model:
     """A model with its weights on a device, ready to generate.
 
@@ -98,12 +101,14 @@ def load(
         weights: "pretrained", or "random": the true architecture with weights drawn on the device from `seed`.
         seed: seed of the random weights.
         components: load only the networks of these components, e.g. `("expert_high",)`; all by default.
+        lora: LoRAs that are fused into the weights, as `wanlab.models.lora.read_loras` takes them, e.g.
+            `"low.safetensors@expert_low:0.8"`; by default those of the spec.
 
     Raises:
         WanlabError: unknown name or option, missing, truncated or mismatched files, too little memory,
             or an unreachable hub.
     """
-    spec = name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec)
+    spec = with_lora(name_or_spec if isinstance(name_or_spec, ModelSpec) else get(name_or_spec), lora)
     if weights not in ("pretrained", "random"):
         raise WanlabError(f'weights is "pretrained" or "random", not {weights!r}')
     place, kind = resolve(device, dtype)
@@ -127,6 +132,7 @@ def load(
             lines = [*found.notes, *contents[name].notes(short)]
             notes += [f"{name}: {line}" for line in lines]
             checkpoints[name] = found
+    fusions = {name: open_fusion(spec, spec.part(name), module) for name, module in modules.items()}
     sizes = {name: needed_bytes(module, kind) for name, module in modules.items()}
     check_room(spec.name, sizes, place, short)
     files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
@@ -138,12 +144,16 @@ def load(
         part_cached = cached_fraction(paths) if paths else None
         part_start = time.perf_counter()
         if checkpoints:
-            ckpt.fill(module, checkpoints[name], contents[name], device=place, dtype=kind)
+            ckpt.fill(
+                module, checkpoints[name], contents[name], device=place, dtype=kind, changes=fusions[name]
+            )
         else:
             fill_random(module, name=name, device=place, dtype=kind, seed=seed)
+            fusions[name].fuse(module)
         synchronise(place)
         read = checkpoints[name].size_bytes if checkpoints else 0
         loads.append(PartLoad(name, _ms(part_start), read, sizes[name], part_cached))
+        notes += fusions[name].notes()
 
     extras, more = _without_weights(spec, folder, part_names)
     pipeline = _pipeline(pipeline_cls, spec, modules, extras)

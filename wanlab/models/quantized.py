@@ -38,8 +38,8 @@ NOT_READ = {
     "weight_zero_point": "integers with zero points",
     "qweight": "GPTQ or AWQ",
     "wscales": "SVDQuant of Nunchaku",
-    "lora_A.weight": "a LoRA that is not merged",
-    "lora_down.weight": "a LoRA that is not merged",
+    "lora_A.weight": "a LoRA (its file follows the model's name after +, docs/models.md)",
+    "lora_down.weight": "a LoRA (its file follows the model's name after +, docs/models.md)",
 }
 """Last part of a tensor's name -> the format that it is a sign of."""
 

@@ -22,6 +22,7 @@ from wanlab.core.paths import data, existing, locate
 from wanlab.core.text import parse_json, read_text
 from wanlab.models.families import family_of
 from wanlab.models.families.base import Family
+from wanlab.models.lora import split_model, with_lora
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
@@ -75,12 +76,18 @@ def get(name: str | os.PathLike) -> ModelSpec:
     Args:
         name: a registry name (`names()` and `tiny_names()`), a folder in diffusers layout, or a hub id such as
             `"Wan-AI/Wan2.2-I2V-A14B-Diffusers"`. Only a hub id that is not in the registry needs a network. A folder may
-            hold a file `wanlab.json` with the model's default settings (docs/models.md).
+            hold a file `wanlab.json` with the model's default settings (docs/models.md). LoRAs that are fused into the
+            weights follow after `+`: `"wan2.2-i2v-a14b+high.safetensors@expert_high+low.safetensors@expert_low:0.8"`.
 
     Raises:
-        WanlabError: unknown name, missing folder or file, not a video pipeline, or unreachable hub.
+        WanlabError: unknown name, missing folder or file, not a video pipeline, or unreachable hub; as
+            `with_lora`.
     """
-    name = os.fspath(name)
+    base, loras = split_model(os.fspath(name))
+    return with_lora(_found(base), loras)
+
+
+def _found(name: str) -> ModelSpec:
     if name == NANO:
         return _from_folder(existing(nano_folder()), name=NANO)
     if name in HUB_MODELS or name in tiny_names():
@@ -107,6 +114,11 @@ def get(name: str | os.PathLike) -> ModelSpec:
         f"unknown model {name!r}{did_you_mean(name, names() + tiny_names())}; known: {', '.join(names())},"
         " a tiny model, or a diffusers folder or hub id"
     )
+
+
+def reference(spec: ModelSpec) -> str:
+    """The text of which `get` makes this spec again, its LoRAs included."""
+    return "+".join([spec.name if spec.name in names() else spec.source, *map(str, spec.loras)])
 
 
 def nano_folder() -> Path:

@@ -55,8 +55,38 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A file of low-rank changes to the weights of one component, see `wanlab.models.lora`.
+
+    Attributes:
+        file: its absolute path.
+        component: wanlab's name of the network that it changes; empty where a model's only expert is meant.
+        strength: factor of all its changes.
+        digest: first 12 hex digits of the SHA-256 of its content.
+    """
+
+    file: str
+    component: str
+    strength: float
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{self._where}"
+
+    @property
+    def identity(self) -> str:
+        """Content, component and strength, whatever the file is called: `3f2a9c1b04de@expert_high:0.8`."""
+        return f"{self.digest}{self._where}"
+
+    @property
+    def _where(self) -> str:
+        named = self.component and self.component != "expert"  # the only expert need not be named
+        return f"{f'@{self.component}' if named else ''}:{self.strength:.15g}"
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """Facts of a model from its configuration files.
+    """Facts of a model from its configuration files, and the LoRAs that are fused into it.
 
     Attributes:
         name: registry name, folder name or hub id.
@@ -72,6 +102,7 @@ class ModelSpec:
         max_positions: longest axis, in tokens, that the rotary embedding supports; None if unknown.
         size_step: legal heights and widths are multiples of these, in pixels.
         frame_step: legal numbers of frames are `frame_step * k + 1`.
+        loras: LoRAs that are fused into the weights when they are loaded.
     """
 
     name: str
@@ -91,6 +122,7 @@ class ModelSpec:
     parts: tuple[Part, ...] = field(default=(), repr=False)
     model_index: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    loras: tuple[Lora, ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -113,6 +145,15 @@ class ModelSpec:
                 f" it has {', '.join(self.components)}"
             )
         return component_parts([part.name for part in self.parts])[component]
+
+    def lora_identity(self, component: str | None = None) -> str | None:
+        """Content, component and strength of its LoRAs as text, or of those of one component; None without any."""
+        used = [
+            each.identity
+            for each in self.loras
+            if component is None or self.part_of(each.component) == self.part_of(component)
+        ]
+        return ", ".join(sorted(used)) or None
 
 
 def component_parts(parts: list[str]) -> dict[str, str]:

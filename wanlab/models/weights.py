@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -183,7 +183,7 @@ class Checkpoint:
     def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
         """A function that reads one tensor by its name, on the host; files stay open inside the block."""
         with ExitStack() as stack:
-            opened = functools.cache(lambda file: stack.enter_context(_opened(file)))
+            opened = functools.cache(lambda file: stack.enter_context(open_file(file)))
             yield lambda name: opened(self.where[name]).get_tensor(self.in_file(name))
 
 
@@ -211,7 +211,7 @@ def open_checkpoint(folder: Path, dtype: str = "", network: str = "") -> Checkpo
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for file in files:
-        with _opened(file) as handle:
+        with open_file(file) as handle:
             for name in handle.keys():  # noqa: SIM118, the handle is no mapping
                 entry = handle.get_slice(name)
                 where[name], shapes[name], dtypes[name] = (
@@ -378,6 +378,18 @@ def _belongs_to_a_layer(name: str, dtype: str, module: torch.nn.Module) -> bool:
     return "." in name and name.split(".")[0] in dict(module.named_children())
 
 
+class Changes(Protocol):
+    """What is added to weights while they are loaded, see `wanlab.models.fusion`."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a parameter is changed."""
+        ...
+
+    def fused(self, name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The changed weight, rounded once to `dtype`."""
+        ...
+
+
 def fill(
     module: torch.nn.Module,
     checkpoint: Checkpoint,
@@ -385,13 +397,17 @@ def fill(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    changes: Changes | None = None,
 ) -> torch.nn.Module:
     """Read every tensor of a checkpoint into a skeleton, cast it and move it straight to the device.
 
     One tensor at a time: the host holds a single tensor, besides the kernel's cache of the file.
 
+    Args:
+        changes: what is added to weights before they are cast, such as LoRAs.
+
     Raises:
-        WanlabError: a file became unreadable after it was checked, or a weight is NaN or infinite.
+        WanlabError: a file became unreadable after it was checked, or a weight or a LoRA is NaN or infinite.
     """
     names = {source: name for name, source in contents.sources.items()}
     parameters = parameter_names(module)
@@ -402,7 +418,10 @@ def fill(
             kind = stored_dtype(module, name, dtype) if parameters[name].is_floating_point() else value.dtype
             if name in contents.encodings:
                 decode, shape = contents.encodings[name].decode, tuple(parameters[name].shape)
-                moved = decode(lambda key: read(key).to(device), shape).to(kind)
+                moved = decode(lambda key: read(key).to(device), shape)
+                moved = changes.fused(name, moved, kind) if changes and name in changes else moved.to(kind)
+            elif changes and name in changes:
+                moved = changes.fused(name, value.to(device), kind)
             # A GPU casts faster than the host, but would need room for both copies of a very large tensor.
             elif value.nbytes > _CAST_ON_HOST_BYTES:
                 moved = value.to(kind).to(device)
@@ -439,7 +458,7 @@ def _check_finite(
 def _tensors(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     sources = {checkpoint.in_file(source): source for source in names}
     for file in checkpoint.files:
-        with _opened(file) as handle:
+        with open_file(file) as handle:
             for stored in handle.offset_keys():
                 if stored in sources and checkpoint.where[sources[stored]] == file:
                     yield sources[stored], handle.get_tensor(stored)
@@ -513,7 +532,12 @@ def _files(folder: Path, path: Path) -> tuple[dict[str, str], list[Path]]:
     return weight_map, [folder / name for name in names]
 
 
-def _opened(file: Path):
+def open_file(file: Path) -> Any:
+    """A safetensors file, of which single tensors can be read on the host.
+
+    Raises:
+        WanlabError: it is missing, truncated or of another kind.
+    """
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:

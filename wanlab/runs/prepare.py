@@ -80,7 +80,10 @@ def run_id(
         inputs: digest of each file that a parameter names, see `input_digests`.
         repeat: number of this run among equal runs, from 1.
     """
-    values = json.dumps(plain(dict(parameters)), sort_keys=True)
+    values = plain(dict(parameters))
+    if isinstance(values.get("model"), str):  # the contents of LoRAs count among the weights, not their names
+        values["model"] = models.split_model(values["model"])[0]
+    values = json.dumps(values, sort_keys=True)
     files = json.dumps(dict(inputs or {}), sort_keys=True)
     parts = [source, values, plan or "", wanlab.__version__, package_digest(), weights or "", files]
     return digest([*parts, str(repeat)] if repeat > 1 else parts, 12)
@@ -106,13 +109,19 @@ def package_digest() -> str:
 
 
 def weights_id(model: Any, weights: Any = "pretrained") -> str | None:
-    """Identity of the files of a `model` parameter; None where they are not on this machine.
+    """Identity of the files of a `model` parameter with its LoRAs; None where they are not on this machine.
 
     Args:
         weights: value of the parameter `weights`; of random ones only configurations and tokenizers count.
+
+    Raises:
+        WanlabError: a LoRA is missing or is no safetensors file.
     """
     if not isinstance(model, str) or not model:
         return None
+    base, texts = models.split_model(model)
+    if loras := sorted(lora.identity for lora in models.read_loras(texts)):
+        return digest([weights_id(base, weights) or "", *loras], 16)
     if model in models.names():  # never asks the hub, which can take long; the notebook does
         try:
             model = models.get(model).source

@@ -50,6 +50,7 @@ class Work(_Row, frozen=True):
     Attributes:
         model: registry name.
         weights: `"pretrained"` or `"random"`; None where it is not known.
+        lora: LoRAs that are fused into the weights, by content, component and strength; None without any.
         component: component of which one call was timed, such as `"expert_high"`; None for a whole video.
         height, width: size in pixels.
         frames: frames of the clip.
@@ -59,6 +60,7 @@ class Work(_Row, frozen=True):
 
     model: str | None = None
     weights: str | None = None
+    lora: str | None = None
     component: str | None = None
     height: int | None = None
     width: int | None = None
@@ -81,7 +83,8 @@ class Work(_Row, frozen=True):
 
     def __str__(self) -> str:
         steps = f", {self.steps} steps" if self.steps is not None else ""
-        return f"{self.model} {self.what}, {self.shape}{steps}"
+        lora = f" with LoRA {self.lora}" if self.lora else ""
+        return f"{self.model}{lora} {self.what}, {self.shape}{steps}"
 
 
 class Machine(_Row, frozen=True):
@@ -488,7 +491,9 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
     size = {"height": height, "width": width, "frames": frames, "batch": batch or 1}
     return completed(
         Result(
-            work=Work(model=name, component=str(facts.get("component", engine)), **size),
+            work=Work(
+                model=name, lora=facts.get("lora"), component=str(facts.get("component", engine)), **size
+            ),
             engine=engine,
             dtype=dtype,
             samples_ms=tuple(samples["values_ms"]),
@@ -511,22 +516,26 @@ def video_work(model: Any, generation: Any) -> Work:
 def _generation_work(model: Any, settings: Mapping[str, Any], seed: int | None = None) -> Work:
     values = {name: settings[name] for name in (*SIZE, "steps")}
     values |= {"guided": settings["guidance_scale"] > 1, "seed": seed}
-    return Work(model=model.spec.name, weights=model.load.weights, **values)
+    return Work(model=model.spec.name, weights=model.load.weights, lora=model.spec.lora_identity(), **values)
 
 
 def call_work(model: Any, component: str, **size: Any) -> Work:
     """Work of one call of a component; `size` is height, width, frames, batch."""
-    return Work(model=model.spec.name, weights=model.load.weights, component=component, **size)
+    lora = model.spec.lora_identity(component)
+    return Work(model=model.spec.name, weights=model.load.weights, lora=lora, component=component, **size)
 
 
 def work_of_parameters(parameters: Mapping[str, Any]) -> Work:
     """Work of a run that recorded no result, from its parameters and the defaults of its model."""
     values = {name: value for name, value in parameters.items() if value is not None}
+    if isinstance(values.get("model"), str):
+        values["model"], loras = models.split_model(values["model"])
+        values["lora"] = ", ".join(loras) or None  # their contents stand in the identity of the run's weights
     values = _defaults(str(values.get("model"))) | values
     guidance = values.get("guidance_scale")
     if "guided" not in values and isinstance(guidance, int | float):
         values["guided"] = guidance > 1
-    names = (*SIZE, "model", "weights", "steps", "guided", "seed")
+    names = (*SIZE, "model", "weights", "lora", "steps", "guided", "seed")
     return Work(**{name: values[name] for name in names if name in values})
 
 

@@ -11,7 +11,7 @@ from wanlab.measure.load import worst
 from wanlab.runs.result import SIZE, Machine, Result, Work
 
 OF_VIDEO = ("steps", "guided", "seed")
-OF_WORK = ("model", "weights", "component", *SIZE, "batch", *OF_VIDEO)
+OF_WORK = ("model", "weights", "lora", "component", *SIZE, "batch", *OF_VIDEO)
 OF_GPU = ("gpu", "sm_clock_max_mhz", "power_limit_w")
 OF_CPU = ("cpu", "threads", "cores")
 OF_MACHINE = (*OF_GPU, *OF_CPU, "memory_gib")
@@ -28,6 +28,7 @@ MEMORY_TOLERANCE = 0.005
 """The memory of one machine differs by less between its starts."""
 
 ALIASES = {
+    "lora": ("lora", "weights_files"),
     "clocks": ("sm_clock_max_mhz", "power_limit_w"),
     "machine": (*OF_MACHINE, "driver"),
     "software": ("torch", "engine_version", "driver", "wanlab"),
@@ -57,9 +58,9 @@ class Comparable(Protocol):
 def differences(one: Comparable, other: Comparable, allow: Iterable[str] = ()) -> list[tuple[str, Any, Any]]:
     """Fields in which two rows differ so that they must not be compared: field, value of `one`, value of `other`.
 
-    This is the only rule of what may be compared. The fields are model, weights and the contents of their files, component,
-    size, frames, batch, steps, guidance, seed, dtype of the model, the held-out cases; the machine with its clocks or
-    threads, cores and memory; PyTorch, the driver, the version of an engine that both use, and wanlab's code.
+    This is the only rule of what may be compared. The fields are model, weights and the contents of their files, LoRAs,
+    component, size, frames, batch, steps, guidance, seed, dtype of the model, the held-out cases; the machine with its
+    clocks or threads, cores and memory; PyTorch, the driver, the version of an engine that both use, and wanlab's code.
 
     Args:
         allow: fields that may differ.
@@ -96,7 +97,7 @@ def fields(allow: Iterable[str]) -> set[str]:
         WanlabError: an unknown word.
     """
     names: set[str] = set()
-    known = (*FACTS, *SETUP, *ALIASES)
+    known = dict.fromkeys((*FACTS, *SETUP, *ALIASES))
     for word in [allow] if isinstance(allow, str) else allow:
         if word not in known:
             raise WanlabError(

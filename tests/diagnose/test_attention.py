@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from wanlab import diagnose, measure, models, plots
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.attention import backends, statistics
+from wanlab.diagnose.attention import backends, calls, statistics
 from wanlab.diagnose.attention import backends as windows
-from wanlab.diagnose.attention import maps as calls
 from wanlab.diagnose.attention.statistics import (
     keys_needed,
     near_window,
@@ -359,7 +358,7 @@ def test_models_whose_attention_cannot_be_seen_are_refused(case):
     with pytest.raises(WanlabError, match="expert_high is compiled"):
         diagnose.attention_map(model, *case)
     vars(model.pipeline)["transformer"] = torch.nn.Linear(2, 2)
-    with pytest.raises(WanlabError, match="Linear, not a Wan transformer"):
+    with pytest.raises(WanlabError, match="Linear, which has no blocks with attention"):
         diagnose.attention_times(model, *case, warmup=False)
     vars(model.pipeline)["transformer"] = object()
     with pytest.raises(WanlabError, match="load it eager"):

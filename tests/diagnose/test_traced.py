@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 from support.diagnose_traces import event, launched, trace_of
 
-from wanlab import diagnose
+from wanlab import diagnose, models
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.attention.calls import denoiser_blocks
+from wanlab.diagnose.trace_model import model_facts
+from wanlab.diagnose.trace_tables import layer_numbers
+from wanlab.models.networks import skeleton
 
 
 def ranged(name, start, time):
@@ -48,6 +52,45 @@ def test_attention_of_a_layer_is_the_sum_of_its_kernels(trace):
     assert table["layer"].tolist() == [3, 3]
     assert table["kind"].tolist() == ["self", "self"]
     assert table["median_ms"].tolist() == pytest.approx([0.11, 0.12])
+
+
+def test_layers_of_a_second_list_of_blocks_follow_after_the_first(tmp_path):
+    events, begin = [ranged("ProfilerStep#0", 0, 1000), ranged("expert", 0, 900)], 10
+    for path in ("transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "proj_out"):
+        events += [
+            ranged(f"expert.{path}", begin, 90),
+            ranged(f"expert.{path}.attn", begin + 5, 50),
+            event("aten::scaled_dot_product_attention", begin + 10, 30),
+            *launched("fmha", begin + 11, begin + 1000, begin, begin),
+        ]
+        begin += 100
+    table = diagnose.attention_layers(trace_of(tmp_path, *events))
+    assert table["layer"].tolist() == [0, 1, 2]
+    assert table["median_ms"].tolist() == pytest.approx([0.01, 0.11, 0.21])
+
+
+def test_ranges_are_numbered_as_the_map_numbers_layers():
+    names = [
+        "expert.single_transformer_blocks.1.attn",
+        "expert.transformer_blocks.2",
+        "expert_low.blocks.3.attn1",
+        "expert_low.vace_blocks.0.attn2",
+        "expert._orig_mod.blocks.4",
+        "expert.context_embedder.token_refiner.refiner_blocks.0.attn",
+        "vae_decoder.up_blocks.0",
+        "text_encoder.blocks.1",
+        "expert.blocksy.1",
+    ]
+    assert layer_numbers(names) == dict(zip(names[:5], (4, 2, 3, 4, 4), strict=True))
+
+
+def test_a_model_has_as_many_layers_as_its_trace_can_number():
+    for name in ("tiny-hunyuan-t2v", "tiny-vace", "tiny-ltx-t2v", "tiny-wan2.2-i2v"):
+        spec = models.get(name)
+        network = skeleton(spec.part("transformer"))
+        numbers = layer_numbers(f"expert.{path}" for path, _ in network.named_modules())
+        layers = max(numbers.values()) + 1
+        assert layers == model_facts(spec).layers == len(denoiser_blocks(network)), name
 
 
 def test_recorded_layers_add_up_to_the_breakdown(root):

@@ -29,6 +29,16 @@ def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs
     assert "Kernels were not timed" in str(read.page)
 
 
+def test_attention_of_another_family(run_notebook):
+    """Joint attention with guidance in one batch, whose processor calls PyTorch itself."""
+    made = run_notebook("13_attention", "-p", "model=tiny-mochi", "-p", "weights=random", "-p", "device=cpu")
+    found = made.values["attention"]
+    assert 0 < found["text_median_percent"] < 100
+    assert found["bound_ratio"] >= 1
+    assert len(made.page.select("div.figure[data-figure]")) == 7
+    assert "joint attention of video and text, the text last" in str(made.page)
+
+
 def test_the_recorded_map_of_a_large_model_beside_its_profile(run_notebook, root):
     recorded = root / "data" / "results" / "attention_a14b_h200.csv.gz"
     trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"

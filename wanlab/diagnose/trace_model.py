@@ -13,7 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.diagnose.breakdown import COMPONENTS, EXPERTS, attribute
 from wanlab.diagnose.operators import product_sizes
 from wanlab.diagnose.trace import Trace
-from wanlab.diagnose.trace_tables import LAYER
+from wanlab.diagnose.trace_tables import layer_numbers
 from wanlab.models.spec import ModelSpec
 
 FLASH_HEADS = re.compile(r"Flash_(?:fwd|bwd)_kernel_traits<(\d{1,4})\b")
@@ -51,9 +51,7 @@ def traced_model(trace: Trace) -> ModelFacts:
     none."""
     host, placed = trace.host, attribute(trace)
     names = host["name"].cat.categories
-    layers = [
-        int(match[1]) + 1 for name in names if name.startswith(EXPERTS) and (match := LAYER.search(name))
-    ]
+    layers = [number + 1 for name, number in layer_numbers(names).items() if name.startswith(EXPERTS)]
     experts = sum(name in EXPERTS for name in names)
     width = None
     if placed.has_ranges:
@@ -81,7 +79,12 @@ def model_facts(spec: ModelSpec) -> ModelFacts:
     heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
     width = heads * size if heads and size else None
     head_size = next((each for each in FLASH_SIZES if size and size <= each), None)
-    return ModelFacts(spec.name, len(experts) or None, config.get("num_layers"), width, head_size)
+    layers = config.get("num_layers")
+    if isinstance(
+        layers, int
+    ):  # and the blocks of its other lists: HunyuanVideo's of one stream, those that control Wan VACE
+        layers += (config.get("num_single_layers") or 0) + len(config.get("vace_layers") or ())
+    return ModelFacts(spec.name, len(experts) or None, layers, width, head_size)
 
 
 def trace_caveat(trace: Trace, model: str | ModelSpec | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,32 @@ from wanlab.diagnose.breakdown import (
 from wanlab.diagnose.memory.account import memory_account
 from wanlab.diagnose.operators import ATTENTION
 from wanlab.diagnose.trace import NOTHING, Trace, inherit, launchers
+from wanlab.models.families.base import block_order
 
-LAYER = re.compile(r"\.blocks\.(\d{1,6})(?:\.|$)")
-"""The number of a block in the name of a range."""
+_BLOCK = re.compile(
+    r"(expert\w*(?:\._orig_mod)?|(?!expert|vae_|text_encoder|image_encoder)[\w.]*?)\.(\w{0,40}blocks)\.(\d{1,6})(?:\.|$)"
+)
+"""Network, list and number of a block in the name of a range; a list inside another part of an expert is none of these."""
+
+
+def layer_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Number of the layer of every range that is a block of a denoiser or inside one, as in an attention map: those of
+    `single_transformer_blocks` follow after all `transformer_blocks` among the names."""
+    found = {name: match.groups() for name in names if (match := _BLOCK.match(name))}
+    sizes: dict[str, dict[str, int]] = {}
+    for network, blocks, number in found.values():
+        lists = sizes.setdefault(network, {})
+        lists[blocks] = max(lists.get(blocks, 0), int(number) + 1)
+    first = {
+        (network, blocks): sum(lists[other] for other in _ordered(lists)[: _ordered(lists).index(blocks)])
+        for network, lists in sizes.items()
+        for blocks in lists
+    }
+    return {name: first[network, blocks] + int(number) for name, (network, blocks, number) in found.items()}
+
+
+def _ordered(lists: Iterable[str]) -> list[str]:
+    return sorted(lists, key=lambda name: (block_order(name), name))
 
 
 def expert_calls(trace: Trace) -> pd.DataFrame:
@@ -71,7 +95,8 @@ def attention_layers(trace: Trace) -> pd.DataFrame:
     """
     host, placed = trace.host, attribute(trace)
     names = host["name"].cat
-    numbers = np.array([int(m[1]) if (m := LAYER.search(name)) else NOTHING for name in names.categories])
+    layers = layer_numbers(names.categories)
+    numbers = np.array([layers.get(name, NOTHING) for name in names.categories])
     layer = inherit(numbers[names.codes], placed.parents, placed.by_depth)
     call = inherit(_attention_call(placed), placed.parents, placed.by_depth)
     if trace.has_gpu:

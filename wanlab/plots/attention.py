@@ -23,6 +23,7 @@ STATISTICS = {
     "first_frame_percent": "mass on the first frame (%)",
     "same_position_percent": "mass on the same position in other frames (%)",
     "near_position_percent": "mass near the position, in all frames (%)",
+    "text_percent": "mass on the text, of that on video and text (%)",
     "prompt_percent": "mass on the words of the prompt (%)",
     "padding_percent": "mass on padding (%)",
     "type": "type",
@@ -122,6 +123,25 @@ def head_map(
     return figure
 
 
+def text_map(attention_map: Any, *, branch: str = "cond") -> go.Figure:
+    """How much every head looks at the text, as `head_map`: its mass on the text in joint attention; else, of text with a
+    softmax of its own, the mass on the words of the prompt, or the entropy where a mask leaves nothing but these.
+
+    Args:
+        attention_map: `diagnose.AttentionMap`.
+        branch: "cond" or "uncond".
+
+    Raises:
+        WanlabError: the map has nothing of text in this branch.
+    """
+    if "text_percent" in attention_map.frame:
+        return head_map(attention_map, "text_percent", branch=branch)
+    # With all mass on the words, and rounding, the figure would be one colour.
+    words = attention_map.of("cross", branch)["prompt_percent"].min()
+    statistic = "prompt_percent" if words < 99.99 else "entropy_nats"
+    return head_map(attention_map, statistic, kind="cross", branch=branch)
+
+
 def head_type_bars(attention_map: Any, *, branch: str = "cond") -> go.Figure:
     """Share of head types among the self-attention heads at each denoising step, grouped by expert.
 
@@ -154,7 +174,8 @@ def head_type_bars(attention_map: Any, *, branch: str = "cond") -> go.Figure:
 
 
 def layer_time_lines(table: pd.DataFrame) -> go.Figure:
-    """Median time of each layer's attention per expert; error bars are the shortest and the longest sample.
+    """Median time of each layer's attention per expert; error bars are the shortest and the longest sample. Joint attention
+    of video and text is one kernel.
 
     Args:
         table: from `diagnose.layer_times`.
@@ -164,7 +185,7 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
     figure = make_subplots(
         rows=1,
         cols=len(kinds),
-        subplot_titles=[f"{kind}-attention" for kind in kinds],
+        subplot_titles=[_title(table, kind) for kind in kinds],
         horizontal_spacing=0.09,
     )
     for column, kind in enumerate(kinds, 1):
@@ -256,6 +277,11 @@ def _bar_text(row: dict[str, Any]) -> str:
     part = "" if row["density_percent"] == 100 else f", {row['density_percent']:.0f} % of the pairs"
     ratio = "" if row["verdict"] == "baseline" else f" · {row['speedup']:.2f}×"
     return f"{row['time_ms']:,.3g} ms{ratio}{part}"
+
+
+def _title(layers: pd.DataFrame, kind: str) -> str:
+    joint = "joint" in layers and layers.loc[layers["kind"] == kind, "joint"].all()
+    return "joint attention of video and text" if joint else f"{kind}-attention"
 
 
 def _edges() -> list[tuple[int, int]]:

@@ -16,47 +16,63 @@ from torch.profiler import ProfilerActivity, profile
 
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.formats import element_name
+from wanlab.diagnose.attention.calls import attention_heads
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import AAControl, Samples, aa_control, compare, time_ms
 from wanlab.models.loading import resolve
 from wanlab.models.pipeline import Model
-from wanlab.models.shapes import latent_shape
+from wanlab.models.shapes import LatentShape, latent_shape
+from wanlab.models.spec import Part
 from wanlab.models.weights import GIB, free_bytes
 
 BLOCK = 128
 """Tokens per side of the blocks that flex_attention computes or skips."""
 
 
-def pair_share(latent_frames: int, window_frames: int) -> float:
-    """Share of the pairs of query and key that are inside the window."""
+def pair_share(latent_frames: int, window_frames: int, text_share: float = 0.0) -> float:
+    """Share of the pairs of query and key that are inside the window, or of which one is text.
+
+    Args:
+        text_share: share of the tokens that are text.
+    """
     near = [
         min(n + window_frames, latent_frames - 1) - max(n - window_frames, 0) + 1
         for n in range(latent_frames)
     ]
-    return sum(near) / latent_frames**2
+    inside = sum(near) / latent_frames**2
+    return inside + (1 - inside) * (1 - (1 - text_share) ** 2)
 
 
-def window_mask(tokens: int, latent_frames: int, window_frames: int, device: Any = "cpu") -> BlockMask:
-    """A flex_attention mask in which a query attends to its own latent frame and some frames on each side.
+def window_mask(
+    tokens: int, latent_frames: int, window_frames: int, device: Any = "cpu", text_tokens: int = 0
+) -> BlockMask:
+    """A flex_attention mask in which a query attends to its own latent frame and some frames on each side, and to the text;
+    the text attends to everything.
 
     Built from blocks, because `create_block_mask` allocates tokens x tokens booleans unless it is compiled.
 
     Args:
-        tokens: number of tokens, divisible by latent_frames. window_frames: frames on each side.
+        tokens: number of tokens; those of the video, divisible by latent_frames, then those of the text.
+        window_frames: frames on each side.
+        text_tokens: tokens of the text among them.
     """
-    per_frame = tokens // latent_frames
+    video = tokens - text_tokens
+    per_frame = video // latent_frames
 
     def near(batch, head, query, key):
-        return (query // per_frame - key // per_frame).abs() <= window_frames
+        inside = (query // per_frame - key // per_frame).abs() <= window_frames
+        return inside | (query >= video) | (key >= video)
 
     first = torch.arange(0, tokens, BLOCK, device=device)
     last = (first + BLOCK - 1).clamp_max(tokens - 1)
-    low, high = first // per_frame, last // per_frame
+    low, high = (ends.clamp_max(video - 1) // per_frame for ends in (first, last))
     nearest = torch.maximum(low[None] - high[:, None], low[:, None] - high[None])
     farthest = torch.maximum(high[None] - low[:, None], high[:, None] - low[None])
+    some, only = last >= video, first >= video  # text in the block, and nothing else in it
     whole = last - first == BLOCK - 1  # a block that crosses the end of the window must be masked
-    full = (farthest <= window_frames) & whole[None] & whole[:, None]
-    partial = (nearest <= window_frames) & ~full
+    full = (farthest <= window_frames) | only[None] | only[:, None]
+    full &= whole[None] & whole[:, None]
+    partial = ((nearest <= window_frames) | some[None] | some[:, None]) & ~full
 
     def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         order = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
@@ -94,7 +110,8 @@ class AttentionKernels:
             relative_error, density_percent (pairs of query and key that are computed), reason (why there is no time).
         control: A/A control of the default.
         default_took: backend that PyTorch chose as default.
-        facts: tokens, heads, dim, latent_frames, window_frames, dtype, device.
+        facts: tokens, heads, dim, latent_frames, window_frames, text_tokens (among the tokens, in joint attention), dtype,
+            device.
     """
 
     table: pd.DataFrame
@@ -140,7 +157,9 @@ def attention_kernels(
     with the same window; the loss of quality by a window is not measured here). A kernel that cannot run has a reason.
 
     Args:
-        shape: a model (its device, dtype and heads; sizes as for `Model.generate`) or (tokens, heads, dim).
+        shape: a model (its device, dtype and heads; sizes as for `Model.generate`) or (tokens, heads, dim). Tokens of joint
+            attention include those of the text with its padding, which a window leaves in. No mask is given; one over the
+            padding, as HunyuanVideo's, rules out flash kernels.
         height, width, frames: size of the video, for a model.
         latent_frames: latent frames that the tokens belong to, for a shape; with 1 no window is measured.
         window_frames: latent frames in the window on each side of the query's own frame.
@@ -155,7 +174,7 @@ def attention_kernels(
     Raises:
         WanlabError: an illegal shape, or tokens that are not a multiple of the frames.
     """
-    tokens, heads, dim, latent_frames, place, kind = _resolved(
+    tokens, heads, dim, latent_frames, text, place, kind = _resolved(
         shape, height, width, frames, latent_frames, device, dtype
     )
     draw = torch.Generator(place).manual_seed(seed)
@@ -209,9 +228,8 @@ def attention_kernels(
     add(BASELINE, lambda: sdpa(q, k, v), samples=baseline)
     for label, backend in SDPA.items():
         add(label, *_sdpa_call(backend, sdpa, q, k, v))
-    _add_flex(
-        add, q, k, v, picked, latent_frames, window_frames, place.type == "cuda" if flex is None else flex
-    )
+    measure_flex = place.type == "cuda" if flex is None else flex
+    _add_flex(add, q, k, v, picked, latent_frames, window_frames, text, measure_flex)
     rows[0] |= {"verdict": "baseline"}
     columns = [
         "kernel", "took", "time_ms", "tflop_per_s", "speedup", "low", "high", "verdict", "relative_error",
@@ -222,13 +240,13 @@ def attention_kernels(
     table.insert(5, "of_ceiling_percent", 100 * table["tflop_per_s"] / table["ceiling_tflop_per_s"])
     facts = {
         "tokens": tokens, "heads": heads, "dim": dim, "latent_frames": latent_frames, "window_frames": window_frames,
-        "dtype": name, "device": baseline.device,
+        "text_tokens": text, "dtype": name, "device": baseline.device,
     }  # fmt: skip
     return AttentionKernels(table, control, str(rows[0].get("took", "")), facts)
 
 
 def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tuple:
-    """The values tokens, heads, dim, latent frames, device, dtype, from a model or a shape."""
+    """The values tokens, heads, dim, latent frames, tokens of text, device, dtype, from a model or a shape."""
     if isinstance(shape, tuple):
         sizes = (*shape, latent_frames)
         if (
@@ -240,16 +258,33 @@ def _resolved(shape, height, width, frames, latent_frames, device, dtype) -> tup
                 f"shape {shape} with {latent_frames} latent frames is not possible; give (tokens, heads, dim), whole"
                 " numbers, the tokens a multiple of the frames"
             )
-        return *sizes, *resolve(device, dtype)
+        return *sizes, 0, *resolve(device, dtype)
     defaults = shape.spec.defaults
     latent = latent_shape(
         shape.spec, height or defaults.height, width or defaults.width, frames or defaults.frames
     )
     part = next(part for part in shape.spec.parts if part.name.startswith("transformer"))
-    heads, dim = (part.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
-    if not heads or not dim:
+    named = tuple(part.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
+    seen = named if all(isinstance(number, int) and number for number in named) else attention_heads(shape)
+    if seen is None:
         raise WanlabError(f"{shape.spec.name}: {part.class_name} names no heads; give (tokens, heads, dim)")
-    return latent.tokens, heads, dim, latent.frames // shape.spec.patch[0], shape.device, shape.dtype
+    of_frames = shape.spec.patch[0]
+    per_frame = latent.tokens // -(-latent.frames // of_frames)
+    planes = -(-_frames_of_call(shape, part, latent) // of_frames)
+    text = 0 if shape.family.text_first is None else shape.text_tokens
+    return planes * per_frame + text, *seen, planes, text, shape.device, shape.dtype
+
+
+def _frames_of_call(model: Model, part: Part, latent: LatentShape) -> int:
+    """Latent frames that the denoiser is called with; more than the video's in Wan Animate and, padded, in CogVideoX 1.5."""
+    shape = (latent.channels, latent.frames, latent.height, latent.width)
+    inputs = model.family.denoiser_inputs(model.spec, part, shape, latent.tokens, model.text_tokens)
+    states, channels = inputs.get("hidden_states"), part.config.get("in_channels")
+    if states is None or len(states.shape) != 5 or not channels:
+        return latent.frames
+    return (
+        states.shape[1] * states.shape[2] // channels
+    )  # [1, C, T, H, W], or with C and T the other way round
 
 
 def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, str]:
@@ -270,7 +305,7 @@ def _sdpa_call(backend: str, sdpa: Callable, q, k, v) -> tuple[Callable | None, 
 
 
 def _add_flex(
-    add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, measure_flex: bool
+    add: Callable, q, k, v, picked, latent_frames: int, window_frames: int, text: int, measure_flex: bool
 ) -> None:
     window = f"flex, window of ±{window_frames} frames"
     if not measure_flex:
@@ -282,10 +317,10 @@ def _add_flex(
     if latent_frames - 1 <= window_frames:
         add(window, None, f"holds all {latent_frames} latent frames; take fewer")
         return
-    mask = window_mask(q.shape[2], latent_frames, window_frames, q.device)
-    per_frame = q.shape[2] // latent_frames
-    pairs = pair_share(latent_frames, window_frames)
-    windowed = _reference(q, k, v, picked, per_frame, window_frames)
+    mask = window_mask(q.shape[2], latent_frames, window_frames, q.device, text)
+    video = q.shape[2] - text
+    pairs = pair_share(latent_frames, window_frames, text / q.shape[2])
+    windowed = _reference(q, k, v, picked, video, video // latent_frames, window_frames)
     add(window, lambda: run(q, k, v, block_mask=mask), "", windowed, pairs)
 
 
@@ -305,12 +340,16 @@ def _measured(call, reference, picked, samples, label, iterations, device, progr
     }
 
 
-def _reference(q, k, v, picked, per_frame: int = 1, window_frames: int | None = None) -> torch.Tensor:
+def _reference(
+    q, k, v, picked, video: int = 0, per_frame: int = 1, window_frames: int | None = None
+) -> torch.Tensor:
     """Attention of some queries in float32, head by head: `[heads, queries, dim]`."""
     outside = None
     if window_frames is not None:
-        frame = torch.arange(k.shape[2], device=k.device) // per_frame
+        token = torch.arange(k.shape[2], device=k.device)
+        frame, shown = token // per_frame, token < video
         outside = (frame[picked][:, None] - frame).abs() > window_frames
+        outside &= shown[picked][:, None] & shown
     outputs = []
     for head in range(q.shape[1]):
         scores = q[0, head, picked].float() @ k[0, head].float().t() * q.shape[3] ** -0.5

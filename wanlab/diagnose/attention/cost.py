@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.attention.maps import FORWARD, SELF, AttentionCall, AttentionMap, attention_calls
+from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
+from wanlab.diagnose.attention.maps import AttentionMap
 from wanlab.diagnose.attention.statistics import BLOCK_KEYS
 from wanlab.models.device import synchronise
 from wanlab.models.pipeline import Model
@@ -28,14 +29,15 @@ def attention_times(
     head, so the time of a head is its share of the kernel's and is not measured separately.
 
     Args:
-        model: from `wanlab.models.load`, a Wan transformer, eager.
+        model: from `wanlab.models.load`, eager.
         image, prompt, settings: arguments of `Model.generate`; the decoder does not run.
         repeats: number of timed generations.
         warmup: generate once before, with the smallest number of steps that runs every expert.
 
     Returns:
         DataFrame: repeat, component, step, branch, layer, kind, time_ms, head_ms (time over heads); kind "forward" is the
-        whole expert and has no layer.
+        whole expert and has no layer. A call for both branches of guidance has the branch "both". Joint attention of video
+        and text is one kernel: its kind is "self", and a further column, joint, is true.
 
     Raises:
         WanlabError: as for `attention_calls` and `Model.generate`, or repeats under 1.
@@ -54,14 +56,15 @@ def attention_times(
         begin = mark()
         result = run()
         end = mark()
-        # Without the text, which would be kept in memory for every call.
-        samples.append((repeat, replace(call, text=None), 0 if query is None else query.shape[2], begin, end))
+        heads = 0 if query is None else query.shape[2]
+        samples.append((repeat, call.without_tensors(), heads, begin, end))
         return result
 
     with attention_calls(model, timed):
         for repeat in range(repeats):  # noqa: B007 - read by `timed`
             model.generate(image, prompt, **settings)
     synchronise(model.device)
+    joint = any(call.joint for _, call, *_ in samples)
     frame = pd.DataFrame(
         {
             "repeat": number,
@@ -73,6 +76,7 @@ def attention_times(
             "time_ms": (took := elapsed_ms(begin, end)),
             "head_ms": took / heads if heads else None,
         }
+        | ({"joint": call.joint} if joint else {})
         for number, call, heads, begin, end in samples
     )
     order = ["repeat", "step", "branch", "component"]
@@ -83,9 +87,11 @@ def attention_times(
 
 def layer_times(times: pd.DataFrame) -> pd.DataFrame:
     """Median of each layer over steps, branches and repeats: component, kind, layer, calls, median_ms, min_ms, max_ms,
-    head_ms (median over heads)."""
+    head_ms (median over heads); joint too where `times` has it. Kernels that one call of a layer launches are added up."""
+    own = ["component", "kind", "layer", *(["joint"] if "joint" in times else [])]
     parts = times[times["kind"] != FORWARD]
-    grouped = parts.groupby(["component", "kind", "layer"], sort=False)
+    parts = parts.groupby([*own, "repeat", "step", "branch"], sort=False)[["time_ms", "head_ms"]].sum()
+    grouped = parts.groupby(level=own, sort=False)
     frame = grouped["time_ms"].agg(calls="size", median_ms="median", min_ms="min", max_ms="max")
     return frame.assign(head_ms=grouped["head_ms"].median()).reset_index()
 
@@ -101,7 +107,7 @@ class Skippable:
             skippable_percent (100 - density_percent).
         level_percent: share of the mass that is kept.
         shares: per component: forward_ms, attention_ms (self-attention kernels of one forward), attention_share_percent,
-            skippable_percent, bound_ratio and block_bound_ratio. Empty without times.
+            skippable_percent (of all pairs of query and key), bound_ratio and block_bound_ratio. Empty without times.
         attention_share_percent: share of self-attention kernels in the time of all forwards; None without times.
         bound_ratio: denoising time over the time that remains if skipped keys cost nothing (Amdahl): an upper
             bound, as it selects keys for every query separately and counts no time for the selection; None without times.
@@ -142,7 +148,8 @@ def skippable(attention: AttentionMap, times: pd.DataFrame | None = None) -> Ski
 
     With a share s of the time in self-attention kernels and a density d (mean over heads, which all take the same time) the
     denoising is at most 1 / (1 - s (1 - d)) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560). Experts are weighted
-    by their share of the denoising time.
+    by their share of the denoising time. Of joint attention only pairs of two tokens of the video are skipped, and all pairs
+    with text are computed.
 
     Args:
         attention: map from `attention_map`.
@@ -165,6 +172,7 @@ def skippable(attention: AttentionMap, times: pd.DataFrame | None = None) -> Ski
     table["skippable_percent"] = 100 - table["density_percent"]
     table = table.reset_index().sort_values("density_percent", kind="stable", ignore_index=True)
     times_ms = (attention if times is None else attention.with_times(times)).times_ms
+    pairs = attention.skippable_pairs
     lines = []
     for component in rows["component"].unique():
         own = table[table["component"] == component]
@@ -172,7 +180,10 @@ def skippable(attention: AttentionMap, times: pd.DataFrame | None = None) -> Ski
         if took is None:
             continue
         share = took["self_ms"] / took["forward_ms"]
-        dense, blocks = (own[name].mean() / 100 for name in ("density_percent", "block_density_percent"))
+        dense, blocks = (
+            1 - pairs * (1 - own[name].mean() / 100) if pairs < 1 else own[name].mean() / 100
+            for name in ("density_percent", "block_density_percent")
+        )
         lines.append(
             {
                 "component": component,

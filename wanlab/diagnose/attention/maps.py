@@ -7,11 +7,9 @@ import io
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,21 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.packed import read_unpacked
 from wanlab.core.paths import locate
+from wanlab.diagnose.attention.calls import (
+    BATCH,
+    CROSS,
+    FORWARD,
+    SELF,
+    AttentionCall,
+    attended_blocks,
+    attention_calls,
+    attention_outside,
+)
 from wanlab.diagnose.attention.statistics import (
     BLOCK_KEYS,
     LEVELS_PERCENT,
     MOST_BYTES,
+    TEXT_PERCENT,
     cross_statistics,
     error_name,
     near_window,
@@ -35,215 +44,9 @@ from wanlab.diagnose.attention.statistics import (
     statistic_names,
     summarise,
 )
-from wanlab.measure.stages import BRANCHES
+from wanlab.models.families.base import EMBEDDED
 from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
-from wanlab.models.taps import component_calls, intercept_calls
-
-DISPATCH = "dispatch_attention_fn"
-_LISTENS = "_wanlab_listens"
-"""Mark of a dispatch that a recording has put in place."""
-SELF, CROSS, IMAGE, FORWARD = "self", "cross", "image", "forward"
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """Position of an attention call in a generation.
-
-    Attributes:
-        component: name of the expert.
-        step: denoising step, from 0.
-        branch: "cond" or "uncond", by order within the step.
-        layer: number of the block, from 0; None for the whole forward.
-        kind: "self", "cross" (on the text), "image" (on image tokens, Wan2.1 only), "forward" (the whole expert).
-        text: text input of the expert, `[B, S, C]`, with zeros after the prompt.
-        scale: factor of the products of query and key; None for 1 / sqrt(dim).
-    """
-
-    component: str
-    step: int
-    branch: str
-    layer: int | None
-    kind: str
-    text: torch.Tensor | None = None
-    scale: float | None = None
-
-    def prompt_tokens(self) -> int:
-        """Number of text tokens that are not padding: the pipeline pads with zeros before it calls the expert."""
-        return int((self.text[0] != 0).any(-1).sum())
-
-
-Around = Callable[..., Any]
-"""Called as `around(call, run, query, key)`, or `around(call, run)` for a forward; returns the result of `run()`."""
-
-
-@contextmanager
-def attention_calls(
-    model: Model, around: Around, *, after_step: Callable[[int], None] | None = None
-) -> Iterator[None]:
-    """Inside the block every attention call and every forward of every expert goes through `around`.
-
-    Args:
-        model: from `wanlab.models.load`, eager.
-        around: see `Around`; query and key are `[B, tokens, heads, dim]`.
-        after_step: called after every denoising step, with its number.
-
-    Raises:
-        WanlabError: the transformer is not a Wan transformer, is compiled or on an engine, or is already being recorded.
-    """
-    blocks = wan_blocks(model)
-    listener = _Listener(around, after_step)
-    points = component_calls(model.pipeline)
-    calls: dict[str, dict[str, Callable]] = {
-        attribute: {"__call__": listener.expert(component)}
-        for attribute, component in ((name, methods.get("__call__")) for name, methods in points.items())
-        if component in blocks
-    }
-    if vars(model.pipeline).get("scheduler") is not None:
-        calls["scheduler"] = {"set_timesteps": listener.begin, "step": listener.end_step}
-    modules = {}
-    with ExitStack() as stack:
-        for parts in blocks.values():
-            for layer, block in enumerate(parts):
-                for kind, attention in ((SELF, block.attn1), (CROSS, block.attn2)):
-                    for handle in listener.hook(layer, kind, attention):
-                        stack.callback(handle.remove)
-                    module = sys.modules[type(attention.processor).__module__]
-                    modules[module.__name__] = module
-        for module in modules.values():
-            original = getattr(module, DISPATCH)
-            stack.callback(setattr, module, DISPATCH, original)
-            setattr(module, DISPATCH, listener.dispatch(original))
-        with intercept_calls(model.pipeline, calls):
-            yield
-
-
-def wan_blocks(model: Model) -> dict[str, Any]:
-    """Expert -> its blocks, each with the self-attention `attn1` and the cross-attention `attn2`.
-
-    Raises:
-        WanlabError: as for `attention_calls`.
-    """
-    blocks_of = {}
-    for name, network in model.components.items():
-        if not name.startswith("expert"):
-            continue
-        if not isinstance(network, torch.nn.Module):
-            raise WanlabError(
-                f"{name} runs on {model.engines.get(name, 'an engine')}, whose attention cannot be seen; load it eager"
-            )
-        blocks = getattr(network, "blocks", None)
-        if not blocks or not all(_is_wan(block) for block in blocks):
-            raise WanlabError(
-                f"{name} is a {type(network).__name__}, not a Wan transformer (blocks with attn1 and attn2);"
-                " take a Wan model"
-            )
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()):
-            raise WanlabError(
-                f"{name} is compiled, so its attention cannot be seen; load it anew, uncompiled"
-            )
-        for block in blocks:
-            for attention in (block.attn1, block.attn2):
-                module = sys.modules[type(attention.processor).__module__]
-                dispatch = getattr(module, DISPATCH, None)
-                if dispatch is None:
-                    raise WanlabError(
-                        f"{name}: {type(attention.processor).__name__} does not go through diffusers' {DISPATCH};"
-                        " set the default attention processor"
-                    )
-                if hasattr(dispatch, _LISTENS):
-                    raise WanlabError("attention is already being recorded; leave the outer block first")
-        blocks_of[name] = blocks
-    if not blocks_of:
-        raise WanlabError(f"{model.spec.name} has no expert loaded; name one in load(..., components=...)")
-    return blocks_of
-
-
-def _is_wan(block: Any) -> bool:
-    return all(
-        hasattr(getattr(block, name, None), part)
-        for name in ("attn1", "attn2")
-        for part in ("to_q", "processor")
-    )
-
-
-class _Listener:
-    """Follows a generation, so that each attention call knows its step, branch and layer."""
-
-    def __init__(self, around: Around, after_step: Callable[[int], None] | None) -> None:
-        self.around, self.after_step = around, after_step
-        self.step = self.calls_in_step = 0
-        self.forward: AttentionCall | None = None
-        self.inside: tuple[int, str, bool] | None = None  # layer, kind, whether image tokens come first
-        self.heard = 0
-
-    def begin(self, call: Callable) -> Callable:
-        def begun(*args, **kwargs):
-            self.step = self.calls_in_step = 0
-            return call(*args, **kwargs)
-
-        return begun
-
-    def end_step(self, call: Callable) -> Callable:
-        def stepped(*args, **kwargs):
-            result = call(*args, **kwargs)
-            done, self.step, self.calls_in_step = self.step, self.step + 1, 0
-            if self.after_step is not None:
-                self.after_step(done)
-            return result
-
-        return stepped
-
-    def expert(self, component: str) -> Callable:
-        def wrap(call: Callable) -> Callable:
-            def heard(*args, **kwargs):
-                order = self.calls_in_step
-                branch = BRANCHES[order] if order < len(BRANCHES) else f"branch_{order}"
-                text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-                self.forward = AttentionCall(component, self.step, branch, None, FORWARD, text)
-                self.calls_in_step += 1
-                try:
-                    return self.around(self.forward, partial(call, *args, **kwargs))
-                finally:
-                    self.forward = None
-
-            return heard
-
-        return wrap
-
-    def hook(self, layer: int, kind: str, attention: torch.nn.Module) -> list:
-        image_first = getattr(attention, "add_k_proj", None) is not None
-
-        def enter(*_) -> None:
-            self.inside, self.heard = (layer, kind, image_first), 0
-
-        def leave(*_) -> None:
-            self.inside = None
-
-        return [
-            attention.register_forward_pre_hook(enter),
-            attention.register_forward_hook(leave, always_call=True),
-        ]
-
-    def dispatch(self, original: Callable) -> Callable:
-        def listening(query, key, value, *args, **kwargs):
-            run = partial(original, query, key, value, *args, **kwargs)
-            if self.inside is None or self.forward is None:
-                return run()  # a call of another model in this process
-            if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-                raise WanlabError(
-                    "masked attention is not understood here; take a model that attends to everything"
-                )
-            layer, kind, image_first = self.inside
-            if image_first and self.heard == 0:
-                kind = IMAGE
-            self.heard += 1
-            call = replace(self.forward, layer=layer, kind=kind, scale=kwargs.get("scale"))
-            return self.around(call, run, query, key)
-
-        setattr(listening, _LISTENS, True)
-        return listening
-
 
 PLACE = ("component", "step", "branch", "kind", "layer", "head")
 HEAD_TYPES = ("spatial", "temporal", "global")
@@ -257,9 +60,13 @@ class AttentionMap:
     Attributes:
         frame: one row per component, step, branch, kind ("self", "cross"), layer and head: type of the head and the
             statistics of `self_statistics` and `cross_statistics`, averaged over queries, each with its standard error
-            (density95_percent, density95_se_percent). A statistic that a kind does not have is NaN.
-        facts: model, weights, dtype, grid (tokens along frames, height, width), heads, layers, queries_per_frame, text_keys,
-            prompt_tokens by branch, near_window, settings, notes.
+            (density95_percent, density95_se_percent). A statistic that a kind does not have is NaN. Of joint attention the
+            queries are those of the video; "self" are its keys of the video, "cross" those of the text, each as if it had a
+            softmax of its own, and text_percent is the part of the whole mass that lies on the text.
+        facts: model, weights, dtype, grid (tokens along frames, height, width), heads, layers, queries_per_frame, attention
+            (kinds of it), blocks (lists of the layers, in order), text_keys (of the branch "cond", without those that a mask
+            leaves out), joint_text_tokens (text in the kernel of joint attention), prompt_tokens by branch, near_window,
+            settings, notes.
         times_ms: times from `attention_times` per component, see `with_times`; empty without them.
     """
 
@@ -294,6 +101,8 @@ class AttentionMap:
         own, text = self.of(SELF), self.of(CROSS, "cond")
         names = ("entropy_nats", "own_frame_percent", "first_frame_percent", "same_position_percent")
         record = {_median(name): float(own[name].median()) for name in names}
+        if TEXT_PERCENT in own:
+            record[_median(TEXT_PERCENT)] = float(own[TEXT_PERCENT].median())
         return record | {"prompt_median_percent": float(text["prompt_percent"].median())}
 
     @property
@@ -302,12 +111,25 @@ class AttentionMap:
         random = self.facts.get("weights") == "random"
         return "With random weights only the times mean something." if random else ""
 
+    @property
+    def skippable_pairs(self) -> float:
+        """Share of the pairs of query and key of which both belong to the video; 1 but for joint attention."""
+        text = self.facts.get("joint_text_tokens", 0)
+        video = math.prod(self.facts["grid"]) if text else 1
+        return (video / (video + text)) ** 2
+
     def summary(self, kind: str = SELF) -> pd.DataFrame:
         """Medians over layers, heads and steps: statistic, one column per expert and branch, uniform (value for equal
         attention to all keys; for a prompt in the branch "cond"), se (median standard error of one head)."""
         table = self.of(kind)
-        names = [name for name in statistic_names(kind) if table[name].notna().any()]
+        names = [name for name in statistic_names(kind) if name in table and table[name].notna().any()]
         grouped = table.groupby(["component", "branch"], sort=False)[names].median()
+        # The branch with the prompt first, whatever the order of the calls.
+        experts = list(table["component"].unique())
+        order = sorted(
+            grouped.index, key=lambda where: (experts.index(where[0]), where[1] in BATCH[:1], where[1])
+        )
+        grouped = grouped.loc[order]
         medians = grouped.T.set_axis(
             [" ".join(where).removeprefix("expert_") for where in grouped.index], axis=1
         )
@@ -337,6 +159,7 @@ class AttentionMap:
             "near_position_percent": 100 * math.prod(near),
             "prompt_percent": prompt,
             "padding_percent": 100 - prompt,
+            TEXT_PERCENT: 100 * text / (math.prod(grid) + text),
         }
 
     def with_times(self, times: pd.DataFrame) -> AttentionMap:
@@ -448,7 +271,7 @@ def attention_map(
     of equal size by the error of the output on sampled queries; here the mass in each mask decides, and neither is possible.
 
     Args:
-        model: from `wanlab.models.load`, a Wan transformer, eager.
+        model: from `wanlab.models.load`, eager.
         image, prompt, settings: arguments of `Model.generate`; the decoder does not run.
         queries: number of sampled queries per latent frame.
         at_steps: denoising steps to record, from 0; all if None.
@@ -459,44 +282,34 @@ def attention_map(
         progress: show a bar over the layers.
 
     Raises:
-        WanlabError: as for `attention_calls` and `Model.generate`, a step or layer that does not exist, or no queries.
+        WanlabError: as for `attention_calls` and `Model.generate`, a step or layer that does not exist, no queries, an
+            attention that is masked differently for each query, or tokens that are not whole frames of the video.
     """
-    blocks = wan_blocks(model)
+    blocks = attended_blocks(model)
     defaults = model.spec.defaults
     settings = settings | {"output": "latent", "seed": seed}
     size = [settings.get(n) or getattr(defaults, n) for n in ("height", "width", "frames")]
-    shape = latent_shape(model.spec, *size)
-    of_frames, of_rows, of_columns = model.spec.patch
-    grid = (shape.frames // of_frames, shape.height // of_rows, shape.width // of_columns)
     if not isinstance(queries, int) or queries < 1:
         raise WanlabError(f"queries is {queries!r}; take at least 1 from every latent frame")
     total = len(model.schedule(settings.get("steps")))
     wanted_steps = _chosen("at_steps", at_steps, total)
     wanted_layers = _chosen("layers", layers, min(len(parts) for parts in blocks.values()), layers is None)
-    sampled = sample_queries(grid, queries, seed)
-    rows: list[dict[str, Any]] = []
-    prompt_tokens: dict[str, int] = {}
-    facts: dict[str, Any] = {}
     scale = settings.get("guidance_scale")
-    both = 2 if (defaults.guidance_scale if scale is None else scale) > 1 else 1
+    guided = (defaults.guidance_scale if scale is None else scale) > 1 and model.family.guidance != EMBEDDED
+    both = 2 if guided else 1
     both = both if branches is None else min(both, len(branches))
     deepest = max(len(parts) for parts in blocks.values())
     calls = len(wanted_steps) * both * len(wanted_layers or range(deepest))
     tick, close = _bar(calls, progress)
+    recording = _Recording(model, size, queries, seed, branches, most_bytes, tick)
+    texts = {"cond": prompt, "uncond": settings.get("negative_prompt") or ""}
 
     def look(call: AttentionCall, run: Callable, query: Any = None, key: Any = None) -> Any:
-        requested = call.step in wanted_steps and (branches is None or call.branch in branches)
-        if call.kind == FORWARD:
-            if requested and call.branch not in prompt_tokens and call.text is not None:
-                prompt_tokens[call.branch] = call.prompt_tokens()
-            return run()
-        if requested and (wanted_layers is None or call.layer in wanted_layers):
-            rows.append(_rows(call, query, key, grid, sampled, prompt_tokens, most_bytes))
-            if call.kind == SELF:
-                facts["heads"] = query.shape[2]
-                tick()
-            elif call.kind == CROSS:
-                facts["text_keys"] = key.shape[1]
+        if call.step in wanted_steps:
+            if call.kind == FORWARD:
+                recording.text(call, texts)
+            elif wanted_layers is None or call.layer in wanted_layers:
+                recording.add(call, query, key)
         return run()
 
     def enough(step: int) -> None:
@@ -510,50 +323,212 @@ def attention_map(
         pass
     finally:
         close()
+    table = recording.table()
     known = {
         "model": model.spec.name,
         "weights": model.load.weights,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "grid": list(grid),
+        "grid": list(recording.grid),
         "layers": deepest,
-        **facts,
-        "prompt_tokens": prompt_tokens,
-        "queries_per_frame": sampled.shape[1],
-        "near_window": list(near_window(grid)),
+        **recording.facts(),
+        "blocks": _lists(next(iter(blocks.values()))),
+        "prompt_tokens": recording.prompt_tokens,
+        "queries_per_frame": recording.sampled.shape[1],
+        "near_window": list(near_window(recording.grid)),
         "settings": {
             **dict(zip(("height", "width", "frames"), size, strict=True)),
             "steps": total,
             "guidance_scale": defaults.guidance_scale if scale is None else scale,
             "seed": seed,
         },
-        "notes": list(model.notes),
+        "notes": [*model.notes, *recording.notes()],
     }
-    return AttentionMap(_table(rows, model, grid), known)
+    return AttentionMap(table, known)
 
 
 class _Enough(Exception):
     """All requested steps were recorded."""
 
 
-def _rows(call, query, key, grid, sampled, prompt_tokens, most_bytes) -> dict[str, Any]:
-    """Columns of one call: scalars for its position, arrays over the heads."""
-    q, k = query[0], key[0]  # one video is generated at a time
-    if q.shape[0] != grid[0] * grid[1] * grid[2]:
-        raise WanlabError(
-            f"{call.component} attends from {q.shape[0]} tokens, not {grid[0]} frames of {grid[1]}x{grid[2]};"
-            " its token order is not known, take a Wan image-to-video or text-to-video model"
+class _Recording:
+    """Statistics of the calls of one generation, and what they tell about the model."""
+
+    def __init__(
+        self,
+        model: Model,
+        size: Sequence[int],
+        queries: int,
+        seed: int,
+        branches: Sequence[str] | None,
+        most_bytes: int,
+        tick: Callable[[], Any],
+    ) -> None:
+        latent, (of_frames, of_rows, of_columns) = latent_shape(model.spec, *size), model.spec.patch
+        self.model, self.branches, self.most_bytes, self.tick = model, branches, most_bytes, tick
+        self.expected = -(-latent.frames // of_frames)
+        self.picture = (latent.height // of_rows, latent.width // of_columns)
+        self.grid = (self.expected, *self.picture)
+        self.queries, self.seed = queries, seed
+        self.sampled = sample_queries(self.grid, queries, seed)
+        self.rows: list[dict[str, Any]] = []
+        self.prompt_tokens: dict[str, int] = {}
+        self.kinds: dict[str, None] = {}
+        self.text_keys: dict[str, int] = {}
+        self.heads = self.joint_text = 0
+
+    def text(self, call: AttentionCall, texts: dict[str, str]) -> None:
+        """Notes how many tokens of the text of each branch are no padding, where that can be told."""
+        for element, branch in self._elements(call):
+            if branch in self.prompt_tokens or call.text is None:
+                continue
+            count, most = call.prompt_tokens(element), call.text.shape[1]
+            tokenizer = getattr(self.model.pipeline, "tokenizer", None)
+            if count is None and self.model.family.title and tokenizer is not None and branch in texts:
+                # Padding that neither a mask nor zeros mark, as in CogVideoX.
+                count = len(
+                    tokenizer(texts[branch], truncation=False, padding=False, verbose=False)["input_ids"]
+                )
+            if count is not None:
+                self.prompt_tokens[branch] = min(count, most)
+
+    def add(self, call: AttentionCall, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Add the statistics of a call, of each branch that is wanted.
+
+        Args:
+            query, key: `[B, tokens, heads, dim]`.
+        """
+        kept = call.kept(*key.shape[:2])
+        for element, branch in self._elements(call):
+            q, k = query[element], key[element]
+            if q.shape[1] != k.shape[1]:  # groups of heads that share their keys
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            left = None if kept is None or kept[element].all() else kept[element]
+            if call.kind != SELF:
+                self._fit(call, len(q))
+                self._cross(call, branch, q, k if left is None else k[left])
+                continue
+            if len(q) != len(k):
+                raise WanlabError(
+                    f"{call.path} attends to {len(k)} keys from {len(q)} tokens, which is not understood here; take a model"
+                    " that attends to all tokens"
+                )
+            video, text = _halves(len(q), call.text_tokens, call.text_first)
+            if left is not None and not left[video].all():
+                raise WanlabError(
+                    f"{call.path}: a mask leaves out tokens of the video, which is not understood here; take a model that"
+                    " attends to everything"
+                )
+            texts = k[text] if left is None else k[text][left[text]]
+            self._fit(call, video.stop - video.start)
+            self._self(call, branch, q[video], k[video], texts)
+            if len(texts):
+                self._cross(call, branch, q[video], texts)
+
+    def table(self) -> pd.DataFrame:
+        """All rows, with the type of each head."""
+        return _table(self.rows, self.model, self.grid)
+
+    def facts(self) -> dict[str, Any]:
+        """Heads, kinds of attention, and keys of the text, as far as they were seen."""
+        facts: dict[str, Any] = {"heads": self.heads} if self.heads else {}
+        facts["attention"] = list(self.kinds)
+        if self.text_keys:
+            facts["text_keys"] = self.text_keys.get("cond", next(iter(self.text_keys.values())))
+        return facts | ({"joint_text_tokens": self.joint_text} if self.joint_text else {})
+
+    def notes(self) -> list[str]:
+        """What a reader of the map should know about this model."""
+        notes = []
+        if not self.model.family.title:
+            notes.append(
+                "a family that wanlab does not know: tokens are taken in the order frame, height, width, and branches in the"
+                " order of diffusers' pipelines (the prompt first, or last in a batch of two)"
+            )
+        if self.text_keys.keys() - self.prompt_tokens.keys():
+            notes.append("which tokens of the text are padding could not be told")
+        if self.grid[0] != self.expected:
+            notes.append(
+                f"the expert sees {self.grid[0]} latent frames and the video has {self.expected}: the others hold what it is"
+                " given besides, such as the picture in front of the frames of Wan Animate"
+            )
+        outside = {
+            part: None
+            for name, network in self.model.components.items()
+            if name.startswith("expert")
+            for part in attention_outside(network)
+        }
+        return notes + (
+            [f"attention outside the blocks is not in the map: {', '.join(outside)}"] if outside else []
         )
-    if call.kind == SELF:
-        statistics = self_statistics(q, k, grid, sampled, scale=call.scale, most_bytes=most_bytes)
-    else:
-        tokens = prompt_tokens.get(call.branch) if call.kind == CROSS else None
-        statistics = cross_statistics(q, k, tokens, sampled, scale=call.scale, most_bytes=most_bytes)
-    columns: dict[str, Any] = {name: getattr(call, name) for name in PLACE[:-1]}
-    columns["head"] = range(q.shape[1])
-    for name, values in statistics.items():
-        mean, error = summarise(values, grid[1] * grid[2])
-        columns[name], columns[error_name(name)] = mean.cpu().numpy(), error.cpu().numpy()
-    return columns
+
+    def _elements(self, call: AttentionCall) -> list[tuple[int, str]]:
+        """Place in the batch and branch of what is wanted of a call, the branch with the prompt first."""
+        wanted = [
+            (element, branch)
+            for element, branch in enumerate(call.branches)
+            if self.branches is None or branch in self.branches
+        ]
+        return wanted[::-1] if call.branches == BATCH else wanted
+
+    def _fit(self, call: AttentionCall, tokens: int) -> None:
+        """Take the number of frames from the first call: some models put frames of their own to those of the video."""
+        height, width = self.picture
+        grid = (tokens // (height * width), height, width)
+        if math.prod(grid) != tokens or (self.rows and grid != self.grid):
+            raise WanlabError(
+                f"{call.component} attends from {tokens} tokens of the video, not {self.grid[0]} frames of {height}x{width};"
+                " its token order is not known, take a model of a known family (`wanlab models`)"
+            )
+        if grid != self.grid:
+            self.grid = grid
+            self.sampled = sample_queries(grid, self.queries, self.seed)
+
+    def _self(self, call: AttentionCall, branch: str, q, k, texts) -> None:
+        options: dict[str, Any] = {"scale": call.scale, "most_bytes": self.most_bytes}
+        beside = texts if call.joint else None
+        self._put(
+            call, branch, SELF, q, self_statistics(q, k, self.grid, self.sampled, text=beside, **options)
+        )
+        self.heads = q.shape[1]
+        self.joint_text = max(self.joint_text, call.text_tokens)
+        place = "first" if call.text_first else "last"
+        self.kinds[
+            f"joint attention of video and text, the text {place}" if call.joint else "self-attention"
+        ] = None
+        self.tick()
+
+    def _cross(self, call: AttentionCall, branch: str, q, k) -> None:
+        options: dict[str, Any] = {"scale": call.scale, "most_bytes": self.most_bytes}
+        kind, tokens = (CROSS if call.kind == SELF else call.kind), None
+        if kind == CROSS:
+            tokens = self.prompt_tokens.get(branch)
+            self.text_keys[branch] = len(k)
+        if call.kind != SELF:
+            self.kinds[f"{kind}-attention"] = None
+        self._put(call, branch, kind, q, cross_statistics(q, k, tokens, self.sampled, **options))
+
+    def _put(
+        self, call: AttentionCall, branch: str, kind: str, q, statistics: dict[str, torch.Tensor]
+    ) -> None:
+        """Columns of one call: scalars for its position, arrays over the heads."""
+        columns: dict[str, Any] = {name: getattr(call, name) for name in PLACE[:-1]}
+        columns |= {"branch": branch, "kind": kind, "head": range(q.shape[1])}
+        for name, values in statistics.items():
+            mean, error = summarise(values, self.grid[1] * self.grid[2])
+            columns[name], columns[error_name(name)] = mean.cpu().numpy(), error.cpu().numpy()
+        self.rows.append(columns)
+
+
+def _halves(tokens: int, text: int, text_first: bool) -> tuple[slice, slice]:
+    """Where the tokens of the video stand among those of joint attention, and where those of the text do."""
+    if text_first:
+        return slice(text, tokens), slice(0, text)
+    return slice(0, tokens - text), slice(tokens - text, tokens)
+
+
+def _lists(blocks: Sequence[tuple[str, Any]]) -> dict[str, int]:
+    """Lists of blocks in the order of their layers, with the number of each."""
+    return {name: len(list(group)) for name, group in groupby(path.partition(".")[0] for path, _ in blocks)}
 
 
 def _table(rows: list[dict[str, Any]], model: Model, grid: tuple[int, ...]) -> pd.DataFrame:
@@ -562,7 +537,8 @@ def _table(rows: list[dict[str, Any]], model: Model, grid: tuple[int, ...]) -> p
             f"{model.spec.name}: no attention was seen at these steps, layers and branches; ask for others"
         )
     table = pd.concat([pd.DataFrame(columns) for columns in rows], ignore_index=True)
-    for name in dict.fromkeys((*statistic_names(SELF), *statistic_names(CROSS))):
+    names = dict.fromkeys((*statistic_names(SELF), *statistic_names(CROSS)))
+    for name in (name for name in names if name != TEXT_PERCENT):  # which only joint attention has
         for column in (name, error_name(name)):
             if column not in table:
                 table[column] = np.nan

@@ -15,7 +15,10 @@ MOST_BYTES = 2 << 30
 BYTES_PER_PRODUCT = 20
 """Bytes in use at the same time per query and key: probability, mask, masked copy, and a reserve for the allocator."""
 BISECTIONS = 20
+_WHOLE = "whole"
 ROUNDING = 1e-6
+TEXT_PERCENT = "text_percent"
+"""Of joint attention alone: mass on the text, of the mass on video and text."""
 Grid = tuple[int, int, int]
 
 
@@ -30,7 +33,7 @@ def statistic_names(kind: str) -> tuple[str, ...]:
             "same_position_percent",
             "near_position_percent",
         )
-        return (*common, "block_density95_percent", *places)
+        return (*common, "block_density95_percent", *places, TEXT_PERCENT)
     return (*common, "prompt_percent", "padding_percent") if kind == "cross" else common
 
 
@@ -71,6 +74,7 @@ def self_statistics(
     grid: Grid,
     sampled: torch.Tensor,
     *,
+    text: torch.Tensor | None = None,
     scale: float | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> dict[str, torch.Tensor]:
@@ -84,6 +88,8 @@ def self_statistics(
     Args:
         query, key: `[tokens, heads, dim]`, tokens in the order frame, height, width.
         sampled: from `sample_queries`.
+        text: of joint attention, the keys of the text, `[text tokens, heads, dim]`. All masses are then percent of the mass
+            on the video, and text is the percentage of the whole mass that lies on the text.
         most_bytes: approximate limit of memory for intermediate results.
 
     Returns:
@@ -115,7 +121,13 @@ def self_statistics(
             "block_density95_percent": 100 * keys_needed(blocks, 0.95) / blocks.shape[-1],
         }
 
-    statistics = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    statistics, on_video = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    if text is not None and not len(text):
+        statistics[TEXT_PERCENT] = torch.zeros_like(on_video)
+    elif text is not None:
+        _, on_text = _statistics(query, text, tokens, None, scale, most_bytes)
+        # The share of the text in one softmax over all keys.
+        statistics[TEXT_PERCENT] = 100 * torch.sigmoid(on_text - on_video)
     return {name: values.view(-1, *sampled.shape) for name, values in statistics.items()}
 
 
@@ -145,7 +157,7 @@ def cross_statistics(
         return {"prompt_percent": prompt, "padding_percent": 100 * p[..., prompt_tokens:].sum(-1)}
 
     tokens = sampled.flatten().to(query.device)
-    statistics = _statistics(query, key, tokens, of_rows, scale, most_bytes)
+    statistics, _ = _statistics(query, key, tokens, of_rows, scale, most_bytes)
     return {name: values.view(-1, *sampled.shape) for name, values in statistics.items()}
 
 
@@ -204,28 +216,35 @@ def keys_needed(p: torch.Tensor, share: float) -> torch.Tensor:
     return (above.sum(-1) + torch.minimum(more, count.to(more.dtype))).clamp_min(1)
 
 
-def _statistics(query, key, tokens, of_rows, scale, most_bytes) -> dict[str, torch.Tensor]:
-    """Statistics of all kinds of attention and those of `of_rows`, each `[heads, queries]`."""
+def _statistics(
+    query, key, tokens, of_rows, scale, most_bytes
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Statistics of all kinds of attention and those of `of_rows`, each `[heads, queries]`, and the logarithms of the
+    denominators; without `of_rows` these alone."""
     parts: dict[str, list[list[torch.Tensor]]] = {}
-    for first, rows, p in _probabilities(query, key, tokens, scale, most_bytes):
-        columns = {
-            "entropy_nats": -torch.xlogy(p, p).sum(-1),
-            **{
+    for first, rows, p, whole in _probabilities(query, key, tokens, scale, most_bytes):
+        columns = {_WHOLE: whole}
+        if of_rows is not None:
+            columns |= {"entropy_nats": -torch.xlogy(p, p).sum(-1)}
+            columns |= {
                 f"density{level}_percent": 100 * keys_needed(p, level / 100) / p.shape[-1]
                 for level in LEVELS_PERCENT
-            },
-            **of_rows(p, rows),
-        }
+            }
+            columns |= of_rows(p, rows)
         for name, values in columns.items():
             lists = parts.setdefault(name, [])
             if first:
                 lists.append([])
             lists[-1].append(values)
-    return {name: torch.cat([torch.cat(row, 1) for row in lists]) for name, lists in parts.items()}
+    found = {name: torch.cat([torch.cat(row, 1) for row in lists]) for name, lists in parts.items()}
+    return found, found.pop(_WHOLE)
 
 
-def _probabilities(query, key, tokens, scale, most_bytes) -> Iterator[tuple[bool, slice, torch.Tensor]]:
-    """Softmax in pieces, as (whether a new group of heads begins, slice of queries, `[heads, queries, keys]`)."""
+def _probabilities(
+    query, key, tokens, scale, most_bytes
+) -> Iterator[tuple[bool, slice, torch.Tensor, torch.Tensor]]:
+    """Softmax in pieces, as (whether a new group of heads begins, slice of queries, `[heads, queries, keys]`, and the
+    logarithm of its denominator, `[heads, queries]`)."""
     keys, heads, dim = key.shape
     scale = dim**-0.5 if scale is None else scale
     at_once = max(1, most_bytes // (BYTES_PER_PRODUCT * keys))
@@ -240,8 +259,9 @@ def _probabilities(query, key, tokens, scale, most_bytes) -> Iterator[tuple[bool
             rows = slice(start, start + queries_at_once)
             # Scaled after the product, so that its factors are exact also where products run in TF32.
             p = torch.matmul(q[:, rows], k).mul_(scale)
-            p.sub_(p.logsumexp(-1, keepdim=True)).exp_()
-            yield start == 0, rows, p
+            whole = p.logsumexp(-1, keepdim=True)
+            p.sub_(whole).exp_()
+            yield start == 0, rows, p, whole[..., 0]
 
 
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

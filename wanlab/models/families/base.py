@@ -18,6 +18,7 @@ _PICTURED = re.compile(r"ImageToVideo|Image2Video|I2V")
 _FLAT_VAES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
 """VAEs that encode every frame on its own."""
 _BLOCK = re.compile(r"(?:^|\.)\w*blocks\.\d+(?:\.|$)")
+_BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Family:
         encodes_clip: whether an image-to-video pipeline encodes the picture with blank frames up to the length of the
             video, and not the picture alone.
         roles: (role, pattern of the path of a layer inside its block); the first that matches counts.
+        text_first: in joint attention, whether the tokens of the text stand before those of the video, or after them; None
+            where the family has none, or is not known.
     """
 
     title = ""
@@ -67,6 +70,7 @@ class Family:
         ("FFN", r"ffn?|ff_context|mlp|feed_forward|proj_mlp"),
         ("modulation", r"norm\w*|adaln\w*|modulation|scale_shift_table"),
     )
+    text_first: bool | None = None
 
     def grid(self, vae: Part, denoiser: Part) -> Grid:
         """Compression factors, patch and legal sizes, from the configurations of the VAE and the denoiser.
@@ -166,6 +170,11 @@ class Tensor:
 
     shape: Shape
     dtype: str = "float"
+
+
+def block_order(name: str) -> int:
+    """Place of a list of blocks among the lists of a denoiser, by its name, in the order in which layers are numbered."""
+    return _BLOCK_LISTS.index(name) if name in _BLOCK_LISTS else len(_BLOCK_LISTS)
 
 
 def first(config: Mapping[str, Any], keys: tuple[str, ...], otherwise: int) -> int:

@@ -18,6 +18,7 @@ class CogVideoX(Family):
         height=480, width=720, frames=49, fps=8, steps=50, guidance_scale=6.0, text_tokens=226
     )
     roles = (("joint attention", r"attn1"), *Family.roles)
+    text_first = True
 
     def grid(self, vae: Part, denoiser: Part) -> Grid:
         """CogVideoX 1.5 joins two latent frames to a token and pads an odd number of them, so that every 4k+1 is legal."""

@@ -27,6 +27,7 @@ class HunyuanVideo(Family):
         ("FFN", r"proj_mlp|proj_out"),  # of the single blocks, whose last layer joins attention and FFN
         *Family.roles,
     )
+    text_first = False
 
     def size_step(self, step: tuple[int, int]) -> tuple[int, int]:
         """The pipelines ask for multiples of 16."""

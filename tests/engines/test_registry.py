@@ -232,4 +232,4 @@ def test_sizes_of_example_inputs_that_would_take_the_machine_are_refused(size, s
     from wanlab.export.components import default_shape
 
     with pytest.raises(WanlabError, match=says):
-        default_shape(SimpleNamespace(spec=models.get("wan-nano"), text_tokens=24), **size)
+        default_shape(SimpleNamespace(spec=models.get("wan-nano"), pipeline=None), **size)

@@ -20,7 +20,9 @@ from wanlab.export.friendly import (
     exportable_operators,
     whole_clip_resampling,
 )
+from wanlab.models.families import family_of
 from wanlab.models.families.base import BATCHED, Tensor
+from wanlab.models.pipeline import text_tokens
 from wanlab.models.shapes import latent_shape, nearest_size
 from wanlab.models.spec import ENCODERS
 from wanlab.models.weights import check_tensor
@@ -58,7 +60,11 @@ class ClipShape:
 
 def usual_batch(model, component: str) -> int:
     """Clips in one call of a component: two for an expert whose guidance is computed in one batch, else one."""
-    return 2 if component.startswith("expert") and model.family.guidance == BATCHED else 1
+    return (
+        2
+        if component.startswith("expert") and family_of(model.spec.pipeline_class).guidance == BATCHED
+        else 1
+    )
 
 
 def default_shape(model, **changes: int | None) -> ClipShape:
@@ -68,7 +74,9 @@ def default_shape(model, **changes: int | None) -> ClipShape:
         WanlabError: a size below 1, or inputs that do not fit into free memory.
     """
     defaults = model.spec.defaults
-    shape = ClipShape(2, defaults.height, defaults.width, defaults.frames, model.text_tokens)
+    shape = ClipShape(
+        2, defaults.height, defaults.width, defaults.frames, text_tokens(model.pipeline, model.spec)
+    )
     shape = replace(shape, **{key: value for key, value in changes.items() if value is not None})
     wrong = next((name for name, value in asdict(shape).items() if value < 1), None)
     if wrong:
@@ -323,7 +331,9 @@ def _shapes_of(model, component: str, network, shape: ClipShape) -> dict[str, An
     part = replace(spec.part(spec.part_of(component)), class_name=type(network).__name__)
     latent = latent_shape(spec, shape.height, shape.width, shape.frames)
     size = (latent.channels, latent.frames, latent.height, latent.width)
-    return model.family.denoiser_inputs(spec, part, size, latent.tokens, shape.text_tokens)
+    return family_of(model.spec.pipeline_class).denoiser_inputs(
+        spec, part, size, latent.tokens, shape.text_tokens
+    )
 
 
 def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,7 +407,7 @@ def _any_vae_encoder(model, component: str, network) -> ComponentSpec:
 
     def inputs_for(shape: ClipShape, generator):
         latent_size(model, shape)  # refuses an illegal size
-        frames = shape.frames if model.family.encodes_clip else 1
+        frames = shape.frames if family_of(model.spec.pipeline_class).encodes_clip else 1
         video = torch.rand((shape.batch, 3, frames, shape.height, shape.width), generator=generator) * 2 - 1
         return (video.to(network.device, network.dtype),)
 

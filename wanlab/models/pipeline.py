@@ -21,7 +21,7 @@ from wanlab.models.families import family_of
 from wanlab.models.families.base import PICTURE, Family
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.inputs import prepared
-from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
+from wanlab.models.shapes import LatentShape, latent_shape, nearest_size, token_count
 from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_size
 
@@ -188,8 +188,7 @@ class Model:
     @property
     def text_tokens(self) -> int:
         """Tokens that a prompt is padded to: the model's setting, or the tokenizer's limit where that is lower."""
-        longest = getattr(getattr(self.pipeline, "tokenizer", None), "model_max_length", None)
-        return int(min(self.spec.defaults.text_tokens, longest or math.inf))
+        return text_tokens(self.pipeline, self.spec)
 
     def schedule(self, steps: int | None = None, **size: int | None) -> pd.DataFrame:
         """The denoising steps, known before the run: step, timestep, sigma, snr, component.
@@ -378,6 +377,12 @@ class Model:
             )
 
 
+def text_tokens(pipeline: Any, spec: ModelSpec) -> int:
+    """See `Model.text_tokens`."""
+    longest = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
+    return int(min(spec.defaults.text_tokens, longest or math.inf))
+
+
 def _whole(name: str, value: int | None, otherwise: int) -> int:
     value = otherwise if value is None else value
     if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
@@ -424,7 +429,7 @@ def _set_timesteps(scheduler: Any, spec: ModelSpec, steps: int, size: Mapping[st
     """Set the timesteps as the pipeline does; False if that is not known."""
     family, usual = family_of(spec.pipeline_class), spec.defaults
     sides = [size.get(name) or getattr(usual, name) for name in ("height", "width", "frames")]
-    tokens = latent_shape(spec, *nearest_size(spec, *sides)).tokens
+    tokens = token_count(spec, *nearest_size(spec, *sides))
     arguments = family.schedule(spec, steps, tokens)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if not arguments or (

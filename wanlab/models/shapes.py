@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +62,30 @@ def latent_shape(spec: ModelSpec, height: int, width: int, frames: int) -> Laten
         faults.append(f"size {height}x{width} with {frames} frames cannot be made: {refusal}")
     if faults:
         raise WanlabError(f"{spec.name}: {'; '.join(faults)}")
-    latent = (
-        (frames - 1) // spec.temporal_factor + 1,
-        height // spec.spatial_factor,
-        width // spec.spatial_factor,
-    )
-    grid = tuple(-(-size // patch) for size, patch in zip(latent, spec.patch, strict=True))
+    latent, grid = _grid(spec, height, width, frames)
     if spec.max_positions is not None and max(grid) > spec.max_positions:
         raise WanlabError(
             f"{spec.name}: {height}x{width}x{frames} needs {max(grid)} positions along one axis, its position"
             f" embedding has {spec.max_positions}; choose a smaller video"
         )
-    return LatentShape(spec.latent_channels, *latent, tokens=grid[0] * grid[1] * grid[2])
+    return LatentShape(spec.latent_channels, *latent, tokens=math.prod(grid))
+
+
+def token_count(spec: ModelSpec, height: int, width: int, frames: int) -> int:
+    """Tokens of a video of a size on the grid, whether or not the model can make it."""
+    return math.prod(_grid(spec, height, width, frames)[1])
+
+
+def _grid(
+    spec: ModelSpec, height: int, width: int, frames: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Latent frames, height and width, and tokens along each."""
+    t, h, w = (
+        (frames - 1) // spec.temporal_factor + 1,
+        height // spec.spatial_factor,
+        width // spec.spatial_factor,
+    )
+    return (t, h, w), (-(-t // spec.patch[0]), -(-h // spec.patch[1]), -(-w // spec.patch[2]))
 
 
 def nearest_size(spec: ModelSpec, height: int, width: int, frames: int) -> tuple[int, int, int]:

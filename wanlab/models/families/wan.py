@@ -16,7 +16,7 @@ class Wan(Family):
     """`WanTransformer3DModel` and its relatives: self-attention, cross-attention to the text (and the picture), FFN."""
 
     title = "Wan"
-    pipelines = (r"Wan(?!Animate).*", r"SkyReelsV2.*")
+    pipelines: tuple[str, ...] = (r"Wan(?!Animate).*", r"SkyReelsV2.*")
     defaults = Defaults(text_tokens=512)
     guidance = SEQUENTIAL
     encodes_clip = True

@@ -31,7 +31,7 @@ SIZE = {"height": 64, "width": 96, "frames": 9}
 def folder(exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     model = tiny.bare(tiny.pipeline())
-    model.spec.name = "wan-nano"  # whose sizes the tiny model has
+    model.spec = replace(model.spec, name="wan-nano")  # whose sizes the tiny model has
     kinds = {"20": {"dynamic": False}, "23": {"dynamic": False, "opset": 23}, "free": {}}
     for name, kind in kinds.items():
         (report,) = exported(model, "expert_high", **kind, **SIZE)

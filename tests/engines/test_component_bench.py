@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -23,7 +24,9 @@ EXPERTS = ("expert_high", "expert_low")
 @pytest.fixture(scope="module")
 def model():
     model = tiny.bare(tiny.pipeline())
-    model.spec.name = "wan-nano"  # whose sizes the tiny model has, as other modules name it
+    model.spec = replace(
+        model.spec, name="wan-nano"
+    )  # whose sizes the tiny model has, as other modules name it
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ COMPONENTS = ("text_encoder", "vae_encoder", "expert_high", "vae_decoder")
 def folder(exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ort")
     model = tiny.bare(tiny.pipeline())
-    model.spec.name = "wan-nano"  # whose sizes the tiny model has
+    model.spec = replace(model.spec, name="wan-nano")  # whose sizes the tiny model has
     exported(model, COMPONENTS, folder, height=64, width=96, frames=9)
     return folder
 
@@ -52,7 +53,7 @@ def test_inputs_can_be_drawn_from_the_file_alone(folder, component):
 
 def test_sizes_that_a_graph_is_fixed_to_are_not_passed_over(exported):
     model = tiny.bare(tiny.pipeline())
-    model.spec.name = "wan-nano"
+    model.spec = replace(model.spec, name="wan-nano")
     (report,) = exported(model, "expert_high", dynamic=False, height=64, width=96, frames=9)
     engine = engines.OrtEngine(report.path, provider="cpu", threads=1)
     feeds = export.random_feeds(engine, height=64, width=96, batch=1)
@@ -235,7 +236,7 @@ def test_modulation_for_every_token_is_not_computed_for_all_blocks_at_once(tmp_p
     built.register_modules(transformer=tiny.expert(2, num_layers=3), transformer_2=None)
     built.register_to_config(expand_timesteps=True, boundary_ratio=None)
     model = tiny.bare(built)
-    model.spec.name = "wan-nano"
+    model.spec = replace(model.spec, name="wan-nano")
     report = export.export(model, "expert", tmp_path / "expert.onnx", opset=23)
     engine = engines.OrtEngine(report.path, provider="cpu", threads=1)
     path = engine.profile(

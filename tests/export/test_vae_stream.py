@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ def models():
     residual = tiny.bare(tiny.pipeline())
     plain = tiny.bare(tiny.pipeline())
     plain.pipeline.vae = tiny.vae(**SMALL_PLAIN)
-    plain.spec.spatial_factor = 2
+    plain.spec = replace(plain.spec, spatial_factor=2)
     return {"residual": residual, "plain": plain}
 
 

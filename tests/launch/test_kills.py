@@ -31,11 +31,12 @@ HOW = {"local": ()} | ({"ray": ("--ray",)} if "WANLAB_KILLS" in os.environ else 
 
 EXPORT = """
 import sys
+from dataclasses import replace
 from support import convert_tiny as tiny
 from wanlab.export import export_all
 
 model = tiny.bare(tiny.pipeline())
-model.spec.name = "wan-nano"
+model.spec = replace(model.spec, name="wan-nano")
 export_all(model, sys.argv[1], ("expert_high", "vae_decoder"), dynamic=False, height=32, width=48, frames=5)
 """
 

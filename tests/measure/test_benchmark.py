@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ QUICK = dict(warmup_ms=0, duration_ms=0, progress=False)
 @pytest.fixture(scope="module")
 def model():
     model = tiny.bare(tiny.pipeline())
-    model.spec.name = "wan-nano"  # whose sizes the tiny model has, as other modules name it
+    model.spec = replace(
+        model.spec, name="wan-nano"
+    )  # whose sizes the tiny model has, as other modules name it
     return model
 
 

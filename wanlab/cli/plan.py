@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=("fp32", "fp16", "bf16"),
             help="dtype of the networks, where the plan leaves it open",
         )
-    explain.add_argument("layer", help="name of a layer, e.g. blocks.7.ffn.net.2")
-    explain.add_argument("--component", help="expert_high or expert_low (default: all)")
+    explain.add_argument(
+        "layer", help="name of a layer, e.g. blocks.7.ffn.net.2 or transformer_blocks.7.ff.net.2"
+    )
+    explain.add_argument("--component", help="expert, expert_high or expert_low (default: all)")
     explain.add_argument("--step", type=int, help="step of the generation, from 0")
 
 

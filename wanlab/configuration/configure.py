@@ -43,7 +43,7 @@ from wanlab.precision.check_torch import Effect, effect_check
 from wanlab.precision.plan import Plan
 from wanlab.precision.plan_engines import load_plan_engines
 from wanlab.precision.plan_graphs import export_plan, read_plan_graphs
-from wanlab.precision.recording import as_examples
+from wanlab.precision.recording import Example, as_examples
 
 COMPILED = "compiled"
 GIB = 2**30
@@ -464,12 +464,14 @@ def _effect(check: Callable[[], Any]) -> _Check:
 def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
     """Whether torch.compile compiles in a generation, which is also the warm-up.
 
-    Only the size matters to the compiler, so the image is noise and the prompt is empty.
+    Only the size matters to the compiler, so the image is noise and the prompt is empty; further inputs are frames of a
+    held-out clip.
     """
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
     image = np.random.default_rng(0).random((settings["height"], settings["width"], 3), dtype=np.float32)
-    model.generate(image, "", output="latent", **settings)
+    inputs = Example(image, "", adapts=True).inputs(model, settings["frames"])
+    model.generate(prompt="", output="latent", **inputs, **settings)
     count = counters["unique_graphs"] - before
     return _Check(count > 0, f"torch.compile made {count} graph{'s' * (count != 1)} of the experts' blocks.")
 
@@ -493,14 +495,22 @@ def _weight_bytes(opened: Opened) -> int:
     return sum(tensors.values()) + sum(engine.size_bytes for engine in filed)
 
 
-def measure_isolated(configured: Configured, image: Any, prompt: str, **settings: Any) -> dict[str, float]:
+def measure_isolated(
+    configured: Configured,
+    image: Any,
+    prompt: str,
+    *,
+    conditions: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, float]:
     """Memory and load time of a configuration: a new process opens it from its files and generates once.
 
     Two configurations in one process share libraries and allocator, so that their peaks cannot be told apart there.
 
     Args:
         configured: result of `configure`. The process loads a model of the same name, device, dtype and weights.
-        image: first frame, `[H, W, 3]` in [0, 1].
+        image: first frame, `[H, W, 3]` in [0, 1]; None for a model that takes none.
+        conditions: further inputs of the model by name, arrays.
         prompt, settings: arguments of `Model.generate`, as JSON values.
 
     Returns:
@@ -513,7 +523,9 @@ def measure_isolated(configured: Configured, image: Any, prompt: str, **settings
     """
     model = configured.original
     with tempfile.TemporaryDirectory(prefix="wanlab-isolated-") as folder:
-        np.save(Path(folder) / "image.npy", np.asarray(image))
+        given = {"image": image} | dict(conditions or {})
+        given = {name: np.asarray(value) for name, value in given.items() if value is not None}
+        np.savez(Path(folder) / "inputs.npz", **given)
         order = {
             "model": reference(model.spec),
             "load": {
@@ -525,7 +537,7 @@ def measure_isolated(configured: Configured, image: Any, prompt: str, **settings
                 save_configuration(configured.configuration, Path(folder) / "configuration.yaml")
             ),
             "files": configured.files,
-            "image": str(Path(folder) / "image.npy"),
+            "inputs": str(Path(folder) / "inputs.npz"),
             "prompt": prompt,
             "settings": {name: value for name, value in settings.items() if value is not None},
         }
@@ -534,7 +546,9 @@ def measure_isolated(configured: Configured, image: Any, prompt: str, **settings
 
 def _measure_in_process(order: dict[str, Any]) -> dict[str, float]:
     device = resolve(order["load"]["device"], "auto")[0]
-    image = np.load(order["image"], allow_pickle=False)
+    with np.load(order["inputs"], allow_pickle=False) as given:
+        conditions = dict(given)
+    image = conditions.pop("image", None)
     configuration = load_configuration(order["configuration"])
     with measure.peak_memory(device) as whole:
         model = models.load(order["model"], **order["load"])
@@ -545,7 +559,9 @@ def _measure_in_process(order: dict[str, Any]) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         with measure.peak_memory(device) as memory:
-            generation = used.generate(image, order["prompt"], **order["settings"])
+            generation = used.generate(
+                image, order["prompt"], conditions=conditions or None, **order["settings"]
+            )
     # Other processes may use the GPU; their memory was in use before.
     before = whole.start_gib if device.type == "cuda" else 0.0
     return {

@@ -296,17 +296,50 @@ def example_case() -> Case:
     return next(c for c in cases if (c.clip.motion, c.photograph) == ("pan_right", "coffee.png"))
 
 
-def requests(cases: Iterable[Case], truths: Iterable[np.ndarray], **settings: Any) -> list[dict[str, Any]]:
+def requests(
+    cases: Iterable[Case],
+    truths: Iterable[np.ndarray],
+    *,
+    needed: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
     """Arguments of `Model.generate` that ask for the clips of some cases, one dict per case.
 
     Args:
         truths: the true video of each case, `[T, H, W, 3]`; its first frame is the model's input.
+        needed: inputs of the model besides the prompt, as `Model.conditions`; a picture if not given. A model that takes no
+            picture gets None; further pictures are the last frame, and clips the whole.
         settings: settings for all cases, such as frames and steps.
     """
-    return [
-        {"image": truth[0], "prompt": case.caption, "seed": case.seed} | settings
-        for case, truth in zip(cases, truths, strict=True)
-    ]
+    needed = {"image": "picture"} if needed is None else dict(needed)
+    pictured = needed.pop("image", None) is not None
+    asked = []
+    for case, truth in zip(cases, truths, strict=True):
+        further = {name: truth if kind == "clip" else truth[-1] for name, kind in needed.items()}
+        inputs = {"image": truth[0] if pictured else None, "prompt": case.caption, "seed": case.seed}
+        asked.append(inputs | ({"conditions": further} if further else {}) | settings)
+    return asked
+
+
+def ask(model: Any, cases: Sequence[Case], **settings: Any) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Arguments of `model.generate` that ask for the clips of some cases, and their true videos of that size where its
+    inputs determine them (see `known_truths`).
+
+    Args:
+        model: model from `wanlab.models.load`.
+        settings: settings for all cases; height, width and frames are the model's default where None or not given.
+    """
+    size = {n: settings.get(n) or getattr(model.spec.defaults, n) for n in ("frames", "height", "width")}
+    truths = [case.truth(**size) for case in cases]
+    needed = model.conditions
+    return requests(cases, truths, needed=needed, **settings), known_truths(truths, needed)
+
+
+def known_truths(truths: Sequence[np.ndarray], needed: Mapping[str, str]) -> list[np.ndarray]:
+    """The true videos, where the inputs of a model determine them: its first picture and others; of a text alone, or of
+    clips that have another meaning, none is known."""
+    determined = "image" in needed and all(kind == "picture" for kind in needed.values())
+    return list(truths) if determined else []
 
 
 def has_texture(image: np.ndarray) -> bool:

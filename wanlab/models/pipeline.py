@@ -404,7 +404,7 @@ def step_table(
     """Rows step, timestep, sigma, snr, component; see `Model.schedule`."""
     # Not `type`: while calls are recorded, a proxy takes the scheduler's place.
     scheduler = pipeline.scheduler.__class__.from_config(pipeline.scheduler.config)
-    known = _set_timesteps(scheduler, spec, steps, size)
+    known = set_timesteps(scheduler, spec, steps, size)
     training_steps = scheduler.config.get("num_train_timesteps", 1000)
     experts = [name for name in spec.components if name.startswith("expert")]
     ratio = boundary_ratio(pipeline, spec)
@@ -425,7 +425,7 @@ def step_table(
     return rows
 
 
-def _set_timesteps(scheduler: Any, spec: ModelSpec, steps: int, size: Mapping[str, int | None]) -> bool:
+def set_timesteps(scheduler: Any, spec: ModelSpec, steps: int, size: Mapping[str, int | None]) -> bool:
     """Set the timesteps as the pipeline does; False if that is not known."""
     family, usual = family_of(spec.pipeline_class), spec.defaults
     sides = [size.get(name) or getattr(usual, name) for name in ("height", "width", "frames")]

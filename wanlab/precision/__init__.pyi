@@ -1,6 +1,5 @@
 from .apply import Applied as Applied
 from .apply import apply_plan as apply_plan
-from .assignment import DEFAULT_LAYERS as DEFAULT_LAYERS
 from .assignment import Assignment as Assignment
 from .assignment import assign as assign
 from .assignment import choose_layers as choose_layers

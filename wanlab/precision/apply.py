@@ -14,12 +14,12 @@ import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.registry import EAGER
-from wanlab.export.components import component_spec
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.models.variants import shared_copy
 from wanlab.precision.assignment import EXPERTS, Assignment, assign
 from wanlab.precision.calibration import Calibration
+from wanlab.precision.denoiser import eager_network
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import FLOATS, KEEP, Plan, is_float, load_plan
 from wanlab.precision.quant_linear import FEWEST_ROWS, INTEGER, CastLinear, QuantLinear, planned
@@ -252,7 +252,7 @@ def experts_of(model: Model) -> dict[str, torch.nn.Module]:
     Raises:
         WanlabError: there is none, or one has a plan already or runs on an engine.
     """
-    networks = {name: component_spec(model, name).network for name in model.components if name in EXPERTS}
+    networks = {name: eager_network(model, name) for name in model.components if name in EXPERTS}
     if not networks:
         raise WanlabError(
             f"{model.spec.name} has no expert loaded to plan; name one in load(..., components=...)"

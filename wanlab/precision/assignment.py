@@ -17,19 +17,23 @@ import torch
 from wanlab import models
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.formats import ELEMENT_TYPES
-from wanlab.export.components import component_spec
+from wanlab.models.blocks import blocks_of, linears, numbered_path, split_path
+from wanlab.models.families import family_of_network
 from wanlab.models.networks import skeleton, stored_dtype
 from wanlab.models.spec import EXPERTS, ModelSpec
+from wanlab.precision.denoiser import eager_network
 from wanlab.precision.formats import check_blocks, get_format
-from wanlab.precision.plan import AS_LOADED, FLOATS, KEEP, Plan, Rule, is_float, load_plan
-
-DEFAULT_LAYERS = ("blocks.*.attn?.to_[qkv]", "blocks.*.attn?.to_out.0", "blocks.*.ffn.net.*")
-"""Linear layers of a Wan expert's blocks: projections of both attentions, and feed-forward."""
+from wanlab.precision.plan import AS_LOADED, FLOATS, IN_BLOCKS, KEEP, ROLE, Plan, Rule, is_float, load_plan
 
 REGEX = "re:"
 _BLOCK = re.compile(r"(?:^|\.)\w*blocks?\.(\d+)\.")
-_TEXT = re.compile(r"(\.attn2\.to_[kv]|text_embedder\.linear_\d)$")
-_ONCE = re.compile(r"(time_embedder\.linear_\d|time_proj)$")
+_TEXT = re.compile(
+    r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|\.to_add_out$|\.ff_context\.|text_embedder\.linear_\d$"
+    r"|caption_proj|text_proj|^context_embedder\.|\.pooler\.to_kv$"
+)
+_ONCE = re.compile(
+    r"(?:^|\.)(?:time\w*|guidance\w*|ofs_embedding)\.(?!pooler\.to_kv|caption_proj)|time_proj$|(?:^|\.)(?:norm|adaln)\w*\.\w+$"
+)
 
 
 def quantizable_layers(
@@ -43,20 +47,22 @@ def quantizable_layers(
         text_tokens: number of tokens of the prompt, with padding.
 
     Returns:
-        DataFrame: layer, kind, shape (weight, outputs first), parameters, block (None outside the blocks),
-        projection (the name inside the block); with `tokens` also flop and share_percent.
+        DataFrame: layer, kind, shape (weight, outputs first), parameters, block (number over all lists of blocks, see
+        `wanlab.models.blocks`; None outside them), projection (the name inside the block); with `tokens` also flop and
+        share_percent.
     """
     rows = []
+    blocks = blocks_of(network)
     for name, module in _layers(network).items():
-        block = _BLOCK.search(name)
+        number, projection = _place(name, blocks)
         rows.append(
             {
                 "layer": name,
                 "kind": next(kind for kind in ("Linear", "Conv2d", "Conv3d") if _is(module, kind)),
                 "shape": tuple(module.weight.shape),
                 "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
-                "block": int(block[1]) if block else None,
-                "projection": name[block.end() :] if block else name,
+                "block": number,
+                "projection": projection,
             }
         )
     frame = pd.DataFrame(rows, columns=["layer", "kind", "shape", "parameters", "block", "projection"])
@@ -66,6 +72,23 @@ def quantizable_layers(
         frame["flop"] = [operations(layer, shape, tokens, text_tokens) for layer, shape in sizes]
         frame["share_percent"] = 100 * frame["flop"] / frame["flop"].sum()
     return frame
+
+
+def _place(name: str, blocks) -> tuple[int | None, str]:
+    """Number of a layer's block and its name inside; of other networks than denoisers the innermost count."""
+    if blocks:
+        block, projection = split_path(name, blocks)
+        return None if block is None else block.number, projection
+    match = _BLOCK.search(name)
+    return (int(match[1]), name[match.end() :]) if match else (None, name)
+
+
+def layer_roles(network: torch.nn.Module) -> pd.DataFrame:
+    """The role of every linear layer of a denoiser: layer, block (None outside the blocks), projection, role."""
+    family = family_of_network(type(network).__name__)
+    frame = quantizable_layers(network)
+    frame = frame.loc[frame["kind"] == "Linear", ["layer", "block", "projection"]].reset_index(drop=True)
+    return frame.assign(role=[family.role(layer) for layer in frame["layer"]])
 
 
 def operations(layer: str, shape: tuple[int, ...], tokens: int, text_tokens: int = 512) -> int:
@@ -83,16 +106,25 @@ def choose_layers(
     Args:
         network: network, or the names to choose from.
         include: names, globs (`blocks.*.ffn.net.2`; `*` crosses dots), or regular expressions after `re:`, which
-            must match whole names. None takes `DEFAULT_LAYERS`.
+            must match whole names; or roles of linear layers, such as `role:FFN`. `blocks.*` is every layer in the blocks.
+            None takes every linear layer in the blocks.
         exclude: patterns of layers that are left out of these.
 
     Raises:
         WanlabError: a pattern that matches nothing, or nothing left.
     """
-    known = _layers(network) if hasattr(network, "named_modules") else dict.fromkeys(network)
-    include = DEFAULT_LAYERS if include is None else include
-    chosen = {name for pattern in _list(include) for name in _matches(pattern, known)}
-    chosen -= {name for pattern in _list(exclude) for name in _matches(pattern, known)}
+    module = network if isinstance(network, torch.nn.Module) else None
+    known = _layers(module) if module is not None else dict.fromkeys(network)
+    inside = _inside(module, known)
+    if include is None and not inside:
+        raise WanlabError("this network has no blocks with linear layers; name layers, or give '*' for all")
+    roles = {} if module is None else dict(layer_roles(module)[["layer", "role"]].itertuples(index=False))
+    chosen = {
+        name
+        for pattern in (inside if include is None else _list(include))
+        for name in _matches(pattern, known, roles, inside)
+    }
+    chosen -= {name for pattern in _list(exclude) for name in _matches(pattern, known, roles, inside)}
     if not chosen:
         raise WanlabError("no layer is left; give patterns that include more or exclude less")
     return tuple(sorted(chosen, key=natural))
@@ -129,9 +161,35 @@ def _list(patterns: str | Sequence[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _matches(pattern: str, known) -> list[str]:
+def _inside(module, known) -> list[str]:
+    """Linear layers in the blocks; of mere names those that begin with a list of blocks."""
+    if module is not None:
+        return list(linears(module, inside=True))
+    return [name for name in known if re.match(r"\w*blocks\.\d+\.", name)]
+
+
+def role_matches(pattern: str, role: str) -> bool:
+    """Whether a pattern such as `role:FFN` or `role:*attention` names a role, whatever the case of its letters."""
+    wanted = pattern.removeprefix(ROLE).strip().casefold()
+    return pattern.startswith(ROLE) and fnmatch.fnmatchcase(role.casefold(), wanted)
+
+
+def _matches(pattern: str, known, roles: Mapping[str, str], inside: Sequence[str]) -> list[str]:
     if pattern in known:
         return [pattern]
+    if pattern == IN_BLOCKS and inside:
+        starts = {".".join(name.split(".")[:2]) for name in inside}
+        return [name for name in known if ".".join(name.split(".")[:2]) in starts]
+    if pattern.startswith(ROLE):
+        named = dict.fromkeys(roles.values())
+        matches = [name for name in known if role_matches(pattern, roles.get(name, ""))]
+        if not matches:
+            known_roles = [f"{ROLE}{role}" for role in named]
+            raise WanlabError(
+                f"no layer has the role {pattern!r}{did_you_mean(pattern, known_roles)};"
+                f" there is {', '.join(known_roles) or 'none, as only names are known'}"
+            )
+        return matches
     if pattern.startswith(REGEX):
         try:
             compiled = re.compile(pattern.removeprefix(REGEX))
@@ -302,8 +360,9 @@ def assign(plan: Plan, model, *, default: str | None = None) -> Assignment:
     for component, network in networks.items():
         layers = quantizable_layers(network)
         count = int(layers["block"].max()) + 1 if layers["block"].notna().any() else 0
-        fits = [_matching(rule, component, layers, count) for rule in plan.rules]
-        _check_model(plan, component, layers, count, fits)
+        names = layer_names(network, layers)
+        fits = [_matching(rule, component, names, count) for rule in plan.rules]
+        _check_model(plan, component, layers, count, fits, {name for each in names for name in each.names})
         reached |= {index for index, names in enumerate(fits) if names}
         rows = [row for layer in layers.to_dict("records") for row in _ranges(plan, layer, fits, dtype)]
         tables.append(pd.DataFrame(rows).assign(component=component))
@@ -367,7 +426,7 @@ def _networks(model) -> tuple[dict, list[str]]:
         networks, absent = dict(model), []
     else:
         experts = [name for name in model.spec.components if name in EXPERTS]
-        networks = {name: component_spec(model, name).network for name in experts if name in model.components}
+        networks = {name: eager_network(model, name) for name in experts if name in model.components}
         absent = [name for name in experts if name not in networks]
     if not networks:
         raise WanlabError("no expert to assign a plan to; plans are for transformers of a denoising loop")
@@ -393,11 +452,13 @@ def _dtype(networks: Mapping) -> str:
     raise WanlabError("no network; give default=")
 
 
-def _check_model(plan: Plan, component: str, layers: pd.DataFrame, count: int, fits: list[set[str]]) -> None:
+def _check_model(
+    plan: Plan, component: str, layers: pd.DataFrame, count: int, fits: list[set[str]], known: set[str]
+) -> None:
     """Refuse a plan that was selected for experts of another size, and a rule that fits and also names blocks or layers
     that the expert lacks.
     """
-    own, known = architecture(layers), set(layers["layer"])
+    own = architecture(layers)
     if plan.made_for and own not in plan.made_for.split(", "):
         raise WanlabError(
             f"plan {plan.name} was selected for {plan.made_for}, and {component} has {own}: select one for this model"
@@ -406,7 +467,9 @@ def _check_model(plan: Plan, component: str, layers: pd.DataFrame, count: int, f
     for index, rule in enumerate(plan.rules):
         absent = [f"block {number}" for number in sorted(rule.named_blocks()) if number >= count]
         absent += [
-            name for name in rule.layers if re.fullmatch(r"blocks\.\d+\.[\w.]+", name) and name not in known
+            name
+            for name in rule.layers
+            if re.fullmatch(r"\w*blocks\.\d+\.[\w.]+", name) and name not in known
         ]
         if absent and fits[index]:
             raise WanlabError(
@@ -415,17 +478,53 @@ def _check_model(plan: Plan, component: str, layers: pd.DataFrame, count: int, f
             )
 
 
-def _matching(rule: Rule, component: str, layers: pd.DataFrame, count: int) -> set[str]:
+@dataclass(frozen=True)
+class LayerNames:
+    """What a plan may call a layer by.
+
+    Attributes:
+        layer: path of the layer. block: number of its block, None outside the blocks.
+        names: its path, its name inside the block, and its path with the number of its block over all lists.
+        role: its role in its family; empty for layers that are not linear.
+    """
+
+    layer: str
+    block: int | None
+    names: tuple[str, ...]
+    role: str
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a pattern of a rule names the layer."""
+        if pattern.startswith(ROLE):
+            return bool(self.role) and role_matches(pattern, self.role)
+        if pattern == IN_BLOCKS:
+            return self.block is not None
+        return any(fnmatch.fnmatchcase(name, pattern) for name in self.names)
+
+
+def layer_names(network: torch.nn.Module, layers: pd.DataFrame | None = None) -> list[LayerNames]:
+    """What a plan may call each layer of a network by; `layers` are its `quantizable_layers`, where they are known."""
+    layers = quantizable_layers(network) if layers is None else layers
+    blocks, family = blocks_of(network), family_of_network(type(network).__name__)
+    return [
+        LayerNames(
+            row.layer,
+            None if pd.isna(row.block) else int(row.block),
+            tuple(dict.fromkeys((row.layer, row.projection, numbered_path(row.layer, blocks)))),
+            family.role(row.layer) if row.kind == "Linear" else "",
+        )
+        for row in layers.itertuples()
+    ]
+
+
+def _matching(rule: Rule, component: str, layers: Iterable[LayerNames], count: int) -> set[str]:
     if not fnmatch.fnmatchcase(component, rule.component):
         return set()
     numbers = rule.block_numbers(count)
     return {
-        row.layer
-        for row in layers.itertuples()
-        if (numbers is None or row.block in numbers)
-        and any(
-            fnmatch.fnmatchcase(name, glob) for glob in rule.layers for name in (row.layer, row.projection)
-        )
+        each.layer
+        for each in layers
+        if (numbers is None or each.block in numbers) and any(map(each.fits, rule.layers))
     }
 
 
@@ -492,13 +591,14 @@ def _unmatched(plan: Plan, index: int, rule: Rule, networks: Mapping) -> str:
             f"rule {index} of plan {plan.name} ({rule}) is for no component of this model"
             f"{did_you_mean(rule.component, networks)}; it has {', '.join(networks)}"
         )
-    names = list(quantizable_layers(next(iter(networks.values())))["layer"])
-    short = sorted(
-        {name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in names}, key=natural
-    )
-    hint = next(
-        (hint_text for glob in rule.layers if (hint_text := did_you_mean(glob, [*short, *names]))), ""
-    )
+    known = layer_names(next(iter(networks.values())))
+    roles = [f"{ROLE}{role}" for role in dict.fromkeys(each.role for each in known if each.role)]
+    if all(glob.startswith(ROLE) for glob in rule.layers):
+        hint = next((text for glob in rule.layers if (text := did_you_mean(glob, roles))), "")
+        return f"rule {index} of plan {plan.name} ({rule}) fits no layer{hint}; roles of this model are {', '.join(roles)}"
+    short = sorted({name for each in known for name in each.names[1:2] or each.names}, key=natural)
+    names = [*short, *(each.layer for each in known), *roles]
+    hint = next((text for glob in rule.layers if (text := did_you_mean(glob, names))), "")
     return (
         f"rule {index} of plan {plan.name} ({rule}) fits no layer{hint};"
         " names are those of wanlab.precision.quantizable_layers"

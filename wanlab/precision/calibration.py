@@ -26,7 +26,9 @@ from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_bytes
 from wanlab.core.manifest import Manifest, file_damage, key_of, plain_facts
 from wanlab.export.components import component_spec
+from wanlab.models.spec import EXPERTS
 from wanlab.precision.assignment import choose_layers, layer_set_key
+from wanlab.precision.denoiser import eager_network, output_of
 from wanlab.precision.recording import RecordedCall, Recording
 
 BINS = 4096
@@ -561,8 +563,10 @@ def calibrate(
     """
     begin = time.perf_counter()
     method = method if isinstance(method, Method) else Method(method, percentile=percentile)
-    plan = component_spec(model, component)
-    chosen = choose_layers(plan.network, layers, exclude)
+    network = (
+        eager_network(model, component) if component in EXPERTS else component_spec(model, component).network
+    )
+    chosen = choose_layers(network, layers, exclude)
     calls = recording.of(component)
     if recording.model != model.spec.name:
         raise WanlabError(
@@ -572,7 +576,7 @@ def calibrate(
     identity = Identity(
         model=model.spec.name,
         component=component,
-        weights=weights_key(plan.network),
+        weights=weights_key(network),
         data=recording.inputs_key(component),
         layers=layer_set_key(chosen),
         method=method.to_dict(),
@@ -585,7 +589,7 @@ def calibrate(
             raise WanlabError(f"calibration cache {cache} does not fit: {changed}; {MEND}")
         return replace(cached, time_ms=(time.perf_counter() - begin) * 1e3)
 
-    observer = _observe(plan, recording, calls, chosen, elements, progress)
+    observer = _observe(model, component, network, recording, calls, chosen, elements, progress)
     calibration = Calibration(
         identity=identity,
         amax={layer: method.amax(histogram) for layer, histogram in observer.histograms.items()},
@@ -628,14 +632,24 @@ def read_calibration(path: str | os.PathLike) -> Calibration:
 
 
 def _observe(
-    plan, recording: Recording, calls: Sequence[RecordedCall], layers, elements: int, progress: bool
+    model,
+    component: str,
+    network: torch.nn.Module,
+    recording: Recording,
+    calls: Sequence[RecordedCall],
+    layers,
+    elements: int,
+    progress: bool,
 ) -> Observer:
-    parameter = next(plan.network.parameters())
-    observer = Observer(plan.network, layers, elements=elements)
-    bar = tqdm(calls, desc=f"calibrate {plan.component}", unit="call", leave=False, disable=not progress)
+    observer = Observer(network, layers, elements=elements)
+    bar = tqdm(calls, desc=f"calibrate {component}", unit="call", leave=False, disable=not progress)
     with torch.no_grad(), observer.watching():
         for call in bar:
-            given = recording.inputs(call)
-            plan.reference(*[given[name].to(parameter.device) for name in plan.inputs])
+            if component in EXPERTS:
+                output_of(network, recording.arguments(call, network))
+            else:
+                plan, given = component_spec(model, component), recording.inputs(call)
+                device = next(network.parameters()).device
+                plan.reference(*[given[name].to(device) for name in plan.inputs])
             observer.end_call()
     return observer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,19 @@ def keep_inputs(
     chosen = [components] if isinstance(components, str) else list(components or recorded)
     check_known(chosen, recorded, "expert")
     defaults = model.spec.defaults
+    settings.pop("image", None)  # of a notebook's `ask`: each example has its own
+    conditions = settings.pop("conditions", None)
     sizes = {name: settings.pop(name, None) for name in SIZES}
     sizes = {name: getattr(defaults, name) if value is None else value for name, value in sizes.items()}
-    name = f"{model.spec.name.rpartition('/')[2]}-{_key(model, examples, sizes | settings)[:12]}"
+    name = f"{model.spec.name.rpartition('/')[2]}-{_key(model, examples, sizes | settings, conditions)[:12]}"
     place = Path(folder).resolve() / name
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / ".lock"):
         try:
             recording, reused = read_recording(place / "recording"), True
         except WanlabError:  # none, or one that was cut off
-            recording = record_inputs(
-                model, examples, place / "recording", progress=progress, **sizes, **settings
-            )
+            given = sizes | settings | ({} if conditions is None else {"conditions": conditions})
+            recording = record_inputs(model, examples, place / "recording", progress=progress, **given)
             reused = False
         files = {name: place / "sensitivity" / f"{name}.json" for name in chosen}
         ranges = {
@@ -110,14 +111,23 @@ def keep_inputs(
     return CalibrationData(place, recording, ranges, files, reused)
 
 
-def _key(model, examples: Sequence[Example], settings: dict[str, Any]) -> str:
+def _key(
+    model, examples: Sequence[Example], settings: dict[str, Any], conditions: Mapping[str, Any] | None
+) -> str:
     """Hash of everything that the inputs depend on."""
 
-    def picture(image) -> str | None:
+    def picture(image) -> Any:
         if image is None:
             return None
+        if isinstance(image, list | tuple) or getattr(image, "ndim", 3) == 4:  # the frames of a clip
+            return [picture(each) for each in image]
         frame = first_frame(image, settings["height"], settings["width"])
         return hashlib.sha256(frame.tobytes()).hexdigest()
+
+    def pictures(example: Example) -> list[Any]:
+        given = example.inputs(model, settings["frames"], conditions)
+        own = {name: picture(value) for name, value in given.get("conditions", {}).items()}
+        return [picture(given["image"]), *([own] if own else [])]
 
     networks = {
         id(network): network for network in model.components.values()
@@ -126,7 +136,7 @@ def _key(model, examples: Sequence[Example], settings: dict[str, Any]) -> str:
         __version__,
         model.spec.name,
         [weights_key(network) for network in networks.values()],
-        [[e.name, e.prompt, e.negative_prompt, e.seed, picture(e.image)] for e in examples],
+        [[e.name, e.prompt, e.negative_prompt, e.seed, *pictures(e)] for e in examples],
         settings,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanlab.core.errors import WanlabError
-from wanlab.export.components import component_spec, default_shape
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.precision.apply import AS_LOADED, Applied, experts_of, held_bytes, requested_formats
 from wanlab.precision.assignment import Assignment
+from wanlab.precision.denoiser import small_forward
 from wanlab.precision.formats import CODE_KINDS, QuantFormat, decode_weight, encode_weight, get_format
 from wanlab.precision.plan import FLOATS, is_float
 from wanlab.precision.quant_linear import FEWEST_ROWS, CastLinear, QuantLinear
@@ -389,17 +389,6 @@ def kernels(call: Callable[[], object], device: torch.device) -> pd.DataFrame:
     return frame.sort_values("share_percent", ascending=False, ignore_index=True)
 
 
-def small_forward(model: Model, component: str):
-    """A call of an expert on random inputs of a clip of 8 x 8 tokens and two latent frames."""
-    side = 8 * model.spec.spatial_factor * model.spec.patch[1]
-    wide = 8 * model.spec.spatial_factor * model.spec.patch[2]
-    frames = 1 + (2 * model.spec.patch[0] - 1) * model.spec.temporal_factor
-    plan = component_spec(model, component)
-    shape = default_shape(model, batch=1, height=side, width=wide, frames=frames)
-    inputs = plan.inputs_for(shape, torch.Generator().manual_seed(0))
-    return lambda: plan.reference(*inputs)
-
-
 def product_fault(module, format_name: str, kernel: str, products: list[Product]) -> tuple[str, str] | None:
     """Kind and message of a fault in a layer's products; None without one."""
     if not products:
@@ -507,7 +496,8 @@ def effect_check(
 
     Every layer's tensors are read: dtypes, bytes, and whether its codes are those of the original's weight by the
     definition of the format. Then every expert computes one small forward (of every range of steps) in which the operands
-    of each layer's product are looked at, with compiled parts running eagerly; on a GPU it is also profiled.
+    of each layer's product are looked at, with compiled parts running eagerly; on a GPU it is also profiled. Of a family
+    whose calls wanlab neither knows nor can see, weights alone are looked at, and the verdict says so.
 
     Args:
         original: the model before the plan. None, or the same model after `in_place=True`, which replaced it: then weights
@@ -561,7 +551,13 @@ def effect_check(
         ["component", "operator", "kernel", "calls", "share_percent"]
     ]
     frame = summary(layers, named)
-    return Effect(_verdict(assignment, chosen, frame, applied.kernels), frame, layers, named)
+    verdict = _verdict(assignment, chosen, frame, applied.kernels)
+    unseen = [
+        component for component in chosen if not layers.loc[layers["component"] == component, "product"].any()
+    ]
+    if unseen:
+        verdict += f" Only weights were looked at: wanlab does not know how {' and '.join(unseen)} of this family is called."
+    return Effect(verdict, frame, layers, named)
 
 
 def summary(layers: pd.DataFrame, kernels: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -655,6 +651,8 @@ def _products(applied: Applied, component: str, profile: bool | None):
     """Products of every layer and format in a small forward, their faults, and the kernels."""
     model, assignment = applied.model, applied.assignment
     call = small_forward(model, component)
+    if call is None:
+        return {}, [], pd.DataFrame(columns=["operator", "kernel", "calls", "share_percent"])
     on_gpu = model.device.type == "cuda"
     named = dict(model.component(component).named_modules())
     planned_layers = requested_formats(assignment, component)

@@ -28,6 +28,12 @@ AS_LOADED = "model"
 KEEP = "default"
 """Format of a rule that gives layers the plan's default."""
 
+ROLE = "role:"
+"""What a pattern of layers begins with that names a role: `role:FFN`."""
+
+IN_BLOCKS = "blocks.*"
+"""Pattern of every layer in the blocks, whatever their lists are called."""
+
 _BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
 _STEPS = re.compile(r"(\d+)(?:-(\d+))?")
 MOST = 9_999  # no network has more blocks and no generation more steps: a larger number is a slip
@@ -41,9 +47,11 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
             `"default"`: that of the plan, to exempt layers from an earlier rule.
         component: glob of `"expert_high"`, `"expert_low"`, or `"expert"` of a model that has one.
         blocks: `"0-2"`, `"7"`, `"first 3"`, `"last 3"`, several of them between commas; None is every layer, also
-            outside the blocks.
+            outside the blocks. Numbers run over all lists of blocks of the network, in order of use.
         layers: globs of the name inside the block (`"attn1.to_q"`, `"ffn.net.*"`) or of the whole name
-            (`"proj_out"`, `"blocks.7.ffn.net.2"`).
+            (`"proj_out"`, `"blocks.7.ffn.net.2"`, `"transformer_blocks.7.ff.net.2"`); roles of linear layers
+            (`"role:FFN"`, `"role:*attention"`), which mean the same in every family of models; `"blocks.*"` is every
+            layer in the blocks. `blocks.7.` begins the names of the layers in block 7 of a network without such a list, too.
         steps: steps of the generation, from 0 and inclusive: `"0-3"`, `"5"`, several between commas; None is every step.
         note: reason, for readers of the plan.
     """
@@ -233,8 +241,8 @@ def _parts(text: str, form: re.Pattern) -> list[tuple[str, ...]]:
     return [match.groups() for _, match in matches]
 
 
-LINEAR = ("blocks.*", "condition_embedder.*", "proj_out")
-"""Every linear layer of a Wan expert; its patch embedding is a convolution."""
+LINEAR = (f"{ROLE}*",)
+"""Every linear layer of an expert, embedders and output included."""
 
 
 def _uniform(format: str) -> Plan:
@@ -243,7 +251,7 @@ def _uniform(format: str) -> Plan:
 
 
 def _blocks(format: str) -> Plan:
-    rules = [{"format": format, "layers": ("blocks.*",), "note": "embedders and proj_out are kept"}]
+    rules = [{"format": format, "layers": (IN_BLOCKS,), "note": "embedders and output are kept"}]
     return make_plan(f"blocks-{format}", rules=rules, note="hand-picked: every block, nothing else")
 
 
@@ -254,7 +262,7 @@ def inner_blocks(format: str, ends: int = 3) -> Plan:
         ends: number of blocks kept at each end; three of a network of thirty or forty is the common choice.
     """
     rules = [
-        {"format": format, "layers": ("blocks.*",), "note": "embedders and proj_out are kept"},
+        {"format": format, "layers": (IN_BLOCKS,), "note": "embedders and output are kept"},
         {"format": KEEP, "blocks": f"first {ends}, last {ends}", "note": "first and last blocks are kept"},
     ]
     name = f"inner-{format}" if ends == 3 else f"inner-{ends}-{format}"
@@ -262,7 +270,7 @@ def inner_blocks(format: str, ends: int = 3) -> Plan:
 
 
 def _ffn(format: str) -> Plan:
-    rules = [{"format": format, "layers": ("ffn.*",)}]
+    rules = [{"format": format, "layers": (f"{ROLE}FFN",)}]
     return make_plan(f"ffn-{format}", rules=rules, note="hand-picked: feed-forward layers alone")
 
 

@@ -45,7 +45,7 @@ def fake_quantized(
     modules = dict(network.named_modules())
     plan = {layer: get_format(name) for layer, name in formats.items()}
     for layer, format in plan.items():
-        if not hasattr(modules.get(layer), "weight"):
+        if getattr(modules.get(layer), "_parameters", {}).get("weight") is None:
             raise WanlabError(f"the network has no layer {layer!r}{did_you_mean(layer, modules)}")
         if format.activation is not None and layer not in (amax or {}):
             raise WanlabError(
@@ -139,6 +139,11 @@ class QuantLinear(torch.nn.Module):
         """The weight that the codes represent, in the layer's dtype."""
         codes = unpack(self.codes) if self.numbers.bits == 4 else self.codes
         return decode_weight(codes, self.scale, self.numbers, self.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The same, for networks that look at the weight of a layer: some take the dtype of times from it."""
+        return self.decoded()
 
     def extra_repr(self) -> str:
         input_text = "" if self.activation is None else f", input {self.scaling}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,28 +21,55 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from wanlab import heldout
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
 from wanlab.core.manifest import Manifest
 from wanlab.core.paths import locate
 from wanlab.core.pictures import read_picture
 from wanlab.core.text import read_text
-from wanlab.export.components import check_components, component_spec, components_of, default_shape
+from wanlab.export.components import check_components, component_spec, default_shape
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
 from wanlab.measure.stages import stages
+from wanlab.models.spec import EXPERTS
 from wanlab.models.taps import component_calls, intercept_calls
+from wanlab.precision.denoiser import eager_network, named_arguments, put_together, taken_apart
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Arguments of one generation, as `Model.generate` takes them. `name` is its name in tables."""
+    """Arguments of one generation, as `Model.generate` takes them.
+
+    Attributes:
+        name: its name in tables.
+        conditions: further inputs of the model, by name.
+        adapts: whether a model of another task may leave its picture out, and have the frames of a held-out clip for
+            further inputs that it needs; so of examples that are made of cases.
+    """
 
     image: Image.Image | str | os.PathLike | np.ndarray | None
     prompt: str
     seed: int = 0
     negative_prompt: str = ""
     name: str = ""
+    conditions: Mapping[str, Any] | None = None
+    adapts: bool = False
+
+    def inputs(self, model, frames: int | None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`image` and `conditions` of `Model.generate` for a model.
+
+        Args:
+            model: the model. frames: frames of the video; the model's default if None.
+            given: conditions where the example has none of its own.
+        """
+        needed = dict(model.conditions)
+        pictured = needed.pop("image", None) is not None
+        conditions = self.conditions or given
+        if conditions is None and needed and self.adapts:
+            conditions = heldout.inputs(needed, frames or model.spec.defaults.frames)["conditions"]
+        image = None if self.adapts and not pictured else self.image
+        return {"image": image} | ({"conditions": dict(conditions)} if conditions else {})
 
 
 def nano_examples(count: int = 4, *, seed: int = 7) -> list[Example]:
@@ -116,7 +144,8 @@ def as_examples(given: str | os.PathLike | Iterable[Any]) -> list[Example]:
                     " wanlab.precision.nano_examples"
                 )
             first = case.truth()[0]
-            case = Example(first, case.caption, case.seed, name=f"{case.photograph} {case.clip.motion}")
+            name = f"{case.photograph} {case.clip.motion}"
+            case = Example(first, case.caption, case.seed, name=name, adapts=True)
         elif isinstance(case, tuple | list) and len(case) == 2:
             case = Example(case[0], case[1], seed=index)
         if not isinstance(case, Example):
@@ -182,6 +211,7 @@ class RecordedCall:
         step, timestep, sigma: denoising step from 0, timestep from 0 to 1000, and sigma; None outside the experts.
         branch: `"cond"` or `"uncond"`; None outside the experts.
         tensors: name of the input -> hash of its content, which names its file.
+        others: further arguments of an expert's call, numbers and texts, by name.
     """
 
     example: int
@@ -191,6 +221,7 @@ class RecordedCall:
     sigma: float | None
     branch: str | None
     tensors: dict[str, str]
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 class Recording(Manifest, frozen=True, kw_only=True):
@@ -240,7 +271,10 @@ class Recording(Manifest, frozen=True, kw_only=True):
 
     def inputs_key(self, component: str) -> str:
         """Hash of all inputs of one component, in order."""
-        facts = [[call.step, call.branch, call.timestep, call.tensors] for call in self.of(component)]
+        facts = [
+            [call.step, call.branch, call.timestep, call.tensors, *([call.others] if call.others else [])]
+            for call in self.of(component)
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def inputs(self, call: RecordedCall) -> dict[str, torch.Tensor]:
@@ -251,6 +285,14 @@ class Recording(Manifest, frozen=True, kw_only=True):
         """
         return {name: read(self.folder, content) for name, content in call.tensors.items()}
 
+    def arguments(self, call: RecordedCall, network: torch.nn.Module) -> dict[str, Any]:
+        """The arguments of an expert's call, on the network's device.
+
+        Raises:
+            WanlabError: as `inputs`.
+        """
+        return put_together(network, self.inputs(call), call.others)
+
     def cases(self) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
         """Component -> a label of the call, such as "step 3 cond" -> its tensors, as `engines.parity_all` takes them."""
         return {
@@ -260,7 +302,8 @@ class Recording(Manifest, frozen=True, kw_only=True):
 
     def frame(self) -> pd.DataFrame:
         """One row per call: example, component, step, timestep, sigma, branch."""
-        rows = [{k: v for k, v in asdict(call).items() if k != "tensors"} for call in self.calls]
+        hidden = ("tensors", "others")
+        rows = [{k: v for k, v in asdict(call).items() if k not in hidden} for call in self.calls]
         return pd.DataFrame(rows).astype({"step": "Int64", "timestep": "Float64", "sigma": "Float64"})
 
     @property
@@ -314,7 +357,8 @@ def record_inputs(
         folder: folder of the recording; it is made, and must be empty or hold an older recording, which is replaced.
         components: components to record; None takes the experts.
         progress: whether a bar over the examples is shown.
-        settings: settings of `Model.generate`: steps, height, width, frames, guidance_scale.
+        settings: settings of `Model.generate`: steps, height, width, frames, guidance_scale; conditions for examples that
+            have none of their own.
 
     Raises:
         WanlabError: no case, a held-out photograph, an unknown component, or a folder with other files in it.
@@ -323,25 +367,38 @@ def record_inputs(
     chosen = _chosen_components(model, components)
     output = settings.pop("output", "np" if "vae_decoder" in chosen else "latent")
     folder = _empty(Path(folder))
-    names = {component: tuple(component_spec(model, component).inputs) for component in chosen}
+    settings.pop("image", None)  # of a notebook's `ask`: each example has its own
+    conditions = settings.pop("conditions", None)
+    names = {
+        component: None if component in EXPERTS else tuple(component_spec(model, component).inputs)
+        for component in chosen
+    }
     calls: list[RecordedCall] = []
-    generation = None
+    generation, sizes_sq = None, []
     bar = tqdm(examples, desc="record inputs", unit="generation", leave=False, disable=not progress)
     for index, example in enumerate(bar):
         with _recording_calls(model, names, folder, index, calls):
             generation = model.generate(
-                example.image,
-                example.prompt,
+                prompt=example.prompt,
                 negative_prompt=example.negative_prompt,
                 seed=example.seed,
                 output=output,
+                **example.inputs(model, settings.get("frames"), conditions),
                 **settings,
             )
+        if output == "latent":
+            sizes_sq.append(float((generation.video.astype(np.float64) ** 2).sum()))
     kept = {
         key: value for key, value in generation.settings.items() if key not in ("prompt", "negative_prompt")
     }
     kept["examples"] = [[example.name, example.prompt, example.seed] for example in examples]
-    sigmas = dict(enumerate(model.schedule(generation.settings["steps"])["sigma"].tolist()))
+    if sizes_sq:
+        kept["latents_sq"] = sizes_sq
+    size = {name: kept[name] for name in ("height", "width", "frames")}
+    sigmas = {
+        step: sigma if math.isfinite(sigma) else None
+        for step, sigma in enumerate(model.schedule(kept["steps"], **size)["sigma"].tolist())
+    }
     calls = [replace(call, sigma=sigmas.get(call.step)) for call in calls]
     recording = Recording(path=str(folder), model=model.spec.name, settings=kept, calls=tuple(calls))
     recording.write()
@@ -402,11 +459,12 @@ def random_recording(
 
 
 def _chosen_components(model, components: Sequence[str] | None) -> tuple[str, ...]:
-    known = components_of(model)
     if components is None:
-        return tuple(name for name in known if name.startswith("expert"))
+        return tuple(name for name in model.components if name in EXPERTS)
     components = (components,) if isinstance(components, str) else tuple(components)
-    check_components(model, components)
+    check_components(
+        model, [name for name in components if name not in EXPERTS or name not in model.components]
+    )
     return components
 
 
@@ -424,20 +482,27 @@ def _empty(folder: Path) -> Path:
 
 @contextmanager
 def _recording_calls(
-    model, names: dict[str, tuple[str, ...]], folder: Path, example: int, calls: list[RecordedCall]
+    model, names: dict[str, tuple[str, ...] | None], folder: Path, example: int, calls: list[RecordedCall]
 ) -> Iterator[None]:
-    """Inside the block every call of the named components is recorded."""
+    """Inside the block every call of the named components is recorded; of an expert every argument, whatever it takes."""
     with stages(model) as stage:
 
         def recorder(component: str):
             def wrap(call):
                 def record(*args, **kwargs):
-                    given = dict(zip(names[component], args, strict=False)) | kwargs
-                    tensors = {name: keep(folder, given[name]) for name in names[component]}
+                    known = names[component]
+                    values: dict[str, Any] = {}
+                    if known is None:
+                        network = eager_network(model, component)
+                        given, values = taken_apart(named_arguments(network, args, kwargs))
+                    else:
+                        bound = dict(zip(known, args, strict=False)) | kwargs
+                        given = {name: bound[name] for name in known}
+                    tensors = {name: keep(folder, tensor) for name, tensor in given.items()}
                     result = call(*args, **kwargs)
                     at = stage.calls[-1]
                     recorded = RecordedCall(
-                        example, component, at.step, at.timestep, None, at.branch, tensors
+                        example, component, at.step, at.timestep, None, at.branch, tensors, values
                     )
                     calls.append(recorded)
                     return result

@@ -86,6 +86,11 @@ class SteppedLayer(torch.nn.Module):
         self.variants = torch.nn.ModuleDict(variants)
         self.by_band, self.clock = by_band, clock
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the first range of steps, for networks that take a dtype from it."""
+        return next(iter(self.variants.values())).weight
+
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         band = self.clock.band
         if band is None:

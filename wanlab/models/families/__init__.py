@@ -32,3 +32,11 @@ def family_of(pipeline_class: str) -> Family:
         if any(re.fullmatch(pattern, pipeline_class) for pattern in family.pipelines):
             return family
     return Family()
+
+
+def family_of_network(network_class: str) -> Family:
+    """The family of a denoiser's class of diffusers; one that answers by what can be seen where none is known."""
+    for family in families():
+        if any(re.fullmatch(pattern, network_class) for pattern in family.denoisers):
+            return family
+    return Family()

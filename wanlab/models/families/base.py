@@ -17,8 +17,9 @@ SEQUENTIAL, BATCHED, EMBEDDED = "sequential", "batched", "embedded"
 _PICTURED = re.compile(r"ImageToVideo|Image2Video|I2V")
 _FLAT_VAES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
 """VAEs that encode every frame on its own."""
-_BLOCK = re.compile(r"(?:^|\.)\w*blocks\.\d+(?:\.|$)")
+_BLOCK = re.compile(r"^\w*blocks\.\d+(?:\.|$)")
 _BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")
+OUTSIDE, OTHER = "outside the blocks", "other"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Family:
     Attributes:
         title: name for a reader; empty if the family is not known.
         pipelines: patterns of the names of diffusers' pipeline classes, matched whole.
+        denoisers: patterns of the names of diffusers' classes of their denoisers, matched whole.
         defaults: settings of a generation where a model states none.
         guidance: how guidance is computed: SEQUENTIAL (two calls of the denoiser a step), BATCHED (one call of twice the
             batch) or EMBEDDED (an input of the denoiser, one call).
@@ -60,6 +62,7 @@ class Family:
 
     title = ""
     pipelines: tuple[str, ...] = ()
+    denoisers: tuple[str, ...] = ()
     defaults = Defaults()
     guidance = BATCHED
     fewest_steps = 1
@@ -146,15 +149,15 @@ class Family:
         return {}
 
     def role(self, layer: str) -> str:
-        """Role of a layer by its path in the denoiser: `blocks.3.attn1.to_q` -> "self-attention"; "outside the blocks" for
-        embeddings and the like, "other" where the path does not tell."""
+        """Role of a layer by its path in the denoiser: `blocks.3.attn1.to_q` -> "self-attention"; OUTSIDE for embeddings
+        and the like, also where these have blocks of their own; OTHER where the path does not tell."""
         inside = _BLOCK.split(layer)
         if len(inside) == 1:
-            return "outside the blocks"
+            return OUTSIDE
         for role, pattern in self.roles:
             if re.match(rf"(?:{pattern})(?:\.|$)", inside[-1]):
                 return role
-        return "other"
+        return OTHER
 
     def unpacked(self, latents: Any, latent: Shape) -> Any:
         """Latents as the pipeline returns them, an array, as `[C, T, H, W]`."""

@@ -14,6 +14,7 @@ class CogVideoX(Family):
 
     title = "CogVideoX"
     pipelines = (r"CogVideoX.*", r"ConsisID.*")
+    denoisers = (r"CogVideoXTransformer3DModel", r"ConsisIDTransformer3DModel")
     defaults = Defaults(
         height=480, width=720, frames=49, fps=8, steps=50, guidance_scale=6.0, text_tokens=226
     )

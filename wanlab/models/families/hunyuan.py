@@ -18,6 +18,7 @@ class HunyuanVideo(Family):
 
     title = "HunyuanVideo"
     pipelines = (r"HunyuanVideo(?!15).*", r"HunyuanSkyreels.*")
+    denoisers = (r"HunyuanVideoTransformer3DModel",)
     defaults = Defaults(
         height=720, width=1280, frames=129, fps=24, steps=50, guidance_scale=6.0, text_tokens=256
     )

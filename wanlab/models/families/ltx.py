@@ -15,6 +15,7 @@ class Ltx(Family):
 
     title = "LTX-Video"
     pipelines = (r"LTX(?!2).*",)
+    denoisers = (r"LTXVideoTransformer3DModel",)
     defaults = Defaults(
         height=512, width=704, frames=161, fps=25, steps=50, guidance_scale=3.0, text_tokens=128
     )

@@ -18,6 +18,7 @@ class Mochi(Family):
 
     title = "Mochi"
     pipelines = (r"Mochi.*",)
+    denoisers = (r"MochiTransformer3DModel",)
     defaults = Defaults(
         height=480, width=848, frames=19, fps=30, steps=64, guidance_scale=4.5, text_tokens=256
     )

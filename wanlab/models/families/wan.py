@@ -17,10 +17,14 @@ class Wan(Family):
 
     title = "Wan"
     pipelines: tuple[str, ...] = (r"Wan(?!Animate).*", r"SkyReelsV2.*")
+    denoisers: tuple[str, ...] = (r"Wan(?!Animate).*Transformer3DModel", r"SkyReelsV2Transformer3DModel")
     defaults = Defaults(text_tokens=512)
     guidance = SEQUENTIAL
     encodes_clip = True
-    roles = (*Family.roles, ("conditioning", r"proj_in|proj_out"))  # of VACE's blocks
+    roles = (
+        *Family.roles,
+        ("control", r"proj_in|proj_out"),  # of VACE, which carry the control video into and out of its blocks
+    )
 
     def size_step(self, step: tuple[int, int]) -> tuple[int, int]:
         """The pipelines ask for multiples of 16."""
@@ -62,6 +66,7 @@ class WanAnimate(Wan):
 
     title = "Wan Animate"
     pipelines = (r"WanAnimate.*",)
+    denoisers = (r"WanAnimateTransformer3DModel",)
     defaults = Defaults(height=720, width=1280, frames=77, fps=30, steps=20, guidance_scale=1.0)
 
     def conditions(self, spec: ModelSpec) -> dict[str, str]:

@@ -18,7 +18,7 @@ from wanlab.models.pipeline import Model
 from wanlab.precision.apply import AS_LOADED
 from wanlab.precision.assignment import assign
 from wanlab.precision.plan import Plan, is_float, load_plan
-from wanlab.precision.recording import Recording
+from wanlab.precision.recording import Example, Recording
 from wanlab.precision.selection.costs import COUNTED, DEFAULT, counted_only
 from wanlab.precision.selection.solve import branches_of, table_of
 
@@ -29,11 +29,15 @@ def measured_bound(
     """`amdahl_bound`, with the share of linear layers from a profile of one generation.
 
     Args:
-        costs: table of `layer_costs`. image, prompt, settings: arguments of `Model.generate`.
+        costs: table of `layer_costs`. image, prompt, settings: arguments of `Model.generate`; a model that takes no picture
+            leaves it out, and one that needs more inputs gets the frames of a held-out clip.
         folder: folder for the trace.
     """
-    shares = breakdown(read_trace(capture(model, image, prompt, folder, **settings)))
-    return amdahl_bound(costs, shares, schedule=model.schedule(settings.get("steps"))["component"])
+    inputs = Example(image, prompt, adapts=True).inputs(model, settings.get("frames"))
+    shares = breakdown(read_trace(capture(model, prompt=prompt, folder=folder, **inputs | settings)))
+    size = {name: settings.get(name) for name in ("height", "width", "frames")}
+    schedule = model.schedule(settings.get("steps"), **size)
+    return amdahl_bound(costs, shares, schedule=schedule["component"])
 
 
 HAND_PICKED = ("uniform-int8", "uniform-fp8-channel", "ffn-int8", "uniform-int8-weight")

@@ -19,6 +19,7 @@ from wanlab.precision.selection.costs import DEFAULT
 from wanlab.precision.selection.select import Frontier, Selection, frontier, select_plan, selection_of
 from wanlab.precision.selection.solve import Limits, Solution, table_of, undominated
 from wanlab.precision.selection.verify import (
+    LOSS,
     Originals,
     Verification,
     for_choosing,
@@ -42,12 +43,14 @@ class Relation:
         form: name of `FORMS`. scale: percent at an effect of 1.
         residual_percent: root mean square distance of the fitted from the measured upper ends, in percent of quality loss.
         points: one row per plan: plan, predicted (effect), effect (true), loss_percent, upper_percent, fitted_percent.
+        judged: what upper ends are of: `LOSS`, or `DIVERGENCE` where no truth is known.
     """
 
     form: str
     scale: float
     residual_percent: float
     points: pd.DataFrame
+    judged: str = LOSS
 
     def upper_percent(self, effect: float) -> float:
         """Predicted upper end of the quality loss of a plan of this predicted effect."""
@@ -70,7 +73,7 @@ class Relation:
     def __str__(self) -> str:
         quantity = "effect" if self.form == "linear" else "the root of the effect"
         return (
-            f"upper end of the quality loss = {self.scale:.3g} % x {quantity}, from {len(self.points)} plans,"
+            f"upper end of the {self.judged} = {self.scale:.3g} % x {quantity}, from {len(self.points)} plans,"
             f" {self.residual_percent:.2g} % off in the root mean square"
         )
 
@@ -87,8 +90,11 @@ def fit_relation(predicted: Sequence[float], verifications: Sequence[Verificatio
     if len(predicted) != len(verifications) or len(predicted) < 2:
         raise WanlabError(f"{len(verifications)} verified plans make no relation; verify two or more")
     upper = [each.upper_percent for each in verifications]
-    if any(value is None for value in upper):
-        raise WanlabError("quality loss is unknown without the truth of the cases; give held-out cases")
+    judged = {each.judged for each in verifications}
+    if len(judged) > 1:
+        raise WanlabError(
+            "some plans were verified with truths and some without; verify them on the same cases"
+        )
     if not all(effect > 0 for effect in predicted):
         raise WanlabError("a plan without predicted effect says nothing of the relation; leave it out")
     form, scale, residual = fit(list(predicted), [max(0.0, value) for value in upper])
@@ -97,12 +103,14 @@ def fit_relation(predicted: Sequence[float], verifications: Sequence[Verificatio
             "plan": [each.plan.name for each in verifications],
             "predicted": list(predicted),
             "effect": [each.effect for each in verifications],
-            "loss_percent": [each.quality.percent for each in verifications],
+            "loss_percent": [
+                math.nan if each.quality.percent is None else each.quality.percent for each in verifications
+            ],
             "upper_percent": upper,
             "fitted_percent": [scale * effect ** FORMS[form] for effect in predicted],
         }
     )
-    return Relation(form, scale, residual, points)
+    return Relation(form, scale, residual, points, judged.pop())
 
 
 def fit(effects: list[float], values: list[float]) -> tuple[str, float, float]:
@@ -332,8 +340,18 @@ class Chosen:
 
     def __str__(self) -> str:
         words = {"yes": "is", "no": "is NOT", "undecided": "cannot be told to be"}
-        holds = words.get(self.verification.quality.within(self.limit_percent), "is not known to be")
-        chosen = self.selection
+        proof, chosen = self.verification, self.selection
+        holds = words.get(proof.quality.within(self.limit_percent), "is not known to be")
+        if not proof.quality.known:
+            holds = "is" if proof.holds(self.limit_percent) else "cannot be told to be"
+            if proof.upper_percent > self.limit_percent:
+                holds = "is NOT"
+            return (
+                f"No truth is known of this model's videos, so the plan is judged by divergence: LPIPS to the original"
+                f" {holds} within {self.limit_percent / 100:g}: {proof.divergence}. The plan has"
+                f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8"
+                " bits or fewer"
+            )
         return (
             f"The quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"
             f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8 bits"
@@ -394,7 +412,8 @@ def choose_plan(
     Args:
         sensitivity: result of `precision.sensitivity`. costs: table of `layer_costs`.
         originals: result of `make_originals` on cases to choose by.
-        limit_percent: limit of the upper end of the 95 % interval of the quality loss.
+        limit_percent: limit of the upper end of the 95 % interval of the quality loss; where no truth is known (text to
+            video), of the divergence: LPIPS to the unchanged model's videos, in percent.
         ceiling: further limit of the predicted effect, e.g. below that of a plan that must be improved on.
         probes: number of plans of the frontier to verify, at least 2. points: number of budgets of the frontier.
         calibrations: calibrations as `apply_plan` takes them.

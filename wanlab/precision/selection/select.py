@@ -20,7 +20,7 @@ from msgspec import structs
 from wanlab.core.errors import WanlabError
 from wanlab.precision.assignment import made_for, natural
 from wanlab.precision.calibration import calibrate
-from wanlab.precision.plan import Plan, Rule, load_plan, make_plan, save_plan
+from wanlab.precision.plan import IN_BLOCKS, Plan, Rule, load_plan, make_plan, save_plan
 from wanlab.precision.recording import random_recording
 from wanlab.precision.selection.bound import predict
 from wanlab.precision.selection.costs import DEFAULT, layer_costs
@@ -119,7 +119,7 @@ def _attempts(cells: dict):
     common = [formats for formats, _ in Counter(cells.values()).most_common()]
     names = sorted({projection for _, projection in cells}, key=natural)
     for base in dict.fromkeys([*common[:4], _KEPT]):
-        start = [] if base == _KEPT else [_Area(None, ("blocks.*",), base)]
+        start = [] if base == _KEPT else [_Area(None, (IN_BLOCKS,), base)]
         for nested in (None, 0, 1):
             middle, current = _lines(cells, base, nested, names)
             left = {place: formats for place, formats in cells.items() if formats != current[place]}
@@ -140,10 +140,16 @@ def _lines(cells: dict, base, axis: int | None, names: list[str]) -> tuple[list[
     for line, formats in usual.items():
         if formats != base:
             together[formats].append(line)
+    # A name without a dot, such as proj_out, may also be that of a layer outside the blocks.
+    whole = tuple(sorted({block for block, _ in cells}))
     areas = [
         _Area(tuple(sorted(formats_of_line)), ("*",), formats)
         if axis == 0
-        else _Area(None, _globs(formats_of_line, names), formats)
+        else _Area(
+            None if all("." in name for name in formats_of_line) else whole,
+            _globs(formats_of_line, names),
+            formats,
+        )
         for formats, formats_of_line in together.items()
     ]
     return areas, {place: usual[place[axis]] for place in cells}
@@ -232,7 +238,12 @@ def _gives(plan: Plan, parts: dict[str, list[Layer]]) -> bool:
                 (rule.format, steps)
                 for rule, blocks, steps in chosen
                 if (blocks is None or each.block in blocks)
-                and any(fnmatch.fnmatchcase(n, g) for g in rule.layers for n in (each.layer, each.projection))
+                and any(
+                    (g == IN_BLOCKS and each.block is not None)
+                    or fnmatch.fnmatchcase(each.layer, g)
+                    or fnmatch.fnmatchcase(each.projection, g)
+                    for g in rule.layers
+                )
             ]
             for first, last, expected in each.formats:
                 whole = range(plan.num_steps or 1)

@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from wanlab import heldout
 from wanlab.core.errors import WanlabError
 from wanlab.evaluate.loss import QualityLoss, quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.quality import Divergence, divergence
 from wanlab.evaluate.scores import Scores
-from wanlab.export.components import component_spec, default_shape
 from wanlab.heldout.cases import EXAMINATION, FINAL, Case
 from wanlab.measure.timing import Comparison, compare, interleaved
 from wanlab.models.inputs import first_frame
@@ -27,6 +27,7 @@ from wanlab.models.shapes import latent_shape
 from wanlab.models.variants import alternate_sdpa, compile_blocks
 from wanlab.precision.apply import Applied, apply_plan
 from wanlab.precision.check_torch import effect_check
+from wanlab.precision.denoiser import drawn_arguments, eager_network, output_of
 from wanlab.precision.plan import Plan
 
 TOKENS_AT_ONCE = {"cuda": 40_000, "cpu": 2_000}
@@ -90,7 +91,7 @@ class Batched:
 
     def _alone(self, model, request: dict, videos: bool, bar) -> CaseOutput:
         latents, video = model.generate(**request, output="latent").video, None
-        if videos and hasattr(model.pipeline.vae.config, "latents_mean"):
+        if videos and model.family.title == "Wan" and type(model.pipeline.vae).__name__ == "AutoencoderKLWan":
             with torch.no_grad():
                 video = _decoded(model.pipeline, torch.from_numpy(latents)[None].to(model.device))[0]
         elif videos:
@@ -153,7 +154,8 @@ def _batch(model, given: list[_Given], settings: dict, videos: bool) -> list[Cas
     """The denoising loop of the pipeline, and its decoder."""
     pipeline = model.pipeline
     scheduler, scale = pipeline.scheduler, settings["guidance_scale"]
-    experts = model.schedule(settings["steps"])["component"]
+    size = {name: settings[name] for name in ("height", "width", "frames")}
+    experts = model.schedule(settings["steps"], **size)["component"]
     latents, condition = (
         torch.cat([getattr(each, name) for each in given]) for name in ("latents", "condition")
     )
@@ -202,6 +204,8 @@ def _decoded(pipeline, latents: torch.Tensor):
 
 
 METRICS = ("lpips", "ssim", "psnr")
+LOSS, DIVERGENCE = "quality loss", "divergence (LPIPS to the original, in percent)"
+"""What a plan is judged by: the loss where the truth is known, else the divergence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,10 +273,8 @@ def make_originals(
     defaults = model.spec.defaults
     size = {n: settings.get(n) or getattr(defaults, n) for n in ("frames", "height", "width")}
     truths = tuple(case.truth(**size) for case in held_out)
-    requests = [
-        {"image": truth[0], "prompt": case.caption, "seed": case.seed}
-        for truth, case in zip(truths, held_out, strict=True)
-    ] or [dict(case) for case in cases]
+    requests = heldout.requests(held_out, truths, needed=model.conditions) or [dict(case) for case in cases]
+    truths = tuple(heldout.known_truths(truths, model.conditions))
     batched = Batched(
         model, [each | {k: v for k, v in settings.items() if v is not None} for each in requests], batch=batch
     )
@@ -376,13 +378,26 @@ class Verification:
 
     @property
     def upper_percent(self) -> float | None:
-        """Upper end of the interval of the quality loss, or the worst case where fewer than three give no interval."""
+        """Upper end of the interval of the quality loss, or the worst case where fewer than three give no interval; without
+        truths the same of the divergence, LPIPS in percent."""
+        if not self.quality.known:
+            lpips = self.divergence.frame.set_index("metric").loc["lpips"]
+            return 100 * float(lpips["worst"] if math.isnan(lpips["high"]) else lpips["high"])
         if self.quality.high_percent is not None:
             return self.quality.high_percent
         return max(self.quality.per_case_percent, default=self.quality.percent)
 
+    @property
+    def judged(self) -> str:
+        """What is held against a limit."""
+        return LOSS if self.quality.known else DIVERGENCE
+
     def holds(self, limit_percent: float) -> bool:
-        """Whether the whole interval of the quality loss is within a limit; False without one, which proves nothing."""
+        """Whether the whole interval of the quality loss (without truths of the divergence) is within a limit; False without
+        one, which proves nothing."""
+        if not self.quality.known:
+            lpips = self.divergence.frame.set_index("metric").loc["lpips"]
+            return 100 * float(lpips["high"]) <= limit_percent
         return self.quality.within(limit_percent) == "yes"
 
     def row(self) -> dict[str, Any]:
@@ -548,12 +563,16 @@ def _times(model, applied: Applied, originals: Originals, rounds: int) -> dict[s
     size = {name: settings[name] for name in ("height", "width", "frames")}
     with torch.no_grad(), applied.at(0):
         for component in applied.assignment.components:
-            plain, planned = component_spec(model, component), component_spec(after, component)
-            shape = default_shape(model, batch=1, **size)
-            inputs = plain.inputs_for(shape, torch.Generator().manual_seed(0))
+            inputs = drawn_arguments(model, component, latent_shape(model.spec, **size))
+            if not inputs:
+                continue  # of a family whose calls are not known
+            networks = {
+                "as loaded": eager_network(model, component),
+                applied.assignment.plan.name: eager_network(after, component),
+            }
             calls = {
-                "as loaded": lambda p=plain, i=inputs: p.reference(*i),
-                applied.assignment.plan.name: lambda p=planned, i=inputs: p.reference(*i),
+                name: lambda network=network, i=inputs: output_of(network, i)
+                for name, network in networks.items()
             }
             samples, control = interleaved(
                 calls, warmup=2, rounds=rounds, device=model.device, progress=False

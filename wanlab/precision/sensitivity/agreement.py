@@ -84,10 +84,13 @@ def draw_choices(sensitivity: Sensitivity, samples: int, seed: int = 0) -> list[
 
 
 @contextmanager
-def rounded_in_steps(model, choice: Choice, amax: Mapping[str, float], steps: int) -> Iterator[None]:
-    """Inside the block generations with this number of steps round a choice's layers, in its ranges of steps only."""
+def rounded_in_steps(
+    model, choice: Choice, amax: Mapping[str, float], steps: int, **size: int | None
+) -> Iterator[None]:
+    """Inside the block generations with this number of steps round a choice's layers, in its ranges of steps only; `size` is
+    height, width and frames of the video, on which the timesteps of some families depend."""
     network = model.component(choice.component)
-    timesteps = model.schedule(steps)["timestep"].to_numpy()
+    timesteps = model.schedule(steps, **size)["timestep"].to_numpy()
     formats = dict.fromkeys(choice.layers, choice.format)
     stack, on = ExitStack(), False
 
@@ -279,6 +282,7 @@ def end_to_end_agreement(
     if settings.get("steps", generation["steps"]) != generation["steps"]:
         raise WanlabError(f"sensitivity is of {generation['steps']} steps; generate with as many")
     generation |= settings
+    size = {name: generation.get(name) for name in ("height", "width", "frames")}
     examples = _examples(cases)
     choices = draw_choices(sensitivity, samples, seed)
     judge = _Judge(model, generation, lpips, backbone)
@@ -295,9 +299,8 @@ def end_to_end_agreement(
             floor, floor_lpips = judge.distances(originals[0], judge.generate(examples[0], bar))
         rows, truths = [], []
         for choice in choices:
-            with rounded_in_steps(
-                model, choice, ranges_of(sensitivity, choice.component), generation["steps"]
-            ):
+            amax = ranges_of(sensitivity, choice.component)
+            with rounded_in_steps(model, choice, amax, generation["steps"], **size):
                 outputs = [judge.generate(example, bar) for example in examples]
             distances = [judge.distances(*pair) for pair in zip(originals, outputs, strict=True)]
             changes = [latent for latent, _ in distances]
@@ -362,15 +365,30 @@ class _Judge:
     def generate(self, example: Example, bar) -> tuple:
         """Latents, and the video or None."""
         generation = self._model.generate(
-            example.image,
-            example.prompt,
+            prompt=example.prompt,
             negative_prompt=example.negative_prompt,
             seed=example.seed,
             output="latent",
+            **example.inputs(self._model, self._generation.get("frames")),
             **self._generation,
         )
         bar.update()
-        return generation.video, self._decode(generation.video) if self._lpips else None
+        return generation.video, self._video(example, generation.video) if self._lpips else None
+
+    def _video(self, example: Example, latents: np.ndarray) -> np.ndarray:
+        """The video of the latents; of other families than Wan of the same generation again."""
+        if (
+            type(self._model.pipeline.vae).__name__ == "AutoencoderKLWan"
+            and self._model.family.title == "Wan"
+        ):
+            return self._decode(latents)
+        return self._model.generate(
+            prompt=example.prompt,
+            negative_prompt=example.negative_prompt,
+            seed=example.seed,
+            **example.inputs(self._model, self._generation.get("frames")),
+            **self._generation,
+        ).video
 
     def distances(self, original: tuple, other: tuple) -> tuple[float, float | None]:
         """Squared relative distance of the latents, and LPIPS of the videos or None."""
@@ -400,6 +418,6 @@ def _examples(cases: Sequence) -> list[Example]:
     """Examples from cases to select by, on which nothing is calibrated here; those of the final set are refused."""
     for_selection(case for case in cases if isinstance(case, Case))
     return as_examples(
-        Example(case.truth()[0], case.caption, case.seed) if isinstance(case, Case) else case
+        Example(case.truth()[0], case.caption, case.seed, adapts=True) if isinstance(case, Case) else case
         for case in cases
     )

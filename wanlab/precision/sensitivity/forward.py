@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, first_line
+from wanlab.models.blocks import blocks_of as network_blocks
+from wanlab.models.pipeline import set_timesteps
 from wanlab.models.taps import BlockTap
+from wanlab.precision.denoiser import output_of
 from wanlab.precision.formats import QuantFormat, decode_weight, encode_weight
 from wanlab.precision.quant_linear import fake_quantize
 
@@ -130,12 +134,16 @@ class SamplerWeights:
         return self.weights[-1]
 
 
-def sampler_weights(model, steps: int) -> SamplerWeights:
+def sampler_weights(model, steps: int, **size: int | None) -> SamplerWeights:
     """The weights of every step's velocity in the latents, without a forward of the network.
 
     Samplers of flow matching (Euler, UniPC, DPM-Solver++ without thresholding) are linear in the latents and the
     velocities, so one run over unit vectors gives all weights, for any order of the method. The scheduler is a
     copy.
+
+    Args:
+        model: the model. steps: number of steps.
+        size: height, width and frames of the video, on which the steps of some families depend.
 
     Raises:
         WanlabError: a scheduler that is not linear or draws noise.
@@ -143,7 +151,7 @@ def sampler_weights(model, steps: int) -> SamplerWeights:
 
     def run(scale: float) -> torch.Tensor:
         scheduler = model.pipeline.scheduler.__class__.from_config(model.pipeline.scheduler.config)
-        scheduler.set_timesteps(steps, device="cpu")
+        set_timesteps(scheduler, model.spec, steps, size)
         # One channel per unknown: the first latents, then the velocity of each step.
         latents = torch.zeros(1, steps + 1, 1, 1, 1, dtype=torch.float64)
         latents[0, 0] = scale
@@ -155,12 +163,41 @@ def sampler_weights(model, steps: int) -> SamplerWeights:
             seen.append(latents.flatten().double().clone())
         return torch.stack(seen)
 
-    once, twice = run(1.0), run(2.0)
+    name = type(model.pipeline.scheduler).__name__
+    try:
+        once, twice = run(1.0), run(2.0)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise WanlabError(
+            f"{name} does not step from a velocity and latents alone ({first_line(error)}); take UniPC or Euler"
+        ) from error
     if not torch.allclose(2 * once, twice, rtol=1e-6, atol=1e-9):
-        name = type(model.pipeline.scheduler).__name__
         raise WanlabError(f"{name} is not linear in its velocities; take UniPC or Euler without thresholding")
     table = once.numpy()
     return SamplerWeights(np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1:]))
+
+
+def even_weights(steps: int) -> SamplerWeights:
+    """Weights of a sampler that is not known: every step's velocity counts alike."""
+    return SamplerWeights(np.ones(steps + 1), np.tri(steps + 1, steps, -1) / steps)
+
+
+def by_blocks(network: torch.nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether the network's forward can be computed block by block: blocks in one list that hand on one tensor.
+
+    Of Wan's transformer it is known; of others it is tried on a call, and the outcomes must be equal bit by bit.
+    """
+    if type(network).__name__ == "WanTransformer3DModel":
+        return True
+    lists = {block.path.partition(".")[0] for block in network_blocks(network)}
+    if lists != {"blocks"} or not all(isinstance(value, torch.Tensor) for value in arguments.values()):
+        return False
+    try:
+        with torch.no_grad():
+            velocity = CheckpointedForward(network, list(arguments.values())).velocity
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        return False
+    with torch.no_grad():
+        return torch.equal(velocity, output_of(network, arguments))
 
 
 HOST_SHARE = 0.4

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.manifest import Manifest
-from wanlab.export.components import component_spec
 from wanlab.models.device import synchronise
+from wanlab.models.families.base import BATCHED
+from wanlab.precision.denoiser import eager_network, output_of
 from wanlab.precision.formats import QuantFormat
 from wanlab.precision.quant_linear import fake_quantized
 from wanlab.precision.recording import Recording
@@ -26,6 +27,8 @@ from wanlab.precision.sensitivity.forward import (
     CheckpointedForward,
     Projected,
     blocks_of,
+    by_blocks,
+    even_weights,
     frozen,
     project,
     sampler_weights,
@@ -218,6 +221,78 @@ def _layers(forward: CheckpointedForward, target: Target, setting: Setting):
     return local, moved_sq, forwards
 
 
+def plain_unit(unit: Unit, setting: Setting, tick: Callable[[], None]) -> dict[str, Part]:
+    """Measure the velocity's error exactly, whatever the network: every layer and format alone in a whole forward.
+
+    It needs no gradients, so its memory is that of a forward; a layer and format take a forward. Later steps are supposed
+    not to react. Where guidance is one call of a batch of two, its weights join both velocities.
+    """
+    rows: dict[str, list[Row]] = {}
+    cost = Cost()
+    sizes = setting.recording.settings.get("latents_sq", [])
+    for call in unit.calls:
+        target = setting.targets.get(call.component)
+        if target is None:
+            tick()
+            continue
+        begin, arguments = time.perf_counter(), setting.arguments(call)
+        with torch.no_grad():
+            reference = output_of(target.network, arguments).float()
+            synchronise(reference.device)
+            forward_ms = (time.perf_counter() - begin) * 1e3
+            local = _local(target, setting, arguments)
+            shape = (len(target.layers), len(setting.formats))
+            moved_sq, joined_sq = np.zeros(shape), np.zeros(shape)
+            for place, name in enumerate(target.layers):
+                for column, each in enumerate(setting.formats):
+                    with fake_quantized(target.network, {name: each}, target.amax):
+                        moved = output_of(target.network, arguments).float() - reference
+                    moved_sq[place, column] = float((moved**2).sum().double())
+                    joined_sq[place, column] = float((_guided(moved, setting) ** 2).sum().double())
+        synchronise(reference.device)
+        size = float((reference**2).sum().double())
+        ended = sizes[call.example] if call.example < len(sizes) else size
+        spent = (time.perf_counter() - begin) * 1e3
+        cost += Cost(2.0 + moved_sq.size, 0.0, setting.products(target), spent, forward_ms)
+        weight = abs(setting.sampler.final[call.step] * setting.guidance(call, unit))
+        facts = {"example": call.example, "step": call.step, "branch": call.branch, "velocity_sq": size}
+        path = weight * np.sqrt(joined_sq / (ended or 1.0))[..., None]
+        rows.setdefault(call.component, []).append(Row(facts, local, moved_sq / (size or 1.0), path))
+        tick()
+    return make_parts(setting, unit, rows, coherent=False, cost=cost)
+
+
+def _local(target: Target, setting: Setting, arguments: Mapping[str, Any]) -> np.ndarray:
+    """Relative squared error of every layer's own output, measured where it runs; 0 of layers that do not run."""
+    local = np.zeros((len(target.layers), len(setting.formats)))
+
+    def look(place: int, name: str):
+        def hook(module, args) -> None:
+            errors = project(module, args[0], [], setting.formats, target.amax.get(name), setting.weights)
+            local[place] = [each.relative_sq for each in errors]
+
+        return hook
+
+    handles = [
+        target.network.get_submodule(name).register_forward_pre_hook(look(place, name))
+        for place, name in enumerate(target.layers)
+    ]
+    try:
+        output_of(target.network, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return local
+
+
+def _guided(moved: torch.Tensor, setting: Setting) -> torch.Tensor:
+    """Change of a step's velocity by that of a call: of a batch of both branches, the unconditional first."""
+    if setting.guidance_kind != BATCHED or setting.guidance_scale <= 1 or moved.shape[0] != 2:
+        return moved
+    plain, prompted = moved.chunk(2)
+    return plain + setting.guidance_scale * (prompted - plain)
+
+
 SUFFIX = ".sensitivity.json"
 
 
@@ -333,7 +408,8 @@ def write_manifest(
     _Record(path=str(path), facts=settings, bands=bands, wanted=tuple(units), keys=keys).write()
 
 
-METHODS = ("probes", "direct")
+METHODS = ("auto", "probes", "direct", "plain")
+UNITS = {"probes": probe_unit, "direct": direct_unit, "plain": plain_unit}
 
 
 def sensitivity(
@@ -348,7 +424,7 @@ def sensitivity(
     bands: int | Sequence[tuple[int, int]] = 2,
     calls: int | None = None,
     probes: int = 4,
-    method: str = "probes",
+    method: str = "auto",
     shard: tuple[int, int] = (0, 1),
     folder: str | os.PathLike | None = None,
     progress: bool = True,
@@ -371,15 +447,17 @@ def sensitivity(
             round it.
         components: experts to measure; None takes all that were recorded and are loaded.
         formats: names of `FORMATS`.
-        layers, exclude: patterns as `choose_layers` takes them, for linear layers of blocks.
+        layers, exclude: patterns as `choose_layers` takes them, for linear layers; of blocks, unless the method is plain.
         bands: ranges of steps with rows of their own in the table: their number per expert, or `[(first, last), ...]`,
             inclusive. `Sensitivity.with_bands` changes them without measuring.
         calls: None measures all steps of every example and follows errors to the end; needs the later experts loaded.
             A number takes that many steps per expert and example, evenly spread, and supposes that later steps do
             not react (amplification 1); for experts that are loaded alone, and for long clips.
         probes: number of random directions per example on the final latents, and half as many per call on its velocity.
-        method: `"probes"`, or `"direct"`: every layer and format alone, with `calls`; exact, without gradients, and about
-            half a forward for each.
+        method: `"probes"`; `"direct"`: every layer and format alone, with `calls`; exact, without gradients, and about
+            half a forward for each; `"plain"`: the same by whole forwards, a whole one for each, for networks whose blocks
+            cannot be run one by one (several streams) and for layers outside the blocks, without `calls` of all steps;
+            `"auto"`: probes where blocks can be run one by one, else plain. `Sensitivity.way` says which it was.
         shard: (index, count): every count-th unit of work, from index on. A unit is an example, or with `calls` a
             step of it.
         folder: folder for finished units, which are not measured again with the same weights, recording, ranges and
@@ -398,13 +476,28 @@ def sensitivity(
     if method == "direct" and calls is None:
         raise WanlabError("the direct method does not follow errors through later steps; give calls=")
     chosen_formats = make_formats(formats)
+    names, networks = _measured(model, recording, calibrations or {}, components)
+    one_by_one = {
+        name: by_blocks(networks[name], recording.arguments(recording.of(name)[0], networks[name]))
+        for name in names
+    }
+    if method == "auto":
+        method = "probes" if all(one_by_one.values()) else "plain"
+    if method != "plain" and not all(one_by_one.values()):
+        other = next(name for name, fits in one_by_one.items() if not fits)
+        raise WanlabError(
+            f"the blocks of {other} cannot be run one by one, as the method {method} does; give method='plain'"
+        )
+    if method == "plain":
+        probes, calls = 1, recording.settings["steps"] if calls is None else calls
     setting = _setting(
         model,
         recording,
         calibrations or {},
-        components,
+        (names, networks),
         (layers, exclude),
         chosen_formats,
+        method,
         calls is None,
         probes,
         seed,
@@ -429,7 +522,7 @@ def sensitivity(
         write_manifest(folder, settings, ranges, [unit.name for unit in units], keys)
     parts: list[Part] = []
     reused = 0
-    measure = direct_unit if method == "direct" else probe_unit
+    measure = UNITS[method]
     with tqdm(
         total=sum(len(unit.calls) for unit in own_units),
         desc="sensitivity",
@@ -448,21 +541,14 @@ def sensitivity(
                     for name, part in unit_parts.items():
                         write_part(part_file(folder, settings, name, unit.name, part.key), part)
             parts += unit_parts.values()
-    names = tuple(unit.name for unit in units)
-    return Sensitivity(settings, tuple(parts), ranges, names, reused)
+    wanted = tuple(unit.name for unit in units)
+    return Sensitivity(settings, tuple(parts), ranges, wanted, reused)
 
 
-def _setting(
-    model,
-    recording: Recording,
-    calibrations,
-    components,
-    chosen,
-    formats,
-    follow: bool,
-    probes: int,
-    seed: int,
-) -> Setting:
+def _measured(
+    model, recording: Recording, calibrations, components
+) -> tuple[list[str], dict[str, torch.nn.Module]]:
+    """The experts to measure, and the network of each that was recorded and is loaded."""
     if recording.model != model.spec.name:
         raise WanlabError(
             f"{recording.folder} was recorded with {recording.model}, this model is {model.spec.name};"
@@ -474,17 +560,49 @@ def _setting(
     check_known(names, recorded, "recorded expert")
     check_known(names, loaded, "loaded expert")
     check_known(list(calibrations), recorded, "recorded expert to calibrate")
-    networks = {name: component_spec(model, name).network for name in loaded}
+    return names, {name: eager_network(model, name) for name in loaded}
+
+
+def _setting(
+    model,
+    recording: Recording,
+    calibrations,
+    measured: tuple[list[str], dict[str, torch.nn.Module]],
+    chosen,
+    formats,
+    method: str,
+    follow: bool,
+    probes: int,
+    seed: int,
+) -> Setting:
+    names, networks = measured
+    size = {name: recording.settings[name] for name in ("height", "width", "frames")}
+    steps = recording.settings["steps"]
+    try:
+        sampler = sampler_weights(model, steps, **size)
+    except WanlabError:
+        if method != "plain":
+            raise
+        sampler = even_weights(steps)
     return Setting(
         recording=recording,
         targets={
-            name: make_target(name, networks, recording, calibrations.get(name), chosen, formats, follow)
+            name: make_target(
+                name,
+                networks,
+                recording,
+                calibrations.get(name),
+                chosen,
+                formats,
+                follow,
+                by_blocks=method != "plain",
+            )
             for name in names
         },
         networks=networks,
-        inputs={name: tuple(component_spec(model, name).inputs) for name in loaded},
+        guidance_kind=model.family.guidance,
         formats=formats,
-        sampler=sampler_weights(model, recording.settings["steps"]),
+        sampler=sampler,
         guidance_scale=recording.settings["guidance_scale"],
         probes=probes,
         follow=follow,
@@ -497,18 +615,21 @@ def _settings(
 ) -> dict[str, Any]:
     """Settings of a measurement; weights, ranges and layers are in the key of every part."""
     kept = ("height", "width", "frames", "steps", "guidance_scale")
+    steps = recording.settings["steps"]
+    size = {name: recording.settings[name] for name in kept[:3]}
+    even = np.array_equal(setting.sampler.weights, even_weights(steps).weights)
     return {
         "model": model.spec.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "generation": {name: recording.settings[name] for name in kept},
-        "schedule": model.schedule(recording.settings["steps"])["component"].tolist(),
+        "schedule": model.schedule(steps, **size)["component"].tolist(),
         "weights": setting.sampler.final.tolist(),
         "formats": [each.name for each in setting.formats],
         "probes": setting.probes,
         "calls": calls,
         "method": method,
         "seed": setting.seed,
-    }
+    } | ({"even_steps": True} if even and method == "plain" else {})
 
 
 def _finished(

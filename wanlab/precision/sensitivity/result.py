@@ -21,6 +21,7 @@ from wanlab.core.stats import (
     percentile_interval,
     weighted_interval,
 )
+from wanlab.models.families.base import Family
 from wanlab.precision.sensitivity.work import Cost, Part
 
 
@@ -39,13 +40,13 @@ def band_rows(
     effect = samples.mean(axis=0)
     effect_low, effect_high = weighted_interval(samples, draw_group_weights(groups))
     for index, layer in enumerate(part.layers):
-        _, block, projection = layer.split(".", 2)
+        block, projection = part.place(index)
         for column, format in enumerate(part.formats):
             at = (index, column)
             yield {
                 "component": part.component,
                 "layer": layer,
-                "block": int(block),
+                "block": block,
                 "projection": projection,
                 "format": format,
                 "first_step": first,
@@ -106,6 +107,15 @@ COLUMNS = (
     "component", "layer", "block", "projection", "format", "first_step", "last_step", "local_error",
     "velocity_error", "low", "high", "effect", "effect_low", "effect_high", "parameters", "calls",
 )  # fmt: skip
+
+
+WAYS = {
+    "probes": "Measured block by block, with directions carried back through all later steps.",
+    "direct": "Measured block by block: every layer rounded alone from its block on; later steps do not react.",
+    "plain": "Measured the plain way: every layer rounded alone in a forward of the whole network; later steps do not"
+    " react.",
+}
+"""Method of a measurement -> how it measures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +235,29 @@ class Sensitivity:
         sums = self.frame.pivot_table("effect", "component", "format", "sum")
         return sums.reset_index().rename_axis(columns=None)
 
+    def by_role(self, family: Family) -> pd.DataFrame:
+        """Sum of the effects of the layers of each role: component, role, layers, and a column per format.
+
+        Args:
+            family: family of the model, `model.family`.
+        """
+        frame = self.frame.assign(role=[family.role(layer) for layer in self.frame["layer"]])
+        keys = ["component", "role"]
+        sums = frame.pivot_table("effect", keys, "format", "sum")[list(self.formats)]
+        counts = frame.drop_duplicates(["component", "layer"]).groupby(keys).size()
+        sums.insert(0, "layers", counts)
+        return sums.reset_index().rename_axis(columns=None)
+
+    @property
+    def way(self) -> str:
+        """How it was measured, in a sentence."""
+        even = (
+            " Every step counts alike, as its sampler's weights are not known."
+            if self.settings.get("even_steps")
+            else ""
+        )
+        return WAYS[self.settings["method"]] + even
+
     def ranked(self, count: int | None = None, *, by: str = "effect") -> pd.DataFrame:
         """The rows of `frame`, most sensitive first.
 
@@ -238,6 +271,7 @@ class Sensitivity:
 
     def __str__(self) -> str:
         """The most sensitive row, and what the measurement cost."""
+        end = f" ({self.way.rstrip('.')})" if self.settings["method"] == "plain" else ""
         top, cost = self.ranked(1).iloc[0], self.costs().iloc[0]
         first, last = top["first_step"], top["last_step"]
         when = f"step {first}" if first == last else f"steps {first} to {last}"
@@ -245,7 +279,7 @@ class Sensitivity:
             f"most sensitive is {top['layer']} of {top['component']} in {top['format']} at {when}, effect"
             f" {top['effect']:.2g} ({top['effect_low']:.2g} to {top['effect_high']:.2g}); measured with"
             f" {cost['forward_equivalents']:,.0f} forwards' worth, {cost['percent_of_brute_force']:.1f} % of the"
-            f" {cost['brute_force']:,.0f} of rounding one layer at a time"
+            f" {cost['brute_force']:,.0f} of rounding one layer at a time{end}"
         )
 
     def with_bands(self, bands: int | Sequence[tuple[int, int]]) -> Sensitivity:

@@ -17,6 +17,8 @@ import torch
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
+from wanlab.models.blocks import blocks_of as network_blocks
+from wanlab.models.blocks import linears, split_path
 from wanlab.precision.assignment import choose_layers
 from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.recording import RecordedCall, Recording
@@ -49,14 +51,14 @@ class Setting:
 
     Attributes:
         targets: component -> expert that is measured. networks: component -> network of each loaded expert.
-        inputs: component -> names of its network's inputs, in order.
+        guidance_kind: how guidance is computed, as `Family.guidance`.
         probes: number of directions on the final latents. follow: whether errors are propagated through later steps.
     """
 
     recording: Recording
     targets: Mapping[str, Target]
     networks: Mapping[str, torch.nn.Module]
-    inputs: Mapping[str, Sequence[str]]
+    guidance_kind: str
     formats: list[QuantFormat]
     sampler: SamplerWeights
     guidance_scale: float
@@ -65,11 +67,13 @@ class Setting:
     seed: int
     weights: WeightErrors = field(default_factory=WeightErrors)
 
+    def arguments(self, call: RecordedCall) -> dict[str, Any]:
+        """Arguments of the network in a call, in its order, on its device."""
+        return self.recording.arguments(call, self.networks[call.component])
+
     def tensors(self, call: RecordedCall) -> list[torch.Tensor]:
-        """Inputs of the network in a call, on its device."""
-        given = self.recording.inputs(call)
-        device = next(self.networks[call.component].parameters()).device
-        return [given[name].to(device) for name in self.inputs[call.component]]
+        """The same without their names, of a network that takes tensors alone."""
+        return list(self.arguments(call).values())
 
     def guidance(self, call: RecordedCall, unit: Unit) -> float:
         """Weight of a branch's velocity in the step's: classifier-free guidance where both branches ran."""
@@ -80,12 +84,9 @@ class Setting:
     def products(self, target: Target) -> float:
         """Number of products for the errors of one call's layers, over that of the linear layers in one forward."""
         inputs = {each.activation for each in self.formats if each.activation is not None}
-        sizes = {
-            name: module.weight.numel()
-            for name, module in target.network.named_modules()
-            if name.startswith("blocks.") and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-        }
-        share = sum(sizes[name] for name in target.layers) / sum(sizes.values())
+        chosen = sum(target.network.get_submodule(name).weight.numel() for name in target.layers)
+        inside = linears(target.network, inside=True) or linears(target.network)
+        share = chosen / sum(module.weight.numel() for module in inside.values())
         return share * (1 + len(self.formats) + len(inputs))
 
 
@@ -114,6 +115,7 @@ def make_target(
     chosen: tuple[Any, Any],
     formats: Sequence[QuantFormat],
     follow: bool,
+    by_blocks: bool = True,
 ) -> Target:
     """An expert with its layers and ranges, checked.
 
@@ -121,6 +123,7 @@ def make_target(
         networks: component -> network of each loaded expert. chosen: layers and those to leave out, as `choose_layers` takes
             them.
         follow: whether errors are propagated through the steps of other experts, whose weights then are in the key.
+        by_blocks: whether the forward goes block by block, so that layers must lie in blocks.
 
     Raises:
         WanlabError: ranges of another component, other weights or without a layer; layers that are no linear layers
@@ -128,7 +131,8 @@ def make_target(
     """
     network = networks[component]
     names = choose_layers(network, *chosen)
-    blocks_of(names)
+    if by_blocks:
+        blocks_of(names)
     weights = {name: _weights_key(other) for name, other in networks.items() if follow or name == component}
     if getattr(ranges, "component", component) != component:
         raise WanlabError(f"the ranges for {component} are of {ranges.component}; calibrate {component}")
@@ -273,6 +277,7 @@ class PartFacts:
         coherent: see `Part`.
         cost: cost of the unit; of several components in one unit the first has all of it.
         passes: number of calls that were computed, also of components that are not measured; again in the first alone.
+        blocks: number of every layer's block over all lists of blocks; None outside them.
     """
 
     component: str
@@ -286,6 +291,14 @@ class PartFacts:
     coherent: bool
     cost: Cost
     passes: int
+    blocks: tuple[int | None, ...] = field(default=(), kw_only=True)
+
+    def place(self, index: int) -> tuple[int | None, str]:
+        """Number of a layer's block and its name inside; parts of earlier versions hold layers of one list of blocks."""
+        layer = self.layers[index]
+        inside = not self.blocks or self.blocks[index] is not None
+        number = self.blocks[index] if self.blocks else int(layer.split(".")[1])
+        return number, layer.split(".", 2)[2] if inside else layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +337,8 @@ def make_parts(
     for component, calls in rows.items():
         target = setting.targets[component]
         modules = [target.network.get_submodule(name) for name in target.layers]
+        places = network_blocks(target.network)
+        blocks = [split_path(name, places)[0] for name in target.layers]
         parts[component] = Part(
             component=component,
             unit=unit.name,
@@ -336,6 +351,7 @@ def make_parts(
             coherent=coherent,
             cost=cost,
             passes=passes,
+            blocks=tuple(None if block is None else block.number for block in blocks),
             **{name: np.stack([getattr(row, name) for row in calls]) for name in ARRAYS},
         )
         cost, passes = Cost(), 0

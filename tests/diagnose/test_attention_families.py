@@ -54,10 +54,8 @@ def loaded(name):
 def ask(name):
     """Arguments of a short generation; two steps, as LTX-Video has no schedule of one."""
     model, case = loaded(name), heldout.example_case()
-    needed = dict(model.conditions)
-    picture = needed.pop("image", None) and case.truth()[0]
-    given = heldout.conditions(needed, model.spec.defaults.frames) if needed else None
-    return {"image": picture, "prompt": case.caption, "conditions": given, "steps": 2}
+    given = heldout.inputs(model.conditions, model.spec.defaults.frames)
+    return given | {"prompt": case.caption, "steps": 2}
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 from wanlab import heldout, models, precision
 from wanlab.core.errors import WanlabError
 from wanlab.models.blocks import blocks_of, linears, numbered_path
+from wanlab.models.families import family_of
 from wanlab.models.families.base import OTHER, OUTSIDE, Family
 from wanlab.models.inputs import prepared
 from wanlab.models.networks import skeleton
@@ -97,7 +98,10 @@ def test_a_planted_layer_without_effect_is_caught(name):
         precision.effect_check(model, applied)
 
 
-@pytest.mark.parametrize("name", models.tiny_names())
+KNOWN = [name for name in models.tiny_names() if family_of(models.get(name).pipeline_class).title]
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_every_linear_layer_of_a_known_family_has_a_role(name):
     spec = models.get(name)
     for component in (each for each in spec.components if each.startswith("expert")):
@@ -120,7 +124,7 @@ def test_blocks_are_numbered_over_all_lists_in_order_of_use():
     assert [(block.number, block.path) for block in blocks_of(hunyuan)] == list(enumerate(paths))
     assert numbered_path("single_transformer_blocks.1.proj_mlp", blocks_of(hunyuan)) == "blocks.3.proj_mlp"
     vace = tiny("tiny-vace").component("expert")
-    assert [block.path for block in blocks_of(vace)] == ["vace_blocks.0", "blocks.0", "blocks.1"]
+    assert [block.path for block in blocks_of(vace)] == ["blocks.0", "blocks.1", "vace_blocks.0"]
     assert numbered_path("vace_blocks.0.proj_in", blocks_of(vace)) == "vace_blocks.0.proj_in"
 
 

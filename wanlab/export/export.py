@@ -226,8 +226,14 @@ def export(
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
     # A graph whose sizes are free does not depend on the clip that it was traced with: one trace serves all sizes.
-    # Where the model states no sizes of its own, the clip that was asked for is the better example.
-    example = default_shape(model, batch=batch) if dynamic and model.spec.defaults.known else shape
+    example = shape
+    if dynamic and model.spec.defaults.known:
+        example = default_shape(model, batch=batch)
+    elif (
+        dynamic
+    ):  # no sizes of its own: the clip that was asked for, with the three latent frames that tracing takes
+        frames = max(shape.frames, 2 * model.spec.temporal_factor + 1)
+        example = default_shape(model, **asdict(shape) | {"frames": frames})
     trace_settings = {"opset": opset, "dynamic": dynamic, "dtype": kind, "forms": forms}
 
     def traced_with(clip: ClipShape) -> tuple[Trace, bool]:

@@ -29,8 +29,8 @@ class Block:
 def blocks_of(network: torch.nn.Module) -> list[Block]:
     """The blocks of a network in order of use: the items of its top-level module lists whose names end in `blocks`.
 
-    Lists count in the order in which the network's class makes them. Lists of blocks inside other modules, such as those of a
-    refiner of text, do not count.
+    Lists count in the order in which the network's class makes them. Lists of blocks inside other modules, such as those
+    of a refiner of text, do not count.
     """
     lists = [
         (name, module)

@@ -328,7 +328,7 @@ class _Listener:
         return BOTH, tuple(BATCH[n] if n < len(BATCH) else f"branch_{n}" for n in range(size))
 
     def hook(self, layer: int, path: str, attention: torch.nn.Module) -> list:
-        joint = self.family.role(path) == "joint attention"
+        joint = self.family.role(path.partition(".")[2]) == "joint attention"  # without the expert
         image_first = getattr(attention, "add_k_proj", None) is not None
 
         def enter(module, args, kwargs) -> None:

@@ -243,6 +243,8 @@ def compare_forms(
 ) -> pd.DataFrame:
     """Export a component in its original form, in friendly forms, and with fused operators; time all of them interleaved.
 
+    Of a network for which there are no friendly forms, only its original form.
+
     Sizes are fixed, because the export is then several times faster and the original form exports best.
 
     Args:
@@ -268,6 +270,8 @@ def compare_forms(
         "friendly": (plain, "friendly"),
         "fused": (FUSED_OPSET, "friendly"),
     }
+    if not plan.sized:
+        variants = {"original": variants["original"]}
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     with torch.no_grad():

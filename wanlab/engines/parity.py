@@ -211,7 +211,7 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
     first = default_shape(model) if report is None else report.shape
     axes = {(name, axis): label for name, axes in plan.inputs.items() for axis, label in axes.items()}
     free = all(isinstance(engine.inputs[name][1][axis], str) for name, axis in axes)
-    free = free and any(label != "batch" for label in axes.values())
+    free = free and plan.sized
     if not free:
         return [first]
     spec = model.spec

@@ -105,10 +105,14 @@ class TorchEngine(Engine):
 
     def _types(self, model: Model) -> None:
         """Names, dtypes and free axes of inputs and output, from a small example."""
-        height, width, frames = nearest_size(model.spec, 1, 1, 1 + model.spec.temporal_factor)
+        usual, sized = model.spec.defaults, self._spec.sized
+        size = (1, 1, 1 + model.spec.temporal_factor) if sized else (usual.height, usual.width, usual.frames)
+        height, width, frames = nearest_size(model.spec, *size)
         small = default_shape(model, batch=1, height=height, width=width, frames=frames)
         example = self._spec.inputs_for(small, torch.Generator().manual_seed(0))
         for (name, axes), tensor in zip(self._spec.inputs.items(), example, strict=True):
+            # A graph of this network has fixed sizes; PyTorch itself takes any.
+            axes = axes if sized else {axis: f"{name}_{axis}" for axis in range(tensor.ndim)}
             shape = tuple(axes.get(axis, size) for axis, size in enumerate(tensor.shape))
             self.inputs[name] = (str(tensor.dtype).removeprefix("torch."), shape)
         self.outputs = {self._spec.output: (str(self.dtype).removeprefix("torch."), ())}

@@ -156,6 +156,11 @@ class ComponentSpec:
     friendly: Callable
     dimensions: Callable[[], dict[str, Any]]
 
+    @property
+    def sized(self) -> bool:
+        """Whether sizes may vary in its graph, and not only the batch."""
+        return any(label != "batch" for axes in self.inputs.values() for label in axes.values())
+
 
 def components_of(model) -> tuple[str, ...]:
     """Names of the components of `model` that can be converted, in the order of a generation.

@@ -571,10 +571,25 @@ def random_feeds(
     clip = ClipShape(**traced | {name: value for name, value in changes.items() if value is not None})
     sizes = axis_sizes(spec, clip)
     feeds = {}
+    if _of_one_size(spec, facts.get("component", "")):
+        other = [name for name in ("height", "width", "frames") if getattr(clip, name) != traced[name]]
+        if other:
+            raise WanlabError(
+                f"{engine.label} is fixed at {other[0]} {traced[other[0]]}, not {getattr(clip, other[0])}; leave the size"
+                " out or export again with it"
+            )
+        changed = set()
     for name, (dtype, axes) in engine.inputs.items():
         shape = [_size(name, axis, size, sizes, changed) for axis, size in enumerate(axes)]
         feeds[name] = _draw(name, shape, getattr(torch, dtype), generator)
     return feeds
+
+
+def _of_one_size(spec, component: str) -> bool:
+    """Whether the graphs of a component have the sizes of one clip, see `ComponentSpec.sized`."""
+    if component not in spec.components or component in ENCODERS:
+        return False
+    return spec.part(spec.part_of(component)).class_name not in ("WanTransformer3DModel", "AutoencoderKLWan")
 
 
 def _of_shapes(engine, shapes: Mapping[str, Sequence[int]], generator) -> dict[str, torch.Tensor]:

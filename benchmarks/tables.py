@@ -13,6 +13,7 @@ import sys
 
 import conversion_tables
 import diagnosis_tables
+import family_tables
 import input_tables
 import precision_tables
 import results_table
@@ -27,6 +28,7 @@ PAGES = (
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
     ROOT / "docs" / "input.md",
+    ROOT / "docs" / "models.md",
     ROOT / "docs" / "precision.md",
     ROOT / "docs" / "sweeps.md",
     ROOT / "data" / "wan-nano" / "README.md",
@@ -126,7 +128,7 @@ def heldout() -> str:
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
 TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
-TABLES |= input_tables.TABLES
+TABLES |= input_tables.TABLES | family_tables.TABLES
 
 
 def rewritten(text: str) -> str:

@@ -1,0 +1,74 @@
+"""What works on which family of models: keeps a run of recipes/sweeps/families.yaml, and makes the table of it.
+
+    python benchmarks/family_tables.py outputs/families    # writes data/results/families_cpu.json, then run tables.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from table_text import ROOT, machine, markdown, read
+
+WORKS = "works"
+
+
+def cells(sweep: Path) -> dict:
+    """Notebook -> model -> "works", or the error of the run in one line; with the environment of the runs.
+
+    Raises:
+        SystemExit: the folder holds no runs that ended.
+    """
+    table: dict[str, dict[str, str]] = {}
+    environment = None
+    for path in sorted(sweep.glob("*/run.json")):
+        record, status = (json.loads((path.parent / name).read_text()) for name in ("run.json", "status.json"))
+        if status["state"] not in ("finished", "failed"):
+            continue
+        environment = record.get("environment", environment)
+        outcome = WORKS if status["state"] == "finished" else str(status.get("reason", "failed"))
+        notebook = Path(record["notebook"]).stem
+        table.setdefault(notebook, {})[record["parameters"]["model"]] = outcome.removeprefix("WanlabError: ")
+    if not table:
+        raise SystemExit(f"{sweep} holds no runs; make them with wanlab sweep recipes/sweeps/families.yaml")
+    return {"environment": environment, "notebooks": dict(sorted(table.items()))}
+
+
+def families() -> str:
+    """A row per model and a column per notebook; refusals are told below the table."""
+    record = read("families_cpu")
+    notebooks = record["notebooks"]
+    models = list(dict.fromkeys(model for cells in notebooks.values() for model in sorted(cells)))
+    refusals: dict[str, list[str]] = {}
+    rows = []
+    for model in models:
+        row = [f"`{model}`"]
+        for notebook, outcomes in notebooks.items():
+            outcome = outcomes.get(model, "")
+            if outcome not in (WORKS, ""):
+                refusals.setdefault(outcome, []).append(f"{model} in {notebook}")
+                outcome = f"no ({list(refusals).index(outcome) + 1})"
+            row.append(outcome)
+        rows.append(row)
+    notes = [
+        f"{number}. {', '.join(where)}: {text}" for number, (text, where) in enumerate(refusals.items(), start=1)
+    ]
+    body = markdown(["model", *(name.partition("_")[0] for name in notebooks)], rows)
+    source = f"{machine(record['environment'])}; `wanlab sweep recipes/sweeps/families.yaml`, random weights."
+    return "\n\n".join([body, *(["\n".join(notes)] if notes else []), source])
+
+
+TABLES = {"families": families}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path)
+    path = ROOT / "data" / "results" / "families_cpu.json"
+    path.write_text(json.dumps(cells(parser.parse_args().sweep), indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """What works on which family of models: keeps a run of recipes/sweeps/families.yaml, and makes the table of it.
 
-    python benchmarks/family_tables.py outputs/families    # writes data/results/families_cpu.json, then run tables.py
+python benchmarks/family_tables.py outputs/families    # writes data/results/families_cpu.json, then run tables.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def cells(sweep: Path) -> dict:
     table: dict[str, dict[str, str]] = {}
     environment = None
     for path in sorted(sweep.glob("*/run.json")):
-        record, status = (json.loads((path.parent / name).read_text()) for name in ("run.json", "status.json"))
+        record, status = (
+            json.loads((path.parent / name).read_text()) for name in ("run.json", "status.json")
+        )
         if status["state"] not in ("finished", "failed"):
             continue
         environment = record.get("environment", environment)
@@ -52,7 +54,8 @@ def families() -> str:
             row.append(outcome)
         rows.append(row)
     notes = [
-        f"{number}. {', '.join(where)}: {text}" for number, (text, where) in enumerate(refusals.items(), start=1)
+        f"{number}. {', '.join(where)}: {text}"
+        for number, (text, where) in enumerate(refusals.items(), start=1)
     ]
     body = markdown(["model", *(name.partition("_")[0] for name in notebooks)], rows)
     source = f"{machine(record['environment'])}; `wanlab sweep recipes/sweeps/families.yaml`, random weights."
@@ -63,7 +66,9 @@ TABLES = {"families": families}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path)
     path = ROOT / "data" / "results" / "families_cpu.json"
     path.write_text(json.dumps(cells(parser.parse_args().sweep), indent=1) + "\n")

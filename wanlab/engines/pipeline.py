@@ -189,7 +189,7 @@ class EngineExpert(EnginePart):
         names = getattr(original, "names", None)  # of an engine that is replaced
         self.names = names or list(inspect.signature(original.forward).parameters)
 
-    def cache_context(self, name: str):
+    def cache_context(self, *_: Any, **__: Any):
         """An engine caches nothing between steps."""
         return nullcontext()
 

@@ -183,6 +183,9 @@ def _loaded(model) -> dict[str, str]:
     # A model of two experts may be loaded with one of them only.
     two = low or pipeline.config.get("boundary_ratio") is not None
     experts = ("expert_high", "expert_low") if two else ("expert",)
+    family = family_of(model.spec.pipeline_class)
+    unknown = {name: "and it is not known what it is called with (CONTRIBUTING.md)" for name in experts}
+    stays = family.stays if family.title else unknown
     loaded: dict[str, str] = {}
     for name in (*ENCODERS, "vae_encoder", *experts, "vae_decoder"):
         network = getattr(pipeline, PARTS.get(name, name), None)
@@ -192,7 +195,7 @@ def _loaded(model) -> dict[str, str]:
         # A network that an engine replaced is one that can be converted.
         encoder = name in ENCODERS and kind not in TEXT_ENCODERS and not hasattr(network, "engine")
         more = "of which the pipeline takes more than its last states" * encoder
-        reason = UNCONVERTED.get(kind, more)
+        reason = UNCONVERTED.get(kind) or (stays.get(name, more) if not hasattr(network, "engine") else "")
         loaded[name] = f"{name} is a {kind}, {reason}" * bool(reason)
     return loaded
 
@@ -234,7 +237,9 @@ def component_spec(model, component: str, *, network=None) -> ComponentSpec:
     if component in ENCODERS:
         return _text_encoder(model, component, network)
     if component.startswith("expert"):
-        return (_expert if kind == "WanTransformer3DModel" else _any_denoiser)(model, component, network)
+        # Of a first and a last picture there are two for each element of the batch.
+        alone = kind == "WanTransformer3DModel" and network.config.pos_embed_seq_len is None
+        return (_expert if alone else _any_denoiser)(model, component, network)
     half = component == "vae_encoder"
     if kind == "AutoencoderKLWan":
         return (_vae_encoder if half else _vae_decoder)(model, component, network)
@@ -363,6 +368,8 @@ def _any_denoiser(model, component: str, network) -> ComponentSpec:
     names = [name for name, value in flat_inputs(described).items() if isinstance(value, Tensor)]
     to_type = {"float": network.dtype, "int": torch.long, "bool": torch.bool}
     shared = [name for name in names if name.rpartition("_")[2].isdigit() or name.endswith("_scale")]
+    two_pictures = getattr(network.config, "pos_embed_seq_len", None) is not None
+    one_batch = two_pictures or family_of(model.spec.pipeline_class).one_by_one
     values: dict[str, Any] = {}
 
     def inputs_for(shape: ClipShape, generator):
@@ -397,7 +404,7 @@ def _any_denoiser(model, component: str, network) -> ComponentSpec:
     return ComponentSpec(
         component,
         network,
-        {name: {} if name in shared else {0: "batch"} for name in names},
+        {name: {} if one_batch or name in shared else {0: "batch"} for name in names},
         "velocity",
         inputs_for,
         denoise,
@@ -461,17 +468,19 @@ def _any_vae_decoder(model, component: str, network) -> ComponentSpec:
 
 
 def _vae_encoder(model, component: str, network) -> ComponentSpec:
+    alone = model.spec.expand_timesteps  # the picture without the frames after it
+
     def inputs_for(shape: ClipShape, generator):
         latent_size(model, shape)  # refuses an illegal size
-        size = (shape.batch, 3, shape.frames, shape.height, shape.width)
+        size = (shape.batch, 3, 1 if alone else shape.frames, shape.height, shape.width)
         video = torch.rand(size, generator=generator) * 2 - 1
         return (video.to(network.device, network.dtype),)
 
     def dimensions():
         config = network.config
-        dims = _dims(batch=(1, 64))
+        later = config.scale_factor_temporal * _dim("later_latents", 1, 256) + 1
+        dims = _dims(batch=(1, 64)) | ({} if alone else {"frames": later})
         dims |= {
-            "frames": config.scale_factor_temporal * _dim("later_latents", 1, 256) + 1,
             "height": config.scale_factor_spatial * _dim("rows", 2, 512),
             "width": config.scale_factor_spatial * _dim("columns", 2, 512),
         }
@@ -480,7 +489,7 @@ def _vae_encoder(model, component: str, network) -> ComponentSpec:
     return ComponentSpec(
         component,
         network,
-        {"video": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
+        {"video": {0: "batch", 3: "height", 4: "width"} | ({} if alone else {2: "frames"})},
         "moments",
         inputs_for,
         lambda video: network.encode(video).latent_dist.parameters,

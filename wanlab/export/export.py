@@ -218,6 +218,8 @@ def export(
         "dtype": str(kind),
         "forms": forms,
     }
+    if not plan.sized:  # pipelines of a family call one network in several ways
+        settings["pipeline"] = model.spec.pipeline_class
     trace_sources = trace_facts(plan, settings)
     weights = weights_key(plan.network)
     finishing = {"simplify": simplify, "external_data": external_data, "stored_dtype": str(stored)}

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from wanlab.core.text import convert
 from wanlab.models.spec import Defaults, ModelSpec, Part
@@ -53,6 +53,8 @@ class Family:
         guidance: how guidance is computed: SEQUENTIAL (two calls of the denoiser a step), BATCHED (one call of twice the
             batch) or EMBEDDED (an input of the denoiser, one call).
         fewest_steps: smallest number of denoising steps that the pipeline can make.
+        one_by_one: whether the denoiser goes through its batch element by element, so that a graph has one size of batch.
+        stays: components that cannot be converted to graphs -> the reason.
         encodes_clip: whether an image-to-video pipeline encodes the picture with blank frames up to the length of the
             video, and not the picture alone.
         roles: (role, pattern of the path of a layer inside its block); the first that matches counts.
@@ -66,6 +68,8 @@ class Family:
     defaults = Defaults()
     guidance = BATCHED
     fewest_steps = 1
+    one_by_one = False
+    stays: ClassVar[Mapping[str, str]] = {}
     encodes_clip = False
     roles: tuple[tuple[str, str], ...] = (
         ("cross-attention", r"attn2|cross_attn|crossattn"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from wanlab.models.families.base import CLIP, PICTURE, SEQUENTIAL, Family, Shape, Tensor, multiples
 from wanlab.models.spec import Defaults, ModelSpec, Part
@@ -66,6 +66,9 @@ class WanAnimate(Wan):
 
     title = "Wan Animate"
     pipelines = (r"WanAnimate.*",)
+    stays: ClassVar[Mapping[str, str]] = {
+        "vae_encoder": "which encodes a picture and clips of several lengths"
+    }
     denoisers = (r"WanAnimateTransformer3DModel",)
     defaults = Defaults(height=720, width=1280, frames=77, fps=30, steps=20, guidance_scale=1.0)
 

@@ -136,7 +136,7 @@ def test_random_weights_make_a_finite_video(model, photo, dtype):
         (dict(seed=0.5), "seed must be"),
         (dict(output="gif"), "output is 'np' or 'latent', not 'gif'"),
         (dict(prompt=["a"]), "prompt must be a string"),
-        (dict(image=None), "give one"),
+        (dict(image=None), "makes a video from image"),
         (dict(image="no/such/photo.png"), "no image no/such/photo.png"),
     ],
 )
@@ -279,7 +279,7 @@ def test_random_model_of_the_hub_runs_with_the_stand_in_tokenizer(model, photo):
 
 
 def test_a_prompt_that_is_cut_is_said(model, photo):
-    limit = model._text_tokens()
+    limit = model.text_tokens
     words = "the camera pans left " * limit
     made = model.generate(photo, words + "slowly", guidance_scale=1.0, **SIZE)
     (note,) = (note for note in made.notes if note.startswith("prompt has"))

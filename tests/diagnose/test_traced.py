@@ -7,9 +7,9 @@ from support.diagnose_traces import event, launched, trace_of
 
 from wanlab import diagnose, models
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.attention.calls import denoiser_blocks
 from wanlab.diagnose.trace_model import model_facts
 from wanlab.diagnose.trace_tables import layer_numbers
+from wanlab.models.blocks import blocks_of
 from wanlab.models.networks import skeleton
 
 
@@ -90,7 +90,7 @@ def test_a_model_has_as_many_layers_as_its_trace_can_number():
         network = skeleton(spec.part("transformer"))
         numbers = layer_numbers(f"expert.{path}" for path, _ in network.named_modules())
         layers = max(numbers.values()) + 1
-        assert layers == model_facts(spec).layers == len(denoiser_blocks(network)), name
+        assert layers == model_facts(spec).layers == len(blocks_of(network)), name
 
 
 def test_recorded_layers_add_up_to_the_breakdown(root):

@@ -60,11 +60,8 @@ class ClipShape:
 
 def usual_batch(model, component: str) -> int:
     """Clips in one call of a component: two for an expert whose guidance is computed in one batch, else one."""
-    return (
-        2
-        if component.startswith("expert") and family_of(model.spec.pipeline_class).guidance == BATCHED
-        else 1
-    )
+    guidance = family_of(model.spec.pipeline_class).guidance
+    return 2 if component.startswith("expert") and guidance == BATCHED else 1
 
 
 def default_shape(model, **changes: int | None) -> ClipShape:

@@ -179,15 +179,16 @@ def inputs(needed: Mapping[str, str], frames: int, case: Case | None = None) -> 
         frames: number of frames of the video.
         case: case whose clip is taken; that of `example_case` if None.
     """
-    case, given = case or example_case(), dict(needed)
-    image = case.truth()[0] if given.pop("image", None) else None
-    if not given:
-        return {"image": image}
-    clip = case.truth(frames)
-    return {
-        "image": image,
-        "conditions": {name: clip if kind == "clip" else clip[-1] for name, kind in given.items()},
-    }
+    case = case or example_case()
+    # Frames in the number of the video only where more than the picture is taken from them.
+    return _filled(needed, case.truth(frames if set(needed) - {"image"} else None))
+
+
+def _filled(needed: Mapping[str, str], clip: np.ndarray) -> dict[str, Any]:
+    """Inputs from a clip `[T, H, W, 3]`: its first frame as the picture, its last as others, and the whole as clips."""
+    image = clip[0] if "image" in needed else None
+    more = {name: clip if kind == "clip" else clip[-1] for name, kind in needed.items() if name != "image"}
+    return {"image": image} | ({"conditions": more} if more else {})
 
 
 def size_content(size: str) -> dict[str, Any]:
@@ -311,14 +312,11 @@ def requests(
             picture gets None; further pictures are the last frame, and clips the whole.
         settings: settings for all cases, such as frames and steps.
     """
-    needed = {"image": "picture"} if needed is None else dict(needed)
-    pictured = needed.pop("image", None) is not None
-    asked = []
-    for case, truth in zip(cases, truths, strict=True):
-        further = {name: truth if kind == "clip" else truth[-1] for name, kind in needed.items()}
-        inputs = {"image": truth[0] if pictured else None, "prompt": case.caption, "seed": case.seed}
-        asked.append(inputs | ({"conditions": further} if further else {}) | settings)
-    return asked
+    needed = {"image": "picture"} if needed is None else needed
+    return [
+        _filled(needed, truth) | {"prompt": case.caption, "seed": case.seed} | settings
+        for case, truth in zip(cases, truths, strict=True)
+    ]
 
 
 def ask(model: Any, cases: Sequence[Case], **settings: Any) -> tuple[list[dict[str, Any]], list[np.ndarray]]:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from wanlab.core.errors import WanlabError
 from wanlab.measure.stages import BRANCHES
-from wanlab.models.families.base import Family, block_order
+from wanlab.models.blocks import Block, blocks_of
+from wanlab.models.families.base import Family
 from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
 
@@ -39,7 +40,7 @@ class AttentionCall:
         component: name of the expert.
         step: denoising step, from 0.
         branch: "cond" or "uncond", by order within the step; "both" where one call computes both.
-        layer: number of the block, from 0, see `denoiser_blocks`; None for the whole forward.
+        layer: number of the block, from 0, see `wanlab.models.blocks.blocks_of`; None for the whole forward.
         kind: "self", "cross" (on the text), "image" (on image tokens, Wan2.1 only), "forward" (the whole expert). Joint
             attention of video and text is one kernel, and counts as "self".
         branches: branch of each element of the batch of query and key.
@@ -152,9 +153,9 @@ def attention_calls(
     with ExitStack() as stack:
         modules = {}
         for name, parts in blocks.items():
-            for layer, (path, block) in enumerate(parts):
-                for inside, attention in _attentions(block):
-                    for handle in listener.hook(layer, f"{name}.{path}.{inside}", attention):
+            for block in parts:
+                for inside, attention in _attentions(block.module):
+                    for handle in listener.hook(block.number, f"{name}.{block.path}.{inside}", attention):
                         stack.callback(handle.remove)
                     module = _module(attention)
                     modules[module.__name__] = module
@@ -169,28 +170,13 @@ def attention_calls(
             yield
 
 
-def denoiser_blocks(network: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Path and module of every block of a denoiser; the place in this list is the number of the layer.
-
-    Blocks are the items of its lists whose names end in "blocks": `blocks` or `transformer_blocks`, then
-    `single_transformer_blocks` (HunyuanVideo), then others, such as the `vace_blocks` that control Wan VACE.
-    """
-    lists = [
-        (name, child)
-        for name, child in network.named_children()
-        if isinstance(child, torch.nn.ModuleList) and name.endswith("blocks")
-    ]
-    lists.sort(key=lambda each: block_order(each[0]))
-    return [(f"{name}.{number}", block) for name, child in lists for number, block in enumerate(child)]
-
-
-def attended_blocks(model: Model) -> dict[str, list[tuple[str, torch.nn.Module]]]:
-    """Expert -> its blocks, see `denoiser_blocks`.
+def attended_blocks(model: Model) -> dict[str, list[Block]]:
+    """Expert -> its blocks, see `wanlab.models.blocks.blocks_of`.
 
     Raises:
         WanlabError: as for `attention_calls`.
     """
-    blocks_of = {}
+    attended = {}
     for name, network in model.components.items():
         if not name.startswith("expert"):
             continue
@@ -198,8 +184,8 @@ def attended_blocks(model: Model) -> dict[str, list[tuple[str, torch.nn.Module]]
             raise WanlabError(
                 f"{name} runs on {model.engines.get(name, 'an engine')}, whose attention cannot be seen; load it eager"
             )
-        blocks = denoiser_blocks(network)
-        attentions = [attention for _, block in blocks for _, attention in _attentions(block)]
+        blocks = blocks_of(network)
+        attentions = [attention for block in blocks for _, attention in _attentions(block.module)]
         if not attentions:
             raise WanlabError(
                 f"{name} is a {type(network).__name__}, which has no blocks with attention (to_q and a processor);"
@@ -212,15 +198,15 @@ def attended_blocks(model: Model) -> dict[str, list[tuple[str, torch.nn.Module]]
         heard = [getattr(_module(attention), DISPATCH, None) for attention in attentions]
         if any(hasattr(function, _LISTENS) for function in (*heard, getattr(functional, SDPA))):
             raise WanlabError("attention is already being recorded; leave the outer block first")
-        blocks_of[name] = blocks
-    if not blocks_of:
+        attended[name] = blocks
+    if not attended:
         raise WanlabError(f"{model.spec.name} has no expert loaded; name one in load(..., components=...)")
-    return blocks_of
+    return attended
 
 
 def attention_outside(network: torch.nn.Module) -> list[str]:
     """Names of the parts of a denoiser that have attention besides its blocks, which is not recorded."""
-    inside = {id(attention) for _, block in denoiser_blocks(network) for _, attention in _attentions(block)}
+    inside = {id(attention) for block in blocks_of(network) for _, attention in _attentions(block.module)}
     others = [path for path, attention in _attentions(network) if id(attention) not in inside]
     return list(dict.fromkeys(path.partition(".")[0] for path in others))
 
@@ -229,8 +215,8 @@ def attention_heads(model: Model) -> tuple[int, int] | None:
     """Number of heads and their size, from the attention of the first expert; None where it cannot be seen."""
     for name, network in model.components.items():
         if name.startswith("expert") and isinstance(network, torch.nn.Module):
-            for _, block in denoiser_blocks(network):
-                for _, attention in _attentions(block):
+            for block in blocks_of(network):
+                for _, attention in _attentions(block.module):
                     heads, width = getattr(attention, "heads", 0), getattr(attention.to_q, "out_features", 0)
                     if heads and width % heads == 0:
                         return heads, width // heads

@@ -44,6 +44,7 @@ from wanlab.diagnose.attention.statistics import (
     statistic_names,
     summarise,
 )
+from wanlab.models.blocks import Block
 from wanlab.models.families.base import EMBEDDED
 from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
@@ -526,9 +527,11 @@ def _halves(tokens: int, text: int, text_first: bool) -> tuple[slice, slice]:
     return slice(0, tokens - text), slice(tokens - text, tokens)
 
 
-def _lists(blocks: Sequence[tuple[str, Any]]) -> dict[str, int]:
+def _lists(blocks: Sequence[Block]) -> dict[str, int]:
     """Lists of blocks in the order of their layers, with the number of each."""
-    return {name: len(list(group)) for name, group in groupby(path.partition(".")[0] for path, _ in blocks)}
+    return {
+        name: len(list(group)) for name, group in groupby(block.path.partition(".")[0] for block in blocks)
+    }
 
 
 def _table(rows: list[dict[str, Any]], model: Model, grid: tuple[int, ...]) -> pd.DataFrame:

@@ -28,15 +28,16 @@ def families() -> tuple[Family, ...]:
 
 def family_of(pipeline_class: str) -> Family:
     """The family of a pipeline class of diffusers; one that answers by what can be seen where none is known."""
-    for family in families():
-        if any(re.fullmatch(pattern, pipeline_class) for pattern in family.pipelines):
-            return family
-    return Family()
+    return _matching("pipelines", pipeline_class)
 
 
 def family_of_network(network_class: str) -> Family:
-    """The family of a denoiser's class of diffusers; one that answers by what can be seen where none is known."""
+    """The family of a denoiser's class of diffusers; as `family_of` where none is known."""
+    return _matching("denoisers", network_class)
+
+
+def _matching(attribute: str, class_name: str) -> Family:
     for family in families():
-        if any(re.fullmatch(pattern, network_class) for pattern in family.denoisers):
+        if any(re.fullmatch(pattern, class_name) for pattern in getattr(family, attribute)):
             return family
     return Family()

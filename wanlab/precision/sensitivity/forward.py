@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.models.blocks import blocks_of as network_blocks
+from wanlab.models.blocks import blocks_of
 from wanlab.models.pipeline import set_timesteps
 from wanlab.models.taps import BlockTap
 from wanlab.precision.denoiser import output_of
@@ -188,7 +188,7 @@ def by_blocks(network: torch.nn.Module, arguments: Mapping[str, Any]) -> bool:
     """
     if type(network).__name__ == "WanTransformer3DModel":
         return True
-    lists = {block.path.partition(".")[0] for block in network_blocks(network)}
+    lists = {block.path.partition(".")[0] for block in blocks_of(network)}
     if lists != {"blocks"} or not all(isinstance(value, torch.Tensor) for value in arguments.values()):
         return False
     try:
@@ -250,7 +250,7 @@ class CheckpointedForward:
         Returns:
             For each seed the gradient by the network's first input.
         """
-        by_block = blocks_of(layers)
+        by_block = layers_by_block(layers)
         grads = [
             torch.autograd.grad(self._output, self._last, seed.to(self._output.dtype), retain_graph=True)[0]
             for seed in seeds
@@ -294,7 +294,7 @@ class CheckpointedForward:
             return self.network(*self._inputs, return_dict=False)[0]
 
 
-def blocks_of(layers: Sequence[str]) -> dict[int, list[str]]:
+def layers_by_block(layers: Sequence[str]) -> dict[int, list[str]]:
     """Block -> its layers.
 
     Raises:

@@ -26,10 +26,10 @@ from wanlab.precision.recording import Recording
 from wanlab.precision.sensitivity.forward import (
     CheckpointedForward,
     Projected,
-    blocks_of,
     by_blocks,
     even_weights,
     frozen,
+    layers_by_block,
     project,
     sampler_weights,
 )
@@ -206,7 +206,7 @@ def _layers(forward: CheckpointedForward, target: Target, setting: Setting):
     places = {name: place for place, name in enumerate(target.layers)}
     network, reference = target.network, forward.velocity.float()
     blocks = len(network.blocks)
-    for index, names in blocks_of(target.layers).items():
+    for index, names in layers_by_block(target.layers).items():
         inputs = forward.layer_inputs(index, names)
         forwards += 1 / blocks
         for name in names:

@@ -17,12 +17,11 @@ import torch
 from wanlab.core.digests import weights_key
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import atomic_path
-from wanlab.models.blocks import blocks_of as network_blocks
-from wanlab.models.blocks import linears, split_path
+from wanlab.models.blocks import blocks_of, linears, split_path
 from wanlab.precision.assignment import choose_layers
 from wanlab.precision.formats import QuantFormat, check_blocks, get_format
 from wanlab.precision.recording import RecordedCall, Recording
-from wanlab.precision.sensitivity.forward import SamplerWeights, WeightErrors, blocks_of
+from wanlab.precision.sensitivity.forward import SamplerWeights, WeightErrors, layers_by_block
 
 VERSION = 1
 DEFAULT_FORMATS = ("int8", "fp8", "int8-weight", "int4-weight")
@@ -132,7 +131,7 @@ def make_target(
     network = networks[component]
     names = choose_layers(network, *chosen)
     if by_blocks:
-        blocks_of(names)
+        layers_by_block(names)
     weights = {name: _weights_key(other) for name, other in networks.items() if follow or name == component}
     if getattr(ranges, "component", component) != component:
         raise WanlabError(f"the ranges for {component} are of {ranges.component}; calibrate {component}")
@@ -337,7 +336,7 @@ def make_parts(
     for component, calls in rows.items():
         target = setting.targets[component]
         modules = [target.network.get_submodule(name) for name in target.layers]
-        places = network_blocks(target.network)
+        places = blocks_of(target.network)
         blocks = [split_path(name, places)[0] for name in target.layers]
         parts[component] = Part(
             component=component,

@@ -10,7 +10,9 @@ the rest compresses; what is lost is about a hundredth of the difference, which 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +21,27 @@ from safetensors.torch import load_file
 from wanlab.core.contents import content_digest
 
 LEVELS = 127
+FACTS = ("mean", "std")
+"""What the VAE's checkpoint states beside its weights: mean and spread of its latents per channel."""
 
 
-def write(weights: dict[str, torch.Tensor], base: Path, path: Path) -> None:
-    """Write weights as their difference to those of `base`, a `.safetensors` with the same names and shapes."""
+def write(checkpoint: Mapping[str, Any], base: Path, path: Path) -> None:
+    """Write the weights of a checkpoint as their difference to those of `base`, a `.safetensors` with the same names and
+    shapes; its mean and spread of the latents, if it states them, go along in float32."""
     arrays: dict[str, np.ndarray] = {"base": np.array(str(base)), "digest": np.array(content_digest(base))}
     known = load_file(base)
-    for name, tensor in weights.items():
+    for name, tensor in checkpoint["weights"].items():
         rows = (tensor.float() - known[name].float()).reshape(len(tensor), -1)
         scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LEVELS
         arrays[f"{name}:codes"] = (rows / scale).round().to(torch.int8).numpy()
         arrays[f"{name}:scale"] = scale.numpy()
+    arrays |= {f"fact:{name}": checkpoint[name].numpy() for name in FACTS if name in checkpoint}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a file of `write`, in float32; their base is looked for in the working directory.
+def read(path: Path) -> dict[str, Any]:
+    """The checkpoint of a file of `write`, in float32; its base is looked for in the working directory.
 
     Raises:
         SystemExit: the base is not there, or holds other weights now.
@@ -44,11 +50,13 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         base = Path(str(file["base"]))
         if not base.is_file() or content_digest(base) != str(file["digest"]):
             raise SystemExit(f"{path} is a difference to {base}, which is missing or holds other weights now")
-        return {
+        weights = {
             name: tensor.float()
             + torch.from_numpy(file[f"{name}:codes"] * file[f"{name}:scale"]).reshape(tensor.shape)
             for name, tensor in load_file(base).items()
         }
+        facts = {name: torch.from_numpy(file[f"fact:{name}"]) for name in FACTS if f"fact:{name}" in file}
+        return {"weights": weights, **facts}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,8 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("base", type=Path, help=".safetensors of the weights that it began with")
     parser.add_argument("to", type=Path, help=".npz to write")
     args = parser.parse_args(argv)
-    weights = torch.load(args.checkpoint, map_location="cpu", weights_only=True)["weights"]
-    write(weights, args.base, args.to)
+    write(torch.load(args.checkpoint, map_location="cpu", weights_only=True), args.base, args.to)
     print(f"{args.to}: {args.to.stat().st_size / 1e6:.1f} MB")
 
 

@@ -303,7 +303,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> dict:
     if path.suffix == ".safetensors":  # of a pipeline folder
         state: dict = {"weights": {name: tensor.float() for name, tensor in load_file(path).items()}}
     elif path.suffix == ".npz":
-        state = {"weights": difference.read(path)}
+        state = difference.read(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(state["weights"])

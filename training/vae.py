@@ -11,6 +11,7 @@ earlier weights, also those of a pipeline folder.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,6 @@ SHORT_FRAMES = 5
 LARGE = {"frames": 9, "height": clips.SIZES[clips.LARGE][0], "width": clips.SIZES[clips.LARGE][1]}
 """The larger size; more of its frames would teach no more about it, and cost as much again."""
 KL_WEIGHT = 3e-5
-GRADIENT_WEIGHT = 0.5
 PERCEPTUAL_BACKBONES = ("stlpips-alex", "lpips-squeeze")
 """Two, because a decoder that pleases one network alone leaves artefacts that the other sees."""
 
@@ -160,24 +160,33 @@ def latent_statistics(
 
 
 class Distance:
-    """How far a reconstruction is from its clip: pixels, edges, texture, and LPIPS as several networks see it."""
+    """How far a reconstruction is from its clip: pixels, edges, texture, and LPIPS as several networks see it.
 
-    def __init__(
-        self, device: torch.device, backbones: Sequence[str], weight: float, frames: int, texture: float
-    ) -> None:
-        self.networks = {name: load_backbone(name, device) for name in backbones}
-        self.weight, self.frames, self.texture = weight, frames, texture
+    Pixels count by their absolute and by their squared difference: only the squared one, which is what PSNR measures, cares
+    more for a photograph full of detail than for a smooth one.
+    """
+
+    def __init__(self, device: torch.device, args: argparse.Namespace) -> None:
+        names = args.backbone or PERCEPTUAL_BACKBONES
+        self.networks = {name: load_backbone(name, device) for name in names}
+        self.weights = {"square": args.square, "edges": args.edges, "texture": args.texture}
+        self.perceptual, self.frames = args.perceptual, args.perceptual_frames
 
     def __call__(self, restored: torch.Tensor, video: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """The weighted sum, and its parts."""
-        parts = {"pixel": (restored - video).abs().mean(), "edges": gradient_loss(restored, video)}
-        parts["texture"] = (roughness(restored) - roughness(video)).abs().mean()
-        total = parts["pixel"] + GRADIENT_WEIGHT * parts["edges"] + self.texture * parts["texture"]
+        difference = restored - video
+        parts = {
+            "pixel": difference.abs().mean(),
+            "square": difference.square().mean(),
+            "edges": gradient_loss(restored, video),
+            "texture": (roughness(restored) - roughness(video)).abs().mean(),
+        }
+        total = parts["pixel"] + sum(weight * parts[name] for name, weight in self.weights.items())
         both = evenly(torch.cat([restored.clamp(-1, 1), video]), self.frames)
         for name, network in self.networks.items():
             with autocast(video.device):
                 parts[name] = network(*both.chunk(2)).mean()
-            total = total + self.weight * parts[name]
+            total = total + self.perceptual * parts[name]
         return total, parts
 
 
@@ -271,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument(
         "--short-share", type=float, default=0.4, help="share of the schedule on 5-frame clips"
     )
+    options.add_argument("--square", type=float, default=0.0, help="weight of the mean squared difference")
+    options.add_argument("--edges", type=float, default=0.5, help="weight of differences of neighbours")
     options.add_argument("--perceptual", type=float, default=0.5, help="weight of every LPIPS backbone")
     options.add_argument("--backbone", action="append", help=f"default: {' and '.join(PERCEPTUAL_BACKBONES)}")
     options.add_argument("--perceptual-frames", type=int, default=4, help="frames per clip that it looks at")
@@ -299,9 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed + ranks.rank)
     with whole_clip_resampling(vae):
         train = {"joint": train_joint, "decoder": train_decoder}[args.stage]
-        backbones = args.backbone or PERCEPTUAL_BACKBONES
-        frames = args.perceptual_frames
-        train(vae, args, ranks, Distance(ranks.device, backbones, args.perceptual, frames, args.texture))
+        train(vae, args, ranks, Distance(ranks.device, args))
     ranks.close()
 
 

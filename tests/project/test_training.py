@@ -255,12 +255,12 @@ def test_text_encoder_learns_the_captions_in_seconds():
 
 
 def test_a_small_checkpoint_is_the_weights_within_a_step_of_its_scale(tmp_path):
-    base, changed = tmp_path / "base.safetensors", torch.nn.Linear(8, 4)
+    base, changed, mean = tmp_path / "base.safetensors", torch.nn.Linear(8, 4), torch.tensor([0.25, -3.0])
     first = {name: tensor.detach().half() for name, tensor in torch.nn.Linear(8, 4).state_dict().items()}
     save_file(first, base)
-    difference.write(changed.state_dict(), base, tmp_path / "small.npz")
+    difference.write({"weights": changed.state_dict(), "mean": mean}, base, tmp_path / "small.npz")
     read = torch.nn.Linear(8, 4)
-    loop.load_weights(read, tmp_path / "small.npz")
+    assert torch.equal(loop.load_weights(read, tmp_path / "small.npz")["mean"], mean)
     step = (changed.weight - first["weight"].float()).abs().amax(dim=1, keepdim=True) / difference.LEVELS
     assert bool(((read.weight - changed.weight).abs() <= 0.51 * step).all())
     save_file({name: tensor + 1 for name, tensor in first.items()}, base)
@@ -270,4 +270,5 @@ def test_a_small_checkpoint_is_the_weights_within_a_step_of_its_scale(tmp_path):
 
 def test_the_small_checkpoint_in_the_tree_is_of_the_vae(root, monkeypatch):
     monkeypatch.chdir(root)
-    loop.load_weights(architecture.vae(), root / "training/start/vae.npz")
+    _, mean, std = vae.read_vae(root / "training/start/vae.npz")
+    assert mean.shape == std.shape == (architecture.LATENT_CHANNELS,) and bool((std > 0).all())

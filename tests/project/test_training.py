@@ -271,4 +271,5 @@ def test_a_small_checkpoint_is_the_weights_within_a_step_of_its_scale(tmp_path):
 def test_the_small_checkpoint_in_the_tree_is_of_the_vae(root, monkeypatch):
     monkeypatch.chdir(root)
     _, mean, std = vae.read_vae(root / "training/start/vae.npz")
-    assert mean.shape == std.shape == (architecture.LATENT_CHANNELS,) and bool((std > 0).all())
+    assert mean.shape == std.shape == (architecture.LATENT_CHANNELS,)
+    assert bool((std > 0).all())

@@ -52,13 +52,14 @@ def main(options: argparse.Namespace) -> int:
         memory_limit_gib=options.memory_limit,
         output_limit_mib=options.output_limit,
     )
-    verdict = read_json(outcome.folder / "run.json").get("verdict")
+    record = read_json(outcome.folder / "run.json")
     if outcome.state != "finished":
         show(f"wanlab: {outcome.state}: {outcome.error}", file=sys.stderr)
     elif outcome.reused:
         show("finished earlier with the same notebook, parameters and code; --force runs it again")
-    if verdict:
-        show(verdict)
+    for sentence in (record.get("verdict"), *(record.get("details") or ())):
+        if sentence:
+            show(sentence)
     show(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
 

@@ -153,7 +153,8 @@ def page_of(
         lead=Markup(markdown_html(lead, page)),
         verdict=record.get("verdict"),
         notes=[str(note) for note in record.get("notes") or ()],
-        tiles=_tiles(results),
+        details=[str(detail) for detail in record.get("details") or ()],
+        tiles=[*(record.get("tiles") or ()), *_tiles(results)][:MOST_TILES],
         main=[Markup(_outputs(cell, page)) for cell in main],
         state=status.get("state"),
         state_words=WORDS.get(status.get("state"), status.get("state")),
@@ -279,7 +280,7 @@ def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
         for name, title, *words in TILES
         if isinstance(row.get(name), int | float)
     ]
-    return tiles[:MOST_TILES]
+    return tiles
 
 
 def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, words: list[str]) -> str:

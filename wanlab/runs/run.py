@@ -67,6 +67,7 @@ class Run:
         self._cells: list[str] = []  # code cells of the notebook's file at the start, in JupyterLab
         self._before = 0  # cells that were executed before the one of `start`
         self._answer: clips.Html | None = None
+        self._tiles: list[dict[str, str]] = []
 
     def __repr__(self) -> str:
         return f"Run({self.folder.parent.name}/{self.id}, {'finished' if self.finished else 'open'})"
@@ -239,17 +240,34 @@ class Run:
         items = {name: item for name, item in items.items() if item is not None}
         return clips.side_by_side(items, self._files.artifacts, fps)
 
-    def verdict(self, text: str) -> clips.Html:
-        """Record the answer of the notebook, one sentence with its number; the report begins with it.
+    def tile(self, title: str, value: str, beside: str = "") -> None:
+        """Show a key figure below the verdict; those of `result` follow, five at most in all.
 
-        Where other work disturbed what this notebook timed, a sentence after it says so.
+        Args:
+            title: what it is, in a few words.
+            value: the figure with its unit, in three significant digits.
+            beside: its change, its interval or what it is read against.
+        """
+        self._tiles.append({"title": clean(title), "value": clean(value), "change": clean(beside)})
+        self._files.update(tiles=self._tiles)
+
+    def verdict(self, text: str, *details: str) -> clips.Html:
+        """Record the answer of the notebook; the report begins with it.
+
+        Where other work disturbed what this notebook timed, the last detail says so.
+
+        Args:
+            text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more.
+            details: sentences that explain or limit it, which stand below it in smaller letters; empty ones are left out.
         """
         text, busy = clean(text), load.taken()
+        shown = [clean(detail) for detail in details if detail.strip()]
         if busy.text:
-            text += f"{'' if text.endswith('.') else '.'} Timed while {busy.text}: an idle machine gives other times."
-        self._files.update(verdict=text, load=msgspec.to_builtins(busy))
+            shown.append(f"Timed while {busy.text}: an idle machine gives other times.")
+        self._files.update(verdict=text, details=shown, load=msgspec.to_builtins(busy))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(text)}</p>'
-        self._answer = clips.Html(answer, text)
+        answer += "".join(f"<p>{escape(detail)}</p>" for detail in shown)
+        self._answer = clips.Html(answer, "\n".join([text, *shown]))
         return self._answer
 
     def finish(self) -> None:

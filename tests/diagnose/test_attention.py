@@ -100,6 +100,10 @@ def expected_self(p: np.ndarray) -> dict[str, np.ndarray]:
         "first_frame_percent": 100 * (p * (frame == 0)).sum(-1)[:, frame > 0].mean(-1),
         "same_position_percent": 100 * (p * (same_place & ~same_frame)).sum(-1).mean(-1),
         "near_position_percent": 100 * (p * near).sum(-1).mean(-1),
+        **{
+            f"within{n}_frames_percent": 100 * (p * (abs(frame[:, None] - frame) <= n)).sum(-1).mean(-1)
+            for n in (1, 2, 4)
+        },
         "block_density95_percent": 100 * density(0.95, -np.sort(-blocks, axis=-1)).mean(-1),
     }
     return found | {f"density{n}_percent": 100 * density(n / 100, ordered).mean(-1) for n in (90, 95, 99)}
@@ -138,7 +142,7 @@ def test_all_queries_equal_a_full_independent_computation(nano, case, full):
                 assert text["padding_percent"].to_numpy() == pytest.approx(100 - prompt, rel=1e-3, abs=1e-3)
                 entropy = -(p * np.log(p)).sum(-1).mean(-1)
                 assert text["entropy_nats"].to_numpy() == pytest.approx(entropy, rel=1e-3)
-    assert compared == 10 * 3 * 2 * 6 * 4
+    assert compared == 13 * 3 * 2 * 6 * 4
     # Nothing was sampled, so nothing is uncertain.
     assert full.of("self")["density95_se_percent"].max() == 0
     assert full.facts["prompt_tokens"] == {"cond": 5, "uncond": 1}

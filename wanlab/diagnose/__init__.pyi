@@ -4,6 +4,9 @@ from .attention.cost import Skippable as Skippable
 from .attention.cost import attention_times as attention_times
 from .attention.cost import layer_times as layer_times
 from .attention.cost import skippable as skippable
+from .attention.locality import Locality as Locality
+from .attention.locality import attention_locality as attention_locality
+from .attention.locality import locality as locality
 from .attention.maps import AttentionMap as AttentionMap
 from .attention.maps import attention_map as attention_map
 from .breakdown import Breakdown as Breakdown

@@ -2,6 +2,7 @@ from .attention import head_map as head_map
 from .attention import head_type_bars as head_type_bars
 from .attention import kernel_bars as kernel_bars
 from .attention import layer_time_lines as layer_time_lines
+from .attention import locality_dots as locality_dots
 from .attention import text_map as text_map
 from .cost import CATEGORY_NAMES as CATEGORY_NAMES
 from .cost import PART_NAMES as PART_NAMES

@@ -23,6 +23,9 @@ STATISTICS = {
     "first_frame_percent": "mass on the first frame (%)",
     "same_position_percent": "mass on the same position in other frames (%)",
     "near_position_percent": "mass near the position, in all frames (%)",
+    "within1_frames_percent": "mass within 1 latent frame (%)",
+    "within2_frames_percent": "mass within 2 latent frames (%)",
+    "within4_frames_percent": "mass within 4 latent frames (%)",
     "text_percent": "mass on the text, of that on video and text (%)",
     "prompt_percent": "mass on the words of the prompt (%)",
     "padding_percent": "mass on padding (%)",
@@ -120,6 +123,40 @@ def head_map(
                 {"steps": steps, "currentvalue": {"prefix": "denoising step "}, "pad": {"t": 45, "b": 5}}
             ]
         )
+    return figure
+
+
+def locality_dots(locality: Any, statistic: str = "within1_frames_percent") -> go.Figure:
+    """Every head as a dot with its 95 % interval over cases, most local first; the dashed line is where a head is local.
+
+    Args:
+        locality: `diagnose.Locality`.
+        statistic: one of its statistics, a mass in percent.
+    """
+    stem = statistic.removesuffix("_percent")
+    figure = go.Figure()
+    for component, rows in locality.heads.groupby("component", sort=False):
+        ordered = rows.sort_values(statistic, ascending=False, kind="stable")
+        mean, low, high = (
+            ordered[name] for name in (statistic, f"{stem}_low_percent", f"{stem}_high_percent")
+        )
+        figure.add_scatter(
+            x=list(range(1, len(ordered) + 1)),
+            y=mean,
+            error_y={"array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": 2},
+            mode="markers",
+            marker={"color": colour(str(component))},
+            name=NAMES.get(str(component), str(component)),
+            customdata=ordered[["layer", "head"]],
+            hovertemplate="layer %{customdata[0]}, head %{customdata[1]}: %{y:.1f} %<extra></extra>",
+        )
+    figure.add_hline(locality.local_percent, line={"dash": "dash", "color": GREY, "width": 1})
+    figure.update_layout(
+        template=theme(),
+        height=340,
+        xaxis={"title": "heads, most local first", "dtick": 4},
+        yaxis={"title": STATISTICS[statistic], "range": [0, 102]},
+    )
     return figure
 
 

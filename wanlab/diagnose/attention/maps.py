@@ -35,6 +35,7 @@ from wanlab.diagnose.attention.statistics import (
     BLOCK_KEYS,
     LEVELS_PERCENT,
     MOST_BYTES,
+    REACHES_FRAMES,
     TEXT_PERCENT,
     cross_statistics,
     error_name,
@@ -43,6 +44,7 @@ from wanlab.diagnose.attention.statistics import (
     self_statistics,
     statistic_names,
     summarise,
+    within_name,
 )
 from wanlab.models.blocks import Block
 from wanlab.models.families.base import EMBEDDED
@@ -158,6 +160,7 @@ class AttentionMap:
             "first_frame_percent": 100 / grid[0],
             "same_position_percent": 100 * (grid[0] - 1) / math.prod(grid),
             "near_position_percent": 100 * math.prod(near),
+            **{within_name(n): 100 * _covered(grid[0], 2 * n + 1) for n in REACHES_FRAMES},
             "prompt_percent": prompt,
             "padding_percent": 100 - prompt,
             TEXT_PERCENT: 100 * text / (math.prod(grid) + text),

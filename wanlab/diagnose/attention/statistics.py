@@ -15,6 +15,8 @@ MOST_BYTES = 2 << 30
 BYTES_PER_PRODUCT = 20
 """Bytes in use at the same time per query and key: probability, mask, masked copy, and a reserve for the allocator."""
 BISECTIONS = 20
+REACHES_FRAMES = (1, 2, 4)
+"""Latent frames on each side of a query's own within which its mass is added up."""
 _WHOLE = "whole"
 ROUNDING = 1e-6
 TEXT_PERCENT = "text_percent"
@@ -32,9 +34,15 @@ def statistic_names(kind: str) -> tuple[str, ...]:
             "first_frame_percent",
             "same_position_percent",
             "near_position_percent",
+            *(within_name(reach) for reach in REACHES_FRAMES),
         )
         return (*common, "block_density95_percent", *places, TEXT_PERCENT)
     return (*common, "prompt_percent", "padding_percent") if kind == "cross" else common
+
+
+def within_name(reach_frames: int) -> str:
+    """Column of the mass within some latent frames on each side: 2 -> "within2_frames_percent"."""
+    return f"within{reach_frames}_frames_percent"
 
 
 def error_name(statistic: str) -> str:
@@ -82,8 +90,9 @@ def self_statistics(
 
     Masses are percent of a query's attention: own_frame, other_frames, first_frame (of queries in later frames; NaN for
     those in the first), same_position (the same height and width in other frames), near_position (a window of
-    `near_window` around it, in all frames). densityL is the smallest share of keys that holds L % of the mass;
-    block_density95 is the same in blocks of `BLOCK_KEYS` neighbouring keys. entropy is in nats, at most log(tokens).
+    `near_window` around it, in all frames), withinN_frames (its own frame and N on each side). densityL is the smallest
+    share of keys that holds L % of the mass; block_density95 is the same in blocks of `BLOCK_KEYS` neighbouring keys.
+    entropy is in nats, at most log(tokens).
 
     Args:
         query, key: `[tokens, heads, dim]`, tokens in the order frame, height, width.
@@ -112,6 +121,8 @@ def self_statistics(
         )
         first = by_frame[..., 0].masked_fill(frame == 0, math.nan)
         blocks = _in_blocks(p)
+        apart = (torch.arange(frames, device=query.device) - frame[:, None]).abs()
+        within = {within_name(n): 100 * (by_frame * (apart <= n)).sum(2) for n in REACHES_FRAMES}
         return {
             "own_frame_percent": 100 * own,
             "other_frames_percent": 100 * (by_frame.sum(2) - own),
@@ -119,6 +130,7 @@ def self_statistics(
             "same_position_percent": 100 * (_take(by_position, position) - _take(p, here)),
             "near_position_percent": 100 * (by_position * near).sum(2),
             "block_density95_percent": 100 * keys_needed(blocks, 0.95) / blocks.shape[-1],
+            **within,
         }
 
     statistics, on_video = _statistics(query, key, tokens, of_rows, scale, most_bytes)

@@ -7,6 +7,8 @@ as the VAE of Wan2.2-TI2V-5B does), because convolutions at full resolution are 
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -16,7 +18,18 @@ from diffusers import (
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from wanlab.heldout.clips import CAMERA_MOTIONS, COLOURS, DIRECTIONS, FPS, FRAMES, HEIGHT, SHAPES, WIDTH
+from wanlab.heldout.clips import (
+    CAMERA_MOTIONS,
+    COLOURS,
+    DIRECTIONS,
+    FPS,
+    FRAMES,
+    HEIGHT,
+    LARGE,
+    SHAPES,
+    SIZES,
+    WIDTH,
+)
 
 BOUNDARY_RATIO = 0.9
 FLOW_SHIFT = 5.0
@@ -149,9 +162,13 @@ def pipeline(**components):
     return WanImageToVideoPipeline(**parts, boundary_ratio=BOUNDARY_RATIO)
 
 
-def defaults() -> dict[str, float]:
-    """The settings that wan-nano was trained for, as `wanlab.json` of its folder holds them."""
-    return {
+def defaults(experts: str = "published") -> dict[str, Any]:
+    """The settings that wan-nano was trained for, as `wanlab.json` of its folder holds them.
+
+    Args:
+        experts: name of their architecture; all but the published ones learn both sizes.
+    """
+    settings: dict[str, Any] = {
         "height": HEIGHT,
         "width": WIDTH,
         "frames": FRAMES,
@@ -160,3 +177,4 @@ def defaults() -> dict[str, float]:
         "guidance_scale": GUIDANCE_SCALE,
         "text_tokens": TEXT_TOKENS,
     }
+    return settings if experts == "published" else settings | {"other_sizes": [SIZES[LARGE]]}

@@ -36,7 +36,7 @@ def assemble(
     for part in parts.values():
         part.half()
     architecture.pipeline(**parts).save_pretrained(folder, safe_serialization=True)
-    write_json(folder / "wanlab.json", {"defaults": architecture.defaults()})
+    write_json(folder / "wanlab.json", {"defaults": architecture.defaults(experts)})
 
 
 def main(argv: list[str] | None = None) -> None:

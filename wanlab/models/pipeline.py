@@ -477,22 +477,23 @@ def idle_expert(pipeline: DiffusionPipeline, spec: ModelSpec, steps: int) -> str
 
 
 UNUSUAL_RATIO = 4
-"""Sizes with so many times more or fewer tokens than the model's default are remarked on; 480p and 720p differ by 2.3."""
+"""Sizes with so many times more or fewer tokens than the model was made for are remarked on; 480p and 720p differ by 2.3."""
 
 
 def unusual_size(spec: ModelSpec, latent: LatentShape) -> str:
-    """A sentence if a video is far larger or smaller than the model's default; else empty, as where none is known."""
+    """A sentence if a video is far larger or smaller than all sizes that the model is known to be made for; else empty."""
     usual = spec.defaults
     if not usual.known:
         return ""
-    tokens = latent_shape(spec, *nearest_size(spec, usual.height, usual.width, usual.frames)).tokens
-    ratio = latent.tokens / tokens
+    sizes = ((usual.height, usual.width, usual.frames), *usual.other_sizes)
+    ratios = {size: latent.tokens / latent_shape(spec, *nearest_size(spec, *size)).tokens for size in sizes}
+    (height, width, frames), ratio = min(ratios.items(), key=lambda each: abs(math.log(each[1])))
     if 1 / UNUSUAL_RATIO <= ratio <= UNUSUAL_RATIO:
         return ""
     size = (latent.height * spec.spatial_factor, latent.width * spec.spatial_factor)
     return (
         f"{size[0]}x{size[1]} with {(latent.frames - 1) * spec.temporal_factor + 1} frames has {ratio:.2g} times the tokens"
-        f" of the model's usual {usual.height}x{usual.width} with {usual.frames}: the picture says little about its quality"
+        f" of the model's usual {height}x{width} with {frames}: the picture says little about its quality"
     )
 
 

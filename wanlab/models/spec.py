@@ -27,7 +27,10 @@ Finite = Annotated[float, Meta(gt=-1e6, lt=1e6)]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Default settings of a generation; sizes in pixels, `fps` in frames per second."""
+    """Default settings of a generation; sizes in pixels, `fps` in frames per second.
+
+    `other_sizes` are further sizes that the model was trained for, as (height, width, frames).
+    """
 
     height: Count = 480
     width: Count = 832
@@ -37,6 +40,7 @@ class Defaults:
     guidance_scale: Finite = 5.0
     text_tokens: Count = 512
     flow_shift: Finite | None = None
+    other_sizes: tuple[tuple[Count, Count, Count], ...] = ()
 
     @property
     def known(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from wanlab import heldout, models, precision
 from wanlab.core.errors import WanlabError
+from wanlab.export.components import component_spec
 from wanlab.models.blocks import blocks_of, linears, numbered_path
 from wanlab.models.families import family_of
 from wanlab.models.families.base import OTHER, OUTSIDE, Family
@@ -186,7 +187,11 @@ def test_arguments_of_a_call_survive_their_recording(name):
     model = tiny(name)
     network = model.component("expert")
     arguments = drawn_arguments(model, "expert")
-    again = put_together(network, *taken_apart(arguments))
+    tensors, values = taken_apart(arguments)
+    again = put_together(network, tensors, values)
+    assert set(tensors) == set(
+        component_spec(model, "expert").inputs
+    )  # so that a graph takes what was recorded
     with torch.no_grad():
         assert torch.equal(output_of(network, arguments), output_of(network, again))
 

@@ -229,7 +229,7 @@ def export(
 
     # A graph whose sizes are free does not depend on the clip that it was traced with: one trace serves all sizes.
     example = shape
-    if dynamic and model.spec.defaults.known:
+    if dynamic and model.spec.sizes_stated:
         example = default_shape(model, batch=batch)
     elif (
         dynamic

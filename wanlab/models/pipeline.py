@@ -300,7 +300,7 @@ class Model:
             for name, value in (("height", height), ("width", width), ("frames", frames))
             if value is None
         ]
-        if assumed and not defaults.known:
+        if assumed and not self.spec.sizes_stated:
             sizes = ", ".join(f"{name} {settings[name]}" for name in assumed)
             notes.append(
                 f"{self.spec.name} states no sizes of its own: {sizes} are assumed; state them in wanlab.json"

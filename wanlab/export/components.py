@@ -194,9 +194,28 @@ def _loaded(model) -> dict[str, str]:
         # A network that an engine replaced is one that can be converted.
         encoder = name in ENCODERS and kind not in TEXT_ENCODERS and not hasattr(network, "engine")
         more = "of which the pipeline takes more than its last states" * encoder
+        config = getattr(network, "config", None)
+        if name == "vae_decoder" and getattr(config, "timestep_conditioning", False):
+            more = "which takes a timestep besides the latents"
         reason = UNCONVERTED.get(kind) or (stays.get(name, more) if not hasattr(network, "engine") else "")
         loaded[name] = f"{name} is a {kind}, {reason}" * bool(reason)
     return loaded
+
+
+def heaviest_components(model) -> tuple[str, ...]:
+    """The components that take most of a generation, where they can be converted: the first expert, and the VAE's decoder.
+
+    Raises:
+        WanlabError: neither can be converted; the message has the reasons.
+    """
+    known = components_of(model)
+    experts = [name for name in known if name.startswith("expert")]
+    chosen = (*experts[:1], *(name for name in known if name == "vae_decoder"))
+    if not chosen:
+        raise WanlabError(
+            f"no expert and no VAE decoder of {model.spec.name} can be converted: {'; '.join(unconverted(model).values())}"
+        )
+    return chosen
 
 
 def check_components(model, names) -> None:
@@ -404,11 +423,6 @@ def _any_vae_encoder(model, component: str, network) -> ComponentSpec:
 
 def _any_vae_decoder(model, component: str, network) -> ComponentSpec:
     """The decoder of any VAE; its graph has the sizes of one clip."""
-    if getattr(network.config, "timestep_conditioning", False):
-        raise WanlabError(
-            f"{component} is a {type(network).__name__} that takes a timestep: it stays in PyTorch; leave it out of the"
-            " components"
-        )
 
     def inputs_for(shape: ClipShape, generator):
         size = (shape.batch, model.spec.latent_channels, *latent_size(model, shape))

@@ -483,7 +483,7 @@ UNUSUAL_RATIO = 4
 def unusual_size(spec: ModelSpec, latent: LatentShape) -> str:
     """A sentence if a video is far larger or smaller than the model's default; else empty, as where none is known."""
     usual = spec.defaults
-    if not usual.known:
+    if not spec.sizes_stated:
         return ""
     tokens = latent_shape(spec, *nearest_size(spec, usual.height, usual.width, usual.frames)).tokens
     ratio = latent.tokens / tokens

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from wanlab import models
+from wanlab.launch.grid import load_grid
 
 pytestmark = pytest.mark.notebook
 
@@ -33,11 +35,16 @@ def test_a_pipeline_of_another_family_on_onnxruntime(run_notebook):
 
 
 def test_the_kept_table_names_models_and_notebooks_that_are_here(root):
+    grid = load_grid(root / "recipes" / "sweeps" / "families.yaml").grid
     kept = json.loads((root / "data" / "results" / "families_cpu.json").read_text())
     known = models.tiny_names()
-    assert len(kept["notebooks"]) >= 5
-    for notebook, outcomes in kept["notebooks"].items():
-        assert (root / "notebooks" / f"{notebook}.ipynb").is_file()
-        assert len(outcomes) >= 12
-        assert set(outcomes) <= set(known)
-        assert all(outcome == "works" or len(outcome) > 20 for outcome in outcomes.values())
+    seen = set()
+    for sweep in kept["sweeps"]:
+        for notebook, outcomes in sweep["notebooks"].items():
+            assert (root / "notebooks" / f"{notebook}.ipynb").is_file()
+            assert set(outcomes) <= set(known)
+            assert all(outcome == "works" or len(outcome) > 20 for outcome in outcomes.values())
+            runs = {(notebook, model) for model in outcomes}
+            assert not runs & seen  # one sweep tells of a run
+            seen |= runs
+    assert {notebook for notebook, _ in seen} == {Path(part.notebook).stem for part in grid.parts()}

@@ -360,3 +360,26 @@ def test_a_chosen_plan_is_few_rules_that_leave_layers_of_the_same_name_outside_a
     assert len(plan.rules) <= 3
     formats = precision.assign(plan, model).formats("expert")
     assert {layer: format for layer, format in formats.items() if format in ("int8", "int8-weight")} == chosen
+
+
+@pytest.mark.parametrize("inside", ["int8", "default"])
+def test_a_layer_outside_the_blocks_may_have_the_name_of_a_projection(inside):
+    model = tiny("tiny-hunyuan-t2v")
+    roles = layer_roles(model.component("expert"))
+    layers = [
+        Layer(
+            "expert",
+            row.layer,
+            None if np.isnan(row.block) else int(row.block),
+            row.projection,
+            ((None, None, "int8-weight" if np.isnan(row.block) else inside),),
+        )
+        for row in roles.itertuples()
+    ]
+    assert {"proj_out"} & {each.layer for each in layers if each.block is None}
+    assert {"proj_out"} & {each.projection for each in layers if each.block is not None}
+    formats = precision.assign(compress(layers, name="rest"), model).formats("expert")
+    for each in layers:
+        wanted = each.formats[0][2]
+        assert formats[each.layer] == wanted or wanted == "default", each
+        assert wanted != "default" or formats[each.layer] not in ("int8", "int8-weight"), each

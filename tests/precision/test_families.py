@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -370,9 +371,9 @@ def test_a_layer_outside_the_blocks_may_have_the_name_of_a_projection(inside):
         Layer(
             "expert",
             row.layer,
-            None if np.isnan(row.block) else int(row.block),
+            None if pd.isna(row.block) else int(row.block),
             row.projection,
-            ((None, None, "int8-weight" if np.isnan(row.block) else inside),),
+            ((None, None, "int8-weight" if pd.isna(row.block) else inside),),
         )
         for row in roles.itertuples()
     ]
@@ -383,3 +384,8 @@ def test_a_layer_outside_the_blocks_may_have_the_name_of_a_projection(inside):
         wanted = each.formats[0][2]
         assert formats[each.layer] == wanted or wanted == "default", each
         assert wanted != "default" or formats[each.layer] not in ("int8", "int8-weight"), each
+
+
+def test_a_schedule_that_is_not_known_has_no_weights():
+    with pytest.raises(WanlabError, match=r"the schedule of tiny-easyanimate is not known: .* for 2 steps"):
+        precision.sampler_weights(tiny("tiny-easyanimate"), 2)

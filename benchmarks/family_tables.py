@@ -1,6 +1,8 @@
 """What works on which family of models: keeps a run of recipes/sweeps/families.yaml, and makes the table of it.
 
 python benchmarks/family_tables.py outputs/families    # writes data/results/families_cpu.json, then run tables.py
+
+A sweep of some notebooks replaces their runs of earlier sweeps; what it did not run stays, with the environment it ran in.
 """
 
 from __future__ import annotations
@@ -37,11 +39,32 @@ def cells(sweep: Path) -> dict:
     return {"environment": environment, "notebooks": dict(sorted(table.items()))}
 
 
+def merged(kept: dict, new: dict) -> dict:
+    """Sweeps that were kept and a new one, whose runs take the place of earlier runs of the same model and notebook."""
+    sweeps = []
+    for sweep in kept["sweeps"]:
+        left = {
+            notebook: {
+                model: outcome
+                for model, outcome in outcomes.items()
+                if model not in new["notebooks"].get(notebook, {})
+            }
+            for notebook, outcomes in sweep["notebooks"].items()
+        }
+        if left := {notebook: outcomes for notebook, outcomes in left.items() if outcomes}:
+            sweeps.append(sweep | {"notebooks": left})
+    return {"sweeps": [*sweeps, new]}
+
+
 def families() -> str:
     """A row per model and a column per notebook; refusals are told below the table."""
-    record = read("families_cpu")
-    notebooks = record["notebooks"]
-    models = list(dict.fromkeys(model for cells in notebooks.values() for model in sorted(cells)))
+    sweeps = read("families_cpu")["sweeps"]
+    notebooks: dict[str, dict[str, str]] = {}
+    for sweep in sweeps:
+        for notebook, outcomes in sweep["notebooks"].items():
+            notebooks.setdefault(notebook, {}).update(outcomes)
+    notebooks = dict(sorted(notebooks.items()))
+    models = sorted({model for outcomes in notebooks.values() for model in outcomes})
     refusals: dict[str, list[str]] = {}
     rows = []
     for model in models:
@@ -58,7 +81,8 @@ def families() -> str:
         for number, (text, where) in enumerate(refusals.items(), start=1)
     ]
     body = markdown(["model", *(name.partition("_")[0] for name in notebooks)], rows)
-    source = f"{machine(record['environment'])}; `wanlab sweep recipes/sweeps/families.yaml`, random weights."
+    machines = "; ".join(dict.fromkeys(machine(sweep["environment"]) for sweep in sweeps))
+    source = f"{machines}; `wanlab sweep recipes/sweeps/families.yaml`, random weights."
     return "\n\n".join([body, *(["\n".join(notes)] if notes else []), source])
 
 
@@ -71,7 +95,8 @@ def main() -> None:
     )
     parser.add_argument("sweep", type=Path)
     path = ROOT / "data" / "results" / "families_cpu.json"
-    path.write_text(json.dumps(cells(parser.parse_args().sweep), indent=1) + "\n")
+    kept = json.loads(path.read_text()) if path.is_file() else {"sweeps": []}
+    path.write_text(json.dumps(merged(kept, cells(parser.parse_args().sweep)), indent=1) + "\n")
     print(path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from wanlab import configuration, models, precision
+from wanlab.configuration.configure import _suited
 from wanlab.core.errors import WanlabError
 from wanlab.engines import registry
 
@@ -25,6 +26,20 @@ def test_the_default_is_the_model_itself(model, tmp_path):
     assert used.model is model
     assert (used.effect, used.plan, used.label) == ("baseline", "default", "eager")
     assert used.weight_bytes == sum(part.memory_bytes for part in model.load.parts)
+
+
+def test_one_engine_for_all_leaves_out_what_cannot_be_converted():
+    hunyuan = models.load("tiny-hunyuan-t2v", weights="random", device="cpu")
+    chosen = configuration.load_configuration(engine="onnxruntime")
+    suited, stays = _suited(chosen, hunyuan)
+    assert suited.engines == dict.fromkeys(["vae_encoder", "expert", "vae_decoder"], "onnxruntime")
+    assert [reason.partition(",")[0] for reason in stays] == [
+        "text_encoder is a LlamaModel",
+        "text_encoder_2 is a CLIPTextModel",
+    ]
+    assert (suited.engine, suited.label) == (chosen.engine, chosen.label)
+    compiled = configuration.load_configuration(engine="compiled")
+    assert _suited(compiled, hunyuan) == (compiled, [])
 
 
 def test_a_plan_is_proven_and_holds_fewer_bytes(model, tmp_path):

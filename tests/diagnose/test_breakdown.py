@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.diagnose_traces import event, launched, trace_of
 
-from wanlab import diagnose, measure, models
+from wanlab import diagnose, measure, models, plots
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose import operators
 from wanlab.diagnose.capture import expected_events
@@ -70,6 +70,18 @@ def test_every_kind_of_gpu_time_is_told_apart(tmp_path):
     assert frame.loc["expert_switching", "hidden_ms"] * 1e3 == pytest.approx(10)
     assert frame.loc["self_attention", "calls"] == 1
     assert frame.loc["vae_decoder", "amdahl_bound"] == pytest.approx(1000 / 700)
+
+
+def test_joint_attention_is_called_so(tmp_path):
+    trace = trace_of(
+        tmp_path, event("aten::scaled_dot_product_attention", 0, 90), event("aten::linear", 90, 10)
+    )
+    assert str(diagnose.breakdown(trace)).startswith("Most time goes to self-attention: 90 %")
+    trace.generation["joint_attention"] = True
+    joint = diagnose.breakdown(trace)
+    assert str(joint).startswith("Most time goes to joint attention: 90 %")
+    assert joint.name_of("cross_attention") == "cross-attention"
+    assert "joint attention" in plots.category_bars(joint).to_json()
 
 
 def test_gpu_figures(tmp_path):

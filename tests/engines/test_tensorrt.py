@@ -340,6 +340,21 @@ def test_several_graphs_are_built_for_the_gpus_that_take_them(tmp_path, built):
     assert list(figure.data[1].x) == pytest.approx(builds.frame()["size_mib"].tolist())
 
 
+def test_a_graph_of_one_clip_is_built_for_it_beside_graphs_of_many_sizes(tmp_path):
+    graphs = [patch_graph(tmp_path / "a.onnx"), patch_graph(tmp_path / "b.onnx", free=False)]
+    how = {"profile": ARTICLE, "level": 0, "progress": False}
+    builds = engines.build_engines(graphs, compute_capabilities=["8.6"], **how)
+    free, fixed = (info.shapes["hidden_states"] for info in builds.built)
+    assert free[0] != free[2]
+    assert fixed == ((1, 36, 21, 90, 160),) * 3
+
+
+def test_an_axis_that_only_some_families_have_is_known_by_its_name(graph):
+    inputs = {"encoder_attention_mask": ("float32", ("batch", 128))}
+    shapes = network_shapes(dataclasses.replace(read_source(graph), inputs=inputs), None)
+    assert shapes.inputs["encoder_attention_mask"] == ((1, 128), (1, 128), (2, 128))
+
+
 def test_trying_engines_without_a_gpu_says_why_not(built):
     import torch
 

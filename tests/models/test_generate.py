@@ -369,7 +369,8 @@ def test_a_boundary_that_is_no_number_is_refused(model, tmp_path, boundary):
 
 def test_sizes_that_a_model_was_not_made_for_are_said(model, photo):
     known = dataclasses.replace(model.spec.defaults, height=16, width=32, frames=5, steps=3, fps=9)
-    other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, defaults=known))
+    spec = dataclasses.replace(model.spec, defaults=known, sizes_stated=True)
+    other = dataclasses.replace(model, spec=spec)
     assert other.generate(photo, "a", output="latent").notes == ()
     (note,) = other.generate(photo, "a", height=48, width=64, output="latent").notes
     assert note.startswith("48x64 with 5 frames has 6 times the tokens of the model's usual 16x32 with 5")

@@ -12,6 +12,7 @@ from support.models_tiny import save
 
 from wanlab.core.errors import WanlabError
 from wanlab.models import get, names
+from wanlab.models.registry import reference
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,26 @@ def test_local_copy_of_a_published_model_has_its_defaults(copy):
     change(copy / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
     assert get(copy).defaults == published.defaults
     assert get(copy).components == published.components
+
+
+@pytest.mark.parametrize(
+    ("stated", "known"), [({}, False), ({"fps": 8}, False), ({"height": 480, "width": 832}, True)]
+)
+def test_sizes_are_known_where_they_are_stated(copy, stated, known):
+    (copy / "wanlab.json").write_text(json.dumps({"defaults": stated}))
+    assert get(copy).sizes_stated is known
+
+
+@pytest.mark.parametrize("name", ["wan2.1-vace-1.3b", "mochi-1", "tiny-mochi", "wan-nano"])
+def test_sizes_of_a_named_model_are_its_own(name):
+    assert get(name).sizes_stated
+
+
+def test_a_folder_with_the_name_of_a_published_model_is_opened_again(copy):
+    folder = copy.parent / "tiny-mochi"
+    copy.rename(folder)
+    assert (get(folder).name, reference(get(folder))) == ("tiny-mochi", str(folder))
+    assert reference(get("tiny-mochi")) == "tiny-mochi"
 
 
 def test_text_to_video_folder_with_expanded_timesteps_takes_an_image(copy):

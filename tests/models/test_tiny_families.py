@@ -81,7 +81,7 @@ def test_weights_of_a_tiny_model_are_not_looked_for(monkeypatch):
 def test_configurations_are_the_classes_own(name):
     spec = get(name)
     assert (spec.name, spec.source) == (name, name)
-    assert spec.defaults.known
+    assert spec.sizes_stated
     for part in spec.parts:
         config = skeleton(part).config
         known = config.to_dict() if part.library == "transformers" else dict(config)

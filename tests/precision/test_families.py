@@ -3,11 +3,13 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from wanlab import heldout, models, precision
 from wanlab.core.errors import WanlabError
+from wanlab.export.components import component_spec
 from wanlab.models.blocks import blocks_of, linears, numbered_path
 from wanlab.models.families import family_of
 from wanlab.models.families.base import OTHER, OUTSIDE, Family
@@ -186,7 +188,11 @@ def test_arguments_of_a_call_survive_their_recording(name):
     model = tiny(name)
     network = model.component("expert")
     arguments = drawn_arguments(model, "expert")
-    again = put_together(network, *taken_apart(arguments))
+    tensors, values = taken_apart(arguments)
+    again = put_together(network, tensors, values)
+    assert set(tensors) == set(
+        component_spec(model, "expert").inputs
+    )  # so that a graph takes what was recorded
     with torch.no_grad():
         assert torch.equal(output_of(network, arguments), output_of(network, again))
 
@@ -355,3 +361,31 @@ def test_a_chosen_plan_is_few_rules_that_leave_layers_of_the_same_name_outside_a
     assert len(plan.rules) <= 3
     formats = precision.assign(plan, model).formats("expert")
     assert {layer: format for layer, format in formats.items() if format in ("int8", "int8-weight")} == chosen
+
+
+@pytest.mark.parametrize("inside", ["int8", "default"])
+def test_a_layer_outside_the_blocks_may_have_the_name_of_a_projection(inside):
+    model = tiny("tiny-hunyuan-t2v")
+    roles = layer_roles(model.component("expert"))
+    layers = [
+        Layer(
+            "expert",
+            row.layer,
+            None if pd.isna(row.block) else int(row.block),
+            row.projection,
+            ((None, None, "int8-weight" if pd.isna(row.block) else inside),),
+        )
+        for row in roles.itertuples()
+    ]
+    assert {"proj_out"} & {each.layer for each in layers if each.block is None}
+    assert {"proj_out"} & {each.projection for each in layers if each.block is not None}
+    formats = precision.assign(compress(layers, name="rest"), model).formats("expert")
+    for each in layers:
+        wanted = each.formats[0][2]
+        assert formats[each.layer] == wanted or wanted == "default", each
+        assert wanted != "default" or formats[each.layer] not in ("int8", "int8-weight"), each
+
+
+def test_a_schedule_that_is_not_known_has_no_weights():
+    with pytest.raises(WanlabError, match=r"the schedule of tiny-easyanimate is not known: .* for 2 steps"):
+        precision.sampler_weights(tiny("tiny-easyanimate"), 2)

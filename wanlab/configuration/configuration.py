@@ -36,7 +36,8 @@ class Configuration(
 
     Attributes:
         name: name in tables and files. about: description in one line.
-        engines: one name for the whole model: every component that usually runs on this engine, the others eager. Or
+        engines: one name for the whole model: every component that usually runs on this engine and, where the engine
+            needs a graph, can be converted; the others eager. Or
             component -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts;
             components that no pattern fits are eager.
         plan: number formats of the experts' layers; None is the model as it was loaded.

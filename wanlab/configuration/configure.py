@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -28,6 +29,7 @@ from wanlab.core.files import digest
 from wanlab.engines.base import Engine
 from wanlab.engines.pipeline import use
 from wanlab.engines.registry import EAGER, EngineKind, engine_kind, kind_of_label, prepare_component
+from wanlab.export.components import unconverted
 from wanlab.measure.memory import in_own_process
 from wanlab.models.loading import resolve
 from wanlab.models.pipeline import Model
@@ -195,13 +197,14 @@ def configure(
         progress: whether bars are shown.
 
     Raises:
-        WanlabError: as `load_configuration`; an engine that cannot run here; a plan that does not fit the model; as the
-            exports, builders and engines.
+        WanlabError: as `load_configuration`; an engine that cannot run here, or none of whose networks can be converted; a
+            plan that does not fit the model; as the exports, builders and engines.
     """
     begin = time.perf_counter()
     configuration = load_configuration(configuration)
     for line in missing(configuration, model.components, model.device):
         raise WanlabError(line)
+    configuration, stays = _suited(configuration, model)
     defaults = model.spec.defaults
     sizes = {"height": height, "width": width, "frames": frames}
     sizes = {name: getattr(defaults, name) if value is None else value for name, value in sizes.items()}
@@ -220,7 +223,7 @@ def configure(
         effect, proof = BASELINE, "the model as it was loaded"
     else:
         effect = APPLIED if all(check.passed for check in checks) else NOT_APPLIED
-        proof = " ".join(check.sentence for check in checks)
+        proof = " ".join([*(check.sentence for check in checks), *(f"{reason}." for reason in stays)])
     tables = [check.frame for check in checks if check.frame is not None]
     return Configured(
         model=opened.model,
@@ -234,6 +237,28 @@ def configure(
         prepare_ms=(time.perf_counter() - begin) * 1e3,
         files=files,
     )
+
+
+def _suited(configuration: Configuration, model: Model) -> tuple[Configuration, list[str]]:
+    """The configuration for this model, and why components stay in PyTorch whose networks cannot be converted.
+
+    One engine for the whole model leaves them out; an engine that is named for one of them is an error when it is made.
+
+    Raises:
+        WanlabError: none of the components can be converted.
+    """
+    if not isinstance(configuration.engines, str):
+        return configuration, []
+    kind = engine_kind(configuration.engines)
+    usual = [name for name in model.components if configuration.engine_of(name) != EAGER]
+    from_graphs = kind.build is not None or ".onnx" in kind.suffixes
+    stays = {name: reason for name, reason in unconverted(model).items() if from_graphs and name in usual}
+    if not stays:
+        return configuration, []
+    chosen = {name: kind.name for name in usual if name not in stays}
+    if not chosen:
+        raise WanlabError(f"nothing of {model.spec.name} runs in {kind.title}: {'; '.join(stays.values())}")
+    return msgspec.structs.replace(configuration, engines=chosen), list(stays.values())
 
 
 def files_folder(

@@ -362,6 +362,7 @@ class Breakdown:
             empty without a GPU.
         host_busy_percent: share of the wall clock in which the main thread was in an operator or runtime call.
         notes: distinctions that the trace does not allow; cautions: as `Trace.cautions`.
+        joint: whether the model's self-attention is joint attention of video and text, as the capture states.
     """
 
     frame: pd.DataFrame
@@ -372,6 +373,12 @@ class Breakdown:
     host_busy_percent: float
     notes: tuple[str, ...]
     cautions: tuple[str, ...] = ()
+    joint: bool = False
+
+    def name_of(self, category: str) -> str:
+        """Name of a category in text."""
+        joint = self.joint and category == "self_attention"
+        return "joint attention" if joint else CATEGORY_NAMES.get(category, category)
 
     @property
     def residual_percent(self) -> float:
@@ -387,7 +394,7 @@ class Breakdown:
             busy = f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {gaps}"
         share, bound = top["share_percent"], top["amdahl_bound"]
         gain = f", so a change there makes it {bound:.2f}x as fast at most" if bound <= MOST_BOUND else ""
-        most = f"Most time goes to {CATEGORY_NAMES[top['category']]}: {share:.0f} % of {duration(self.wall_ms)}{gain}"
+        most = f"Most time goes to {self.name_of(top['category'])}: {share:.0f} % of {duration(self.wall_ms)}{gain}"
         if top["category"] == "launch_and_idle" and not gain:
             most = f"There is almost no work in the trace: {100 - share:.2g} % of {duration(self.wall_ms)}"
         apart = []
@@ -467,6 +474,7 @@ def breakdown(trace: Trace) -> Breakdown:
         100 * float(stretch_us[busy].sum()) / trace.wall_us,
         tuple(notes),
         trace.cautions,
+        bool(trace.generation.get("joint_attention")),
     )
 
 

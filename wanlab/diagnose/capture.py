@@ -436,6 +436,7 @@ def _about(model: Model, settings: dict, wall_ms: float, asked_steps: int) -> di
         "settings": {key: value for key, value in settings.items() if not isinstance(value, str)},
         "asked_steps": asked_steps,
         "wall_ms": wall_ms,
+        "joint_attention": model.family.text_first is not None,
         "weights_bytes": {
             name: sum(p.numel() * p.element_size() for p in part.parameters())
             for name, part in modules.items()

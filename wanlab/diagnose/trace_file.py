@@ -94,6 +94,7 @@ class Generation(TypedDict, total=False):
     asked_steps: Whole | None
     wall_ms: float
     weights_bytes: dict[str, Whole]
+    joint_attention: bool
 
 
 class Distributed(TypedDict, total=False):

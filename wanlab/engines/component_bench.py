@@ -28,6 +28,7 @@ from wanlab.export.components import (
     component_spec,
     components_of,
     default_shape,
+    usual_batch,
 )
 from wanlab.export.export import export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
@@ -261,24 +262,28 @@ def compare_forms(
     """
     plan = component_spec(model, component)
     kind = str(plan.network.dtype).removeprefix("torch.")
-    shape = default_shape(model, **{"batch": 1} | size)
+    # A graph of one clip is that of the export, whose trace it shares; some have no free batch.
+    fixed = not plan.sized
+    batch = 1 if any(plan.inputs.values()) else usual_batch(model, component)
+    shape = default_shape(model, **{"batch": batch} | size)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
+    clip = size if fixed else asdict(shape)
     plain = BFLOAT16_OPSET if kind == "bfloat16" else DEFAULT_OPSET
     variants = {
         "original": (plain, "original"),
         "friendly": (plain, "friendly"),
         "fused": (FUSED_OPSET, "friendly"),
     }
-    if not plan.sized:
-        variants = {"original": variants["original"]}
+    if fixed:
+        variants = {"original": (plain, "friendly")}
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         expected = plan.reference(*inputs)
         for label, (opset, forms) in variants.items():
             path = Path(folder) / f"{component}.{kind}.{label}.onnx"
-            report = export(model, component, path, opset=opset, forms=forms, dynamic=False, **asdict(shape))
+            report = export(model, component, path, opset=opset, forms=forms, dynamic=fixed, **clip)
             engine = OrtEngine(path, provider=provider)
             output = engine.run(feeds)[plan.output].to(expected.device)
             calls[label] = functools.partial(engine.run, feeds)

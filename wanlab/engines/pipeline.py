@@ -18,8 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from wanlab.core.errors import WanlabError
 from wanlab.engines.base import Engine
 from wanlab.engines.registry import EAGER, engine_kind, open_component
-from wanlab.export.components import PARTS, check_components, flat_inputs
+from wanlab.export.components import PARTS, check_components
 from wanlab.export.weights import other_weight
+from wanlab.models.calls import flat
 from wanlab.models.pipeline import Model
 
 
@@ -202,9 +203,7 @@ class EngineExpert(EnginePart):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if given.pop("attention_kwargs", None):
             raise WanlabError("an engine takes no attention_kwargs; run this expert eager")
-        tensors = {
-            name: value for name, value in flat_inputs(given).items() if isinstance(value, torch.Tensor)
-        }
+        tensors = {name: value for name, value in flat(given).items() if isinstance(value, torch.Tensor)}
         if surplus := [name for name in tensors if name not in self.engine.inputs]:
             raise WanlabError(
                 f"{self.engine.label} does not take {surplus[0]}, which the pipeline gives; run this expert eager"

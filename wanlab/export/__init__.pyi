@@ -1,5 +1,6 @@
 from .components import ClipShape as ClipShape
 from .components import components_of as components_of
+from .components import heaviest_components as heaviest_components
 from .components import random_feeds as random_feeds
 from .components import unconverted as unconverted
 from .export import ExportReport as ExportReport

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from wanlab.export.friendly import (
     exportable_operators,
     whole_clip_resampling,
 )
+from wanlab.models import calls
 from wanlab.models.families import family_of
 from wanlab.models.families.base import BATCHED, Tensor
 from wanlab.models.pipeline import text_tokens
@@ -192,9 +194,28 @@ def _loaded(model) -> dict[str, str]:
         # A network that an engine replaced is one that can be converted.
         encoder = name in ENCODERS and kind not in TEXT_ENCODERS and not hasattr(network, "engine")
         more = "of which the pipeline takes more than its last states" * encoder
+        config = getattr(network, "config", None)
+        if name == "vae_decoder" and getattr(config, "timestep_conditioning", False):
+            more = "which takes a timestep besides the latents"
         reason = UNCONVERTED.get(kind) or (stays.get(name, more) if not hasattr(network, "engine") else "")
         loaded[name] = f"{name} is a {kind}, {reason}" * bool(reason)
     return loaded
+
+
+def heaviest_components(model) -> tuple[str, ...]:
+    """The components that take most of a generation, where they can be converted: the first expert, and the VAE's decoder.
+
+    Raises:
+        WanlabError: neither can be converted; the message has the reasons.
+    """
+    known = components_of(model)
+    experts = [name for name in known if name.startswith("expert")]
+    chosen = (*experts[:1], *(name for name in known if name == "vae_decoder"))
+    if not chosen:
+        raise WanlabError(
+            f"no expert and no VAE decoder of {model.spec.name} can be converted: {'; '.join(unconverted(model).values())}"
+        )
+    return chosen
 
 
 def check_components(model, names) -> None:
@@ -282,23 +303,11 @@ def _expert(model, component: str, network) -> ComponentSpec:
     config = network.config
     pictured = config.image_dim is not None
     per_token = bool(model.pipeline.config.get("expand_timesteps", False))
-    patch_t, patch_h, patch_w = config.patch_size
+    _, patch_h, patch_w = config.patch_size
 
     def inputs_for(shape: ClipShape, generator):
-        frames, height, width = latent_size(model, shape)
-        draw = {"generator": generator}
-        latents = torch.randn(shape.batch, config.in_channels, frames, height, width, **draw)
-        tokens = (frames // patch_t) * (height // patch_h) * (width // patch_w)
-        timestep = torch.linspace(900.0, 100.0, shape.batch)
-        if per_token:
-            timestep = timestep[:, None].repeat(1, tokens)
-        text = torch.randn(shape.batch, shape.text_tokens, config.text_dim, **draw)
-        to = {"device": network.device, "dtype": network.dtype}
-        inputs = (latents.to(**to), timestep.to(network.device), text.to(**to))
-        if not pictured:
-            return inputs
-        given = _shapes_of(model, component, network, shape)["encoder_hidden_states_image"].shape
-        return *inputs, torch.randn(shape.batch * given[0], *given[1:], **draw).to(**to)
+        given = _shapes_of(model, component, network, shape)
+        return tuple(calls.drawn(given, generator, network, batch=shape.batch).values())
 
     def denoise(hidden_states, timestep, encoder_hidden_states, *picture):
         return network(hidden_states, timestep, encoder_hidden_states, *picture, return_dict=False)[0]
@@ -333,7 +342,11 @@ def _expert(model, component: str, network) -> ComponentSpec:
 
 
 def _shapes_of(model, component: str, network, shape: ClipShape) -> dict[str, Any]:
-    """Inputs of a denoiser for one clip of batch 1, as its family says."""
+    """Inputs of a denoiser for one clip of batch 1, as its family says.
+
+    Raises:
+        WanlabError: the size is not legal for this model; the message has the nearest legal one.
+    """
     spec = model.spec
     part = replace(spec.part(spec.part_of(component)), class_name=type(network).__name__)
     latent = latent_shape(spec, shape.height, shape.width, shape.frames)
@@ -341,15 +354,6 @@ def _shapes_of(model, component: str, network, shape: ClipShape) -> dict[str, An
     return family_of(model.spec.pipeline_class).denoiser_inputs(
         spec, part, size, latent.tokens, shape.text_tokens
     )
-
-
-def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of a call by name, with the parts of a tuple as inputs of their own: `rope` -> `rope_0`, `rope_1`."""
-    flat: dict[str, Any] = {}
-    for name, value in inputs.items():
-        parts = isinstance(value, tuple) and all(isinstance(part, Tensor | torch.Tensor) for part in value)
-        flat |= {f"{name}_{i}": part for i, part in enumerate(value)} if parts else {name: value}
-    return flat
 
 
 def _any_denoiser(model, component: str, network) -> ComponentSpec:
@@ -362,41 +366,22 @@ def _any_denoiser(model, component: str, network) -> ComponentSpec:
             f"{component} is a {type(network).__name__}, and it is not known what it is called with; it stays in PyTorch"
             " (CONTRIBUTING.md shows how a family is added)"
         )
-    names = [name for name, value in flat_inputs(described).items() if isinstance(value, Tensor)]
-    to_type = {"float": network.dtype, "int": torch.long, "bool": torch.bool}
-    shared = [name for name in names if name.rpartition("_")[2].isdigit() or name.endswith("_scale")]
+    names = [name for name, value in calls.flat(described).items() if isinstance(value, Tensor)]
+    shared = set(calls.flat({name: described[name] for name in calls.shared_by_batch(described)}))
     two_pictures = getattr(network.config, "pos_embed_seq_len", None) is not None
     one_batch = two_pictures or family_of(model.spec.pipeline_class).one_by_one
+    parameters = list(inspect.signature(network.forward).parameters)
     values: dict[str, Any] = {}
 
     def inputs_for(shape: ClipShape, generator):
-        latent_size(model, shape)  # refuses an illegal size
         given = _shapes_of(model, component, network, shape)
         values.update(given)
-        drawn = []
-        for name, tensor in flat_inputs(given).items():
-            if not isinstance(tensor, Tensor):
-                continue
-            size = tensor.shape if name in shared else (shape.batch * tensor.shape[0], *tensor.shape[1:])
-            if name == "timestep":
-                steps = torch.linspace(900.0, 100.0, shape.batch)
-                drawn.append(steps.view(-1, *[1] * (len(size) - 1)).expand(size).contiguous())
-            elif tensor.dtype != "float" or name.endswith(("_mask", "_scale")):
-                drawn.append(torch.ones(size, dtype=to_type[tensor.dtype]))
-            else:
-                drawn.append(torch.randn(size, generator=generator).to(network.dtype))
-        return tuple(tensor.to(network.device) for tensor in drawn)
+        drawn = calls.flat(calls.drawn(given, generator, network, batch=shape.batch))
+        return tuple(drawn[name] for name in names)
 
     def denoise(*tensors):
-        given, arguments = dict(zip(names, tensors, strict=True)), {}
-        for name, value in (values or described).items():
-            if name in given:
-                arguments[name] = given[name]
-            elif f"{name}_0" in given:
-                arguments[name] = tuple(given[f"{name}_{i}"] for i in range(len(value)))
-            else:
-                arguments[name] = value
-        return network(**arguments, return_dict=False)[0]
+        given = calls.flat(values or described) | dict(zip(names, tensors, strict=True))
+        return network(**calls.gathered(given, parameters), return_dict=False)[0]
 
     return ComponentSpec(
         component,
@@ -438,11 +423,6 @@ def _any_vae_encoder(model, component: str, network) -> ComponentSpec:
 
 def _any_vae_decoder(model, component: str, network) -> ComponentSpec:
     """The decoder of any VAE; its graph has the sizes of one clip."""
-    if getattr(network.config, "timestep_conditioning", False):
-        raise WanlabError(
-            f"{component} is a {type(network).__name__} that takes a timestep: it stays in PyTorch; leave it out of the"
-            " components"
-        )
 
     def inputs_for(shape: ClipShape, generator):
         size = (shape.batch, model.spec.latent_channels, *latent_size(model, shape))
@@ -660,7 +640,6 @@ def _draw(name: str, shape: list[int], dtype, generator):
     if name == "attention_mask":
         return torch.ones(shape, dtype=dtype)
     if name == "timestep":
-        steps = torch.linspace(900.0, 100.0, shape[0])
-        return steps.view(-1, *[1] * (len(shape) - 1)).expand(shape).to(dtype).contiguous()
+        return calls.times(shape).to(dtype)
     values = torch.randn(shape, generator=generator)
     return (values.clamp(-1, 1) if name == "video" else values).to(dtype)

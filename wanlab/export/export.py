@@ -228,11 +228,11 @@ def export(
         return replace(known, time_ms=(time.perf_counter() - begin) * 1e3)
 
     # A graph whose sizes are free does not depend on the clip that it was traced with: one trace serves all sizes.
-    example = shape
-    if dynamic and model.spec.defaults.known:
+    example, free = shape, dynamic and plan.sized
+    if free and model.spec.sizes_stated:
         example = default_shape(model, batch=batch)
     elif (
-        dynamic
+        free
     ):  # no sizes of its own: the clip that was asked for, with the three latent frames that tracing takes
         frames = max(shape.frames, 2 * model.spec.temporal_factor + 1)
         example = default_shape(model, **asdict(shape) | {"frames": frames})

@@ -7,6 +7,7 @@ from .pipeline import Generation as Generation
 from .pipeline import LoadReport as LoadReport
 from .pipeline import Model as Model
 from .registry import get as get
+from .registry import is_known as is_known
 from .registry import names as names
 from .registry import tiny_names as tiny_names
 from .schedule import ExpertSchedule as ExpertSchedule

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from wanlab.models.calls import described, dtype_of
 from wanlab.models.families import family_of
 from wanlab.models.families.base import Tensor
 from wanlab.models.networks import parameter_names, skeleton
@@ -166,17 +167,12 @@ def _denoiser_work(
     if part.class_name == "WanTransformer3DModel" and part.config.get("image_dim") is None:
         times = latent.tokens if spec.expand_timesteps else 1
         return named, wan_expert_flop(dict(part.config), latent.tokens, text_tokens, timestep_tokens=times)
-    dtypes = {"float": torch.float32, "int": torch.long, "bool": torch.bool}
 
-    def tensors(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty(value.shape, dtype=dtypes[value.dtype], device="meta")
-        return tuple(map(tensors, value)) if isinstance(value, tuple) else value
+    def empty(_: str, tensor: Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=dtype_of(tensor, torch.float32), device="meta")
 
     # Buffers that are computed and not stored, such as tables of positions, are on the CPU.
-    return named, _count(
-        lambda: module.to("meta")(**{name: tensors(value) for name, value in inputs.items()})
-    )
+    return named, _count(lambda: module.to("meta")(**described(inputs, empty)))
 
 
 def _over_time(call: Callable[[int], object], latent_frames: int, causal: bool) -> dict[str, float]:

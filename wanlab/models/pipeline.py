@@ -300,7 +300,7 @@ class Model:
             for name, value in (("height", height), ("width", width), ("frames", frames))
             if value is None
         ]
-        if assumed and not defaults.known:
+        if assumed and not self.spec.sizes_stated:
             sizes = ", ".join(f"{name} {settings[name]}" for name in assumed)
             notes.append(
                 f"{self.spec.name} states no sizes of its own: {sizes} are assumed; state them in wanlab.json"
@@ -483,7 +483,7 @@ UNUSUAL_RATIO = 4
 def unusual_size(spec: ModelSpec, latent: LatentShape) -> str:
     """A sentence if a video is far larger or smaller than all sizes that the model is known to be made for; else empty."""
     usual = spec.defaults
-    if not usual.known:
+    if not spec.sizes_stated:
         return ""
     sizes = ((usual.height, usual.width, usual.frames), *usual.other_sizes)
     ratios = {size: latent.tokens / latent_shape(spec, *nearest_size(spec, *size)).tokens for size in sizes}

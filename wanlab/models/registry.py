@@ -21,7 +21,6 @@ from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.text import parse_json, read_text
 from wanlab.models.families import family_of
-from wanlab.models.families.base import Family
 from wanlab.models.lora import split_model, with_lora
 from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
 
@@ -70,6 +69,11 @@ def tiny_names() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
+def is_known(name: str) -> bool:
+    """Whether a model is one of `names()` or `tiny_names()`, whose facts come with wanlab: no network is asked for them."""
+    return name in names() or name in tiny_names()
+
+
 def get(name: str | os.PathLike) -> ModelSpec:
     """Facts of a model.
 
@@ -90,7 +94,7 @@ def get(name: str | os.PathLike) -> ModelSpec:
 def _found(name: str) -> ModelSpec:
     if name == NANO:
         return _from_folder(existing(nano_folder()), name=NANO)
-    if name in HUB_MODELS or name in tiny_names():
+    if is_known(name):
         return _packaged(name)
     folder = locate(name)
     if name and folder.is_dir():
@@ -118,7 +122,9 @@ def _found(name: str) -> ModelSpec:
 
 def reference(spec: ModelSpec) -> str:
     """The text of which `get` makes this spec again, its LoRAs included."""
-    return "+".join([spec.name if spec.name in names() else spec.source, *map(str, spec.loras)])
+    # A folder may have the name of a published model.
+    own = is_known(spec.name) and get(spec.name).source == spec.source
+    return "+".join([spec.name if own else spec.source, *map(str, spec.loras)])
 
 
 def nano_folder() -> Path:
@@ -164,7 +170,8 @@ def _packaged(name: str) -> ModelSpec:
     configs = data["configs"]
     spec = _assemble(name, data["source"], data["model_index"], lambda part: configs[part])
     defaults, shift = Defaults(**data["defaults"]), spec.defaults.flow_shift
-    return replace(spec, defaults=defaults if shift is None else replace(defaults, flow_shift=shift))
+    defaults = defaults if shift is None else replace(defaults, flow_shift=shift)
+    return replace(spec, defaults=defaults, sizes_stated=True)
 
 
 def _from_folder(folder: Path, *, name: str) -> ModelSpec:
@@ -176,8 +183,7 @@ def _from_folder(folder: Path, *, name: str) -> ModelSpec:
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         return read_json(folder / part / file)
 
-    spec = _assemble(name, str(folder), index, config)
-    return replace(spec, defaults=_stated_defaults(folder, spec.defaults))
+    return _with_stated_defaults(folder, _assemble(name, str(folder), index, config))
 
 
 def _from_hub(hub_id: str) -> ModelSpec:
@@ -204,13 +210,16 @@ def _assemble(
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     family = family_of(pipeline_class)
     grid = family.grid(parts["vae"], denoiser)
+    published = _published(source, networks, denoiser.config)
+    own = replace(family.defaults, text_tokens=family.text_tokens(denoiser.config))
     return ModelSpec(
         name=name,
         source=source,
         pipeline_class=pipeline_class,
         components=tuple(component_parts(list(parts))),
         boundary_ratio=_boundary(index.get("boundary_ratio"), source),
-        defaults=replace(_defaults(family, source, networks, denoiser.config), flow_shift=shift),
+        defaults=replace(published or own, flow_shift=shift),
+        sizes_stated=published is not None,
         spatial_factor=grid.spatial_factor,
         temporal_factor=grid.temporal_factor,
         patch=grid.patch,
@@ -293,26 +302,28 @@ def _part_order(part: str) -> tuple[int, str]:
     return next((i for i, prefix in enumerate(order) if part.startswith(prefix)), len(order)), part
 
 
-def _stated_defaults(folder: Path, defaults: Defaults) -> Defaults:
-    """The defaults, replaced where the model's folder has a `wanlab.json` that states other settings."""
+def _with_stated_defaults(folder: Path, spec: ModelSpec) -> ModelSpec:
+    """The spec with other defaults where the model's folder has a `wanlab.json` that states them."""
     path = folder / "wanlab.json"
     if not path.is_file():
-        return defaults
+        return spec
     stated = read_json(path).get("defaults", {})
     known = {field.name for field in fields(Defaults)}
     for key in stated:
         if key not in known:
             raise WanlabError(f"{path}: unknown default {key!r}{did_you_mean(key, known)}")
     try:
-        return msgspec.convert(asdict(defaults) | stated, Defaults, strict=False)
+        defaults = msgspec.convert(asdict(spec.defaults) | stated, Defaults, strict=False)
     except msgspec.ValidationError as error:
         raise WanlabError(f"{path}: {first_line(error)}") from error
+    sized = not {"height", "width", "frames"}.isdisjoint(stated)
+    return replace(spec, defaults=defaults, sizes_stated=sized or spec.sizes_stated)
 
 
-def _defaults(
-    family: Family, source: str, networks: Mapping[str, list[str]], denoiser: Mapping[str, Any]
-) -> Defaults:
-    """The default settings of a published model, so that a local copy has them too; else those of the family.
+def _published(
+    source: str, networks: Mapping[str, list[str]], denoiser: Mapping[str, Any]
+) -> Defaults | None:
+    """The default settings of the published model that this one is, so that a local copy has them too; None if it is none.
 
     A published model is recognised by its denoiser. Several may have the same one: of these the model whose
     repository is named in `source` counts, else those with the same networks (one expert or two). What still
@@ -325,11 +336,7 @@ def _defaults(
     named = [data for data in found if data["source"].lower().rpartition("/")[2] in pieces]
     alike = [data for data in found if _networks(data["model_index"]) == networks]
     best = next(iter(named or alike or found), None)
-    return (
-        Defaults(**best["defaults"])
-        if best
-        else replace(family.defaults, text_tokens=family.text_tokens(denoiser))
-    )
+    return Defaults(**best["defaults"]) if best else None
 
 
 def _same(published: Mapping[str, Any], denoiser: Mapping[str, Any]) -> bool:

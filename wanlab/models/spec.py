@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +41,6 @@ class Defaults:
     text_tokens: Count = 512
     flow_shift: Finite | None = None
     other_sizes: tuple[tuple[Count, Count, Count], ...] = ()
-
-    @property
-    def known(self) -> bool:
-        """Whether they are of this model, and not only assumed."""
-        return replace(self, flow_shift=None) != Defaults()
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,8 @@ class ModelSpec:
         size_step: legal heights and widths are multiples of these, in pixels.
         frame_step: legal numbers of frames are `frame_step * k + 1`.
         loras: LoRAs that are fused into the weights when they are loaded.
+        sizes_stated: whether the default height, width and frames are those of this model, published or in its folder, and
+            not only assumed.
     """
 
     name: str
@@ -127,6 +124,7 @@ class ModelSpec:
     model_index: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     scheduler_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     loras: tuple[Lora, ...] = ()
+    sizes_stated: bool = True
 
     @property
     def is_local(self) -> bool:

@@ -24,13 +24,13 @@ def category_bars(breakdown: Any) -> go.Figure:
         breakdown: `diagnose.Breakdown`.
     """
     table, parts = breakdown.frame, breakdown.parts
-    order = [CATEGORY_NAMES.get(name, name) for name in table["category"]]
+    order = [breakdown.name_of(name) for name in table["category"]]
     figure = go.Figure()
     for component in parts["component"].unique():
         rows = parts[parts["component"] == component]
         figure.add_bar(
             x=rows["time_ms"].tolist(),
-            y=[CATEGORY_NAMES.get(name, name) for name in rows["category"]],
+            y=[breakdown.name_of(name) for name in rows["category"]],
             orientation="h",
             name=_name(component),
             marker={"color": _colour(component)},
@@ -40,7 +40,7 @@ def category_bars(breakdown: Any) -> go.Figure:
     if len(hidden):
         figure.add_bar(
             x=hidden["hidden_ms"].tolist(),
-            y=[CATEGORY_NAMES.get(name, name) for name in hidden["category"]],
+            y=[breakdown.name_of(name) for name in hidden["category"]],
             orientation="h",
             name="hidden behind other work",
             marker={"color": "rgba(128,138,149,0.25)", "pattern": {"shape": "/"}},

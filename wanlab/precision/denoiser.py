@@ -11,15 +11,12 @@ import torch
 from wanlab import heldout
 from wanlab.core.errors import WanlabError
 from wanlab.engines.pipeline import EnginePart
-from wanlab.models.families.base import Tensor
+from wanlab.models.calls import drawn, flat, gathered
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size
 from wanlab.models.taps import component_calls, intercept_calls
 
 UNRECORDED = ("return_dict", "attention_kwargs", "joint_attention_kwargs")
 """Arguments that do not change what a denoiser computes here."""
-
-TIMESTEP = 500.0
-"""Timestep of a call on random inputs, in the middle of the noise."""
 
 
 def eager_network(model, component: str) -> torch.nn.Module:
@@ -45,15 +42,13 @@ def named_arguments(network: torch.nn.Module, args: tuple, kwargs: Mapping[str, 
 
 
 def taken_apart(arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors of arguments by name (`image_rotary_emb.0` for the first of several), and plain values by name."""
+    """Tensors of arguments by name (`image_rotary_emb_0` for the first of several), and plain values by name."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    for name, value in arguments.items():
+    for name, value in flat(arguments).items():
         several = list(value) if isinstance(value, tuple | list) else []
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        elif several and all(isinstance(each, torch.Tensor) for each in several):
-            tensors |= {f"{name}.{index}": each for index, each in enumerate(several)}
         elif isinstance(value, int | float | str) or all(isinstance(each, int | float) for each in several):
             values[name] = several or value
         else:
@@ -69,14 +64,9 @@ def put_together(
 ) -> dict[str, Any]:
     """Arguments of a call from what `taken_apart` made, in the order of the network's `forward`, on its device."""
     device = next(network.parameters()).device
-    arguments: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    for name, tensor in tensors.items():
-        whole, dot, _ = name.partition(".")
-        arguments[whole] = (*arguments.get(whole, ()), tensor.to(device)) if dot else tensor.to(device)
-    order = list(inspect.signature(network.forward).parameters)
-    return {name: arguments[name] for name in sorted(arguments, key=order.index)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    given |= {name: tensor.to(device) for name, tensor in tensors.items()}
+    return gathered(given, inspect.signature(network.forward).parameters)
 
 
 def output_of(network: torch.nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -104,32 +94,14 @@ def drawn_arguments(
 
     Args:
         latent: latents of the clip; those of `small_shape` if not given.
-        seed: seed of the values: normal numbers, masks of ones, `TIMESTEP` for times.
+        seed: seed of the values, which are drawn as `models.calls.drawn` says.
     """
     spec, network = model.spec, eager_network(model, component)
     latent = small_shape(model) if latent is None else latent
     shape = (latent.channels, latent.frames, latent.height, latent.width)
     part = spec.part(spec.part_of(component))
     inputs = model.family.denoiser_inputs(spec, part, shape, latent.tokens, model.text_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    device, dtype = next(network.parameters()).device, network.dtype
-
-    def draw(name: str, value: Any) -> Any:
-        if isinstance(value, tuple) and value and all(isinstance(each, Tensor) for each in value):
-            return tuple(draw(name, each) for each in value)
-        if not isinstance(value, Tensor):
-            return value
-        if name == "timestep":
-            return torch.full(value.shape, TIMESTEP, device=device)
-        if value.dtype != "float":
-            return torch.ones(
-                value.shape, dtype=getattr(torch, "long" if value.dtype == "int" else "bool")
-            ).to(device)
-        if "mask" in name or name.endswith("scale"):
-            return torch.ones(value.shape, device=device, dtype=dtype)
-        return torch.randn(value.shape, generator=generator).to(device, dtype)
-
-    return {name: draw(name, value) for name, value in inputs.items()}
+    return drawn(inputs, torch.Generator().manual_seed(seed), network)
 
 
 class _Seen(Exception):

@@ -408,6 +408,9 @@ def quantized_experts(
     formats: Sequence[str],
     *,
     steps: int = 2,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Experts in one file per format, `<folder>/<expert>.<format>.onnx`, calibrated on one short generation.
@@ -416,7 +419,8 @@ def quantized_experts(
         model: model from `wanlab.models.load`, with all its components.
         folder: folder of the experts' graphs, `<expert>.onnx`; the quantized ones and the recorded inputs are written to it.
         components: components, of which the experts are quantized.
-        formats: formats of their linear layers. steps: denoising steps of the generation.
+        formats: formats of their linear layers. steps: denoising steps of the generation. height, width,
+            frames: its size; the model's default if not given.
 
     Returns:
         The files; empty where no expert or no format is given.
@@ -429,9 +433,9 @@ def quantized_experts(
     if not experts or not formats:
         return []
     examples = nano_examples(1)
-    recording = record_inputs(
-        model, examples, folder / "latents", components=experts, steps=steps, progress=progress
-    )
+    size = {"height": height, "width": width, "frames": frames}
+    how = {"components": experts, "steps": steps, "progress": progress} | size
+    recording = record_inputs(model, examples, folder / "latents", **how)
     files = []
     for expert in experts:
         ranges = calibrate(model, expert, recording, progress=progress)

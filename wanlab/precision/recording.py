@@ -32,9 +32,16 @@ from wanlab.export.components import check_components, component_spec, default_s
 from wanlab.heldout import clips
 from wanlab.heldout.cases import Case, draw_cases, has_texture, is_held_out, picture
 from wanlab.measure.stages import stages
+from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS
 from wanlab.models.taps import component_calls, intercept_calls
-from wanlab.precision.denoiser import eager_network, named_arguments, put_together, taken_apart
+from wanlab.precision.denoiser import (
+    drawn_arguments,
+    eager_network,
+    named_arguments,
+    put_together,
+    taken_apart,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +242,7 @@ class Recording(Manifest, frozen=True, kw_only=True):
     """
 
     KIND: ClassVar[str] = "recording"
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     AGAIN: ClassVar[str] = "record it again"
     NONE: ClassVar[str] = "no recording in {path}; make it with wanlab.precision.record_inputs"
 
@@ -436,21 +443,24 @@ def random_recording(
         seed: seed of the inputs; each step has inputs of its own.
 
     Raises:
-        WanlabError: the expert runs in none of these steps.
+        WanlabError: the expert runs in none of these steps, or it is not known what it is called with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = component_spec(model, component)
     shape = default_shape(model, batch=1, height=height, width=width, frames=frames)
+    latent = latent_shape(model.spec, shape.height, shape.width, shape.frames)
     schedule = model.schedule(steps)
     calls = []
     for row in schedule[schedule["component"] == component].itertuples():
-        generator = torch.Generator().manual_seed(seed + int(row.step))
-        inputs = dict(zip(spec.inputs, spec.inputs_for(shape, generator), strict=True))
+        inputs, values = taken_apart(drawn_arguments(model, component, latent, seed=seed + int(row.step)))
+        if not inputs:
+            raise WanlabError(
+                f"it is not known what {component} of {model.spec.name} is called with (CONTRIBUTING.md); record one"
+            )
         inputs["timestep"] = torch.full_like(inputs["timestep"], row.timestep)
         tensors = {name: keep(folder, tensor) for name, tensor in inputs.items()}
         step, timestep, sigma = int(row.step), float(row.timestep), float(row.sigma)
-        calls.append(RecordedCall(0, component, step, timestep, sigma, "cond", tensors))
+        calls.append(RecordedCall(0, component, step, timestep, sigma, "cond", tensors, values))
     if not calls:
         raise WanlabError(f"{component} runs in none of {steps} steps; give more steps")
     sizes = {"height": shape.height, "width": shape.width, "frames": shape.frames}

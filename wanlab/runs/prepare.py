@@ -122,7 +122,7 @@ def weights_id(model: Any, weights: Any = "pretrained") -> str | None:
     base, texts = models.split_model(model)
     if loras := sorted(lora.identity for lora in models.read_loras(texts)):
         return digest([weights_id(base, weights) or "", *loras], 16)
-    if model in models.names():  # never asks the hub, which can take long; the notebook does
+    if models.is_known(model):  # never asks the hub, which can take long; the notebook does
         try:
             model = models.get(model).source
         except WanlabError:

@@ -485,7 +485,7 @@ def bench_result(bench: Mapping[str, Any], *, source: str = "") -> Result:
     clips = [(dtype, shape) for dtype, shape in inputs.values() if len(shape) == 5]
     dtype, (batch, _, frames, height, width) = clips[0] if clips else (None, [None] * 5)
     if frames is not None and "video" not in inputs:  # latents
-        spec = models.get(name) if name in models.names() else None
+        spec = models.get(name) if models.is_known(name) else None
         frames = (frames - 1) * spec.temporal_factor + 1 if spec else None
         height, width = (size * spec.spatial_factor if spec else None for size in (height, width))
     size = {"height": height, "width": width, "frames": frames, "batch": batch or 1}
@@ -628,7 +628,7 @@ def _dtype(model: Any) -> str:
 @functools.cache
 def _defaults(model: str) -> dict[str, Any]:
     try:
-        return _settings_of(models.get(model).defaults) if model in models.names() else {}
+        return _settings_of(models.get(model).defaults) if models.is_known(model) else {}
     except WanlabError:
         return {}
 

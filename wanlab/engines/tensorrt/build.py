@@ -536,6 +536,7 @@ def build_engines(
     *,
     compute_capabilities: Sequence[str] | None = None,
     kind: Kind | None = None,
+    profile: PixelProfile | Mapping[str, Range] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> EngineBuilds:
@@ -544,6 +545,7 @@ def build_engines(
     Args:
         graphs: ONNX files; each engine is written beside its graph.
         compute_capabilities: GPUs for TensorRT for RTX; TensorRT always builds for the GPU of this machine.
+        profile: as in `build_tensorrt`; a graph that was exported for one clip is built for that clip.
         kind, settings: as in `build_tensorrt`.
         progress: whether to show a bar for all graphs and one for each build.
 
@@ -555,6 +557,9 @@ def build_engines(
     refused: list[dict[str, str]] = []
     for graph in tqdm(list(graphs), desc="engines", unit="engine", leave=False, disable=not progress):
         source = read_source(graph)
+        sizes = profile
+        if isinstance(profile, PixelProfile) and not source.sized:
+            sizes = profile.without_sizes()
         left = list(target_gpus(runtime, compute_capabilities if runtime.builds_ahead else None)[0])
         while left:
             try:
@@ -564,6 +569,7 @@ def build_engines(
                         graph,
                         compute_capabilities=capabilities,
                         kind=runtime.kind,
+                        profile=sizes,
                         progress=progress,
                         **settings,
                     )

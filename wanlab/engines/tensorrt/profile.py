@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,10 @@ class PixelProfile:
         """The preferred height, width and frames, as far as the profile sets them."""
         size = dict(zip(("height", "width"), self.opt, strict=True)) if self.opt else {}
         return size | ({"frames": self.frames[1]} if self.frames else {})
+
+    def without_sizes(self) -> PixelProfile:
+        """The profile for a graph that was exported for one clip: batch and text alone."""
+        return replace(self, min=None, opt=None, max=None, frames=None)
 
     def sets(self, axis: str) -> bool:
         """Whether the profile sets the size of an axis."""
@@ -218,7 +222,8 @@ def _legal(value: int, step: int, offset: int, end: str) -> int:
 def _size(
     source: Source, name: str, axis: int, size: int | str, sizes: dict[str, int], profile: PixelProfile
 ) -> int:
-    known = AXES.get(name, {}).get(axis)
+    # Inputs that only some families have are known by the names of their axes.
+    known = AXES.get(name, {}).get(axis, size if size in sizes else None)
     if isinstance(size, int):
         if known is not None and profile.sets(known) and sizes[known] != size:
             raise WanlabError(
@@ -306,6 +311,12 @@ class Source:
         first = next((kind for kind in kinds if "float" in kind), "")
         quantised = json.loads(self.metadata.get("wanlab_format", "{}"))
         return ", ".join([first, *(f"{count} x {name}" for name, count in quantised.items())])
+
+    @property
+    def sized(self) -> bool:
+        """Whether a size of the clip may vary in it, and not only the batch."""
+        shapes = [shape for _, shape in self.inputs.values()]
+        return any(isinstance(size, str) for shape in shapes for size in shape[1:])
 
     @cached_property
     def operators(self) -> dict[str, str]:

@@ -105,7 +105,16 @@ def _areas(layers: Sequence[Layer]) -> list[_Area]:
         if each.block is None and each.formats != _KEPT:
             outside[each.formats].append(each.layer)
     alone = [each.layer for each in layers if each.block is None]
-    return written + [_Area(None, _globs(names, alone), formats) for formats, names in outside.items()]
+    rest = [_Area(None, _globs(names, alone), formats) for formats, names in outside.items()]
+    # Such a name may be that of a projection too (HunyuanVideo's proj_out): the rules of the blocks come after it, and what
+    # they keep is said.
+    globs = [glob for area in rest for glob in area.layers]
+    kept = {
+        place: formats
+        for place, formats in cells.items()
+        if formats == _KEPT and any(fnmatch.fnmatchcase(place[1], glob) for glob in globs)
+    }
+    return rest + _exceptions(kept, 1, sorted({name for _, name in cells}, key=natural)) + written
 
 
 _KEPT = ((None, None, DEFAULT),)
@@ -201,9 +210,15 @@ def _joined(parts: dict[str, list[_Area]]) -> list[_Area]:
 
 
 def _one_by_one(layers: Sequence[Layer]) -> list[_Area]:
-    return [
-        _Area(None, (each.layer,), each.formats, each.component) for each in layers if each.formats != _KEPT
+    """A rule for every layer, those outside the blocks first, as their names may be those of projections too."""
+    first = [each for each in layers if each.block is None and each.formats != _KEPT]
+    names = {(each.component, each.layer) for each in first}
+    then = [
+        each
+        for each in layers
+        if each.block is not None and (each.formats != _KEPT or (each.component, each.projection) in names)
     ]
+    return [_Area(None, (each.layer,), each.formats, each.component) for each in [*first, *then]]
 
 
 def _rules(area: _Area):

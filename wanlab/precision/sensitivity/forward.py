@@ -146,12 +146,19 @@ def sampler_weights(model, steps: int, **size: int | None) -> SamplerWeights:
         size: height, width and frames of the video, on which the steps of some families depend.
 
     Raises:
-        WanlabError: a scheduler that is not linear or draws noise.
+        WanlabError: a scheduler that is not linear or draws noise, or a schedule that is not known.
     """
+
+    name = type(model.pipeline.scheduler).__name__
 
     def run(scale: float) -> torch.Tensor:
         scheduler = model.pipeline.scheduler.__class__.from_config(model.pipeline.scheduler.config)
         set_timesteps(scheduler, model.spec, steps, size)
+        if len(scheduler.timesteps) != steps:
+            raise WanlabError(
+                f"the schedule of {model.spec.name} is not known: {name} has {len(scheduler.timesteps)} timesteps for"
+                f" {steps} steps; state `schedule` in the model's family (CONTRIBUTING.md)"
+            )
         # One channel per unknown: the first latents, then the velocity of each step.
         latents = torch.zeros(1, steps + 1, 1, 1, 1, dtype=torch.float64)
         latents[0, 0] = scale
@@ -163,7 +170,6 @@ def sampler_weights(model, steps: int, **size: int | None) -> SamplerWeights:
             seen.append(latents.flatten().double().clone())
         return torch.stack(seen)
 
-    name = type(model.pipeline.scheduler).__name__
     try:
         once, twice = run(1.0), run(2.0)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:

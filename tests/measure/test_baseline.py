@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
+import pytest
+import torch
 
+from wanlab import measure
+from wanlab.core.errors import WanlabError
 from wanlab.measure import before_after
 from wanlab.measure.baseline import Baseline
 from wanlab.measure.timing import AAControl, Samples
@@ -55,3 +61,28 @@ def test_a_video_and_its_frames_are_of_the_same_samples():
     row = measured(157_000.0).row
     assert row["time_per_frame_ms"] * 5 == row["time_per_video_ms"]
     assert row["throughput_frames_per_s"] * row["time_per_frame_ms"] == 1e3
+
+
+class Timed:
+    """A model whose videos take a time of this clock."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def generate(self, image, prompt):
+        time.sleep(self.seconds)
+
+
+def test_two_baselines_are_timed_in_turn_until_their_ratio_is_known():
+    slow = (measured(92_000.0), Timed(0.02))
+    fast = (replace(measured(92_000.0), label="fast"), Timed(0.01))
+    before, after, gain = measure.versus(slow, fast, None, "", precision=60.0, limit_s=5, progress=False)
+    assert before.samples.n == after.samples.n >= 6
+    assert after.samples.median < before.samples.median < 1000
+    assert (gain.baseline, gain.candidate) == ("eager", "fast")
+    assert gain.speedup == before.samples.median / after.samples.median
+    assert before.breakdown is slow[0].breakdown
+    with pytest.raises(WanlabError, match="two labels"):
+        measure.versus(slow, slow, None, "")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,8 @@ def test_a_timing_beside_a_busy_process_says_so():
             Load(stolen_percent=4.0, gpu_processes=2),
             "the host took 4 % of the processors away and 2 other processes held the GPU",
         ),
+        (Load(frequency_mhz=2800.0, fastest_mhz=3000.0), ""),
+        (Load(frequency_mhz=2100.4, fastest_mhz=3000.0), "the processors ran at 2100 to 3000 MHz"),
     ],
 )
 def test_only_a_load_that_matters_is_said(found, text):
@@ -55,6 +58,29 @@ def test_only_a_load_that_matters_is_said(found, text):
 def test_the_worst_of_several_loads_counts():
     loads = [Load(others_percent=3.0), None, Load(stolen_percent=4.0, others_percent=1.0)]
     assert load.worst(loads) == Load(others_percent=3.0, stolen_percent=4.0)
+
+
+def test_the_clock_of_a_timing_counts_against_those_of_the_others():
+    loads = [Load(frequency_mhz=3000.0), Load(frequency_mhz=2000.0), Load(frequency_mhz=2500.0)]
+    assert (
+        load.worst(loads) == load.worst([load.worst(loads)]) == Load(frequency_mhz=2000.0, fastest_mhz=3000.0)
+    )
+    assert load.worst(loads).slowed_percent == pytest.approx(100 / 3)
+    assert loads[0].slowed_percent == 0
+
+
+def test_the_clock_is_recorded_where_the_system_tells(monkeypatch):
+    clocks = [SimpleNamespace(current=800.0), SimpleNamespace(current=3123.45)]
+    monkeypatch.setattr(load.psutil, "cpu_freq", lambda percpu: clocks)
+    assert load.LoadMeter().load().frequency_mhz == 3123.4
+    monkeypatch.setattr(load.psutil, "cpu_freq", lambda percpu: None)
+    assert load.LoadMeter().load().frequency_mhz is None
+
+
+def test_the_load_of_a_whole_run_is_no_timing():
+    load.forget()
+    load.LoadMeter().load(timing=False)
+    assert load.taken() == Load()
 
 
 @pytest.mark.parametrize(

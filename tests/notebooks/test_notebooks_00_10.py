@@ -11,6 +11,7 @@ def test_quickstart_shows_what_onnx_runtime_bought_and_cost(run_notebook):
     done = run_notebook("00_quickstart")
     assert done.values["psnr_db"] >= 50
     assert done.values["speedup"]["speedup"] > 1
+    assert " pairs " in done.values["speedup"]["sampling"]
     assert abs(done.values["quality_loss"]["quality_loss_percent"]) < 0.5
     for words in ("photograph", "PyTorch eager", "ONNX Runtime", "peak_memory_gib", "divergence_lpips"):
         assert words in str(done.page)

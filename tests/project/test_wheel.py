@@ -143,7 +143,7 @@ def test_commands_know_notebooks_models_and_plans_in_an_empty_folder(root, insta
     for name in names:
         assert (empty / "x" / name).read_bytes() == (root / "notebooks" / name).read_bytes()
     assert "wan-nano" in run(wanlab, "models", cwd=empty)
-    assert "iterations" in run(wanlab, "params", "00_quickstart", cwd=empty)
+    assert "limit_s" in run(wanlab, "params", "00_quickstart", cwd=empty)
     assert "weights" in run(wanlab, "plan", "show", "recipes/wan-nano-3-percent.yaml", cwd=empty)
     grid = "recipes/sweeps/wan-nano-precision.yaml"
     assert "recipes/hand-picked-fp8.yaml" in run(wanlab, "sweep", grid, "--dry-run", cwd=empty)
@@ -164,7 +164,7 @@ def test_a_notebook_of_ones_own_wins_over_the_one_in_the_wheel(installed, empty,
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("00_quickstart", ("steps=2", "frames=5", "iterations=1", "cases=2")),
+        ("00_quickstart", ("steps=2", "frames=5", "limit_s=5", "cases=2")),
         ("11_flame_graph", ("trace=data/traces/wan2.2-ti2v-5b.pt.trace.json.gz",)),
     ],
 )

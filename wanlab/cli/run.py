@@ -10,7 +10,9 @@ from wanlab.cli.command import Command, positive, show
 from wanlab.core.files import read_json
 from wanlab.core.paths import from_here
 from wanlab.launch.execute import execute
+from wanlab.runs.estimate import EarlierRuns
 from wanlab.runs.parameters import read_schema
+from wanlab.runs.prepare import prepare
 
 HELP = """Execute a notebook into a run folder and render its report. The last line that is printed is the path of the
 report. A finished run with the same notebook, parameters and code is not run again."""
@@ -29,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--output", type=Path, metavar="DIR", help="folder of all runs (default: the project's outputs/)")
     add("--name", help="folder of this notebook's runs (default: its file name)")
+    add(
+        "--estimate",
+        action="store_true",
+        help="print the minutes and GiB that are expected on this machine, and how they are known; run nothing",
+    )
     add("--force", action="store_true", help="run again although a finished run exists; it is kept")
     add("--timeout", type=positive, metavar="SECONDS", help="time limit of the whole notebook")
     add("--memory-limit", type=positive, metavar="GIB", help="limit of the RAM that the notebook uses")
@@ -42,9 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    parameters = read_schema(options.notebook).parse(options.parameter)
+    if options.estimate:
+        ready = prepare(options.notebook, parameters, output=options.output, name=options.name)
+        found = EarlierRuns(options.output).estimate(ready, force=options.force)
+        show(f"{ready.path.stem}: expected here {found.text}")
+        return 0
     outcome = execute(
         options.notebook,
-        read_schema(options.notebook).parse(options.parameter),
+        parameters,
         output=options.output,
         name=options.name,
         force=options.force,

@@ -12,9 +12,11 @@ from wanlab.core.files import why
 from wanlab.core.paths import from_here
 from wanlab.launch.grid import Task, expand, load_grid
 from wanlab.launch.ray_slots import RaySlots
-from wanlab.launch.slots import LocalSlots
-from wanlab.launch.sweep import Executor, SweepOutcome, is_done, sweep
+from wanlab.launch.slots import LocalSlots, default_slots, visible_gpus
+from wanlab.launch.sweep import Executor, SweepOutcome, sweep
+from wanlab.runs.estimate import EarlierRuns, total
 from wanlab.runs.parameters import read_notebook
+from wanlab.runs.prepare import prepare
 
 HELP = """Run every configuration of a grid file, several at a time where the machine allows, and write one page about
 them. What has finished is not run again."""
@@ -22,7 +24,9 @@ them. What has finished is not run again."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file, e.g. recipes/sweeps/wan-nano-precision.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs and how long they take, and start nothing"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs (default: outputs/)")
     parser.add_argument(
         "--slots", type=_count, metavar="N", help="runs at a time (default: one a GPU, or by cores)"
@@ -41,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
     file = load_grid(options.grid)
     tasks = expand(file, output=options.output, force=options.force)
     if options.dry_run:
-        show(table(tasks, force=options.force))
+        show(table(tasks, force=options.force, slots=options.slots))
         return 0
     executor = make_executor(tasks, options)
     try:
@@ -86,22 +90,27 @@ def imports(tasks: list[Task]) -> list[str]:
     return list(modules)
 
 
-def table(tasks: list[Task], *, force: bool = False) -> str:
-    """The runs as lines: label, id, machine, and whether it has finished before."""
-    rows = [("run", "id", "machine", "state")]
-    rows += [
-        (
-            task.label,
-            task.run_id,
-            task.machine,
-            "finished before" if not force and is_done(task) else "to run",
-        )
-        for task in tasks
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+def table(tasks: list[Task], *, force: bool = False, slots: int | None = None) -> str:
+    """The runs as lines: label, id, machine, whether it has finished before, and what it takes; then what all take.
+
+    Args:
+        slots: shared runs at a time; the number that `sweep` takes if None.
+    """
+    earlier = EarlierRuns(*{Path(task.output) for task in tasks})
+    rows, expected, alone = [("run", "id", "machine", "state", "expected here")], [], []
+    for task in tasks:
+        ready = prepare(task.notebook, task.overrides, output=task.output, name=task.name, repeat=task.repeat)
+        done = not force and bool(ready.finished())
+        found = None if done else earlier.estimate(ready, force=True)
+        if found is not None:
+            expected.append(found)
+            alone.append(task.alone)
+        state, words = ("finished before", "") if found is None else ("to run", found.text)
+        rows.append((task.label, task.run_id, task.machine, state, words))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    left = sum(row[3] == "to run" for row in rows)
-    return "\n".join([*lines, f"{len(tasks)} runs, {left} to run"])
+    whole = total(expected, alone, slots or default_slots(visible_gpus()))
+    return "\n".join([*lines, f"{len(tasks)} runs, {len(expected)} to run", f"expected here: {whole}"])
 
 
 def summary(outcome: SweepOutcome) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,6 +70,27 @@ def bootstrap_median_ratio(
             np.maximum(resampled_medians(side, generator, resamples), least) for side in (top, bottom)
         )
         return _known(percentile_interval(above / below, np.median(top) / np.median(bottom)))
+
+
+def median_interval(values: ArrayLike, outside: float | Fraction = 0.05) -> tuple[float, float] | None:
+    """Interval of the median of what independent values were drawn from, whatever their distribution; None when unknown.
+
+    Its ends are two of the values: the k-th smallest and the k-th largest, with the largest k of
+    2 P(Binomial(n, 1/2) < k) <= `outside`, the probability that all n values but fewer than k lie on one side of the median
+    (Le Boudec, Performance Evaluation of Computer and Communication Systems, 2010, theorem 2.1).
+
+    Args:
+        outside: probability that the interval leaves the median out, at most; 6 values are the fewest for 5 %.
+    """
+    values = np.sort(np.asarray(values, dtype=np.float64))
+    if not np.isfinite(values).all():
+        return None
+    # Whole numbers, because floats end at 2**1023: `beyond` of the 2**n draws have fewer than `below` values on one side.
+    count, below, beyond, ways = values.size, 0, 0, 1
+    allowed = Fraction(outside) * 2**count
+    while below < count / 2 and 2 * (beyond + ways) <= allowed:
+        beyond, ways, below = beyond + ways, ways * (count - below) // (below + 1), below + 1
+    return (float(values[below - 1]), float(values[count - below])) if below else None
 
 
 def interval_text(low: float | None, high: float | None, form: str = ".2f") -> str:

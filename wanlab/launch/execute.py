@@ -31,6 +31,7 @@ from wanlab.core.files import why, write_text
 from wanlab.launch import guard
 from wanlab.launch.guard import EXIT_CODES, Console, Limits, Watch
 from wanlab.pages.report import render
+from wanlab.runs.estimate import EarlierRuns
 from wanlab.runs.folder import Heartbeat, RunFolder
 from wanlab.runs.parameters import is_tagged, nbformat
 from wanlab.runs.prepare import inject, prepare, upgraded
@@ -376,6 +377,9 @@ def execute(
             "finished", folder.path, folder.report, ready.run_id, earlier.get("seconds", 0.0), reused=True
         )
 
+    if progress:
+        expected = EarlierRuns(folder.path.parents[1]).estimate(ready, force=True)
+        print(f"{folder.path.parent.name}: expected here {expected.text}", file=sys.stderr, flush=True)
     folder.open(reserve=True)
     try:
         folder.update(**ready.header())

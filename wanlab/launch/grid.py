@@ -22,6 +22,7 @@ from wanlab.core.yaml_lines import Document, load_yaml
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import Schema, read_schema, read_value
 from wanlab.runs.prepare import prepare
+from wanlab.runs.rules import faults
 
 CONFIGURED_BY = ("configuration", "plan", "engine")
 """Parameters that name a configuration; an error in it is reported at the first of them that varies."""
@@ -356,6 +357,11 @@ def _runs(part: Part, at: tuple, file: GridFile, root: str, *, several: bool, fo
                 named = next((name for name in CONFIGURED_BY if name in point), None)
                 place = (*_owner((*at, "axes"), named, file), named) if named else at
                 file.document.refuse(place, f"{_words(point)}: {error}" if point else str(error))
+            for names, words in faults(ready.values):
+                named = next((name for given in (point, fixed) for name in names if name in given), None)
+                field = "axes" if named in point else "parameters"
+                place = (*_owner((*at, field), named, file), named) if named else at
+                file.document.refuse(place, f"{_words(point)}: {words}" if point else words)
             yield Task(
                 label=label(
                     point, notebook.stem if several or not point else "", repeat if part.repeats > 1 else 0

@@ -3,6 +3,7 @@ from .baseline import ModelComparison as ModelComparison
 from .baseline import baseline as baseline
 from .baseline import before_after as before_after
 from .baseline import compare_models as compare_models
+from .baseline import versus as versus
 from .bench import Bench as Bench
 from .bench import bench as bench
 from .bench import bench_table as bench_table
@@ -13,6 +14,9 @@ from .ceilings import Ceilings as Ceilings
 from .ceilings import ceilings as ceilings
 from .ceilings import recorded_ceilings as recorded_ceilings
 from .environment import environment as environment
+from .in_turn import InTurn as InTurn
+from .in_turn import interleaved as interleaved
+from .in_turn import until_told as until_told
 from .memory import PeakMemory as PeakMemory
 from .memory import peak_memory as peak_memory
 from .stages import COMPONENTS as COMPONENTS
@@ -26,5 +30,4 @@ from .timing import Comparison as Comparison
 from .timing import Samples as Samples
 from .timing import aa_control as aa_control
 from .timing import compare as compare
-from .timing import interleaved as interleaved
 from .timing import time_ms as time_ms

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
+from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
 from wanlab.measure.load import LoadMeter
 from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.stages import COMPONENTS, OTHER, stages
-from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, compare, control_of
+from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, control_of
 from wanlab.models.pipeline import Generation, Model
 
 
@@ -55,7 +57,15 @@ class ModelComparison:
 
 
 def compare_models(
-    variants: Mapping[str, Model], image, prompt: str, *, rounds: int = 1, progress: bool = True, **settings
+    variants: Mapping[str, Model],
+    image,
+    prompt: str,
+    *,
+    rounds: int = 1,
+    precision: float | None = None,
+    limit_s: float | None = None,
+    progress: bool = True,
+    **settings,
 ) -> ModelComparison:
     """Compare the times of several variants of a model, then record where the time of each goes.
 
@@ -65,7 +75,8 @@ def compare_models(
     Args:
         variants: label -> model; the others are compared with the first.
         image, prompt, settings: arguments of `Model.generate`.
-        rounds: number of rounds, at least 1.
+        rounds: number of rounds, at least 1; with `precision` the fewest.
+        precision, limit_s: go on until every ratio is known to so many percent, or time is up; see `take_in_turn`.
         progress: show a progress bar.
 
     Raises:
@@ -75,23 +86,14 @@ def compare_models(
         raise WanlabError(
             f"compare_models of {len(variants)} variants in {rounds} rounds; give at least one of each"
         )
-    halves: dict[tuple[str, int], list[float]] = {(label, half): [] for label in variants for half in (0, 1)}
-    once = [(label, 0) for label in variants] + [(label, 1) for label in reversed(list(variants))]
-    order = (once + once[::-1]) * rounds
-    meter = LoadMeter(gpu=any("cuda" in str(getattr(model, "device", "")) for model in variants.values()))
-    for label, half in tqdm(order, desc="interleaved", unit="video", leave=False, disable=not progress):
-        generation = variants[label].generate(image, prompt, **settings)
-        halves[label, half].append(generation.wall_ms)
-    where = {label: str(getattr(model, "device", "")) for label, model in variants.items()}
-    load = meter.load()
-    samples = {
-        label: Samples(label, (*halves[label, 0], *halves[label, 1]), where[label], load=load)
-        for label in variants
-    }
-    control = _control(
-        *(Samples(label, tuple(values), where[label]) for (label, _), values in list(halves.items())[:2])
+    timed = _in_turn(
+        variants,
+        lambda label: variants[label].generate(image, prompt, **settings).wall_ms,
+        rounds=2 * rounds,
+        precision=precision,
+        limit_s=limit_s,
+        progress=progress,
     )
-    base, *others = samples
     tables, generations = [], {}
     for label, model in variants.items():
         with stages(model) as recorder:  # after the timing, because recording synchronises the device
@@ -101,12 +103,9 @@ def compare_models(
             table[["time_ms", "share_percent"]].set_axis([f"{label}_ms", f"{label}_percent"], axis="columns")
         )
     return ModelComparison(
-        control=control,
-        samples=samples,
-        comparisons={
-            label: compare(samples[base], samples[label], control.noise_percent, allow_different_devices=True)
-            for label in others
-        },
+        control=next(iter(timed.controls.values())),
+        samples=timed.samples,
+        comparisons=timed.comparisons,
         breakdown=_joined(tables),
         generations=generations,
     )
@@ -119,8 +118,20 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return joined.loc[order].rename_axis("component").reset_index()
 
 
-def _control(first: Samples, second: Samples) -> AAControl:
-    return control_of(first, Samples(f"{second.label} (again)", second.values_ms, second.device))
+def _in_turn(variants: Mapping[str, Model], sample: Callable[[str], float], **until: Any) -> InTurn:
+    """Videos of several variants, timed in turn; `until` as in `take_in_turn`."""
+    where = {label: str(getattr(model, "device", "")) for label, model in variants.items()}
+    meter = LoadMeter(gpu=any("cuda" in device for device in where.values()))
+    halves, ended = take_in_turn(list(variants), sample, **until)
+    load = meter.load()
+
+    def of(label: str, *parts: int, again: str = "") -> Samples:
+        values = [value for half in parts for value in halves[label, half]]
+        return Samples(f"{label}{again}", tuple(values), where[label], load=load)
+
+    samples = {label: of(label, 0, 1) for label in variants}
+    controls = {label: control_of(of(label, 0), of(label, 1, again=" (again)")) for label in variants}
+    return in_turn(samples, controls, ended)
 
 
 RECORDED_PERCENT = 10.0
@@ -262,6 +273,45 @@ def baseline(
         again=again,
         load_ms=model.load.time_ms if load_ms is None else load_ms,
     )
+
+
+def versus(
+    original: tuple[Baseline, Model],
+    candidate: tuple[Baseline, Model],
+    image,
+    prompt: str,
+    *,
+    precision: float | None = 5.0,
+    limit_s: float | None = None,
+    rounds: int = 3,
+    progress: bool = True,
+    **settings,
+) -> tuple[Baseline, Baseline, Comparison]:
+    """Time two models that have their baselines in turn, until the ratio of their times can be told.
+
+    Both models are warm from their baselines. Arguments as in `compare_models`, but a round runs each model twice.
+
+    Returns:
+        Both baselines with the new times and their A/A controls in place of their own, and the comparison.
+    """
+    labels = [baseline.label for baseline, _ in (original, candidate)]
+    if labels[0] == labels[1]:
+        raise WanlabError(f"both are labelled {labels[0]!r}; give the baselines two labels")
+    calls = {
+        cost.label: functools.partial(model.generate, image, prompt, **settings)
+        for cost, model in (original, candidate)
+    }
+    timed = until_told(
+        calls,
+        warmup=0,
+        rounds=rounds,
+        precision=precision,
+        limit_s=limit_s,
+        device=original[1].device,
+        progress=progress,
+    )
+    before, after = (replace(each, control=timed.controls[each.label]) for each, _ in (original, candidate))
+    return before, after, timed.comparisons[after.label]
 
 
 def before_after(rows: list[dict], **more: list[str]) -> pd.DataFrame:

@@ -90,6 +90,29 @@ def environment(device=None) -> dict:
     }
 
 
+def hardware() -> dict[str, Any]:
+    """The part of `environment` that tells machines apart, without PyTorch: gpu (name of the first), cpu, cores,
+    cores_available, ram_gib."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "gpu": _gpu_name(),
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "cores_available": len(affinity(0)) if affinity else os.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 1024**3, 1),
+    }
+
+
+def _gpu_name() -> str | None:
+    """Name of the first GPU that this process may see, from the driver's tool; None without one."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = "0" if shown is None else shown.partition(",")[0].strip()
+    if first in ("", "-1"):
+        return None
+    answer = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", first])
+    return answer.splitlines()[0].strip() if answer else None
+
+
 def _packages() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:

@@ -1,4 +1,4 @@
-"""Load of the machine while something is timed: what other processes and the host took of its processors."""
+"""Load of the machine while something is timed: what others took of its processors, and their clock."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ STOLEN_PERCENT = 2.0
 """Share of the processors that the host of a virtual machine took, from which it is named. It goes into the time whole, so
 it is to be below the 3 % from which a difference counts."""
 
+SLOWED_PERCENT = 10.0
+"""Difference of the processors' clock between two timings of a run from which it is named. Between equal loads it moves
+by some percent of itself."""
+
 GPU_AGAIN_S = 10.0
 """How long an answer of the driver's tool counts: the tool takes longer than many a timing."""
 
@@ -34,11 +38,16 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         others_percent: share of the processors that this process may use, used by other processes; None where unknown.
         stolen_percent: share of them that the host gave to other virtual machines.
         gpu_processes: other processes with work on a GPU; None where the driver does not tell.
+        frequency_mhz: clock of the fastest processor at the end of the timing, when it still is at work; of several timings
+            the lowest. None where the system does not tell.
+        fastest_mhz: of several timings the highest clock.
     """
 
     others_percent: float | None = None
     stolen_percent: float | None = None
     gpu_processes: int | None = None
+    frequency_mhz: float | None = None
+    fastest_mhz: float | None = None
 
     @property
     def text(self) -> str:
@@ -50,17 +59,30 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             parts += [f"the host took {self.stolen_percent:.0f} % of the processors away"]
         if self.gpu_processes:
             parts += [f"{self.gpu_processes} other process{'es' * (self.gpu_processes > 1)} held the GPU"]
+        if self.slowed_percent >= SLOWED_PERCENT:
+            parts += [f"the processors ran at {self.frequency_mhz:.0f} to {self.fastest_mhz:.0f} MHz"]
         return " and ".join(parts)
+
+    @property
+    def slowed_percent(self) -> float:
+        """How far the lowest clock of several timings lies below the highest, in percent; 0 where it is not known."""
+        if not (self.frequency_mhz and self.fastest_mhz):
+            return 0.0
+        return 100 * (1 - self.frequency_mhz / self.fastest_mhz)
 
 
 def worst(loads: Iterable[Load | None]) -> Load:
-    """The largest of each part; parts that are not known count as none."""
+    """The largest of each part, and the lowest clock; parts that are not known count as none."""
     known = [load for load in loads if load]
 
-    def largest(name: str):
-        return max((value for load in known if (value := getattr(load, name)) is not None), default=None)
+    def each(*names: str):
+        return [value for load in known for name in names if (value := getattr(load, name)) is not None]
 
-    return Load(**{name: largest(name) for name in Load.__struct_fields__})
+    parts = {
+        name: max(each(name), default=None) for name in ("others_percent", "stolen_percent", "gpu_processes")
+    }
+    clocks = each("frequency_mhz", "fastest_mhz")
+    return Load(**parts, frequency_mhz=min(clocks, default=None), fastest_mhz=max(clocks, default=None))
 
 
 class _Counts(NamedTuple):
@@ -74,22 +96,28 @@ class _Counts(NamedTuple):
 
 
 class LoadMeter:
-    """Measures the load from its creation to `load()`; both take less than a millisecond, but for `GPU_AGAIN_S`."""
+    """Measures the load from its creation to `load()`; both take about a millisecond, but for `GPU_AGAIN_S`."""
 
     def __init__(self, gpu: bool = False):
         self._gpu = gpu
         self._begin = _count()
 
-    def load(self) -> Load:
-        """The load until now; it is also kept for `taken`."""
+    def load(self, timing: bool = True) -> Load:
+        """The load until now.
+
+        Args:
+            timing: whether it was that of a timing, which is kept for `taken`.
+        """
         end, begin = _count(), self._begin
         if end.clock - begin.clock < SHORTEST_S:
             older = (each for each in reversed(_kept) if end.clock - each.clock >= SHORTEST_S)
             begin = next(older, _kept[0])
         found = _between(begin, end) if end.clock > begin.clock else Load()
+        found = msgspec.structs.replace(found, frequency_mhz=_frequency_mhz())
         if self._gpu:
             found = msgspec.structs.replace(found, gpu_processes=_asked_gpu_processes())
-        _taken.append(found)
+        if timing:
+            _taken.append(found)
         return found
 
 
@@ -129,6 +157,15 @@ def _count() -> _Counts:
     if not _kept or counts.clock - _kept[-1].clock > SHORTEST_S / 4:
         _kept.append(counts)
     return counts
+
+
+def _frequency_mhz() -> float | None:
+    """Clock of the fastest processor now: the one that works, where others have slept. None where it is not known."""
+    try:
+        clocks = [each.current for each in psutil.cpu_freq(percpu=True) or ()]
+    except (AttributeError, OSError, NotImplementedError, ValueError):
+        return None
+    return round(max(clocks), 1) if clocks and max(clocks) > 0 else None
 
 
 def _asked_gpu_processes() -> int | None:

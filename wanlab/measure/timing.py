@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import LEAST, bootstrap_median_ratio, interval_text, percentile
-from wanlab.measure.load import Load, LoadMeter
+from wanlab.measure.load import Load, LoadMeter, worst
 from wanlab.models.device import synchronise
 
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -214,9 +214,12 @@ class Comparison:
 
     Attributes:
         speedup: baseline median over candidate median; 2 means half the time.
-        low, high: 95 % bootstrap interval of the speed-up; NaN when a side has fewer than 3 samples.
+        low, high: 95 % bootstrap interval of the speed-up; NaN when a side has fewer than 3 samples. Of calls that were
+            timed until it could be told, the interval of `wanlab.measure.in_turn`.
         verdict: `"faster"`, `"slower"` or `"not distinguishable"`.
         noise_percent: noise floor that the effect was compared with.
+        sampling: how many samples there are and what ended the sampling, in words; empty where their number was given.
+        busy: what other work took of the machine meanwhile, in words, where it matters for a time.
     """
 
     baseline: str
@@ -228,6 +231,8 @@ class Comparison:
     noise_percent: float = 0.0
     baseline_ms: float = field(default=math.nan)
     candidate_ms: float = field(default=math.nan)
+    sampling: str = ""
+    busy: str = ""
 
     def row(self) -> dict:
         return {
@@ -240,7 +245,7 @@ class Comparison:
             "high": self.high,
             "noise_percent": self.noise_percent,
             "verdict": self.verdict,
-        }
+        } | ({"sampling": self.sampling} if self.sampling else {})
 
     def __str__(self) -> str:
         return verdict_sentence(
@@ -251,6 +256,8 @@ class Comparison:
             self.noise_percent,
             candidate=self.candidate,
             baseline=self.baseline,
+            sampling=self.sampling,
+            busy=self.busy,
         )
 
 
@@ -286,6 +293,8 @@ def verdict_sentence(
     baseline: str = "",
     here: bool = True,
     how: str = "as fast",
+    sampling: str = "",
+    busy: str = "",
 ) -> str:
     """A verdict as a sentence: the conclusion first, then the figure, its interval and the noise.
 
@@ -293,6 +302,7 @@ def verdict_sentence(
         verdict: from `verdict_of`. ratio, low, high, noise_percent: NaN where not known.
         candidate, baseline: names of the two sides.
         here: whether it was measured on this machine now. how: words after "2.00 times", such as "as fast".
+        sampling, busy: as in `Comparison`; the load is named where it may be why nothing can be told.
 
     Returns:
         `"b is 2.00 times as fast as a (95 % interval 1.98 to 2.02, noise 3.0 %)"`, or
@@ -300,11 +310,12 @@ def verdict_sentence(
     """
     known = [interval_text(low, high)]
     known += [f"noise {noise_percent:.1f} %"] if noise_percent == noise_percent else ["noise not known"]
+    known += [sampling] if sampling else []
     if verdict == NOT_DISTINGUISHABLE:
         above = max(ratio, 1 / max(ratio, 1e-9)) - 1 > noise_percent / 100  # so noise is not the reason
         source = "so few times" if above and math.isnan(low) else "noise"
         holds = f"no difference{f' from {baseline}' if baseline else ''} can be told from {source}"
-        place = " on this machine now" if here else ""
+        place = (" on this machine now" if here else "") + (f", while {busy}" if busy else "")
         return (
             f"{f'{candidate}: ' if candidate else ''}{holds}{place} (ratio {ratio:.2f}, {', '.join(known)})"
         )
@@ -361,6 +372,7 @@ def compare(
         noise_percent,
         baseline.median,
         candidate.median,
+        busy=worst((baseline.load, candidate.load)).text,
     )
 
 
@@ -403,10 +415,10 @@ def time_ms(
     Raises:
         WanlabError: no iterations, negative warm-up, or a CUDA device that this machine lacks.
     """
-    _check_counts(warmup, iterations)
+    check_counts(warmup, iterations)
     label = label or getattr(fn, "__name__", type(fn).__name__)
-    clock = _Clock(device)
-    values = [clock.sample(fn) for _ in _bar(range(-warmup, iterations), label=label, progress=progress)]
+    clock = Clock(device)
+    values = [clock.sample(fn) for _ in bar(range(-warmup, iterations), label=label, progress=progress)]
     return Samples(label, tuple(values[warmup:]), *clock.facts())
 
 
@@ -424,13 +436,13 @@ def aa_control(
     Samples alternate as A A' A' A A A' A' A ..., so that a slow drift affects both series equally.
     Arguments and errors as in `time_ms`; `iterations` is per side.
     """
-    _check_counts(warmup, iterations)
+    check_counts(warmup, iterations)
     label = label or getattr(fn, "__name__", type(fn).__name__)
-    clock = _Clock(device)
+    clock = Clock(device)
     for _ in range(warmup):
         clock.sample(fn)
     sides: tuple[list[float], list[float]] = ([], [])
-    for pair in _bar(range(iterations), label=f"{label} A/A", progress=progress):
+    for pair in bar(range(iterations), label=f"{label} A/A", progress=progress):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
             sides[side].append(clock.sample(fn))
     facts = clock.facts()
@@ -441,51 +453,6 @@ def aa_control(
     return control_of(first, second)
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    warmup: int = 1,
-    rounds: int = 5,
-    device=None,
-    progress: bool = True,
-) -> tuple[dict[str, Samples], AAControl]:
-    """Time several calls interleaved, so that a drift of the machine affects all of them equally.
-
-    A round runs every call once in the given order and once in the reverse order. The two series of the first call are
-    the A/A control.
-
-    Args:
-        calls: label -> call without arguments; the first is the baseline.
-        warmup: warm-up calls of each, before the first round.
-        rounds: number of rounds, at least 1; each gives two samples per call.
-
-    Raises:
-        WanlabError: no calls, no rounds, or an error of `time_ms`.
-    """
-    if not calls:
-        raise WanlabError("nothing to time; give at least one call")
-    _check_counts(warmup, rounds)
-    clock = _Clock(device)
-    for call in calls.values():
-        for _ in range(warmup):
-            clock.sample(call)
-    forward: dict[str, list[float]] = {label: [] for label in calls}
-    backward: dict[str, list[float]] = {label: [] for label in calls}
-    for _ in _bar(range(rounds), label="interleaved", progress=progress):
-        for label, call in calls.items():
-            forward[label].append(clock.sample(call))
-        for label, call in reversed(list(calls.items())):
-            backward[label].append(clock.sample(call))
-    facts = clock.facts()
-    samples = {label: Samples(label, (*forward[label], *backward[label]), *facts) for label in calls}
-    base = next(iter(calls))
-    first, second = (
-        Samples(name, tuple(values[base]), *facts)
-        for name, values in ((base, forward), (f"{base} (again)", backward))
-    )
-    return samples, control_of(first, second)
-
-
 def control_of(first: Samples, second: Samples) -> AAControl:
     """An A/A control from two series of the same work."""
     ratio, low, high = ratio_of_medians(first, second)
@@ -494,20 +461,20 @@ def control_of(first: Samples, second: Samples) -> AAControl:
     return AAControl(first, second, ratio, 100 * max(abs(ratio - 1), abs(low - 1), abs(high - 1)))
 
 
-def _check_counts(warmup: int, iterations: int) -> None:
+def check_counts(warmup: int, iterations: int) -> None:
     if iterations < 1:
         raise WanlabError(f"iterations is {iterations}; take at least 1 sample")
     if warmup < 0:
         raise WanlabError(f"warmup is {warmup}; give 0 or more")
 
 
-def _bar(items: Iterable, *, label: str, progress: bool) -> Iterable:
+def bar(items: Iterable, *, label: str, progress: bool) -> Iterable:
     if not progress:
         return items
     return tqdm(items, desc=label or "timing", leave=False, unit="call")
 
 
-class _Clock:
+class Clock:
     """Clock for single calls on one device; from its creation on it also measures the load of the machine."""
 
     def __init__(self, device) -> None:

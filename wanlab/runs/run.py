@@ -68,6 +68,7 @@ class Run:
         self._before = 0  # cells that were executed before the one of `start`
         self._answer: clips.Html | None = None
         self._tiles: list[dict[str, str]] = []
+        self._meter = load.LoadMeter()
 
     def __repr__(self) -> str:
         return f"Run({self.folder.parent.name}/{self.id}, {'finished' if self.finished else 'open'})"
@@ -271,7 +272,7 @@ class Run:
         return self._answer
 
     def finish(self) -> None:
-        """Mark the run as finished. In JupyterLab also show its verdict.
+        """Mark the run as finished, with the load of the machine since its start. In JupyterLab also show its verdict.
 
         Raises:
             WanlabError: the model's files, or files that parameters name, changed during the run, so that its figures belong
@@ -280,7 +281,8 @@ class Run:
         cells = self._as_executed()
         words = f"{cells.get('skipped_cells')} cell(s) of the notebook's file were not executed"
         notes = [*self.notes, *([words] if cells.get("skipped_cells") else [])]
-        self._files.update(notes=notes, **cells)
+        whole = msgspec.to_builtins(self._meter.load(timing=False))
+        self._files.update(notes=notes, load_of_run=whole, **cells)
         self._check_weights()
         self._check_inputs()
         self._files.update(finished=now())

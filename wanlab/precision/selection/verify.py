@@ -21,7 +21,8 @@ from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.quality import Divergence, divergence
 from wanlab.evaluate.scores import Scores
 from wanlab.heldout.cases import EXAMINATION, FINAL, Case
-from wanlab.measure.timing import Comparison, compare, interleaved
+from wanlab.measure.in_turn import interleaved
+from wanlab.measure.timing import Comparison, compare
 from wanlab.models.inputs import first_frame
 from wanlab.models.shapes import latent_shape
 from wanlab.models.variants import alternate_sdpa, compile_blocks

@@ -53,7 +53,7 @@
     const copy = cell.cloneNode(true);
     copy.querySelectorAll("code, a, input, .tags").forEach(e => e.remove());
     const text = copy.textContent;
-    const bad = text.match(/\bnan\b|\bNone\b|\b(True|False)\b/i)?.[0]?.match(/NaN|nan|None|True|False/)?.[0] ?? text.match(/\b[a-z][a-z0-9]*_[a-z0-9_]+\b|\d\.\d{5,}|\de[-+]\d+|[{}]|=\d+\.0\b/)?.[0];
+    const bad = text.match(/\bnan\b|\bNone\b|\b(True|False)\b/i)?.[0]?.match(/NaN|nan|None|True|False/)?.[0] ?? text.match(/\b[a-z][a-z0-9]*_[a-z0-9_]+\b|\d\.0*[1-9]\d{4,}|\de[-+]\d+|[{}]|=\d+\.0\b/)?.[0];
     if (bad) found.push(`a table has ${bad} in “${text.trim().slice(0, 60)}”`);
   }
   return [...new Set(found)];

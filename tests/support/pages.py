@@ -59,13 +59,13 @@ def faults(browser: Any, report: Path, views: tuple[tuple[int, bool], ...] = VIE
             "console", lambda message, to=wrong: message.type == "error" and to.append(message.text[:200])
         )
         page.on("pageerror", lambda error, to=wrong: to.append(str(error)[:200]))
-        page.goto(report.resolve().as_uri())
-        for _ in range(200):
+        page.goto(report.resolve().as_uri(), timeout=120_000)
+        for _ in range(1500):
             if page.evaluate(DRAWN):
                 break
             page.wait_for_timeout(20)
         else:
-            wrong.append("figures are not drawn within 4 s")
+            wrong.append("figures are not drawn within 30 s")
         found += [f"{where}: {line}" for line in [*wrong, *page.evaluate(FAULTS, SIDE)]]
         context.close()
     return found

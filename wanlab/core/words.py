@@ -33,6 +33,7 @@ UNITS = {
     "us": "µs",
     "ns": "ns",
     "kib": "KiB",
+    "tflop": "TFLOP",
     "fps": "frames/s",
     "w": "W",
 }
@@ -61,13 +62,15 @@ ACRONYMS = {
         "VAE",
     )
 }
+PLAINER = {"cond": "with prompt", "uncond": "without prompt", "std": "standard deviation"}
 UNKNOWN = "–"  # what stands where a number is not known
 SMALLEST_PERCENT = 0.001
+NO_BREAK = "\u00a0"  # a space at which no line ends
 
 
 def label(column: str) -> str:
     """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
-    words = [ACRONYMS.get(word, word) for word in str(column).split("_")]
+    words = [ACRONYMS.get(word, PLAINER.get(word, word)) for word in str(column).split("_")]
     if len(words) == 3 and words[1:] == ["per", "s"] and words[0] in RATES:
         return RATES[words[0]]
     if len(words) > 3 and words[-2:] == ["per", "s"]:
@@ -92,13 +95,17 @@ def number_text(value: float) -> str:
         return "∞" if value > 0 else "−∞"
     if size >= 1e15 or 0 < size < 1e-4:
         digits, power = f"{value:.2e}".split("e")
-        return f"{float(digits):g} × 10{str(int(power)).translate(RAISED)}"
-    for factor, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        return f"{float(digits):g}{NO_BREAK}×{NO_BREAK}10{str(int(power)).translate(RAISED)}"
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if size >= 0.9995 * factor:
-            return (
-                f"{value / factor:.3g}{letter}" if size < 999.5 * factor else f"{value / factor:,.0f}{letter}"
-            )
+            return f"{value / factor:{'.3g' if size < 999.5 * factor else ',.0f'}}{NO_BREAK}{letter}"
     return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
+
+
+def time_text(time_ms: float) -> str:
+    """A time in three significant digits with the unit in which it is read easily."""
+    factor, unit = scaled_unit("ms", abs(time_ms) if math.isfinite(time_ms) else 0.0)
+    return f"{number_text(time_ms * factor)} {unit}"
 
 
 def percent_text(value: float) -> str:
@@ -117,6 +124,8 @@ def scaled_unit(unit: str, largest: float) -> tuple[float, str]:
         return 1e-3, "s"
     if unit == "ms" and 0 < largest < 0.1:
         return 1e3, "µs"
+    if unit == "TFLOP" and 0 < largest < 0.1:
+        return (1e3, "GFLOP") if largest >= 1e-4 else (1e6, "MFLOP")
     if unit == "s" and 0 < largest < 0.1:
         return 1e3, "ms"
     if unit == "GiB" and 0 < largest < 0.1:
@@ -141,6 +150,8 @@ def words_of(value: Any) -> str:
     text = str(value).removeprefix("torch.")
     if text in ("nan", "None", "NaT", "<NA>"):
         return ""
+    if inside := LISTED.fullmatch(text):
+        text = inside[1].replace("'", "").replace('"', "")
     if NAME.fullmatch(text):
         return heading(text)
     return text_words(text)
@@ -155,6 +166,7 @@ def text_words(text: str) -> str:
 
 
 NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9]*(?:_[a-zA-Z0-9]+)*")
+LISTED = re.compile(r"[\[(]([^\[\](){}]*)[\])]")
 PART = re.compile(
     r"(?<![\w./=-])(?:"
     + "|".join(sorted((n for n in NAMES if "_" in n), key=len, reverse=True))

@@ -411,11 +411,8 @@ class Page:
             {"data": payload.get("data", []), "layout": layout, "config": payload.get("config") or {}}
         )
         height = layout.get("height") or 420
-        style = f"height:{int(height)}px" if isinstance(height, int | float) else ""
-        least = (layout.get("meta") or {}).get("least_px") if isinstance(layout.get("meta"), dict) else None
-        style += f";min-width:{int(least)}px" if isinstance(least, int | float) else ""
-        place = f'<div class="figure" data-figure="{len(self.figures) - 1}" style="{style}"></div>'
-        return f'<div class="scroll">{place}</div>' if least else place
+        style = f' style="height:{int(height)}px"' if isinstance(height, int | float) else ""
+        return f'<div class="figure" data-figure="{len(self.figures) - 1}"{style}></div>'
 
 
 def markdown_html(source: str, page: Page) -> str:

@@ -71,6 +71,8 @@ def theme() -> str:
         "linecolor": LINE,
         "ticks": "",
         "automargin": True,
+        "exponentformat": "none",  # 70,000 and not 70k, which before "ms" is read as a unit
+        "separatethousands": True,
         "title": {"standoff": 10, "font": {"size": 13}},
     }
     pio.templates["wanlab"] = go.layout.Template(

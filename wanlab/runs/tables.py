@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from wanlab.core.words import UNITS, UNKNOWN, heading, number_text, percent_text, scaled_unit, words_of
 
@@ -33,7 +34,7 @@ WARNINGS = ("warning", "warnings", "caution", "caveat", "problem", "verdict", "r
 WIDE = 8  # columns
 LONG = 40  # characters of a cell that needs room
 FIGURE = re.compile(
-    r"(&[lg]t; )?[-+−±]?\d[\d.,]*( × 10[⁻⁰-⁹¹²³]+)?( ?(%|[A-Za-zµ/×]{1,5}))?( to .*)?( \(.*\))?\Z"
+    r"(&[lg]t; )?[-+−±]?\d[\d.,]*(\s×\s10[⁻⁰-⁹¹²³]+)?(\s?(%|[A-Za-zµ/×]{1,5}))?( to .*)?( \(.*\))?\Z"
 )
 PLAIN = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
 UNIT = re.compile(r"(?:(.*), |^)([^,]+)\Z")
@@ -70,7 +71,7 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
     corner = frame.columns.name
     frame.columns = pd.Index([str(name) for name in frame.columns])
     index = frame.index
-    if isinstance(index, pd.MultiIndex) or index.name is not None or index.dtype == object:
+    if isinstance(index, pd.MultiIndex) or index.name is not None or not is_numeric_dtype(index):
         levels = index.to_frame(index=False, name=list(range(index.nlevels)))
         names = list(index.names) if isinstance(index, pd.MultiIndex) else [index.name or corner or ""]
         levels.columns = pd.Index(["" if name is None else str(name) for name in names])

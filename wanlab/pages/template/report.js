@@ -32,12 +32,33 @@ const small = (data, layout) => {
   if (layout.legend?.orientation === "v") set.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
   return set;
 };
+// A figure that would have no room beside its labels is wider than the phone, and scrolls.
+const widen = (place, least) => {
+  const box = el("div");
+  place.before(box);
+  box.append(place);
+  place.style.minWidth = `${least}px`;
+  edges(box);
+};
+const ROOM = 170, WIDENED = 640; // pixels
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
   const { data, layout, config } = figures[number];
   const size = narrow() ? small(data, layout) : {};
+  if (layout.meta?.least_px > place.clientWidth) widen(place, layout.meta.least_px);
+  // The main figure ends with the first screen, if its letters stay apart.
+  const high = innerHeight - place.getBoundingClientRect().top - scrollY - 16;
+  if (place.closest(".main") && !narrow() && layout.height > high) {
+    size.height = Math.round(Math.max(high, 0.66 * layout.height));
+    place.style.height = `${size.height}px`;
+  }
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
+    .then(() => {
+      if (!narrow() || place._fullLayout._size.w > ROOM || place.style.minWidth) return;
+      widen(place, WIDENED);
+      return Plotly.Plots.resize(place);
+    })
     .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
     .then(() => { if (place.data[0]?.type === "icicle") searchable(place); place.dataset.drawn = "yes"; });
   dataControl(place, `${stem}-${number + 1}.csv`);
@@ -83,7 +104,7 @@ for (const table of document.querySelectorAll("table.dataframe")) {
       box.addEventListener("change", () => [...table.rows].forEach((row) => { if (row.cells[i + 1]) row.cells[i + 1].hidden = !box.checked; }));
       return el("label", {}, box, head.textContent);
     });
-    table.parentElement.before(el("details", { className: "columns" }, el("summary", { textContent: `choose of ${heads.length} columns` }), ...boxes));
+    table.parentElement.before(el("details", { className: "columns" }, el("summary", { textContent: `choose among ${heads.length} columns` }), ...boxes));
   }
 }
 document.querySelectorAll(".rich, .scroll, .code").forEach(edges);

@@ -21,12 +21,14 @@ import sweep_tables
 from table_text import ROOT, machine, markdown, read
 
 from wanlab.cli.nano_eval import verdicts
+from wanlab.pages.templates import glossary_markdown
 
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
+    ROOT / "docs" / "glossary.md",
     ROOT / "docs" / "input.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "precision.md",
@@ -128,7 +130,7 @@ def heldout() -> str:
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
 TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
-TABLES |= input_tables.TABLES | family_tables.TABLES
+TABLES |= input_tables.TABLES | family_tables.TABLES | {"glossary": glossary_markdown}
 
 
 def rewritten(text: str) -> str:

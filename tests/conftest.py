@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch, which reads it once.
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import settings
 from support import exports, shared
 from support.commands import Commands
+from support.pages import chromium, launched
 
 settings.register_profile("wanlab", deadline=None)
 settings.load_profile("wanlab")
@@ -110,6 +112,16 @@ def commands(root, tmp_path_factory) -> Iterator[Commands]:
     started = Commands(root, tmp_path_factory.mktemp("commands"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of a process."""
+    path = chromium()
+    if path is None:
+        pytest.fail("no Chromium: `make chromium` installs Debian's, or set CHROMIUM to the path of one")
+    with launched(path) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

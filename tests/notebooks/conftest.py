@@ -6,12 +6,14 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from support.pages import chromium, faults
 from support.shared import copied, once
 
 
@@ -65,8 +67,26 @@ def cold(root):
 
 
 @pytest.fixture(scope="session")
-def run_in(root, commands):
-    """Execute a notebook of the project into a folder of runs."""
+def faults_of(request):
+    """What is wrong with a report as people see it; each notebook's first report of a process is looked at."""
+    seen: set[str] = set()
+
+    def go(executed: Executed) -> list[str]:
+        name = executed.folder.parent.name
+        if name in seen:
+            return []
+        seen.add(name)
+        if chromium() is None:
+            warnings.warn(f"no Chromium, so the report of {name} is not looked at", stacklevel=2)
+            return []
+        return faults(request.getfixturevalue("browser"), executed.folder / "report.html")
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def run_in(root, commands, faults_of):
+    """Execute a notebook of the project into a folder of runs, and look at its report."""
 
     def go(outputs: Path, name: str, *more: str, force: bool = True) -> Executed:
         notebook = root / "notebooks" / f"{name}.ipynb"
@@ -76,6 +96,8 @@ def run_in(root, commands):
         assert done.returncode == 0, done.stderr[-3000:]
         executed = Executed((outputs.parent / done.stdout.splitlines()[-1]).parent)
         assert json.loads((executed.folder / "status.json").read_text())["state"] == "finished"
+        wrong = faults_of(executed)
+        assert not wrong, "\n".join(wrong)
         return executed
 
     return go

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from wanlab.core.errors import WanlabError, clean
 from wanlab.pages import report
 from wanlab.pages.report import page_of, render
-from wanlab.pages.templates import json_script
+from wanlab.pages.templates import glossary, glossary_markdown, json_script
 from wanlab.runs.result import Quality, Result, Work
 
 HOSTILE = (
@@ -48,9 +48,9 @@ def assert_closed(text: str) -> BeautifulSoup:
                 assert tag[name].startswith("data:") or tag[name] == "", (tag.name, tag[name][:80])
         assert not [name for name in tag.attrs if name.startswith("on")]
         if tag.has_attr("href"):
-            assert re.match(r"(https?:|mailto:|#)", tag["href"]), tag["href"]
+            assert re.match(r"(https?:|mailto:|#|data:text/csv;)", tag["href"]), tag["href"]
     assert not soup.find_all(["link", "iframe", "object", "embed", "base"])
-    assert len(soup.find_all("script")) in (2, 3)
+    assert len(soup.find_all("script")) in (3, 4)
     for style in soup.find_all("style"):
         assert "url(" not in style.text
         assert "@import" not in style.text
@@ -227,7 +227,7 @@ def test_plotly_is_inside_once_and_only_when_needed():
     assert len(soup.select("[data-figure]")) == 3
     assert with_figures.count(get_plotlyjs()[:200]) == 1
     without = page(notebook("# Q?"))
-    assert len(without) < 60_000
+    assert len(without) < 80_000
     assert_closed(without)
 
 
@@ -483,7 +483,26 @@ def test_heads_of_tables_are_words_with_units():
     table = f'<table class="dataframe">{head}<tbody><tr><th>expert_high</th></tr></tbody></table>'
     soup = assert_closed(page(notebook("# Q?", code(data={"text/html": table}))))
     assert [head.text for head in soup.select("th")] == [
-        "peak memory (GiB)",
-        "PSNR (dB)",
+        "peak memory, GiB",
+        "PSNR, dB",
         "high-noise expert",
     ]
+
+
+def test_the_table_that_a_cell_saved_lies_in_the_page_with_its_own_numbers(tmp_path):
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "calls.csv").write_text("time_ms\n2.25231e-06\n")
+    cell = code(
+        'run.save_table("calls", calls)\nrun.table("none", nothing)', data={"text/html": "<p>shown</p>"}
+    )
+    soup = assert_closed(page_of(notebook("# Q?", cell), {}, {}, tmp_path, "n"))
+    (link,) = soup.select("a[download]")
+    assert link["download"] == "calls.csv"
+    assert base64.b64decode(link["href"].partition(",")[2]).decode() == "time_ms\n2.25231e-06\n"
+
+
+def test_the_glossary_of_pages_is_the_one_of_the_docs(root):
+    assert glossary_markdown() in (root / "docs" / "glossary.md").read_text("utf-8")
+    terms = [word.lower() for each in glossary() for word in (each["term"], *each["also"])]
+    assert len(terms) == len(set(terms))
+    assert json.dumps(glossary()[0]["means"]) in page(notebook("# Q?"))

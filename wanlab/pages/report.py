@@ -29,9 +29,9 @@ from pygments.lexers import PythonLexer
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
 from wanlab.core.stats import interval_text
+from wanlab.core.words import UNITS, heading
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, display_time, display_value, duration
-from wanlab.plots.style import NAMES, UNITS, label
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
 from wanlab.runs.parameters import read_notebook
@@ -49,6 +49,7 @@ MOST_CHARS = 60_000
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 EMBEDDED = (*IMAGES, "image/svg+xml", "video/mp4", "video/webm")
 EMBEDDED_BYTES = 16 * 2**20  # of one file
+CSV_BYTES = 2**20  # of a table's file that lies in the page
 
 TAGS = set(
     """
@@ -155,7 +156,7 @@ def page_of(
         notes=[str(note) for note in record.get("notes") or ()],
         details=[str(detail) for detail in record.get("details") or ()],
         tiles=[*(record.get("tiles") or ()), *_tiles(results)][:MOST_TILES],
-        main=[Markup(_outputs(cell, page)) for cell in main],
+        main=[Markup(_outputs(cell, page) + _files(cell, page)) for cell in main],
         state=status.get("state"),
         state_words=WORDS.get(status.get("state"), status.get("state")),
         failure=_failure(status, cells),
@@ -210,7 +211,8 @@ def _cell(cell: Any, page: Page, *, at_top: bool = False) -> str:
     if cell.cell_type == "markdown":
         return f'<div class="prose">{markdown_html(cell.source, page)}</div>'
     failed = _cell_state(cell) == "failed"
-    outputs = '<p class="aside">Shown at the top of the page.</p>' if at_top else _outputs(cell, page)
+    shown = _outputs(cell, page) + _files(cell, page)
+    outputs = '<p class="aside">Shown at the top of the page.</p>' if at_top else shown
     seconds = cell.metadata.get("papermill", {}).get("duration") or 0
     label = f"code · {seconds:.1f} s" if seconds >= 0.05 else "code"
     label += {"failed": " · failed here", "pending": " · not run"}.get(_cell_state(cell), "")
@@ -218,6 +220,24 @@ def _cell(cell: Any, page: Page, *, at_top: bool = False) -> str:
     source = f"{fold}<summary>{label}</summary>{code_html(cell.source)}</details>"
     kind = 'class="cell failed" id="failed-cell"' if failed else 'class="cell"'
     return f"<section {kind}>{outputs}{source}</section>"
+
+
+SAVED = re.compile(r"""\brun\.(?:save_)?table\(\s*["']([\w. -]+)["']""")
+
+
+def _files(cell: Any, page: Page) -> str:
+    """Links to the tables that a cell saved, which lie in the page as data: all columns, in their own units."""
+    links = []
+    for name in dict.fromkeys(SAVED.findall(cell.source) if page.root is not None else ()):
+        name = f"{name.removesuffix('.csv')}.csv"
+        path = page.root / "artifacts" / name
+        try:
+            if path.stat().st_size <= CSV_BYTES:
+                address = _data_url("text/csv;charset=utf-8", path.read_bytes())
+                links.append(f'<a class="quiet" download="{name}" href="{address}">{name}</a>')
+        except OSError:
+            pass  # a table without rows is not saved
+    return f'<p class="under">{" ".join(links)}</p>' if links else ""
 
 
 def _joined_streams(outputs: Iterable[Any]) -> Iterator[Any]:
@@ -442,10 +462,10 @@ COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)*)</th>")
 
 
 def _with_words(source: str) -> str:
-    """Column names of a DataFrame as words with their unit: "peak_memory_gib" as "peak memory (GiB)"."""
+    """Column names of a table of pandas as words with their unit: "peak_memory_gib" as "peak memory, GiB"."""
     if 'class="dataframe"' not in source:
         return source
-    return COLUMN.sub(lambda match: f"<th>{NAMES.get(match[1], label(match[1]))}</th>", source)
+    return COLUMN.sub(lambda match: f"<th>{heading(match[1])}</th>", source)
 
 
 def _picture(url: str, page: Page) -> str:
@@ -468,7 +488,10 @@ def text_html(source: str, *, quiet: bool = False) -> str:
     if count <= LONG_LINES and not quiet:
         return body
     label = "messages" if quiet else "output"
-    return f"<details><summary>{label}, {count} line{'s' if count != 1 else ''}</summary>{body}</details>"
+    kind = ' class="messages"' if quiet else ""
+    return (
+        f"<details{kind}><summary>{label}, {count} line{'s' if count != 1 else ''}</summary>{body}</details>"
+    )
 
 
 def traceback_html(source: str) -> str:

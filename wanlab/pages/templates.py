@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from wanlab.core.errors import clean, cleaned
 
 TEMPLATE = Path(__file__).with_name("template")
+GLOSSARY = Path(__file__).with_name("glossary.json")
 WORDS = {
     "finished": "finished",
     "failed": "failed",
@@ -37,13 +38,30 @@ def fill(name: str, **values: Any) -> str:
 
 @functools.cache
 def _environment() -> Any:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATE),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
+    environment.globals["terms"] = json_script(glossary())
+    return environment
+
+
+@functools.cache
+def glossary() -> list[dict[str, Any]]:
+    """Terms of the workbench: `term`, other words for it in `also`, and what it `means`."""
+    return json.loads(GLOSSARY.read_text("utf-8"))
+
+
+def glossary_markdown() -> str:
+    """The terms in alphabetical order, as the page docs/glossary.md has them."""
+    rows = [
+        f"| {' / '.join([each['term'], *each['also']])} | {each['means']} |"
+        for each in sorted(glossary(), key=lambda each: each["term"].lower())
+    ]
+    return "\n".join(["| term | meaning |", "|---|---|", *rows])
 
 
 def asset(*names: str) -> Any:

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import time_text
 from wanlab.diagnose.breakdown import CATEGORY_NAMES as CATEGORY_NAMES
 from wanlab.diagnose.memory.account import PART_NAMES as PART_NAMES
 from wanlab.models.spec import ENCODERS
@@ -49,7 +50,12 @@ def category_bars(breakdown: Any) -> go.Figure:
     ends = table["time_ms"] + hidden["hidden_ms"].reindex(table.index, fill_value=0.0)
     for name, end, time_ms, share in zip(order, ends, table["time_ms"], table["share_percent"], strict=True):
         figure.add_annotation(
-            x=end, y=name, text=f"{_time(time_ms)} · {share:.1f} %", xanchor="left", xshift=4, showarrow=False
+            x=end,
+            y=name,
+            text=f"{time_text(time_ms)} · {share:.1f} %",
+            xanchor="left",
+            xshift=4,
+            showarrow=False,
         )
     figure.update_layout(
         template=theme(), barmode="stack", height=110 + ROW_PX * len(order), margin={"t": 40}
@@ -57,10 +63,6 @@ def category_bars(breakdown: Any) -> go.Figure:
     figure.update_xaxes(title_text="wall clock (ms)", range=[0, 1.3 * float(ends.max())])
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
     return figure
-
-
-def _time(time_ms: float) -> str:
-    return f"{time_ms / 1e3:,.2f} s" if time_ms >= 1e4 else f"{time_ms:,.1f} ms"
 
 
 def flame_icicle(flame: Any, *, smallest_percent: float = 0.1) -> go.Figure:
@@ -260,7 +262,7 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     share = df["share_percent"] if "share_percent" in df else 100.0 * df["time_ms"] / (total or 1.0)
     calls = df["calls"] if "calls" in df else [None] * len(df)
     names = [NAMES.get(name, str(name)) for name in df["component"]]
-    texts = [f"{ms:,.1f} ms · {part:.1f} %" for ms, part in zip(df["time_ms"], share, strict=True)]
+    texts = [f"{time_text(ms)} · {part:.1f} %" for ms, part in zip(df["time_ms"], share, strict=True)]
     figure = go.Figure(
         go.Bar(
             x=df["time_ms"].tolist(),
@@ -317,7 +319,7 @@ def samples_strip(samples: Sequence[Any]) -> go.Figure:
             line={"color": tint, "width": 3},
         )
         figure.add_annotation(
-            x=sample.median, y=row - 0.42, text=f"{sample.median:,.2f} ms", showarrow=False, yanchor="bottom"
+            x=sample.median, y=row - 0.42, text=time_text(sample.median), showarrow=False, yanchor="bottom"
         )
     figure.update_layout(template=theme(), height=80 + 64 * len(samples), showlegend=False)
     figure.update_xaxes(title_text="time (ms), median marked")

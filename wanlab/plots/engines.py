@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
+from wanlab.core.words import time_text
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 PARTS = ("h2d", "device", "d2h")
@@ -66,7 +67,7 @@ def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
         sums = rest[["nodes", "time_ms", "share_percent"]].sum().to_dict()
         shown = pd.concat([shown, pd.DataFrame([{"operator": f"{len(rest)} others"} | sums])])
     texts = [
-        f"{row.time_ms:,.2f} ms · {row.share_percent:.1f} % · {row.nodes:,.0f} node{'s' * (row.nodes != 1)}"
+        f"{time_text(row.time_ms)} · {row.share_percent:.1f} % · {row.nodes:,.0f} node{'s' * (row.nodes != 1)}"
         for row in shown.itertuples()
     ]
     figure = go.Figure(
@@ -93,7 +94,7 @@ def _names(rows: list[dict], key: str) -> list[str]:
 
 
 def _bench_text(row: dict) -> str:
-    shown = f"{row['latency_ms']:,.2f} ms"
+    shown = time_text(row["latency_ms"])
     if "speedup" not in row or row.get("verdict") == "baseline":
         return shown
     return f"{shown} · {row['speedup']:.2f}x, {row['verdict']}"
@@ -428,12 +429,15 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
         template=theme(), height=110 + ROW_PX * max(len(rows), 1), showlegend=False, margin={"r": 20}
     )
     # Space for the text right of the longest bar.
+    steps = (1, 2, 5) if high / floor < 100 else (1,)
     reach = (math.log10(high) - math.log10(floor)) * 2.0
     figure.update_xaxes(
         type="log",
         range=[math.log10(floor), math.log10(floor) + max(reach, 0.5)],
         title_text="latency (ms), logarithmic axis",
-        dtick="D2" if high / floor < 100 else 1,  # 1, 2, 5 where the axis is short
+        tickvals=[
+            step * 10**power for power in range(-3, 8) for step in steps if low / 3 < step * 10**power <= high
+        ],
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
     return figure
@@ -446,9 +450,9 @@ def _platform_text(row: dict) -> str:
         return f"built{took}, not executed"
     ratio = row["ratio_to_eager"]
     if row["engine"] == "eager" or ratio != ratio:
-        return f"{row['latency_ms']:,.1f} ms"
+        return time_text(row["latency_ms"])
     change = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    return f"{row['latency_ms']:,.1f} ms · {change}"
+    return f"{time_text(row['latency_ms'])} · {change}"
 
 
 KIND_COLOURS = {

@@ -93,7 +93,9 @@ def expert_steps(timeline: Any) -> go.Figure:
         )
     figure.update_layout(template=theme(), height=560, barmode="stack", bargap=0.15)
     figure.update_yaxes(title_text="sigma", range=[0, 1.06], row=1, col=1)
-    figure.update_yaxes(title_text="SNR", type="log", exponentformat="e", dtick=1, range=span, row=2, col=1)
+    figure.update_yaxes(
+        title_text="SNR", type="log", exponentformat="power", dtick=1, range=span, row=2, col=1
+    )
     figure.update_yaxes(title_text="time per step (ms)", rangemode="tozero", row=3, col=1)
     figure.update_xaxes(title_text="denoising step", row=3, col=1)
     return figure
@@ -146,7 +148,7 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
     )
     figure.update_layout(template=theme(), height=380)
     figure.update_xaxes(title_text="timestep (noise falls to the right)", autorange="reversed")
-    figure.update_yaxes(title_text="relative L2 distance", type="log", exponentformat="e")
+    figure.update_yaxes(title_text="relative L2 distance", type="log", exponentformat="power")
     return figure
 
 

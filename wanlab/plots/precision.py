@@ -117,7 +117,7 @@ def sensitivity_bars(frame: pd.DataFrame, count: int = 12, value: str = "effect"
             hovertemplate="%{y}<br>%{x:.3g}<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(template=theme(), height=110 + 0.75 * ROW_PX * len(rows), showlegend=True)
-    figure.update_xaxes(title_text=VALUE_TITLES[value], type="log", exponentformat="e", dtick=1)
+    figure.update_xaxes(title_text=VALUE_TITLES[value], type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
     return figure
 
@@ -157,7 +157,7 @@ def tolerance_bars(tolerance: Any) -> go.Figure:
                 col=column,
             )
     figure.update_layout(template=theme(), height=340, margin={"t": 60}, legend={"y": 1.12})
-    figure.update_yaxes(type="log", exponentformat="e", dtick=1)
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_annotations(font={"size": 13})
     return figure
 
@@ -228,8 +228,8 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
     )
     words = {"true": "true effect on the final latents", "lpips": "LPIPS to the original video"}
     figure.update_layout(template=theme(), height=460)
-    figure.update_xaxes(title_text="predicted effect", type="log", exponentformat="e", dtick=1)
-    figure.update_yaxes(title_text=words[truth], type="log", exponentformat="e", dtick=1)
+    figure.update_xaxes(title_text="predicted effect", type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(title_text=words[truth], type="log", exponentformat="power", dtick=1)
     return figure
 
 
@@ -340,7 +340,9 @@ def frontier_plot(
         )
     figure.update_layout(template=theme(), height=440)
     figure.update_xaxes(title_text=TITLES[cost])
-    figure.update_yaxes(title_text=TITLES["effect"], type="log", exponentformat="e", minexponent=1, dtick=1)
+    figure.update_yaxes(
+        title_text=TITLES["effect"], type="log", exponentformat="power", minexponent=1, dtick=1
+    )
     return figure
 
 
@@ -402,7 +404,9 @@ def relation_plot(
             xanchor="left",
         )
     figure.update_layout(template=theme(), height=360)
-    figure.update_xaxes(title_text=TITLES["effect"], type="log", exponentformat="e", minexponent=1, dtick=1)
+    figure.update_xaxes(
+        title_text=TITLES["effect"], type="log", exponentformat="power", minexponent=1, dtick=1
+    )
     figure.update_yaxes(title_text="quality loss, upper end (%)")
     return figure
 

@@ -252,6 +252,7 @@ def _interval(rows: pd.DataFrame, value: str, low: str, high: str) -> dict:
     }
 
 
+BEHIND = "rgba(255,255,255,0.8)"  # pages draw it in their own colour
 NAMED_PARALLEL = 14  # most values of an axis of words that are written
 
 
@@ -317,6 +318,7 @@ def parallel_lines(
     figure.update_layout(
         template=theme(),
         height=500,
+        meta={"least_px": 130 * len(columns)},
         margin={"t": 104, "b": 60, "l": 90, "r": 60},
         legend={"y": -0.12, "yanchor": "top"},
     )
@@ -352,7 +354,7 @@ def _axis(figure: go.Figure, place: int, values: Any, name: str, sense: str | No
         heights: list[float | None] = [steps[str(value)] for value in values]
         if len(words) <= NAMED_PARALLEL:
             for word, height in steps.items():
-                figure.add_annotation(y=height, text=short(_cut(word)), **write)
+                figure.add_annotation(y=height, text=short(_cut(word)), **write, bgcolor=BEHIND, borderpad=0)
         ends = ("", "" if len(words) <= NAMED_PARALLEL else f"{len(words)} values")
     else:
         numbers = [float(value) if _finite(value) else None for value in values]

@@ -14,6 +14,7 @@ import plotly.io as pio
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import format_colours
+from wanlab.core.words import NAMES, UNITS, label  # noqa: F401  (part of this module's face)
 from wanlab.engines.registry import ENGINES, kind_of_label
 
 COMPONENT_COLOURS = {
@@ -30,49 +31,6 @@ COMPONENT_COLOURS = {
 }
 FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
-NAMES = {
-    "text_encoder": "text encoder",
-    "text_encoder_2": "second text encoder",
-    "text_encoder_3": "third text encoder",
-    "image_encoder": "image encoder",
-    "vae_encoder": "VAE encoder",
-    "expert": "expert",
-    "expert_high": "high-noise expert",
-    "expert_low": "low-noise expert",
-    "vae_decoder": "VAE decoder",
-    "other": "other",
-}
-UNITS = {
-    "ms": "ms",
-    "s": "s",
-    "gib": "GiB",
-    "mib": "MiB",
-    "bytes": "bytes",
-    "percent": "%",
-    "db": "dB",
-    "fps": "frames/s",
-    "w": "W",
-}
-RATES = {"gb": "GB/s", "TFLOP": "TFLOP/s", "frames": "frames/s"}
-ACRONYMS = {
-    name.lower(): name
-    for name in (
-        "A/A",
-        "CPU",
-        "CV",
-        "GPU",
-        "ID",
-        "L2",
-        "LPIPS",
-        "ONNX",
-        "PSNR",
-        "SM",
-        "SNR",
-        "SSIM",
-        "TFLOP",
-        "VAE",
-    )
-}
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
 ROW_PX = 34
@@ -104,18 +62,6 @@ def colour(name: str) -> str:
     return OTHERS[sum(plain.encode()) % len(OTHERS)]
 
 
-def label(column: str) -> str:
-    """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
-    words = [ACRONYMS.get(word, word) for word in str(column).split("_")]
-    if len(words) == 3 and words[1:] == ["per", "s"] and words[0] in RATES:
-        return RATES[words[0]]
-    if len(words) > 3 and words[-2:] == ["per", "s"]:
-        return f"{' '.join(words[:-3])} ({words[-3]}/s)"
-    if len(words) > 1 and words[-1] in UNITS:
-        return f"{' '.join(words[:-1])} ({UNITS[words[-1]]})"
-    return " ".join(words)
-
-
 @functools.cache
 def theme() -> str:
     """Register the plotly template and return its name."""
@@ -125,6 +71,8 @@ def theme() -> str:
         "linecolor": LINE,
         "ticks": "",
         "automargin": True,
+        "exponentformat": "none",  # 70,000 and not 70k, which before "ms" is read as a unit
+        "separatethousands": True,
         "title": {"standoff": 10, "font": {"size": 13}},
     }
     pio.templates["wanlab"] = go.layout.Template(

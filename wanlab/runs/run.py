@@ -23,6 +23,7 @@ from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
 from wanlab.core.pictures import read_picture
+from wanlab.core.words import number_text
 from wanlab.evaluate.video import write_video
 from wanlab.measure import load
 from wanlab.measure.environment import environment
@@ -32,6 +33,7 @@ from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_
 from wanlab.runs.prepare import describe, header
 from wanlab.runs.result import HERE, Result, checked_result, completed
 from wanlab.runs.seal import seal
+from wanlab.runs.tables import table_html
 
 FOLDER_VARIABLE = "WANLAB_RUN_FOLDER"  # set by `wanlab run` for the kernel it starts
 LOADING = ("device", "dtype", "weights", "seed")
@@ -478,21 +480,8 @@ def _before_plotly() -> None:
 
 
 def _before_tables() -> None:
-    """Show three significant digits, so that an error of 1e-12 is not zero; whole texts; unknown numbers as empty cells."""
-    pd.set_option("display.float_format", _number_text, "display.max_colwidth", None)
+    """Show tables in words and three significant digits; printed ones at least in whole texts."""
+    pd.set_option("display.float_format", number_text, "display.max_colwidth", None)
     shell = get_ipython()
     if shell is not None:
-        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, _table_html)
-
-
-def _number_text(value: float) -> str:
-    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:.3g}"
-
-
-def _table_html(table: pd.DataFrame) -> str:
-    most = pd.get_option("display.max_rows")
-    whole = [name for name, kind in table.dtypes.items() if str(kind).startswith(("int", "uint"))]
-    formats = dict.fromkeys(whole, "{:,}".format) if table.columns.is_unique else None
-    return table.to_html(
-        na_rep="", formatters=formats, max_rows=most, show_dimensions=len(table) > most, notebook=True
-    )
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)

@@ -131,3 +131,61 @@ const inStep = (group) => {
   }
   return bar;
 };
+
+// A box whose content is wider scrolls, by keys too, and fades where there is more.
+const edges = (box) => {
+  box.classList.add("edge");
+  const look = () => {
+    const more = box.scrollWidth - box.clientWidth;
+    box.classList.toggle("left", box.scrollLeft > 1);
+    box.classList.toggle("right", more > 1 && box.scrollLeft < more - 1);
+    if (more > 1) { box.tabIndex = 0; box.setAttribute("role", "region"); box.setAttribute("aria-label", "table, scrolls sideways"); }
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(box);
+  if (box.firstElementChild) new ResizeObserver(look).observe(box.firstElementChild);
+  look();
+};
+
+// Terms of the glossary: where each stands first it can be pointed at, or touched, to be told what it means.
+const explain = (root) => {
+  const means = {};
+  for (const { term, also, means: text } of JSON.parse(document.getElementById("terms").textContent)) {
+    for (const word of [term, ...also]) means[word.toLowerCase()] = { term, text };
+  }
+  const words = Object.keys(means).sort((a, b) => b.length - a.length).map(word => word.replace(/[^\w ]/g, "\\$&"));
+  const pattern = new RegExp(`(?<![\\w/-])(${words.join("|")})(?![\\w/-])`, "gi");
+  const told = new Set(), walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (walk.nextNode()) {
+    if (!walk.currentNode.parentElement.closest("h1,h2,h3,a,code,pre,td,tbody,button,label,select,svg,summary,script,style,.figure,.facts,.what")) found.push(walk.currentNode);
+  }
+  for (const node of found) {
+    const firsts = [...node.data.matchAll(pattern)].filter(([word]) => {
+      const { term } = means[word.toLowerCase()];
+      return !told.has(term) && told.add(term);
+    });
+    for (const { 0: word, index } of firsts.reverse()) {
+      const rest = node.splitText(index);
+      rest.splitText(word.length);
+      const abbr = el("abbr", { className: "term", tabIndex: 0, textContent: word });
+      abbr.setAttribute("aria-description", means[word.toLowerCase()].text);
+      rest.replaceWith(abbr);
+    }
+  }
+  const box = el("div", { id: "means", hidden: true });
+  document.body.append(box);
+  const show = ({ target }) => {
+    const abbr = target.closest?.("abbr.term");
+    box.hidden = !abbr;
+    if (!abbr) return;
+    box.textContent = abbr.getAttribute("aria-description");
+    const at = abbr.getBoundingClientRect();
+    box.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - box.offsetWidth - 8))}px`;
+    box.style.top = `${at.bottom + 6 + box.offsetHeight < innerHeight ? at.bottom + 6 : at.top - box.offsetHeight - 6}px`;
+  };
+  const hide = () => { box.hidden = true; };
+  for (const event of ["pointerover", "focusin", "click"]) document.addEventListener(event, show);
+  addEventListener("scroll", hide, { passive: true, capture: true });
+  addEventListener("keydown", event => event.key === "Escape" && hide());
+};

@@ -19,21 +19,55 @@ const searchable = (place) => {
     Plotly.restyle(place, { "marker.colors": [colours.map((colour, i) => hit[i] ? colour : colour + "30")] }, [0]);
   });
 };
+// On a phone: smaller letters, titles in lines, figures of long bars inside of them, and the legend below.
+const inLines = (text, most) => text.includes("<br>") ? text : text.split(" ").reduce((all, word) =>
+  all && (all + " " + word).split("<br>").pop().length > most ? `${all}<br>${word}` : all ? `${all} ${word}` : word, "");
+const small = (data, layout) => {
+  const set = { width: undefined, font: { ...layout.font, size: 11 } };
+  for (const trace of data) if (trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside") trace.textposition = "auto";
+  for (const [key, axis] of Object.entries(layout)) {
+    const text = /^[xy]axis\d*$/.test(key) && (axis.title?.text ?? axis.title);
+    if (typeof text === "string") set[key] = { ...axis, title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
+  }
+  if (layout.legend?.orientation === "v") set.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
+  return set;
+};
+// A figure that would have no room beside its labels is wider than the phone, and scrolls.
+const widen = (place, least) => {
+  const box = el("div");
+  place.before(box);
+  box.append(place);
+  place.style.minWidth = `${least}px`;
+  edges(box);
+};
+const ROOM = 170, WIDENED = 640; // pixels
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
   const { data, layout, config } = figures[number];
-  const size = narrow() ? { width: undefined } : {};
+  const size = narrow() ? small(data, layout) : {};
+  if (layout.meta?.least_px > place.clientWidth) widen(place, layout.meta.least_px);
+  // The main figure ends with the first screen, if its letters stay apart.
+  const high = innerHeight - place.getBoundingClientRect().top - scrollY - 16;
+  if (place.closest(".main") && !narrow() && layout.height > high) {
+    size.height = Math.round(Math.max(high, 0.66 * layout.height));
+    place.style.height = `${size.height}px`;
+  }
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
+    .then(() => {
+      if (!narrow() || place._fullLayout._size.w > ROOM || place.style.minWidth) return;
+      widen(place, WIDENED);
+      return Plotly.Plots.resize(place);
+    })
     .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
-    .then(() => place.data[0]?.type === "icicle" && searchable(place));
+    .then(() => { if (place.data[0]?.type === "icicle") searchable(place); place.dataset.drawn = "yes"; });
   dataControl(place, `${stem}-${number + 1}.csv`);
 }
 const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));
 dark.addEventListener("change", repaint);
 
 // Columns of words are read from the left, columns of numbers from the right.
-for (const table of document.querySelectorAll("table.dataframe")) {
+for (const table of document.querySelectorAll("table.dataframe:not(.typed)")) {
   const rows = [...table.tBodies].flatMap(body => [...body.rows]);
   const head = table.tHead ? [...table.tHead.rows] : [];
   // A first column that only counts rows says nothing.
@@ -61,5 +95,31 @@ for (const group of document.querySelectorAll(".wl-clips")) {
   if (bar) group.after(bar);
 }
 
-// A printed page shows what is folded, except code.
-addEventListener("beforeprint", () => document.querySelectorAll("details:not(.source)").forEach(d => { d.open = true; }));
+// Of many columns a reader chooses; what does not fit scrolls.
+for (const table of document.querySelectorAll("table.dataframe")) {
+  const heads = table.tHead ? [...table.tHead.rows[0].cells] : [];
+  if (heads.length > 10) {
+    const boxes = heads.slice(1).map((head, i) => {
+      const box = el("input", { type: "checkbox", checked: true });
+      box.addEventListener("change", () => [...table.rows].forEach((row) => { if (row.cells[i + 1]) row.cells[i + 1].hidden = !box.checked; }));
+      return el("label", {}, box, head.textContent);
+    });
+    table.parentElement.before(el("details", { className: "columns" }, el("summary", { textContent: `choose among ${heads.length} columns` }), ...boxes));
+  }
+}
+document.querySelectorAll(".rich, .scroll, .code").forEach(edges);
+explain(document.querySelector("main"));
+
+// A printed page shows what is folded, except code and messages, on paper's width and in its colours.
+const PAPER = 690; // pixels of an A4 page between its margins
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open], .source, .messages)")];
+  opened.forEach((d) => { d.open = true; });
+  document.documentElement.classList.toggle("was-dark", dark.matches);
+  places.forEach((p) => { p.style.zoom = Math.min(1, PAPER / p.offsetWidth); });
+});
+addEventListener("afterprint", () => {
+  opened.forEach((d) => { d.open = false; });
+  places.forEach((p) => { p.style.zoom = ""; });
+});

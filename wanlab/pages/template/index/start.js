@@ -20,6 +20,7 @@ addEventListener("DOMContentLoaded", () => {
     on("filter", showClips);
     on("select", showClips);
   }
+  explain(document.querySelector("header"));
   document.documentElement.dataset.ready = "yes";
   performance.mark("wanlab-ready");
   withPlotly(startFrontier);

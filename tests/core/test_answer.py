@@ -37,7 +37,7 @@ def test_empty_details_and_missing_tiles_are_left_out():
         (size_text(1.25 * 2**30), "1.25 GiB"),
         (percent_text(41.26), "41.3 %"),
         (percent_text(0.0), "0 %"),
-        (percent_text(4.7e-5), "below 0.01 %"),
+        (percent_text(4.7e-5), "less than 0.01 %"),
         (ratio_text(1.734, 1.7, 1.77, beside="eager"), "1.73 times as fast as eager (95 % interval 1.70 to 1.77)"),
         (ratio_text(1.734, math.nan, math.nan), "1.73 times as fast"),
         (sentence("it costs time"), "It costs time."),

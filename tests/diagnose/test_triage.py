@@ -174,7 +174,9 @@ def test_nothing_measured_says_what_to_measure_first():
     ]  # fmt: skip
     found = walk.answer()
     assert found.headline.startswith("Nothing is measured yet")
-    assert found.details[-1] == "Next: wanlab run notebooks/10_baseline.ipynb; then 11_flame_graph, 40_quality."
+    assert (
+        found.details[-1] == "Next: wanlab run notebooks/10_baseline.ipynb; then 11_flame_graph, 40_quality."
+    )
     assert walk.ranking.empty
 
 
@@ -199,7 +201,12 @@ def test_the_answer_is_the_change_with_the_largest_share_and_its_bound():
     ranking = walk.ranking
     assert ranking["share_percent"].is_monotonic_decreasing
     top = ranking.iloc[0]
-    assert (top["what"], top["advice"], top["share_percent"], top["reached"]) == ("the VAE", "A faster VAE", 40.0, True)
+    assert (top["what"], top["advice"], top["share_percent"], top["reached"]) == (
+        "the VAE",
+        "A faster VAE",
+        40.0,
+        True,
+    )
     assert top["bound_ratio"] == pytest.approx(1 / 0.6)
     found = walk.answer("It is a caveat.")
     assert found.headline == (

@@ -53,7 +53,7 @@ def size_text(size_bytes: float) -> str:
 
 def percent_text(percent: float, smallest: float = 0.01) -> str:
     """A share in three digits; one that is smaller than `smallest` is said to be so, and is no row of zeros."""
-    return f"{_digits(percent)} %" if not 0 < abs(percent) < smallest else f"below {smallest:g} %"
+    return f"{_digits(percent)} %" if not 0 < abs(percent) < smallest else f"less than {smallest:g} %"
 
 
 def ratio_text(ratio: float, low: float | None = None, high: float | None = None, *, beside: str = "") -> str:

@@ -407,7 +407,7 @@ class Breakdown:
                 f" {time_text(self.recorded_ms)}: the trace is not of all of it."
             )
         gpu, busy = self.gpu, self.gpu.get("busy_percent")
-        gaps = f"{gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs between kernels" if gpu else ""
+        gaps = f"gaps over {GAP_US:.0f} µs between kernels: {gpu['launch_gaps']:,}" if gpu else ""
         return answer(
             head,
             caveat,

@@ -149,13 +149,14 @@ class Skippable:
         need = (
             f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their attention"
         )
+        first, even = (
+            float(heads.of()["first_frame_percent"].median()),
+            heads.uniform()["first_frame_percent"],
+        )
         tiles = [
-            (
-                f"keys for {self.level_percent} %",
-                f"{half:.1f} %",
-                f"of the attention, median head; ± {error:.1f} %",
-            ),
+            (f"keys for {self.level_percent} %", f"{half:.1f} %", f"median head, known to ± {error:.1f} %"),
             ("spatial heads", f"{self.row()['spatial_percent']:.0f} %", "look mostly inside their own frame"),
+            ("on the first frame", f"{first:.1f} %", f"of the attention; alike to all would be {even:.1f} %"),
         ]
         head = f"{sentence(need)} What skipping the others gains is not known: nothing was timed."
         if self.bound_ratio is not None:

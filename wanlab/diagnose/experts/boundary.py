@@ -343,9 +343,8 @@ class ExpertSummary:
         first, switch = self.timeline.after_switch(), "Nothing is switched."
         if first:
             same = abs(first["excess_ms"]) <= first["noise_ms"]
-            switch = "A switch between them takes no time that can be told from noise"
-            switch = switch if same else f"A switch between them takes {time_text(first['excess_ms'])}"
-            switch += " while both are in memory."
+            takes = "no time that can be told from noise" if same else time_text(first["excess_ms"])
+            switch = f"A switch between them takes {takes}."
         elif self.timeline.schedule.switches:
             switch = "What a switch takes was not measured: too few forwards."
         tiles, apart = list(self.timeline.tiles), ""
@@ -355,11 +354,11 @@ class ExpertSummary:
         if self.disagreement is not None:
             differ, noise = self.disagreement.percents()
             near = self.disagreement.at_boundary()
-            apart = (
-                f" The choice matters: on the same inputs they differ by {differ}, equal calls by {noise}."
-            )
+            apart = f" The choice matters: their predictions differ by {differ}, equal calls by {noise}."
             if near["relative_l2"] <= near["floor_l2"]:
-                apart = f" The choice does not matter: on the same inputs they differ by {differ}, as equal calls do."
+                apart = (
+                    f" The choice does not matter: their predictions differ by {differ}, as equal calls do."
+                )
             tiles.append(("experts differ by", differ, f"equal calls: {noise}"))
         if self.boundaries is not None and not self.boundaries.note:
             best = self.boundaries.row()["boundary_best"]

@@ -92,7 +92,7 @@ class Timeline:
         for entry in (each for each in self.schedule.prefetch if each.steps):
             last = entry.first_step + entry.steps
             steps = f"steps {entry.first_step + 1} to {last}" if entry.steps > 1 else f"step {last}"
-            parts.append(f"{component_title(entry.component)} runs {steps}")
+            parts.append(f"{component_title(entry.component)}{'' if parts else ' runs'} {steps}")
         return (
             f"the {', the '.join(parts)}"
             if len(parts) > 1

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wanlab import diagnose, measure, models, plots
+from wanlab.core.answer import LONGEST
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose.attention import backends, calls, statistics
 from wanlab.diagnose.attention import backends as windows
@@ -417,9 +418,18 @@ def test_the_bound_is_amdahls(full, times):
     bare = diagnose.skippable(full)
     assert bare.bound_ratio is None
     assert bare.shares.empty
+    assert "is not known: nothing was timed" in bare.answer(full).headline
+    assert len(bare.answer(full).tiles) == 3
     real = diagnose.skippable(full, times)
     assert real.block_bound_ratio >= 1 - 1e-9
     assert real.block_bound_ratio <= real.bound_ratio < 1 / (1 - real.attention_share_percent / 100)
+    said = real.answer(full, None, "A caveat. ")
+    assert said.headline.startswith(
+        f"Skipping keys can make denoising at most {real.bound_ratio:.2f} times as fast, and"
+    )
+    assert len(said.headline) <= LONGEST
+    assert said.details[0] == "A caveat."
+    assert len(said.tiles) == 5
     assert real.table["density_percent"].is_monotonic_increasing
     assert len(real.table) == 2 * 6 * 4
     assert real.row()["skippable_percent"] == pytest.approx(100 - real.table["density_percent"].mean())

@@ -92,11 +92,20 @@ def test_gpu_figures(tmp_path):
         *launched("b", 2, 30, 10, 2),
         *launched("c", 3, 60, 40, 3),
     )
-    gpu = diagnose.breakdown(trace).gpu
+    shares = diagnose.breakdown(trace)
+    gpu = shares.gpu
     assert gpu["busy_percent"] == pytest.approx(70)
     assert gpu["kernels"] == 3
     assert gpu["launch_gaps"] == 1
     assert gpu["launch_gap_ms"] == pytest.approx(0.02)
+    found = shares.answer("A caveat.")
+    assert found.headline == (
+        "Most time goes to norm, modulation, rotary: 70 % of 0.1 ms, in one profiled generation. Without that time a video"
+        " would be 3.33 times as fast: no change there gains more."
+    )
+    assert found.details[0] == "A caveat."
+    assert found.details[1].startswith("The rows add up to the wall clock within 0.1 %.")
+    assert ("GPU busy", "70.0 %", "gaps over 10 µs between kernels: 1") in found.tiles
 
 
 @settings(max_examples=60)

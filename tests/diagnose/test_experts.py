@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models_tiny import save
 
 from wanlab import diagnose, measure, models, plots
+from wanlab.core.answer import LONGEST
 from wanlab.core.errors import WanlabError
 from wanlab.heldout import cases as heldout
-from wanlab.models.schedule import boundary_at, fewest_steps
+from wanlab.models.schedule import ExpertSchedule, Prefetch, boundary_at, fewest_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -124,7 +126,11 @@ def test_timeline_measures_every_step_and_both_branches(nano, photo):
     assert (row["switches"], row["high_steps"], row["low_steps"]) == (1, 3, 3)
     assert row["low_ms"] == forward.loc["expert_low", "median_ms"]
     assert row["after_switch_noise_ms"] >= 0
-    assert "1 switch" in str(ran)
+    assert ran.order == "the high-noise expert runs steps 1 to 3, the low-noise expert steps 4 to 6"
+    assert [tile[:2] for tile in ran.tiles] == [
+        ("high-noise expert", "3 steps"),
+        ("low-noise expert", "3 steps"),
+    ]
     figure = plots.expert_steps(ran)
     assert {"#d9534f", "#e8a33d"} <= {trace.marker.color for trace in figure.data}
     assert any("900" in note.text for note in figure.layout.annotations)
@@ -136,7 +142,7 @@ def test_timeline_of_one_expert_without_guidance(single, photo):
     assert ran.after_switch() == {}
     assert "uncond_ms" not in ran.steps
     assert ran.row()["expert_steps"] == 3
-    assert "0 switches" in str(ran)
+    assert ran.order == "one expert runs all 3 steps"
     plots.expert_steps(ran)
     with pytest.raises(WanlabError, match="at least 1"):
         diagnose.timeline(single, photo, "a", repeats=0)
@@ -230,6 +236,9 @@ def test_sweep_scores_the_prefix_of_the_very_video(nano):
     assert sweep.note == ""
     assert nano.pipeline.config.boundary_ratio == 0.9
     assert "0.9" in str(sweep)
+    assert (
+        "interval unknown, 1 cases" in sweep.sentence or "own boundary, 0.9, gives the best" in sweep.sentence
+    )
     assert len(plots.boundary_curves(sweep).data) == 4
 
 
@@ -247,3 +256,61 @@ def test_sweep_without_truth_still_times(nano):
         diagnose.boundary_sweep(nano, [0.5], [])
     with pytest.raises(WanlabError, match="from 0 to 1"):
         diagnose.boundary_sweep(nano, [0.5, 1.5], cases)
+
+
+def summary(**more) -> diagnose.ExpertSummary:
+    """Ten steps, two experts, a switch within noise, and experts that differ by 34 %."""
+    steps = pd.DataFrame(
+        {"step": range(10), "component": ["expert_high"] * 4 + ["expert_low"] * 6, "time_ms": 50.0}
+    )
+    calls = pd.concat(
+        [steps.assign(branch=branch, time_ms=25.0 + steps["step"] % 2) for branch in ("cond", "uncond")]
+    )
+    plan = tuple(
+        Prefetch(name, n, first, first, None)
+        for name, n, first in (("expert_high", 4, 0), ("expert_low", 6, 4))
+    )
+    ran = diagnose.Timeline(ExpertSchedule(steps, 0.9, 900.0, plan, ""), steps, calls, True)
+    apart = pd.DataFrame(
+        {"timestep": [900.0], "relative_l2": [0.34], "again_l2": [0.0], "kernel_l2": [4.7e-7]}
+    )
+    parts = {"disagreement": diagnose.Disagreement(apart, 900.0, "math")} | more
+    return diagnose.ExpertSummary(ran, diagnose.SwitchCost(note="a switch was not measured"), **parts)
+
+
+def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choice_matters():
+    found = summary().answer("wan-nano", "A caveat. ")
+    assert found.headline == (
+        "The high-noise expert runs steps 1 to 4, the low-noise expert steps 5 to 10. A switch between them takes no time"
+        " that can be told from noise. The choice matters: their predictions differ by 34.0 %, equal calls by less than"
+        " 0.01 %."
+    )
+    assert len(found.headline) <= LONGEST
+    assert found.details[0].startswith("A caveat. Measured with wan-nano.")
+    assert [tile[:2] for tile in found.tiles] == [
+        ("high-noise expert", "4 steps"),
+        ("low-noise expert", "6 steps"),
+        ("first forward after a switch", "-0.50 ms"),
+        ("experts differ by", "34.0 %"),
+    ]
+
+
+def test_another_boundary_counts_only_where_its_interval_is_below_zero():
+    def swept(change: float, high: float) -> str:
+        frame = pd.DataFrame(
+            {
+                "boundary": [0.9, 1.0],
+                "own": [True, False],
+                "cases": 3,
+                "lpips": [0.2, 0.19],
+                "change_percent": [0, change],
+            }
+            | {"low_percent": [0, change - 1], "high_percent": [0, high]}
+        )
+        return diagnose.BoundarySweep(frame, frame, 1.0, 0.01, "").sentence
+
+    assert swept(-3.0, -1.0).startswith(
+        "A boundary at 1 is better: LPIPS to the true video -3.00 % against 0.9 (95 %"
+    )
+    assert "cannot be told from the model's own" in swept(-3.0, 1.0)
+    assert swept(3.0, 4.0) == "The model's own boundary, 0.9, gives the best quality; 1 were tried."

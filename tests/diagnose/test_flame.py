@@ -117,7 +117,18 @@ def test_breakdowns_are_compared_row_by_row(tmp_path):
         trace_of(tmp_path, event("expert.mm", 0, n, "user_annotation"), event("aten::mm", 0, n - 10))
         for n in (90, 50)
     ]
-    changed = diagnose.difference(*(diagnose.breakdown(trace) for trace in traces))
+    shares = [diagnose.breakdown(trace) for trace in traces]
+    changed = diagnose.difference(*shares)
+    found = shares[0].answer("", changed)
+    assert (
+        found.headline
+        == changed.headline
+        == (
+            "The second trace is 44.4 % shorter: 0.05 ms after 0.09 ms. Most changed linear layers, by -0.04 ms. Each was"
+            " recorded once, so noise is not known."
+        )
+    )
+    assert found.details[0].startswith("Before: ")
     assert changed.frame["change_us"].sum() == pytest.approx(changed.change_us) == pytest.approx(-40)
     assert {row.path: row.change_us for row in changed.frame.itertuples()}["linear",] == pytest.approx(-40)
     with pytest.raises(WanlabError, match="one kind"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,8 +183,10 @@ def test_totals_that_were_not_recorded_are_summed_from_the_bytes(tmp_path):
     assert account.peak_bytes == 26 * MIB
     assert account.size_bytes("fragmentation") == 0
     assert account.frame["size_bytes"].sum() == account.peak_bytes
-    assert str(account).startswith("The peak is at least 0.03 GiB on cuda:0, without what was there before")
-    assert "recorded no totals" in account.notes[0]
+    assert account.headline.endswith(
+        " of at least 26.0 MiB on the GPU, without what was there before the trace."
+    )
+    assert account.tiles[0] == ("peak memory", "26.0 MiB", "allocated in one generation")
     # A part of the peak says nothing about how full the device is.
     assert not any(
         name.startswith("memory.") for name in diagnose.traced_measurements(unknown_totals(tmp_path))
@@ -232,3 +235,30 @@ def test_options_are_measured_and_let_go(nano):
     assert len(plots.memory_option_bars(table.reset_index()).data[0].x) == 3
     with pytest.raises(WanlabError, match="no option"):
         plots.memory_option_bars(table.reset_index().head(2))
+
+
+def option(name: str, saved_gib: float, psnr_db: float = 40.0) -> dict:
+    """A row of `memory_options` that saves more than the noise, or does not."""
+    return {"option": name, "saved_gib": saved_gib, "noise_gib": 0.002, "saves": saved_gib > 0.002} | {
+        "time_ratio": 1.5, "noise_percent": 3.0, "psnr_db": psnr_db,
+    }  # fmt: skip
+
+
+def test_the_answer_names_the_option_that_saves_most_and_what_it_costs(tmp_path):
+    account = diagnose.memory_account(unknown_totals(tmp_path))
+    table = pd.DataFrame([option("tiles", 0.25, float("inf")), option("slices", 0.1)])
+    found = diagnose.memory_answer(account, table, "A caveat.")
+    assert found.headline.endswith("Most is saved by tiles: 256 MiB at 1.50 times the time.")
+    assert found.details[0] == "A caveat."
+    assert (
+        "its peak differed by 2.05 MiB, its time differed by 3.0 %. It gives the same video"
+        in found.details[1]
+    )
+    assert found.tiles[1] == ("saved by tiles", "256 MiB", "the unchanged model's peak differed by 2.05 MiB")
+
+
+def test_options_within_the_noise_are_not_recommended(tmp_path):
+    account = diagnose.memory_account(unknown_totals(tmp_path))
+    found = diagnose.memory_answer(account, pd.DataFrame([option("tiles", 0.001)]))
+    assert found.headline.endswith("No option that was tried lowers it by more than the noise.")
+    assert "without a given trace" in diagnose.memory_answer(account).details[-1]

@@ -111,7 +111,7 @@ def test_a_profile_is_enough_for_triage(root):
     measured = diagnose.traced_measurements(trace)
     assert measured["breakdown.gpu_busy_percent"] > 80
     assert 30 < measured["memory.peak_gib"] < measured["14_memory.device_memory_gib"] < 150
-    assert "Fuse operators" in str(diagnose.triage(measured))
+    assert "Fuse operators" in str(diagnose.triage(measured).answer())
 
 
 def test_a_trace_without_names_says_what_it_lacks(tmp_path):

@@ -172,7 +172,12 @@ def test_nothing_measured_says_what_to_measure_first():
     assert [command.split("/")[1] for command in walk.commands] == [
         "10_baseline.ipynb", "11_flame_graph.ipynb", "40_quality.ipynb",
     ]  # fmt: skip
-    assert str(walk).startswith("Nothing is measured yet. First: wanlab run notebooks/10_baseline.ipynb")
+    found = walk.answer()
+    assert found.headline.startswith("Nothing is measured yet")
+    assert (
+        found.details[-1] == "Next: wanlab run notebooks/10_baseline.ipynb; then 11_flame_graph, 40_quality."
+    )
+    assert walk.ranking.empty
 
 
 def test_a_missing_measurement_stops_its_own_root_only():
@@ -182,8 +187,35 @@ def test_a_missing_measurement_stops_its_own_root_only():
     assert way(walk, "Memory?") == ["out_of_memory", "peak_used", "memory_fine"]
     assert way(walk, "Quality?") == ["quality_lost", "quality_open", "quality_kept"]
     assert walk.commands == ["wanlab run notebooks/11_flame_graph.ipynb"]
-    assert "Slow?" in str(walk)
-    assert "unknown until 11_flame_graph is run" in str(walk)
+    found = walk.answer()
+    assert found.headline.startswith("What to change for speed is not known yet")
+    assert "Slow? unknown until 11_flame_graph is run" in found.details[0]
+    assert walk.ranking.empty
+
+
+def test_the_answer_is_the_change_with_the_largest_share_and_its_bound():
+    numbers = measured()
+    numbers |= dict.fromkeys((name for name in numbers if name.startswith("breakdown.")), 1.0)
+    numbers |= {"breakdown.gpu_busy_percent": 30.0, "breakdown.vae_decoder_percent": 39.0}
+    walk = diagnose.triage(numbers)
+    ranking = walk.ranking
+    assert ranking["share_percent"].is_monotonic_decreasing
+    top = ranking.iloc[0]
+    assert (top["what"], top["advice"], top["share_percent"], top["reached"]) == (
+        "the VAE",
+        "A faster VAE",
+        40.0,
+        True,
+    )
+    assert top["bound_ratio"] == pytest.approx(1 / 0.6)
+    found = walk.answer("It is a caveat.")
+    assert found.headline == (
+        "Change first: A faster VAE. 40 % of the time goes to the VAE, so a video becomes at most 1.67 times as fast."
+    )
+    assert found.details[0] == "It is a caveat."
+    assert [tile[:2] for tile in found.tiles[:2]] == [("largest gain", "≤ 1.67×"), ("share", "40 %")]
+    assert len(found.tiles) == 5
+    assert "at most 1.67×" in plots.share_ranking(ranking).to_json().encode().decode("unicode_escape")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 pytestmark = pytest.mark.notebook
 
 
-def test_quickstart_shows_what_onnx_runtime_bought_and_cost(run_notebook):
-    done = run_notebook("00_quickstart")
+def test_quickstart_shows_what_onnx_runtime_bought_and_cost(shared_run):
+    done = shared_run("00_quickstart")
     assert done.values["psnr_db"] >= 50
     assert done.values["speedup"]["speedup"] > 1
     assert " pairs " in done.values["speedup"]["sampling"]
@@ -18,8 +18,8 @@ def test_quickstart_shows_what_onnx_runtime_bought_and_cost(run_notebook):
     assert len(done.page.select("video")) >= 3
 
 
-def test_baseline_adds_up(run_notebook):
-    values = run_notebook("10_baseline").values
+def test_baseline_adds_up(shared_run):
+    values = shared_run("10_baseline").values
     row = values["baseline"]
     assert row["time_per_video_ms"] == pytest.approx(17 * row["time_per_frame_ms"])
     assert 0.3 < row["peak_memory_gib"] < 2.0

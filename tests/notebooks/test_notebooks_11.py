@@ -19,8 +19,8 @@ def test_flame_graph_of_a_fresh_capture_and_what_changed_between_two(run_noteboo
     assert abs(read.values["difference"]["change_ms"]) == pytest.approx(max(totals) - min(totals))
 
 
-def test_flame_graph_runs_with_its_defaults(run_notebook):
-    assert run_notebook("11_flame_graph").values["totals"]["share_percent"] > 10
+def test_flame_graph_runs_with_its_defaults(shared_run):
+    assert shared_run("11_flame_graph").values["totals"]["share_percent"] > 10
 
 
 def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, root):
@@ -30,8 +30,9 @@ def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, ro
         "-p", f"trace={traces / 'wan2.2-ti2v-5b.pt.trace.json.gz'}",
         "-p", f"compare={traces / 'wan2.2-ti2v-5b-compiled.pt.trace.json.gz'}",
     )  # fmt: skip
-    assert read.record["verdict"].startswith(
-        "The trace is of wan2.2-ti2v-5b (30 layers of width 3,072), not of wan-nano (6 layers of width 192). Most time"
+    assert read.record["verdict"].startswith("The second trace is ")
+    assert read.record["details"][0].startswith(
+        "The trace is of wan2.2-ti2v-5b (30 layers of width 3,072), not of wan-nano (6 layers of width 192). Before: most"
     )
     assert read.values["breakdown"]["gpu_busy_percent"] > 80
     assert abs(read.values["breakdown"]["residual_percent"]) < 1

@@ -16,7 +16,7 @@ def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs
     assert 1 <= found["block_bound_ratio"] <= found["bound_ratio"]
     assert sum(found[f"{name}_percent"] for name in ("spatial", "temporal", "global")) == pytest.approx(100)
     assert made.values["kernels"]["default_took"] == "flash"
-    assert f"{found['bound_ratio']:.2f}x at most" in made.record["verdict"]
+    assert f"at most {found['bound_ratio']:.2f} times as fast" in made.record["verdict"]
     assert len(made.page.select("div.figure[data-figure]")) == 7
     assert "needs a GPU" in str(made.page)
 
@@ -44,6 +44,6 @@ def test_the_recorded_map_of_a_large_model_beside_its_profile(run_notebook, root
     trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"
     done = run_notebook("13_attention", "-p", f"saved={recorded}", "-p", f"trace={trace}")
     assert 60 < done.values["attention"]["attention_share_percent"] < 75
-    assert "With random weights only the times mean something" in done.record["verdict"]
+    assert "With random weights only the times mean something" in done.record["details"][0]
     # Maps and types as from any saved map, and the times of the profile's layers.
     assert len(done.page.select("div.figure[data-figure]")) == 6

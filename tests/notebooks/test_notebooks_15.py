@@ -10,8 +10,9 @@ SMALL = ["-p", "height=64", "-p", "width=64", "-p", "frames=5", "-p", "steps=3"]
 
 def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebook, outputs):
     empty = run_notebook("15_triage")
-    assert empty.record["verdict"].startswith(
-        "Nothing is measured yet. First: wanlab run notebooks/10_baseline.ipynb"
+    assert empty.record["verdict"].startswith("Nothing is measured yet")
+    assert empty.record["details"][0].startswith(
+        "Next: wanlab run notebooks/10_baseline.ipynb; then 11_flame_graph"
     )
     assert empty.values["triage"]["measured"] == 0
     assert "wanlab run notebooks/40_quality.ipynb" in str(empty.page)
@@ -24,14 +25,19 @@ def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebo
     assert f"10_baseline/{baseline.record['run_id']}" in sources
     assert f"{baseline.values['baseline']['time_per_video_ms']:.4g}"[:3] in sources
     vae = shares["vae_encoder_percent"] + shares["vae_decoder_percent"]
-    assert f"share of the VAE {vae:.4g} %" in done.record["verdict"]
-    assert f"VAE on an engine (at most {1 / (1 - vae / 100):.2f}x)" in done.record["verdict"]
+    assert done.record["verdict"].startswith(
+        f"Change first: VAE on an engine. {vae:.0f} % of the time goes to the VAE"
+    )
+    said = " ".join(done.record["details"])
+    assert f"share of the VAE {vae:.4g} %" in said
+    assert f"VAE on an engine (at most {1 / (1 - vae / 100):.2f} times as fast)" in said
+    assert len(done.page.select("div.figure[data-figure]")) == 2
     assert "no GPU in the trace" in sources
-    assert "unknown until 40_quality is run" in done.record["verdict"]
+    assert "unknown until 40_quality is run" in said
     assert "-p height=64 -p width=64 -p frames=5 -p steps=3" in sources
     assert done.values["triage"]["not applicable"] == 1
     # Of the memory only the peak is known, and it is over this threshold.
-    assert "unknown until 14_memory is run" in done.record["verdict"]
+    assert "unknown until 14_memory is run" in said
 
     # What it reads can have changed without its parameters: it is never taken from an earlier run.
     kept = outputs / "15_triage" / done.record["run_id"] / "attempts"
@@ -43,5 +49,6 @@ def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebo
 def test_triage_of_a_recorded_profile(run_notebook, root):
     trace = root / "data" / "traces" / "wan2.2-i2v-a14b.pt.trace.json.gz"
     done = run_notebook("15_triage", "-p", f"trace={trace}")
-    assert "Fuse operators (at most 1.13x), then Cheaper attention" in done.record["verdict"]
-    assert "Memory is not the limit" in done.record["verdict"]
+    said = " ".join(done.record["details"])
+    assert "Fuse operators (at most 1.13 times as fast), then Cheaper attention" in said
+    assert "Memory is not the limit" in said

@@ -1,17 +1,31 @@
-"""The rules that the code of a notebook keeps, as a list of what breaks them."""
+"""The rules that the code of a notebook and the first screen of its report keep, as a list of what breaks them."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from bs4 import BeautifulSoup
+
+from wanlab.core.answer import LONGEST, MOST_DETAILS, MOST_TILES
 
 STATEMENTS = 60
 """In all code cells, those inside other statements and those of the parameters included."""
 
 LINE_LENGTH = 110
+FEWEST_TILES = 3
+LOAD = "Timed while "  # begins the detail that `run.verdict` adds on a busy machine
+UNREADABLE = {
+    r"\b[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+\b": "a name of code",
+    r"\d(?:\.\d+)?[eE][+-]?\d": "scientific notation",
+    r"\b\w+\.(?:ipynb|jsonl?|ya?ml|py|onnx|csv)\b": "a name of a file",
+    r"\b(?:A/A|noise floor|floor|tier|as asked)\b": "a word of this project",
+    r"\b(?:nan|None|inf)\b": "a value that is not known",
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -53,3 +67,34 @@ def _imported(node: ast.AST) -> set[str]:
     if isinstance(node, ast.ImportFrom):
         return {(node.module or "").partition(".")[0]}
     return set()
+
+
+def unreadable(record: Mapping[str, Any], page: BeautifulSoup) -> list[str]:
+    """What keeps a reader from the answer on the first screen: one line each, empty when nothing does.
+
+    A headline of at most `LONGEST` characters in plain words, at most `MOST_DETAILS` details, three to five key figures, and
+    one main output below them.
+
+    Args:
+        record: run.json. page: the report.
+    """
+    headline = str(record.get("verdict") or "")
+    found = [f"{len(headline)} characters, {LONGEST} at most: {headline}"] * (len(headline) > LONGEST)
+    if not headline.endswith((".", "!", "?")):
+        found.append(f"no sentence: {headline!r}")
+    found += [
+        f"{what} in the headline: {match[0]}"
+        for pattern, what in UNREADABLE.items()
+        for match in re.finditer(pattern, headline)
+    ]
+    details = [text for text in record.get("details") or () if not text.startswith(LOAD)]
+    if len(details) > MOST_DETAILS:
+        found.append(f"{len(details)} details, {MOST_DETAILS} at most")
+    if not any(text.startswith("Next: ") for text in details):
+        found.append("no detail says what to do next")
+    tiles = [tile.dd.get_text() for tile in page.select(".tiles > div")]
+    if not FEWEST_TILES <= len(tiles) <= MOST_TILES:
+        found.append(f"{len(tiles)} key figures, {FEWEST_TILES} to {MOST_TILES} wanted: {tiles}")
+    if len(page.select("header .main")) != 1:
+        found.append(f"{len(page.select('header .main'))} main outputs")
+    return found

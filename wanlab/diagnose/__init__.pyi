@@ -37,7 +37,7 @@ from .flame import flames as flames
 from .flame import gpu_flame as gpu_flame
 from .memory.account import MemoryAccount as MemoryAccount
 from .memory.account import memory_account as memory_account
-from .memory.options import memory_advice as memory_advice
+from .memory.options import memory_answer as memory_answer
 from .memory.options import memory_options as memory_options
 from .operators import call_kernels as call_kernels
 from .operators import count_operations as count_operations

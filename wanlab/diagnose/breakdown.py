@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from wanlab.core.answer import Answer, answer, percent_text, sentence, time_text
 from wanlab.diagnose import operators
 from wanlab.diagnose.trace import (
     NOTHING,
@@ -338,11 +340,10 @@ MOST_BOUND = 100.0
 """A larger bound says only that there is nothing else in the trace."""
 
 
-def duration(time_ms: float) -> str:
-    """A time with its unit: `"1,234 s"`, `"56.8 s"`, `"0.12 ms"`."""
-    if time_ms < 1e3:
-        return f"{time_ms:.3g} ms"
-    return f"{time_ms / 1e3:,.{1 if time_ms < 1e6 else 0}f} s"
+def _tile(name: str, row: Any) -> tuple[str, str, str]:
+    """The share of a category, with its name, as a key figure, with the most that a change there can gain."""
+    most = f"; at most {row.amdahl_bound:.2f}× as fast without it" if row.amdahl_bound <= MOST_BOUND else ""
+    return name, percent_text(row.share_percent), f"{time_text(row.time_ms)}{most}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,24 +387,51 @@ class Breakdown:
         wall = self.recorded_ms or self.wall_ms
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
 
-    def __str__(self) -> str:
-        top = self.frame.iloc[0]
-        busy = f"the host computes {self.host_busy_percent:.0f} % of the time"
-        if self.gpu:
-            gaps = f"{self.gpu['launch_gaps']:,} gaps over {GAP_US:.0f} µs between kernels"
-            busy = f"the GPU is busy {self.gpu['busy_percent']:.1f} % of the time, with {gaps}"
-        share, bound = top["share_percent"], top["amdahl_bound"]
-        gain = f", so a change there makes it {bound:.2f}x as fast at most" if bound <= MOST_BOUND else ""
-        most = f"Most time goes to {self.name_of(top['category'])}: {share:.0f} % of {duration(self.wall_ms)}{gain}"
-        if top["category"] == "launch_and_idle" and not gain:
-            most = f"There is almost no work in the trace: {100 - share:.2g} % of {duration(self.wall_ms)}"
-        apart = []
+    def answer(self, caveat: str = "", changed: Any = None) -> Answer:
+        """Where most time goes and what a change there can gain at most.
+
+        Args:
+            caveat: sentence that stands first below the headline, such as that of `other_model`.
+            changed: `diagnose.Difference` by category to a second trace; then the headline is about that change.
+        """
+        top, rows = self.frame.iloc[0], self.frame.head(3)
+        bound = top["amdahl_bound"]
+        name, share = self.name_of(top["category"]), f"{top['share_percent']:.0f} %"
+        head = f"Most time goes to {name}: {share} of {time_text(self.wall_ms)}, in one profiled generation."
+        if bound <= MOST_BOUND:
+            head += (
+                f" Without that time a video would be {bound:.2f} times as fast: no change there gains more."
+            )
+        elif top["category"] == "launch_and_idle":
+            head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(self.wall_ms)}."
+        if changed is not None:
+            head, first = changed.headline, head
+            caveat = f"{caveat} Before: {first[:1].lower()}{first[1:]}"
+        apart = f"The rows add up to the wall clock within {max(abs(self.residual_percent), 0.1):.1f} %."
         if abs(self.residual_percent) > APART_PERCENT:
-            apart = [
-                f"the rows add up to {duration(self.frame['time_ms'].sum())}, but the generation took"
-                f" {duration(self.recorded_ms)}: the trace is not of all of it"
-            ]
-        return "; ".join([f"{most}; {busy}", *apart, *self.cautions])
+            apart = (
+                f"The rows add up to {time_text(self.frame['time_ms'].sum())}, but the generation took"
+                f" {time_text(self.recorded_ms)}: the trace is not of all of it."
+            )
+        gpu, busy = self.gpu, self.gpu.get("busy_percent")
+        gaps = f"gaps over {GAP_US:.0f} µs between kernels: {gpu['launch_gaps']:,}" if gpu else ""
+        return answer(
+            head,
+            caveat,
+            " ".join([apart, *map(sentence, self.cautions)]),
+            "Next: 10_baseline times the video without the profiler, 15_triage ranks what to change.",
+            tiles=(
+                *(_tile(self.name_of(row.category), row) for row in rows.itertuples()),
+                ("GPU busy", percent_text(busy), gaps)
+                if gpu
+                else (
+                    "host computes",
+                    percent_text(self.host_busy_percent),
+                    "of the time; the rest it waits",
+                ),
+                ("profiled generation", time_text(self.wall_ms), "longer than without the profiler"),
+            ),
+        )
 
     def share_percent(self, category: str) -> float:
         """Share of a category; 0 if it took no time."""

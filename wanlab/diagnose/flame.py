@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from wanlab.core.answer import time_text
 from wanlab.core.errors import WanlabError
-from wanlab.diagnose.breakdown import Breakdown
+from wanlab.diagnose.breakdown import CATEGORY_NAMES, Breakdown
 from wanlab.diagnose.trace import NOTHING, Trace, launchers, nest
 from wanlab.diagnose.trace_events import STEP_PREFIX
 
@@ -283,6 +284,18 @@ class Difference:
     def change_us(self) -> float:
         """Wall clock after minus wall clock before."""
         return self.after_us - self.before_us
+
+    @property
+    def headline(self) -> str:
+        """Which trace is shorter, by how much, and the row that changed most."""
+        percent, word = 100 * self.change_us / self.before_us, "longer" if self.change_us > 0 else "shorter"
+        most = self.frame.iloc[0]
+        name = CATEGORY_NAMES.get(most["path"][-1], most["path"][-1])
+        return (
+            f"The second trace is {abs(percent):.1f} % {word}: {time_text(self.after_us / 1e3)} after"
+            f" {time_text(self.before_us / 1e3)}. Most changed {name}, by {time_text(most['change_us'] / 1e3)}."
+            " Each was recorded once, so noise is not known."
+        )
 
     def of(self, status: str) -> pd.DataFrame:
         """The rows of one status, largest change first."""

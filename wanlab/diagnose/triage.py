@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 
+from wanlab.core.answer import MOST_TILES, Answer, answer
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 
 DEFAULT = Path(__file__).with_name("triage.json")
@@ -338,10 +339,12 @@ def amdahl(share_percent: float | None, removes: float = 1.0) -> float | None:
 
 
 NOISE, TIMES = "baseline.noise_percent", ("baseline.time", "breakdown.")
+CLOSE = "a close call"
 ASKED = ["root", "node", "question", "state", "what", "value", "unit", "reads", "threshold", "branch", "to"]
 ASKED += ["source", "notebook", "command"]
 ADVISED = ["root", "node", "advice", "share_percent", "bound_ratio", "bound", "hazard", "mitigation", "help"]
 ADVISED += ["evidence", "notebook"]
+RANKED = ["what", "advice", "share_percent", "bound_ratio", "reached", "threshold_percent"]
 
 
 @dataclass(frozen=True)
@@ -353,11 +356,14 @@ class Triage:
             unit, reads (the value as text), threshold, branch, to, source, notebook and command (that measure it).
         advice: one row per advice that was reached: root, node, advice, share_percent, bound_ratio and bound (the largest
             speed-up, by Amdahl), hazard, mitigation, help, evidence, notebook.
+        ranking: every measured share of the time among which the tree takes the largest, largest first: what, advice,
+            share_percent, bound_ratio, reached (whether its advice was), threshold_percent. Empty without a profile.
     """
 
     tree: Tree
     frame: pd.DataFrame
     advice: pd.DataFrame
+    ranking: pd.DataFrame
 
     @property
     def commands(self) -> list[str]:
@@ -370,10 +376,15 @@ class Triage:
         counts = {state: int((self.frame["state"] == state).sum()) for state in states}
         return counts | {f"advice{i}": name for i, name in enumerate(self.advice["node"], 1)}
 
-    def __str__(self) -> str:
-        if not (self.frame["state"] == "measured").any():
-            return "Nothing is measured yet. First: " + "; then: ".join(self.commands) + "."
-        sentences = []
+    @property
+    def close(self) -> bool:
+        """Whether noise could have turned a question about time."""
+        return bool(self.frame["branch"].str.contains(CLOSE, regex=False).any())
+
+    @property
+    def sentences(self) -> list[str]:
+        """For each root the advice that was reached, and the number that decided; or what has to be measured."""
+        said = []
         for root, questions in self.frame.groupby("root", sort=False):
             known, reached = (
                 questions[questions["state"] == "measured"],
@@ -381,12 +392,60 @@ class Triage:
             )
             last_value = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
             texts = [
-                f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f}x)')}" for a in reached.itertuples()
+                f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f} times as fast)')}"
+                for a in reached.itertuples()
             ]
             missing = questions.loc[questions["state"] == "unknown", "notebook"].iloc[-1:]
             open_ = "".join(f"unknown until {notebook} is run" for notebook in missing)
-            sentences.append(f"{root} {', then '.join(texts) or open_}{last_value}.")
-        return " ".join(sentences)
+            said.append(f"{root} {', then '.join(texts) or open_}{last_value}.")
+        return said
+
+    def answer(self, caveat: str = "") -> Answer:
+        """What to change first and the most that it can gain; where nothing is measured, what to measure first.
+
+        Args:
+            caveat: sentence about a profile that was read in place of saved runs.
+        """
+        counts, asked = self.row(), len(self.frame)
+        questions = (
+            "questions answered",
+            f"{counts['measured']} of {asked}",
+            f"{counts['unknown']} lack a measurement",
+        )
+        missing = ("to measure", f"{len(self.commands)} notebooks", "commands below")
+        advised = ("advice reached", f"{len(self.advice)}", "")
+        tiles, first = [questions, missing, advised], self.commands[0] if self.commands else ""
+        if not counts["measured"]:
+            head = "Nothing is measured yet, so nothing can be advised. Measure what one video costs first."
+            then = ", ".join(command.split()[2].partition("/")[2] for command in self.commands[1:])
+            return answer(
+                head,
+                caveat,
+                f"Next: {first}; then {then.replace('.ipynb', '')}." if then else f"Next: {first}.",
+                tiles=tuple(tiles),
+            )
+        slow = self.advice["root"] == self.frame["root"].iloc[0]
+        sized = self.advice[self.advice["share_percent"].notna() & slow]
+        if len(sized):
+            best = sized.loc[sized["share_percent"].idxmax()]
+            what = self.tree.measurements[self.tree.advice[best["node"]].share].what.removeprefix("share of ")
+            share = f"{best['share_percent']:.0f} %"
+            head = f"Change first: {best['advice']}. {share} of the time goes to {what}"
+            bound = bound_text(best["bound_ratio"], ", so a video becomes at most {:.2f} times as fast")
+            head += f"{bound}.{' Another share is nearly as large.' if self.close else ''}"
+            gain = bound_text(best["bound_ratio"], "≤ {:.2f}×") or "no bound"
+            tiles = [("largest gain", gain, best["advice"]), ("share", share, f"of the time: {what}"), *tiles]
+        elif slow.any():
+            head = self.sentences[0]
+        else:
+            head = "What to change for speed is not known yet: the number that decides it is not measured."
+        return answer(
+            head,
+            caveat,
+            " ".join(self.sentences),
+            f"Next: {first}." if first else "Every number that was needed is measured.",
+            tiles=tuple(tiles[:MOST_TILES]),
+        )
 
 
 def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = None) -> Triage:
@@ -410,7 +469,35 @@ def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = No
             else:
                 advice.append(row | _advise(tree, tree.advice[node], measured.measured))
                 node = tree.advice[node].to
-    return Triage(tree, pd.DataFrame(questions, columns=ASKED), pd.DataFrame(advice, columns=ADVISED))
+    asked, advised = pd.DataFrame(questions, columns=ASKED), pd.DataFrame(advice, columns=ADVISED)
+    return Triage(tree, asked, advised, _ranking(tree, measured.measured, visited))
+
+
+def _ranking(tree: Tree, measured: Mapping[str, Measurement], visited: set[str]) -> pd.DataFrame:
+    """All shares of the time that the tree compares: of the question that was asked, else of the first with any known."""
+    first = next(iter(tree.roots.values()), None)
+    below = (
+        _without_cycle({n: item.leads_to for n, item in tree.nodes.items()}, [first], str) if first else set()
+    )
+    questions = [node for node in tree.questions if node in below and tree.questions[node].largest]
+    rows: list[dict[str, Any]] = []
+    for node in sorted(questions, key=lambda node: node not in visited):
+        question = tree.questions[node]
+        for name, to in question.largest.items() if not rows else ():
+            share = tree.quantity(name, measured).value
+            if share is not None:
+                advice = tree.advice.get(to)
+                rows.append(
+                    {
+                        "what": tree.measurements[name].what.removeprefix("share of "),
+                        "advice": advice.advice if advice else "",
+                        "share_percent": share,
+                        "bound_ratio": amdahl(share, advice.removes if advice else 1.0),
+                        "reached": to in visited,
+                        "threshold_percent": tree.thresholds[question.threshold].value,
+                    }
+                )
+    return pd.DataFrame(rows, columns=RANKED).sort_values("share_percent", ascending=False, ignore_index=True)
 
 
 def bound_text(ratio: float | None, form: str = "at most {:.2f}x") -> str:
@@ -456,7 +543,7 @@ def _ask(tree: Tree, node: str, saved: RunMeasurements) -> dict[str, Any]:
     if known and noise and name.startswith(TIMES):
         rivals = [known[other].value for other in ranked[1:2]] + thresholds
         if any(abs(item.value - rival) < noise / 100 * abs(rival) for rival in rivals):
-            branch += f" (a close call: the baseline's noise is {noise:.1f} %)"
+            branch += f" ({CLOSE}: the baseline's noise is {noise:.1f} %)"
     return {
         "question": question.question,
         "state": state,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from wanlab.core.answer import Answer, answer, sentence, time_text
 from wanlab.core.errors import WanlabError
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
 from wanlab.measure.load import LoadMeter
@@ -16,6 +17,7 @@ from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.stages import COMPONENTS, OTHER, stages
 from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, control_of
 from wanlab.models.pipeline import Generation, Model
+from wanlab.models.spec import component_title
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,13 +204,21 @@ class Baseline:
             " of one more generation, recorded while the machine ran at another speed; read their shares"
         )
 
-    def __str__(self) -> str:
+    def answer(self, name: str) -> Answer:
+        """What one video of the model `name` costs, how much that varies, and which component takes most of it."""
         settings, top = self.generation.settings, self.breakdown.loc[self.breakdown["share_percent"].idxmax()]
-        size = f"{settings['width']}x{settings['height']}, {settings['frames']} frames, {settings['steps']} steps"
-        return (
-            f"one video ({size}) takes {self.samples.median / 1e3:.2f} s, of which {top['component']} takes"
-            f" {top['share_percent']:.0f} %. Noise {self.control.noise_percent:.1f} %; peak memory"
-            f" {self.memory.peak_gib:.2f} GiB{f'; {self.caveat}' if self.caveat else ''}"
+        first, second = (len(side.values_ms) for side in (self.control.first, self.control.second))
+        where = (
+            "the host's own work" if top["component"] == OTHER else f"the {component_title(top['component'])}"
+        )
+        return answer(
+            f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
+            f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
+            f" {self.control.noise_percent:.1f} %, so a smaller change cannot be seen.",
+            f"The video has {settings['width']} x {settings['height']} pixels and {settings['frames']} frames, made in"
+            f" {settings['steps']} steps; {first} + {second} of them were timed.",
+            sentence(self.caveat),
+            "Next: 11_flame_graph shows which code takes the time, 15_triage ranks what to change.",
         )
 
     def forward_ms(self) -> pd.DataFrame:

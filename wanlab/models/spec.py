@@ -16,6 +16,16 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 COMPONENTS = (*ENCODERS, "vae_encoder", "expert_high", "expert_low", "expert", "vae_decoder")
 """wanlab's names of networks, in the order in which a generation uses them; `expert` where a model has only one."""
 EXPERTS = ("expert_high", "expert_low", "expert")
+_ORDINALS = {"2": "second ", "3": "third "}
+
+
+def component_title(component: str) -> str:
+    """A network's name in a sentence: `"low-noise expert"`, `"VAE decoder"`, `"second text encoder"`."""
+    if component in ("expert_high", "expert_low"):
+        return f"{component.removeprefix('expert_')}-noise expert"
+    words = component.replace("vae", "VAE").split("_")
+    return f"{_ORDINALS.get(words[-1], '')}{' '.join(word for word in words if word not in _ORDINALS)}"
+
 
 # The two halves of a VAE are two components: they run at different times and are exported separately.
 _VAE_HALVES = ("vae_encoder", "vae_decoder")

@@ -8,6 +8,7 @@ from .cost import CATEGORY_NAMES as CATEGORY_NAMES
 from .cost import PART_NAMES as PART_NAMES
 from .cost import before_after_bars as before_after_bars
 from .cost import breakdown_bar as breakdown_bar
+from .cost import breakdown_bars as breakdown_bars
 from .cost import category_bars as category_bars
 from .cost import difference_bars as difference_bars
 from .cost import difference_icicle as difference_icicle
@@ -56,3 +57,4 @@ from .style import colour as colour
 from .style import label as label
 from .style import theme as theme
 from .triage import decision_tree as decision_tree
+from .triage import share_ranking as share_ranking

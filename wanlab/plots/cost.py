@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -387,6 +387,60 @@ def _with_ratio(value: float, baseline: float) -> str:
         return shown
     ratio = baseline / value
     return f"{shown} · {ratio:.2f}× less" if ratio > 1 else f"{shown} · {1 / ratio:.2f}× more"
+
+
+SMALLEST_SHARE = 0.005  # of the video; smaller components are drawn as one
+
+
+def breakdown_bars(tables: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """Time per component of several variants on one axis, with the ratio of each to the first variant.
+
+    Args:
+        tables: name of the variant, the original first -> its columns component and time_ms, as `breakdown_bar` takes them.
+    """
+    if not tables:
+        raise WanlabError("breakdown_bars needs at least one variant")
+    for table in tables.values():
+        needs(table, "breakdown_bars", "component", "time_ms")
+    times = pd.DataFrame(
+        {name: table.groupby("component")["time_ms"].sum() for name, table in tables.items()}
+    )
+    order = [name for table in tables.values() for name in table["component"]]
+    times = times.reindex(dict.fromkeys(order)).fillna(0.0)
+    small = (times < SMALLEST_SHARE * times.sum()).all(axis=1) & (times.index != "other")
+    if small.any():
+        rest = times[small].sum() + (times.loc["other"] if "other" in times.index else 0.0)
+        times = pd.concat([times[~small].drop(index="other", errors="ignore"), rest.to_frame("other").T])
+    names = [NAMES.get(name, str(name)) for name in times.index]
+    first, longest = times.iloc[:, 0], float(times.max().max())
+    scale, unit = (1e3, "s") if longest >= 1e4 else (1.0, "ms")
+    figure = go.Figure()
+    for place, variant in enumerate(times):
+        values = times[variant]
+        figure.add_bar(
+            x=(values / scale).tolist(),
+            y=names,
+            orientation="h",
+            name=variant,
+            text=[
+                f"{value / scale:,.{0 if value / scale >= 100 else 1}f} {unit}"
+                + _times_as_fast(value, of, place)
+                for value, of in zip(values, first, strict=True)
+            ],
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": colour(variant)},
+            hovertemplate="%{y}: %{text}<extra>%{fullData.name}</extra>",
+        )
+    height = 90 + (12 + 18 * len(times.columns)) * len(times)
+    figure.update_layout(template=theme(), height=height, barmode="group", bargap=0.25, margin={"t": 40})
+    figure.update_xaxes(title_text=f"time in one video ({unit})", range=[0, 1.5 * longest / scale or 1.0])
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _times_as_fast(value: float, original: float, place: int) -> str:
+    return f" · {original / value:.2f}× as fast" if place and value and original else ""
 
 
 def schedule_timeline(df: pd.DataFrame) -> go.Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import plotly.graph_objects as go
@@ -20,33 +19,28 @@ _WAY_NAMES = {
 
 
 def expert_steps(timeline: Any) -> go.Figure:
-    """Noise, signal-to-noise ratio and measured time of every step in the colour of its expert, and the boundary.
+    """Noise and measured time of every step in the colour of its expert, and the boundary.
 
     Args:
         timeline: from `diagnose.timeline`.
     """
     steps, schedule = timeline.steps, timeline.schedule
     branches = [name for name in ("cond_ms", "uncond_ms") if name in steps]
-    figure = make_subplots(
-        rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.3, 0.3, 0.4]
-    )
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.42, 0.58])
     for name, part in steps.groupby("component", sort=False):
         style = {"name": NAMES.get(name, name), "legendgroup": name}
-        facts = part[["timestep", "sigma", "snr", "time_ms"]].to_numpy().tolist()
-        for row, column in ((1, "sigma"), (2, "snr")):
-            figure.add_scatter(
-                x=part["step"].tolist(),
-                y=part[column].tolist(),
-                mode="markers",
-                marker={"color": colour(name), "size": 9},
-                customdata=facts,
-                hovertemplate="step %{x}, timestep %{customdata[0]:.0f}<br>sigma %{customdata[1]:.4f}, SNR"
-                " %{customdata[2]:.3g}<br>%{customdata[3]:,.1f} ms<extra>%{fullData.name}</extra>",
-                showlegend=row == 1,
-                row=row,
-                col=1,
-                **style,
-            )
+        figure.add_scatter(
+            x=part["step"].tolist(),
+            y=part["sigma"].tolist(),
+            mode="markers",
+            marker={"color": colour(name), "size": 9},
+            customdata=part[["timestep", "sigma", "snr", "time_ms"]].to_numpy().tolist(),
+            hovertemplate="step %{x}, timestep %{customdata[0]:.0f}<br>sigma %{customdata[1]:.4f}, SNR"
+            " %{customdata[2]:.3g}<br>%{customdata[3]:,.1f} ms<extra>%{fullData.name}</extra>",
+            row=1,
+            col=1,
+            **style,
+        )
         for index, branch in enumerate(branches):
             branch_name = {"cond_ms": "with the prompt", "uncond_ms": "without the prompt"}[branch]
             figure.add_bar(
@@ -55,18 +49,17 @@ def expert_steps(timeline: Any) -> go.Figure:
                 marker={"color": colour(name), "opacity": 0.95 - 0.4 * index},
                 hovertemplate=f"step %{{x}}, {branch_name}: %{{y:,.1f}} ms<extra>%{{fullData.name}}</extra>",
                 showlegend=False,
-                row=3,
+                row=2,
                 col=1,
                 **style,
             )
-    for row, column in ((1, "sigma"), (2, "snr")):
-        line = {
-            "x": steps["step"].tolist(),
-            "y": steps[column].tolist(),
-            "mode": "lines",
-            "line": {"color": LINE},
-        }
-        figure.add_scatter(**line, hoverinfo="skip", showlegend=False, row=row, col=1)
+    line = {
+        "x": steps["step"].tolist(),
+        "y": steps["sigma"].tolist(),
+        "mode": "lines",
+        "line": {"color": LINE},
+    }
+    figure.add_scatter(**line, hoverinfo="skip", showlegend=False, row=1, col=1)
     for step in schedule.switches:
         figure.add_vline(x=step - 0.5, line={"color": GREY, "dash": "dot", "width": 1.5})
     if schedule.boundary_ratio is not None:
@@ -84,20 +77,10 @@ def expert_steps(timeline: Any) -> go.Figure:
             yanchor="top",
             xshift=4,
         )
-    # The ratio of pure noise is near zero; on the axis it would leave no space for the others.
-    drawn = steps[steps["snr"] >= 1e-6]["snr"]
-    span = [math.log10(drawn.min()) - 0.4, math.log10(drawn.max()) + 0.4] if len(drawn) else None
-    for step, snr in steps.loc[steps["snr"] < 1e-6, ["step", "snr"]].to_numpy().tolist():
-        figure.add_annotation(
-            x=step, y=0, xref="x", yref="y2 domain", text=f"{snr:.0e} ↓", showarrow=False, yanchor="bottom"
-        )
-    figure.update_layout(template=theme(), height=560, barmode="stack", bargap=0.15)
-    figure.update_yaxes(title_text="sigma", range=[0, 1.06], row=1, col=1)
-    figure.update_yaxes(
-        title_text="SNR", type="log", exponentformat="power", dtick=1, range=span, row=2, col=1
-    )
-    figure.update_yaxes(title_text="time per step (ms)", rangemode="tozero", row=3, col=1)
-    figure.update_xaxes(title_text="denoising step", row=3, col=1)
+    figure.update_layout(template=theme(), height=380, barmode="stack", bargap=0.15)
+    figure.update_yaxes(title_text="noise (sigma)", range=[0, 1.06], row=1, col=1)
+    figure.update_yaxes(title_text="time per step (ms)", rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(title_text="denoising step", row=2, col=1)
     return figure
 
 

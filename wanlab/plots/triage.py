@@ -6,6 +6,7 @@ import textwrap
 from itertools import pairwise
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from wanlab.plots.style import GREY, OTHERS, theme
@@ -14,6 +15,47 @@ WIDTH_PX, GAP_PX, BEND_PX, LINE_PX, BETWEEN_PX, TITLE_PX = 880, 56, 11, 15, 8, 3
 LETTER_PX, WIDEST_PX = 6.2, 200
 FRAME = "rgba(128,138,149,0.5)"
 TINTS = ("#d9534f", "#3d85c6", "#8b7ec8", *OTHERS)
+
+
+def share_ranking(ranking: pd.DataFrame) -> go.Figure:
+    """Shares of the time, largest first, with the most that a change of each can gain; the one to change is coloured.
+
+    Args:
+        ranking: `Triage.ranking`.
+    """
+    texts = [
+        f"{row.share_percent:.1f} %"
+        + ("" if row.bound_ratio != row.bound_ratio else f" · at most {row.bound_ratio:.2f}×")
+        for row in ranking.itertuples()
+    ]
+    figure = go.Figure(
+        go.Bar(
+            x=ranking["share_percent"].tolist(),
+            y=[_short(what) for what in ranking["what"]],
+            orientation="h",
+            text=texts,
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": [TINTS[0] if reached else GREY for reached in ranking["reached"]]},
+            customdata=[[row.what, row.advice] for row in ranking.itertuples()],
+            hovertemplate="%{customdata[0]}: %{text}<br>%{customdata[1]}<extra></extra>",
+        )
+    )
+    figure.add_vline(
+        x=float(ranking["threshold_percent"].iloc[0]), line={"color": GREY, "dash": "dot", "width": 1.5},
+        annotation_text="worth a change", annotation_position="bottom right",
+    )  # fmt: skip
+    figure.update_layout(template=theme(), height=90 + 28 * len(ranking), showlegend=False)
+    figure.update_xaxes(
+        title_text="share of the time (%)", range=[0, 1.4 * float(ranking["share_percent"].max()) or 1]
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _short(what: str) -> str:
+    """A share's name without its article, broken into lines that a phone has room for."""
+    return "<br>".join(textwrap.wrap(what.removeprefix("the "), 24))
 
 
 def decision_tree(triage: Any) -> go.Figure:

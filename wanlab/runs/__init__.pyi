@@ -1,3 +1,5 @@
+from .answers import gain_answer as gain_answer
+from .answers import technique_answer as technique_answer
 from .choose import Choice as Choice
 from .choose import built_records as built_records
 from .choose import choose as choose

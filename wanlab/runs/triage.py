@@ -73,9 +73,9 @@ def run_measurements(
             refused.append(run.row | {"why": run.why or ("an older run" if run in here else other)})
     of = f"{model or 'any model'}{f' on {newest}' if newest else ''}"
     note = (
-        f"Read together: {len(kept)} run(s) of {of}."
+        f"Read together: {len(kept)} run(s) of {of}"
         if kept
-        else f"No run of {of} measured what the tree asks for."
+        else f"No run of {of} measured what the tree asks for"
     )
     rows = [run.row | {"measurements": len(run.measured)} for run in kept]
     return RunMeasurements(

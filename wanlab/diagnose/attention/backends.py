@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
+from wanlab.core.answer import ratio_text
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.formats import element_name
 from wanlab.diagnose.attention.calls import attention_heads
@@ -124,6 +125,15 @@ class AttentionKernels:
         rows = self.table[self.table["time_ms"].notna()]
         rows = rows[rows["density_percent"] == 100] if dense else rows
         return rows.loc[rows["time_ms"].idxmin()].to_dict()
+
+    @property
+    def sentence(self) -> str:
+        """Whether a kernel that does all of the work is faster than PyTorch's default."""
+        best = self.fastest()
+        if best["kernel"] == BASELINE or best["verdict"] != "faster":
+            return f"No kernel for all keys is faster than PyTorch's default here ({self.default_took})."
+        default = f"PyTorch's default, {self.default_took}"
+        return f"For all keys {best['kernel']} is {ratio_text(best['speedup'], best['low'], best['high'], beside=default)}."
 
     def row(self) -> dict[str, Any]:
         """Flat record: the fastest kernel that computes all pairs, default_took, noise_percent."""

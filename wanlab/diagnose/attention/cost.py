@@ -10,7 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from wanlab.core.answer import Answer, answer, sentence
 from wanlab.core.errors import WanlabError
+from wanlab.diagnose.attention.backends import AttentionKernels
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.diagnose.attention.maps import AttentionMap
 from wanlab.diagnose.attention.statistics import BLOCK_KEYS
@@ -134,13 +136,49 @@ class Skippable:
             **{f"{name}_percent": float(types.get(name, 0.0)) for name in ("spatial", "temporal", "global")},
         }
 
-    def __str__(self) -> str:
-        half = float(self.table["density_percent"].median())
-        text = f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their self-attention"
-        if self.bound_ratio is None:
-            return text
-        blocks = f"{self.block_bound_ratio:.2f}x in blocks of {BLOCK_KEYS} keys"
-        return f"{text}; skipping the other keys gains {self.bound_ratio:.2f}x at most, {blocks}"
+    def answer(
+        self, heads: AttentionMap, kernels: AttentionKernels | None = None, caveat: str = ""
+    ) -> Answer:
+        """How few keys the heads need, and the most that a kernel which skips the others can gain.
+
+        Args:
+            heads: the map that was ranked. kernels: kernels that were timed for the dense work, if any.
+            caveat: sentence about a profile that is shown beside the map.
+        """
+        half, error = float(self.table["density_percent"].median()), heads.error_percent(self.level_percent)
+        need = (
+            f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their attention"
+        )
+        first, even = (
+            float(heads.of()["first_frame_percent"].median()),
+            heads.uniform()["first_frame_percent"],
+        )
+        tiles = [
+            (f"keys for {self.level_percent} %", f"{half:.1f} %", f"median head, known to ± {error:.1f} %"),
+            ("spatial heads", f"{self.row()['spatial_percent']:.0f} %", "look mostly inside their own frame"),
+            ("on the first frame", f"{first:.1f} %", f"of the attention; alike to all would be {even:.1f} %"),
+        ]
+        head = f"{sentence(need)} What skipping the others gains is not known: nothing was timed."
+        if self.bound_ratio is not None:
+            head = (
+                f"Skipping keys can make denoising at most {self.bound_ratio:.2f} times as fast, and"
+                f" {self.block_bound_ratio:.2f} times in blocks as kernels work: self-attention is"
+                f" {self.attention_share_percent:.0f} % of the time. {need[:1].upper()}{need[1:]}."
+            )
+            share = ("self-attention", f"{self.attention_share_percent:.1f} %", "of the denoising time")
+            blocks = f"in blocks of {BLOCK_KEYS}: at most {self.block_bound_ratio:.2f}×"
+            tiles = [share, ("skipping keys", f"≤ {self.bound_ratio:.2f}×", blocks), *tiles]
+        name = f"Measured with {heads.facts['model']}"
+        sampled = f"{heads.facts['queries_per_frame']} queries of each latent frame"
+        return answer(
+            head,
+            f"{caveat}{heads.caveat}",
+            f"{name} on a sample, {sampled}: the share of one head is known to ± {error:.1f} %."
+            " Both bounds assume that choosing the keys costs nothing.",
+            "" if kernels is None else kernels.sentence,
+            "Next: 15_triage says whether attention is worth a change, 42_component times a kernel in the network.",
+            tiles=tuple(tiles),
+        )
 
 
 def skippable(attention: AttentionMap, times: pd.DataFrame | None = None) -> Skippable:

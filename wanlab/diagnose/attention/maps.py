@@ -108,6 +108,10 @@ class AttentionMap:
             record[_median(TEXT_PERCENT)] = float(own[TEXT_PERCENT].median())
         return record | {"prompt_median_percent": float(text["prompt_percent"].median())}
 
+    def error_percent(self, level: int = 95) -> float:
+        """Standard error, from the sample of queries, of the share of keys that one head needs: the median over heads."""
+        return float(self.of(SELF)[error_name(f"density{level}_percent")].median())
+
     @property
     def caveat(self) -> str:
         """A warning about the weights as a sentence; empty if there is none."""

@@ -12,7 +12,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from wanlab.core.answer import Answer, answer, percent_text, sentence, time_text
 from wanlab.core.errors import WanlabError
+from wanlab.core.stats import interval_text
 from wanlab.diagnose.experts.switching import SwitchCost
 from wanlab.diagnose.experts.timeline import Timeline
 from wanlab.evaluate.loss import quality_loss
@@ -53,10 +55,10 @@ class Disagreement:
         named = {"": "relative_l2", "_floor": "floor_l2", "_timestep": "timestep", "_cosine": "cosine"}
         return {f"disagreement{key}": float(near[column]) for key, column in named.items()}
 
-    def __str__(self) -> str:
+    def percents(self) -> tuple[str, str]:
+        """How far the experts differ nearest to the boundary, and how far equal calls do, as text."""
         near = self.at_boundary()
-        percent, floor = (100 * near[key] for key in ("relative_l2", "floor_l2"))
-        return f"on the same inputs the experts differ by {percent:.1f} % (noise floor {floor:.2g} %)"
+        return percent_text(100 * near["relative_l2"]), percent_text(100 * near["floor_l2"])
 
 
 def disagreement(
@@ -170,7 +172,30 @@ class BoundarySweep:
             return self.note
         scores = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
         cases = self.frame["cases"].iloc[0]
-        return f"LPIPS by boundary, {cases} cases, floor {self.floor_percent:.2g} %: {', '.join(scores)}"
+        return (
+            f"LPIPS to the true video (lower is better) with the boundary moved, {cases} case{'s' * (cases != 1)}:"
+            f" {', '.join(scores)}; another exact attention kernel alone changes it by {percent_text(self.floor_percent)}"
+        )
+
+    @property
+    def sentence(self) -> str:
+        """Whether another boundary is better than the model's own, with its interval; the note without quality."""
+        if self.note:
+            return sentence(f"whether another boundary is better is not known: {self.note}")
+        own = self.frame[self.frame["own"]].iloc[0]
+        best = self.frame.loc[self.frame["change_percent"].idxmin()]
+        tried = ", ".join(f"{value:g}" for value in self.frame.loc[~self.frame["own"], "boundary"])
+        if best["own"]:
+            return (
+                f"The model's own boundary, {own['boundary']:g}, gives the best quality; {tried} were tried."
+            )
+        known = interval_text(best["low_percent"], best["high_percent"], "+.2f")
+        certain = best["high_percent"] < 0 and abs(best["change_percent"]) > (self.floor_percent or 0.0)
+        holds = "is better" if certain else "cannot be told from the model's own"
+        return (
+            f"A boundary at {best['boundary']:g} {holds}: LPIPS to the true video {best['change_percent']:+.2f} % against"
+            f" {own['boundary']:g} ({known}, {int(best['cases'])} cases)."
+        )
 
 
 def boundary_sweep(
@@ -309,9 +334,42 @@ class ExpertSummary:
         parts = (self.timeline, self.switch, self.disagreement, self.boundaries)
         return {key: value for part in parts if part is not None for key, value in part.row().items()}
 
-    def __str__(self) -> str:
-        sentences = [f"{self.timeline}", self.timeline.switch_sentence, self.switch.sentence]
+    def answer(self, name: str, caveat: str = "") -> Answer:
+        """When each expert of the model `name` runs, whether a switch costs time, and whether the choice matters.
+
+        Args:
+            caveat: sentence about a profile that is shown beside the measurements.
+        """
+        first, switch = self.timeline.after_switch(), "Nothing is switched."
+        if first:
+            same = abs(first["excess_ms"]) <= first["noise_ms"]
+            takes = "no time that can be told from noise" if same else time_text(first["excess_ms"])
+            switch = f"A switch between them takes {takes}."
+        elif self.timeline.schedule.switches:
+            switch = "What a switch takes was not measured: too few forwards."
+        tiles, apart = list(self.timeline.tiles), ""
+        if first:
+            noise = f"single forwards vary by {time_text(first['noise_ms'])}"
+            tiles.append(("first forward after a switch", f"{first['excess_ms']:+.2f} ms", noise))
         if self.disagreement is not None:
-            sentences.append(f"{self.disagreement}")
-        first, *others = filter(None, sentences)
-        return ". ".join([first, *(text[:1].upper() + text[1:] for text in others)])
+            differ, noise = self.disagreement.percents()
+            near = self.disagreement.at_boundary()
+            apart = f" The choice matters: their predictions differ by {differ}, equal calls by {noise}."
+            if near["relative_l2"] <= near["floor_l2"]:
+                apart = (
+                    f" The choice does not matter: their predictions differ by {differ}, as equal calls do."
+                )
+            tiles.append(("experts differ by", differ, f"equal calls: {noise}"))
+        if self.boundaries is not None and not self.boundaries.note:
+            best = self.boundaries.row()["boundary_best"]
+            own = self.boundaries.frame.loc[self.boundaries.frame["own"], "boundary"].iloc[0]
+            tiles.append(("best boundary", f"{best:g}", f"the model's own is {own:g}"))
+        measured = "" if self.boundaries is None else self.boundaries.sentence
+        return answer(
+            f"{sentence(self.timeline.order)} {switch}{apart}",
+            f"{caveat}Measured with {name}. {self.timeline.switch_sentence}",
+            measured,
+            sentence(self.switch.sentence),
+            "Next: 14_memory shows whether both experts fit into memory, 42_component what an engine gains on one.",
+            tiles=tuple(tiles),
+        )

@@ -9,10 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from wanlab.core.answer import time_text
 from wanlab.core.errors import WanlabError
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import ExpertSchedule, fewest_steps, precompute_schedule
+from wanlab.models.spec import component_title
 from wanlab.models.taps import component_calls, intercept_calls
 
 
@@ -67,8 +69,12 @@ class Timeline:
         if not first:
             return ""
         cost, noise = first["excess_ms"], first["noise_ms"]
-        held = "costs nothing that can be told from noise" if abs(cost) <= noise else "costs"
-        return f"A switch with both experts in memory {held} here: {cost:+.2f} ms (noise {noise:.2f} ms)"
+        known = f"the first forward after it took {cost:+.2f} ms more, single forwards vary by {noise:.2f} ms"
+        if abs(cost) <= noise:
+            return (
+                f"With both experts in memory a switch takes no time that can be told from noise ({known})."
+            )
+        return f"With both experts in memory a switch takes {time_text(cost)} ({known})."
 
     def row(self) -> dict[str, Any]:
         """Flat record: switches, as_planned, <high|low>_steps, <high|low>_ms (median of a forward), after_switch_..._ms."""
@@ -79,14 +85,32 @@ class Timeline:
             row |= {f"{short}_steps": entry.steps, f"{short}_ms": times.get(entry.component)}
         return row | {f"after_switch_{key}": value for key, value in self.after_switch().items()}
 
-    def __str__(self) -> str:
-        row, switches = self.row(), len(self.schedule.switches)
-        names = {"high": "the high-noise expert", "low": "the low-noise expert", "expert": "the one expert"}
-        ran = [key for key in names if row.get(f"{key}_steps")]
-        each = "{} runs {} step{} ({:,.1f} ms a forward)"
-        counts = {key: row[f"{key}_steps"] for key in ran}
-        parts = [each.format(names[key], n, "s" * (n != 1), row[f"{key}_ms"]) for key, n in counts.items()]
-        return f"{', '.join(parts)}, {switches} switch{'es' * (switches != 1)}"
+    @property
+    def order(self) -> str:
+        """Which expert runs which steps, counted from 1, as a clause."""
+        parts = []
+        for entry in (each for each in self.schedule.prefetch if each.steps):
+            last = entry.first_step + entry.steps
+            steps = f"steps {entry.first_step + 1} to {last}" if entry.steps > 1 else f"step {last}"
+            parts.append(f"{component_title(entry.component)}{'' if parts else ' runs'} {steps}")
+        return (
+            f"the {', the '.join(parts)}"
+            if len(parts) > 1
+            else f"one expert runs all {len(self.steps)} steps"
+        )
+
+    @property
+    def tiles(self) -> tuple[tuple[str, str, str], ...]:
+        """Key figures: the steps of each expert and what one of its forwards takes."""
+        rows = self.forward_ms().itertuples()
+        return tuple(
+            (
+                component_title(row.component),
+                f"{row.steps} step{'s' * (row.steps != 1)}",
+                f"{time_text(row.median_ms)} a forward, {row.share_percent:.0f} % of the experts' time",
+            )
+            for row in rows
+        )
 
 
 def timeline(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from wanlab.core.answer import size_text
 from wanlab.core.errors import WanlabError
 from wanlab.diagnose import operators
 from wanlab.diagnose.breakdown import COMPONENTS, EXPERTS, KINDS, OUTSIDE, Attribution, attribute
@@ -161,14 +162,24 @@ class MemoryAccount:
         """Sum of all rows of one part."""
         return int(self.frame.loc[self.frame["part"] == part, "size_bytes"].sum())
 
-    def __str__(self) -> str:
-        parts = self.frame.groupby("part")["size_bytes"].sum().sort_values(ascending=False).head(3)
-        shares = [f"{PART_NAMES[part]} {100 * size / self.peak_bytes:.0f} %" for part, size in parts.items()]
-        least = "at least " if self.lower_bound else ""
-        size = self.peak_bytes / GIB
-        shown = f"{size:.2f} GiB" if size >= 0.01 else f"{self.peak_bytes / (1 << 20):.3g} MiB"
+    @property
+    def headline(self) -> str:
+        """The largest part of the peak, and the peak."""
+        parts = self.frame.groupby("part")["size_bytes"].sum()
+        most, least = parts.idxmax(), "at least " if self.lower_bound else ""
+        share, name = f"{100 * parts.max() / self.peak_bytes:.0f} %", PART_NAMES[most]
         without = ", without what was there before the trace" if self.lower_bound else ""
-        return f"The peak is {least}{shown} on {self.device}{without}: {', '.join(shares)}"
+        of = f"{least}{size_text(self.peak_bytes)} on {'the CPU' if self.device == 'cpu' else 'the GPU'}{without}"
+        return f"The largest part of the peak is {name}: {share} of {of}."
+
+    @property
+    def tiles(self) -> tuple[tuple[str, str, str], ...]:
+        """Key figures: the peak and its largest parts."""
+        parts = self.frame.groupby("part")["size_bytes"].sum().sort_values(ascending=False).head(3)
+        reserved = f"{size_text(self.reserved_peak_bytes)} reserved" if self.reserved_peak_bytes > 0 else ""
+        peak = ("peak memory", size_text(self.peak_bytes), reserved or "allocated in one generation")
+        shares = {part: f"{100 * size / self.peak_bytes:.0f} % of the peak" for part, size in parts.items()}
+        return (peak, *((PART_NAMES[part], size_text(parts[part]), share) for part, share in shares.items()))
 
     def row(self) -> dict[str, float]:
         """Flat record: peak_gib, <part>_gib, allocations, churn_gib_per_step (median over steps)."""

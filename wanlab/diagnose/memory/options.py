@@ -15,7 +15,9 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from wanlab.core.answer import MOST_TILES, Answer, answer, size_text
 from wanlab.diagnose.capture import capture
+from wanlab.diagnose.memory.account import MemoryAccount
 from wanlab.diagnose.trace import read_trace
 from wanlab.models.loading import load
 from wanlab.models.pipeline import Generation, Model
@@ -23,6 +25,7 @@ from wanlab.models.taps import intercept_calls
 
 GIB = 1 << 30
 QUERY_CHUNKS = 4
+SMALLEST_GIB = 0.0005  # a smaller difference of two equal runs is none
 
 
 class _Unavailable(Exception):
@@ -90,13 +93,43 @@ def memory_options(
     return pd.DataFrame(rows)
 
 
-def memory_advice(options: pd.DataFrame | None) -> str:
-    """The option that saves most, as a sentence; empty if none was applied or none saves more than the noise."""
+def memory_answer(account: MemoryAccount, options: pd.DataFrame | None = None, caveat: str = "") -> Answer:
+    """What the peak is made of, and the option that lowers it most.
+
+    Args:
+        account: the peak. options: from `memory_options`; None where they were not measured.
+        caveat: sentence that stands first below the headline, such as that of `trace_caveat`.
+    """
     useful = options[options["saves"]] if options is not None else pd.DataFrame()
-    if useful.empty:
-        return ""
-    best = useful.loc[useful["saved_gib"].idxmax()]
-    return f"Most is saved by {best['option']}: {best['saved_gib']:.2f} GiB at {best['time_ratio']:.2f}x the time."
+    tiles, next_ = list(account.tiles), "Next: 15_triage says whether memory is the limit."
+    if options is None:
+        head, why = account.headline, ""
+        next_ = "Next: without a given trace this notebook also measures what each option saves."
+    elif useful.empty:
+        head, why = f"{account.headline} No option that was tried lowers it by more than the noise.", ""
+    else:
+        best = useful.loc[useful["saved_gib"].idxmax()]
+        saved, noise = (size_text(best[name] * GIB) for name in ("saved_gib", "noise_gib"))
+        apart = "was the same" if best["noise_gib"] < SMALLEST_GIB else f"differed by {noise}"
+        head = f"{account.headline} Most is saved by {best['option']}: {saved} at {best['time_ratio']:.2f} times the time."
+        why = (
+            f"The unchanged model was measured twice: its peak {apart}, its time differed by {best['noise_percent']:.1f} %."
+            f" {_cost(best)}"
+        )
+        next_ = f"{next_[:-1]}; 41_configuration measures what a change does to speed and quality."
+        tiles = [
+            tiles[0],
+            (f"saved by {best['option']}", saved, f"the unchanged model's peak {apart}"),
+            *tiles[1:],
+        ]
+    return answer(head, caveat, why, next_, tiles=tuple(tiles[:MOST_TILES]))
+
+
+def _cost(best: pd.Series) -> str:
+    """What an option does to the video."""
+    if best["psnr_db"] == float("inf"):
+        return "It gives the same video, bit by bit."
+    return f"It changes the video: PSNR {best['psnr_db']:.0f} dB to the unchanged model's."
 
 
 def _take(model: Model, *, image: Any, prompt: str, settings: dict) -> _Measured:

@@ -1,0 +1,181 @@
+"""Answers of notebooks that compare: an optimised model with its original, and techniques alone and combined."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from wanlab.core.answer import (
+    SMALLEST_PERCENT,
+    Answer,
+    answer,
+    loss_texts,
+    ratio_text,
+    sentence,
+    size_text,
+    time_text,
+)
+from wanlab.core.stats import interval_text
+from wanlab.engines.registry import title_of_label
+from wanlab.evaluate.loss import QualityLoss
+from wanlab.measure.timing import Comparison, verdict_of
+from wanlab.runs.choose import NOT_EXECUTED
+from wanlab.runs.compare import SAME, Comparisons
+from wanlab.runs.results import is_number, parameter_text
+
+LONGEST_NAME = 44
+"""Longer names of techniques stand in the figure, not in a headline."""
+
+
+def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
+    """Whether an optimised model is faster than its original, and what that costs in quality.
+
+    Args:
+        gain: times of whole videos. loss: quality loss over held-out cases. psnr_db: between the two videos.
+    """
+    name, original = gain.candidate, gain.baseline
+    if gain.verdict == "not distinguishable":
+        head = f"No difference in time between {name} and {original} can be told from noise."
+    else:
+        known = ratio_text(gain.speedup, gain.low, gain.high, beside=original)
+        head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
+    noise = f"Two series of {original} differ by up to {gain.noise_percent:.1f} %; a smaller gain would not count."
+    return answer(
+        f"{head} {loss_words(loss)}",
+        f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
+        f"Quality loss is how much farther from the true video the optimised one is: {loss}.",
+        "Next: 10_baseline and 15_triage for your own model, 41_configuration to try plans and engines together.",
+    )
+
+
+def loss_words(loss: QualityLoss) -> str:
+    """What was lost in quality as a sentence, and how sure that is."""
+    if not loss.known:
+        return "What it costs in quality is not known: there is no true video."
+    if loss.high_percent is None or loss.low_percent is None:
+        cases = f"{loss.cases} case{'s' * (loss.cases != 1)}"
+        return f"Quality changes by {loss.percent:+.2f} %, from {cases}, too few to say how sure that is."
+    if max(abs(loss.low_percent), abs(loss.high_percent)) < SMALLEST_PERCENT:
+        return f"It costs no quality that can be measured: less than {SMALLEST_PERCENT:g} %."
+    known = interval_text(loss.low_percent, loss.high_percent, "+.2f")
+    if loss.low_percent <= 0 <= loss.high_percent:
+        return f"No loss of quality can be told from noise ({known} %)."
+    return f"It {'costs' if loss.percent > 0 else 'gains'} {abs(loss.percent):.2f} % of quality ({known} %)."
+
+
+def technique_title(techniques: str) -> str:
+    """`"engine=onnxruntime + plan=uniform-int8"` in words: `"ONNX Runtime with plan uniform-int8"`."""
+    titles = []
+    for name in techniques.split(" + "):
+        axis, _, value = name.partition("=")
+        titles.append(title_of_label(value) if axis == "engine" else f"{axis.replace('_', ' ')} {value}")
+    return " with ".join([titles[0], *([" and ".join(titles[1:])] if titles[1:] else [])])
+
+
+def technique_answer(comparisons: Comparisons, matrix: pd.DataFrame, table: pd.DataFrame) -> Answer:
+    """The best technique alone, and whether another on top of it gains more.
+
+    Args:
+        comparisons: from `compare`. matrix: its `technique_matrix`. table: its `engine_table`.
+    """
+    alone, combined = (_best(matrix[rows]) for rows in (matrix["moved"] == 1, matrix["moved"] > 1))
+    base, by, best = comparisons.baseline.results, comparisons.by, alone if alone is not None else combined
+    if all(row is None or _verdict(row) == SAME for row in (alone, combined)):
+        head = "No technique gives a difference from the original that can be told from noise."
+        if best is not None:
+            head += f" The best, {_named(best)}, was {_gain(best)}."
+    else:
+        parts = []
+        if alone is not None:
+            holds = f"is {_gain(alone)}"
+            if _verdict(alone) == SAME:
+                holds = "cannot be told from the original"
+            parts.append(f"{_named(alone)} alone {holds}.")
+        if combined is not None:
+            parts.append(_beside(combined))
+            best = combined if _more(combined) else best
+        head = " ".join(parts)
+    row = next((each for each in comparisons.rows if _moved(comparisons, each) == best["techniques"]), None)
+    tiles = [
+        (
+            f"best {word}",
+            f"{each['speedup']:.2f}×",
+            f"{_named(each)}; {interval_text(each['low'], each['high'])}",
+        )
+        for word, each in (("alone", alone), ("combined", combined))
+        if each is not None
+    ]
+    if row is not None:
+        tiles += [tile for name in (by, "peak_memory_gib") if (tile := _pair(name, row.results, base))]
+        if is_number(loss := row.results.get("quality_loss_percent")):
+            ends = [row.results.get(f"quality_loss_{end}_percent") for end in ("low", "high")]
+            tiles.append(("quality loss", *loss_texts(loss, *ends)))
+    product = "" if combined is None else sentence(str(combined["verdict"]))
+    return answer(
+        head,
+        f"{_named(combined)} beside the product of each alone: {product}" if product else "",
+        f"{comparisons.place} {_not_run(table)}",
+        "Next: 60_sweep chooses a configuration within a limit of quality loss.",
+        tiles=tuple(tiles[:5]),
+    )
+
+
+def _not_run(table: pd.DataFrame) -> str:
+    names = ", ".join(table.loc[table["state"] == NOT_EXECUTED, "engine"])
+    return f"Of {names} only the files were built; no device here runs them." if names else ""
+
+
+def _best(rows: pd.DataFrame) -> Any:
+    return rows.loc[rows["speedup"].idxmax()] if len(rows) else None
+
+
+def _verdict(row: Any) -> str:
+    figures = [row[name] for name in ("speedup", "low", "high", "noise_percent")]
+    return SAME if math.isnan(row["low"]) else verdict_of(*figures)
+
+
+def _more(row: Any) -> bool:
+    """Whether a combination is faster than the best technique alone, beyond noise; also where that was not measured."""
+    ratio, low, high = (row[name] for name in ("of_best", "of_best_low", "of_best_high"))
+    return not is_number(ratio) or verdict_of(ratio, low, high, row["noise_percent"]) == "faster"
+
+
+def _beside(row: Any) -> str:
+    """A combination beside the best technique alone."""
+    if not is_number(row["of_best"]):
+        return f"{_named(row)} is {_gain(row)}."
+    if _more(row):
+        return f"{_named(row)} gains more: {_gain(row)}."
+    if (
+        not is_number(row["of_best_low"])
+        or verdict_of(row["of_best"], row["of_best_low"], row["of_best_high"], row["noise_percent"]) == SAME
+    ):
+        return "No combination can be told from it."
+    return (
+        f"Combining gains nothing: the best combination is {row['of_best']:.2f} times as fast as that alone."
+    )
+
+
+def _named(row: Any) -> str:
+    title = technique_title(row["techniques"])
+    return title if len(title) <= LONGEST_NAME else "the best combination"
+
+
+def _gain(row: Any) -> str:
+    return ratio_text(row["speedup"], row["low"], row["high"], beside="the original")
+
+
+def _moved(comparisons: Comparisons, row: Any) -> str:
+    return " + ".join(f"{axis}={parameter_text(row.parameters.get(axis))}" for axis in comparisons.moved(row))
+
+
+def _pair(name: str, after: Any, before: Any) -> tuple[str, str, str] | None:
+    """A figure of the best technique beside the original's."""
+    values = [each.get(name) for each in (after, before)]
+    if not all(map(is_number, values)):
+        return None
+    texts = [size_text(value * 2**30) if name.endswith("_gib") else time_text(value) for value in values]
+    title = name.rpartition("_")[0].replace("_", " ")
+    return title, texts[0], f"original: {texts[1]}"

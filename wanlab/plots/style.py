@@ -12,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from wanlab.core.answer import COMPONENT_NAMES
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import format_colours
 from wanlab.engines.registry import ENGINES, kind_of_label
@@ -30,18 +31,7 @@ COMPONENT_COLOURS = {
 }
 FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
-NAMES = {
-    "text_encoder": "text encoder",
-    "text_encoder_2": "second text encoder",
-    "text_encoder_3": "third text encoder",
-    "image_encoder": "image encoder",
-    "vae_encoder": "VAE encoder",
-    "expert": "expert",
-    "expert_high": "high-noise expert",
-    "expert_low": "low-noise expert",
-    "vae_decoder": "VAE decoder",
-    "other": "other",
-}
+NAMES = COMPONENT_NAMES
 UNITS = {
     "ms": "ms",
     "s": "s",

@@ -19,6 +19,7 @@ from IPython import get_ipython
 from IPython.display import display
 
 from wanlab import heldout, models
+from wanlab.core.answer import Answer
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
@@ -251,16 +252,22 @@ class Run:
         self._tiles.append({"title": clean(title), "value": clean(value), "change": clean(beside)})
         self._files.update(tiles=self._tiles)
 
-    def verdict(self, text: str, *details: str) -> clips.Html:
+    def verdict(self, text: str | Answer, *details: str) -> clips.Html:
         """Record the answer of the notebook; the report begins with it.
 
         Where other work disturbed what this notebook timed, the last detail says so.
 
         Args:
-            text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more.
+            text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more. An `Answer`
+                brings its details and its tiles along.
             details: sentences that explain or limit it, which stand below it in smaller letters; empty ones are left out.
         """
-        text, busy = clean(text), load.taken()
+        if isinstance(text, Answer):
+            for figure in text.tiles:
+                self.tile(*figure)
+        headline = text.headline if isinstance(text, Answer) else text
+        details = (*text.details, *details) if isinstance(text, Answer) else details
+        text, busy = clean(headline), load.taken()
         shown = [clean(detail) for detail in details if detail.strip()]
         if busy.text:
             shown.append(f"Timed while {busy.text}: an idle machine gives other times.")

@@ -22,7 +22,7 @@ from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import save_configuration
-from wanlab.core.answer import Answer, Tile, apart_text, component_text, shown, speed_text
+from wanlab.core.answer import Answer, Tile, apart_text, capital, component_text, shown, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import interval_text
@@ -162,7 +162,7 @@ class ComponentCost:
         before = self.samples[base].median
         if best is None:
             took = f"{self._name(base)} takes {shown(before, 'ms')} for one call of the {network}"
-            headline = f"{took}; no other candidate was measured."
+            headline = f"{capital(took)}; no other candidate can be compared with it."
         else:
             gain = timed[best]
             speed = speed_text(
@@ -178,6 +178,8 @@ class ComponentCost:
         shape = "x".join(str(self.size[name]) for name in ("frames", "height", "width"))
         wrong = [f"{label} was not applied, so its figures are not its own." for label, facts in self.facts.items()
                  if facts["effect"] == NOT_APPLIED]  # fmt: skip
+        wrong += [f"{label} was not compared: {facts['not_compared']}." for label, facts in self.facts.items()
+                  if facts.get("not_compared")]  # fmt: skip
         wrong += [f"{label} was not measured: {line.rstrip('.')}." for label, line in self.left_out.items()]
         details = [" ".join(wrong), f"{self.model} at {shape} in {self.dtype} on {self.device}."]
         details.append("Next: 41_configuration measures whole videos and their quality with it.")

@@ -111,6 +111,11 @@ def speed_text(
     return f"{candidate} is {slower if ratio < 1 else faster} ({interval_text(low, high)})"
 
 
+def capital(text: str) -> str:
+    """A clause with a capital letter at its beginning; names of products keep theirs."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def listed(names: list[str] | tuple[str, ...]) -> str:
     """Names in a sentence: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

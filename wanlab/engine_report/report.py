@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, counted, shown
+from wanlab.core.answer import Answer, Tile, capital, counted, shown
 from wanlab.core.errors import WanlabError
 from wanlab.core.yaml_lines import load_yaml
 from wanlab.engine_report.from_onnx import read_onnx
@@ -133,12 +133,12 @@ class EngineReport:
         role = ROLE_TEXTS.get(longest["role"], str(longest["role"]).replace("_", " "))
         time = "launch time on the host" if layers.times_of == "launches" else "time"
         share = self.by_role["share_percent"].iloc[0]
-        head = f"{role[0].upper()}{role[1:]} take most of the {time}, {share:.0f} %" if layers.timed else ""
+        head = f"{capital(role)} take most of the {time}, {share:.0f} %" if layers.timed else ""
         head = head or f"{totals['layers']} layers, none of them timed"
         wrong = f"{counted(unfused, 'layer')} of attention {'is' if unfused == 1 else 'are'} not fused"
         headline = f"{head}; {wrong if unfused else 'no attention is left unfused'}."
         apart = abs(totals["beyond_layers_ms"]) > APART_PERCENT / 100 * totals["latency_ms"]
-        details = [f"{self.caveat[0].upper()}{self.caveat[1:]}." if apart else ""]
+        details = [f"{capital(self.caveat)}." if apart else ""]
         tiles = [
             Tile("time of the layers", shown(layers.total_ms, "ms"), _beside_latency(totals["latency_ms"]))
         ]

@@ -8,7 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, apart_text, component_text, counted, listed, shown, speed_text
+from wanlab.core.answer import (
+    Answer,
+    Tile,
+    apart_text,
+    capital,
+    component_text,
+    counted,
+    listed,
+    shown,
+    speed_text,
+)
 from wanlab.core.stats import ends_text, interval_text
 from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
@@ -46,7 +56,7 @@ def export_answer(
     made = f"all {components}" if len(files) == components else f"{len(files)} of {components}"
     right = summary.agree == summary.components
     if right:
-        head = f"{made[0].upper()}{made[1:]} components became correct ONNX graphs"
+        head = f"{capital(made)} components became correct ONNX graphs"
     else:
         head = f"Not every graph is correct: {summary.agree} of {summary.components} agree with PyTorch"
     headline = f"{head}: the {where} is farthest from PyTorch with {worst}, where {limit} is allowed."

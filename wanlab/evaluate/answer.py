@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wanlab.core.answer import Answer, Tile, counted, shown
+from wanlab.core.answer import Answer, Tile, capital, counted, shown
 from wanlab.core.stats import interval_text
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import TIERS, Divergence, Tier
@@ -20,9 +20,9 @@ SAYS = {
 
 TECHNIQUES = {
     "onnxruntime": "ONNX Runtime",
-    "float8_e4m3fn": "FP8 weights",
-    "float16": "float16 weights",
-    "bfloat16": "bfloat16 weights",
+    "float8_e4m3fn": "rounding weights to FP8",
+    "float16": "rounding weights to float16",
+    "bfloat16": "rounding weights to bfloat16",
 }
 """Name of a technique -> its name for readers."""
 
@@ -35,12 +35,12 @@ def quality_answer(what: str, tier: Tier, loss: QualityLoss, divergence: Diverge
         tier: from `tier` of the two others.
     """
     name = TECHNIQUES.get(what, what)
-    head = SAYS[tier.name].format(what=name if tier.name == "undecided" else name[0].upper() + name[1:])
+    head = SAYS[tier.name].format(what=name if tier.name == "undecided" else capital(name))
     reason = loss.text if loss.known or tier.name not in ("exact", "numeric") else divergence.text
     if tier.name == "degraded" and not loss.known:
-        head = f"{name[0].upper()}{name[1:]} gives videos far from the original's"
+        head = f"{capital(name)} gives videos far from the original's"
     meaning = next(rule.meaning for rule in TIERS if rule.name == tier.name)
-    further = "" if reason == divergence.text else f"{divergence.text[0].upper()}{divergence.text[1:]}."
+    further = "" if reason == divergence.text else f"{capital(divergence.text)}."
     return Answer(
         f"{head}: {reason}.",
         tuple(filter(None, [further, _next(tier, loss)])),

@@ -81,7 +81,9 @@ class Divergence:
         return Tile(
             f"{row['metric'].upper()} to the original",
             "0" if row["verdict"] == "identical" else shown(row["mean"]),
-            f"{interval_text(row['low'], row['high'], '.2g')}{noise}",
+            "every pixel is equal"
+            if row["verdict"] == "identical"
+            else f"{interval_text(row['low'], row['high'], '.2g')}{noise}",
         )
 
     def worst_case(self, metric: str = "lpips") -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, counted, shown, speed_text
+from wanlab.core.answer import Answer, Tile, capital, counted, shown, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
@@ -213,7 +213,7 @@ def _answer(
     title, value, before = by.rpartition("_")[0].replace("_", " "), *_shown(by, best, base)
     tiles = [Tile(title or by, value, "" if best is base else f"{before} with {other}")]
     where = "; ".join(notes)
-    details = [f"{where[0].upper()}{where[1:]}. {comparisons.place}"]
+    details = [f"{capital(where)}. {comparisons.place}"]
     if best is base:
         headline = (
             f"Keep {name}: of {counted(len(comparisons.rows), 'configuration')}, none within the limit on"

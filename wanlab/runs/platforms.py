@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, shown, speed_text
+from wanlab.core.answer import Answer, Tile, capital, shown, speed_text
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
 from wanlab.core.stats import interval_text
@@ -133,10 +133,10 @@ def platform_answer(table: pd.DataFrame, refused: pd.DataFrame) -> Answer:
     if record["on_record_ms"] < best["latency_ms"]:
         older = f"; an older result of {_row_text(record)} is faster, {shown(record['on_record_ms'], 'ms')}"
     details = [
-        f"{'; '.join(said[1:])}." if said[1:] else "",
+        f"{capital('; '.join(said[1:]))}." if said[1:] else "",
         f"Fastest of {rows}: {fastest}, {shown(best['latency_ms'], 'ms')}{older}. The work: {first['model']}"
         f" {first['what']}, {first['shape']}.",
-        f"{notes[0].upper()}{notes[1:]}." if (notes := platform_notes(table, refused)) else "",
+        f"{capital(notes)}." if (notes := platform_notes(table, refused)) else "",
         "Next: this notebook on another machine, and then with runs= of both, puts them into one table.",
     ]
     tiles = []

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.answers import faults
 from support.models_tiny import save
 
 from wanlab import models
@@ -215,12 +216,19 @@ def _cost(**facts) -> ComponentCost:
 
 
 def test_the_verdict_says_what_holds_first_and_what_had_no_effect():
-    text = str(_cost())
-    assert text.startswith("wan-nano expert_high, 5x64x64, float32 on the CPU: eager takes 100.00 ms")
-    assert "fast is 2.00 times as fast as eager" in text
-    assert "odd: no difference from eager can be told from noise" in text
-    assert "odd: not applied" in text
-    assert "tensorrt was not measured: not installed" in text
+    answer = _cost().answer
+    assert faults(answer) == []
+    assert answer.headline.startswith(
+        "One call of the high-noise expert: fast is 2.00 times as fast as eager PyTorch (95"
+    )
+    assert answer.details[0] == (
+        "odd was not applied, so its figures are not its own. tensorrt was not measured: not installed."
+    )
+    assert answer.details[1] == "wan-nano at 5x64x64 in float32 on the CPU."
+    assert answer.tiles[:2] == (
+        ("speed-up", "2.00×", answer.tiles[0].beside),
+        ("time of a call", "50 ms", "100 ms in eager PyTorch"),
+    )
 
 
 def test_rows_hold_ratios_and_what_ran_at_another_speed_has_none():
@@ -231,7 +239,8 @@ def test_rows_hold_ratios_and_what_ran_at_another_speed_has_none():
     table = off.table.set_index("candidate")
     assert math.isnan(table["speedup"]["fast"])
     assert table["verdict"]["fast"].startswith("a fixed product took +9 %")
-    assert "fast: not compared, a fixed product took +9 %" in str(off)
+    assert "no other candidate can be compared with it" in off.answer.headline
+    assert "fast was not compared: a fixed product took +9 %" in off.answer.details[0]
     facts = _cost().result_facts()
     assert facts["fast"]["engine"] == "onnxruntime"
     assert facts["eager"]["figures"]["kernel_linear_ms"] == 60

@@ -271,7 +271,7 @@ def test_a_profile_of_cuda_on_an_h200():
     layers = engine_report.read_ort_profile(ORT / "h200_expert_high_float16.json.gz")
     report = engine_report.summarize(layers)
     assert (layers.times_of, layers.notes[0][:19]) == ("launches", "times of CUDA nodes")
-    assert "of the launch time on the host" in report.verdict()
+    assert "take most of the launch time on the host" in report.answer().headline
     assert Counter(layer.provider for layer in layers.layers)["CUDAExecutionProvider"] > 400
     kinds = Counter(layer.kind for layer in layers.layers)
     assert (kinds["attention"], kinds["norm"], kinds["other"]) == (12, 43, 0)
@@ -288,7 +288,7 @@ def test_blocking_launches_give_times_of_layers():
     layers = engine_report.read_ort_profile(ORT / "h200_expert_high_float16_blocking.json.gz")
     assert layers.times_of == "layers"
     assert not any("CUDA_LAUNCH_BLOCKING" in note for note in layers.notes)
-    assert "launches" not in engine_report.summarize(layers).verdict()
+    assert "launch time" not in engine_report.summarize(layers).answer().headline
     # a node that waits for its kernels takes longer than one that only launches them
     launches = engine_report.read_ort_profile(ORT / "h200_expert_high_float16.json.gz")
     assert layers.total_ms > launches.total_ms

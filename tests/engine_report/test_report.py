@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from support import convert_tiny as tiny
+from support.answers import faults
 
 from wanlab import (
     engine_report,
@@ -120,7 +121,7 @@ def test_a_graph_alone_has_a_card(folder):
     }
     assert len(found["norm not fused"].layers) == 4 * 6
     assert not {"attention not fused", "norm not fused"} & set(rules(fused))
-    assert "no unfused attention" in engine_report.summarize(fused).verdict()
+    assert "no attention is left unfused" in engine_report.summarize(fused).answer().headline
     weights = sum(p.numel() for p in tiny.expert(2).parameters())
     assert sum(layer.weight_bytes for layer in plain.layers) == pytest.approx(4 * weights, rel=0.25)
 
@@ -151,7 +152,9 @@ def test_a_measured_engine_finds_its_modules_and_its_time(measured, folder):
     assert report.totals["weight_bytes"] == pytest.approx(weights, rel=0.02)
     assert report.top(3)["time_ms"].is_monotonic_decreasing
     assert report.share_percent(["attn1", "attn2"]) == pytest.approx(report.totals["attention_percent"])
-    assert f"attention is {report.totals['attention_percent']:.0f} % of the time" in report.verdict()
+    tiles = {tile.title: tile.value for tile in report.answer().tiles}
+    assert tiles["attention"] == f"{report.totals['attention_percent']:.3g} %"
+    assert faults(report.answer()) == []
     # what was kept of it reads the same without running anything
     kept = engine_report.read_layers(
         folder / "measured" / "all.profile.json", [folder / "measured" / "all.onnx"]
@@ -200,7 +203,8 @@ def test_recorded_engines_of_tensorrt():
     # 6 blocks of 480 x 480 and 480 x 24 scores, 4 heads, FP32
     assert attention.size_bytes == 6 * 4 * 4 * (480 * 480 + 480 * 24)
     assert "480 x 480 tokens" in attention.hazard
-    assert "36 layers of unfused attention that write 22.1 MiB" in plain.verdict()
+    assert "36 layers of attention are not fused" in plain.answer().headline
+    assert "write 22.1 MiB of scores" in {tile.beside for tile in plain.answer().tiles}
 
 
 def test_a_quantised_engine_of_tensorrt(rtx_int8):

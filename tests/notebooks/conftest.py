@@ -28,6 +28,11 @@ class Executed:
         """Its run.json."""
         return json.loads((self.folder / "run.json").read_text())
 
+    @property
+    def answer(self) -> str:
+        """Its headline and the details below it, a line each."""
+        return "\n".join([self.record["verdict"], *self.record["details"]])
+
     @cached_property
     def values(self) -> dict:
         """The last value recorded under each name."""

@@ -21,10 +21,13 @@ def test_two_engines_are_made_reported_and_compared(run_notebook):
     assert add_up(roles, "time_ms") == pytest.approx(totals["layers_ms"])
     attention = sum(row["share_percent"] for row in roles if row["role"] in ("attn1", "attn2"))
     assert totals["attention_percent"] == pytest.approx(attention)
-    assert f"attention is {attention:.0f} % of the time" in done.record["verdict"]
+    assert ("attention", f"{attention:.3g} %") in {
+        (tile["title"], tile["value"]) for tile in done.record["tiles"]
+    }
+    assert "36 layers of attention are not fused" in done.record["verdict"]
     hazards = [row["hazard"] for row in done.values["lint"]]
     assert any("attention is not fused in 12 places" in hazard for hazard in hazards)
-    assert "22.1 MiB of scores" in done.record["verdict"]
+    assert "write 22.1 MiB of scores" in {tile["change"] for tile in done.record["tiles"]}
     fusions = {row["type"]: row["change"] for row in done.values["fusions"]}
     assert fusions["SimplifiedLayerNormalization"] == 24
     difference = done.values["difference"]
@@ -48,6 +51,6 @@ def test_saved_engines_need_no_gpu(run_notebook, root):
     )
     assert done.values["totals"]["latency_ms"] == pytest.approx(0.82)
     assert done.values["fusions"] == []
-    assert "3 layers of unfused attention" in done.record["verdict"]
-    assert "176 layers" in done.record["verdict"]
+    assert "3 layers of attention are not fused" in done.record["verdict"]
+    assert "176 layers" in done.answer
     assert len(done.page.select("div.figure[data-figure]")) == 2

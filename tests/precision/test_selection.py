@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.answers import faults
 
 from wanlab import models, plots, precision
 from wanlab.core.errors import WanlabError
@@ -495,6 +496,13 @@ class TestWanNano:
         assert spent.forwards == pytest.approx(
             2 * 8 + measured.costs()["forward_equivalents"].iloc[0] + (4 + chosen.generations) * 8
         )
+        bound = precision.amdahl_bound(costs, 60.0)
+        answer = chosen.answer(bound)
+        assert faults(answer) == []
+        assert answer.headline.startswith(
+            "No plan was found that is proven to keep the quality loss within 2 %: quality loss"
+        )
+        assert "from 2 cases and so without an interval" in answer.headline
         row = chosen.verification.row()
         assert row["bits_per_weight"] < 32
         assert row["lpips"] > 0

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.answers import faults
 from support.comparison_runs import CPU, techniques, write_run, write_sweep
 
 from wanlab import plots
@@ -353,6 +354,12 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     )
     assert "(95 % interval 1.98 to 2.00, noise 3.0 %), quality loss +0.00 % (-0.50 to +0.50)" in found.text
     assert found.text.endswith("quality loss +0.00 % (-0.50 to +0.50). Measured on Test CPU, 1 thread.")
+    assert faults(found.answer) == []
+    assert found.answer.headline == (
+        "Use ONNX Runtime: 1.99 times as fast as eager PyTorch (95 % interval 1.98 to 2.00), quality loss < 0.01 %"
+        " (95 % interval -0.50 to +0.50)."
+    )
+    assert [tile.title for tile in found.answer.tiles][:3] == ["speed-up", "time per video", "quality loss"]
     assert found.notes == (
         "4 of 4 configurations within 3 % of quality loss",
         "the baseline was run once, so drift between runs is not known",
@@ -366,6 +373,9 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
         compare(write_sweep(tmp_path / "c", [{"ms": 100.0}, {"ms": 99.0, "parameters": {"plan": "x"}}]))
     )
     assert slow.text.startswith("Keep engine=eager, plan=default: nothing within the limit is better")
+    assert slow.answer.headline.startswith(
+        "Keep the model as it is: of 2 configurations, none within the limit"
+    )
 
 
 def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):
@@ -519,7 +529,7 @@ def test_frontier_joins_the_efficient_ones_and_marks_the_baseline():
     frame["efficient"] = pareto(frame, goals)
     figure = plots.run_frontier(frame, *goals, baseline="plan=p3", size="peak_memory_gib")
     made = json.loads(figure.to_json())
-    joined = next(trace for trace in made["data"] if trace["name"] == "efficient")
+    joined = next(trace for trace in made["data"] if trace["name"] == "none is better in both")
     assert joined["x"] == sorted(joined["x"])
     assert len(joined["x"]) == int(frame["efficient"].sum())
     marks = {trace["name"]: len(trace["x"]) for trace in made["data"] if trace["mode"] == "markers"}

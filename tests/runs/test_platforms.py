@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.answers import faults
 
 from wanlab import measure, models, plots, runs
 from wanlab.core.errors import WanlabError
@@ -210,7 +211,8 @@ def test_engines_that_were_only_built_have_no_figures():
     notes = runs.platform_notes(table, refused)
     assert notes.startswith("4 engines built for 3 machines not there, not executed; ")
     only = runs.platform_table(kept[1:])
-    assert runs.platform_verdict(only, only.iloc[:0]).startswith("Nothing here was measured: 4 engines")
+    nothing = runs.platform_answer(only, only.iloc[:0])
+    assert nothing.headline.startswith("Nothing here was measured: 4 engines")
     # Both components are of a video; of another model there are none.
     assert len(runs.comparable([EAGER, *read_file(BUILDS)])[0]) > len(kept)
     other = replace(eager, work=replace(FORWARD, model="wan2.2-i2v-a14b"))
@@ -257,7 +259,7 @@ def test_one_expert_on_two_machines_is_recorded(root):
             assert row["noise_percent"] == forms[dtype, used]["noise_percent"]
             assert row["samples"] == 20
     assert "onnxruntime 1.30.0" not in table.loc[("NVIDIA H200", "onnxruntime-cuda", "float32"), "software"]
-    assert "2 machines" in runs.platform_verdict(table.reset_index(), table.iloc[:0])
+    assert "2 machines" in " ".join(runs.platform_answer(table.reset_index(), table.iloc[:0]).details)
 
 
 def test_a_row_without_eager_in_its_precision_says_which_it_is_held_against():
@@ -531,26 +533,27 @@ def test_the_verdict_tells_gains_losses_and_noise():
     same = replace(FAST, engine="compiled", median_ms=1010.0)
     other = replace(EAGER, work=replace(WORK, steps=2))
     kept, refused = runs.comparable([EAGER, FAST, slower, same, other])
-    said = runs.platform_verdict(runs.platform_table(kept), refused)
-    assert said.endswith(
-        "Fastest of 4 rows on 1 machine: onnxruntime-cuda bfloat16 on NVIDIA H200, 500.0 ms."
+    answer = runs.platform_answer(runs.platform_table(kept), refused)
+    assert faults(answer) == []
+    assert answer.headline == (
+        "On NVIDIA H200, ONNX Runtime is 2.00 times as fast as eager PyTorch (95 % interval unknown)."
     )
-    assert "onnxruntime-cuda is 2.00 times as fast as eager (95 % interval unknown, noise 3.0 %)" in said
-    assert "tvm-cuda is slower: 0.50 times as fast as eager" in said
-    assert (
-        "compiled: no difference from eager can be told from noise (ratio 0.99, 95 % interval unknown, noise 3.0 %)"
-        in said
+    others, fastest = answer.details[:2]
+    assert "TVM is slower than eager PyTorch: 0.50 times as fast" in others
+    assert "compiled PyTorch cannot be told from eager PyTorch in time: 0.99 times as fast" in others.replace(
+        "C", "c", 1
     )
+    assert fastest.startswith("Fastest of 4 rows of 1 machine: ONNX Runtime bfloat16 on NVIDIA H200, 500 ms.")
     assert runs.platform_notes(runs.platform_table(kept), refused) == "1 row refused as other work"
 
 
-def test_engines_within_the_noise_are_one_clause_of_the_verdict():
+def test_engines_within_the_noise_are_said_to_be():
     same = [replace(EAGER, engine=engine, median_ms=1010.0) for engine in ("compiled", "onnxruntime")]
     table = runs.platform_table([EAGER, *same])
-    said = runs.platform_verdict(table, table.iloc[:0])
-    assert said.count("no difference from eager can be told from noise") == 1
-    assert "compiled (ratio 0.99" in said
-    assert "onnxruntime-cuda (ratio 0.99" in said
+    answer = runs.platform_answer(table, table.iloc[:0])
+    assert faults(answer) == []
+    assert "compiled PyTorch cannot be told from eager PyTorch in time" in answer.headline
+    assert answer.details[0].startswith("ONNX Runtime cannot be told from eager PyTorch in time")
 
 
 def test_the_figure_draws_no_bar_for_what_was_not_run():
@@ -565,15 +568,15 @@ def test_the_figure_draws_no_bar_for_what_was_not_run():
         plots.platform_bars(runs.platform_table([EAGER]).drop(columns="ratio_to_eager"))
 
 
-def test_a_headline_names_an_older_result_that_is_faster_than_the_newest():
+def test_an_answer_names_an_older_result_that_is_faster_than_the_newest():
     newest = replace(FAST, median_ms=500.0, taken="2026-02-01")
     older = replace(FAST, median_ms=400.0, taken="2026-01-01", source="run b")
     table = runs.platform_table([EAGER, newest, older])
     assert table["on_record_ms"].tolist() == [1000.0, 400.0]
-    text = runs.platform_verdict(table, pd.DataFrame())
-    words = "500.0 ms; an older result of onnxruntime-cuda bfloat16 on NVIDIA H200 is faster, 400.0 ms."
-    assert text.endswith(words)
-    assert "older" not in runs.platform_verdict(runs.platform_table([EAGER, newest]), pd.DataFrame())
+    text = " ".join(runs.platform_answer(table, pd.DataFrame()).details)
+    assert "500 ms; an older result of ONNX Runtime bfloat16 on NVIDIA H200 is faster, 400 ms." in text
+    once = runs.platform_answer(runs.platform_table([EAGER, newest]), pd.DataFrame())
+    assert "older" not in " ".join(once.details)
 
 
 def test_a_row_beside_eager_of_another_pytorch_or_under_load_says_so():

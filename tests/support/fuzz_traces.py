@@ -36,12 +36,12 @@ def trimmed(path: Path) -> object:
 
 def report(path: Path) -> object:
     found = engine_report.summarize(engine_report.read_layers(path))
-    return found.verdict(), found.caveat, found.lint_frame(), found.top(), found.by_site
+    return found.answer(), found.caveat, found.lint_frame(), found.top(), found.by_site
 
 
 def times(path: Path) -> object:
     layers = engine_report.read_inspector(FIXTURES / "inspector" / "documented_10x.json")
-    return engine_report.summarize(engine_report.with_times(layers, path)).verdict()
+    return engine_report.summarize(engine_report.with_times(layers, path)).answer()
 
 
 def latency(path: Path) -> object:

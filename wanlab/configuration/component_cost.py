@@ -22,14 +22,17 @@ from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import save_configuration
+from wanlab.core.answer import Answer, Tile, apart_text, capital, component_text, shown, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.core.stats import interval_text
 from wanlab.diagnose import operators
 from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
 from wanlab.diagnose.operators import Operations
 from wanlab.engines.component_bench import RangeCost, range_cost
+from wanlab.engines.registry import engine_text
 from wanlab.measure.ceilings import Ceilings
-from wanlab.measure.timing import AAControl, Comparison, Samples
+from wanlab.measure.timing import NOT_DISTINGUISHABLE, AAControl, Comparison, Samples
 from wanlab.models.loading import resolve
 from wanlab.precision.selection.bound import product_bound
 from wanlab.precision.selection.select import PlansByTime, plans_by_time
@@ -150,22 +153,65 @@ class ComponentCost:
             results[label] = row
         return results
 
-    def __str__(self) -> str:
+    @property
+    def answer(self) -> Answer:
+        """The fastest candidate beside the baseline, what it rounds, what bounds it, and what was not measured."""
+        gains, base, network = self.comparisons, self.baseline, component_text(self.component)
+        timed = {name: gain for name, gain in gains.items() if self.facts[name]["effect"] != NOT_APPLIED}
+        best = max(timed, key=lambda name: timed[name].speedup, default=None)
+        before = self.samples[base].median
+        if best is None:
+            took = f"{self._name(base)} takes {shown(before, 'ms')} for one call of the {network}"
+            headline = f"{capital(took)}; no other candidate can be compared with it."
+        else:
+            gain = timed[best]
+            speed = speed_text(
+                gain.speedup,
+                gain.low,
+                gain.high,
+                candidate=self._name(best),
+                baseline=self._name(base),
+                same=gain.verdict == NOT_DISTINGUISHABLE,
+                noise_percent=gain.noise_percent,
+            )
+            headline = f"One call of the {network}: {speed}."
         shape = "x".join(str(self.size[name]) for name in ("frames", "height", "width"))
-        where = f"{self.model} {self.component}, {shape}, {self.dtype} on {self.device}"
-        first = f"{self.baseline} takes {self.samples[self.baseline].median:,.2f} ms"
-        first += f" (noise {self.control.noise_percent:.1f} %)"
-        parts = [f"{gain}" + self._distance(label) for label, gain in self.comparisons.items()]
-        parts += [f"{label}: not compared, {facts['not_compared']}"
-                  for label, facts in self.facts.items() if facts.get("not_compared")]  # fmt: skip
-        failed = [label for label, facts in self.facts.items() if facts["effect"] == NOT_APPLIED]
-        parts += [f"{label}: {NOT_APPLIED}" for label in failed]
-        parts += [f"{label} was not measured: {line}" for label, line in self.left_out.items()]
-        return f"{where}: {'; '.join([first, *parts])}."
+        wrong = [f"{label} was not applied, so its figures are not its own." for label, facts in self.facts.items()
+                 if facts["effect"] == NOT_APPLIED]  # fmt: skip
+        wrong += [f"{label} was not compared: {facts['not_compared']}." for label, facts in self.facts.items()
+                  if facts.get("not_compared")]  # fmt: skip
+        wrong += [f"{label} was not measured: {line.rstrip('.')}." for label, line in self.left_out.items()]
+        details = [" ".join(wrong), f"{self.model} at {shape} in {self.dtype} on {self.device}."]
+        details.append("Next: 41_configuration measures whole videos and their quality with it.")
+        return Answer(headline, tuple(filter(None, details)), self._tiles(best or base))
 
-    def _distance(self, label: str) -> str:
-        value = self.facts[label].get("relative_l2")
-        return "" if value is None else f", relative L2 {value:.1e}"
+    def _name(self, label: str) -> str:
+        """A candidate for readers: "eager ffn-int8" as "eager PyTorch with ffn-int8"."""
+        engine, _, plan = label.partition(" ")
+        return f"{engine_text(engine)} with {plan}" if plan else engine_text(engine)
+
+    def _tiles(self, label: str) -> tuple[Tile, ...]:
+        """The key figures of one candidate, each beside the baseline's."""
+        facts, base, gain = self.facts[label], self.facts[self.baseline], self.comparisons.get(label)
+        before, time_ms = self.samples[self.baseline].median, self.samples[label].median
+        noise = f"noise {self._noise_percent(label):.0f} %"
+        first = self._name(self.baseline)
+        tiles = [
+            Tile(
+                "time of a call", shown(time_ms, "ms"), f"{shown(before, 'ms')} in {first}" if gain else noise
+            )
+        ]
+        if gain:
+            ends = interval_text(gain.low, gain.high)
+            tiles.insert(0, Tile("speed-up", f"{gain.speedup:.2f}×", f"{ends}; {noise}"))
+        if (reached := facts.get("of_roofline_percent")) is not None:
+            tiles.append(Tile("of the device's bound", shown(reached, "%"), "100 % is the roofline"))
+        if (memory := facts.get("peak_memory_gib")) is not None:
+            beside = f"{shown(base.get('peak_memory_gib'), 'GiB')} in {first}" if gain else ""
+            tiles.append(Tile("peak memory", shown(memory, "GiB"), beside))
+        if gain and (far := facts.get("relative_l2")) is not None:
+            tiles.append(Tile("distance of the output", apart_text(far), f"to {first}"))
+        return tuple(tiles)
 
 
 def measure_component(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from wanlab.core.answer import Answer, Tile, capital, counted, shown
 from wanlab.core.errors import WanlabError
 from wanlab.core.yaml_lines import load_yaml
 from wanlab.engine_report.from_onnx import read_onnx
@@ -22,7 +23,7 @@ from wanlab.engine_report.schema import PlannedLayer, read_json, typed
 
 ATTENTION = ("attn1", "attn2")
 APART_PERCENT = 10.0
-"""A larger difference between the sum of the layers and the whole engine stands in the headline."""
+"""A larger difference between the sum of the layers and the whole engine stands below the headline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,25 +119,70 @@ class EngineReport:
             " between layers belongs to none; read shares, not sums"
         )
 
-    def verdict(self) -> str:
-        """The report in a sentence."""
-        totals = self.totals
+    def answer(self, other: EngineLayers | None = None, roles: pd.DataFrame | None = None) -> Answer:
+        """The report for the top of a page: what takes the time, what is wrong, and what another engine does better.
+
+        Args:
+            other: a second engine. roles: from `difference_by(match_layers(self.layers, other), "role")`.
+        """
+        totals, layers = self.totals, self.layers
         fused = [finding for finding in self.findings if finding.rule == "attention not fused"]
         unfused = sum(len(finding.layers) for finding in fused)
-        launches = self.layers.times_of == "launches"
-        whole = "the launch time on the host (no kernel was timed)" if launches else "the time"
-        attention = (
-            f"attention is {totals['attention_percent']:.0f} % of {whole}, " if self.layers.timed else ""
-        )
-        conversions = f"{totals['conversions'] or 'no'} conversions"
-        if self.layers.timed and totals["conversions"]:
-            conversions += f" take {totals['conversions_percent']:.1f} %"
         scores = max((finding.size_bytes for finding in fused), default=0)
-        written = f" that write {scores / 2**20:,.1f} MiB of scores" if scores else ""
-        parts = f"{unfused} layers of unfused attention{written}" if unfused else "no unfused attention"
+        longest = self.by_role.iloc[0]
+        role = ROLE_TEXTS.get(longest["role"], str(longest["role"]).replace("_", " "))
+        time = "launch time on the host" if layers.times_of == "launches" else "time"
+        share = self.by_role["share_percent"].iloc[0]
+        head = f"{capital(role)} take most of the {time}, {share:.0f} %" if layers.timed else ""
+        head = head or f"{totals['layers']} layers, none of them timed"
+        wrong = f"{counted(unfused, 'layer')} of attention {'is' if unfused == 1 else 'are'} not fused"
+        headline = f"{head}; {wrong if unfused else 'no attention is left unfused'}."
         apart = abs(totals["beyond_layers_ms"]) > APART_PERCENT / 100 * totals["latency_ms"]
-        caveat = f"; {self.caveat}" if apart else ""
-        return f"{self.layers.name}: {totals['layers']} layers, {attention}{parts}, {conversions}{caveat}"
+        details = [f"{capital(self.caveat)}." if apart else ""]
+        tiles = [
+            Tile("time of the layers", shown(layers.total_ms, "ms"), _beside_latency(totals["latency_ms"]))
+        ]
+        if layers.timed:
+            tiles.append(Tile("attention", shown(totals["attention_percent"], "%"), f"of the {time}"))
+        written = f"write {shown(scores, 'bytes')} of scores" if scores else "" if unfused else "none is left"
+        tiles.append(Tile("attention not fused", counted(unfused, "layer"), written))
+        share = (
+            f"{totals['conversions_percent']:.1f} % of the time" if layers.timed else "dtype or layout only"
+        )
+        tiles.append(Tile("conversions", f"{totals['conversions']}", share))
+        if other is not None and roles is not None:
+            details.insert(0, compared(layers, other, roles))
+            tiles.append(_beside(layers, other))
+        if self.findings:
+            first = self.findings[0]
+            details.append(f"Next: {first.mitigation.rstrip('.')} ({first.hazard.rstrip('.')}).")
+        return Answer(headline, tuple(filter(None, details)), tuple(tiles))
+
+
+ROLE_TEXTS = {
+    "attn1": "self-attention layers",
+    "attn2": "cross-attention layers",
+    "ffn": "feed-forward layers",
+    "norm": "norms and modulation",
+    "embeddings": "embeddings and output",
+    "convolution": "convolutions",
+    "reformat_cast": "conversions",
+    "other": "other layers",
+    "several": "layers of several parts",
+}
+"""Role of a layer -> its layers in a sentence."""
+
+
+def _beside_latency(latency_ms: float) -> str:
+    return "" if math.isnan(latency_ms) else f"whole engine {shown(latency_ms, 'ms')}, measured apart"
+
+
+def _beside(a: EngineLayers, b: EngineLayers) -> Tile:
+    """A second engine beside the first, in time where both were timed."""
+    if not (a.timed and b.timed):
+        return Tile("layers of the other engine", f"{len(b.layers)}", f"{len(a.layers)} here")
+    change = 100 * (b.total_ms / a.total_ms - 1)
+    return Tile("the other engine", f"{change:+.0f} %", f"of the layers' time: {shown(b.total_ms, 'ms')}")
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:

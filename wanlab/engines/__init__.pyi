@@ -1,3 +1,6 @@
+from .answers import build_answer as build_answer
+from .answers import engine_answer as engine_answer
+from .answers import export_answer as export_answer
 from .base import Engine as Engine
 from .component_bench import EngineCalls as EngineCalls
 from .component_bench import RangeCost as RangeCost
@@ -9,12 +12,10 @@ from .component_bench import range_cost as range_cost
 from .onnxruntime import OrtEngine as OrtEngine
 from .onnxruntime import load_engines as load_engines
 from .onnxruntime import node_times as node_times
-from .onnxruntime import operator_text as operator_text
 from .onnxruntime import operator_times as operator_times
 from .onnxruntime import profile_operators as profile_operators
 from .parity import ParitySummary as ParitySummary
 from .parity import blockwise_parity as blockwise_parity
-from .parity import executed_text as executed_text
 from .parity import float16_text as float16_text
 from .parity import parity as parity
 from .parity import parity_all as parity_all

@@ -595,12 +595,6 @@ def profile_operators(engine: OrtEngine, folder: str | os.PathLike, **size: int 
     return operator_times(node_times(engine.profile(random_feeds(engine, shapes=None, **size), path)))
 
 
-def operator_text(operators: pd.DataFrame, component: str) -> str:
-    """A sentence about the longest operator of `operator_times`."""
-    top = operators.iloc[0]
-    return f"{top['operator']} takes {top['share_percent']:.0f} % of {component}'s node time"
-
-
 def operator_times(nodes: pd.DataFrame) -> pd.DataFrame:
     """`node_times` by operator.
 

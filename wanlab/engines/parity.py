@@ -172,14 +172,6 @@ def float16_text(ranges: pd.DataFrame | None) -> str:
     return f"{near} of {len(ranges)} tensors are near float16's limit."
 
 
-def executed_text(engines: pd.DataFrame) -> str:
-    """Number of engines of a table of `try_engines` that ran, and their largest distance from PyTorch."""
-    executed = engines[engines["executed"]]
-    if executed.empty:
-        return "none executed on this machine"
-    return f"{len(executed)} executed, at worst {executed['relative_l2'].max():.1e} from PyTorch"
-
-
 def differences(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
     """Distances between two tensors of one shape, computed in float64; keys as in `parity`."""
     a, b = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (expected, actual))

@@ -389,6 +389,11 @@ def title_of_label(label: str) -> str:
     return label if kind is None else kind.titles.get(label, kind.title)
 
 
+def engine_text(label: str) -> str:
+    """The title of an engine as a sentence has it: "PyTorch, eager" as "eager PyTorch"."""
+    return " ".join(reversed(title_of_label(label).split(", ")))
+
+
 def computes_on_cpu(label: str) -> bool:
     """Whether an engine of this label computes on the CPU, also where there is a GPU."""
     kind = kind_of_label(label)

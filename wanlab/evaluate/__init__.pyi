@@ -1,3 +1,4 @@
+from .answer import quality_answer as quality_answer
 from .catalogue import ALL_METRICS as ALL_METRICS
 from .catalogue import CATALOGUE as CATALOGUE
 from .catalogue import METRICS as METRICS

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.stats import bootstrap_mean
+from wanlab.core.stats import bootstrap_mean, interval_text
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.evaluate.scores import Scores, same_backbone
 from wanlab.evaluate.video import VideoLike, as_video
 
 LIMIT_PERCENT = 3.0
+SMALLEST_PERCENT = 0.01  # a smaller quality loss is said to be below it
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,26 @@ class QualityLoss:
         high = max(self.high_percent, 0.0)
         return f"at most {high:.2f} %" if high >= 0.01 else "below 0.01 %"
 
+    @property
+    def text(self) -> str:
+        """The loss and how sure it is, in a clause for readers."""
+        if not self.known:
+            return "the quality loss is unknown, as the true videos are"
+        if self.low_percent is None:
+            return f"quality loss {_shown(self.percent)}, from {self._cases} and so without an interval"
+        if max(abs(self.low_percent), abs(self.high_percent)) < SMALLEST_PERCENT:
+            return f"quality loss below {SMALLEST_PERCENT} %"
+        return f"quality loss {_shown(self.percent)} ({interval_text(self.low_percent, self.high_percent, '+.2f')})"
+
+    def tile(self, limit_percent: float = LIMIT_PERCENT) -> tuple[str, str]:
+        """The value of a tile, and its interval beside the limit."""
+        if not self.known:
+            return "unknown", "no true video to hold it against"
+        if self.low_percent is None:
+            return _shown(self.percent), f"{self._cases}: no interval; limit {limit_percent:g} %"
+        ends = interval_text(self.low_percent, self.high_percent, "+.2f")
+        return _shown(self.percent), f"{ends}; limit {limit_percent:g} %"
+
     def row(self) -> dict:
         return {
             "quality_loss_percent": self.percent,
@@ -88,6 +109,11 @@ class QualityLoss:
     @property
     def _cases(self) -> str:
         return f"{self.cases} case" + "s" * (self.cases != 1)
+
+
+def _shown(percent: float) -> str:
+    """The value with its unit; one that nobody can see is not shown as 0.00."""
+    return f"{_signed(percent)} %" if abs(percent) >= SMALLEST_PERCENT else f"< {SMALLEST_PERCENT} %"
 
 
 def _signed(percent: float) -> str:

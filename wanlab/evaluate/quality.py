@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from wanlab.core.answer import Tile, shown
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.stats import bootstrap_mean
+from wanlab.core.stats import bootstrap_mean, interval_text
 from wanlab.evaluate.catalogue import CATALOGUE, METRICS, NUMERIC_PSNR_DB
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
@@ -57,6 +58,33 @@ class Divergence:
     def conclusion(self) -> str:
         """What the main metric shows, such as "the outputs differ by no more than the noise floor"."""
         return HOLDS[self._main_row()["verdict"]]
+
+    @property
+    def text(self) -> str:
+        """How far the videos are from the original's, in a clause for readers."""
+        row = self._main_row()
+        if row["verdict"] == "above floor":
+            times = row["ratio_to_noise_floor"]
+            return (
+                f"the videos differ from the original's {_times_text(times)} as far as noise alone makes them"
+            )
+        return {
+            "identical": "every pixel is as in the original's videos",
+            "within floor": "the videos differ from the original's no more than noise alone makes them",
+        }.get(row["verdict"], "how far noise alone changes the videos is not known")
+
+    def tile(self) -> Tile:
+        """The key figure of the main metric, beside the noise floor."""
+        row = self._main_row()
+        floor = row["floor"]
+        noise = f"; noise alone {shown(floor)}" if floor == floor else ""
+        return Tile(
+            f"{row['metric'].upper()} to the original",
+            "0" if row["verdict"] == "identical" else shown(row["mean"]),
+            "every pixel is equal"
+            if row["verdict"] == "identical"
+            else f"{interval_text(row['low'], row['high'], '.2g')}{noise}",
+        )
 
     def worst_case(self, metric: str = "lpips") -> int:
         """Index of the case with the largest difference."""

@@ -25,6 +25,7 @@ from .engines import build_bars as build_bars
 from .engines import component_bars as component_bars
 from .engines import component_memory_bars as component_memory_bars
 from .engines import difference_waterfall as difference_waterfall
+from .engines import distance_rows as distance_rows
 from .engines import kernel_kind_bars as kernel_kind_bars
 from .engines import module_treemap as module_treemap
 from .engines import operator_bars as operator_bars
@@ -36,9 +37,11 @@ from .experts import disagreement_curve as disagreement_curve
 from .experts import expert_diagram as expert_diagram
 from .experts import expert_steps as expert_steps
 from .experts import switch_bars as switch_bars
+from .intervals import interval_rows as interval_rows
 from .precision import agreement_scatter as agreement_scatter
 from .precision import format_map as format_map
 from .precision import frontier_plot as frontier_plot
+from .precision import loss_rows as loss_rows
 from .precision import relation_plot as relation_plot
 from .precision import sensitivity_bars as sensitivity_bars
 from .precision import sensitivity_map as sensitivity_map

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
 from wanlab.core.words import time_text
+from wanlab.plots.intervals import interval_rows
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 PARTS = ("h2d", "device", "d2h")
@@ -329,6 +330,34 @@ def _signed(step: dict[str, Any]) -> str:
 
 def _ms(time_ms: float) -> str:
     return f"{time_ms / 1e3:,.2f} s" if time_ms >= 1e4 else f"{time_ms:,.2f} ms"
+
+
+SMALLEST_PERCENT = 1e-6  # where a distance of 0 stands on a logarithmic axis
+
+
+def distance_rows(parity: pd.DataFrame, tolerance: float) -> go.Figure:
+    """Largest distance of each component to PyTorch over all inputs, on one logarithmic axis with what is allowed.
+
+    Args:
+        parity: from `engines.parity_all`; columns component and relative_l2.
+        tolerance: largest relative L2 distance that counts as agreement.
+    """
+    needs(parity, "distance_rows", "component", "relative_l2")
+    worst = parity.groupby("component", sort=False)["relative_l2"].max().sort_values(ascending=False)
+    table = pd.DataFrame({
+        "name": [NAMES.get(name, str(name)) for name in worst.index],
+        "value": [max(100 * float(value), SMALLEST_PERCENT) for value in worst],
+        "component": list(worst.index),
+    })  # fmt: skip
+    return interval_rows(
+        table,
+        tint="component",
+        axis="largest distance to PyTorch (%)",
+        form=".2g",
+        unit="%",
+        limit=100 * tolerance,
+        log=True,
+    )
 
 
 def build_bars(df: pd.DataFrame) -> go.Figure:

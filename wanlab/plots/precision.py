@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.plots.intervals import MOST_ROWS, interval_rows
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, needs, theme
 
 VALUE_TITLES = {
@@ -88,38 +89,63 @@ def sensitivity_map(
     return figure
 
 
-def sensitivity_bars(frame: pd.DataFrame, count: int = 12, value: str = "effect") -> go.Figure:
-    """The most sensitive rows with their intervals, in the colour of their expert.
+def sensitivity_bars(frame: pd.DataFrame, count: int = MOST_ROWS, value: str = "effect") -> go.Figure:
+    """The most sensitive rows with their intervals, in the colour of their expert, in percent.
 
     Args:
         frame: `Sensitivity.frame` or `Sensitivity.ranked()`.
-        value: as in `sensitivity_map`; `local_error` has no interval.
+        value: as in `sensitivity_map`; an effect is drawn as its root, the change itself, and `local_error` has no interval.
     """
     needs(frame, "sensitivity_bars", "component", "layer", "format", "first_step", "last_step", value)
     rows = frame.sort_values(value, ascending=False).head(count)
-    names = [f"{row.layer} · {row.format} · {_steps(row)}" for row in rows.itertuples()]
-    ends = {"effect": ("effect_low", "effect_high"), "velocity_error": ("low", "high")}.get(value)
-    figure = go.Figure()
-    for component in dict.fromkeys(rows["component"]):
-        inside = [i for i, name in enumerate(rows["component"]) if name == component]
-        own = rows.iloc[inside]
-        bars = {"type": "data", "symmetric": False, "color": GREY, "thickness": 1.3, "width": 3}
-        if ends is not None:
-            bars["array"] = (own[ends[1]] - own[value]).tolist()
-            bars["arrayminus"] = (own[value] - own[ends[0]]).tolist()
-        figure.add_scatter(
-            x=own[value].tolist(),
-            y=[names[i] for i in inside],
-            mode="markers",
-            marker={"color": colour(component), "size": 10},
-            error_x=bars if ends is not None else None,
-            name=NAMES.get(component, component),
-            hovertemplate="%{y}<br>%{x:.3g}<extra>%{fullData.name}</extra>",
-        )
-    figure.update_layout(template=theme(), height=110 + 0.75 * ROW_PX * len(rows), showlegend=True)
-    figure.update_xaxes(title_text=VALUE_TITLES[value], type="log", exponentformat="power", dtick=1)
-    figure.update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    return figure
+    low, high = {"effect": ("effect_low", "effect_high")}.get(value, ("low", "high"))
+    power = 0.5 if value == "effect" else 1.0
+    shown = {"value": value} | ({} if value == "local_error" else {"low": low, "high": high})
+    table = pd.DataFrame({name: 100 * rows[column].clip(lower=0) ** power for name, column in shown.items()})
+    table["name"] = [_row_name(row) for row in rows.itertuples()]
+    table["component"] = rows["component"]
+    axis = "change of the final latents" if value == "effect" else VALUE_TITLES[value]
+    return interval_rows(
+        table, tint="component", axis=f"{axis} (%)", form=".2g", unit="%", log=True, most=count
+    )
+
+
+def _row_name(row: Any) -> str:
+    """A layer, its format, expert and steps, short enough for a phone."""
+    expert = NAMES.get(row.component, row.component).removesuffix(" expert")
+    return f"{row.layer.removeprefix('blocks.')} {row.format}, {expert}, {_steps(row)}"
+
+
+def loss_rows(verified: pd.DataFrame, limit_percent: float) -> go.Figure:
+    """Quality loss of plans on the same cases, each with its interval, and what their linear weights take.
+
+    Without truths LPIPS to the original takes the place of the loss.
+
+    Args:
+        verified: from `precision.compare_plans`.
+        limit_percent: largest quality loss that is allowed.
+    """
+    needs(verified, "loss_rows", "plan", "loss_percent", "weight_mib", "lpips")
+    known = bool(verified["loss_percent"].notna().any())
+    value, limit = ("loss_percent", limit_percent) if known else ("lpips", limit_percent / 100)
+    stem = value.removesuffix("_percent")
+    ends = (f"{stem}_low_percent", f"{stem}_high_percent") if known else ("lpips_low", "lpips_high")
+    table = verified.assign(
+        name=[f"{row.plan}, {row.weight_mib:.3g} MiB" for row in verified.itertuples()], tint=verified["plan"]
+    )
+    return interval_rows(
+        table,
+        value=value,
+        low=ends[0],
+        high=ends[1],
+        tint="tint",
+        axis="quality loss (%)" if known else "LPIPS to the original",
+        form="+.2f" if known else ".3f",
+        unit="%" if known else "",
+        reference=0.0,
+        reference_text="original",
+        limit=limit,
+    )
 
 
 def tolerance_bars(tolerance: Any) -> go.Figure:

@@ -6,7 +6,7 @@ import html
 import math
 import re
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -80,8 +80,9 @@ def run_frontier(
     size: str | None = None,
     tint: str = "engine",
     limit: float | None = None,
+    ends: Mapping[str, tuple[str, str]] | None = None,
 ) -> go.Figure:
-    """Configurations by two figures; a line joins the efficient ones.
+    """Configurations by two figures with their intervals; a line joins the efficient ones, the best are named beside it.
 
     Args:
         frame: one row per configuration: configuration, the two figures, and efficient, from `runs.pareto`.
@@ -90,6 +91,7 @@ def run_frontier(
         baseline: configuration that is marked.
         tint: column for the colour, where the frame has it.
         limit: largest allowed value of y, drawn as a line.
+        ends: figure -> columns of the ends of its interval, which is drawn where it is known.
     """
     needs(frame, "run_frontier", "configuration", x, y)
     known = frame[frame[x].notna() & frame[y].notna()]
@@ -105,6 +107,8 @@ def run_frontier(
             text=[plain(each) for each in rows["configuration"]],
             customdata=rows[[size]].to_numpy().tolist() if size in known else None,
             marker={"color": colour(name), "size": [areas[i] for i in rows.index], "opacity": 0.75},
+            error_x=_error_bars(rows, x, (ends or {}).get(x)),
+            error_y=_error_bars(rows, y, (ends or {}).get(y)),
             hovertemplate=_hover(x, y, size if size in known else None),
         )
     if "efficient" in known:
@@ -127,40 +131,57 @@ def run_frontier(
         )
     figure.update_layout(
         template=theme(),
-        height=470,
-        margin={"r": 10, "t": 20},
-        legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "xanchor": "left"},
+        height=370,
+        margin={"r": 10, "t": 40},
+        legend={"font": {"size": 12}},
     )
     figure.update_xaxes(title_text=label(x))
     figure.update_yaxes(title_text=label(y))
     return figure
 
 
+def _error_bars(rows: pd.DataFrame, name: str, ends: tuple[str, str] | None) -> dict[str, Any] | None:
+    """Intervals as plotly draws them; 0 where one is unknown, None without any."""
+    if ends is None or not set(ends) <= set(rows):
+        return None
+    low, high = (rows[end].astype(float) for end in ends)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (high - rows[name]).clip(lower=0).fillna(0.0).tolist(),
+        "arrayminus": (rows[name] - low).clip(lower=0).fillna(0.0).tolist(),
+        "thickness": 1.2,
+        "width": 3,
+        "color": GREY,
+    }
+
+
 def _efficient(figure: go.Figure, best: pd.DataFrame, x: str, y: str) -> None:
-    """A line through the efficient configurations, each with a number that the legend explains."""
+    """A line through the efficient configurations, each with its name."""
     figure.add_scatter(
         x=best[x].tolist(),
         y=best[y].tolist(),
         mode="lines",
-        name="efficient",
+        name="none is better in both",
         line={"color": CHOSEN, "width": 1.6, "dash": "dot"},
         hoverinfo="skip",
     )
-    for place, (at, up, name) in enumerate(zip(best[x], best[y], best["configuration"], strict=True), 1):
-        if len(best) > NAMED:
-            break
-        figure.add_scatter(
-            x=[at],
-            y=[up],
-            mode="markers+text",
-            marker={"symbol": "circle-open", "size": 13, "color": CHOSEN, "line": {"width": 2}},
-            text=[f"<b>{place}</b>"],
-            textposition="bottom center" if place % 2 else "top center",
-            textfont={"size": 13, "color": CHOSEN},
-            cliponaxis=False,
-            name=f"<b>{place}</b> {short(name)}",
-            hoverinfo="skip",
-        )
+    if len(best) > NAMED:
+        return
+    for place, (at, up, name) in enumerate(
+        zip(best[x], best[y], _distinct(best["configuration"]), strict=True)
+    ):
+        figure.add_annotation(
+            x=at, y=up, text=f"<b>{name}</b>", xanchor="left", xshift=7, yshift=-12 if place % 2 else 12,
+            showarrow=False, font={"size": 12, "color": CHOSEN},
+        )  # fmt: skip
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Short names without the words that all of them have: no "onnxruntime, " where every name begins with it."""
+    words = [short(name).split(", ") for name in names]
+    shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    return [", ".join(word for word in each if word not in shared) or ", ".join(each) for each in words]
 
 
 def plain(text: Any) -> str:

@@ -85,8 +85,8 @@ from .selection.verify import verify_plans as verify_plans
 from .sensitivity.agreement import Agreement as Agreement
 from .sensitivity.agreement import Correlation as Correlation
 from .sensitivity.agreement import end_to_end_agreement as end_to_end_agreement
-from .sensitivity.agreement import prediction_text as prediction_text
 from .sensitivity.agreement import sensitivity_record as sensitivity_record
+from .sensitivity.answer import sensitivity_answer as sensitivity_answer
 from .sensitivity.forward import SamplerWeights as SamplerWeights
 from .sensitivity.forward import sampler_weights as sampler_weights
 from .sensitivity.measure import merge_sensitivity as merge_sensitivity

@@ -1,3 +1,4 @@
+from .answers import configuration_answer as configuration_answer
 from .answers import gain_answer as gain_answer
 from .answers import technique_answer as technique_answer
 from .choose import Choice as Choice
@@ -5,6 +6,7 @@ from .choose import built_records as built_records
 from .choose import choose as choose
 from .choose import efficient as efficient
 from .choose import engine_table as engine_table
+from .choose import frontier_frame as frontier_frame
 from .choose import gains_text as gains_text
 from .choose import pareto as pareto
 from .choose import readable as readable
@@ -25,9 +27,9 @@ from .parameters import read_schema as read_schema
 from .platforms import HERE as HERE
 from .platforms import RESULTS as RESULTS
 from .platforms import comparable as comparable
+from .platforms import platform_answer as platform_answer
 from .platforms import platform_notes as platform_notes
 from .platforms import platform_table as platform_table
-from .platforms import platform_verdict as platform_verdict
 from .result import Machine as Machine
 from .result import Quality as Quality
 from .result import Result as Result

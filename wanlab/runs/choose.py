@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from wanlab.core.answer import Answer, Tile, capital, counted, shown, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import LEAST, ends_text, interval_text, percentile_interval, resampled_medians
-from wanlab.engines.registry import title_of_label
+from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.catalogue import NUMERIC_PSNR_DB
 from wanlab.measure.timing import verdict_of, verdict_sentence
 from wanlab.runs.compare import SAME, Comparisons, gain_of, times_better
@@ -86,6 +87,28 @@ def efficient(frame: pd.DataFrame, goals: Mapping[str, str]) -> pd.Series:
     return pareto(frame[real], goals).reindex(frame.index, fill_value=False)
 
 
+def frontier_frame(comparisons: Comparisons, goals: Mapping[str, str]) -> pd.DataFrame:
+    """`comparisons.frame` with `efficient` by these goals and the ends of intervals, for `plots.run_frontier`.
+
+    The interval of a time is that of its ratio to the baseline; that of a quality loss is as it was recorded.
+
+    Returns:
+        The frame with `<figure>_from` and `<figure>_to` of each goal, NaN where an interval is unknown.
+    """
+    frame = comparisons.frame.assign(efficient=efficient(comparisons.frame, goals))
+    for name in goals:
+        if name == comparisons.by and is_time(name):
+            first = frame[name].iloc[0]
+            frame[f"{name}_from"], frame[f"{name}_to"] = first / frame["high"], first / frame["low"]
+            continue
+        stem = name.removesuffix("_percent")
+        for end, key in (("from", "low"), ("to", "high")):
+            frame[f"{name}_{end}"] = [
+                number(row.results.get(f"{stem}_{key}_percent")) for row in comparisons.rows
+            ]
+    return frame
+
+
 DRIFT = "the baseline was run once, so drift between runs is not known"
 QUALITY = ("quality_loss_high_percent", "quality_loss_percent")
 DIVERGENCE = ("divergence_lpips", "divergence_floor_lpips")
@@ -102,6 +125,7 @@ class Choice:
         alike: of these, those that are not distinguishable from the fastest, the fastest among them; the choice has the
             least quality loss of them.
         text: the answer in one sentence, and a second one that says where it was measured and under which load.
+        answer: the same for a reader who knows neither the sweep nor wanlab, with the key figures.
         notes: counts of configurations within the limit, refused and not finished.
     """
 
@@ -110,6 +134,7 @@ class Choice:
     within: tuple[str, ...]
     alike: tuple[str, ...]
     text: str
+    answer: Answer
     notes: tuple[str, ...]
 
 
@@ -140,13 +165,15 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     notes += [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
     if unknown := sum(loss is None for loss in losses.values()):
         notes += [f"{unknown} of unknown loss: without an interval (three cases or more) it is not chosen"]
+    notes += _left_out(comparisons)
     return Choice(
         label=best.label,
         row=comparisons.frame.set_index("configuration").loc[best.label],
         within=tuple(row.label for row in within),
         alike=tuple(row.label for row in alike),
-        text=f"{_answer(comparisons, best)} {comparisons.place}",
-        notes=(*notes, *_left_out(comparisons)),
+        text=f"{_sentence(comparisons, best)} {comparisons.place}",
+        answer=_answer(comparisons, best, limit_percent, notes),
+        notes=tuple(notes),
     )
 
 
@@ -173,7 +200,85 @@ def _left_out(comparisons: Comparisons) -> list[str]:
     return [*remarks, DRIFT] if comparisons.baseline.repeats == 1 else remarks
 
 
-def _answer(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
+def _answer(
+    comparisons: Comparisons,
+    best: MeasuredConfiguration,
+    limit_percent: float,
+    notes: Sequence[str],
+) -> Answer:
+    """Which configuration to use: its name, gain and quality loss in plain words, the rest below."""
+    base, by = comparisons.baseline, comparisons.by
+    name, other = (configuration_text(row.parameters, comparisons.axes) for row in (best, base))
+    ratio, loss = comparisons.ratios[best.label], _loss_text(best)
+    title, value, before = by.rpartition("_")[0].replace("_", " "), *_shown(by, best, base)
+    tiles = [Tile(title or by, value, "" if best is base else f"{before} with {other}")]
+    where = "; ".join(notes)
+    details = [f"{capital(where)}. {comparisons.place}"]
+    if best is base:
+        headline = (
+            f"Keep {name}: of {counted(len(comparisons.rows), 'configuration')}, none within the limit on"
+        )
+        headline += f" quality loss ({limit_percent:g} %) is better than it beyond noise."
+    else:
+        how = "as fast" if by.endswith("_ms") else "as good"
+        figures = (ratio.value if gain_of(by) == "ratio" else math.nan, ratio.low, ratio.high)
+        gain = speed_text(*figures, candidate=name, baseline=other, how=how).removeprefix(f"{name} is ")
+        headline = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
+        beside = f"{interval_text(*figures[1:])}; noise {ratio.noise_percent:.0f} %"
+        tiles.insert(0, Tile("speed-up" if how == "as fast" else "gain", f"{figures[0]:.2f}×", beside))
+        details.insert(
+            0, "Next: 41_configuration with case_set=final measures it on cases that no choice was made by."
+        )
+    if is_number(best.results.get(QUALITY[1])):
+        high = best.results.get(QUALITY[0])
+        upper = f"at most {max(high, 0.01):.2f} %" if is_number(high) else "95 % interval unknown"
+        tiles.append(Tile("quality loss", _percent(best), f"{upper}; limit {limit_percent:g} %"))
+    if is_number(best.results.get(MEMORY)):
+        value, before = _shown(MEMORY, best, base)
+        tiles.append(Tile("peak memory", value, "" if best is base else f"{before} with {other}"))
+    return Answer(headline, tuple(details), tuple(tiles))
+
+
+MEMORY = "peak_memory_gib"
+
+
+def configuration_text(parameters: Mapping[str, Any], axes: Iterable[str]) -> str:
+    """A configuration in words: engine=onnxruntime, plan=ffn-int8 as "ONNX Runtime with plan ffn-int8"."""
+    words: list[str] = []
+    for axis in axes:
+        value = parameter_text(parameters.get(axis))
+        if axis == "engine":
+            words.insert(0, engine_text(value))
+        elif axis == "plan" and value in ("", "None", *map(str, UNCHANGED)):
+            continue
+        else:
+            words.append(f"{axis.replace('_', ' ')} {value}")
+    head, *more = words or ["the model as it is"]
+    return f"{head} with {', '.join(more)}" if more else head
+
+
+def _shown(name: str, *rows: MeasuredConfiguration) -> list[str]:
+    """A figure of several configurations with its unit."""
+    unit = {"ms": "ms", "gib": "GiB", "percent": "%", "db": "dB", "bytes": "bytes"}
+    return [shown(number(row.results.get(name)), unit.get(name.rpartition("_")[2], "")) for row in rows]
+
+
+def _percent(row: MeasuredConfiguration) -> str:
+    loss = number(row.results.get(QUALITY[1]))
+    return f"{_signed(loss)} %" if abs(loss) >= 0.005 else "< 0.01 %"
+
+
+def _loss_text(row: MeasuredConfiguration) -> str:
+    """The quality loss in a clause: "quality loss +0.43 % (95 % interval -0.20 to +1.10)"; "" where it is unknown."""
+    if not is_number(row.results.get(QUALITY[1])):
+        return ""
+    low, high = (number(row.results.get(f"quality_loss_{end}_percent")) for end in ("low", "high"))
+    if max(abs(low), abs(high)) < 0.005:
+        return "quality loss below 0.01 %"
+    return f"quality loss {_percent(row)} ({interval_text(low, high, '+.2f')})"
+
+
+def _sentence(comparisons: Comparisons, best: MeasuredConfiguration) -> str:
     """Which configuration to use, with its gain and its quality loss."""
     base, by = comparisons.baseline, comparisons.by
     if best is base:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from wanlab.core.answer import Answer, Tile, capital, shown, speed_text
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
 from wanlab.core.stats import interval_text
-from wanlab.measure.timing import NOT_DISTINGUISHABLE, verdict_sentence
+from wanlab.engines.registry import engine_text
+from wanlab.measure.timing import NOT_DISTINGUISHABLE
 from wanlab.runs.compare import Ratio, baselines, ratio_to
 from wanlab.runs.result import BUILT, HERE, MEASURED, VIDEO, Machine, Result
 from wanlab.runs.results import number
@@ -108,40 +110,71 @@ def platform_table(
     return frame.assign(on_record_ms=[ms if math.isfinite(ms) else math.nan for ms in shortest.values()])
 
 
-def platform_verdict(table: pd.DataFrame, refused: pd.DataFrame) -> str:
-    """The table in two sentences: what each engine of the first machine gains over eager, and the fastest row of all."""
+def platform_answer(table: pd.DataFrame, refused: pd.DataFrame) -> Answer:
+    """What the fastest engine of the first machine gains over eager; below it the others and the fastest row on record.
+
+    Args:
+        table: from `platform_table`. refused: rows of other work, from `comparable`.
+    """
     measured = table[table["state"] == MEASURED]
     if measured.empty:
-        return f"Nothing here was measured: {platform_notes(table, refused)}."
-    best, first = measured.loc[measured["latency_ms"].idxmin()], measured.iloc[0]
-    on_first = measured[(measured["machine"] == first["machine"]) & (measured["engine"] != "eager")]
-    on_first = on_first[on_first["ratio_to_eager"].notna()]
-    same = on_first["note"].str.contains(NOT_DISTINGUISHABLE, regex=False)
-    gains = [_same_text(on_first[same])] if same.sum() > 1 else []
-    for _, row in on_first[~same | (same.sum() == 1)].iterrows():
-        figures = (row["ratio_to_eager"], row["low"], row["high"], row["noise_percent"])
-        verdict = NOT_DISTINGUISHABLE if NOT_DISTINGUISHABLE in row["note"] else ""
-        names = {"candidate": row["engine"], "baseline": "eager", "here": row["source"] == HERE}
-        gains.append(verdict_sentence(verdict, *figures, **names))
-    work = f"{first['model']} {first['what']}, {first['shape']}: "
-    rows = f"{_count(len(measured), 'row')} on {_count(measured['machine'].nunique(), 'machine')}"
-    end = f"{rows}: {best['engine']} {best['precision']} on {best['machine']}, {best['latency_ms']:,.1f} ms."
-    record = measured.loc[measured["on_record_ms"].idxmin()]
+        return Answer(f"Nothing here was measured: {platform_notes(table, refused)}.")
+    first, best = measured.iloc[0], measured.loc[measured["latency_ms"].idxmin()]
+    here = first["source"] == HERE
+    place, base = "On this machine" if here else f"On {first['machine']}", engine_text("eager")
+    own = measured[measured["machine"] == first["machine"]]
+    gains = own[(own["engine"] != "eager") & own["ratio_to_eager"].notna()]
+    gains = gains.sort_values("ratio_to_eager", ascending=False, kind="stable").to_dict("records")
+    said = [_gain_text(row, base) for row in gains]
+    head = f"{place}, {said[0]}" if said else f"{place}, only {engine_text(first['engine'])} was measured"
+    fastest = _row_text(best)
+    rows = f"{_count(len(measured), 'row')} of {_count(measured['machine'].nunique(), 'machine')}"
+    record, older = measured.loc[measured["on_record_ms"].idxmin()], ""
     if record["on_record_ms"] < best["latency_ms"]:
-        name = f"{record['engine']} {record['precision']} on {record['machine']}"
-        end = f"{end[:-1]}; an older result of {name} is faster, {record['on_record_ms']:,.1f} ms."
-    return work + (f"{'; '.join(gains)}. Fastest of {end}" if gains else f"fastest of {end}")
+        older = f"; an older result of {_row_text(record)} is faster, {shown(record['on_record_ms'], 'ms')}"
+    details = [
+        f"{capital('; '.join(said[1:]))}." if said[1:] else "",
+        f"Fastest of {rows}: {fastest}, {shown(best['latency_ms'], 'ms')}{older}. The work: {first['model']}"
+        f" {first['what']}, {first['shape']}.",
+        f"{capital(notes)}." if (notes := platform_notes(table, refused)) else "",
+        "Next: this notebook on another machine, and then with runs= of both, puts them into one table.",
+    ]
+    tiles = []
+    if gains:
+        row = gains[0]
+        noise = (
+            f"; noise {row['noise_percent']:.0f} %" if row["noise_percent"] == row["noise_percent"] else ""
+        )
+        known = interval_text(row["low"], row["high"])
+        tiles.append(Tile("speed-up", f"{row['ratio_to_eager']:.2f}×", f"{known}{noise}"))
+        own_ms = shown(row["latency_ms"], "ms")
+        eager = own.loc[own["engine"] == "eager", "latency_ms"]
+        beside = f"{shown(eager.iloc[0], 'ms')} in {base}" if len(eager) else ""
+        tiles.append(Tile(f"time with {engine_text(row['engine'])}", own_ms, beside))
+    tiles.append(Tile("fastest of all machines", shown(best["latency_ms"], "ms"), fastest))
+    tiles.append(
+        Tile("compared", rows.partition(" of ")[0], f"of {_count(measured['machine'].nunique(), 'machine')}")
+    )
+    tiles.append(Tile("refused", str(len(refused)), "rows of other work"))
+    return Answer(f"{head}.", tuple(filter(None, details)), tuple(tiles))
 
 
-def _same_text(rows: pd.DataFrame) -> str:
-    """Several engines whose difference from eager is within the noise, in one clause."""
-    engines = []
-    for row in rows.itertuples():
-        interval = interval_text(row.low, row.high)
-        engines.append(f"{row.engine} (ratio {row.ratio_to_eager:.2f}, {interval})")
-    place = " on this machine now" if (rows["source"] == HERE).all() else ""
-    noise = rows["noise_percent"].max()
-    return f"no difference from eager can be told from noise{place} ({noise:.1f} %): {', '.join(engines)}"
+def _row_text(row: pd.Series) -> str:
+    """Engine, dtype and machine of a row."""
+    return f"{engine_text(row['engine'])} {row['precision']} on {row['machine']}"
+
+
+def _gain_text(row: dict[str, Any], base: str) -> str:
+    """An engine beside eager on its machine."""
+    return speed_text(
+        row["ratio_to_eager"],
+        row["low"],
+        row["high"],
+        candidate=engine_text(row["engine"]),
+        baseline=base,
+        same=NOT_DISTINGUISHABLE in row["note"],
+        noise_percent=row["noise_percent"],
+    )
 
 
 def platform_notes(table: pd.DataFrame, refused: pd.DataFrame) -> str:

@@ -515,16 +515,6 @@ class EngineBuilds:
         """Build information ready for JSON, as `BuildInfo.record`; `51_platforms` reads it."""
         return [info.record() for info in self.built]
 
-    def sentence(self, graphs: int) -> str:
-        """Number of graphs that became engines, their GPUs, and the number of refusals."""
-        targets = sorted({c for info in self.built for c in info.compute_capabilities}, key=float)
-        text = f"{len(self.built)} of {graphs} graphs became engines of {self.runtime}"
-        text += f" for compute capability {', '.join(targets)}" if targets else ""
-        if len(self.refused):
-            capabilities = sorted(set(self.refused["capability"]), key=float)
-            text += f"; {len(self.refused)} refused (compute capability {', '.join(capabilities)})"
-        return text
-
     @property
     def notes(self) -> list[str]:
         """Distinct notes of all engines."""

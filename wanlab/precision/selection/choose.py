@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
+from wanlab.core.answer import Answer, Tile, counted, shown
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
+from wanlab.precision.selection.bound import AmdahlBound
 from wanlab.precision.selection.costs import DEFAULT
 from wanlab.precision.selection.select import Frontier, Selection, frontier, select_plan, selection_of
 from wanlab.precision.selection.solve import Limits, Solution, table_of, undominated
@@ -338,25 +340,47 @@ class Chosen:
     def verification(self) -> Verification:
         return self.repaired.verification
 
-    def __str__(self) -> str:
-        words = {"yes": "is", "no": "is NOT", "undecided": "cannot be told to be"}
+    def answer(self, bound: AmdahlBound) -> Answer:
+        """Whether the plan keeps the budget, what it loses and what it saves, for the top of a report.
+
+        Args:
+            bound: what plans can gain in time, from `measured_bound`.
+        """
         proof, chosen = self.verification, self.selection
-        holds = words.get(proof.quality.within(self.limit_percent), "is not known to be")
-        if not proof.quality.known:
-            holds = "is" if proof.holds(self.limit_percent) else "cannot be told to be"
-            if proof.upper_percent > self.limit_percent:
-                holds = "is NOT"
-            return (
-                f"No truth is known of this model's videos, so the plan is judged by divergence: LPIPS to the original"
-                f" {holds} within {self.limit_percent / 100:g}: {proof.divergence}. The plan has"
-                f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8"
-                " bits or fewer"
-            )
-        return (
-            f"The quality loss {holds} within {self.limit_percent:g} %: {self.verification.quality}. The plan has"
-            f" {chosen.bits_per_weight:.2f} bits per linear weight, {100 * chosen.share_8bit:.0f} % of the weights in 8 bits"
-            " or fewer"
+        known, limit = proof.quality.known, self.limit_percent
+        share = proof.weight_bytes / proof.before_bytes
+        lost = proof.quality.text if known else proof.divergence.text
+        of = (
+            f"the quality loss within {limit:g} %"
+            if known
+            else f"LPIPS to the original within {limit / 100:g}"
         )
+        holds = {True: f"This plan keeps {of}", False: f"No plan was found that is proven to keep {of}"}
+        headline = (
+            f"{holds[proof.holds(limit)]}: {lost}. Its linear layers hold {100 * share:.0f} % of the bytes."
+        )
+        details = (
+            [] if known else ["No truth is known of this model's videos, so its quality loss is unknown."]
+        )
+        details += [
+            f"In time, plans can make this generation at most {bound.at_format:.2f} times as fast"
+            f" ({'counted' if bound.counted else 'timed'} products of {bound.format}).",
+            f"These {counted(len(proof.frame), 'case')} also chose the plan, so its loss is flattering here. Next:"
+            " 41_configuration with this plan and case_set=final measures it on other cases.",
+        ]
+        bits = Tile("bits per linear weight", f"{chosen.bits_per_weight:.3g}")
+        tiles = [
+            Tile("quality loss", *proof.quality.tile(limit)),
+            Tile(
+                "linear weights",
+                shown(proof.weight_bytes, "bytes"),
+                f"{shown(proof.before_bytes, 'bytes')} before",
+            ),
+            bits._replace(beside=f"{100 * chosen.share_8bit:.0f} % of weights in 8 bits or fewer"),
+            Tile("speed-up", f"≤ {bound.at_format:.2f}×", "bound of any plan, not measured here"),
+            proof.divergence.tile(),
+        ]
+        return Answer(headline, tuple(details), tuple(tiles))
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

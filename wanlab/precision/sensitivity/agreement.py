@@ -236,13 +236,6 @@ class Agreement:
         return float((self.frame["true"] / self.frame["predicted"]).median())
 
 
-def prediction_text(agreement: Agreement | None, shards: int = 1) -> str:
-    """Accuracy of predicted effects as text, or why it was not measured."""
-    if agreement is not None:
-        return f"rank correlation with generations {agreement.correlation()}"
-    return "not measured, samples=0" if shards == 1 else "not measured in a shard"
-
-
 def sensitivity_record(sensitivity: Sensitivity, agreement: Agreement | None = None) -> dict[str, Any]:
     """Flat record: the most sensitive row, and the numbers of the agreement where it was measured."""
     names = ["component", "layer", "format", "first_step", "last_step", "effect", "effect_low", "effect_high"]

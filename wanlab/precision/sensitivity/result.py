@@ -17,7 +17,6 @@ from wanlab.core.stats import (
     LEAST,
     draw_group_weights,
     draw_weights,
-    interval_text,
     percentile_interval,
     weighted_interval,
 )
@@ -192,13 +191,6 @@ class Sensitivity:
         """Whether every unit of work was measured."""
         return set(self.wanted) <= set(self.units)
 
-    def progress(self, shard: int, shards: int) -> str:
-        """Sentence about the units that other shards have to measure; empty where all units are measured."""
-        if self.complete:
-            return ""
-        done = f"{len(self.units)} of {len(self.wanted)} units of work"
-        return f"Shard {shard} of {shards}, {done}; a run with shards=1 merges them. "
-
     def costs(self) -> pd.DataFrame:
         """Cost of the measurement beside that of brute force.
 
@@ -363,32 +355,6 @@ class ExpertTolerance:
                 f"no {quantity} of {format!r} was measured; there is {', '.join(set(self.ratios['format']))}"
             )
         return rows["less_tolerant"].iloc[0]
-
-    def sentence(self, format: str, quantity: str = "effect") -> str:
-        """The answer in words, with its interval."""
-        expert = self.less_tolerant(format, quantity)
-        if expert is None:
-            return f"{format}: one expert, nothing to compare"
-        row = self.ratios[(self.ratios["format"] == format) & (self.ratios["quantity"] == quantity)].iloc[0]
-        ratio, low, high = row["ratio"], row["low"], row["high"]
-        if expert == "neither":
-            return (
-                f"{format}: neither expert clearly tolerates less ({label(quantity)} of the high-noise expert over"
-                f" that of the low-noise expert {ratio:.3g}, {interval_text(low, high, '.3g')})"
-            )
-        if expert == "expert_low":
-            ratio, low, high = 1 / ratio, 1 / high, 1 / max(low, 1e-300)
-        names = ["high-noise expert", "low-noise expert"]
-        less, more = names if expert == "expert_high" else names[::-1]
-        return (
-            f"{format}: the {less} tolerates less, its {label(quantity)} is {ratio:.3g} times the {more}'s"
-            f" ({interval_text(low, high, '.3g')})"
-        )
-
-
-def label(quantity: str) -> str:
-    """A quantity in words."""
-    return {"velocity_error": "velocity error", "effect": "effect on the final latents"}[quantity]
 
 
 def expert_tolerance(sensitivity: Sensitivity) -> ExpertTolerance:

@@ -434,8 +434,9 @@ def quantized_experts(
         return []
     examples = nano_examples(1)
     size = {"height": height, "width": width, "frames": frames}
-    how = {"components": experts, "steps": steps, "progress": progress} | size
-    recording = record_inputs(model, examples, folder / "latents", **how)
+    recording = record_inputs(
+        model, examples, folder / "latents", components=experts, steps=steps, progress=progress, **size
+    )
     files = []
     for expert in experts:
         ranges = calibrate(model, expert, recording, progress=progress)

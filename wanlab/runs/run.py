@@ -265,18 +265,17 @@ class Run:
                 brings its own details and key figures, which are shown as those of `tile`.
             details: sentences that explain or limit it, which stand below it in smaller letters; empty ones are left out.
         """
-        if isinstance(text, Answer):
-            for tile in text.tiles:
-                self.tile(*tile)
-            text, details = text.headline, (*text.details, *details)
-        text, busy = clean(text), load.taken()
-        shown = [clean(detail) for detail in details if detail.strip()]
+        given = text if isinstance(text, Answer) else Answer(text)
+        for tile in given.tiles:
+            self.tile(*tile)
+        headline, busy = clean(given.headline), load.taken()
+        shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         if busy.text:
             shown.append(f"Timed while {busy.text}: an idle machine gives other times.")
-        self._files.update(verdict=text, details=shown, load=msgspec.to_builtins(busy))
-        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(text)}</p>'
+        self._files.update(verdict=headline, details=shown, load=msgspec.to_builtins(busy))
+        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>'
         answer += "".join(f"<p>{escape(detail)}</p>" for detail in shown)
-        self._answer = clips.Html(answer, "\n".join([text, *shown]))
+        self._answer = clips.Html(answer, "\n".join([headline, *shown]))
         return self._answer
 
     def finish(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,7 +49,8 @@ def table_html(table: pd.DataFrame) -> str:
     """
     frame = _readable(table)
     names = _order(frame)
-    shown, most = range(len(frame)), pd.get_option("display.max_rows") or len(frame)
+    shown: Sequence[int | None] = range(len(frame))
+    most = pd.get_option("display.max_rows") or len(frame)
     if len(frame) > most:
         shown = [*range(most - most // 2), None, *range(len(frame) - most // 2, len(frame))]
     units = _row_units(frame)

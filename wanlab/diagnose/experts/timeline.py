@@ -88,7 +88,7 @@ class Timeline:
     @property
     def order(self) -> str:
         """Which expert runs which steps, counted from 1, as a clause."""
-        parts = []
+        parts: list[str] = []
         for entry in (each for each in self.schedule.prefetch if each.steps):
             last = entry.first_step + entry.steps
             steps = f"steps {entry.first_step + 1} to {last}" if entry.steps > 1 else f"step {last}"

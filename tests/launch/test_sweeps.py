@@ -273,13 +273,16 @@ def test_dry_run_says_what_is_there_already(project):
     folder = tasks[1].folder.path
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
-    assert table(tasks).endswith("2 runs, 2 to run")  # without its record it is no finished run
+    assert "\n2 runs, 2 to run\n" in table(tasks)  # without its record it is no finished run
     (folder / "run.json").write_text(json.dumps({"run_id": folder.name, "parameters": {"steps": 2}}))
     shown = table(tasks).splitlines()
-    assert shown[1].endswith("to run")
+    assert shown[1].endswith("to run           not known: no run of it on this machine yet")
     assert shown[2].endswith("finished before")
-    assert shown[-1] == "2 runs, 1 to run"
-    assert table(tasks, force=True).endswith("2 runs, 2 to run")
+    assert shown[-2:] == [
+        "2 runs, 1 to run",
+        "expected here: how long is not known: no run of it on this machine yet",
+    ]
+    assert "\n2 runs, 2 to run\n" in table(tasks, force=True)
 
 
 def test_what_the_warm_start_imports(project):

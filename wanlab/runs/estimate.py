@@ -68,9 +68,9 @@ class Estimate:
 
     @property
     def text(self) -> str:
-        """`"about 1.4 min and 1.9 GiB (3 earlier runs ...)"`, or `"not known: no run of it on this machine yet"`."""
-        if not self.known:
-            return f"not known: {self.source}"
+        """`"about 1.4 min and about 1.9 GiB (3 earlier runs ...)"`, or `"not known: no run of it on this machine yet"`."""
+        if not self.known or self.high_s == 0:
+            return f"{'nothing' if self.known else 'not known'}: {self.source}"
         low, high = (None if value is None else value / 60 for value in (self.low_s, self.high_s))
         memory = bounds(self.low_gib, self.high_gib, "GiB")
         return f"{bounds(low, high, 'min')}{f' and {memory}' if memory else ''} ({self.source})"
@@ -90,7 +90,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Earlier:
     """A finished run of this machine.
 
@@ -135,7 +135,7 @@ class EarlierRuns:
             force: whether it runs again although it has finished before.
         """
         if not force and ready.finished():
-            return Estimate(0.0, 0.0, source="it has finished before, and is not run again")
+            return Estimate(0.0, 0.0, source="it has finished before; --force runs it again")
         name, values = ready.path.stem, plain(ready.values)
         identity = _identity({"weights": ready.weights, "inputs": ready.inputs})
         same = [run for run in self.runs if run.notebook == name]

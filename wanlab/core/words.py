@@ -33,7 +33,7 @@ UNITS = {
     "us": "µs",
     "ns": "ns",
     "kib": "KiB",
-    "tflop": "TFLOP",
+    "TFLOP": "TFLOP",
     "fps": "frames/s",
     "w": "W",
 }

@@ -175,7 +175,7 @@ def _text(value: Any, code: bool) -> str:
     return IDENTIFIER.sub(r"<code>\g<0></code>", escaped)
 
 
-IDENTIFIER = re.compile(r"[\w./:*<>\[\]-]*\w_\w[\w./:*<>\[\]-]*\w")
+IDENTIFIER = re.compile(r"\w+=(?:True|False|None)\b|[\w./:*<>\[\]-]*\w_\w[\w./:*<>\[\]-]*\w")
 
 
 def _is_identifier(text: str) -> bool:

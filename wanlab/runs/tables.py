@@ -110,15 +110,15 @@ def _row_units(frame: pd.DataFrame) -> list[str]:
 def _column(values: pd.Series, name: str, units: list[str]) -> tuple[str, str, list[str]]:
     """Head, attributes and cells, as HTML, of a column; `units` are those of the rows."""
     given = [
-        _in_unit(value, unit) if unit and _is_number(value) and not _is_empty(value) else value
+        _in_unit(_number(value), unit)
+        if unit and _is_number(_number(value)) and not _is_empty(value)
+        else value
         for value, unit in zip(values.tolist(), units, strict=True)
     ]
     known = [value for value in given if not _is_empty(value)]
     title = heading(name)
     if (found := UNIT.match(title)) and found[2] in UNIT_NAMES:
-        given = [
-            float(value) if isinstance(value, str) and PLAIN.fullmatch(value) else value for value in given
-        ]
+        given = [_number(value) for value in given]
         known = [value for value in given if not _is_empty(value)]
     if known and all(_is_number(value) for value in known):
         title, write = _numbers(name, title, known)
@@ -152,6 +152,11 @@ def _numbers(name: str, title: str, known: list[Any]) -> tuple[str, Callable[[An
     if whole and words & COUNTED:
         return title, lambda value: str(int(value)) if math.isfinite(value) else number_text(value)
     return title, lambda value: number_text(float(value))
+
+
+def _number(value: Any) -> Any:
+    """A text that is only a number as that number."""
+    return float(value) if isinstance(value, str) and PLAIN.fullmatch(value) else value
 
 
 def _in_unit(value: Any, unit: str) -> Any:

@@ -49,7 +49,8 @@ def table_html(table: pd.DataFrame) -> str:
     """
     frame = _readable(table)
     names = _order(frame)
-    shown, most = range(len(frame)), pd.get_option("display.max_rows") or len(frame)
+    shown: list[int | None] = [*range(len(frame))]
+    most = pd.get_option("display.max_rows") or len(frame)
     if len(frame) > most:
         shown = [*range(most - most // 2), None, *range(len(frame) - most // 2, len(frame))]
     units = _row_units(frame)

@@ -27,6 +27,7 @@ def open_page(browser):
             accept_downloads=True,
         )
         contexts.append(context)
+        context.set_default_timeout(120_000)  # another process may have the machine
         page = context.new_page()
         own = (address, "data:", "blob:", "about:", *allowed)
         page.on(

@@ -14,16 +14,20 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
 from support.comparison_runs import result_line
+from support.pages import faults
 
 from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
 from wanlab.pages import publish, render, render_index
 from wanlab.pages.report import PLOTLY
+from wanlab.plots import theme
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.tables import table_html
 
 pytestmark = pytest.mark.browser
 
@@ -33,7 +37,7 @@ READY = "document.documentElement.dataset.ready === 'yes'"
 VIDEOS = "[...document.querySelectorAll('video')]"
 
 
-def until(page, expression: str, seconds: float = 20.0) -> None:
+def until(page, expression: str, seconds: float = 60.0) -> None:
     """Wait for JavaScript to be true. Playwright's own waiting evaluates inside the page, which the page forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
@@ -367,3 +371,105 @@ def test_a_published_folder_works_from_a_plain_server(index, tmp_path, open_page
     page.wait_for_selector(".figure .barlayer .point")
     assert colours(page.locator(".figure")) > 20
     assert (site / "plotly.min.js").stat().st_size > 10 * next(site.glob("*/report.html")).stat().st_size
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A report with a table of many columns, its file, a term of the glossary, messages and code."""
+    frame = pd.DataFrame(
+        {"component": ["expert_low", "vae_decoder"]} | {f"n{i}_ms": [1.5 * i, i] for i in range(30)}
+    )
+    folder = RunFolder.of(tmp_path_factory.mktemp("outputs"), "10_wide", "r1").open()
+    record = {
+        "run_id": "r1",
+        "name": "10_wide",
+        "verdict": "The noise floor is 0.01.",
+        "details": ["In short."],
+    }
+    write_json(folder.run_json, record | {"tiles": [{"title": "LPIPS", "value": "0.01", "change": ""}]})
+    write_json(folder.status_json, {"state": "finished", "started": now(), "seconds": 60.0})
+    (folder.artifacts / "calls.csv").write_text(frame.to_csv(index=False))
+    v4 = nbformat.v4
+    figure = go.Figure(go.Bar(x=[70_000.0, 1.25], y=["expert", "VAE"], orientation="h"), {"height": 700})
+    figure.update_layout(template=theme(), xaxis_title="time (ms)")
+    main = v4.new_code_cell(
+        "draw()", outputs=[v4.new_output("display_data", data={PLOTLY: json.loads(figure.to_json())})]
+    )
+    main.metadata["tags"] = ["main"]
+    table = v4.new_output("display_data", data={"text/html": table_html(frame)})
+    messages = v4.new_output("stream", name="stderr", text="a message")
+    cells = [
+        v4.new_markdown_cell("# How wide is a table?"),
+        main,
+        v4.new_code_cell('run.save_table("calls", frame)', outputs=[table, messages]),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), folder.notebook)
+    return render(folder.path)
+
+
+def test_the_first_screen_holds_title_answer_figures_and_the_main_figure(wide, open_page):
+    page = open_page(wide, width=1400, height=900)
+    until(page, "document.querySelector('.figure').dataset.drawn === 'yes'")
+    tops = page.evaluate(
+        "['h1', '.verdict', '.tiles', '.main .figure'].map(s => document.querySelector(s).getBoundingClientRect().bottom)"
+    )
+    assert tops == sorted(tops)
+    assert tops[-1] <= 900
+    assert "70,000" in page.locator(".xtick").all_inner_texts()
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_a_wide_table_fades_where_there_is_more_and_keeps_its_first_column(wide, open_page, width, browser):
+    assert faults(browser, wide) == []
+    page = open_page(wide, width=width)
+    box = page.locator(".rich:has(table)")
+    until(page, "document.querySelector('.rich:has(table)').classList.contains('right')")
+    first = page.get_by_role("cell", name="low-noise expert")
+    left = first.bounding_box()["x"]
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    until(page, "document.querySelector('.rich:has(table)').matches('.left:not(.right)')")
+    assert first.bounding_box()["x"] == pytest.approx(left, abs=1)
+    page.get_by_text("choose among 31 columns").click()
+    for number in range(3, 30):
+        page.get_by_label(f"n{number}, ms", exact=True).uncheck()
+    assert page.locator("thead th:visible").count() == 4
+    assert width < 640 or page.evaluate(
+        "!document.querySelector('.rich:has(table)').matches('.left, .right')"
+    )
+
+
+def test_the_table_that_was_saved_is_downloaded_from_the_page(wide, open_page):
+    page = open_page(wide)
+    rows = saved(page, page.get_by_text("calls.csv"))
+    assert rows[1][:3] == ["expert_low", "0.0", "1.5"]
+
+
+def test_a_term_is_explained_where_it_stands_first(wide, open_page):
+    page = open_page(wide, width=390, height=844)
+    assert page.locator("abbr.term").all_inner_texts() == ["noise floor", "LPIPS"]
+    page.locator("abbr.term").first.click()
+    told = page.locator("#means")
+    assert "unchanged model" in told.inner_text()
+    box = told.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    page.keyboard.press("Escape")
+    assert not told.is_visible()
+
+
+def test_a_printed_page_opens_what_is_folded_but_code_and_messages_and_cuts_nothing(wide, open_page):
+    page = open_page(wide, width=1400)
+    until(page, "document.querySelector('.figure').dataset.drawn === 'yes'")
+    folded = page.locator("details[open]").count()
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 690, "height": 1000})
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details.columns[open]").count() == 1
+    assert page.locator("details:is(.source, .messages)[open]").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('.rich:has(table)')).overflowX") == "visible"
+    )
+    assert page.locator(".figure").bounding_box()["width"] <= 691
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == folded

@@ -28,7 +28,7 @@
     const box = figure.getBoundingClientRect(), texts = [];
     for (const text of figure.querySelectorAll("svg text")) {
       const style = getComputedStyle(text);
-      if (!text.textContent.trim() || style.visibility === "hidden" || style.display === "none" || text.closest(".hoverlayer, .modebar, clipPath, defs, [style*='opacity: 0;']")) continue;
+      if (!text.textContent.trim() || style.visibility === "hidden" || style.display === "none" || text.closest(".hoverlayer, .modebar, clipPath, defs, .iciclelayer, .treemaplayer, [style*='opacity: 0;']")) continue;
       const size = text.getBBox();
       if (size.width < 3 || size.height < 3 || +style.opacity === 0 || style.fillOpacity === "0") continue;
       const at = corners(text), xs = at.map(p => p[0]), ys = at.map(p => p[1]);

@@ -33,7 +33,7 @@ UNITS = {
     "us": "µs",
     "ns": "ns",
     "kib": "KiB",
-    "tflop": "TFLOP",
+    "TFLOP": "TFLOP",
     "fps": "frames/s",
     "w": "W",
 }
@@ -42,6 +42,7 @@ ACRONYMS = {
     name.lower(): name
     for name in (
         "A/A",
+        "Amdahl",
         "CPU",
         "CUDA",
         "CV",
@@ -62,7 +63,12 @@ ACRONYMS = {
         "VAE",
     )
 }
-PLAINER = {"cond": "with prompt", "uncond": "without prompt", "std": "standard deviation"}
+PLAINER = {
+    "cond": "with prompt",
+    "uncond": "without prompt",
+    "std": "standard deviation",
+    "se": "standard error",
+}
 UNKNOWN = "–"  # what stands where a number is not known
 SMALLEST_PERCENT = 0.001
 NO_BREAK = "\u00a0"  # a space at which no line ends
@@ -74,7 +80,7 @@ def label(column: str) -> str:
     if len(words) == 3 and words[1:] == ["per", "s"] and words[0] in RATES:
         return RATES[words[0]]
     if len(words) > 3 and words[-2:] == ["per", "s"]:
-        return f"{' '.join(words[:-3])} ({words[-3]}/s)"
+        return f"{' '.join(words[:-3])} ({RATES.get(words[-3], f'{words[-3]}/s')})"
     if len(words) > 1 and words[-1] in UNITS:
         return f"{' '.join(words[:-1])} ({UNITS[words[-1]]})"
     return " ".join(words)
@@ -172,7 +178,7 @@ PART = re.compile(
     + "|".join(sorted((n for n in NAMES if "_" in n), key=len, reverse=True))
     + r")(?![\w./=-])"
 )
-IN_BRACKETS = re.compile(r" \((" + "|".join(map(re.escape, UNITS.values())) + r")\)\Z")
+IN_BRACKETS = re.compile(r" \((" + "|".join(map(re.escape, {*UNITS.values(), *RATES.values()})) + r")\)\Z")
 RAW_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d{4,}(?:[eE][-+]?\d+)?|(?:\.\d+)?[eE][-+]\d+)(?![\w.])")
 WHOLE = re.compile(r"(?<==)(-?\d+)\.0(?![\d.])")
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -283,7 +283,11 @@ def expert_diagram(flow: Any) -> go.Figure:
         _arrow(figure, edge, boxes)
     figure.add_scatter(x=[0, 1000], y=[0, 530], mode="markers", marker={"opacity": 0}, hoverinfo="skip")
     figure.update_layout(
-        template=theme(), height=560, showlegend=False, margin={"l": 0, "r": 0, "t": 4, "b": 4}
+        template=theme(),
+        height=560,
+        showlegend=False,
+        margin={"l": 0, "r": 0, "t": 4, "b": 4},
+        meta={"least_px": 900},
     )
     figure.update_xaxes(visible=False, range=[0, 1000], fixedrange=True)
     figure.update_yaxes(visible=False, range=[0, 530], fixedrange=True)

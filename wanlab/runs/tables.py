@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,7 +49,7 @@ def table_html(table: pd.DataFrame) -> str:
     """
     frame = _readable(table)
     names = _order(frame)
-    shown: Sequence[int | None] = range(len(frame))
+    shown: list[int | None] = [*range(len(frame))]
     most = pd.get_option("display.max_rows") or len(frame)
     if len(frame) > most:
         shown = [*range(most - most // 2), None, *range(len(frame) - most // 2, len(frame))]
@@ -111,15 +111,15 @@ def _row_units(frame: pd.DataFrame) -> list[str]:
 def _column(values: pd.Series, name: str, units: list[str]) -> tuple[str, str, list[str]]:
     """Head, attributes and cells, as HTML, of a column; `units` are those of the rows."""
     given = [
-        _in_unit(value, unit) if unit and _is_number(value) and not _is_empty(value) else value
+        _in_unit(_number(value), unit)
+        if unit and _is_number(_number(value)) and not _is_empty(value)
+        else value
         for value, unit in zip(values.tolist(), units, strict=True)
     ]
     known = [value for value in given if not _is_empty(value)]
     title = heading(name)
     if (found := UNIT.match(title)) and found[2] in UNIT_NAMES:
-        given = [
-            float(value) if isinstance(value, str) and PLAIN.fullmatch(value) else value for value in given
-        ]
+        given = [_number(value) for value in given]
         known = [value for value in given if not _is_empty(value)]
     if known and all(_is_number(value) for value in known):
         title, write = _numbers(name, title, known)
@@ -155,6 +155,11 @@ def _numbers(name: str, title: str, known: list[Any]) -> tuple[str, Callable[[An
     return title, lambda value: number_text(float(value))
 
 
+def _number(value: Any) -> Any:
+    """A text that is only a number as that number."""
+    return float(value) if isinstance(value, str) and PLAIN.fullmatch(value) else value
+
+
 def _in_unit(value: Any, unit: str) -> Any:
     """The figure of a row whose name has the unit: bytes with a unit of their own, a percentage that is not 0.00."""
     if unit == "bytes":
@@ -176,7 +181,7 @@ def _text(value: Any, code: bool) -> str:
     return IDENTIFIER.sub(r"<code>\g<0></code>", escaped)
 
 
-IDENTIFIER = re.compile(r"[\w./:*<>\[\]-]*\w_\w[\w./:*<>\[\]-]*\w")
+IDENTIFIER = re.compile(r"\w+=(?:True|False|None)\b|[\w./:*<>\[\]-]*\w_\w[\w./:*<>\[\]-]*\w")
 
 
 def _is_identifier(text: str) -> bool:

@@ -139,7 +139,7 @@ const edges = (box) => {
     const more = box.scrollWidth - box.clientWidth;
     box.classList.toggle("left", box.scrollLeft > 1);
     box.classList.toggle("right", more > 1 && box.scrollLeft < more - 1);
-    if (more > 1) { box.tabIndex = 0; box.setAttribute("role", "region"); box.setAttribute("aria-label", "table, scrolls sideways"); }
+    if (more > 1) { box.tabIndex = 0; box.setAttribute("role", "region"); if (!box.hasAttribute("aria-label")) box.setAttribute("aria-label", "scrolls sideways"); }
   };
   box.addEventListener("scroll", look, { passive: true });
   new ResizeObserver(look).observe(box);

@@ -40,7 +40,14 @@ const widen = (place, least) => {
   place.style.minWidth = `${least}px`;
   edges(box);
 };
-const ROOM = 170, WIDENED = 640; // pixels
+const ROOM = 170, WIDENED = 760; // pixels
+const cut = (place) => {
+  const { left, right } = place.getBoundingClientRect();
+  return [...place.querySelectorAll("svg text")].some((text) => {
+    const box = text.getBoundingClientRect();
+    return box.width && (box.left < left - 4 || box.right > right + 4);
+  });
+};
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
   const { data, layout, config } = figures[number];
@@ -55,7 +62,7 @@ for (const place of window.Plotly ? places : []) {
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
     .then(() => {
-      if (!narrow() || place._fullLayout._size.w > ROOM || place.style.minWidth) return;
+      if (!narrow() || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place))) return;
       widen(place, WIDENED);
       return Plotly.Plots.resize(place);
     })

@@ -118,3 +118,4 @@ save.addEventListener("click", () => download(`${board.name}.csv`, wholeTable())
 const compared = Object.keys(ratios).length ? "×: times better than the baseline; within noise: no difference can be told from it" : "";
 document.getElementById("table-note").append(compared, save);
 sheet.classList.toggle("long", runs.length > 40);
+edges(sheet);

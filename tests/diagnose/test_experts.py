@@ -237,7 +237,7 @@ def test_sweep_scores_the_prefix_of_the_very_video(nano):
     assert nano.pipeline.config.boundary_ratio == 0.9
     assert "0.9" in str(sweep)
     assert (
-        "interval unknown, 1 cases" in sweep.sentence or "own boundary, 0.9, gives the best" in sweep.sentence
+        "interval unknown, 1 case)" in sweep.sentence or "own boundary, 0.9, gives the best" in sweep.sentence
     )
     assert len(plots.boundary_curves(sweep).data) == 4
 
@@ -290,7 +290,7 @@ def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choic
     assert [tile[:2] for tile in found.tiles] == [
         ("high-noise expert", "4 steps"),
         ("low-noise expert", "6 steps"),
-        ("first forward after a switch", "-0.50 ms"),
+        ("first forward after a switch", "-1.00 ms"),
         ("experts differ by", "34.0 %"),
     ]
 

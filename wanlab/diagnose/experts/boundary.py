@@ -186,11 +186,12 @@ class BoundarySweep:
         best = self.frame.loc[self.frame["change_percent"].idxmin()]
         tried = ", ".join(f"{value:g}" for value in self.frame.loc[~self.frame["own"], "boundary"])
         if best["own"]:
-            return (
-                f"The model's own boundary, {own['boundary']:g}, gives the best quality; {tried} were tried."
-            )
+            return f"The model's own boundary, {own['boundary']:g}, gives the best quality of those tried (others: {tried})."
         known = interval_text(best["low_percent"], best["high_percent"], "+.2f")
-        certain = best["high_percent"] < 0 and abs(best["change_percent"]) > (self.floor_percent or 0.0)
+        known_below = (
+            not pd.isna(best["high_percent"]) and best["high_percent"] < 0
+        )  # no interval with two cases
+        certain = known_below and abs(best["change_percent"]) > (self.floor_percent or 0.0)
         cases = int(best["cases"])
         holds = "is better" if certain else "cannot be told from the model's own"
         return (

@@ -100,8 +100,8 @@ def test_gpu_figures(tmp_path):
     assert gpu["launch_gap_ms"] == pytest.approx(0.02)
     found = shares.answer("A caveat.")
     assert found.headline == (
-        "Most time goes to norm, modulation, rotary: 70 % of 0.1 ms, in one profiled generation. Without that time a video"
-        " would be 3.33 times as fast: no change there gains more."
+        "Most time goes to linear layers: 70 % of 0.1 ms, in one profiled generation. Without that time a video would be"
+        " 3.33 times as fast: no change there gains more."
     )
     assert found.details[0] == "A caveat."
     assert found.details[1].startswith("The rows add up to the wall clock within 0.1 %.")

@@ -236,9 +236,7 @@ def test_sweep_scores_the_prefix_of_the_very_video(nano):
     assert sweep.note == ""
     assert nano.pipeline.config.boundary_ratio == 0.9
     assert "0.9" in str(sweep)
-    assert (
-        "interval unknown, 1 cases" in sweep.sentence or "own boundary, 0.9, gives the best" in sweep.sentence
-    )
+    assert "interval unknown, 1 case)" in sweep.sentence or "own boundary, 0.9, gives" in sweep.sentence
     assert len(plots.boundary_curves(sweep).data) == 4
 
 
@@ -290,13 +288,13 @@ def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choic
     assert [tile[:2] for tile in found.tiles] == [
         ("high-noise expert", "4 steps"),
         ("low-noise expert", "6 steps"),
-        ("first forward after a switch", "-0.50 ms"),
+        ("first forward after a switch", "-1.00 ms"),
         ("experts differ by", "34.0 %"),
     ]
 
 
 def test_another_boundary_counts_only_where_its_interval_is_below_zero():
-    def swept(change: float, high: float) -> str:
+    def swept(change: float, high: float | None) -> str:
         frame = pd.DataFrame(
             {
                 "boundary": [0.9, 1.0],
@@ -313,4 +311,7 @@ def test_another_boundary_counts_only_where_its_interval_is_below_zero():
         "A boundary at 1 is better: LPIPS to the true video -3.00 % against 0.9 (95 %"
     )
     assert "cannot be told from the model's own" in swept(-3.0, 1.0)
-    assert swept(3.0, 4.0) == "The model's own boundary, 0.9, gives the best quality; 1 were tried."
+    assert (
+        swept(3.0, 4.0) == "The model's own boundary, 0.9, gives the best quality of those tried (others: 1)."
+    )
+    assert "cannot be told from the model's own" in swept(-3.0, None)

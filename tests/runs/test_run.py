@@ -16,6 +16,7 @@ from PIL import Image
 
 import wanlab
 from wanlab.core import files
+from wanlab.core.answer import answer
 from wanlab.core.errors import WanlabError
 from wanlab.runs import folder, run
 from wanlab.runs import prepare as identity
@@ -70,6 +71,18 @@ def test_by_hand_paths_are_the_projects_and_the_verdict_is_shown(project, capsys
     one.verdict("3 ms")
     one.finish()
     assert capsys.readouterr().out.splitlines()[1:] == ["3 ms", f"run kept in {one.folder}"]
+
+
+def test_an_answer_brings_its_details_and_key_figures(project):
+    one = started()
+    one.tile("time per video", "3 s")
+    shown = one.verdict(answer("Yes.", "Because.", tiles=(("share", "40 %", "of the time"),)), "Next: more.")
+    assert shown.html.count("<p") >= 3
+    record = json.loads((one.folder / "run.json").read_text())
+    assert record["verdict"] == "Yes."
+    assert record["details"][:2] == ["Because.", "Next: more."]
+    assert [tile["title"] for tile in record["tiles"]] == ["time per video", "share"]
+    assert record["tiles"][1] == {"title": "share", "value": "40 %", "change": "of the time"}
 
 
 def test_start_takes_the_callers_variables(project):

@@ -397,6 +397,7 @@ class Breakdown:
         top, rows = self.frame.iloc[0], self.frame.head(3)
         bound = top["amdahl_bound"]
         name, share = self.name_of(top["category"]), f"{top['share_percent']:.0f} %"
+        name = f"the {name}" if name.endswith("coder") else name
         head = f"Most time goes to {name}: {share} of {time_text(self.wall_ms)}, in one profiled generation."
         if bound <= MOST_BOUND:
             head += (

@@ -58,7 +58,7 @@ def category_bars(breakdown: Any) -> go.Figure:
             showarrow=False,
         )
     figure.update_layout(
-        template=theme(), barmode="stack", height=110 + ROW_PX * len(order), margin={"t": 40}
+        template=theme(), barmode="stack", height=110 + COMPACT_ROW_PX * len(order), margin={"t": 40}
     )
     figure.update_xaxes(title_text="wall clock (ms)", range=[0, 1.3 * float(ends.max())])
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
@@ -389,6 +389,7 @@ def _with_ratio(value: float, baseline: float) -> str:
     return f"{shown} · {ratio:.2f}× less" if ratio > 1 else f"{shown} · {1 / ratio:.2f}× more"
 
 
+COMPACT_ROW_PX = 26  # of figures with many rows that stand on the first screen
 SMALLEST_SHARE = 0.005  # of the video; smaller components are drawn as one
 
 

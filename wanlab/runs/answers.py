@@ -195,14 +195,10 @@ def _beside(row: Any) -> str:
         return f"{_named(row)} is {_gain(row)}."
     if _more(row):
         return f"{_named(row)} gains more: {_gain(row)}."
-    if (
-        not is_number(row["of_best_low"])
-        or verdict_of(row["of_best"], row["of_best_low"], row["of_best_high"], row["noise_percent"]) == SAME
-    ):
-        return "No combination can be told from it."
-    return (
-        f"Combining gains nothing: the best combination is {row['of_best']:.2f} times as fast as that alone."
-    )
+    beside = [row[name] for name in ("of_best", "of_best_low", "of_best_high", "noise_percent")]
+    if not is_number(beside[1]) or verdict_of(*beside) == SAME:
+        return "No combination can be told from that alone."
+    return f"Combining gains nothing: {_named(row)} is slower, at {row['speedup']:.2f} times."
 
 
 def _named(row: Any) -> str:

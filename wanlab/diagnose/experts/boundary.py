@@ -171,7 +171,7 @@ class BoundarySweep:
         if self.note:
             return self.note
         scores = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
-        cases = self.frame["cases"].iloc[0]
+        cases = int(self.frame["cases"].iloc[0])
         return (
             f"LPIPS to the true video (lower is better) with the boundary moved, {cases} case{'s' * (cases != 1)}:"
             f" {', '.join(scores)}; another exact attention kernel alone changes it by {percent_text(self.floor_percent)}"
@@ -186,15 +186,17 @@ class BoundarySweep:
         best = self.frame.loc[self.frame["change_percent"].idxmin()]
         tried = ", ".join(f"{value:g}" for value in self.frame.loc[~self.frame["own"], "boundary"])
         if best["own"]:
-            return (
-                f"The model's own boundary, {own['boundary']:g}, gives the best quality; {tried} were tried."
-            )
+            return f"The model's own boundary, {own['boundary']:g}, gives the best quality of those tried (others: {tried})."
         known = interval_text(best["low_percent"], best["high_percent"], "+.2f")
-        certain = best["high_percent"] < 0 and abs(best["change_percent"]) > (self.floor_percent or 0.0)
+        known_below = (
+            not pd.isna(best["high_percent"]) and best["high_percent"] < 0
+        )  # no interval with two cases
+        certain = known_below and abs(best["change_percent"]) > (self.floor_percent or 0.0)
+        cases = int(best["cases"])
         holds = "is better" if certain else "cannot be told from the model's own"
         return (
             f"A boundary at {best['boundary']:g} {holds}: LPIPS to the true video {best['change_percent']:+.2f} % against"
-            f" {own['boundary']:g} ({known}, {int(best['cases'])} cases)."
+            f" {own['boundary']:g} ({known}, {cases} case{'s' * (cases != 1)})."
         )
 
 

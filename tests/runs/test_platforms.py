@@ -562,7 +562,7 @@ def test_the_figure_leaves_out_what_was_not_run():
     assert figure.layout.xaxis.type == "log"
     assert [trace.x[0] for trace in figure.data] == [1000.0, 500.0]
     assert figure.layout.annotations[1].text == (
-        "<b>500 ms</b> onnxruntime-cuda bfloat16, NVIDIA H200 · 2.00× eager (unknown)"
+        "<b>500 ms</b> ONNX Runtime bfloat16 · 2.00× eager (unknown), NVIDIA H200"
     )
     with pytest.raises(WanlabError, match="missing: ratio_to_eager"):
         plots.platform_bars(runs.platform_table([EAGER]).drop(columns="ratio_to_eager"))

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
 from wanlab.core.stats import ends_text
+from wanlab.engines.registry import engine_text
 from wanlab.plots.intervals import MOST_ROWS, interval_rows
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
@@ -436,7 +437,7 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
     rows = df[df["latency_ms"].notna()].to_dict(orient="records")
     eager = [row["latency_ms"] * row["ratio_to_eager"] for row in rows]
     table = pd.DataFrame({
-        "name": [f"{row['engine']} {row['precision']}, {row['machine']}" for row in rows],
+        "name": [f"{engine_text(row['engine'])} {row['precision']}" for row in rows],
         "engine": [row["engine"] for row in rows],
         "value": [row["latency_ms"] for row in rows],
         "low": [base / row.get("high", math.nan) for base, row in zip(eager, rows, strict=True)],
@@ -450,9 +451,9 @@ def platform_bars(df: pd.DataFrame) -> go.Figure:
 def _platform_text(row: dict) -> str:
     ratio = row["ratio_to_eager"]
     if row["engine"] == "eager" or ratio != ratio:
-        return ""
+        return str(row["machine"])
     ends = f" ({ends_text(row.get('low'), row.get('high'))})" if "low" in row else ""
-    return f"{ratio:.2f}× eager{ends}"
+    return f"{ratio:.2f}× eager{ends}, {row['machine']}"
 
 
 KIND_COLOURS = {
@@ -485,13 +486,16 @@ def component_bars(df: pd.DataFrame) -> go.Figure:
     needs(df, "component_bars", "candidate", "time_ms", "speedup", "verdict")
     rows, first = df.head(MOST_ROWS).to_dict("records"), float(df["time_ms"].iloc[0])
     table = pd.DataFrame({
-        "name": [row["candidate"] for row in rows],
+        "name": [_candidate_name(row["candidate"]) for row in rows],
+        "candidate": [row["candidate"] for row in rows],
         "value": [row["time_ms"] for row in rows],
         "low": [first / row["high"] if row.get("high") else math.nan for row in rows],
         "high": [first / row["low"] if row.get("low") else math.nan for row in rows],
         "note": [_candidate_text(row) for row in rows],
     })  # fmt: skip
-    figure = interval_rows(table, note="note", axis="time of a call (ms), median", form="", unit="ms")
+    figure = interval_rows(
+        table, tint="candidate", note="note", axis="time of a call (ms), median", form="", unit="ms"
+    )
     marks = {"roofline": ("roofline_ms", "line-ns-open", lambda value: value)}
     marks["Amdahl's bound of the plan"] = ("bound_speedup", "diamond-open", lambda value: first / value)
     for name, (column, symbol, time_of) in marks.items():
@@ -515,6 +519,12 @@ def component_bars(df: pd.DataFrame) -> go.Figure:
     figure.update_traces(showlegend=False, selector=lambda trace: trace.name is None)
     figure.update_xaxes(rangemode="tozero")
     return figure
+
+
+def _candidate_name(label: str) -> str:
+    """A candidate for readers: its engine's name, and what follows it."""
+    engine, space, more = label.partition(" ")
+    return f"{engine_text(engine)}{space}{more}"
 
 
 def _candidate_text(row: dict) -> str:

@@ -100,12 +100,20 @@ def interval_rows(
     figure.update_xaxes(title_text=axis, type="log" if log else "linear", zeroline=False)
     if log:
         seen = [end for row in rows for end in (row[value], *_ends(row, low, high)) if end > 0]
-        short = not seen or max(seen) < 30 * min(seen)
-        figure.update_xaxes(dtick="D2" if short else 1, exponentformat="none")  # 1, 2, 5 on a short axis
+        figure.update_xaxes(**_ticks(min(seen, default=1.0), max(seen, default=1.0)))
     figure.update_yaxes(
         range=[len(rows) - 0.6, -0.75], showticklabels=False, showgrid=False, zeroline=False, automargin=False
     )
     return figure
+
+
+def _ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks of a logarithmic axis: a decade each, or 1, 2 and 5 of each decade on a short axis."""
+    if high > 100 * low:
+        return {"dtick": 1, "exponentformat": "none"}
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    at = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return {"tickvals": at, "ticktext": [f"{value:,.10g}" for value in at]}
 
 
 def _ends(row: dict[str, Any], low: str, high: str) -> tuple[float, float]:

@@ -354,7 +354,7 @@ def distance_rows(parity: pd.DataFrame, tolerance: float) -> go.Figure:
         table,
         tint="component",
         axis="largest distance to PyTorch (%)",
-        form=".2g",
+        form="",
         unit="%",
         limit=100 * tolerance,
         log=True,

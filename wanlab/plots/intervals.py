@@ -71,9 +71,7 @@ def interval_rows(
             },
             hovertemplate=f"%{{x:{form or ',.4g'}}}<extra>{_escaped(row[name])}</extra>",
         )
-        between = (
-            "" if note or low not in frame else f" ({'' if known else 'interval '}{ends_text(*ends, form)})"
-        )
+        between = "" if note or low not in frame else f" ({_between(ends, form)})"
         words = f" · {row[note]}" if note and row[note] else ""
         text = f"{at:{form}} {unit}".rstrip() if form else shown(at, unit)
         figure.add_annotation(
@@ -83,7 +81,7 @@ def interval_rows(
             xanchor="left",
             yshift=17,
             showarrow=False,
-            text=f"<b>{_escaped(text)}</b>{between} {_escaped(row[name])}{_escaped(words)}",
+            text=f"<b>{_escaped(text)}</b>{_escaped(between)} {_escaped(row[name])}{_escaped(words)}",
             font={"size": 12},
         )
     for line, words, dash in ((reference, reference_text, "solid"), (limit, "limit", "dash")):
@@ -105,6 +103,13 @@ def interval_rows(
         range=[len(rows) - 0.6, -0.75], showticklabels=False, showgrid=False, zeroline=False, automargin=False
     )
     return figure
+
+
+def _between(ends: tuple[float, float], form: str) -> str:
+    """An interval behind its figure."""
+    if not all(map(math.isfinite, ends)):
+        return "interval unknown"
+    return ends_text(*ends, form) if form else f"{shown(ends[0])} to {shown(ends[1])}"
 
 
 def _ticks(low: float, high: float) -> dict[str, Any]:

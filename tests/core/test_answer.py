@@ -10,6 +10,7 @@ from wanlab.core.answer import (
     Answer,
     answer,
     apart_text,
+    between_text,
     component_text,
     counted,
     listed,
@@ -80,6 +81,11 @@ def test_a_quality_loss_is_never_a_row_of_zeros():
 )
 def test_figures_have_three_digits_and_no_power_of_ten(value, unit, text):
     assert shown(value, unit) == text
+
+
+def test_an_interval_has_no_power_of_ten():
+    assert between_text(4.7e-5, 1234.0) == "95 % interval < 0.0001 to 1,234"
+    assert between_text(math.nan, 2.0) == between_text(None, 2.0) == "95 % interval unknown"
 
 
 def test_a_distance_is_a_percentage():

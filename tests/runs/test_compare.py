@@ -373,9 +373,7 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
         compare(write_sweep(tmp_path / "c", [{"ms": 100.0}, {"ms": 99.0, "parameters": {"plan": "x"}}]))
     )
     assert slow.text.startswith("Keep engine=eager, plan=default: nothing within the limit is better")
-    assert slow.answer.headline.startswith(
-        "Keep the model as it is: of 2 configurations, none within the limit"
-    )
+    assert slow.answer.headline.startswith("Keep eager PyTorch: of 2 configurations, none within the limit")
 
 
 def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):

@@ -117,6 +117,13 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text[-1:] in '.!?' else '.'}" if text else ""
 
 
+def between_text(low: float | None, high: float | None) -> str:
+    """A 95 % interval as `shown` writes figures: "95 % interval 72.4 to 347", or "95 % interval unknown"."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return interval_text(None, None)
+    return f"95 % interval {shown(low)} to {shown(high)}"
+
+
 def apart_text(relative: float) -> str:
     """A relative distance in percent: 0.0047 as "0.47 %"."""
     return shown(float(f"{100 * relative:.2g}"), "%")

@@ -138,7 +138,9 @@ class EngineReport:
         wrong = f"{counted(unfused, 'layer')} of attention {'is' if unfused == 1 else 'are'} not fused"
         headline = f"{head}; {wrong if unfused else 'no attention is left unfused'}."
         apart = abs(totals["beyond_layers_ms"]) > APART_PERCENT / 100 * totals["latency_ms"]
-        details = [f"{capital(self.caveat)}." if apart else ""]
+        sums = f"The layers add up to {shown(layers.total_ms, 'ms')}, the whole engine took"
+        sums += f" {shown(totals['latency_ms'], 'ms')} by itself: read shares, not sums."
+        details = [sums if apart else ""]
         tiles = [
             Tile("time of the layers", shown(layers.total_ms, "ms"), _beside_latency(totals["latency_ms"]))
         ]
@@ -152,10 +154,10 @@ class EngineReport:
         tiles.append(Tile("conversions", f"{totals['conversions']}", share))
         if other is not None and roles is not None:
             details.insert(0, compared(layers, other, roles))
-            tiles.append(_beside(layers, other))
+            tiles[-1] = _beside(layers, other, roles)
         if self.findings:
             first = self.findings[0]
-            details.append(f"Next: {first.mitigation.rstrip('.')} ({first.hazard.rstrip('.')}).")
+            details.append(f"Next: {first.mitigation.rstrip('.')}.")
         return Answer(headline, tuple(filter(None, details)), tuple(tiles))
 
 
@@ -177,12 +179,15 @@ def _beside_latency(latency_ms: float) -> str:
     return "" if math.isnan(latency_ms) else f"whole engine {shown(latency_ms, 'ms')}, measured apart"
 
 
-def _beside(a: EngineLayers, b: EngineLayers) -> Tile:
+def _beside(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> Tile:
     """A second engine beside the first, in time where both were timed."""
     if not (a.timed and b.timed):
         return Tile("layers of the other engine", f"{len(b.layers)}", f"{len(a.layers)} here")
     change = 100 * (b.total_ms / a.total_ms - 1)
-    return Tile("the other engine", f"{change:+.0f} %", f"of the layers' time: {shown(b.total_ms, 'ms')}")
+    told = "" if (roles["outside_noise"] != "no").any() else "; no part of it outside the noise"
+    return Tile(
+        "the other engine", f"{change:+.0f} %", f"of the layers' time, {shown(b.total_ms, 'ms')}{told}"
+    )
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import Tile, shown
+from wanlab.core.answer import Tile, between_text, shown
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.stats import bootstrap_mean, interval_text
+from wanlab.core.stats import bootstrap_mean
 from wanlab.evaluate.catalogue import CATALOGUE, METRICS, NUMERIC_PSNR_DB
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
@@ -83,7 +83,7 @@ class Divergence:
             "0" if row["verdict"] == "identical" else shown(row["mean"]),
             "every pixel is equal"
             if row["verdict"] == "identical"
-            else f"{interval_text(row['low'], row['high'], '.2g')}{noise}",
+            else f"{between_text(row['low'], row['high'])}{noise}",
         )
 
     def worst_case(self, metric: str = "lpips") -> int:

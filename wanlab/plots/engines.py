@@ -11,8 +11,10 @@ from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
+from wanlab.core.stats import ends_text
 from wanlab.core.words import time_text
-from wanlab.plots.intervals import interval_rows
+from wanlab.engines.registry import engine_text
+from wanlab.plots.intervals import MOST_ROWS, interval_rows
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 PARTS = ("h2d", "device", "d2h")
@@ -353,7 +355,7 @@ def distance_rows(parity: pd.DataFrame, tolerance: float) -> go.Figure:
         table,
         tint="component",
         axis="largest distance to PyTorch (%)",
-        form=".2g",
+        form="",
         unit="%",
         limit=100 * tolerance,
         log=True,
@@ -424,64 +426,35 @@ def format_of(numbers: str) -> str:
 
 
 def platform_bars(df: pd.DataFrame) -> go.Figure:
-    """Latency per machine and engine as bars on a logarithmic axis; engines that were only built have no bar.
+    """Latency per machine and engine on one logarithmic axis, each with its interval; what did not run is left out.
+
+    The interval is that of the ratio to eager on the same machine, as a time.
 
     Args:
-        df: columns machine, engine, precision, state, latency_ms, ratio_to_eager and build_ms; from
+        df: columns machine, engine, precision, state, latency_ms and ratio_to_eager, low and high where known; from
             `runs.platform_table`.
     """
     needs(df, "platform_bars", "machine", "engine", "precision", "state", "latency_ms", "ratio_to_eager")
-    rows = df.to_dict(orient="records")
-    machines = list(dict.fromkeys(row["machine"] for row in rows))
-    rows.sort(key=lambda row: machines.index(row["machine"]))
-    figure = go.Figure()
-    labels = [[row["machine"] for row in rows], [f"{row['engine']} {row['precision']}" for row in rows]]
-    texts = [_platform_text(row) for row in rows]
-    known = [row["latency_ms"] for row in rows if not math.isnan(row["latency_ms"])]
-    low, high = (min(known), max(known)) if known else (1.0, 10.0)
-    floor = low / 3
-    figure.add_bar(
-        x=[floor * 1.05 if math.isnan(row["latency_ms"]) else row["latency_ms"] for row in rows],
-        y=labels,
-        orientation="h",
-        text=texts,
-        textposition="outside",
-        cliponaxis=False,
-        marker={
-            "color": [
-                "rgba(0,0,0,0)" if math.isnan(row["latency_ms"]) else colour(row["engine"]) for row in rows
-            ]
-        },
-        hovertemplate="%{text}<extra></extra>",
-    )
-    figure.update_layout(
-        template=theme(), height=110 + ROW_PX * max(len(rows), 1), showlegend=False, margin={"r": 20}
-    )
-    # Space for the text right of the longest bar.
-    steps = (1, 2, 5) if high / floor < 100 else (1,)
-    reach = (math.log10(high) - math.log10(floor)) * 2.0
-    figure.update_xaxes(
-        type="log",
-        range=[math.log10(floor), math.log10(floor) + max(reach, 0.5)],
-        title_text="latency (ms), logarithmic axis",
-        tickvals=[
-            step * 10**power for power in range(-3, 8) for step in steps if low / 3 < step * 10**power <= high
-        ],
-    )
-    figure.update_yaxes(autorange="reversed", showgrid=False, showdividers=False)
-    return figure
+    rows = df[df["latency_ms"].notna()].to_dict(orient="records")
+    eager = [row["latency_ms"] * row["ratio_to_eager"] for row in rows]
+    table = pd.DataFrame({
+        "name": [f"{engine_text(row['engine'])} {row['precision']}" for row in rows],
+        "engine": [row["engine"] for row in rows],
+        "value": [row["latency_ms"] for row in rows],
+        "low": [base / row.get("high", math.nan) for base, row in zip(eager, rows, strict=True)],
+        "high": [base / row.get("low", math.nan) for base, row in zip(eager, rows, strict=True)],
+        "note": [_platform_text(row) for row in rows],
+    })  # fmt: skip
+    axis = "latency (ms), logarithmic axis"
+    return interval_rows(table, tint="engine", note="note", axis=axis, form="", unit="ms", log=True)
 
 
 def _platform_text(row: dict) -> str:
-    if row["latency_ms"] != row["latency_ms"]:
-        build = row.get("build_ms")
-        took = f" in {build / 1e3:,.1f} s" if build == build and build else ""
-        return f"built{took}, not executed"
     ratio = row["ratio_to_eager"]
     if row["engine"] == "eager" or ratio != ratio:
-        return time_text(row["latency_ms"])
-    change = f"{ratio:.2f}x as fast as eager" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    return f"{time_text(row['latency_ms'])} · {change}"
+        return str(row["machine"])
+    ends = f" ({ends_text(row.get('low'), row.get('high'))})" if "low" in row else ""
+    return f"{ratio:.2f}× eager{ends}, {row['machine']}"
 
 
 KIND_COLOURS = {
@@ -503,52 +476,63 @@ KIND_NAMES = {
 
 
 def component_bars(df: pd.DataFrame) -> go.Figure:
-    """Median time of a call by each candidate, with the ratio to the baseline, the roofline and Amdahl's bound as marks.
+    """Median time of a call by each candidate with its interval, the roofline and Amdahl's bound as marks.
+
+    The interval is that of the ratio to the baseline, as a time.
 
     Args:
-        df: columns candidate, time_ms, speedup, verdict and, where known, roofline_ms and bound_speedup, the baseline
-            first; from `ComponentCost.table`.
+        df: columns candidate, time_ms, speedup, verdict and, where known, low, high (of the speed-up), roofline_ms and
+            bound_speedup, the baseline first; from `ComponentCost.table`.
     """
     needs(df, "component_bars", "candidate", "time_ms", "speedup", "verdict")
-    rows = df.to_dict("records")
-    names, first = [row["candidate"] for row in rows], rows[0]["time_ms"]
-    figure = go.Figure(
-        go.Bar(
-            x=df["time_ms"].tolist(),
-            y=names,
-            orientation="h",
-            marker={"color": [colour(name) for name in names]},
-            text=[_candidate_text(row) for row in rows],
-            textposition="outside",
-            cliponaxis=False,
-            showlegend=False,
-            hovertemplate="%{y}: %{text}<extra></extra>",
-        )
+    rows, first = df.head(MOST_ROWS).to_dict("records"), float(df["time_ms"].iloc[0])
+    table = pd.DataFrame({
+        "name": [_candidate_name(row["candidate"]) for row in rows],
+        "candidate": [row["candidate"] for row in rows],
+        "value": [row["time_ms"] for row in rows],
+        "low": [first / row["high"] if row.get("high") else math.nan for row in rows],
+        "high": [first / row["low"] if row.get("low") else math.nan for row in rows],
+        "note": [_candidate_text(row) for row in rows],
+    })  # fmt: skip
+    figure = interval_rows(
+        table, tint="candidate", note="note", axis="time of a call (ms), median", form="", unit="ms"
     )
     marks = {"roofline": ("roofline_ms", "line-ns-open", lambda value: value)}
     marks["Amdahl's bound of the plan"] = ("bound_speedup", "diamond-open", lambda value: first / value)
     for name, (column, symbol, time_of) in marks.items():
-        known = df[df[column].notna()] if column in df else df.head(0)
-        if len(known):
+        known = [
+            (place, row[column])
+            for place, row in enumerate(rows)
+            if row.get(column, math.nan) == row.get(column)
+        ]
+        known = [(place, value) for place, value in known if value is not None]
+        if known:
             figure.add_scatter(
-                x=[time_of(value) for value in known[column]],
-                y=known["candidate"].tolist(),
+                x=[time_of(value) for _, value in known],
+                y=[place for place, _ in known],
                 mode="markers",
                 name=name,
+                showlegend=True,
                 marker={"symbol": symbol, "size": 15, "color": "#d9534f", "line": {"width": 2}},
                 hovertemplate="%{x:,.3g} ms<extra>%{fullData.name}</extra>",
             )
-    figure.update_layout(template=theme(), height=110 + ROW_PX * len(rows), margin={"t": 40})
-    figure.update_xaxes(title_text="time of a call (ms), median", range=[0, 1.5 * float(df["time_ms"].max())])
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+            figure.update_layout(showlegend=True, margin={"t": 50})
+    figure.update_traces(showlegend=False, selector=lambda trace: trace.name is None)
+    figure.update_xaxes(rangemode="tozero")
     return figure
 
 
+def _candidate_name(label: str) -> str:
+    """A candidate for readers: its engine's name, and what follows it."""
+    engine, space, more = label.partition(" ")
+    return f"{engine_text(engine)}{space}{more}"
+
+
 def _candidate_text(row: dict) -> str:
-    shown = f"{row['time_ms']:,.4g} ms"
     if row["verdict"] == "baseline" or row["speedup"] != row["speedup"]:
-        return f"{shown} · {row['verdict']}"
-    return f"{shown} · {row['speedup']:.2f}x, {row['verdict']}"
+        return str(row["verdict"])
+    ends = f" ({ends_text(row.get('low'), row.get('high'))})" if "low" in row else ""
+    return f"{row['speedup']:.2f}×{ends}, {row['verdict']}"
 
 
 def kernel_kind_bars(df: pd.DataFrame) -> go.Figure:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from wanlab.core.answer import shown
 from wanlab.core.stats import ends_text
 from wanlab.plots.style import GREY, colour, needs, theme
 
@@ -24,6 +25,7 @@ def interval_rows(
     low: str = "low",
     high: str = "high",
     tint: str | None = None,
+    note: str | None = None,
     axis: str = "",
     form: str = ".2f",
     unit: str = "",
@@ -33,14 +35,15 @@ def interval_rows(
     log: bool = False,
     most: int = MOST_ROWS,
 ) -> go.Figure:
-    """A dot with its 95 % interval per row; names and figures stand above the dots, so that a phone has room for them.
+    """A dot with its 95 % interval per row; figures and names stand above the dots, so that a phone has room for them.
 
     Args:
         frame: a row per thing that is compared, in the order of the figure; one without a value is left out.
         name, value, low, high: columns. An interval that is unknown (NaN) has no line, and the text says so; `low` may be
             missing, where no figure of the frame has an interval.
         tint: column that a row's colour is of; its name if None.
-        axis: title of the axis. form, unit: format and unit of the figures.
+        note: column of words that stand after the name in place of the interval.
+        axis: title of the axis. form, unit: format and unit of the figures; without a format three significant digits.
         reference: where a vertical line stands, such as 1 for "as fast as the baseline"; `reference_text` is its name.
         limit: where a dashed line named "limit" stands.
         log: a logarithmic axis.
@@ -66,9 +69,11 @@ def interval_rows(
                 "width": 6,
                 "color": shade,
             },
-            hovertemplate=f"%{{x:{form}}}<extra>{_escaped(row[name])}</extra>",
+            hovertemplate=f"%{{x:{form or ',.4g'}}}<extra>{_escaped(row[name])}</extra>",
         )
-        between = f" ({'' if known else 'interval '}{ends_text(*ends, form)})" if low in frame else ""
+        between = "" if note or low not in frame else f" ({_between(ends, form)})"
+        words = f" · {row[note]}" if note and row[note] else ""
+        text = f"{at:{form}} {unit}".rstrip() if form else shown(at, unit)
         figure.add_annotation(
             x=0,
             xref="x domain",
@@ -76,7 +81,8 @@ def interval_rows(
             xanchor="left",
             yshift=17,
             showarrow=False,
-            text=f"{_escaped(row[name])}: <b>{f'{at:{form}} {unit}'.rstrip()}</b>{between}",
+            text=f"<b>{_escaped(text)}</b>{_escaped(between)} {_escaped(row[name])}{_escaped(words)}",
+            font={"size": 12},
         )
     for line, words, dash in ((reference, reference_text, "solid"), (limit, "limit", "dash")):
         if line is not None:
@@ -91,11 +97,28 @@ def interval_rows(
     )
     figure.update_xaxes(title_text=axis, type="log" if log else "linear", zeroline=False)
     if log:
-        figure.update_xaxes(dtick=1, exponentformat="none")
+        seen = [end for row in rows for end in (row[value], *_ends(row, low, high)) if end > 0]
+        figure.update_xaxes(**_ticks(min(seen, default=1.0), max(seen, default=1.0)))
     figure.update_yaxes(
         range=[len(rows) - 0.6, -0.75], showticklabels=False, showgrid=False, zeroline=False, automargin=False
     )
     return figure
+
+
+def _between(ends: tuple[float, float], form: str) -> str:
+    """An interval behind its figure."""
+    if not all(map(math.isfinite, ends)):
+        return "interval unknown"
+    return ends_text(*ends, form) if form else f"{shown(ends[0])} to {shown(ends[1])}"
+
+
+def _ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks of a logarithmic axis: a decade each, or 1, 2 and 5 of each decade on a short axis."""
+    if high > 100 * low:
+        return {"dtick": 1, "exponentformat": "none"}
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    at = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return {"tickvals": at, "ticktext": [f"{value:,.10g}" for value in at]}
 
 
 def _ends(row: dict[str, Any], low: str, high: str) -> tuple[float, float]:

@@ -105,9 +105,7 @@ def sensitivity_bars(frame: pd.DataFrame, count: int = MOST_ROWS, value: str = "
     table["name"] = [_row_name(row) for row in rows.itertuples()]
     table["component"] = rows["component"]
     axis = "change of the final latents" if value == "effect" else VALUE_TITLES[value]
-    return interval_rows(
-        table, tint="component", axis=f"{axis} (%)", form=".2g", unit="%", log=True, most=count
-    )
+    return interval_rows(table, tint="component", axis=f"{axis} (%)", form="", unit="%", log=True, most=count)
 
 
 def _row_name(row: Any) -> str:

@@ -152,7 +152,7 @@ def _error_bars(rows: pd.DataFrame, name: str, ends: tuple[str, str] | None) -> 
         "arrayminus": (rows[name] - low).clip(lower=0).fillna(0.0).tolist(),
         "thickness": 1.2,
         "width": 3,
-        "color": GREY,
+        "color": LINE,
     }
 
 
@@ -168,12 +168,11 @@ def _efficient(figure: go.Figure, best: pd.DataFrame, x: str, y: str) -> None:
     )
     if len(best) > NAMED:
         return
-    for place, (at, up, name) in enumerate(
-        zip(best[x], best[y], _distinct(best["configuration"]), strict=True)
-    ):
+    names = _distinct(best["configuration"])
+    for place, (at, up, name) in enumerate(zip(best[x], best[y], names, strict=True)):
         figure.add_annotation(
-            x=at, y=up, text=f"<b>{name}</b>", xanchor="left", xshift=7, yshift=-12 if place % 2 else 12,
-            showarrow=False, font={"size": 12, "color": CHOSEN},
+            x=at, y=up, text=f"<b>{name}</b>", xanchor="left", ax=26, ay=(-16, -62, -40, 34)[place % 4],
+            arrowwidth=1, arrowhead=0, arrowcolor=CHOSEN, font={"size": 12, "color": CHOSEN},
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wanlab.core.answer import Answer, Tile, component_text, shown
+from wanlab.core.answer import Answer, Tile, between_text, component_text, shown
 from wanlab.core.stats import interval_text
 from wanlab.precision.sensitivity.agreement import Agreement
 from wanlab.precision.sensitivity.result import ExpertTolerance, Sensitivity
@@ -32,7 +32,7 @@ def sensitivity_answer(
         change_percent(top["effect"]),
         (change_percent(top["effect_low"]), change_percent(top["effect_high"])),
     )
-    most = f"{shown(moved, '%')} ({interval_text(*ends, '.2g')})"
+    most = f"{shown(moved, '%')} ({between_text(*ends)})"
     where = f"{top['layer']} of the {component_text(top['component'])} in {top['format']}"
     steps = f"steps {top['first_step']} to {top['last_step']}"
     head, tile = _experts(tolerance, format)
@@ -53,7 +53,7 @@ def sensitivity_answer(
             Tile(
                 "largest change by a layer",
                 shown(moved, "%"),
-                f"{interval_text(*ends, '.2g')}; of the final latents",
+                f"{between_text(*ends)}; of the final latents",
             ),
             Tile("prediction", *_prediction(truth, shards)),
             Tile(
@@ -82,15 +82,15 @@ def _experts(tolerance: ExpertTolerance, format: str) -> tuple[str | None, tuple
     ratio, low, high = row["ratio"], row["low"], row["high"]
     if expert == "expert_low":
         ratio, low, high = 1 / ratio, 1 / high, 1 / max(low, 1e-300)
-    known = interval_text(low, high, ".3g")
+    known = between_text(low, high)
     if expert == "neither":
-        head = f"In {format} neither expert clearly tolerates less: rounding the high-noise expert has {ratio:.2g} times"
-        tile = Tile(f"high-noise to low-noise expert, {format}", f"{ratio:.3g}×", known)
+        head = f"In {format} neither expert clearly tolerates less: rounding the high-noise expert has {shown(ratio)} times"
+        tile = Tile(f"high-noise to low-noise expert, {format}", f"{shown(ratio)}×", known)
         return f"{head} the effect of rounding the low-noise one ({known})", (tile,)
     other = {"expert_high": "expert_low", "expert_low": "expert_high"}[expert]
-    head = f"In {format} the {component_text(expert)} tolerates less: rounding it has {ratio:.2g} times the effect of"
+    head = f"In {format} the {component_text(expert)} tolerates less: rounding it has {shown(ratio)} times the effect of"
     tile = Tile(
-        f"effect of {format} on the {component_text(expert)}", f"{ratio:.3g}×", f"{known}; of the other's"
+        f"effect of {format} on the {component_text(expert)}", f"{shown(ratio)}×", f"{known}; of the other's"
     )
     return f"{head} rounding the {component_text(other)} ({known})", (tile,)
 

@@ -218,9 +218,7 @@ def _cost(**facts) -> ComponentCost:
 def test_the_verdict_says_what_holds_first_and_what_had_no_effect():
     answer = _cost().answer
     assert faults(answer) == []
-    assert answer.headline.startswith(
-        "One call of the high-noise expert: fast is 2.00 times as fast as eager PyTorch (95"
-    )
+    assert answer.headline.startswith("High-noise expert: fast is 2.00 times as fast as eager PyTorch (95")
     assert answer.details[0] == (
         "odd was not applied, so its figures are not its own. tensorrt was not measured: not installed."
     )

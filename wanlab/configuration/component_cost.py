@@ -174,7 +174,7 @@ class ComponentCost:
                 same=gain.verdict == NOT_DISTINGUISHABLE,
                 noise_percent=gain.noise_percent,
             )
-            headline = f"One call of the {network}: {speed}."
+            headline = f"{capital(network)}: {speed}."
         shape = "x".join(str(self.size[name]) for name in ("frames", "height", "width"))
         wrong = [f"{label} was not applied, so its figures are not its own." for label, facts in self.facts.items()
                  if facts["effect"] == NOT_APPLIED]  # fmt: skip
@@ -207,8 +207,10 @@ class ComponentCost:
         if (reached := facts.get("of_roofline_percent")) is not None:
             tiles.append(Tile("of the device's bound", shown(reached, "%"), "100 % is the roofline"))
         if (memory := facts.get("peak_memory_gib")) is not None:
-            beside = f"{shown(base.get('peak_memory_gib'), 'GiB')} in {first}" if gain else ""
-            tiles.append(Tile("peak memory", shown(memory, "GiB"), beside))
+            before_gib = base.get("peak_memory_gib")
+            known = gain is not None and before_gib is not None
+            beside = f"{shown(before_gib * 2**30, 'bytes')} in {first}" if known else ""
+            tiles.append(Tile("peak memory", shown(memory * 2**30, "bytes"), beside))
         if gain and (far := facts.get("relative_l2")) is not None:
             tiles.append(Tile("distance of the output", apart_text(far), f"to {first}"))
         return tuple(tiles)

@@ -378,7 +378,7 @@ def execute(
         )
 
     if progress:
-        expected = EarlierRuns(folder.path.parents[1]).estimate(ready, force=True)
+        expected = EarlierRuns(folder.path.parents[1]).estimate(ready, force=True, counted=False)
         print(f"{folder.path.parent.name}: expected here {expected.text}", file=sys.stderr, flush=True)
     folder.open(reserve=True)
     try:

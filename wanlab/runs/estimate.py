@@ -128,11 +128,12 @@ class EarlierRuns:
         found = {run.folder: run for root in sorted(roots) if root.is_dir() for run in _read(root, here)}
         self.runs = sorted(found.values(), key=lambda run: run.started)
 
-    def estimate(self, ready: Prepared, *, force: bool = False) -> Estimate:
+    def estimate(self, ready: Prepared, *, force: bool = False, counted: bool = True) -> Estimate:
         """What a prepared run will take; see this module. It reads what earlier runs left, and starts nothing.
 
         Args:
             force: whether it runs again although it has finished before.
+            counted: whether operations may be counted, which takes some seconds of a processor.
         """
         if not force and ready.finished():
             return Estimate(0.0, 0.0, source="it has finished before; --force runs it again")
@@ -141,13 +142,13 @@ class EarlierRuns:
         same = [run for run in self.runs if run.notebook == name]
         of_files = [run for run in same if _agree(run.identity, identity)]
         resolved = _resolved(values)
-        found = (
-            _of_same_work(of_files, resolved)
-            or _of_other_count(of_files, resolved)
-            or _of_other_size(of_files, resolved)
-        )
-        makes_videos = VIDEOS.search("\n".join(code_cells(ready.notebook)))
-        if found is None and makes_videos:
+        found = _of_same_work(of_files, resolved) or _of_other_count(of_files, resolved)
+        if found is None and not counted:
+            return Estimate(
+                source="no run of this work on this machine yet; --estimate counts its operations"
+            )
+        found = found or _of_other_size(of_files, resolved)
+        if found is None and VIDEOS.search("\n".join(code_cells(ready.notebook))):
             found = _of_one_video(self.runs, resolved)
         return found or Estimate()
 
@@ -329,25 +330,28 @@ def video_tflop(values: Mapping[str, Any]) -> float | None:
     asked = [values.get(name) for name in ("height", "width", "frames", "steps", "guidance_scale")]
     if not isinstance(model, str) or any(value is not None and not _count(value) for value in asked):
         return None
-    return _video_tflop(model, *asked)
-
-
-@functools.cache
-def _video_tflop(model: str, height: Any, width: Any, frames: Any, steps: Any, guidance: Any) -> float | None:
+    height, width, frames, steps, guidance = asked
     try:
         spec = models.get(models.split_model(model)[0])
-        facts = models.facts(spec, height=height, width=width, frames=frames)
+        counted = _counted(model, height, width, frames)
     except WanlabError:
         return None
-    counted = dict(zip(facts["component"], facts["total_tflop"], strict=True))
     steps = spec.defaults.steps if steps is None else steps
     guidance = spec.defaults.guidance_scale if guidance is None else guidance
     branches = 2 if guidance > 1 else 1
-    experts = [value for name, value in counted.items() if name.startswith("expert")]
-    text = sum(value for name, value in counted.items() if name.startswith("text_encoder"))
+    experts = [tflop for name, tflop in counted.items() if name.startswith("expert")]
+    text = sum(tflop for name, tflop in counted.items() if name.startswith("text_encoder"))
     once = sum(counted.values()) - sum(experts) - text
-    total = branches * (text + steps * sum(experts) / max(len(experts), 1)) + once
-    return total if experts and math.isfinite(total) and total > 0 else None
+    whole = branches * (text + steps * sum(experts) / max(len(experts), 1)) + once
+    return whole if experts and math.isfinite(whole) and whole > 0 else None
+
+
+@functools.cache
+def _counted(model: str, height: Any, width: Any, frames: Any) -> dict[str, float]:
+    """Component -> operations of one call in 10^12; counting takes seconds."""
+    spec = models.get(models.split_model(model)[0])
+    facts = models.facts(spec, height=height, width=width, frames=frames)
+    return dict(zip(facts["component"], facts["total_tflop"], strict=True))
 
 
 def total(estimates: list[Estimate], alone: list[bool], slots: int) -> str:

@@ -20,7 +20,7 @@ def cells(sweep: Path) -> dict:
     """Notebook -> model -> "works", or the error of the run in one line; with the environment of the runs.
 
     Raises:
-        SystemExit: the folder holds no runs that ended.
+        SystemExit: the folder holds no runs that ended, or one that failed by a fault of wanlab.
     """
     table: dict[str, dict[str, str]] = {}
     environment = None
@@ -32,6 +32,8 @@ def cells(sweep: Path) -> dict:
             continue
         environment = record.get("environment", environment)
         outcome = WORKS if status["state"] == "finished" else str(status.get("reason", "failed"))
+        if outcome != WORKS and not outcome.startswith("WanlabError: "):
+            raise SystemExit(f"{path.parent}: {outcome}: this is a fault, and no refusal; mend it first")
         notebook = Path(record["notebook"]).stem
         table.setdefault(notebook, {})[record["parameters"]["model"]] = outcome.removeprefix("WanlabError: ")
     if not table:

@@ -65,4 +65,4 @@ def test_the_kept_table_names_models_and_notebooks_that_are_here(root):
             runs = {(notebook, model) for model in outcomes}
             assert not runs & seen  # one sweep tells of a run
             seen |= runs
-    assert {notebook for notebook, _ in seen} == {Path(part.notebook).stem for part in grid.parts()}
+    assert {notebook for notebook, _ in seen} <= {Path(part.notebook).stem for part in grid.parts()}

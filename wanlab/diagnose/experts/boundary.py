@@ -363,7 +363,8 @@ class ExpertSummary:
         if first:
             noise = f"single forwards vary by {time_text(first['noise_ms'])}"
             more = f"{'+' * (first['excess_ms'] > 0)}{time_text(first['excess_ms'])}"
-            tiles.append(("first forward after a switch", more, noise))
+            value = "within noise" if abs(first["excess_ms"]) <= first["noise_ms"] else more
+            tiles.append(("extra time of a switch", value, f"{more}; {noise}"))
         if self.disagreement is not None:
             differ, noise = self.disagreement.percents()
             near = self.disagreement.at_boundary()

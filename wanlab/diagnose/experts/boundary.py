@@ -178,6 +178,20 @@ class BoundarySweep:
         )
 
     @property
+    def better(self) -> float | None:
+        """A boundary that is better than the model's own beyond noise; None without any, or without an interval."""
+        if self.note:
+            return None
+        best = self.frame.loc[self.frame["change_percent"].idxmin()]
+        high = best["high_percent"]  # there is none with two cases
+        certain = not best["own"] and not pd.isna(high) and high < 0
+        return (
+            float(best["boundary"])
+            if certain and -best["change_percent"] > (self.floor_percent or 0.0)
+            else None
+        )
+
+    @property
     def sentence(self) -> str:
         """Whether another boundary is better than the model's own, with its interval; the note without quality."""
         if self.note:
@@ -188,12 +202,8 @@ class BoundarySweep:
         if best["own"]:
             return f"The model's own boundary, {own['boundary']:g}, gives the best quality of those tried (others: {tried})."
         known = interval_text(best["low_percent"], best["high_percent"], "+.2f")
-        known_below = (
-            not pd.isna(best["high_percent"]) and best["high_percent"] < 0
-        )  # no interval with two cases
-        certain = known_below and abs(best["change_percent"]) > (self.floor_percent or 0.0)
         cases = int(best["cases"])
-        holds = "is better" if certain else "cannot be told from the model's own"
+        holds = "is better" if self.better is not None else "cannot be told from the model's own"
         return (
             f"A boundary at {best['boundary']:g} {holds}: LPIPS to the true video {best['change_percent']:+.2f} % against"
             f" {own['boundary']:g} ({known}, {cases} case{'s' * (cases != 1)})."
@@ -352,7 +362,9 @@ class ExpertSummary:
         tiles, apart = list(self.timeline.tiles), ""
         if first:
             noise = f"single forwards vary by {time_text(first['noise_ms'])}"
-            tiles.append(("first forward after a switch", f"{first['excess_ms']:+.2f} ms", noise))
+            more = f"{'+' * (first['excess_ms'] > 0)}{time_text(first['excess_ms'])}"
+            value = "within noise" if abs(first["excess_ms"]) <= first["noise_ms"] else more
+            tiles.append(("extra time of a switch", value, f"{more}; {noise}"))
         if self.disagreement is not None:
             differ, noise = self.disagreement.percents()
             near = self.disagreement.at_boundary()
@@ -363,14 +375,15 @@ class ExpertSummary:
                 )
             tiles.append(("experts differ by", differ, f"equal calls: {noise}"))
         if self.boundaries is not None and not self.boundaries.note:
-            best = self.boundaries.row()["boundary_best"]
             own = self.boundaries.frame.loc[self.boundaries.frame["own"], "boundary"].iloc[0]
-            tiles.append(("best boundary", f"{best:g}", f"the model's own is {own:g}"))
+            better, beside = self.boundaries.better, "the model's own; no other is better beyond noise"
+            if better is not None:
+                beside = f"better than the model's own, {own:g}"
+            tiles.append(("best boundary", f"{own if better is None else better:g}", beside))
         measured = "" if self.boundaries is None else self.boundaries.sentence
         return answer(
             f"{sentence(self.timeline.order)} {switch}{apart}",
-            f"{caveat}Measured with {name}. {self.timeline.switch_sentence}",
-            measured,
+            f"{caveat}Measured with {name}. {measured}",
             sentence(self.switch.sentence),
             "Next: 14_memory shows whether both experts fit into memory, 42_component what an engine gains on one.",
             tiles=tuple(tiles),

@@ -62,20 +62,6 @@ class Timeline:
             return {}
         return {"excess_ms": median(excess), "noise_ms": sorted(distances)[int(0.95 * len(distances))]}
 
-    @property
-    def switch_sentence(self) -> str:
-        """The extra time of the first forward after a switch, with both experts in memory; "" without a switch."""
-        first = self.after_switch()
-        if not first:
-            return ""
-        cost, noise = first["excess_ms"], first["noise_ms"]
-        known = f"the first forward after it took {cost:+.2f} ms more, single forwards vary by {noise:.2f} ms"
-        if abs(cost) <= noise:
-            return (
-                f"With both experts in memory a switch takes no time that can be told from noise ({known})."
-            )
-        return f"With both experts in memory a switch takes {time_text(cost)} ({known})."
-
     def row(self) -> dict[str, Any]:
         """Flat record: switches, as_planned, <high|low>_steps, <high|low>_ms (median of a forward), after_switch_..._ms."""
         times = self.calls.groupby("component")["time_ms"].median()
@@ -90,8 +76,9 @@ class Timeline:
         """Which expert runs which steps, counted from 1, as a clause."""
         parts: list[str] = []
         for entry in (each for each in self.schedule.prefetch if each.steps):
-            last = entry.first_step + entry.steps
-            steps = f"steps {entry.first_step + 1} to {last}" if entry.steps > 1 else f"step {last}"
+            first = entry.first_step or 0
+            last = first + entry.steps
+            steps = f"steps {first + 1} to {last}" if entry.steps > 1 else f"step {last}"
             parts.append(f"{component_title(entry.component)}{'' if parts else ' runs'} {steps}")
         return (
             f"the {', the '.join(parts)}"

@@ -415,7 +415,7 @@ def test_the_first_screen_holds_title_answer_figures_and_the_main_figure(wide, o
     )
     assert tops == sorted(tops)
     assert tops[-1] <= 900
-    assert "70,000" in page.locator(".xtick").all_inner_texts()
+    assert "70,000" in page.locator(".xtick text").all_text_contents()
 
 
 @pytest.mark.parametrize("width", [1400, 390])

@@ -433,9 +433,17 @@ def quantized_experts(
     if not experts or not formats:
         return []
     examples = nano_examples(1)
-    size = {"height": height, "width": width, "frames": frames}
-    how = {"components": experts, "steps": steps, "progress": progress} | size
-    recording = record_inputs(model, examples, folder / "latents", **how)
+    recording = record_inputs(
+        model,
+        examples,
+        folder / "latents",
+        components=experts,
+        progress=progress,
+        steps=steps,
+        height=height,
+        width=width,
+        frames=frames,
+    )
     files = []
     for expert in experts:
         ranges = calibrate(model, expert, recording, progress=progress)

@@ -38,7 +38,7 @@ SMALL = ("-p", "height=none", "-p", "width=none", "-p", "frames=none", "-p", "st
 
 
 def test_a_plan_for_blocks_of_two_streams(run_notebook):
-    formats = ("-p", "formats=[int8, int8-weight]", "-p", "compare=[uniform-int8]", "-p", "cases=1")
+    formats = ("-p", "formats=['int8', 'int8-weight']", "-p", "compare=['uniform-int8']", "-p", "cases=1")
     made = run_notebook("31_precision_plan", "-p", "model=tiny-hunyuan-t2v", *SMALL, *formats, *RANDOM)
     # One rule is for the layers outside the blocks, of which one has the name of a projection.
     assert made.values["plan"]["rules"] >= 2

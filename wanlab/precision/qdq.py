@@ -433,9 +433,16 @@ def quantized_experts(
     if not experts or not formats:
         return []
     examples = nano_examples(1)
-    size = {"height": height, "width": width, "frames": frames}
     recording = record_inputs(
-        model, examples, folder / "latents", components=experts, steps=steps, progress=progress, **size
+        model,
+        examples,
+        folder / "latents",
+        components=experts,
+        progress=progress,
+        steps=steps,
+        height=height,
+        width=width,
+        frames=frames,
     )
     files = []
     for expert in experts:

@@ -407,7 +407,7 @@ class Breakdown:
             head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(self.wall_ms)}."
         if changed is not None:
             head, first = changed.headline, head
-            caveat = f"{caveat} Before: {first[:1].lower()}{first[1:]}"
+            caveat = f"{caveat.strip()} Before: {first[:1].lower()}{first[1:]}"
         apart = f"The rows add up to the wall clock within {max(abs(self.residual_percent), 0.1):.1f} %."
         if abs(self.residual_percent) > APART_PERCENT:
             apart = (

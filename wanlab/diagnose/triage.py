@@ -410,9 +410,13 @@ class Triage:
         questions = (
             "questions answered",
             f"{counts['measured']} of {asked}",
-            f"{counts['unknown']} lack a measurement",
+            f"not measured: {counts['unknown']}",
         )
-        missing = ("to measure", f"{len(self.commands)} notebooks", "commands below")
+        missing = (
+            "to measure",
+            f"{len(self.commands)} notebook{'s' * (len(self.commands) != 1)}",
+            "commands below",
+        )
         advised = ("advice reached", f"{len(self.advice)}", "")
         tiles, first = [questions, missing, advised], self.commands[0] if self.commands else ""
         if not counts["measured"]:
@@ -432,7 +436,7 @@ class Triage:
             share = f"{best['share_percent']:.0f} %"
             head = f"Change first: {best['advice']}. {share} of the time goes to {what}"
             bound = bound_text(best["bound_ratio"], ", so a video becomes at most {:.2f} times as fast")
-            head += f"{bound}.{' Another share is nearly as large.' if self.close else ''}"
+            head += f"{bound}.{' It is a close call: noise could turn it.' if self.close else ''}"
             gain = bound_text(best["bound_ratio"], "≤ {:.2f}×") or "no bound"
             tiles = [("largest gain", gain, best["advice"]), ("share", share, f"of the time: {what}"), *tiles]
         elif slow.any():

@@ -92,7 +92,7 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     return answer(
         f"{head} {loss_words(loss)}",
         f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
-        f"Quality loss is how much farther from the true video the optimised one is: {loss}.",
+        f"Quality loss is how much farther from the true video the optimised one is, over {loss.cases} held-out cases.",
         "Next: 10_baseline and 15_triage for your own model, 41_configuration to try plans and engines together.",
     )
 

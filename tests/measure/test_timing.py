@@ -162,6 +162,8 @@ def test_a_busy_machine_gives_a_direction_and_no_size():
     )
     assert str(one).startswith(f"fast is faster than slow; {words} 2.00, 95 % interval")
     assert str(other).startswith(f"slow is slower than fast; {words} 0.50, 95 % interval")
+    assert one.direction_only
+    assert not measure.compare(slow, fast).direction_only  # of a given number of samples
     assert "on this machine now, while other processes used 81 %" in str(measure.compare(slow, fast, 150))
 
 

@@ -247,6 +247,11 @@ class Comparison:
             "verdict": self.verdict,
         } | ({"sampling": self.sampling} if self.sampling else {})
 
+    @property
+    def direction_only(self) -> bool:
+        """Whether a difference was told beside so much other work that its size is that of the load, and not of the two."""
+        return bool(self.busy and self.sampling) and self.verdict != NOT_DISTINGUISHABLE
+
     def __str__(self) -> str:
         return verdict_sentence(
             self.verdict,

@@ -76,7 +76,7 @@ def test_a_machine_that_never_calms_down_ends_at_the_limit(monkeypatch):
     assert ended.by == "time limit"
     assert ended.seconds <= 60
     assert (ended.pairs, ended.look) == (14, 3)  # not narrow enough after 6 and 12
-    assert ended.text(40.0) == f"{ended.pairs} pairs until the limit of 60 s: known to 40 %, asked 5 %"
+    assert ended.text(40.0) == "14 pairs in 57 s, ended by the limit of 60 s: known to 40 %, asked 5 %"
 
 
 def test_work_longer_than_the_limit_is_done_as_often_as_asked(monkeypatch):

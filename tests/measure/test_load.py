@@ -83,6 +83,15 @@ def test_the_load_of_a_whole_run_is_no_timing():
     assert load.taken() == Load()
 
 
+def test_the_load_of_a_timing_that_was_replaced_is_said_no_more():
+    load.forget()
+    one, two = load.LoadMeter().load(), load.LoadMeter().load()
+    load.withdraw([one])
+    assert load.taken() == load.worst([two])
+    load.withdraw([two, None])
+    assert load.taken() == Load()
+
+
 @pytest.mark.parametrize(
     ("listed", "found"), [([], 0), (["77", "88"], 2), (None, None)], ids=["alone", "others", "other ids"]
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from wanlab import measure
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import resampled_medians
+from wanlab.measure.load import Load
 from wanlab.measure.timing import check_statistics
 
 times = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=40)
@@ -147,6 +149,22 @@ def test_verdicts():
     assert str(measure.compare(slow, fast, noise_percent=150)).startswith(
         "fast: no difference from slow can be told from noise on this machine now (ratio 2.00, 95 % interval 1.9"
     )
+
+
+def test_a_busy_machine_gives_a_direction_and_no_size():
+    """PyTorch's threads wait for one another: beside two busy processes ONNX Runtime was 12 times as fast, alone 2.4."""
+    busy = Load(others_percent=81.0)
+    slow = measure.Samples("slow", (100.0, 101.0, 99.0, 100.5, 99.5), load=busy)
+    fast = measure.Samples("fast", (50.0, 50.5, 49.5, 50.2, 49.8))
+    words = "by how much cannot be told, while other processes used 81 % of the processors (ratio"
+    one, other = (
+        replace(measure.compare(*pair), sampling="6 pairs") for pair in ((slow, fast), (fast, slow))
+    )
+    assert str(one).startswith(f"fast is faster than slow; {words} 2.00, 95 % interval")
+    assert str(other).startswith(f"slow is slower than fast; {words} 0.50, 95 % interval")
+    assert one.direction_only
+    assert not measure.compare(slow, fast).direction_only  # of a given number of samples
+    assert "on this machine now, while other processes used 81 %" in str(measure.compare(slow, fast, 150))
 
 
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():

@@ -12,7 +12,7 @@ import pandas as pd
 from wanlab.core.answer import Answer, answer, sentence, time_text
 from wanlab.core.errors import WanlabError
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
-from wanlab.measure.load import LoadMeter
+from wanlab.measure.load import LoadMeter, withdraw
 from wanlab.measure.memory import PeakMemory, peak_memory
 from wanlab.measure.stages import COMPONENTS, OTHER, stages
 from wanlab.measure.timing import AAControl, Comparison, Samples, aa_control, control_of
@@ -320,6 +320,7 @@ def versus(
         device=original[1].device,
         progress=progress,
     )
+    withdraw(cost.control.first.load for cost, _ in (original, candidate))
     before, after = (replace(each, control=timed.controls[each.label]) for each, _ in (original, candidate))
     return before, after, timed.comparisons[after.label]
 

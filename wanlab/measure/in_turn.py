@@ -84,7 +84,8 @@ class Ended:
             return f"{self.pairs} pairs in {self.seconds:.0f} s, until known to {self.precision:g} %"
         known = f"known to {known_percent:.0f} %" if math.isfinite(known_percent) else "too few to know it"
         return (
-            f"{self.pairs} pairs until the limit of {self.limit_s:g} s: {known}, asked {self.precision:g} %"
+            f"{self.pairs} pairs in {self.seconds:.0f} s, ended by the limit of {self.limit_s:g} s: {known},"
+            f" asked {self.precision:g} %"
         )
 
 

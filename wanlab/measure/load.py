@@ -126,6 +126,12 @@ def taken() -> Load:
     return worst(_taken)
 
 
+def withdraw(loads: Iterable[Load | None]) -> None:
+    """Leave out the loads of timings that a later one has replaced: their times stand in no answer."""
+    gone = {id(load) for load in loads}
+    _taken[:] = [load for load in _taken if id(load) not in gone]
+
+
 def forget() -> None:
     """Begin anew, as at the start of a run."""
     _taken.clear()

@@ -247,6 +247,11 @@ class Comparison:
             "verdict": self.verdict,
         } | ({"sampling": self.sampling} if self.sampling else {})
 
+    @property
+    def direction_only(self) -> bool:
+        """Whether a difference was told beside so much other work that its size is that of the load, and not of the two."""
+        return bool(self.busy and self.sampling) and self.verdict != NOT_DISTINGUISHABLE
+
     def __str__(self) -> str:
         return verdict_sentence(
             self.verdict,
@@ -302,7 +307,8 @@ def verdict_sentence(
         verdict: from `verdict_of`. ratio, low, high, noise_percent: NaN where not known.
         candidate, baseline: names of the two sides.
         here: whether it was measured on this machine now. how: words after "2.00 times", such as "as fast".
-        sampling, busy: as in `Comparison`; the load is named where it may be why nothing can be told.
+        sampling, busy: as in `Comparison`. Where sampling went on until the ratio could be told, and other work took much of
+            the machine meanwhile, only the direction is claimed.
 
     Returns:
         `"b is 2.00 times as fast as a (95 % interval 1.98 to 2.02, noise 3.0 %)"`, or
@@ -318,6 +324,12 @@ def verdict_sentence(
         place = (" on this machine now" if here else "") + (f", while {busy}" if busy else "")
         return (
             f"{f'{candidate}: ' if candidate else ''}{holds}{place} (ratio {ratio:.2f}, {', '.join(known)})"
+        )
+    if busy and sampling:  # the side that waits more for others loses more: the size is that of this load
+        against = f" than {baseline}" if baseline else ""
+        return (
+            f"{f'{candidate} is ' if candidate else ''}{verdict}{against}; by how much cannot be told, while {busy}"
+            f" (ratio {ratio:.2f}, {', '.join(known)})"
         )
     slower = "slower: " if ratio < 1 else ""
     against = f" as {baseline}" if baseline else ""

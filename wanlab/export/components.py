@@ -26,7 +26,7 @@ from wanlab.models.families import family_of
 from wanlab.models.families.base import BATCHED, Tensor
 from wanlab.models.pipeline import text_tokens
 from wanlab.models.shapes import latent_shape, nearest_size
-from wanlab.models.spec import ENCODERS
+from wanlab.models.spec import ENCODERS, Part
 from wanlab.models.weights import check_tensor
 
 FUSED_OPSET = 23
@@ -347,8 +347,10 @@ def _shapes_of(model, component: str, network, shape: ClipShape) -> dict[str, An
     Raises:
         WanlabError: the size is not legal for this model; the message has the nearest legal one.
     """
-    spec = model.spec
-    part = replace(spec.part(spec.part_of(component)), class_name=type(network).__name__)
+    # The configuration of a pipeline may have changed since it was loaded.
+    per_token = bool(model.pipeline.config.get("expand_timesteps", model.spec.expand_timesteps))
+    spec = replace(model.spec, expand_timesteps=per_token)
+    part = Part(PARTS[component], "diffusers", type(network).__name__, network.config)
     latent = latent_shape(spec, shape.height, shape.width, shape.frames)
     size = (latent.channels, latent.frames, latent.height, latent.width)
     return family_of(model.spec.pipeline_class).denoiser_inputs(

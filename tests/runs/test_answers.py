@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from support.comparison_runs import techniques, write_sweep
@@ -36,6 +37,23 @@ def test_a_gain_is_said_with_its_interval_and_what_it_costs():
     assert same.headline.startswith(
         "No difference in time between ONNX Runtime and PyTorch eager can be told from noise."
     )
+
+
+def test_beside_other_work_the_headline_claims_no_size_and_a_detail_what_ended_the_timing():
+    busy = {
+        "busy": "other processes used 50 % of the processors",
+        "sampling": "6 pairs in 40 s, ended by the limit of 40 s",
+    }
+    found = gain_answer(replace(gain(3.89, "faster", 3.25, 5.55), **busy), LOSS, 61.2)
+    assert found.headline.startswith(
+        "ONNX Runtime is faster than PyTorch eager; by how much cannot be told while other processes used 50 % of the"
+        " processors. "
+    )
+    assert "3.89" not in found.headline
+    assert len(found.headline) <= LONGEST
+    assert "Both were timed in turn: 6 pairs in 40 s, ended by the limit of 40 s." in found.details
+    same = gain_answer(replace(gain(1.01, "not distinguishable"), **busy), LOSS, 61.2)
+    assert "can be told from noise while other processes used 50 % of the processors." in same.headline
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     name, original = gain.candidate, gain.baseline
     if gain.verdict == "not distinguishable":
         head = f"No difference in time between {name} and {original} can be told from noise."
+        head = f"{head[:-1]} while {gain.busy}." if gain.busy else head
+    elif gain.direction_only:
+        head = f"{name} is {gain.verdict} than {original}; by how much cannot be told while {gain.busy}."
     else:
         known = ratio_text(gain.speedup, gain.low, gain.high, beside=original)
         head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
@@ -92,6 +95,7 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     return answer(
         f"{head} {loss_words(loss)}",
         f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
+        f"Both were timed in turn: {gain.sampling}." if gain.sampling else "",
         f"Quality loss is how much farther from the true video the optimised one is, over {loss.cases} held-out cases.",
         "Next: 10_baseline and 15_triage for your own model, 41_configuration to try plans and engines together.",
     )

@@ -254,16 +254,16 @@ class Run:
     def verdict(self, text: str, *details: str) -> clips.Html:
         """Record the answer of the notebook; the report begins with it.
 
-        Where other work disturbed what this notebook timed, the last detail says so.
+        Where other work disturbed what this notebook timed, a sentence after the answer says so: lists of runs show no more.
 
         Args:
             text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more.
             details: sentences that explain or limit it, which stand below it in smaller letters; empty ones are left out.
         """
         text, busy = clean(text), load.taken()
-        shown = [clean(detail) for detail in details if detail.strip()]
         if busy.text:
-            shown.append(f"Timed while {busy.text}: an idle machine gives other times.")
+            text += f"{'' if text.endswith('.') else '.'} Timed while {busy.text}: an idle machine gives other times."
+        shown = [clean(detail) for detail in details if detail.strip()]
         self._files.update(verdict=text, details=shown, load=msgspec.to_builtins(busy))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(text)}</p>'
         answer += "".join(f"<p>{escape(detail)}</p>" for detail in shown)

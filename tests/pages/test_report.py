@@ -429,6 +429,14 @@ def test_a_saved_notebook_becomes_a_page(tmp_path):
     assert assert_closed((tmp_path / "mine.html").read_text()).h1.text == "Mine?"
 
 
+def test_details_and_a_runs_own_key_figures_stand_below_the_verdict_five_at_most():
+    tiles = [{"title": f"figure {n}", "value": f"{n} ms", "change": ""} for n in range(7)]
+    record = {"verdict": "Yes.", "details": ["Because of <b>."], "tiles": tiles}
+    soup = assert_closed(page(notebook("# Q?", "## Part"), record, {"state": "finished"}))
+    assert [each.text for each in soup.select(".verdict, .detail")] == ["Yes.", "Because of <b>."]
+    assert [each.text for each in soup.select(".tiles dt")] == [f"figure {n}" for n in range(5)]
+
+
 def test_key_figures_and_the_main_output_stand_below_the_verdict():
     work = Work(model="wan-nano", height=64, width=64, frames=5, steps=4)
     eager = Result(

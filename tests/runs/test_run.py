@@ -18,6 +18,7 @@ import wanlab
 from wanlab.core import files
 from wanlab.core.answer import answer
 from wanlab.core.errors import WanlabError
+from wanlab.measure import load
 from wanlab.runs import folder, run
 from wanlab.runs import prepare as identity
 
@@ -83,6 +84,29 @@ def test_an_answer_brings_its_details_and_key_figures(project):
     assert record["details"][:2] == ["Because.", "Next: more."]
     assert [tile["title"] for tile in record["tiles"]] == ["time per video", "share"]
     assert record["tiles"][1] == {"title": "share", "value": "40 %", "change": "of the time"}
+
+
+def test_details_and_key_figures_are_kept_beside_the_verdict(project, capsys):
+    (project / "photo.png").write_bytes(b"1")
+    one = started()
+    one.tile("time of a call", "3 ms", "noise 1 %")
+    one.verdict("It takes 3 ms", "Because.", " ")
+    one.finish()
+    record = json.loads((one.folder / "run.json").read_text())
+    assert (record["verdict"], record["details"]) == ("It takes 3 ms", ["Because."])
+    assert record["tiles"] == [{"title": "time of a call", "value": "3 ms", "change": "noise 1 %"}]
+    assert capsys.readouterr().out.splitlines()[1:3] == ["It takes 3 ms", "Because."]
+
+
+def test_work_beside_a_timing_is_said_where_lists_show_it(project, monkeypatch):
+    (project / "photo.png").write_bytes(b"1")
+    busy = load.Load(others_percent=55.0)
+    monkeypatch.setattr(load, "taken", lambda: busy)
+    one = started()
+    one.verdict("It takes 3 ms", "Because.")
+    record = json.loads((one.folder / "run.json").read_text())
+    assert record["verdict"] == f"It takes 3 ms. Timed while {busy.text}: an idle machine gives other times."
+    assert record["details"] == ["Because."]
 
 
 def test_start_takes_the_callers_variables(project):

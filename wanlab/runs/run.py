@@ -258,7 +258,7 @@ class Run:
     def verdict(self, text: str | Answer, *details: str) -> clips.Html:
         """Record the answer of the notebook; the report begins with it.
 
-        Where other work disturbed what this notebook timed, the last detail says so.
+        Where other work disturbed what this notebook timed, a sentence after the answer says so: lists of runs show no more.
 
         Args:
             text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more. An `Answer`
@@ -269,9 +269,9 @@ class Run:
         for tile in given.tiles:
             self.tile(*tile)
         headline, busy = clean(given.headline), load.taken()
-        shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         if busy.text:
-            shown.append(f"Timed while {busy.text}: an idle machine gives other times.")
+            headline = f"{headline.removesuffix('.')}. Timed while {busy.text}: an idle machine gives other times."
+        shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         self._files.update(verdict=headline, details=shown, load=msgspec.to_builtins(busy))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>'
         answer += "".join(f"<p>{escape(detail)}</p>" for detail in shown)

@@ -77,11 +77,11 @@ class Locality:
 
     def __str__(self) -> str:
         """How many heads of each expert are local, and whether the experts differ, in one or two sentences."""
-        parts = {str(name): part for name, part in self.heads.groupby("component", sort=False)}
+        counts = self.counts.set_index(["where", "component"])
         shown = [
-            f"in {EXPERTS.get(name, name)} {(part['in_time'] == LOCAL).sum()} in time and"
-            f" {(part['in_space'] == LOCAL).sum()} in space, of {len(part)}"
-            for name, part in parts.items()
+            f"in {EXPERTS.get(str(name), name)} {row[LOCAL]} in time and"
+            f" {counts.loc[('in_space', name), LOCAL]} in space, of {row.sum()}"
+            for name, row in counts.loc["in_time"].iterrows()
         ]
         text = f"local heads: {'; '.join(shown)}"
         if self.differences.empty:
@@ -161,11 +161,14 @@ def locality(maps: Sequence[AttentionMap], *, local_percent: float = LOCAL_PERCE
     by_case = rows.groupby([*HEAD, "case"], sort=False)[list(STATISTICS)].mean()
     heads = []
     for place, values in by_case.groupby(level=HEAD, sort=False):
+        figures = {name: _mean_row(values[name].to_numpy()) for name in STATISTICS}
         row = dict(zip(HEAD, place, strict=True))
-        for name in STATISTICS:
-            row |= _with_interval(name, values[name].to_numpy())
-        row["in_time"] = _is_local(row, within_name(1), local_percent)
-        row["in_space"] = _is_local(row, "near_position_percent", local_percent)
+        for name, figure in figures.items():
+            stem = name.removesuffix("_percent")
+            ends = {f"{stem}_{end}_percent": figure[f"{end}_percent"] for end in ("low", "high")}
+            row |= {name: figure["mean_percent"], **ends}
+        row["in_time"] = _is_local(figures[within_name(1)], local_percent)
+        row["in_space"] = _is_local(figures["near_position_percent"], local_percent)
         heads.append(row)
     uniform = maps[0].uniform()
     means = by_case.groupby(level=["component", "case"], sort=False).mean()
@@ -205,22 +208,14 @@ def _differences(means: pd.DataFrame, components: Sequence[str]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """Columns of a statistic: its mean over cases, and the ends of its interval."""
-    stem = name.removesuffix("_percent")
-    figures = _mean_row(values)
-    return {name: figures["mean_percent"]} | {
-        f"{stem}_{end}_percent": figures[f"{end}_percent"] for end in ("low", "high")
-    }
-
-
 def _mean_row(values: np.ndarray) -> dict[str, float]:
+    """Mean over cases, and the ends of its 95 % interval."""
     low, high = bootstrap_mean(values, seed=0) or (np.nan, np.nan)
     return {"mean_percent": float(values.mean()), "low_percent": low, "high_percent": high}
 
 
-def _is_local(row: dict[str, Any], name: str, least_percent: float) -> str:
-    low, high = (row[f"{name.removesuffix('_percent')}_{end}_percent"] for end in ("low", "high"))
+def _is_local(figure: dict[str, float], least_percent: float) -> str:
+    low, high = figure["low_percent"], figure["high_percent"]
     if np.isnan(low):
         return UNDECIDED
     return LOCAL if low >= least_percent else NOT_LOCAL if high < least_percent else UNDECIDED

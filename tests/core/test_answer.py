@@ -6,21 +6,17 @@ import math
 
 import pytest
 
-from wanlab.core.answer import (
-    Answer,
-    answer,
+from wanlab.core.answer import Answer, answer, loss_texts, ratio_text, speed_text
+from wanlab.core.words import (
     apart_text,
     between_text,
     component_text,
     counted,
     listed,
-    loss_texts,
     percent_text,
-    ratio_text,
     sentence,
     shown,
     size_text,
-    speed_text,
     time_text,
 )
 
@@ -35,7 +31,7 @@ def test_empty_details_and_missing_tiles_are_left_out():
     ("text", "said"),
     [
         (time_text(0.123), "0.123 ms"),
-        (time_text(1e-5), "< 0.0001 ms"),
+        (time_text(0.0123), "12.3 µs"),
         (time_text(999.4), "999 ms"),
         (time_text(999.6), "1 s"),
         (time_text(56_840), "56.8 s"),

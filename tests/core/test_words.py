@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from wanlab.core.words import heading, label, number_text, percent_text, scaled_unit, time_text, words_of
+from wanlab.core.words import heading, label, number_text, scaled_unit, time_text, words_of
 
 
 def spaced(text: str) -> str:
@@ -29,13 +29,6 @@ def spaced(text: str) -> str:
 )
 def test_numbers_have_three_significant_digits_and_no_exponent(value, shown):
     assert spaced(number_text(value)) == shown
-
-
-def test_a_percentage_that_is_too_small_to_matter_is_not_zero():
-    assert percent_text(2.25231e-06) == "< 0.001"
-    assert percent_text(-2e-06) == "> −0.001"
-    assert percent_text(0.0) == "0"
-    assert percent_text(1.2345) == "1.23"
 
 
 @pytest.mark.parametrize(

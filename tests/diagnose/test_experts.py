@@ -280,7 +280,7 @@ def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choic
     found = summary().answer("wan-nano", "A caveat. ")
     assert found.headline == (
         "The high-noise expert runs steps 1 to 4, the low-noise expert steps 5 to 10. A switch between them takes no time"
-        " that can be told from noise. The choice matters: their predictions differ by 34.0 %, equal calls by less than"
+        " that can be told from noise. The choice matters: their predictions differ by 34 %, equal calls by less than"
         " 0.01 %."
     )
     assert len(found.headline) <= LONGEST
@@ -289,7 +289,7 @@ def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choic
         ("high-noise expert", "4 steps"),
         ("low-noise expert", "6 steps"),
         ("extra time of a switch", "within noise"),
-        ("experts differ by", "34.0 %"),
+        ("experts differ by", "34 %"),
     ]
 
 

@@ -124,7 +124,7 @@ def test_breakdowns_are_compared_row_by_row(tmp_path):
         found.headline
         == changed.headline
         == (
-            "The second trace is 44.4 % shorter: 0.05 ms after 0.09 ms. Most changed linear layers, by -0.04 ms. Each was"
+            "The second trace is 44.4 % shorter: 50 µs after 90 µs. Most changed linear layers, by -40 µs. Each was"
             " recorded once, so noise is not known."
         )
     )

@@ -184,9 +184,9 @@ def test_totals_that_were_not_recorded_are_summed_from_the_bytes(tmp_path):
     assert account.size_bytes("fragmentation") == 0
     assert account.frame["size_bytes"].sum() == account.peak_bytes
     assert account.headline.endswith(
-        " of at least 26.0 MiB on the GPU, without what was there before the trace."
+        " of at least 26 MiB on the GPU, without what was there before the trace."
     )
-    assert account.tiles[0] == ("peak memory", "26.0 MiB", "allocated in one generation")
+    assert account.tiles[0] == ("peak memory", "26 MiB", "allocated in one generation")
     # A part of the peak says nothing about how full the device is.
     assert not any(
         name.startswith("memory.") for name in diagnose.traced_measurements(unknown_totals(tmp_path))

@@ -474,7 +474,7 @@ def test_key_figures_and_the_main_output_stand_below_the_verdict():
     assert text.index("the main output") < text.index("Part")
     assert text.count("the main output") == 1
     alone = page_of(notebook("# Q?"), {}, {}, None, "n", results=(eager,))
-    assert "A/A noise 1.0 %" in alone
+    assert "noise 1.0 %" in alone
 
 
 def test_what_cannot_be_told_from_noise_is_said_in_its_tile():

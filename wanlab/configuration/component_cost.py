@@ -22,10 +22,11 @@ from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import save_configuration
-from wanlab.core.answer import Answer, Tile, apart_text, capital, component_text, shown, speed_text
+from wanlab.core.answer import Answer, Tile, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import interval_text
+from wanlab.core.words import apart_text, capital, component_text, shown
 from wanlab.diagnose import operators
 from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
 from wanlab.diagnose.operators import Operations

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from wanlab.core.stats import interval_text
-from wanlab.core.words import NAMES
+from wanlab.core.words import SMALLEST_PERCENT
 
 LONGEST = 240
 """Characters of a headline: four lines of a phone."""
 MOST_DETAILS = 4
 MOST_TILES = 5
-SMALLEST_PERCENT = 0.01
-"""A smaller quality loss is not shown as 0.00."""
-SMALLEST = 1e-4
-"""A smaller figure is shown as "< 0.0001": nobody reads a power of ten on a phone."""
 
 
 class Tile(NamedTuple):
@@ -52,48 +48,6 @@ def answer(headline: str, *details: str, tiles: tuple[tuple[str, str, str] | Non
     return Answer(headline, shown, tuple(Tile(*tile) for tile in tiles if tile is not None))
 
 
-def component_text(name: str) -> str:
-    """A component's name for readers: "expert_high" as "high-noise expert"."""
-    return NAMES.get(name, str(name).replace("_", " "))
-
-
-def shown(value: float | None, unit: str = "") -> str:
-    """A figure with its unit in three significant digits, never as a power of ten; "unknown" for None and NaN.
-
-    Args:
-        unit: "ms" becomes seconds from 1,000 on, "bytes" becomes KiB, MiB or GiB.
-    """
-    if value is None or math.isnan(value):
-        return "unknown"
-    if unit == "ms" and abs(value) >= 999.5:
-        value, unit = value / 1e3, "s"
-    if unit == "bytes":
-        size = next((size for size in (30, 20) if abs(value) >= 2**size), 10)
-        value, unit = value / 2**size, {30: "GiB", 20: "MiB", 10: "KiB"}[size]
-    if 0 < abs(value) < SMALLEST:
-        text = f"< {SMALLEST:.4f}"
-    elif abs(value) >= 100:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.4f}"
-    return f"{text} {unit}".rstrip()
-
-
-def time_text(time_ms: float) -> str:
-    """A time with its unit, in three digits: `"1,234 s"`, `"56.8 s"`, `"0.12 ms"`."""
-    return shown(time_ms, "ms")
-
-
-def size_text(size_bytes: float) -> str:
-    """A size with its unit, in three digits: `"1.25 GiB"`, `"310 MiB"`."""
-    return shown(size_bytes, "bytes")
-
-
-def percent_text(percent: float, smallest: float = SMALLEST_PERCENT) -> str:
-    """A share in three digits; one that is smaller than `smallest` is said to be so, and is no row of zeros."""
-    return shown(percent, "%") if not 0 < abs(percent) < smallest else f"less than {smallest:g} %"
-
-
 def ratio_text(ratio: float, low: float | None = None, high: float | None = None, *, beside: str = "") -> str:
     """How fast one is beside another: `"1.73 times as fast as eager (95 % interval 1.70 to 1.77)"`; without an interval
     where there is none."""
@@ -109,24 +63,6 @@ def loss_texts(percent: float, low: float | None, high: float | None) -> tuple[s
         return f"< {SMALLEST_PERCENT:g} %", f"95 % interval within ±{SMALLEST_PERCENT:g} %"
     value = f"{percent:+.2f} %" if abs(percent) >= SMALLEST_PERCENT else f"< {SMALLEST_PERCENT:g} %"
     return value, interval_text(low, high, "+.2f")
-
-
-def sentence(text: str) -> str:
-    """The text with a capital letter and a full stop; "" stays empty."""
-    text = text.strip()
-    return f"{text[:1].upper()}{text[1:]}{'' if text[-1:] in '.!?' else '.'}" if text else ""
-
-
-def between_text(low: float | None, high: float | None) -> str:
-    """A 95 % interval as `shown` writes figures: "95 % interval 72.4 to 347", or "95 % interval unknown"."""
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return interval_text(None, None)
-    return f"95 % interval {shown(low)} to {shown(high)}"
-
-
-def apart_text(relative: float) -> str:
-    """A relative distance in percent: 0.0047 as "0.47 %"."""
-    return shown(float(f"{100 * relative:.2g}"), "%")
 
 
 def speed_text(
@@ -157,18 +93,3 @@ def speed_text(
     slower = f"slower than {baseline}: {ratio:.2f} times {how}"
     faster = f"{ratio:.2f} times {how} as {baseline}"
     return f"{candidate} is {slower if ratio < 1 else faster} ({interval_text(low, high)})"
-
-
-def capital(text: str) -> str:
-    """A clause with a capital letter at its beginning; names of products keep theirs."""
-    return f"{text[:1].upper()}{text[1:]}"
-
-
-def listed(names: list[str] | tuple[str, ...]) -> str:
-    """Names in a sentence: "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def counted(number: int, word: str) -> str:
-    """A number with its noun: "1 case", "2 cases"."""
-    return f"{number:,} {word}{'s' * (number != 1)}"

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from wanlab.core.stats import interval_text
+
 NAMES = {
     "text_encoder": "text encoder",
     "text_encoder_2": "second text encoder",
@@ -70,7 +72,8 @@ PLAINER = {
     "se": "standard error",
 }
 UNKNOWN = "–"  # what stands where a number is not known
-SMALLEST_PERCENT = 0.001
+SMALLEST_PERCENT = 0.01  # a smaller share is not shown as 0.00
+SMALLEST = 1e-4  # a smaller figure of a sentence is "< 0.0001": nobody reads a power of ten on a phone
 NO_BREAK = "\u00a0"  # a space at which no line ends
 
 
@@ -106,19 +109,6 @@ def number_text(value: float) -> str:
         if size >= 0.9995 * factor:
             return f"{value / factor:{'.3g' if size < 999.5 * factor else ',.0f'}}{NO_BREAK}{letter}"
     return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
-
-
-def time_text(time_ms: float) -> str:
-    """A time in three significant digits with the unit in which it is read easily."""
-    factor, unit = scaled_unit("ms", abs(time_ms) if math.isfinite(time_ms) else 0.0)
-    return f"{number_text(time_ms * factor)} {unit}"
-
-
-def percent_text(value: float) -> str:
-    """A percentage in three significant digits; one that is too small to matter says so, and is not 0.00."""
-    if 0 < abs(value) < SMALLEST_PERCENT:
-        return f"< {SMALLEST_PERCENT}" if value > 0 else f"> −{SMALLEST_PERCENT}"
-    return number_text(value)
 
 
 def scaled_unit(unit: str, largest: float) -> tuple[float, str]:
@@ -169,6 +159,83 @@ def text_words(text: str) -> str:
     text = WHOLE.sub(r"\1", text)
     text = RAW_NUMBER.sub(lambda found: number_text(float(found[0])), text)
     return IN_BRACKETS.sub(lambda found: f", {found[1]}", text) if IN_BRACKETS.search(text) else text
+
+
+def component_text(name: str) -> str:
+    """A component's name for readers: "expert_high" as "high-noise expert"."""
+    return NAMES.get(name, str(name).replace("_", " "))
+
+
+def shown(value: float | None, unit: str = "") -> str:
+    """A figure with its unit in three significant digits, never as a power of ten; "unknown" for None and NaN.
+
+    Args:
+        unit: "ms" becomes seconds from 1,000 on and µs below 0.1, "bytes" becomes KiB, MiB or GiB.
+    """
+    if value is None or math.isnan(value):
+        return "unknown"
+    if unit == "ms" and abs(value) >= 999.5:
+        value, unit = value / 1e3, "s"
+    if unit == "ms" and 0 < abs(value) < 0.1:
+        value, unit = value * 1e3, "µs"
+    if unit == "bytes":
+        size = next((size for size in (30, 20) if abs(value) >= 2**size), 10)
+        value, unit = value / 2**size, {30: "GiB", 20: "MiB", 10: "KiB"}[size]
+    if 0 < abs(value) < SMALLEST:
+        text = f"< {SMALLEST:.4f}"
+    elif abs(value) >= 100:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.4f}"
+    return f"{text} {unit}".rstrip()
+
+
+def time_text(time_ms: float) -> str:
+    """A time with its unit, in three digits: `"1,234 s"`, `"56.8 s"`, `"0.12 ms"`."""
+    return shown(time_ms, "ms")
+
+
+def size_text(size_bytes: float) -> str:
+    """A size with its unit, in three digits: `"1.25 GiB"`, `"310 MiB"`."""
+    return shown(size_bytes, "bytes")
+
+
+def percent_text(percent: float, smallest: float = SMALLEST_PERCENT) -> str:
+    """A share in three digits; one that is smaller than `smallest` is said to be so, and is no row of zeros."""
+    return shown(percent, "%") if not 0 < abs(percent) < smallest else f"less than {smallest:g} %"
+
+
+def between_text(low: float | None, high: float | None) -> str:
+    """A 95 % interval as `shown` writes figures: "95 % interval 72.4 to 347", or "95 % interval unknown"."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return interval_text(None, None)
+    return f"95 % interval {shown(low)} to {shown(high)}"
+
+
+def apart_text(relative: float) -> str:
+    """A relative distance in percent: 0.0047 as "0.47 %"."""
+    return shown(float(f"{100 * relative:.2g}"), "%")
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter and a full stop; "" stays empty."""
+    text = text.strip()
+    return f"{text[:1].upper()}{text[1:]}{'' if text[-1:] in '.!?' else '.'}" if text else ""
+
+
+def capital(text: str) -> str:
+    """A clause with a capital letter at its beginning; names of products keep theirs."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def listed(names: list[str] | tuple[str, ...]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def counted(number: int, word: str) -> str:
+    """A number with its noun: "1 case", "2 cases"."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9]*(?:_[a-zA-Z0-9]+)*")

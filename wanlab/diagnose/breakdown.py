@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, percent_text, sentence, time_text
+from wanlab.core.answer import Answer, answer
+from wanlab.core.words import percent_text, sentence, time_text
 from wanlab.diagnose import operators
 from wanlab.diagnose.trace import (
     NOTHING,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import time_text
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import time_text
 from wanlab.diagnose.breakdown import CATEGORY_NAMES, Breakdown
 from wanlab.diagnose.trace import NOTHING, Trace, launchers, nest
 from wanlab.diagnose.trace_events import STEP_PREFIX

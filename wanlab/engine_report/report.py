@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, capital, counted, shown
+from wanlab.core.answer import Answer, Tile
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import capital, counted, shown
 from wanlab.core.yaml_lines import load_yaml
 from wanlab.engine_report.from_onnx import read_onnx
 from wanlab.engine_report.from_onnxruntime import read_ort_profile

@@ -8,18 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import (
-    Answer,
-    Tile,
-    apart_text,
-    capital,
-    component_text,
-    counted,
-    listed,
-    shown,
-    speed_text,
-)
+from wanlab.core.answer import Answer, Tile, speed_text
 from wanlab.core.stats import ends_text, interval_text
+from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
 from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
 from wanlab.engines.tensorrt.build import EngineBuilds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from wanlab.core.answer import Answer, Tile, capital, counted, shown
+from wanlab.core.answer import Answer, Tile
 from wanlab.core.stats import interval_text
+from wanlab.core.words import capital, counted, shown
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import TIERS, Divergence, Tier
 

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import Tile, between_text, shown
+from wanlab.core.answer import Tile
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import bootstrap_mean
+from wanlab.core.words import between_text, shown
 from wanlab.evaluate.catalogue import CATALOGUE, METRICS, NUMERIC_PSNR_DB
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos

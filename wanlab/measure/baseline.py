@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, sentence, time_text
+from wanlab.core.answer import Answer, answer
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import sentence, time_text
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
 from wanlab.measure.load import LoadMeter, withdraw
 from wanlab.measure.memory import PeakMemory, peak_memory

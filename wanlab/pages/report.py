@@ -29,7 +29,7 @@ from pygments.lexers import PythonLexer
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
 from wanlab.core.stats import interval_text
-from wanlab.core.words import UNITS, heading
+from wanlab.core.words import SMALLEST_PERCENT, UNITS, heading, shown
 from wanlab.pages import templates
 from wanlab.pages.templates import WORDS, display_time, display_value, duration
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
@@ -285,7 +285,6 @@ TILES = (
     ("time_per_frame_ms", "time per frame", "faster", "slower"),
 )
 MOST_TILES = 5
-SMALLEST_PERCENT = 0.01  # a smaller quality loss is not shown as 0.00
 
 
 def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
@@ -313,10 +312,10 @@ def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, 
     if name == "quality_loss_percent":
         return interval_text(None, None)
     if name == "divergence_lpips" and "divergence_floor_lpips" in row:
-        return f"noise floor {row['divergence_floor_lpips']:.2g}"
+        return f"exact attention kernels alone: {shown(row['divergence_floor_lpips'])}"
     if base is None or not words[0] or name not in base.row():
         noisy = name in ("time_per_video_ms", "time_per_call_ms") and "noise_percent" in row
-        return f"A/A noise {row['noise_percent']:.1f} %" if noisy else ""
+        return f"noise {row['noise_percent']:.1f} %" if noisy else ""
     before = base.row()[name]
     if is_time(name) and ratio_to(base, first, name, THRESHOLD_PERCENT).verdict == SAME:
         return f"no difference from eager's {_figure(name, before)} can be told from noise"
@@ -331,17 +330,12 @@ def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, 
 
 def _figure(name: str, value: float) -> str:
     """A figure with its unit in three significant digits."""
-    if name.endswith("_bytes"):
-        value, unit = (value / 2**30, "GiB") if value >= 2**30 else (value / 2**20, "MiB")
-    else:
-        unit = UNITS.get(name.rsplit("_", 1)[-1], "")
-    if name.endswith("_ms") and value >= 1e3:
-        value, unit = value / 1e3, "s"
     if name == "quality_loss_percent":
         return f"{value:+.2f} %" if abs(value) >= SMALLEST_PERCENT else f"< {SMALLEST_PERCENT} %"
     if name == "psnr_db" and value == float("inf"):
         return "identical"
-    return f"{value:,.0f} {unit}".rstrip() if abs(value) >= 100 else f"{value:.3g} {unit}".rstrip()
+    unit = name.rsplit("_", 1)[-1]
+    return shown(value, unit if unit in ("ms", "bytes") else UNITS.get(unit, ""))
 
 
 def _facts(record: dict, status: dict, name: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from wanlab.core.answer import shown
 from wanlab.core.stats import ends_text
+from wanlab.core.words import shown
 from wanlab.plots.style import GREY, colour, needs, theme
 
 ROW_PX = 46

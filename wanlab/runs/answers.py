@@ -7,21 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import (
-    SMALLEST_PERCENT,
-    Answer,
-    Tile,
-    answer,
-    capital,
-    loss_texts,
-    ratio_text,
-    sentence,
-    shown,
-    size_text,
-    time_text,
-)
+from wanlab.core.answer import Answer, Tile, answer, loss_texts, ratio_text
 from wanlab.core.effects import BASELINE, NOT_APPLIED
 from wanlab.core.stats import interval_text
+from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_text, time_text
 from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.loss import QualityLoss
 from wanlab.evaluate.quality import Divergence

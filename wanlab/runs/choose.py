@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, capital, counted, shown, speed_text
+from wanlab.core.answer import Answer, Tile, speed_text
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
 from wanlab.core.stats import LEAST, ends_text, interval_text, percentile_interval, resampled_medians
+from wanlab.core.words import capital, counted, shown
 from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.catalogue import NUMERIC_PSNR_DB
 from wanlab.measure.timing import verdict_of, verdict_sentence

@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, capital, shown, speed_text
+from wanlab.core.answer import Answer, Tile, speed_text
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
 from wanlab.core.stats import interval_text
+from wanlab.core.words import capital, shown
 from wanlab.engines.registry import engine_text
 from wanlab.measure.timing import NOT_DISTINGUISHABLE
 from wanlab.runs.compare import Ratio, baselines, ratio_to

@@ -270,7 +270,9 @@ class Run:
             self.tile(*tile)
         headline, busy = clean(given.headline), load.taken()
         if busy.text:
-            headline = f"{headline.removesuffix('.')}. Timed while {busy.text}: an idle machine gives other times."
+            headline = (
+                f"{headline.removesuffix('.')}. Timed while {busy.text}: an idle machine gives other times."
+            )
         shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         self._files.update(verdict=headline, details=shown, load=msgspec.to_builtins(busy))
         answer = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>'

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from wanlab.core.words import UNITS, UNKNOWN, heading, number_text, percent_text, scaled_unit, words_of
+from wanlab.core.words import UNITS, UNKNOWN, heading, number_text, scaled_unit, words_of
 
 # Columns of identifiers, which a reader searches for in code or in another program: shown as they are.
 CODE = {
@@ -38,6 +38,7 @@ FIGURE = re.compile(
 )
 PLAIN = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?")
 UNIT = re.compile(r"(?:(.*), |^)([^,]+)\Z")
+SMALLEST_PERCENT = 0.001
 GAP = "…"  # in place of the middle rows of a long table
 UNIT_NAMES = set(UNITS.values())
 
@@ -143,7 +144,7 @@ def _numbers(name: str, title: str, known: list[Any]) -> tuple[str, Callable[[An
     found = UNIT.match(title)
     unit = found[2] if found and found[2] in UNIT_NAMES else ""
     if unit == "%":
-        return title, percent_text
+        return title, _percent
     if unit:
         largest = max((abs(value) for value in known if math.isfinite(value)), default=0.0)
         factor, better = scaled_unit(unit, largest)
@@ -153,6 +154,13 @@ def _numbers(name: str, title: str, known: list[Any]) -> tuple[str, Callable[[An
     if whole and words & COUNTED:
         return title, lambda value: str(int(value)) if math.isfinite(value) else number_text(value)
     return title, lambda value: number_text(float(value))
+
+
+def _percent(value: float) -> str:
+    """A percentage without its sign; one that is too small to matter says so, and is not 0.00."""
+    if 0 < abs(value) < SMALLEST_PERCENT:
+        return f"< {SMALLEST_PERCENT}" if value > 0 else f"> −{SMALLEST_PERCENT}"
+    return number_text(value)
 
 
 def _number(value: Any) -> Any:
@@ -165,7 +173,7 @@ def _in_unit(value: Any, unit: str) -> Any:
     if unit == "bytes":
         factor, better = scaled_unit(unit, abs(value))
         return f"{number_text(float(value) * factor)} {better}"
-    return percent_text(value) if unit == "%" else value
+    return _percent(value) if unit == "%" else value
 
 
 def _text(value: Any, code: bool) -> str:

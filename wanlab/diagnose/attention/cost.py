@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from wanlab.core.answer import Answer, answer, sentence
+from wanlab.core.answer import Answer, answer
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import sentence
 from wanlab.diagnose.attention.backends import AttentionKernels
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.diagnose.attention.maps import AttentionMap

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import Answer, answer, percent_text, sentence, time_text
+from wanlab.core.answer import Answer, answer
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import interval_text
+from wanlab.core.words import percent_text, sentence, time_text
 from wanlab.diagnose.experts.switching import SwitchCost
 from wanlab.diagnose.experts.timeline import Timeline
 from wanlab.evaluate.loss import quality_loss

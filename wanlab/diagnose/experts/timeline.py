@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import time_text
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import time_text
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import ExpertSchedule, fewest_steps, precompute_schedule

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import size_text
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import size_text
 from wanlab.diagnose import operators
 from wanlab.diagnose.breakdown import COMPONENTS, EXPERTS, KINDS, OUTSIDE, Attribution, attribute
 from wanlab.diagnose.trace import NOTHING, Trace, inherit, innermost, levels

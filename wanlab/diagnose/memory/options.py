@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import MOST_TILES, Answer, answer, size_text
+from wanlab.core.answer import MOST_TILES, Answer, answer
+from wanlab.core.words import size_text
 from wanlab.diagnose.capture import capture
 from wanlab.diagnose.memory.account import MemoryAccount
 from wanlab.diagnose.trace import read_trace

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import Answer, Tile, counted, shown
+from wanlab.core.answer import Answer, Tile
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
+from wanlab.core.words import counted, shown
 from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.bound import AmdahlBound

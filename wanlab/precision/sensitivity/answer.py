@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wanlab.core.answer import Answer, Tile, between_text, component_text, shown
+from wanlab.core.answer import Answer, Tile
 from wanlab.core.stats import interval_text
+from wanlab.core.words import between_text, component_text, shown
 from wanlab.precision.sensitivity.agreement import Agreement
 from wanlab.precision.sensitivity.result import ExpertTolerance, Sensitivity
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.browser
 QUICK = {  # the quickstart in the shortest form that still does all that it does
     "steps: int | None = None": "steps: int | None = 2",
     "frames: int = 9": "frames: int = 5",
-    "iterations: int = 2": "iterations: int = 1",
+    "limit_s: float = 40.0": "limit_s: float = 2.0",
     "cases: int = 3": "cases: int = 1",
 }
 REPORT = """<!doctype html><p>empty</p><script>
@@ -186,8 +186,9 @@ def test_quickstart_runs_by_hand(opened, project):
     wide = "shown => shown.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
     assert page.locator(".jp-OutputArea-output").evaluate_all(wide) == []
 
-    said = "ONNX Runtime: no difference from PyTorch eager can be told from so few times"  # one iteration
-    assert said in page.locator(".wl-verdict").inner_text()
+    said = page.locator(".wl-verdict").inner_text()
+    assert said.startswith("ONNX Runtime")
+    assert "too few to say how sure that is" in said
     # Paths of parameters are the project's, whatever folder the kernel was started in.
     assert len(list((project / "outputs" / "onnx-fixed").glob("wan-nano-*/*/graphs/text_encoder.onnx"))) == 1
     assert sorted(path.name for path in (project / "notebooks").iterdir() if path.name[0] != ".") == [
@@ -197,7 +198,7 @@ def test_quickstart_runs_by_hand(opened, project):
 
     (folder,) = (project / "outputs" / path.stem).iterdir()
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
-    assert said in json.loads((folder / "run.json").read_text())["verdict"]
+    assert json.loads((folder / "run.json").read_text())["verdict"] == said
 
     # The index then shows it, and leads to it.
     index = opened("index")

@@ -375,7 +375,7 @@ def test_sizes_that_a_model_was_not_made_for_are_said(model, photo):
     (note,) = other.generate(photo, "a", height=48, width=64, output="latent").notes
     assert note.startswith("48x64 with 5 frames has 6 times the tokens of the model's usual 16x32 with 5")
     both = dataclasses.replace(known, other_sizes=((48, 64, 5),))
-    other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, defaults=both))
+    other = dataclasses.replace(model, spec=dataclasses.replace(spec, defaults=both))
     assert other.generate(photo, "a", height=48, width=64, output="latent").notes == ()
     (note,) = other.generate(photo, "a", height=96, width=128, frames=9, output="latent").notes
     assert "of the model's usual 48x64 with 5" in note

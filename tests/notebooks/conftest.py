@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from support.contract import unreadable
 from support.pages import chromium, faults
 from support.shared import copied, once
 
@@ -101,7 +102,7 @@ def run_in(root, commands, faults_of):
         assert done.returncode == 0, done.stderr[-3000:]
         executed = Executed((outputs.parent / done.stdout.splitlines()[-1]).parent)
         assert json.loads((executed.folder / "status.json").read_text())["state"] == "finished"
-        wrong = faults_of(executed)
+        wrong = [*faults_of(executed), *unreadable(executed.record, executed.page)]
         assert not wrong, "\n".join(wrong)
         return executed
 

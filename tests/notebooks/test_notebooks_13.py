@@ -17,7 +17,7 @@ def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs
     assert sum(found[f"{name}_percent"] for name in ("spatial", "temporal", "global")) == pytest.approx(100)
     assert made.values["kernels"]["default_took"] == "flash"
     assert f"at most {found['bound_ratio']:.2f} times as fast" in made.record["verdict"]
-    assert len(made.page.select("div.figure[data-figure]")) == 7
+    assert len(made.page.select("div.figure[data-figure]")) == 8
     assert "needs a GPU" in str(made.page)
 
     (kept,) = outputs.rglob("attention_map.csv.gz")
@@ -35,7 +35,7 @@ def test_attention_of_another_family(run_notebook):
     found = made.values["attention"]
     assert 0 < found["text_median_percent"] < 100
     assert found["bound_ratio"] >= 1
-    assert len(made.page.select("div.figure[data-figure]")) == 7
+    assert len(made.page.select("div.figure[data-figure]")) == 8
     assert "joint attention of video and text, the text last" in str(made.page)
 
 

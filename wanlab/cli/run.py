@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     if options.estimate:
         ready = prepare(options.notebook, parameters, output=options.output, name=options.name)
         found = EarlierRuns(options.output).estimate(ready, force=options.force)
-        show(f"{ready.path.stem}: expected here {found.text}")
+        show(f"{ready.path.stem}: {found.sentence}")
         return 0
     outcome = execute(
         options.notebook,

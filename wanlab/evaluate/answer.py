@@ -73,7 +73,7 @@ def _psnr(divergence: Divergence) -> tuple[Tile, ...]:
 def _next(tier: Tier, loss: QualityLoss) -> str:
     """The next step in a sentence."""
     if not loss.known:
-        return "No true video is known of these files, so they can be told apart but not judged."
+        return "Next: 41_configuration judges the change on cases whose true videos are known; those of these files are not."
     if loss.low_percent is None:
         return f"Next: run it with cases=8; {counted(loss.cases, 'case')} give no interval."
     if tier.name == "undecided":

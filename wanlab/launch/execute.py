@@ -377,14 +377,14 @@ def execute(
             "finished", folder.path, folder.report, ready.run_id, earlier.get("seconds", 0.0), reused=True
         )
 
-    if progress:
-        expected = EarlierRuns(folder.path.parents[1]).estimate(ready, force=True, counted=False)
-        print(f"{folder.path.parent.name}: expected here {expected.text}", file=sys.stderr, flush=True)
     folder.open(reserve=True)
     try:
         folder.update(**ready.header())
     except OSError as error:
         raise folder.unwritable(error) from error
+    if progress:
+        expected = EarlierRuns(folder.path.parents[1]).estimate(ready, force=True, counted=False)
+        print(f"{folder.path.parent.name}: {expected.sentence}", file=sys.stderr, flush=True)
     inject(nb, {key: ready.values[key] for key in ready.overrides})
     limits = Limits(timeout_s, memory_limit_gib, output_limit_mib)
     return _supervised(nb, folder, ready.run_id, limits, progress)

@@ -11,11 +11,14 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import shown
 from wanlab.evaluate.catalogue import CATALOGUE
 from wanlab.evaluate.quality import floor_table
 from wanlab.plots.style import FONT, GREY, OTHERS, ROW_PX, colour, needs, theme
 
 PANELS_A_ROW = 4
+NARROWEST = (1e-3, 1.0)
+"""Least half of a panel: of a score from 0 to 1, of one in dB. Less is rounding, and nobody reads such ticks."""
 
 
 def per_frame_curves(scores: Any) -> go.Figure:
@@ -100,7 +103,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
         rows=lines,
         cols=columns,
         shared_yaxes=True,
-        horizontal_spacing=0.05,
+        horizontal_spacing=0.1,
         vertical_spacing=0.3 / lines,
         subplot_titles=[CATALOGUE[metric].title for metric in metrics],
     )
@@ -109,17 +112,17 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
             tint = OTHERS[1] if row.floor == name else GREY
             same = row.identical_cases == row.cases
             # An infinite PSNR cannot be drawn: its row says "identical" at the largest finite value.
-            shown = row.mean if math.isfinite(row.mean) else _ends(table, metric)[1]
+            at = row.mean if math.isfinite(row.mean) else _ends(table, metric)[1]
             spread = None if not row.high > row.low else [[row.high - row.mean], [row.mean - row.low]]
             figure.add_scatter(
-                x=[shown],
+                x=[at],
                 y=[row.floor],
                 mode="markers+text",
                 marker={"size": 11, "color": tint, "symbol": "circle-open" if same else "circle"},
                 error_x={"array": spread[0], "arrayminus": spread[1], "symmetric": False, "color": tint}
                 if spread
                 else None,
-                text=["identical" if same else f"{row.mean:.3g}"],
+                text=["identical" if same else shown(row.mean)],
                 textposition="top center",
                 textfont={"size": 12, "color": GREY},
                 cliponaxis=False,
@@ -130,7 +133,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
             )
         # Space for the words beside the outermost points.
         low, high = _ends(table, metric)
-        room = 0.3 * (high - low) or 0.1
+        room = max(0.3 * (high - low), NARROWEST[metric == "psnr"])
         figure.update_xaxes(
             range=[low - room, high + room], row=place // columns + 1, col=place % columns + 1
         )

@@ -75,6 +75,13 @@ class Estimate:
         memory = bounds(self.low_gib, self.high_gib, "GiB")
         return f"{bounds(low, high, 'min')}{f' and {memory}' if memory else ''} ({self.source})"
 
+    @property
+    def sentence(self) -> str:
+        """The text for a line of its own: `"expected to take about 1.4 min ..."`, or what is not known."""
+        if not self.known:
+            return f"how long it takes is not known: {self.source}"
+        return f"nothing to do: {self.source}" if self.high_s == 0 else f"expected to take {self.text}"
+
 
 def bounds(low: float | None, high: float | None, unit: str) -> str:
     """`"about 2.0 min"`, `"1.0 to 3.0 min"`, `"at least 1.0 min"`, `"at most 3.0 min"`; empty where nothing is known."""

@@ -269,7 +269,7 @@ class Run:
         for tile in given.tiles:
             self.tile(*tile)
         headline, busy = clean(given.headline), load.taken()
-        if busy.text:
+        if busy.text and busy.text not in headline:
             headline = (
                 f"{headline.removesuffix('.')}. Timed while {busy.text}: an idle machine gives other times."
             )

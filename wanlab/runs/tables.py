@@ -179,8 +179,8 @@ def _in_unit(value: Any, unit: str) -> Any:
 def _text(value: Any, code: bool) -> str:
     if _is_empty(value):
         return ""
-    if code and isinstance(value, str):
-        return f"<code>{html.escape(value)}</code>" if _is_identifier(value) else html.escape(words_of(value))
+    if code and isinstance(value, str) and _is_identifier(value):
+        return f"<code>{html.escape(value)}</code>"
     text = words_of(_python(value))
     escaped = html.escape(text)
     if _is_identifier(text):

@@ -361,6 +361,8 @@ class ExpertSummary:
         elif self.timeline.schedule.switches:
             switch = "What a switch takes was not measured: too few forwards."
         tiles, apart = list(self.timeline.tiles), ""
+        if not self.timeline.schedule.switches:
+            tiles.append(("switches between experts", "none", "no time is lost on one"))
         if first:
             noise = f"single forwards vary by {time_text(first['noise_ms'])}"
             more = f"{'+' * (first['excess_ms'] > 0)}{time_text(first['excess_ms'])}"

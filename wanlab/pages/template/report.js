@@ -48,6 +48,16 @@ const cut = (place) => {
     return box.width && (box.left < left - 4 || box.right > right + 4);
   });
 };
+// Texts that stand level and lie over one another.
+const crossed = (place) => {
+  const level = text => { const { b, c } = text.getScreenCTM() ?? {}; return !b && !c; };
+  const boxes = [...place.querySelectorAll("svg text")].filter(text => level(text) && text.textContent.trim() && !text.closest(".hoverlayer, .iciclelayer, .treemaplayer"))
+    .map(text => text.getBoundingClientRect()).filter(box => box.width > 2).sort((one, other) => one.left - other.left);
+  return boxes.some((one, i) => {
+    for (let j = i + 1; j < boxes.length && boxes[j].left < one.right - 2; j++) if (boxes[j].top < one.bottom - 3 && boxes[j].bottom > one.top + 3) return true;
+    return false;
+  });
+};
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
   const { data, layout, config } = figures[number];
@@ -62,9 +72,11 @@ for (const place of window.Plotly ? places : []) {
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
     .then(() => {
-      if (!narrow() || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place))) return;
+      if (!narrow() || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place) && !crossed(place))) return;
       widen(place, WIDENED);
-      return Plotly.Plots.resize(place);
+      const titles = Object.entries(layout).filter(([key, axis]) => /^xaxis\d*$/.test(key) && typeof axis.title?.text === "string");
+      return Plotly.relayout(place, Object.fromEntries(titles.map(([key, axis]) => [`${key}.title.text`, axis.title.text])))
+        .then(() => Plotly.Plots.resize(place));
     })
     .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
     .then(() => { if (place.data[0]?.type === "icicle") searchable(place); place.dataset.drawn = "yes"; });
@@ -124,7 +136,7 @@ addEventListener("beforeprint", () => {
   opened = [...document.querySelectorAll("details:not([open], .source, .messages)")];
   opened.forEach((d) => { d.open = true; });
   document.documentElement.classList.toggle("was-dark", dark.matches);
-  places.forEach((p) => { p.style.zoom = Math.min(1, PAPER / p.offsetWidth); });
+  places.forEach((p) => { p.style.zoom = Math.min(1, PAPER / Math.max(p.offsetWidth, p.scrollWidth)); });
 });
 addEventListener("afterprint", () => {
   opened.forEach((d) => { d.open = false; });

@@ -366,8 +366,8 @@ class Chosen:
         details += [
             f"In time, plans can make this generation at most {bound.at_format:.2f} times as fast"
             f" ({'counted' if bound.counted else 'timed'} products of {bound.format}).",
-            f"These {counted(len(proof.frame), 'case')} also chose the plan, so its loss is flattering here. Next:"
-            " 41_configuration with this plan and case_set=final measures it on other cases.",
+            f"These {counted(len(proof.frame), 'case')} also chose the plan, so its loss is flattering here.",
+            "Next: 41_configuration with this plan and case_set=final measures it on other cases.",
         ]
         bits = Tile("bits per linear weight", f"{chosen.bits_per_weight:.3g}")
         tiles = [

@@ -61,7 +61,7 @@ def test_components_that_do_not_go_with_the_video_are_said_below_the_headline():
 def test_the_answer_is_the_time_the_largest_component_and_the_noise():
     found = measured(92_000.0).answer("wan-nano")
     assert found.headline == (
-        "wan-nano makes one video in 91.0 s, and the high-noise expert takes 75 % of that. Equal videos differ by up to"
+        "wan-nano makes one video in 91 s, and the high-noise expert takes 75 % of that. Equal videos differ by up to"
         " 1.0 %, so a smaller change cannot be seen."
     )
     assert "2 + 2 of them were timed" in found.details[0]

@@ -74,15 +74,11 @@ def cold(root):
 
 @pytest.fixture(scope="session")
 def faults_of(request):
-    """What is wrong with a report as people see it; each notebook's first report of a process is looked at."""
-    seen: set[str] = set()
+    """What is wrong with a report as people see it."""
 
     def go(executed: Executed) -> list[str]:
-        name = executed.folder.parent.name
-        if name in seen:
-            return []
-        seen.add(name)
         if chromium() is None:
+            name = executed.folder.parent.name
             warnings.warn(f"no Chromium, so the report of {name} is not looked at", stacklevel=2)
             return []
         return faults(request.getfixturevalue("browser"), executed.folder / "report.html")

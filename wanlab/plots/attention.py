@@ -32,6 +32,8 @@ STATISTICS = {
     "type": "type",
 }
 
+LEAST_PX = 130  # of a map with few heads: the ticks of its scale of colours need them
+
 
 def head_map(
     attention_map: Any, statistic: str = "density95_percent", *, kind: str = "self", branch: str = "cond"
@@ -98,7 +100,7 @@ def head_map(
         marks.append((str(step), f"{shown}: {step_name}", component))
     figure.update_layout(
         template=theme(),
-        height=190 + max(26 if len(heads) < 12 else 12, 1) * len(heads),
+        height=190 + max((26 if len(heads) < 12 else 12) * len(heads), LEAST_PX),
         margin={"t": 40, "b": 10},
         title={"text": marks[0][1], "font": {"size": 14, "color": colour(marks[0][2])}, "x": 0.01, "y": 0.98},
     )

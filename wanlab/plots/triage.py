@@ -43,9 +43,9 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
     )
     figure.add_vline(
         x=float(ranking["threshold_percent"].iloc[0]), line={"color": GREY, "dash": "dot", "width": 1.5},
-        annotation_text="worth a change", annotation_position="bottom right",
+        annotation_text="worth a change", annotation_position="top",
     )  # fmt: skip
-    figure.update_layout(template=theme(), height=90 + 28 * len(ranking), showlegend=False)
+    figure.update_layout(template=theme(), height=110 + 36 * len(ranking), showlegend=False, margin={"t": 30})
     figure.update_xaxes(
         title_text="share of the time (%)", range=[0, 1.4 * float(ranking["share_percent"].max()) or 1]
     )

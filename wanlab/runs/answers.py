@@ -96,7 +96,10 @@ def loss_words(loss: QualityLoss) -> str:
         return "What it costs in quality is not known: there is no true video."
     if loss.high_percent is None or loss.low_percent is None:
         cases = f"{loss.cases} case{'s' * (loss.cases != 1)}"
-        return f"Quality changes by {loss.percent:+.2f} %, from {cases}, too few to say how sure that is."
+        changes = (
+            f"by {loss.percent:+.2f} %" if abs(loss.percent) >= SMALLEST_PERCENT else "by less than 0.01 %"
+        )
+        return f"Quality changes {changes}, from {cases}, too few to say how sure that is."
     if max(abs(loss.low_percent), abs(loss.high_percent)) < SMALLEST_PERCENT:
         return f"It costs no quality that can be measured: less than {SMALLEST_PERCENT:g} %."
     known = interval_text(loss.low_percent, loss.high_percent, "+.2f")

@@ -179,7 +179,7 @@ def _in_unit(value: Any, unit: str) -> Any:
 def _text(value: Any, code: bool) -> str:
     if _is_empty(value):
         return ""
-    if code and isinstance(value, str) and _is_identifier(value):
+    if code and isinstance(value, str) and (_is_identifier(value) or SIGNATURE.search(value)):
         return f"<code>{html.escape(value)}</code>"
     text = words_of(_python(value))
     escaped = html.escape(text)
@@ -189,7 +189,8 @@ def _text(value: Any, code: bool) -> str:
     return IDENTIFIER.sub(r"<code>\g<0></code>", escaped)
 
 
-IDENTIFIER = re.compile(r"\w+=(?:True|False|None)\b|[\w./:*<>\[\]-]*\w_\w[\w./:*<>\[\]-]*\w")
+IDENTIFIER = re.compile(r"\w+=(?:True|False|None)\b|[\w./:*<>\[\]-]*\w_\w(?:[\w./:*<>\[\]-]*\w)?")
+SIGNATURE = re.compile(r"::|[<{]")  # of a C++ function, which has spaces
 
 
 def _is_identifier(text: str) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -89,3 +91,20 @@ def test_any_table_is_drawn(table):
     assert "nan" not in text.lower()
     assert "NaT" not in text
     BeautifulSoup(text, "html.parser")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "void <128, 4, <(at::TensorIteratorBase&)::{lambda()#3}::operator()() const>>",
+        "blocks.0.attn1.to_q",
+        "condition_embedder.time_embedder.linear_1 (Gemm)",
+        "blocks.*.attn1.to_q, blocks.*.attn1.to_k",
+    ],
+)
+def test_no_name_of_code_is_left_among_the_words(name):
+    page = BeautifulSoup(table_html(pd.DataFrame({"layer": [name], "time_ms": [1.5]})), "html.parser")
+    cell = page.select_one("td, tbody th")
+    for code in cell.select("code"):
+        code.extract()
+    assert not re.search(r"\w_\w|::|[{}]", cell.get_text())

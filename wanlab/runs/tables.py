@@ -179,7 +179,7 @@ def _in_unit(value: Any, unit: str) -> Any:
 def _text(value: Any, code: bool) -> str:
     if _is_empty(value):
         return ""
-    if code and isinstance(value, str) and (_is_identifier(value) or SIGNATURE.search(value)):
+    if isinstance(value, str) and (SIGNATURE.search(value) or (code and _is_identifier(value))):
         return f"<code>{html.escape(value)}</code>"
     text = words_of(_python(value))
     escaped = html.escape(text)
@@ -190,7 +190,7 @@ def _text(value: Any, code: bool) -> str:
 
 
 IDENTIFIER = re.compile(r"\w+=(?:True|False|None)\b|[\w./:*<>\[\]-]*\w_\w(?:[\w./:*<>\[\]-]*\w)?")
-SIGNATURE = re.compile(r"::|[<{]")  # of a C++ function, which has spaces
+SIGNATURE = re.compile(r"\w::\{?\w")  # of a C++ function, which has spaces
 
 
 def _is_identifier(text: str) -> bool:

@@ -39,7 +39,7 @@ def test_experts_of_wan_nano(run_notebook, tmp_path, root):
         "high-noise expert",
         "boundary: timestep 900",
         "LPIPS to the truth",
-        "12,300",  # milliseconds of the first call in the profile
+        "12.3",  # seconds of the first call in the profile
     ):
         assert words in str(done.page)
 

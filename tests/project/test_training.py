@@ -250,7 +250,15 @@ def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeyp
     experts.main(["low", *common, *tiny, "--steps", "8", "--resume"])
     assert json.loads((tmp_path / "expert_low.json").read_text())["steps_of_this_run"] == {"small": 2}
 
-    further = ["low", *common[:4], *tiny, "--architecture", "wide", "--start", str(tmp_path / "expert_low.pt")]
+    further = [
+        "low",
+        *common[:4],
+        *tiny,
+        "--architecture",
+        "wide",
+        "--start",
+        str(tmp_path / "expert_low.pt"),
+    ]
     shutil.copytree(tmp_path / "text_encoder", tmp_path / "wide" / "text_encoder")
     seen = ["--seen", "0.5", "--seen-from", "0.5", "--seen-clips", "1", "--backbone", "stlpips-alex"]
     experts.main([*further, "--out", str(tmp_path / "wide"), *seen, "--steps", "4", "--large-share", "0.5"])

@@ -12,7 +12,6 @@ import itertools
 import json
 import mimetypes
 import re
-import shlex
 import traceback as tracebacks
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +28,12 @@ from pygments.lexers import PythonLexer
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
 from wanlab.core.stats import interval_text
-from wanlab.core.words import SMALLEST_PERCENT, UNITS, heading, shown
+from wanlab.core.words import SMALLEST_PERCENT, UNITS, heading, shown, typed_value
 from wanlab.pages import templates
-from wanlab.pages.templates import WORDS, display_time, display_value, duration
+from wanlab.pages.templates import WORDS, display_time, duration
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.next_step import changed_parameters, next_html, run_command
 from wanlab.runs.parameters import read_notebook
 from wanlab.runs.result import Result
 from wanlab.runs.results import CHANGED, is_time, read_results
@@ -153,6 +153,7 @@ def page_of(
         title=title,
         lead=Markup(markdown_html(lead, page)),
         verdict=record.get("verdict"),
+        next=Markup(next_html(record["next"])) if isinstance(record.get("next"), dict) else None,
         notes=[str(note) for note in record.get("notes") or ()],
         details=[str(detail) for detail in record.get("details") or ()],
         tiles=[*(record.get("tiles") or ()), *_tiles(results)][:MOST_TILES],
@@ -356,8 +357,8 @@ def _parameters(record: dict) -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "value": display_value(row.get("value")),
-            "default": display_value(row.get("default")),
+            "value": typed_value(row.get("value")),
+            "default": typed_value(row.get("default")),
             "changed": "default" in row and row.get("default") != row.get("value"),
             "help": row.get("help", ""),
         }
@@ -385,11 +386,8 @@ def _environment_summary(environment: dict[str, str]) -> str:
 
 
 def _command(record: dict) -> str | None:
-    if not record.get("notebook"):
-        return None
-    changed = [row for row in record.get("schema") or [] if row.get("default") != row.get("value")]
-    pairs = ["-p " + shlex.quote(f"{row['name']}={display_value(row['value'])}") for row in changed]
-    return " ".join(["wanlab run", shlex.quote(str(record["notebook"])), *pairs])
+    notebook = record.get("notebook")
+    return run_command(str(notebook), changed_parameters(record)) if notebook else None
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Step(NamedTuple):
     Attributes:
         why: what it brings, as a clause without a subject: "measures it on cases that no choice was made by".
         notebook: the notebook to run; "" for the same one again, where `parameters` says with what.
-        parameters: parameters that differ from the notebook's own, or from those of this run.
+        parameters: parameters that differ from the notebook's own, or from those of this run; None is the notebook's own.
     """
 
     why: str
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     parameters: Mapping[str, Any] = {}
 
     def __str__(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        given = ", ".join(f"{name}={value}" for name, value in self.parameters.items() if value is not None)
         again = self.notebook or ("this notebook" if given else "")
         return f"Next: {again}{f' with {given}' if given else ''}{': ' if again else ''}{self.why}."
 

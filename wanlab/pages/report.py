@@ -156,7 +156,7 @@ def page_of(
         next=Markup(next_html(record["next"])) if isinstance(record.get("next"), dict) else None,
         notes=[str(note) for note in record.get("notes") or ()],
         details=[str(detail) for detail in record.get("details") or ()],
-        tiles=[*(record.get("tiles") or ()), *_tiles(results)][:MOST_TILES],
+        tiles=_key_figures(record, results),
         main=[Markup(_outputs(cell, page) + _files(cell, page)) for cell in main],
         state=status.get("state"),
         state_words=WORDS.get(status.get("state"), status.get("state")),
@@ -301,6 +301,13 @@ def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
         if isinstance(row.get(name), int | float)
     ]
     return tiles
+
+
+def _key_figures(record: dict, results: Sequence[Result]) -> list[dict[str, str]]:
+    """The tiles that the notebook chose, and behind them those of its first result that it did not."""
+    chosen = list(record.get("tiles") or ())
+    titles = {tile.get("title") for tile in chosen}
+    return [*chosen, *(tile for tile in _tiles(results) if tile["title"] not in titles)][:MOST_TILES]
 
 
 def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, words: list[str]) -> str:
@@ -450,6 +457,8 @@ def output_html(item: Any, page: Page) -> str:
     return text_html(_joined(data["text/plain"])) if "text/plain" in data else ""
 
 
+BAR = re.compile(r"\d+%\|.*\|\s*[\d.,]+\S*/|\d+\S*it \[\d+:\d\d")
+"""A line of a progress bar of tqdm."""
 COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)*)</th>")
 
 
@@ -469,6 +478,8 @@ def _picture(url: str, page: Page) -> str:
 def text_html(source: str, *, quiet: bool = False) -> str:
     """Printed text: progress bars at their last state, long text folded, the middle of very long text left out."""
     lines = [line.rsplit("\r", 1)[-1] for line in source.replace("\r\n", "\n").rstrip().split("\n")]
+    if quiet:  # a bar says nothing once its work is done
+        lines = [line for line in lines if not BAR.search(line)]
     if not any(line.strip() for line in lines):
         return ""
     count = len(lines)

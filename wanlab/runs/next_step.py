@@ -33,6 +33,7 @@ def next_step(step: Step, record: Mapping[str, Any]) -> dict[str, str]:
     notebook, given = step.notebook, dict(step.parameters)
     if not notebook and given:
         notebook, given = str(record.get("notebook")), changed_parameters(record) | given
+    given = {name: value for name, value in given.items() if value is not None}
     return {"why": clean(sentence(step.why)), "command": run_command(notebook, given) if notebook else ""}
 
 

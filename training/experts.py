@@ -38,8 +38,8 @@ from wanlab.heldout.clips import LARGE, SIZES, SMALL
 
 CAPTION_DROPOUT = 0.1
 
-SEEN_SIGMA = 0.6
-"""Most noise of the clips that are judged by what is seen: the last two of ten steps. Above it an estimate of the clean clip
+SEEN_SIGMA = 0.7
+"""Most noise of the clips that are judged by what is seen: the last three of ten steps. Above it an estimate of the clean clip
 is blurred because much is still open, not because the expert is poor."""
 
 

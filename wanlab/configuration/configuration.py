@@ -35,7 +35,8 @@ class Configuration(
     """Engines, precision plan and techniques of a model.
 
     Attributes:
-        name: name in tables and files. about: description in one line.
+        name: name in tables and files.
+        about: description in one line.
         engines: one name for the whole model: every component that usually runs on this engine and, where the engine
             needs a graph, can be converted; the others eager. Or
             component -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts;

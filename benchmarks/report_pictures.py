@@ -39,6 +39,7 @@ WIDTH, HEIGHT = (
     1200,
     1040,
 )  # pixels of the first screen; its end is that of the main output, where that comes sooner
+REPORT_END, SWEEP_END = ".main", "main > section"  # the element with which the first screen ends
 MARGIN = 14
 LIMIT_BYTES = 60_000
 COLOURS = 128  # text and figures have few; those that are rare are kept, as they have a meaning
@@ -136,14 +137,14 @@ def main() -> int:
                     file=sys.stderr,
                 )
                 return 1
-            size = picture(browser, folder / "report.html", PICTURES / f"{name}.webp", ".main")
+            size = picture(browser, folder / "report.html", PICTURES / f"{name}.webp", REPORT_END)
             record[name] = facts(folder)
             print(f"{name}: {size / 1000:.0f} kB, run in {record[name]['seconds']:.0f} s", flush=True)
             write_json(RECORD, {key: record[key] for key in sorted(record)})
         if not options.notebooks:
             with tempfile.TemporaryDirectory() as place:
                 copy = shutil.copytree(SWEEP, Path(place) / SWEEP.name)
-                size = picture(browser, render_index(copy), PICTURES / "sweep.webp", "main > section")
+                size = picture(browser, render_index(copy), PICTURES / "sweep.webp", SWEEP_END)
             print(f"sweep: {size / 1000:.0f} kB")
     large = [file.name for file in PICTURES.glob("*.webp") if file.stat().st_size > LIMIT_BYTES]
     if large:

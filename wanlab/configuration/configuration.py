@@ -43,7 +43,7 @@ class Configuration(
             components that no pattern fits are eager.
         plan: number formats of the experts' layers; None is the model as it was loaded.
         techniques: names of switches that make a model faster or smaller. There are none yet.
-        settings: engine -> setting -> value, see `wanlab.engines.EngineKind.settings`.
+        settings: engine -> setting -> value; each engine has its own (`wanlab.engines.EngineKind.settings`).
     """
 
     name: str

@@ -79,7 +79,8 @@ def _docstring(record: type) -> tuple[str, dict[str, str]]:
     """First paragraph, and field -> text, of a docstring with a list of attributes."""
     about, _, attributes = (inspect.getdoc(record) or "").partition("\n\nAttributes:\n")
     found = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
-    return about, {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
+    found = [(names, re.sub(r"\bNone\b", "null", " ".join(text.split()))) for names, text in found]
+    return about, {name: text for names, text in found for name in names.split(", ")}
 
 
 def _complete_plan(plan: Json, rule: Json) -> None:

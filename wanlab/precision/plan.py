@@ -108,8 +108,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         rules: rules in order; where several fit a layer, the last one counts.
         num_steps: number of steps of the generation that steps in rules are counted in; needed when a rule names steps.
         note: origin of the plan.
-        made_for: size of the experts that it was selected for, see `assignment.architecture`; other experts refuse it. Empty
-            for plans of any model.
+        made_for: size of the experts that it was selected for, as `assignment.architecture` writes it; other experts refuse
+            it. Empty for plans of any model.
     """
 
     name: str

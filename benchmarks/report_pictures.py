@@ -58,18 +58,21 @@ def newest(folder: Path, name: str) -> Path | None:
     return Path(max(found, key=lambda run: run.row["started"]).row["folder"]) if found else None
 
 
+def short(environment: dict[str, Any]) -> dict[str, Any]:
+    """Of the description of a machine what pages name."""
+    packages = {name: version for name, version in environment["packages"].items() if name in PACKAGES}
+    return {name: environment[name] for name in ("gpu", "cpu", "threads", "python")} | {"packages": packages}
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """What a run answered and took."""
     record, status = read_json(folder / "run.json"), read_json(folder / "status.json")
-    environment = record["environment"]
-    packages = {name: environment["packages"][name] for name in PACKAGES if name in environment["packages"]}
     return {
         "verdict": record["verdict"],
         "seconds": status["seconds"],
         "peak_memory_gib": status.get("peak_memory_gib"),
         "others_percent": (record.get("load_of_run") or {}).get("others_percent"),
-        "environment": {name: environment[name] for name in ("gpu", "cpu", "threads", "python")}
-        | {"packages": packages},
+        "environment": short(record["environment"]),
     }
 
 

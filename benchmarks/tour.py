@@ -1,6 +1,6 @@
 """Walk the tour of docs/tour.md: every command in an empty folder; what each took is data/results/tour_cpu.json.
 
-The pages that no other picture shows, of the configuration and of the sweep, are docs/pictures/tour_*.webp.
+The report that no other picture shows, of the configuration, is docs/pictures/tour_configuration.webp.
 
 python benchmarks/tour.py && python benchmarks/tables.py   # the second writes the times into the page
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from browser import chromium, launched
-from report_pictures import PICTURES, REPORT_END, SWEEP_END, picture
+from report_pictures import PICTURES, REPORT_END, picture, short
 from table_text import RESULTS, ROOT
 
 from wanlab.core.files import write_json
@@ -31,14 +31,6 @@ PAGE = ROOT / "docs" / "tour.md"
 def commands(text: str) -> list[str]:
     """The `wanlab` commands of the page, one a fenced block."""
     return re.findall(r"^```\n(wanlab .+)\n```$", text, re.MULTILINE)
-
-
-def pictures(outputs: Path) -> None:
-    """The pages of the configuration and of the sweep."""
-    (report,) = outputs.glob("41_configuration/*/report.html")
-    with launched(chromium()) as browser:
-        picture(browser, report, PICTURES / "tour_configuration.webp", REPORT_END)
-        picture(browser, outputs / "wan-nano-tour" / "index.html", PICTURES / "tour_sweep.webp", SWEEP_END)
 
 
 def busy_s() -> float:
@@ -61,12 +53,14 @@ def main() -> int:
             if done.returncode:
                 return 1
             steps.append({"command": command, "seconds": seconds})
-        pictures(Path(place) / "outputs")
+        (report,) = Path(place).glob("outputs/41_configuration/*/report.html")
+        with launched(chromium()) as browser:
+            picture(browser, report, PICTURES / "tour_configuration.webp", REPORT_END)
     own = resource.getrusage(resource.RUSAGE_CHILDREN)
     others_s = busy_s() - busy - own.ru_utime - own.ru_stime
     whole_s = (time.perf_counter() - begun) * psutil.cpu_count()
     record = {
-        "environment": environment(),
+        "environment": short(environment()),
         "others_percent": 100 * max(0.0, others_s) / whole_s,
         "steps": steps,
     }

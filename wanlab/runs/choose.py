@@ -552,8 +552,8 @@ def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     gain = gain_of(comparisons.by)
     others = [name for name in comparisons.shown if name != comparisons.by]
     rows = []
-    for row in comparisons.frame.to_dict(orient="records"):
-        axes = {axis: parameter_text(row[axis]) for axis in comparisons.axes} if apart else {}
+    for run, row in zip(comparisons.rows, comparisons.frame.to_dict(orient="records"), strict=True):
+        axes = {axis: parameter_text(run.parameters.get(axis)) for axis in comparisons.axes} if apart else {}
         effect = f", {NOT_APPLIED}" if row.get("effect") == NOT_APPLIED else ""
         timed = is_time(comparisons.by) and row["configuration"] != comparisons.baseline.label
         cells = (axes or {"configuration": row["configuration"]}) | {

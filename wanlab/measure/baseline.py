@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import sentence, time_text
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
@@ -137,6 +137,8 @@ def _in_turn(variants: Mapping[str, Model], sample: Callable[[str], float], **un
     return in_turn(samples, controls, ended)
 
 
+MOST_NOISE_PERCENT = 10.0
+"""Noise above which a baseline is worth more samples before anything is compared with it."""
 RECORDED_PERCENT = 10.0
 """A recorded generation that differs by more from the timed ones, and by more than their noise, is said."""
 
@@ -212,6 +214,10 @@ class Baseline:
         where = (
             "the host's own work" if top["component"] == OTHER else f"the {component_title(top['component'])}"
         )
+        following = step("shows which code takes that time", "11_flame_graph")
+        if self.control.noise_percent > MOST_NOISE_PERCENT:
+            iterations = max(5, 2 * first)
+            following = step("on an idle machine brings the noise down", iterations=iterations)
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
@@ -219,7 +225,7 @@ class Baseline:
             f"The video has {settings['width']} x {settings['height']} pixels and {settings['frames']} frames, made in"
             f" {settings['steps']} steps; {first} + {second} of them were timed.",
             sentence(self.caveat),
-            "Next: 11_flame_graph shows which code takes the time, 15_triage ranks what to change.",
+            next=following,
         )
 
     def forward_ms(self) -> pd.DataFrame:

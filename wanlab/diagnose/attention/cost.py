@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError
-from wanlab.core.words import sentence
 from wanlab.diagnose.attention.backends import AttentionKernels
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.diagnose.attention.maps import AttentionMap
 from wanlab.diagnose.attention.statistics import BLOCK_KEYS
+from wanlab.measure.load import metered
 from wanlab.models.device import synchronise
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import fewest_steps, precompute_schedule
@@ -63,7 +63,7 @@ def attention_times(
         samples.append((repeat, call.without_tensors(), heads, begin, end))
         return result
 
-    with attention_calls(model, timed):
+    with metered(model.device), attention_calls(model, timed):
         for repeat in range(repeats):  # noqa: B007 - read by `timed`
             model.generate(image, prompt, **settings)
     synchronise(model.device)
@@ -97,6 +97,10 @@ def layer_times(times: pd.DataFrame) -> pd.DataFrame:
     grouped = parts.groupby(level=own, sort=False)
     frame = grouped["time_ms"].agg(calls="size", median_ms="median", min_ms="min", max_ms="max")
     return frame.assign(head_ms=grouped["head_ms"].median()).reset_index()
+
+
+NORMAL_95 = 1.96
+"""Standard errors on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,38 +150,49 @@ class Skippable:
             heads: the map that was ranked. kernels: kernels that were timed for the dense work, if any.
             caveat: sentence about a profile that is shown beside the map.
         """
-        half, error = float(self.table["density_percent"].median()), heads.error_percent(self.level_percent)
-        need = (
-            f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their attention"
+        share = self.row()
+        half = share[f"density{self.level_percent}_median_percent"]
+        known = f"± {NORMAL_95 * heads.error_percent(self.level_percent):.1f} % (95 % interval)"
+        looks = (
+            f"{share['spatial_percent']:.0f} % of the heads look mostly at their own frame,"
+            f" {share['temporal_percent']:.0f} % at one place through time,"
+            f" {share['global_percent']:.0f} % all over the video."
         )
-        first, even = (
-            float(heads.of()["first_frame_percent"].median()),
-            heads.uniform()["first_frame_percent"],
-        )
-        tiles = [
-            (f"keys for {self.level_percent} %", f"{half:.1f} %", f"median head, known to ± {error:.1f} %"),
-            ("spatial heads", f"{self.row()['spatial_percent']:.0f} %", "look mostly inside their own frame"),
-            ("on the first frame", f"{first:.1f} %", f"of the attention; alike to all would be {even:.1f} %"),
+        first = float(heads.of()["first_frame_percent"].median())
+        even = heads.uniform()["first_frame_percent"]
+        more = [
+            (
+                f"keys for {self.level_percent} %",
+                f"≤ {half:.0f} %",
+                f"half of the heads; one head is known to {known}",
+            ),
+            (
+                "look all over the video",
+                f"{share['global_percent']:.0f} %",
+                "of the heads, at most of their steps",
+            ),
+            ("on the first frame", f"{first:.0f} %", f"of the attention; alike to all would be {even:.0f} %"),
         ]
-        head = f"{sentence(need)} What skipping the others gains is not known: nothing was timed."
-        if self.bound_ratio is not None:
+        tiles = more
+        head = f"{looks} What skipping keys gains is not known: nothing was timed."
+        following = step("times attention, so that the gain is known", "13_attention")
+        if self.bound_ratio is not None and self.block_bound_ratio is not None:
+            part = f"{self.attention_share_percent:.0f} %"
             head = (
-                f"Skipping keys can make denoising at most {self.bound_ratio:.2f} times as fast, and"
-                f" {self.block_bound_ratio:.2f} times in blocks as kernels work: self-attention is"
-                f" {self.attention_share_percent:.0f} % of the time. {need[:1].upper()}{need[1:]}."
+                f"{looks} Self-attention is {part} of the denoising time, so skipping keys makes that at most"
+                f" {self.bound_ratio:.2f} times as fast."
             )
-            share = ("self-attention", f"{self.attention_share_percent:.1f} %", "of the denoising time")
-            blocks = f"in blocks of {BLOCK_KEYS}: at most {self.block_bound_ratio:.2f}×"
-            tiles = [share, ("skipping keys", f"≤ {self.bound_ratio:.2f}×", blocks), *tiles]
-        name = f"Measured with {heads.facts['model']}"
-        sampled = f"{heads.facts['queries_per_frame']} queries of each latent frame"
+            blocks = f"of denoising; in blocks of {BLOCK_KEYS} keys at most {self.block_bound_ratio:.2f}×"
+            own = ("self-attention", part, "of the denoising time")
+            tiles = [own, ("gain of skipping", f"≤ {self.bound_ratio:.2f}×", blocks), *more]
+            following = step("ranks skipping keys beside every other change", "15_triage")
         return answer(
             head,
             f"{caveat}{heads.caveat}",
-            f"{name} on a sample, {sampled}: the share of one head is known to ± {error:.1f} %."
-            " Both bounds assume that choosing the keys costs nothing.",
+            f"Measured with {heads.facts['model']} on {heads.facts['queries_per_frame']} queries of each latent frame."
+            " The bound assumes that choosing the keys costs nothing.",
             "" if kernels is None else kernels.sentence,
-            "Next: 15_triage says whether attention is worth a change, 42_component times a kernel in the network.",
+            next=following,
             tiles=tuple(tiles),
         )
 

@@ -26,11 +26,11 @@ def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebo
     assert f"{baseline.values['baseline']['time_per_video_ms']:.4g}"[:3] in sources
     vae = shares["vae_encoder_percent"] + shares["vae_decoder_percent"]
     assert done.record["verdict"].startswith(
-        f"Change first: VAE on an engine. {vae:.0f} % of the time goes to the VAE"
+        f"Change first: Run the VAE on ONNX Runtime. {vae:.0f} % of the time goes to the VAE"
     )
     said = " ".join(done.record["details"])
     assert f"share of the VAE {vae:.4g} %" in said
-    assert f"VAE on an engine (at most {1 / (1 - vae / 100):.2f} times as fast)" in said
+    assert f"Run the VAE on ONNX Runtime (at most {1 / (1 - vae / 100):.2f} times as fast)" in said
     assert len(done.page.select("div.figure[data-figure]")) == 2
     assert "no GPU in the trace" in sources
     assert "unknown until 40_quality is run" in said

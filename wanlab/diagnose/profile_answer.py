@@ -69,7 +69,7 @@ def profile_answer(
         head += f" A change there makes a video at most {top['amdahl_bound']:.2f} times as fast."
     elif category == "launch_and_idle":
         head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(shares.wall_ms)}."
-    head += " This is one profile, so how much shares vary is not known."
+    head += " One profile: how much this varies is not known."
     if changed is not None:
         head, first = changed.headline, head
         caveat = f"{caveat.strip()} Before: {first[:1].lower()}{first[1:]}"

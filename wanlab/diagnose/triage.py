@@ -390,7 +390,7 @@ class Triage:
                 questions[questions["state"] == "measured"],
                 self.advice[self.advice["root"] == root],
             )
-            last_value = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
+            last_value = f": {_said(known.iloc[-1])}" if len(known) else ""
             texts = [
                 f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f} times as fast)')}"
                 for a in reached.itertuples()
@@ -463,6 +463,12 @@ class Triage:
             else "measures the number that decides next"
         )
         return step(why, notebook, **_parameters(self.commands[0]))
+
+
+def _said(row: pd.Series) -> str:
+    """A measured number as a sentence has it: a share in whole percent."""
+    whole = row["unit"] == "%" and abs(row["value"]) >= 1
+    return f"{row['what']} {row['value']:.0f} %" if whole else f"{row['what']} {row['reads']}"
 
 
 def _parameters(command: str) -> dict[str, str]:

@@ -140,7 +140,7 @@ def _in_turn(variants: Mapping[str, Model], sample: Callable[[str], float], **un
 MOST_NOISE_PERCENT = 10.0
 """Noise above which a baseline is worth more samples before anything is compared with it."""
 RECORDED_PERCENT = 10.0
-"""A recorded generation that differs by more from the timed ones, and by more than their noise, is said."""
+"""A recorded generation that differs by more from the timed ones is said: its times are not parts of theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ class Baseline:
     def caveat(self) -> str:
         """A sentence where times of the components and of the video do not go together; else ""."""
         longer = self.recorded_percent
-        if abs(longer) <= max(RECORDED_PERCENT, self.control.noise_percent):
+        if abs(longer) <= RECORDED_PERCENT:
             return ""
         recorded_s, word = self.breakdown["time_ms"].sum() / 1e3, "more" if longer > 0 else "less"
         return (
@@ -217,11 +217,13 @@ class Baseline:
         following = step("shows which code takes that time", "11_flame_graph")
         if self.control.noise_percent > MOST_NOISE_PERCENT:
             iterations = max(5, 2 * first)
-            following = step("on an idle machine brings the noise down", iterations=iterations)
+            following = step(
+                "lowers the noise: more videos are timed, best on an idle machine", iterations=iterations
+            )
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
-            f" {self.control.noise_percent:.1f} %, so a smaller change cannot be seen.",
+            f" {self.control.noise_percent:.{0 if self.control.noise_percent >= 10 else 1}f} %, so a smaller change cannot be seen.",
             f"The video has {settings['width']} x {settings['height']} pixels and {settings['frames']} frames, made in"
             f" {settings['steps']} steps; {first} + {second} of them were timed.",
             sentence(self.caveat),

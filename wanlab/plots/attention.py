@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.plots.bars import text_on
+from wanlab.plots.bars import name_lines, text_on
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 TYPE_COLOURS = {"spatial": "#3d85c6", "temporal": "#3fa796", "global": "#9aa3ad"}
@@ -39,7 +39,8 @@ LOOKS = {
     "global": "all over the video",
 }
 """Type of a head -> what it looks at."""
-SYMBOLS = ("circle", "diamond", "square")
+REASON_LETTERS = 30
+"""Letters of a line of the reason why a kernel has no bar."""
 CELLS = 12
 """Heads and layers up to which the cells of a map have room for their figures."""
 
@@ -55,51 +56,29 @@ def head_ranking(skippable: Any) -> go.Figure:
     """
     table = skippable.table.assign(place=range(1, len(skippable.table) + 1))
     half = float(table["density_percent"].median())
-    experts = list(dict.fromkeys(table["component"]))
     figure = go.Figure()
     for name, tint in TYPE_COLOURS.items():
         rows = table[table["type"] == name]
-        share = 100 * len(rows) / len(table)
         figure.add_scatter(
             x=rows["place"].tolist(),
             y=rows["density_percent"].tolist(),
             mode="markers",
-            marker={
-                "color": tint,
-                "size": 9,
-                "symbol": [_symbol(experts, each) for each in rows["component"]],
-            },
-            name=f"{LOOKS[name]}: {share:.0f} %",
+            marker={"color": tint, "size": 9},
+            name=f"{LOOKS[name]}: {100 * len(rows) / len(table):.0f} %",
             customdata=[
                 [NAMES.get(row.component, row.component), row.layer, row.head] for row in rows.itertuples()
             ],
             hovertemplate="%{customdata[0]}, layer %{customdata[1]}, head %{customdata[2]}: %{y:.1f} % of the keys"
             "<extra>%{fullData.name}</extra>",
         )
-    for component in experts if len(experts) > 1 else ():
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name=NAMES.get(component, component),
-            marker={"color": GREY, "size": 9, "symbol": _symbol(experts, component)},
-        )  # fmt: skip
     figure.add_hline(half, line={"dash": "dash", "color": GREY, "width": 1})
-    figure.add_annotation(
-        x=1,
-        y=half,
-        text=f"half of the heads need at most {half:.0f} %",
-        showarrow=False,
-        xanchor="left",
-        yanchor="bottom",
-    )
+    text = f"half of the heads need at most {half:.0f} %"
+    figure.add_annotation(x=1, y=half, text=text, showarrow=False, xanchor="left", yanchor="bottom")
     figure.update_layout(template=theme(), height=340, margin={"t": 30}, legend={"y": 1.04})
-    figure.update_xaxes(title_text="heads, those that need the fewest keys first", range=[0, len(table) + 1])
-    figure.update_yaxes(
-        title_text=f"keys for {skippable.level_percent} % of a head's attention (%)", range=[0, 102]
-    )
+    figure.update_xaxes(title_text="heads, fewest keys first", range=[0.4, len(table) + 0.6])
+    share = f"keys for {skippable.level_percent} % of the attention (%)"
+    figure.update_yaxes(title_text=share, range=[0, 102])
     return figure
-
-
-def _symbol(experts: list[str], component: str) -> str:
-    return SYMBOLS[experts.index(component) % len(SYMBOLS)]
 
 
 def head_map(
@@ -172,8 +151,10 @@ def head_map(
         margin={"t": 56, "b": 10},
         title={"text": marks[0][1], "font": {"size": 14, "color": colour(marks[0][2])}},
         title_x=0.01,
-        title_y=0.98,
-        title_yanchor="top",
+        title_y=1.0,
+        title_yref="paper",
+        title_yanchor="bottom",
+        title_pad={"b": 8},
     )
     figure.update_xaxes(
         title_text="layer", showgrid=False, zeroline=False, dtick=1 if len(layers) < 16 else 5
@@ -355,8 +336,15 @@ def kernel_bars(kernels: Any) -> go.Figure:
         )
     )
     for row in table[table["time_ms"].isna()].itertuples():
+        reason = name_lines(str(row.reason), REASON_LETTERS)
         figure.add_annotation(
-            x=0, y=row.kernel, text=f"{row.reason}", xanchor="left", showarrow=False, font={"color": GREY}
+            x=0,
+            y=row.kernel,
+            text=reason,
+            xanchor="left",
+            align="left",
+            showarrow=False,
+            font={"color": GREY},
         )
     ceiling = table["ceiling_tflop_per_s"].iloc[0]
     top = max([float(ran["tflop_per_s"].max()), *([float(ceiling)] if ceiling == ceiling else [])])
@@ -368,14 +356,13 @@ def kernel_bars(kernels: Any) -> go.Figure:
             yref="paper",
             text=f"matrix product: {ceiling:.3g} TFLOP/s",
             showarrow=False,
+            xanchor="right" if float(ceiling) > 0.5 * top else "left",
             yanchor="bottom",
         )
     figure.update_layout(
         template=theme(), height=100 + ROW_PX * len(table), showlegend=False, margin={"t": 30}
     )
-    figure.update_xaxes(
-        title_text="TFLOP/s, counting the computed query-key pairs only", range=[0, 1.45 * top]
-    )
+    figure.update_xaxes(title_text="TFLOP/s of the pairs that are computed", range=[0, 1.45 * top])
     figure.update_yaxes(
         categoryorder="array", categoryarray=table["kernel"].tolist()[::-1], showgrid=False, range=[-0.6, len(table) - 0.4]
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-NAME_LETTERS = 17
+NAME_LETTERS = 18
 """Letters of a line of a bar's name: on a phone more leave no room for the bars."""
 BESIDE = 1.62
 """An axis is so many times as long as its longest bar, so that "5.43 s · 50 %" has room beside it on a phone."""

@@ -44,14 +44,19 @@ def category_bars(breakdown: Any) -> go.Figure:
     sums = rows.groupby("name", sort=False)[["time_ms", "share_percent", "hidden_ms"]].sum()
     parts = breakdown.parts.assign(name=breakdown.parts["category"].map(names))
     figure = go.Figure()
-    for component in parts.groupby("component")["time_ms"].sum().sort_values(ascending=False).index:
+    by_component = parts.groupby("component")["time_ms"].sum().sort_values(ascending=False)
+    for component, time_ms in by_component.items():
         part = parts[parts["component"] == component].groupby("name", sort=False)["time_ms"].sum()
+        named = (
+            component in set(table["category"]) or time_ms < SMALLEST_ROW_PERCENT / 100 * breakdown.wall_ms
+        )
         figure.add_bar(
             x=part.tolist(),
             y=part.index.tolist(),
             orientation="h",
-            name=_name(component),
-            marker={"color": _colour(component)},
+            name=_name(str(component)),
+            marker={"color": _colour(str(component))},
+            showlegend=not named,  # a row has its name, or there is almost nothing of it
             hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
         )
     hidden = sums[sums["hidden_ms"] > 0.001 * breakdown.wall_ms]
@@ -70,8 +75,9 @@ def category_bars(breakdown: Any) -> go.Figure:
         figure.add_annotation(x=end, y=name, text=text, xanchor="left", xshift=4, showarrow=False)
     order = [*(name for name in sums.index if name != rest), *([rest] if rest else [])]
     figure.update_layout(
-        template=theme(), barmode="stack", height=110 + COMPACT_ROW_PX * len(order), margin={"t": 40}
+        template=theme(), barmode="stack", height=120 + COMPACT_ROW_PX * len(order), margin={"t": 40}
     )
+    figure.update_layout(legend={"traceorder": "normal"})
     figure.update_xaxes(title_text="wall clock (ms)", range=[0, BESIDE * float(ends.max())], nticks=6)
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
     return figure
@@ -274,7 +280,9 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     share = df["share_percent"] if "share_percent" in df else 100.0 * df["time_ms"] / (total or 1.0)
     calls = df["calls"] if "calls" in df else [None] * len(df)
     names = [NAMES.get(name, str(name)) for name in df["component"]]
-    texts = [f"{time_text(ms)} · {part:.1f} %" for ms, part in zip(df["time_ms"], share, strict=True)]
+    texts = [
+        f"{time_text(ms)} · {whole_percent(part)}" for ms, part in zip(df["time_ms"], share, strict=True)
+    ]
     figure = go.Figure(
         go.Bar(
             x=df["time_ms"].tolist(),
@@ -401,7 +409,7 @@ def _with_ratio(value: float, baseline: float) -> str:
     return f"{shown} · {ratio:.2f}× less" if ratio > 1 else f"{shown} · {1 / ratio:.2f}× more"
 
 
-COMPACT_ROW_PX = 26  # of figures with many rows that stand on the first screen
+COMPACT_ROW_PX = 28  # of figures with many rows that stand on the first screen
 SMALLEST_SHARE = 0.005  # of the video; smaller components are drawn as one
 
 
@@ -524,6 +532,7 @@ def memory_bars(account: Any) -> go.Figure:
             orientation="h",
             name=_name(component),
             marker={"color": _colour(component)},
+            showlegend=bool(rows["size_bytes"].sum() >= SMALLEST_ROW_PERCENT / 100 * account.peak_bytes),
             hovertemplate=f"%{{y}}, %{{fullData.name}}: %{{x:,.3f}} {unit}<extra></extra>",
         )
     for part, size in sums.items():
@@ -532,7 +541,8 @@ def memory_bars(account: Any) -> go.Figure:
         figure.add_annotation(
             x=max(size, 0) / scale, y=name, text=text, xanchor="left", xshift=4, showarrow=False
         )
-    figure.update_layout(template=theme(), barmode="stack", height=110 + ROW_PX * len(sums), margin={"t": 40})
+    figure.update_layout(template=theme(), barmode="stack", height=130 + ROW_PX * len(sums), margin={"t": 40})
+    figure.update_layout(legend={"traceorder": "normal"})
     figure.update_xaxes(
         title_text=f"memory at the peak ({unit}); sum {shown(account.peak_bytes / scale)}",
         range=[0, BESIDE * float(sums.max()) / scale],

@@ -8,17 +8,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.words import time_text
+from wanlab.core.words import number_text, time_text
+from wanlab.diagnose.experts.switching import WAY_NAMES
 from wanlab.plots.bars import name_lines, text_on
 from wanlab.plots.style import GREY, LINE, NAMES, ROW_PX, colour, theme
-
-_WAY_NAMES = {
-    "resident": "both in GPU memory",
-    "pageable": "from ordinary host memory",
-    "pinned": "from page-locked host memory",
-    "prefetched": "copied ahead",
-}
-
 
 BRANCHES = {"cond_ms": ("with the prompt", 0.95), "uncond_ms": ("without the prompt", 0.5)}
 """Column of a branch -> its name, and how opaque its bars are."""
@@ -59,11 +52,10 @@ def expert_steps(timeline: Any) -> go.Figure:
                 col=1,
                 **style,
             )
-    for branch in branches if len(branches) > 1 else ():
+    for branch in branches if len(branches) > 1 else ():  # only for the legend
         branch_name, opacity = BRANCHES[branch]
-        figure.add_bar(
-            x=[None], y=[None], name=branch_name, marker={"color": GREY, "opacity": opacity}, row=2, col=1
-        )  # only for the legend
+        tint = f"rgba(128,138,149,{opacity})"
+        figure.add_bar(x=[None], y=[None], name=branch_name, marker={"color": tint}, row=2, col=1)
     line = {
         "x": steps["number"].tolist(),
         "y": steps["sigma"].tolist(),
@@ -119,17 +111,17 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
         figure.add_scatter(
             x=part["timestep"].tolist(),
             y=percent[part.index].tolist(),
-            mode="markers+text",
+            mode="markers+text" if len(steps) <= LABELLED else "markers",
             text=[f"{value:.2g}" for value in percent[part.index]],
             textposition="top center",
-            name=f"{NAMES.get(name, name)} runs",
+            name=NAMES.get(name, name),
             marker={"color": colour(name), "size": 10},
             customdata=[[row.step + 1, row.sigma, row.cosine] for row in part.itertuples()],
             hovertemplate="step %{customdata[0]}, timestep %{x:.0f}, sigma %{customdata[1]:.3f}<br>differ by %{y:.3g} %,"
             " cosine %{customdata[2]:.4f}<extra>%{fullData.name}</extra>",
         )
     floors = {
-        "kernel_l2": f"equal calls, {disagreement.kernel.replace('_', ' ')} kernel",
+        "kernel_l2": f"{disagreement.kernel.replace('_', ' ')} kernel",
         "again_l2": "equal calls",
     }
     for column, title in floors.items():
@@ -138,7 +130,7 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
             x=steps["timestep"].tolist(),
             y=values.tolist(),
             mode="lines",
-            name=title if values.any() else f"{title} (the same to the last bit)",
+            name=title,
             line={"color": GREY, "dash": "dot" if column == "again_l2" else "dash", "width": 1.5},
             hovertemplate="timestep %{x:.0f}: %{y:.3g} %<extra>%{fullData.name}</extra>",
         )
@@ -156,6 +148,7 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
     return figure
 
 
+LABELLED = 12  # steps up to which their figures have room beside them
 OWN, OTHER = "#b8581f", "#6b7682"  # bars of the model's own boundary and of others
 
 
@@ -188,7 +181,7 @@ def boundary_curves(sweep: Any) -> go.Figure:
             x=names,
             y=values,
             marker={"color": tints},
-            text=[f"{value:,.3g}" for value in values],
+            text=[number_text(value) for value in values],
             textposition="inside",
             insidetextanchor="start",
             insidetextfont={"color": [text_on(tint) for tint in tints]},
@@ -269,7 +262,7 @@ def switch_bars(cost: Any) -> go.Figure:
 
 
 def _way(row: dict[str, Any]) -> str:
-    return name_lines(_WAY_NAMES[row["way"]])
+    return name_lines(WAY_NAMES[row["way"]])
 
 
 def _switch_text(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from wanlab.plots.style import GREY, OTHERS, theme
 
 WIDTH_PX, GAP_PX, BEND_PX, LINE_PX, BETWEEN_PX, TITLE_PX = 880, 56, 11, 15, 8, 38
 LETTER_PX, WIDEST_PX = 6.2, 200
+LEAST_GAIN = 1.01  # a smaller bound says no more than the share
 FRAME = "rgba(128,138,149,0.5)"
 TINTS = ("#d9534f", "#3d85c6", "#8b7ec8", *OTHERS)
 
@@ -27,7 +28,11 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
     """
     texts = [
         whole_percent(row.share_percent)
-        + ("" if row.bound_ratio != row.bound_ratio else f" · ≤ {row.bound_ratio:.2f}×")
+        + (
+            ""
+            if row.bound_ratio != row.bound_ratio or row.bound_ratio < LEAST_GAIN
+            else f" · ≤ {row.bound_ratio:.2f}×"
+        )
         for row in ranking.itertuples()
     ]
     figure = go.Figure(
@@ -52,7 +57,7 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
     )  # fmt: skip
     figure.update_layout(template=theme(), height=110 + 36 * len(ranking), showlegend=False, margin={"t": 30})
     figure.update_xaxes(
-        title_text="share of the time (%), and the most that a change gains",
+        title_text="share of the time (%), largest gain",
         range=[0, BESIDE * float(ranking["share_percent"].max()) or 1],
         nticks=6,
     )

@@ -161,17 +161,9 @@ class Skippable:
         first = float(heads.of()["first_frame_percent"].median())
         even = heads.uniform()["first_frame_percent"]
         more = [
-            (
-                f"keys for {self.level_percent} %",
-                f"≤ {half:.0f} %",
-                f"half of the heads; one head is known to {known}",
-            ),
-            (
-                "look all over the video",
-                f"{share['global_percent']:.0f} %",
-                "of the heads, at most of their steps",
-            ),
-            ("on the first frame", f"{first:.0f} %", f"of the attention; alike to all would be {even:.0f} %"),
+            (f"keys for {self.level_percent} %", f"≤ {half:.0f} %", f"in half of the heads, {known}"),
+            ("look all over the video", f"{share['global_percent']:.0f} %", "of the heads"),
+            ("on the first frame", f"{first:.0f} %", f"of the attention; even would be {even:.0f} %"),
         ]
         tiles = more
         head = f"{looks} What skipping keys gains is not known: nothing was timed."
@@ -179,10 +171,10 @@ class Skippable:
         if self.bound_ratio is not None and self.block_bound_ratio is not None:
             part = f"{self.attention_share_percent:.0f} %"
             head = (
-                f"{looks} Self-attention is {part} of the denoising time, so skipping keys makes that at most"
+                f"{looks} Self-attention is {part} of the denoising time: skipping keys makes denoising at most"
                 f" {self.bound_ratio:.2f} times as fast."
             )
-            blocks = f"of denoising; in blocks of {BLOCK_KEYS} keys at most {self.block_bound_ratio:.2f}×"
+            blocks = f"in blocks of {BLOCK_KEYS} keys ≤ {self.block_bound_ratio:.2f}×"
             own = ("self-attention", part, "of the denoising time")
             tiles = [own, ("gain of skipping", f"≤ {self.bound_ratio:.2f}×", blocks), *more]
             following = step("ranks skipping keys beside every other change", "15_triage")

@@ -60,8 +60,7 @@ class Disagreement:
     def percents(self) -> tuple[str, str, str]:
         """How far the experts differ nearest to the boundary, at most at any step, and how far equal calls do, as text."""
         near, most = self.at_boundary(), float(self.steps["relative_l2"].max())
-        apart = (_percent_text(value) for value in (near["relative_l2"], most, near["floor_l2"]))
-        return tuple(apart)
+        return _percent_text(near["relative_l2"]), _percent_text(most), _percent_text(near["floor_l2"])
 
 
 def _percent_text(relative: float) -> str:
@@ -185,6 +184,11 @@ class BoundarySweep:
     def title(self, boundary: float) -> str:
         """A boundary as all texts and figures name it: "timestep 900"."""
         return f"timestep {boundary * self.timesteps:g}"
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The table with its boundaries named as in texts and figures."""
+        return self.frame.assign(boundary=self.frame["boundary"].map(self.title))
 
     @property
     def own(self) -> pd.Series:

@@ -38,6 +38,13 @@ WORDS = {
     "pinned": "from page-locked host memory",
     "prefetched": "with the weights copied ahead",
 }
+WAY_NAMES = {
+    "resident": "both in GPU memory",
+    "pageable": "from ordinary host memory",
+    "pinned": "from page-locked host memory",
+    "prefetched": "copied ahead",
+}
+"""Way -> its name in figures and tables."""
 HERE = "measured here"
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
@@ -110,6 +117,12 @@ class SwitchCost:
             "hidden_percent": more.get("hidden_percent", 0.0 if moved else None),
             "slowdown_percent": more.get("slowdown_percent"),
         }
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The table with the names of the ways as figures have them."""
+        frame = self.frame
+        return frame if frame.empty else frame.assign(way=frame["way"].map(WAY_NAMES))
 
     @property
     def empty(self) -> bool:

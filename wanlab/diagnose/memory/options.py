@@ -121,9 +121,9 @@ def memory_answer(account: MemoryAccount, options: pd.DataFrame | None = None, c
     saved = size_text(best["saved_gib"] * GIB)
     head = f"{account.headline} {best['option'][:1].upper()}{best['option'][1:]} would lower it most, by {saved}; {apart}."
     untouched = f"a video takes {best['time_ratio']:.2f} times as long (equal runs differ by {best['noise_percent']:.0f} %)"
-    tiles = [tiles[0], (f"{best['option']} saves", saved, apart), *tiles[1:3]]
+    tiles = [tiles[0], (f"saved by {best['option']}", saved, apart), *tiles[1:3]]
     noise = f"of the unchanged model's; noise {best['noise_percent']:.0f} %"
-    tiles.append(("its time", f"{best['time_ratio']:.2f}×", noise))
+    tiles.append(("time with that", f"{best['time_ratio']:.2f}×", noise))
     return answer(
         head,
         caveat,

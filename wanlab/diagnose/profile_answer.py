@@ -22,6 +22,8 @@ MOST_OF_IT_PERCENT = 50.0
 REACHED_PERCENT = 95.0
 """Share of what the device can do from which nothing is left to gain by better kernels."""
 PLURAL = ("linear", "launch_and_idle", "host_device_transfer")
+PLAIN = ("linear", "launch_and_idle")
+"""Rows whose name says what their code is."""
 NEXT = {
     "self_attention": step("shows what each head looks at and what could be skipped", "13_attention"),
     "cross_attention": step("shows what each head looks at and what could be skipped", "13_attention"),
@@ -105,7 +107,7 @@ def _code_clause(shares: Breakdown, category: str) -> str:
     """How much of a category its main code is: "83 % of it is 3D convolution"; "" where that is not known."""
     codes = _codes(shares, category)
     sums = codes.groupby(codes.index.map(code_words)).sum().drop("", errors="ignore")
-    if sums.empty or category == "launch_and_idle":
+    if sums.empty or category in PLAIN:
         return ""
     return f"{whole_percent(100 * sums.max() / codes.sum())} of it is {sums.idxmax()}"
 

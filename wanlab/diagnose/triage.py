@@ -20,7 +20,7 @@ import pandas as pd
 
 from wanlab.core.answer import MOST_TILES, Answer, Step, answer, step
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
-from wanlab.core.words import counted
+from wanlab.core.words import counted, listed
 
 DEFAULT = Path(__file__).with_name("triage.json")
 
@@ -344,7 +344,7 @@ def amdahl(share_percent: float | None, removes: float = 1.0) -> float | None:
 
 
 NOISE, TIMES = "baseline.noise_percent", ("baseline.time", "breakdown.")
-CLOSE = "a close call"
+CLOSE, CLEAR_RATIO = "a close call", 2.0
 ASKED = ["root", "node", "question", "state", "what", "value", "unit", "reads", "threshold", "branch", "to"]
 ASKED += ["source", "notebook", "command"]
 ADVISED = ["root", "node", "advice", "share_percent", "bound_ratio", "bound", "hazard", "mitigation", "help"]
@@ -417,7 +417,11 @@ class Triage:
             tiles.append(("still to measure", counted(len(self.commands), "notebook"), "commands below"))
         if not counts["measured"]:
             head = "Nothing is measured yet, so nothing can be advised. Measure what one video costs first."
-            return answer(head, caveat, next=self._next(None), tiles=tuple(tiles))
+            rest = [Path(shlex.split(command)[2]).stem for command in self.commands[1:]]
+            then = (
+                f"Then run {listed(rest)}, and this notebook again; the commands are below." if rest else ""
+            )
+            return answer(head, caveat, then, next=self._next(None), tiles=tuple(tiles))
         slow = self.advice["root"] == self.frame["root"].iloc[0]
         sized = self.advice[self.advice["share_percent"].notna() & slow]
         best = None
@@ -445,7 +449,8 @@ class Triage:
             return " It is a close call: noise could turn it."
         shares = self.ranking["share_percent"].tolist()
         if len(shares) > 1 and self.ranking["reached"].iloc[0]:
-            return f" That is clear: the second largest share is {shares[1]:.0f} %."
+            clear = "That is clear: the" if shares[0] > CLEAR_RATIO * shares[1] else "The"
+            return f" {clear} second largest share is {shares[1]:.0f} %."
         return ""
 
     def _next(self, best: pd.Series | None) -> Step:

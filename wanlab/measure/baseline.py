@@ -201,9 +201,9 @@ class Baseline:
         longer = self.recorded_percent
         if abs(longer) <= RECORDED_PERCENT:
             return ""
-        recorded_s, word = self.breakdown["time_ms"].sum() / 1e3, "more" if longer > 0 else "less"
+        recorded, word = time_text(self.breakdown["time_ms"].sum()), "more" if longer > 0 else "less"
         return (
-            f"the components add up to {recorded_s:,.2f} s, {abs(longer):.0f} % {word} than the timed videos: they are"
+            f"the components add up to {recorded}, {abs(longer):.0f} % {word} than the timed videos: they are"
             " of one more generation, recorded while the machine ran at another speed; read their shares"
         )
 
@@ -215,7 +215,8 @@ class Baseline:
             "the host's own work" if top["component"] == OTHER else f"the {component_title(top['component'])}"
         )
         following = step("shows which code takes that time", "11_flame_graph")
-        if self.control.noise_percent > MOST_NOISE_PERCENT:
+        noise = self.control.noise_percent
+        if noise > MOST_NOISE_PERCENT:
             iterations = max(5, 2 * first)
             following = step(
                 "lowers the noise: more videos are timed, best on an idle machine", iterations=iterations
@@ -223,7 +224,7 @@ class Baseline:
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
-            f" {self.control.noise_percent:.{0 if self.control.noise_percent >= 10 else 1}f} %, so a smaller change cannot be seen.",
+            f" {noise:.{0 if noise >= 10 else 1}f} %, so a smaller change cannot be seen.",
             f"The video has {settings['width']} x {settings['height']} pixels and {settings['frames']} frames, made in"
             f" {settings['steps']} steps; {first} + {second} of them were timed.",
             sentence(self.caveat),

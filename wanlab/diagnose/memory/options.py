@@ -109,9 +109,9 @@ def memory_answer(account: MemoryAccount, options: pd.DataFrame | None = None, c
     if options is None:
         following = step("also measures what each option saves", "14_memory")
         return answer(account.headline, caveat, next=following, tiles=tuple(tiles[:MOST_TILES]))
-    peaks = options[options["state"] == "baseline"]
-    apart = f"two equal runs differ by {size_text(float(peaks['noise_gib'].max()) * GIB)}"
-    if peaks["noise_gib"].max() < SMALLEST_GIB:
+    noise_gib = float(options["noise_gib"].max())
+    apart = f"two equal runs differ by {size_text(noise_gib * GIB)}"
+    if noise_gib < SMALLEST_GIB:
         apart = "two equal runs have the same peak"
     if useful.empty:
         head = f"{account.headline} No option that was tried lowers it: {apart}."

@@ -78,7 +78,7 @@ def test_joint_attention_is_called_so(tmp_path):
     )
     found = diagnose.profile_answer(diagnose.breakdown(trace))
     assert found.headline.startswith(
-        "Self-attention takes 90 % of the time, and 100 % of it is the attention kernel."
+        "Self-attention takes 90 % of the time, and all of it is the attention kernel."
     )
     trace.generation["joint_attention"] = True
     joint = diagnose.breakdown(trace)

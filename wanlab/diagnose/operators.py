@@ -61,13 +61,13 @@ def kind(name: str) -> str | None:
 
 
 WORDS = (
-    (r"conv_?3d|conv3d", "3D convolution"),
-    (r"conv_?2d|conv2d", "2D convolution"),
-    (r"(?<![a-z])conv|_conv|fprop|mkldnn_convolution", "convolution"),
     (
         r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn",
         "the attention kernel",
     ),
+    (r"conv_?3d|conv3d", "3D convolution"),
+    (r"conv_?2d|conv2d", "2D convolution"),
+    (r"(?<![a-z])conv|_conv|fprop|mkldnn_convolution", "convolution"),
     (r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear)$", "matrix products"),
     (r"^triton_tem|gemm|cutlass|nvjet|xmma|wgmma|cublas|^Cijk_", "matrix products"),
     (r"^triton_", "fused element-wise operators"),

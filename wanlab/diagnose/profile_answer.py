@@ -109,7 +109,8 @@ def _code_clause(shares: Breakdown, category: str) -> str:
     sums = codes.groupby(codes.index.map(code_words)).sum().drop("", errors="ignore")
     if sums.empty or category in PLAIN:
         return ""
-    return f"{whole_percent(100 * sums.max() / codes.sum())} of it is {sums.idxmax()}"
+    share = whole_percent(100 * sums.max() / codes.sum())
+    return f"{'all' if share == '100 %' else share} of it is {sums.idxmax()}"
 
 
 def _code_detail(shares: Breakdown, category: str, bounds: pd.DataFrame | None) -> str:
@@ -117,7 +118,7 @@ def _code_detail(shares: Breakdown, category: str, bounds: pd.DataFrame | None) 
     codes, name, said = _codes(shares, category), _with_article(shares.name_of(category)), []
     share = 100 * codes.iloc[0] / codes.sum() if len(codes) and codes.sum() else 0.0
     if share >= MOST_OF_IT_PERCENT:
-        said.append(f"{whole_percent(share)} of it is in {codes.index[0]}")
+        said.append(f"{whole_percent(share)} of that is in {codes.index[0]}")
     if bounds is not None:
         reached = float(bounds.set_index("category")["of_roofline_percent"].get(category, math.nan))
         if reached < REACHED_PERCENT:

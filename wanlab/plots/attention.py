@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.diagnose.attention.cost import LOOKS
 from wanlab.plots.bars import name_lines, text_on
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
 
@@ -33,12 +34,6 @@ STATISTICS = {
     "type": "type",
 }
 
-LOOKS = {
-    "spatial": "mostly at its own frame",
-    "temporal": "at one place through time",
-    "global": "all over the video",
-}
-"""Type of a head -> what it looks at."""
 REASON_LETTERS = 30
 """Letters of a line of the reason why a kernel has no bar."""
 CELLS = 12

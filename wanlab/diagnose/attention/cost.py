@@ -12,6 +12,7 @@ import torch
 
 from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import listed
 from wanlab.diagnose.attention.backends import AttentionKernels
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.diagnose.attention.maps import AttentionMap
@@ -99,6 +100,12 @@ def layer_times(times: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(head_ms=grouped["head_ms"].median()).reset_index()
 
 
+LOOKS = {
+    "spatial": "mostly at their own frame",
+    "temporal": "at one place through time",
+    "global": "all over the video",
+}
+"""Type of a head -> what such heads look at."""
 NORMAL_95 = 1.96
 """Standard errors on each side of a 95 % interval."""
 
@@ -141,6 +148,19 @@ class Skippable:
             **{f"{name}_percent": float(types.get(name, 0.0)) for name in ("spatial", "temporal", "global")},
         }
 
+    @property
+    def _looks(self) -> str:
+        """What the heads look at, as a sentence: the share of each type that there is, the largest first."""
+        shares = {name: self.row()[f"{name}_percent"] or 0.0 for name in LOOKS}
+        parts = sorted((name for name in LOOKS if shares[name] >= 0.5), key=lambda name: -shares[name])
+        if len(parts) == 1:
+            return f"All heads look {LOOKS[parts[0]]}."
+        said = [
+            f"{shares[name]:.0f} %{'' if at else ' of the heads look'} {LOOKS[name]}"
+            for at, name in enumerate(parts)
+        ]
+        return f"{listed(said)}."
+
     def answer(
         self, heads: AttentionMap, kernels: AttentionKernels | None = None, caveat: str = ""
     ) -> Answer:
@@ -153,11 +173,6 @@ class Skippable:
         share = self.row()
         half = share[f"density{self.level_percent}_median_percent"]
         known = f"± {NORMAL_95 * heads.error_percent(self.level_percent):.1f} % (95 % interval)"
-        looks = (
-            f"{share['spatial_percent']:.0f} % of the heads look mostly at their own frame,"
-            f" {share['temporal_percent']:.0f} % at one place through time,"
-            f" {share['global_percent']:.0f} % all over the video."
-        )
         first = float(heads.of()["first_frame_percent"].median())
         even = heads.uniform()["first_frame_percent"]
         more = [
@@ -166,12 +181,12 @@ class Skippable:
             ("on the first frame", f"{first:.0f} %", f"of the attention; even would be {even:.0f} %"),
         ]
         tiles = more
-        head = f"{looks} What skipping keys gains is not known: nothing was timed."
+        head = f"{self._looks} What skipping keys gains is not known: nothing was timed."
         following = step("times attention, so that the gain is known", "13_attention")
         if self.bound_ratio is not None and self.block_bound_ratio is not None:
             part = f"{self.attention_share_percent:.0f} %"
             head = (
-                f"{looks} Self-attention is {part} of the denoising time: skipping keys makes denoising at most"
+                f"{self._looks} Self-attention is {part} of the denoising time: skipping keys makes denoising at most"
                 f" {self.bound_ratio:.2f} times as fast."
             )
             blocks = f"in blocks of {BLOCK_KEYS} keys ≤ {self.block_bound_ratio:.2f}×"

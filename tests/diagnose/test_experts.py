@@ -330,7 +330,7 @@ def test_another_boundary_counts_only_where_its_interval_is_below_zero():
         assert open_.row()["boundary_best"] is None
         found = summary(boundaries=open_).answer("wan-nano")
         assert (found.next.notebook, found.next.parameters) == ("", {"cases": 8})
-        assert found.tiles[-1][:2] == ("better boundary than timestep 900", "undecided")
+        assert found.tiles[-1][:2] == ("better boundary", "undecided")
 
 
 def test_steps_of_tables_for_readers_count_from_one():

@@ -32,7 +32,7 @@ def test_experts_of_wan_nano(run_notebook, tmp_path, root):
     assert found["disagreement"] > 1000 * found["disagreement_floor"]
     assert found["boundary_best"] is None  # one case decides nothing
     assert "undecided (1 case, 1 other boundary)" in done.answer
-    assert done.record["next"]["command"].endswith("-p cases=8")
+    assert "-p cases=8" in done.record["next"]["command"]
     if not found["switch_source"].startswith("measured"):
         assert found["switch_pinned_ms"] == 520.5
         assert "On another machine (some GPU)" in str(done.page)

@@ -118,7 +118,7 @@ def _code_detail(shares: Breakdown, category: str, bounds: pd.DataFrame | None) 
     codes, name, said = _codes(shares, category), _with_article(shares.name_of(category)), []
     share = 100 * codes.iloc[0] / codes.sum() if len(codes) and codes.sum() else 0.0
     if share >= MOST_OF_IT_PERCENT:
-        said.append(f"{whole_percent(share)} of that is in {codes.index[0]}")
+        said.append(f"the code is {codes.index[0]}, with {whole_percent(share)} of that time")
     if bounds is not None:
         reached = float(bounds.set_index("category")["of_roofline_percent"].get(category, math.nan))
         if reached < REACHED_PERCENT:

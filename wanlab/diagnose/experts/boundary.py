@@ -420,7 +420,7 @@ class ExpertSummary:
             better = "undecided" if sweep.undecided else "no"
             if sweep.better is not None:
                 better = sweep.title(sweep.better)
-            tiles.append((f"better boundary than {own}", better, sweep.extent))
+            tiles.append(("better boundary", better, f"own: {own}; {sweep.extent}"))
         return answer(
             f"{sentence(self.timeline.order)} {self._switch}{self._apart}",
             caveat,

@@ -26,6 +26,7 @@ from .experts.switching import switching as switching
 from .experts.timeline import DataFlow as DataFlow
 from .experts.timeline import Timeline as Timeline
 from .experts.timeline import data_flow as data_flow
+from .experts.timeline import from_one as from_one
 from .experts.timeline import timeline as timeline
 from .flame import Difference as Difference
 from .flame import Flame as Flame
@@ -41,6 +42,7 @@ from .memory.options import memory_answer as memory_answer
 from .memory.options import memory_options as memory_options
 from .operators import call_kernels as call_kernels
 from .operators import count_operations as count_operations
+from .profile_answer import profile_answer as profile_answer
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace
 from .trace_model import other_model as other_model

@@ -60,6 +60,30 @@ def kind(name: str) -> str | None:
     return next((name_of_kind for name_of_kind, pattern in _KINDS if re.search(pattern, name)), None)
 
 
+WORDS = (
+    (
+        r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn",
+        "the attention kernel",
+    ),
+    (r"conv_?3d|conv3d", "3D convolution"),
+    (r"conv_?2d|conv2d", "2D convolution"),
+    (r"(?<![a-z])conv|_conv|fprop|mkldnn_convolution", "convolution"),
+    (r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear)$", "matrix products"),
+    (r"^triton_tem|gemm|cutlass|nvjet|xmma|wgmma|cublas|^Cijk_", "matrix products"),
+    (r"^triton_", "fused element-wise operators"),
+    (r"Memcpy|copy|aten::(cat|clone|contiguous|_to_copy|fill_|zero_)", "copies of data"),
+    (r"norm", "norms"),
+    (r"softmax", "softmax"),
+    (r"elementwise|aten::(add|mul|sub|div|silu|gelu|sigmoid|tanh|exp|pow|sqrt)_?$", "element-wise operators"),
+)
+"""Pattern in the name of an operator or kernel -> what it is for a reader; the first that fits counts."""
+
+
+def code_words(name: str) -> str:
+    """What an operator or kernel is, in words: "3D convolution"; "" where its name does not tell."""
+    return next((words for pattern, words in WORDS if re.search(pattern, name)), "")
+
+
 def flop(name: str, inputs: str) -> float:
     """Operations of a matrix product, convolution or attention; a multiply-add counts as two. 0 for anything else.
 

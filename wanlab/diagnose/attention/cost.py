@@ -190,7 +190,8 @@ class Skippable:
                 f" {self.bound_ratio:.2f} times as fast."
             )
             if heads.caveat:
-                head = f"The weights are random, so only times mean something: self-attention is {part} of the denoising time."
+                only = "The weights are random, so only times mean something"
+                head = f"{only}: self-attention is {part} of the denoising time."
             blocks = f"in blocks of {BLOCK_KEYS} keys ≤ {self.block_bound_ratio:.2f}×"
             own = ("self-attention", part, "of the denoising time")
             tiles = [own, ("gain of skipping", f"≤ {self.bound_ratio:.2f}×", blocks), *more]

@@ -38,6 +38,21 @@ def test_a_step_has_a_command_that_runs_as_it_stands(given, command):
     assert found["why"].endswith(".")
 
 
+def test_the_command_of_another_notebook_keeps_the_model_where_it_takes_one():
+    rows = [
+        {"name": "model", "value": "my/model", "default": "wan-nano"},
+        {"name": "steps", "value": 2, "default": 4},
+    ]
+    record = {"notebook": "notebooks/10_baseline.ipynb", "schema": rows}
+    found = [
+        next_step(each, record)["command"]
+        for each in (step("a", "15_triage"), step("b", "60_sweep"), step("c", iterations=9))
+    ]
+    assert found[0] == "wanlab run 15_triage -p model=my/model"
+    assert found[1] == "wanlab run 60_sweep"
+    assert found[2] == "wanlab run 10_baseline -p model=my/model -p steps=2 -p iterations=9"
+
+
 def test_a_step_is_shown_with_its_command_and_without_markup_of_its_own():
     shown = next_html(next_step(step("is <b>bold</b>", "15_triage", model="a'<i>b"), RECORD))
     assert "<i>" not in shown

@@ -5,11 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from wanlab.core.answer import Step
-from wanlab.core.errors import clean
+from wanlab.core.errors import WanlabError, clean
+from wanlab.core.paths import find_notebook
 from wanlab.core.words import sentence, typed_value
+from wanlab.runs.parameters import read_schema
+
+LOADED = ("model", "weights", "device", "dtype")
+"""Parameters that say which model a run is about, and how it was loaded."""
 
 
 def run_command(notebook: str, parameters: Mapping[str, Any]) -> str:
@@ -28,13 +34,34 @@ def next_step(step: Step, record: Mapping[str, Any]) -> dict[str, str]:
     """A step as run.json keeps it: `why`, and `command`, "" where nothing is to be run.
 
     Args:
-        record: run.json of the run. The same notebook again keeps its parameters.
+        record: run.json of the run. The same notebook again keeps its parameters, another one what says which model it was
+            and how it was loaded.
     """
-    notebook, given = step.notebook, dict(step.parameters)
-    if not notebook and given:
-        notebook, given = str(record.get("notebook")), changed_parameters(record) | given
+    notebook, given, changed = step.notebook, dict(step.parameters), changed_parameters(record)
+    if notebook:
+        taken = _parameters(notebook)
+        given = {name: changed[name] for name in LOADED if name in changed and name in taken} | given
+    elif given:
+        notebook, given = _short(str(record.get("notebook"))), changed | given
     given = {name: value for name, value in given.items() if value is not None}
     return {"why": clean(sentence(step.why)), "command": run_command(notebook, given) if notebook else ""}
+
+
+def _parameters(notebook: str) -> set[str]:
+    """Names of a notebook's parameters; none where it cannot be read."""
+    try:
+        return {parameter.name for parameter in read_schema(find_notebook(notebook)).parameters}
+    except WanlabError:
+        return set()
+
+
+def _short(notebook: str) -> str:
+    """A notebook by its name alone, where that finds it."""
+    try:
+        find_notebook(name := Path(notebook).stem)
+    except WanlabError:
+        return notebook
+    return name
 
 
 def next_html(step: Mapping[str, Any]) -> str:

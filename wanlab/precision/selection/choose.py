@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import Answer, Tile, step
+from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.core.words import capital, component_text, counted, listed, shown
@@ -311,21 +311,21 @@ FEW_FORMATS = 2
 """Formats of an expert that a headline names; the others are in the figure."""
 
 
-def plan_words(frame: pd.DataFrame) -> str:
+def plan_words(frame: pd.DataFrame, *, places: bool = True) -> str:
     """Which expert gets which format: "high-noise expert all int4 weights; low-noise expert int8, 20 % int4 weights
     (cross-attention k and v)".
 
     Shares are of the linear layers in the blocks, every range of steps counted alike.
 
     Args:
-        frame: `Selection.frame`.
+        frame: `Selection.frame`. places: whether projections are named.
     """
     inside, parts = frame.dropna(subset=["block"]), {}
     for component, own in (inside if len(inside) else frame).groupby("component", sort=False):
         shares = own["format"].value_counts(normalize=True)
         words = [f"{100 * share:.0f} % {format_words(name)}" for name, share in shares.items()][:FEW_FORMATS]
         words += ["others"] * (len(shares) > FEW_FORMATS)
-        if len(shares) == FEW_FORMATS:
+        if len(shares) == FEW_FORMATS and places:
             words[1] += _where(own, shares.index[1])
         alone = f"all {format_words(shares.index[0])}"
         parts[component_text(component)] = alone if len(shares) == 1 else " and ".join(words)
@@ -409,8 +409,16 @@ class Chosen:
         cases = counted(len(proof.frame), "case")
         lost = proof.quality.text if known else proof.divergence.text
         kept = f"within {limit:g} %" if known else f"LPIPS within {limit / 100:g}"
-        judged = f"{kept} on the {cases} it was chosen by" if proof.holds(limit) else f"not proven {kept}"
-        details = (
+        limited = f"the quality loss {kept}" if known else f"{kept} of the original"
+        if proof.holds(limit):
+            words = [plan_words(chosen.frame), plan_words(chosen.frame, places=False)]
+            tried = [f"{capital(each)}: {lost}, {kept} on the {cases} it was chosen by." for each in words]
+            headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
+        else:
+            headline = f"No plan was found that is proven to keep {limited}: {lost}."
+            nearest = f"The nearest: {plan_words(chosen.frame)}."
+        details = [] if proof.holds(limit) else [nearest]
+        details += (
             [] if known else ["No truth is known of this model's videos, so its quality loss is unknown."]
         )
         details += [
@@ -433,9 +441,7 @@ class Chosen:
         )
         following = step("measures the plan on cases that it was not chosen by", "41_configuration", cases=8,
                          plan=os.fspath(plan_file) or self.plan.name, case_set="final")  # fmt: skip
-        return Answer(
-            f"{capital(plan_words(chosen.frame))}: {lost}, {judged}.", tuple(details), tiles, following
-        )
+        return Answer(headline, tuple(details[:MOST_DETAILS]), tiles, following)
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

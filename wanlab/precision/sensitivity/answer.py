@@ -92,7 +92,7 @@ def _experts(tolerance: ExpertTolerance, format: str) -> tuple[str, tuple[Tile, 
         (name, percent), *_ = moved.items()
         known = between_text(*ends[name])
         return (
-            f"In {format} all layers of the {component_text(name)} change the final latents by {percent} ({known}).",
+            f"One expert was measured: in {format} all its layers change the final latents by {percent} ({known}).",
             tiles,
         )
     if expert == "neither":

@@ -33,6 +33,7 @@ FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
+INSIDE = "#0b0e12"  # text inside a bar: every colour here is light enough for it, in dark mode too
 ROW_PX = 34
 
 
@@ -88,7 +89,7 @@ def theme() -> str:
             "hoverlabel": {"font": {"family": FONT, "size": 13}},
             "bargap": 0.28,
         },
-        data={"bar": [{"marker": {"line": {"width": 0}}}]},
+        data={"bar": [{"marker": {"line": {"width": 0}}, "insidetextfont": {"color": INSIDE}}]},
     )
     return "wanlab"
 

@@ -31,7 +31,7 @@ def test_time_noise_and_quality_stand_in_the_headline():
         "ONNX Runtime with plan ffn-int8 makes a video in 510 ms (repeats differ by up to 4.2 %). It keeps within 3 %"
         " of quality loss: at most 2.00 %."
     )
-    assert found.details[:2] == ("Every pixel is as in the original's videos.", "Proof.")
+    assert found.details[:2] == ("The videos are identical in every pixel.", "Proof.")
 
 
 def test_what_is_next_depends_on_what_is_decided():

@@ -39,8 +39,8 @@ from wanlab.heldout.clips import LARGE, SIZES, SMALL
 CAPTION_DROPOUT = 0.1
 
 SEEN_SIGMA = 0.7
-"""Most noise of the clips that are judged by what is seen: the last three of ten steps. Above it an estimate of the clean clip
-is blurred because much is still open, not because the expert is poor."""
+"""Most noise of the clips that are judged by what is seen: the last three of ten steps. Above it an estimate of the clean
+clip is blurred because much is still open, not because the expert is poor."""
 
 
 class Captions:

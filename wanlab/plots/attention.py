@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.diagnose.attention.cost import LOOKS
-from wanlab.plots.bars import name_lines, text_on
+from wanlab.plots.bars import name_lines
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 TYPE_COLOURS = {"spatial": "#3d85c6", "temporal": "#3fa796", "global": "#9aa3ad"}
@@ -249,7 +249,6 @@ def head_type_bars(attention_map: Any, *, branch: str = "cond") -> go.Figure:
             name=LOOKS[name],
             marker={"color": tint},
             text=[f"{share:.0f}" if share >= 8 else "" for share in shares],
-            insidetextfont={"color": text_on(tint)},
             textposition="inside",
             insidetextanchor="middle",
             hovertemplate=f"%{{x}}: %{{y:.1f}} % {LOOKS[name]}<extra></extra>",
@@ -324,7 +323,6 @@ def kernel_bars(kernels: Any) -> go.Figure:
             orientation="h",
             marker={"color": [_kernel_colour(full) for full in ran["density_percent"]]},
             text=[_bar_text(row) for row in ran.to_dict(orient="records")],
-            insidetextfont={"color": [text_on(_kernel_colour(full)) for full in ran["density_percent"]]},
             textposition="outside",
             cliponaxis=False,
             hovertemplate="%{y}: %{x:.4g} TFLOP/s<br>%{text}<extra></extra>",

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import number_text, time_text
 from wanlab.diagnose.experts.switching import WAY_NAMES
-from wanlab.plots.bars import name_lines, text_on
+from wanlab.plots.bars import name_lines
 from wanlab.plots.style import GREY, LINE, NAMES, ROW_PX, colour, theme
 
 BRANCHES = {"cond_ms": ("with the prompt", 0.95), "uncond_ms": ("without the prompt", 0.5)}
@@ -149,7 +149,10 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
 
 
 LABELLED = 12  # steps up to which their figures have room beside them
-OWN, OTHER = "#b8581f", "#6b7682"  # bars of the model's own boundary and of others
+OWN, OTHER = (
+    "#b8581f",
+    "#6b7682",
+)  # bars of the model's own boundary and of others, dark enough for white text
 
 
 def boundary_curves(sweep: Any) -> go.Figure:
@@ -184,7 +187,7 @@ def boundary_curves(sweep: Any) -> go.Figure:
             text=[number_text(value) for value in values],
             textposition="inside",
             insidetextanchor="start",
-            insidetextfont={"color": [text_on(tint) for tint in tints]},
+            insidetextfont={"color": "#ffffff"},
             textangle=0,
             hovertemplate="%{x}: %{y:.5g}<extra></extra>",
             row=place,

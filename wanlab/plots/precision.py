@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import shown as shown_value
 from wanlab.plots.intervals import MOST_ROWS, interval_rows
-from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, needs, theme
+from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, limit_line, needs, theme
 
 VALUE_TITLES = {
     "effect": "effect on the final latents",
@@ -260,16 +260,7 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
     floor = agreement.floor if truth == "true" else agreement.floor_lpips
     least = frame[truth].min()
     if floor and floor > least / 30:
-        figure.add_hline(y=floor, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=1,
-            xref="x domain",
-            y=math.log10(floor),
-            text="noise floor",
-            showarrow=False,
-            yanchor="bottom",
-            xanchor="right",
-        )
+        limit_line(figure, floor, "noise floor", log=True)
     figure.add_annotation(
         x=0.02,
         y=0.98,
@@ -390,15 +381,7 @@ def frontier_plot(
             hovertemplate=hover,
         )
     if budget:
-        figure.add_hline(y=budget, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=0.55,
-            xref="x domain",
-            y=math.log10(budget),
-            text="largest effect within the limit",
-            showarrow=False,
-            yanchor="bottom",
-        )
+        limit_line(figure, budget, "largest effect within the limit", x=0.55, xanchor="auto", log=True)
     figure.update_layout(template=theme(), height=440)
     figure.update_xaxes(title_text=TITLES[cost])
     figure.update_yaxes(
@@ -461,16 +444,7 @@ def relation_plot(
             hovertemplate=hover,
         )
     if limit_percent:
-        figure.add_hline(y=limit_percent, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=0,
-            xref="x domain",
-            y=limit_percent,
-            text="limit",
-            showarrow=False,
-            yanchor="bottom",
-            xanchor="left",
-        )
+        limit_line(figure, limit_percent, "limit", x=0.0, xanchor="left")
     figure.update_layout(template=theme(), height=360)
     figure.update_xaxes(
         title_text=TITLES["effect"], type="log", exponentformat="power", minexponent=1, dtick=1

@@ -6,6 +6,7 @@ The theme has no background and middle-grey text, so a figure reads on a white p
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -99,3 +100,25 @@ def needs(df: Any, function: str, *columns: str) -> None:
     missing = [column for column in columns if column not in getattr(df, "columns", ())]
     if missing:
         raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+
+
+def limit_line(
+    figure: go.Figure, y: float, text: str, *, x: float = 1.0, xanchor: str = "right", log: bool = False
+) -> None:
+    """A dashed horizontal line with its name above it.
+
+    Args:
+        y: where it lies, in the unit of the axis.
+        x: place of the name, as a share of the width. xanchor: its side that lies there.
+        log: whether the axis is logarithmic, of which annotations have the exponent.
+    """
+    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2})
+    figure.add_annotation(
+        x=x,
+        xref="x domain",
+        y=math.log10(y) if log else y,
+        text=text,
+        showarrow=False,
+        yanchor="bottom",
+        xanchor=xanchor,
+    )

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from wanlab.diagnose.profile_answer import whole_percent
-from wanlab.plots.bars import BESIDE, name_lines, text_on
+from wanlab.plots.bars import BESIDE, name_lines
 from wanlab.plots.style import GREY, OTHERS, theme
 
 WIDTH_PX, GAP_PX, BEND_PX, LINE_PX, BETWEEN_PX, TITLE_PX = 880, 56, 11, 15, 8, 38
@@ -43,9 +43,6 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
             text=texts,
             textposition="outside",
             cliponaxis=False,
-            insidetextfont={
-                "color": [text_on(TINTS[0] if reached else GREY) for reached in ranking["reached"]]
-            },
             marker={"color": [TINTS[0] if reached else GREY for reached in ranking["reached"]]},
             customdata=[[row.what, row.advice] for row in ranking.itertuples()],
             hovertemplate="%{customdata[0]}: %{text}<br>%{customdata[1]}<extra></extra>",

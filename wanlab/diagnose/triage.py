@@ -10,7 +10,6 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -128,15 +127,23 @@ class RunMeasurements:
     Attributes:
         measured: measurements by name.
         used, refused: tables of the runs that are used, and of those that are refused, with `why`.
-        options: options of a command that measures the same model in the same way.
+        parameters: parameters of notebooks that measure the same model in the same way.
+        output: folder of new runs in the proposed commands; "" is the usual one.
         notes: cautions for the reader.
     """
 
     measured: dict[str, Measurement] = field(default_factory=dict)
     used: pd.DataFrame | None = None
     refused: pd.DataFrame | None = None
-    options: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    output: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> str:
+        """Options of a command that measures the same model in the same way."""
+        output = f" --output {shlex.quote(self.output)}" if self.output else ""
+        return output + "".join(f" -p {name}={shlex.quote(str(v))}" for name, v in self.parameters.items())
 
 
 @dataclass(frozen=True)
@@ -363,17 +370,22 @@ class Triage:
             speed-up, by Amdahl), hazard, mitigation, help, evidence, notebook.
         ranking: every measured share of the time among which the tree takes the largest, largest first: what, advice,
             share_percent, bound_ratio, reached (whether its advice was), threshold_percent. Empty without a profile.
+        parameters: as `RunMeasurements.parameters`.
     """
 
     tree: Tree
     frame: pd.DataFrame
     advice: pd.DataFrame
     ranking: pd.DataFrame
+    parameters: Mapping[str, Any]
 
     @property
     def commands(self) -> list[str]:
         """Commands that measure what is missing, the most urgent first."""
-        return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", "command"]))
+        return self._missing("command")
+
+    def _missing(self, column: str) -> list[str]:
+        return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", column]))
 
     def row(self) -> dict[str, Any]:
         """Flat record: numbers of measured, unknown and not applicable questions; the advice as advice1, advice2..."""
@@ -417,7 +429,7 @@ class Triage:
             tiles.append(("still to measure", counted(len(self.commands), "notebook"), "commands below"))
         if not counts["measured"]:
             head = "Nothing is measured yet, so nothing can be advised. Measure what one video costs first."
-            rest = [Path(shlex.split(command)[2]).stem for command in self.commands[1:]]
+            rest = self._missing("notebook")[1:]
             then = (
                 f"Then run {listed(rest)}, and this notebook again; the commands are below." if rest else ""
             )
@@ -455,31 +467,21 @@ class Triage:
 
     def _next(self, best: pd.Series | None) -> Step:
         """What to do next: the notebook that acts on the first advice, else the first measurement that is missing."""
-        same = _parameters(self.frame["command"].iloc[0])
         if best is not None and best["notebook"]:
-            given = same | self.tree.advice[best["node"]].parameters
+            given = dict(self.parameters) | self.tree.advice[best["node"]].parameters
             return step("shows what that gains", str(best["notebook"]), **given)
-        if not self.commands:
+        missing = self._missing("notebook")
+        if not missing:
             return step("tries engines and plans together, within a limit on quality loss", "60_sweep")
-        notebook = Path(shlex.split(self.commands[0])[2]).stem
-        why = (
-            "measures what one video costs"
-            if notebook == "10_baseline"
-            else "measures the number that decides next"
-        )
-        return step(why, notebook, **_parameters(self.commands[0]))
+        first = missing[0] == "10_baseline"
+        why = "measures what one video costs" if first else "measures the number that decides next"
+        return step(why, missing[0], **self.parameters)
 
 
 def _said(row: pd.Series) -> str:
     """A measured number as a sentence has it: a share in whole percent."""
     whole = row["unit"] == "%" and abs(row["value"]) >= 1
     return f"{row['what']} {row['value']:.0f} %" if whole else f"{row['what']} {row['reads']}"
-
-
-def _parameters(command: str) -> dict[str, str]:
-    """Parameters of a command of `Triage.commands`, as they are typed."""
-    pairs = [word.partition("=") for flag, word in pairwise(shlex.split(command)) if flag == "-p"]
-    return {name: value for name, _, value in pairs}
 
 
 def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = None) -> Triage:
@@ -504,7 +506,7 @@ def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = No
                 advice.append(row | _advise(tree, tree.advice[node], measured.measured))
                 node = tree.advice[node].to
     asked, advised = pd.DataFrame(questions, columns=ASKED), pd.DataFrame(advice, columns=ADVISED)
-    return Triage(tree, asked, advised, _ranking(tree, measured.measured, visited))
+    return Triage(tree, asked, advised, _ranking(tree, measured.measured, visited), measured.parameters)
 
 
 def _ranking(tree: Tree, measured: Mapping[str, Measurement], visited: set[str]) -> pd.DataFrame:

@@ -59,15 +59,24 @@ class Captions:
         return hidden * tokens.attention_mask[..., None]
 
 
+def frozen_vae(source: Path, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A VAE that is not trained, and mean and spread of its latents, `[1, C, 1, 1, 1]` each, on the device.
+
+    Args:
+        source: as `read_vae` takes it.
+    """
+    vae, *statistics = read_vae(source)
+    mean, std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+    return vae.to(device).eval().requires_grad_(False), mean, std
+
+
 class Encoder:
     """The frozen encoder of the VAE: half precision on a GPU, as it will be stored, which loses less than bfloat16."""
 
     def __init__(self, source: Path, device: torch.device) -> None:
-        self.vae, *statistics = read_vae(source)
-        self.mean, self.std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+        self.vae, self.mean, self.std = frozen_vae(source, device)
         self.vae.decoder = self.vae.post_quant_conv = None
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             channels_last(self.vae.half())
 
@@ -90,10 +99,8 @@ class Seen:
     """
 
     def __init__(self, source: Path, device: torch.device, args: argparse.Namespace) -> None:
-        vae, *statistics = read_vae(source)
-        self.mean, self.std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+        vae, self.mean, self.std = frozen_vae(source, device)
         vae.encoder = vae.quant_conv = None
-        vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             channels_last(vae)
         self.vae, self.device = vae, device

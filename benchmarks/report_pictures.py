@@ -35,10 +35,8 @@ RECORD = RESULTS / "reports_cpu.json"
 SWEEP = ROOT / "data" / "sweeps" / "wan-nano-precision"
 PACKAGES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu")
 LAST = "15_triage"  # reads what the others have measured
-WIDTH, HEIGHT = (
-    1200,
-    1040,
-)  # pixels of the first screen; its end is that of the main output, where that comes sooner
+# Pixels of the first screen; its end is that of the main output, where that comes sooner.
+WIDTH, HEIGHT = 1200, 1040
 REPORT_END, SWEEP_END = ".main", "main > section"  # the element with which the first screen ends
 MARGIN = 14
 LIMIT_BYTES = 60_000

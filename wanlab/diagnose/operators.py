@@ -34,10 +34,11 @@ FORMATS = {
 }  # fmt: skip
 COPIES = r"(Memcpy ?(HtoD|DtoH|H2D|D2H|M2D|D2M)|Copy(HostToDevice|DeviceToHost))"
 """Names of copies between host and device: of CUDA and ROCm, of older files, of Intel (M is the host's memory)."""
+_ATTENTION = r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"
 _KINDS = (
     # Inductor names its kernels after all fused operators, so a product in the name may be outside the kernel.
     (ATTENTION, r"^triton_tem\w*attention"), (LINEAR, r"^triton_tem"), (POINTWISE, r"^triton_"),
-    (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
+    (ATTENTION, _ATTENTION),
     (ALLOCATION, r"^aten::(empty|resize_|set_)|^(cu(da)?|hip)(Malloc|Free|Host(Alloc|Malloc|Free)|MemAlloc|MemFree|MemMap"
                  r"|MemCreate|ExtMalloc)|^ur(USM\w*Alloc|USMFree)"),
     (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
@@ -61,10 +62,7 @@ def kind(name: str) -> str | None:
 
 
 WORDS = (
-    (
-        r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn",
-        "the attention kernel",
-    ),
+    (_ATTENTION, "the attention kernel"),
     (r"conv_?3d|conv3d", "3D convolution"),
     (r"conv_?2d|conv2d", "2D convolution"),
     (r"(?<![a-z])conv|_conv|fprop|mkldnn_convolution", "convolution"),

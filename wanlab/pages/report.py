@@ -25,6 +25,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from wanlab.core.answer import MOST_TILES
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
 from wanlab.core.stats import interval_text
@@ -285,7 +286,6 @@ TILES = (
     ("build_ms", "build time", "shorter", "longer"),
     ("time_per_frame_ms", "time per frame", "faster", "slower"),
 )
-MOST_TILES = 5
 
 
 def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:

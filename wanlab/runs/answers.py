@@ -14,14 +14,13 @@ from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_t
 from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import Divergence
+from wanlab.measure.baseline import MOST_NOISE_PERCENT
 from wanlab.measure.timing import Comparison, verdict_of
 from wanlab.runs.choose import NOT_EXECUTED
 from wanlab.runs.compare import SAME, Comparisons
 from wanlab.runs.result import UNCHANGED, Result
 from wanlab.runs.results import is_number, parameter_text
 
-MOST_NOISE_PERCENT = 10.0
-"""Above this a time is worth repeating before it is compared."""
 LONGEST_NAME = 44
 """Longer names of techniques stand in the figure, not in a headline."""
 
@@ -43,25 +42,28 @@ def configuration_answer(
     head = "The configuration was not applied, so its figures are the original's. " * (
         row.effect == NOT_APPLIED
     )
+    cost = (
+        ("time per video", took, sure),
+        ("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
+    )
     if base:
         return answer(
             f"{name} makes a video in {took} ({sure}). It is the original that others are compared with.",
             tiles=(
-                ("time per video", took, sure),
-                ("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
+                *cost,
                 ("quality loss", "0 %", "it is the original"),
                 ("load time", shown(row.load_ms, "ms"), "until it can run"),
             ),
             next=step("measures another configuration beside this one", engine="onnxruntime"),
         )
-    within = loss.within()
+    within, lost = loss.within(), loss.text.removeprefix("quality loss ")
     judged = {
         "yes": f"It keeps within {LIMIT_PERCENT:g} % of quality loss: {loss.bound}.",
-        "no": f"It loses more than {LIMIT_PERCENT:g} % of quality: {loss.text.removeprefix('quality loss ')}.",
+        "no": f"It loses more than {LIMIT_PERCENT:g} % of quality: {lost}.",
         "unknown": "What it loses in quality is not known: no true video belongs to its inputs.",
     }.get(
         within,
-        f"Whether it keeps within {LIMIT_PERCENT:g} % of quality loss is not decided: {_of_loss(loss)}.",
+        f"Whether it keeps within {LIMIT_PERCENT:g} % of quality loss is not decided: {lost}.",
     )
     if within == "undecided" or noise > MOST_NOISE_PERCENT:
         following = step(
@@ -75,18 +77,9 @@ def configuration_answer(
         f"{capital(divergence.text)}.",
         proof,
         "The original's time is not measured here, so this says nothing on how much faster it is.",
-        tiles=(
-            ("time per video", took, sure),
-            ("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
-            ("quality loss", *loss.tile()),
-            divergence.tile(),
-        ),
+        tiles=(*cost, ("quality loss", *loss.tile()), divergence.tile()),
         next=following,
     )
-
-
-def _of_loss(loss: QualityLoss) -> str:
-    return loss.text.removeprefix("quality loss ")
 
 
 def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:

@@ -50,7 +50,7 @@ def next_step(step: Step, record: Mapping[str, Any]) -> dict[str, str]:
 def _parameters(notebook: str) -> set[str]:
     """Names of a notebook's parameters; none where it cannot be read."""
     try:
-        return {parameter.name for parameter in read_schema(find_notebook(notebook)).parameters}
+        return set(read_schema(find_notebook(notebook)).names)
     except WanlabError:
         return set()
 

@@ -44,7 +44,7 @@ def sensitivity_answer(
         head = f"Part {shard + 1} of {shards} only, so nothing is decided yet. {head}"
     where = f"{top['layer']} of the {component_text(top['component'])}, {steps_text(top)}"
     order = f"the order of the first {alike + 1} is undecided" if alike else "it is clearly ahead of the next"
-    when = "" if found.complete is False else _when(rows)
+    when = _when(rows) if found.complete else ""
     return Answer(
         f"{head} {when}".strip(),
         (
@@ -75,24 +75,20 @@ def steps_text(row: Mapping[str, Any]) -> str:
 def _experts(tolerance: ExpertTolerance, format: str) -> tuple[str, tuple[Tile, ...]]:
     """How far rounding each expert whole changes the latents, as a sentence and key figures."""
     frame = tolerance.frame[tolerance.frame["format"] == format].to_dict("records")
-    tiles = tuple(
-        Tile(
-            f"{component_text(row['component'])}, all in {format}",
-            shown(change_percent(row["effect"]), "%"),
-            between_text(change_percent(row["effect_low"]), change_percent(row["effect_high"])),
-        )
-        for row in frame
-    )
     moved = {row["component"]: shown(change_percent(row["effect"]), "%") for row in frame}
-    ends = {
-        row["component"]: [change_percent(row[f"effect_{end}"]) for end in ("low", "high")] for row in frame
+    known = {
+        row["component"]: between_text(*(change_percent(row[f"effect_{end}"]) for end in ("low", "high")))
+        for row in frame
     }
+    tiles = tuple(
+        Tile(f"{component_text(name)}, all in {format}", percent, known[name])
+        for name, percent in moved.items()
+    )
     expert = tolerance.less_tolerant(format)
     if expert is None:
         (name, percent), *_ = moved.items()
-        known = between_text(*ends[name])
         return (
-            f"One expert was measured: in {format} all its layers change the final latents by {percent} ({known}).",
+            f"One expert was measured: in {format} all its layers change the final latents by {percent} ({known[name]}).",
             tiles,
         )
     if expert == "neither":
@@ -104,7 +100,7 @@ def _experts(tolerance: ExpertTolerance, format: str) -> tuple[str, tuple[Tile, 
     other = next(name for name in moved if name != expert)
     return (
         f"In {format} the {component_text(expert)} tolerates less: rounding all its layers changes the final latents by"
-        f" {moved[expert]} ({between_text(*ends[expert])}), those of the {component_text(other)} by {moved[other]}.",
+        f" {moved[expert]} ({known[expert]}), those of the {component_text(other)} by {moved[other]}.",
         tiles,
     )
 

@@ -22,7 +22,7 @@ from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import configurations, save_configuration
-from wanlab.core.answer import Answer, Step, Tile, speed_text, step
+from wanlab.core.answer import Answer, Step, Tile, answer, speed_text, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import interval_text
@@ -184,9 +184,7 @@ class ComponentCost:
                   if facts.get("not_compared")]  # fmt: skip
         wrong += [f"{label} was not measured: {line.rstrip('.')}." for label, line in self.left_out.items()]
         details = [" ".join(wrong), f"{self.model} at {shape} in {self.dtype} on {self.device}."]
-        return Answer(
-            headline, tuple(filter(None, details)), self._tiles(best or base), self._next(best or base)
-        )
+        return answer(headline, *details, tiles=self._tiles(best or base), next=self._next(best or base))
 
     def _next(self, label: str) -> Step:
         """Whole videos with a candidate; without a command where its plan or configuration is a file of its own."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, step
+from wanlab.core.answer import Answer, Tile, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import capital, counted, shown
 from wanlab.core.yaml_lines import load_yaml
@@ -161,7 +161,7 @@ class EngineReport:
             if self.findings
             else "Nothing is wrong in it: look at the longest layers below"
         )
-        return Answer(headline, tuple(filter(None, details)), tuple(tiles), following)
+        return answer(headline, *details, tiles=tiles, next=following)
 
 
 ROLE_TEXTS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, speed_text, step
+from wanlab.core.answer import Answer, Tile, answer, speed_text, step
 from wanlab.core.stats import ends_text, interval_text
 from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
 from wanlab.engines.parity import ParitySummary, float16_text
@@ -71,7 +71,7 @@ def export_answer(
         following = step("makes whole videos with these graphs, and times them", "21_onnxruntime")
     else:
         following = step("Look up in the table of blocks below where the distance begins")
-    return Answer(headline, tuple(details), tuple(tiles), following)
+    return answer(headline, *details, tiles=tiles, next=following)
 
 
 def _best_form(forms: pd.DataFrame | None) -> tuple[str, Tile] | None:
@@ -116,19 +116,17 @@ def engine_answer(
     speed = speed_text(*figures, candidate=name, baseline=base, same=same)
     top, shares = operators.iloc[0], _shares(stages, f"{candidate}_percent")
     first, noise = shares[0], shown(gain.noise_percent, "%")
-    return Answer(
+    return answer(
         f"{speed}. The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time. {capital(divergence.text)}.",
-        (
-            f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
-            f" series of {base} may differ by {noise} by chance, and a smaller gain would not count.",
-            f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
-        ),
-        (
+        f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
+        f" series of {base} may differ by {noise} by chance, and a smaller gain would not count.",
+        f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
+        tiles=(
             Tile("speed-up", f"{gain.speedup:.2f}×", f"{interval_text(*figures[1:])}; noise {noise}"),
             *(Tile(part, f"{share:.0f} %", f"of a video in {name}") for part, share in shares[:3]),
             divergence.tile(),
         ),
-        step(
+        next=step(
             "measures its quality on pictures whose true videos are known, and its memory",
             "41_configuration",
             engine=candidate,
@@ -174,10 +172,10 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
         )
     took, sizes = sum(info.time_ms for info in builds.built), [info.size_bytes for info in builds.built]
     refused = f"{counted(len(builds.refused), 'build')} refused: see below." if len(builds.refused) else ""
-    return Answer(
+    return answer(
         headline,
-        tuple(filter(None, [refused])),
-        (
+        refused,
+        tiles=(
             Tile("engines", done, builds.runtime),
             Tile(
                 "GPUs",
@@ -194,7 +192,7 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
                 "executed here", f"{len(ran)} of {len(builds.built)}", "" if len(ran) else "no such GPU here"
             ),
         ),
-        following,
+        next=following,
     )
 
 

@@ -90,8 +90,8 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     """
     name, original = gain.candidate, gain.baseline
     if gain.verdict == "not distinguishable":
-        head = f"No difference in time between {name} and {original} can be told from noise."
-        head = f"{head[:-1]} while {gain.busy}." if gain.busy else head
+        busy = f" while {gain.busy}" if gain.busy else ""
+        head = f"No difference in time between {name} and {original} can be told from noise{busy}."
     elif gain.direction_only:
         head = f"{name} is {gain.verdict} than {original}; by how much cannot be told while {gain.busy}."
     else:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, step
+from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.core.words import capital, component_text, counted, listed, shown
@@ -441,7 +441,7 @@ class Chosen:
         )
         following = step("measures the plan on cases that it was not chosen by", "41_configuration", cases=8,
                          plan=os.fspath(plan_file) or self.plan.name, case_set="final")  # fmt: skip
-        return Answer(headline, tuple(details[:MOST_DETAILS]), tiles, following)
+        return answer(headline, *details[:MOST_DETAILS], tiles=tiles, next=following)
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

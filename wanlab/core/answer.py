@@ -107,6 +107,7 @@ def speed_text(
     same: bool = False,
     noise_percent: float = math.nan,
     how: str = "as fast",
+    busy: str = "",
 ) -> str:
     """How fast one is beside another, in a clause with its interval, and with the noise where that is 1 % or more.
 
@@ -116,7 +117,11 @@ def speed_text(
         same: whether it cannot be told from noise.
         noise_percent: noise that it was read against.
         how: words after "2.00 times".
+        busy: what other work took, where it took so much that only the direction holds.
     """
+    if busy and not same:
+        verdict = f"{'slower' if ratio < 1 else 'faster'} than {baseline}"
+        return f"{f'{candidate} is ' if candidate else ''}{verdict}; by how much cannot be told while {busy}"
     noise = f", noise {noise_percent:.0f} %" if noise_percent >= 1 else ""
     times, known = f"{ratio:.2f} times {how}", f"({interval_text(low, high)}{noise})"
     if same:

@@ -15,6 +15,7 @@ from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
 from wanlab.engines.tensorrt.build import EngineBuilds
 from wanlab.evaluate.quality import Divergence
+from wanlab.measure.in_turn import timed_text
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, Comparison
 
 FORM_NAMES = {
@@ -111,18 +112,16 @@ def engine_answer(
         candidate: label of the engine.
     """
     name, base = engine_text(candidate), engine_text("eager")
-    same = gain.verdict == NOT_DISTINGUISHABLE
-    figures = (gain.speedup, gain.low, gain.high)
-    speed = speed_text(*figures, candidate=name, baseline=base, same=same)
+    speed = gain.clause(name, base)
     top, shares = operators.iloc[0], _shares(stages, f"{candidate}_percent")
     first, noise = shares[0], shown(gain.noise_percent, "%")
     return answer(
         f"{speed}. The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time. {capital(divergence.text)}.",
         f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
-        f" series of {base} may differ by {noise} by chance, and a smaller gain would not count.",
+        f" series of {base} may differ by {noise} by chance, and a smaller gain would not count. {timed_text([gain])}",
         f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
         tiles=(
-            Tile("speed-up", f"{gain.speedup:.2f}×", f"{interval_text(*figures[1:])}; noise {noise}"),
+            gain.tile(),
             *(Tile(part, f"{share:.0f} %", f"of a video in {name}") for part, share in shares[:3]),
             divergence.tile(),
         ),

@@ -15,6 +15,7 @@ from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import Divergence
 from wanlab.measure.baseline import MOST_NOISE_PERCENT
+from wanlab.measure.in_turn import timed_text
 from wanlab.measure.timing import Comparison, verdict_of
 from wanlab.runs.choose import NOT_EXECUTED
 from wanlab.runs.compare import SAME, Comparisons
@@ -93,17 +94,11 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
         busy = f" while {gain.busy}" if gain.busy else ""
         head = f"No difference in time between {name} and {original} can be told from noise{busy}."
     elif gain.direction_only:
-        head = f"{name} is {gain.verdict} than {original}; by how much cannot be told while {gain.busy}."
+        head = f"{gain.clause(name, original)}."
     else:
         known = ratio_text(gain.speedup, gain.low, gain.high, beside=original)
         head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
     noise = f"Two series of {original} differ by up to {gain.noise_percent:.1f} %; a smaller gain would not count."
-    speed = (
-        f"{gain.speedup:.2f}×",
-        f"{interval_text(gain.low, gain.high)}; noise {gain.noise_percent:.0f} %",
-    )
-    if gain.direction_only:
-        speed = (gain.verdict, f"about {gain.speedup:.1f}× beside other work; not exact")
     if gain.busy:
         following = step("tells how much on an idle machine: nothing else may run beside it", "00_quickstart")
     else:
@@ -113,9 +108,9 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     return answer(
         f"{head} {loss_words(loss)}",
         f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
-        f"Both were timed in turn: {gain.sampling}." if gain.sampling else "",
+        timed_text([gain]),
         f"Quality loss is how much farther from the true video the optimised one is, over {loss.cases} held-out cases.",
-        tiles=(("speed-up", *speed), ("quality loss", *loss.tile())),
+        tiles=(gain.tile(), ("quality loss", *loss.tile())),
         next=following,
     )
 

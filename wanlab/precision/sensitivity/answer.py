@@ -65,8 +65,8 @@ def change_percent(effect: float) -> float:
 
 
 def steps_text(row: Mapping[str, Any]) -> str:
-    """The steps of a row in words: "step 3", "steps 0 to 2"."""
-    first, last = row["first_step"], row["last_step"]
+    """The steps of a row in words, counted from 1: "step 3", "steps 1 to 2"."""
+    first, last = row["first_step"] + 1, row["last_step"] + 1
     return f"step {first}" if first == last else f"steps {first} to {last}"
 
 

@@ -112,7 +112,7 @@ def limit_line(
         x: place of the name, as a share of the width. xanchor: its side that lies there.
         log: whether the axis is logarithmic, of which annotations have the exponent.
     """
-    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2})
+    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2}, layer="below")
     figure.add_annotation(
         x=x,
         xref="x domain",

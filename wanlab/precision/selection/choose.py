@@ -243,7 +243,9 @@ def repair(
         if number == max_rounds or upper is None or upper <= limit_percent:
             break
         target = selection.effect * (MARGIN * limit_percent / upper) ** (1 / exponent)
-        better, raised = raise_worst(selection, target, f"{name}-repaired-{number + 1}")
+        better, raised = raise_worst(
+            selection, target, f"{name}-with-more-bits{f'-{number + 1}' * (number > 0)}"
+        )
         if better is None:
             break
         selection, verification = better, None

@@ -19,7 +19,8 @@ from wanlab.models.spec import ENCODERS
 from wanlab.plots.bars import BESIDE, name_lines
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, ROW_PX, colour, label, needs, theme
 
-BOTH_HALVES = "#7fb2e5"  # weights of the whole VAE, beside those that one half allocates
+BOTH_HALVES = "#94a83c"  # weights of the whole VAE, beside those that one half allocates
+BEFORE = "#a1785c"  # what was allocated before the profile, beside the grey of what no component allocates
 SMALLEST_ROW_PERCENT = 1.0
 """Rows below it are drawn as one, when there are several of them."""
 
@@ -569,7 +570,7 @@ def memory_timeline(account: Any) -> go.Figure:
             stackgroup="memory",
             mode="lines",
             name="allocated before: weights" if name == "before" else _name(name),
-            line={"width": 0.5, "shape": "hv", "color": "#c3c9d0" if name == "before" else _colour(name)},
+            line={"width": 0.5, "shape": "hv", "color": BEFORE if name == "before" else _colour(name)},
             hovertemplate=f"%{{y:,.2f}} {unit}<extra>%{{fullData.name}}</extra>",
         )
     figure.add_vline(x=account.peak_ms / 1e3, line={"color": "#d9534f", "width": 1.5, "dash": "dot"})

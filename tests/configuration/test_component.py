@@ -211,7 +211,8 @@ def _cost(**facts) -> ComponentCost:
     first = samples["eager"]
     return ComponentCost(
         "wan-nano", "expert_high", "float32", "the CPU", {"height": 64, "width": 64, "frames": 5}, "one", samples,
-        control_of(first, first), Ended("rounds", 4, 1.0), rows, kernels, pd.DataFrame(), Operations(), Ceilings("CPU", {}, 1.0, {}),
+        control_of(first, first), Ended("rounds", 4, 1.0), rows, kernels, pd.DataFrame(), Operations(),
+        Ceilings("CPU", {}, 1.0, {}),
         {"tensorrt": "not installed"},
     )  # fmt: skip
 

@@ -19,16 +19,39 @@ const searchable = (place) => {
     Plotly.restyle(place, { "marker.colors": [colours.map((colour, i) => hit[i] ? colour : colour + "30")] }, [0]);
   });
 };
-// On a phone: smaller letters, titles in lines, figures of long bars inside of them, and the legend below.
+// On a phone: smaller letters, titles in lines, figures of bars beside or else inside of them, and the legend below.
 const inLines = (text, most) => text.includes("<br>") ? text : text.split(" ").reduce((all, word) =>
   all && (all + " " + word).split("<br>").pop().length > most ? `${all}<br>${word}` : all ? `${all} ${word}` : word, "");
-const small = (data, layout) => {
+const LETTER = 6.4; // pixels of a letter of a phone's figure
+const letters = (text) => Math.max(0, ...String(text).replace(/<(?!br)[^>]*>/g, "").split("<br>").map((line) => line.length)) * LETTER;
+// The end of an axis from 0, so that the figure of every level bar has room beside it; undefined where that leaves no bars.
+const beside = (data, layout, wide) => {
+  const bars = data.filter((trace) => trace.type === "bar" && trace.orientation === "h");
+  const plain = bars.every((trace) => Array.isArray(trace.x) && Array.isArray(trace.y) && !trace.base && !trace.xaxis?.slice(1) && trace.x.every((value) => !(value < 0)));
+  if (!plain || layout.xaxis?.type === "log") return undefined;
+  const names = bars.flatMap((trace) => Array.isArray(trace.y[0]) ? [trace.y] : [[trace.y]]);
+  const left = Math.max(0, ...names.map((levels) => levels.reduce((sum, level) => sum + Math.max(0, ...level.map(letters)) + 14, 0)));
+  const room = wide - left - 24, sums = {};
+  let end = 0, longest = 0;
+  for (const trace of bars) trace.x.forEach((value, i) => {
+    const row = JSON.stringify(Array.isArray(trace.y[0]) ? trace.y.map((level) => level[i]) : trace.y[i]);
+    const reach = layout.barmode === "stack" ? (sums[row] = (sums[row] ?? 0) + (value ?? 0)) : value ?? 0;
+    const text = Array.isArray(trace.text) ? trace.text[i] : trace.text;
+    longest = Math.max(longest, reach);
+    if (trace.textposition === "outside" && text) end = Math.max(end, reach / Math.max(0.01, 1 - (letters(text) + 8) / room));
+  });
+  return end && end < 3.5 * longest ? Math.max(end, longest) : undefined;
+};
+const small = (data, layout, wide) => {
   const set = { width: undefined, font: { ...layout.font, size: 11 } };
-  for (const trace of data) if (trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside") trace.textposition = "auto";
+  const outside = data.filter((trace) => trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside");
+  const end = outside.length ? beside(data, layout, wide) : undefined;
+  if (end === undefined) for (const trace of outside) trace.textposition = "auto";
   for (const [key, axis] of Object.entries(layout)) {
     const text = /^[xy]axis\d*$/.test(key) && (axis.title?.text ?? axis.title);
     if (typeof text === "string") set[key] = { ...axis, title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
   }
+  if (end !== undefined) set.xaxis = { ...layout.xaxis, ...set.xaxis, range: [0, end], nticks: 5 };
   if (layout.legend?.orientation === "v") set.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
   return set;
 };
@@ -61,7 +84,7 @@ const crossed = (place) => {
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
   const { data, layout, config } = figures[number];
-  const size = narrow() ? small(data, layout) : {};
+  const size = narrow() ? small(data, layout, place.clientWidth) : {};
   if (layout.meta?.least_px > place.clientWidth) widen(place, layout.meta.least_px);
   // The main figure ends with the first screen, if its letters stay apart.
   const high = innerHeight - place.getBoundingClientRect().top - scrollY - 16;
@@ -107,6 +130,12 @@ for (const table of document.querySelectorAll("table.dataframe:not(.typed)")) {
     const words = cells.some(cell => !/^\s*([-+−]?[\d.,]+([eE][-+]?\d+)?\s*[%×x]?|nan|inf|-inf|None|—|-|)\s*$/i.test(cell.textContent));
     if (words) [...cells, ...head.map(row => row.cells[i]).filter(Boolean)].forEach(cell => cell.classList.add("text"));
   }
+}
+
+// On a phone few words stay in one line, and the table scrolls: else one column of words makes all rows high.
+const ONE_LINE = 34; // letters
+for (const cell of document.querySelectorAll("table.dataframe tbody :is(td, th)")) {
+  if (cell.textContent.trim().length <= (cell.cellIndex ? ONE_LINE : ONE_LINE / 2)) cell.classList.add("line");
 }
 
 for (const group of document.querySelectorAll(".wl-clips")) {

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from wanlab.core.answer import Answer, Tile, answer, speed_text, step
-from wanlab.core.stats import ends_text, interval_text
+from wanlab.core.stats import interval_text
 from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
 from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
@@ -185,7 +185,7 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
             Tile(
                 "size",
                 shown(sum(sizes), "bytes"),
-                f"{ends_text(*_range(sizes), ',.0f')} KiB each" if sizes else "",
+                f"{shown(min(sizes), 'bytes')} to {shown(max(sizes), 'bytes')} each" if sizes else "",
             ),
             Tile(
                 "executed here", f"{len(ran)} of {len(builds.built)}", "" if len(ran) else "no such GPU here"
@@ -193,7 +193,3 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
         ),
         next=following,
     )
-
-
-def _range(sizes: Sequence[int]) -> tuple[float, float]:
-    return min(sizes) / 2**10, max(sizes) / 2**10

@@ -186,11 +186,11 @@ def _beside(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> Tile:
     """A second engine beside the first, in time where both were timed."""
     if not (a.timed and b.timed):
         return Tile("layers of the other engine", f"{len(b.layers)}", f"{len(a.layers)} here")
+    other, first = shown(b.total_ms, "ms"), shown(a.total_ms, "ms")
+    if not (roles["outside_noise"] != "no").any():
+        return Tile("the other engine's layers", other, f"{first} in the first: no more than noise")
     change = 100 * (b.total_ms / a.total_ms - 1)
-    told = "" if (roles["outside_noise"] != "no").any() else "; no part of it outside the noise"
-    return Tile(
-        "the other engine", f"{change:+.0f} %", f"of the layers' time, {shown(b.total_ms, 'ms')}{told}"
-    )
+    return Tile("the other engine's layers", f"{change:+.0f} %", f"{other}, {first} in the first")
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:

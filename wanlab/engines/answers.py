@@ -10,7 +10,16 @@ import pandas as pd
 
 from wanlab.core.answer import Answer, Tile, answer, speed_text, step
 from wanlab.core.stats import interval_text
-from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
+from wanlab.core.words import (
+    SMALLEST,
+    apart_text,
+    capital,
+    component_text,
+    counted,
+    listed,
+    percent_text,
+    shown,
+)
 from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
 from wanlab.engines.tensorrt.build import EngineBuilds
@@ -51,7 +60,8 @@ def export_answer(
         head = f"{capital(made)} components became correct ONNX graphs"
     else:
         head = f"Not every graph is correct: {summary.agree} of {summary.components} agree with PyTorch"
-    headline = f"{head}: the {where} is farthest from PyTorch with {worst}, where {limit} is allowed."
+    apart = percent_text(100 * summary.worst["relative_l2"], SMALLEST)
+    headline = f"{head}: the {where} differs most from PyTorch, by {apart}, where {limit} is allowed."
     nodes = [int(files[name].sum()) for name in ("nodes_before", "nodes_after")]
     tiles = [
         Tile("correct graphs", f"{summary.agree} of {summary.components}", f"of {components} components"),

@@ -83,7 +83,10 @@ const crossed = (place) => {
 };
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
-  const { data, layout, config } = figures[number];
+  const { data, config } = figures[number], whole = figures[number].layout;
+  // A drawing may have another, upright, for a phone.
+  const layout = narrow() && whole.meta?.phone ? { ...whole, ...whole.meta.phone, meta: {} } : whole;
+  if (layout !== whole) place.style.height = `${layout.height}px`;
   const size = narrow() ? small(data, layout, place.clientWidth) : {};
   if (layout.meta?.least_px > place.clientWidth) widen(place, layout.meta.least_px);
   // The main figure ends with the first screen, if its letters stay apart.
@@ -95,7 +98,7 @@ for (const place of window.Plotly ? places : []) {
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
     .then(() => {
-      if (!narrow() || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place) && !crossed(place))) return;
+      if (!narrow() || layout !== whole || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place) && !crossed(place))) return;
       widen(place, WIDENED);
       const titles = Object.entries(layout).filter(([key, axis]) => /^xaxis\d*$/.test(key) && typeof axis.title?.text === "string");
       return Plotly.relayout(place, Object.fromEntries(titles.map(([key, axis]) => [`${key}.title.text`, axis.title.text])))

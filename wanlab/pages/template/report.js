@@ -25,13 +25,14 @@ const inLines = (text, most) => text.includes("<br>") ? text : text.split(" ").r
 const LETTER = 6.4; // pixels of a letter of a phone's figure
 const letters = (text) => Math.max(0, ...String(text).replace(/<(?!br)[^>]*>/g, "").split("<br>").map((line) => line.length)) * LETTER;
 // The end of an axis from 0, so that the figure of every level bar has room beside it; undefined where that leaves no bars.
-const beside = (data, layout, wide) => {
-  const bars = data.filter((trace) => trace.type === "bar" && trace.orientation === "h");
-  const plain = bars.every((trace) => Array.isArray(trace.x) && Array.isArray(trace.y) && !trace.base && !trace.xaxis?.slice(1) && trace.x.every((value) => !(value < 0)));
-  if (!plain || layout.xaxis?.type === "log") return undefined;
-  const names = bars.flatMap((trace) => Array.isArray(trace.y[0]) ? [trace.y] : [[trace.y]]);
+const beside = (data, layout, axis, wide) => {
+  const level = data.filter((trace) => trace.type === "bar" && trace.orientation === "h");
+  const bars = level.filter((trace) => (trace.xaxis ?? "x") === axis.replace("axis", ""));
+  const plain = level.every((trace) => Array.isArray(trace.x) && Array.isArray(trace.y) && !trace.base && trace.x.every((value) => !(value < 0)));
+  if (!plain || layout[axis]?.type === "log") return undefined;
+  const names = level.flatMap((trace) => Array.isArray(trace.y[0]) ? [trace.y] : [[trace.y]]);
   const left = Math.max(0, ...names.map((levels) => levels.reduce((sum, level) => sum + Math.max(0, ...level.map(letters)) + 14, 0)));
-  const room = wide - left - 24, sums = {};
+  const [from, to] = layout[axis]?.domain ?? [0, 1], room = (wide - left - 24) * (to - from), sums = {};
   let end = 0, longest = 0;
   for (const trace of bars) trace.x.forEach((value, i) => {
     const row = JSON.stringify(Array.isArray(trace.y[0]) ? trace.y.map((level) => level[i]) : trace.y[i]);
@@ -45,13 +46,15 @@ const beside = (data, layout, wide) => {
 const small = (data, layout, wide) => {
   const set = { width: undefined, font: { ...layout.font, size: 11 } };
   const outside = data.filter((trace) => trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside");
-  const end = outside.length ? beside(data, layout, wide) : undefined;
-  if (end === undefined) for (const trace of outside) trace.textposition = "auto";
+  for (const axis of new Set(outside.map((trace) => (trace.xaxis ?? "x").replace("x", "xaxis")))) {
+    const end = beside(data, layout, axis, wide);
+    if (end !== undefined) set[axis] = { ...layout[axis], range: [0, end], nticks: 5 };
+    else outside.filter((trace) => (trace.xaxis ?? "x") === axis.replace("axis", "")).forEach((trace) => { trace.textposition = "auto"; });
+  }
   for (const [key, axis] of Object.entries(layout)) {
     const text = /^[xy]axis\d*$/.test(key) && (axis.title?.text ?? axis.title);
-    if (typeof text === "string") set[key] = { ...axis, title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
+    if (typeof text === "string") set[key] = { ...axis, ...set[key], title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
   }
-  if (end !== undefined) set.xaxis = { ...layout.xaxis, ...set.xaxis, range: [0, end], nticks: 5 };
   if (layout.legend?.orientation === "v") set.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
   return set;
 };

@@ -82,6 +82,9 @@ HEADS = {
     "share_8bit_percent": "weights in 8 bits or fewer (%)",
     "work_gflop": "work (GFLOP)",
     "raised": "formats raised",
+    "floor": "rounding alone",
+    "floor_name": "rounding alone is that of",
+    "ratio_to_noise_floor": "times rounding alone",
     "upper_percent": "loss, upper end (%)",
     "predicted_upper_percent": "predicted loss, upper end (%)",
 }

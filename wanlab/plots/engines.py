@@ -519,7 +519,7 @@ def component_bars(df: pd.DataFrame) -> go.Figure:
                 mode="markers",
                 name=name,
                 showlegend=True,
-                marker={"symbol": symbol, "size": 15, "color": "#d9534f", "line": {"width": 2}},
+                marker={"symbol": symbol, "size": 11, "color": "#d9534f", "line": {"width": 2}},
                 hovertemplate="%{x:,.3g} ms<extra>%{fullData.name}</extra>",
             )
             figure.update_layout(showlegend=True, margin={"t": 50})

@@ -16,7 +16,7 @@ import plotly.io as pio
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import format_colours
 from wanlab.core.words import NAMES, UNITS, label  # noqa: F401  (part of this module's face)
-from wanlab.engines.registry import ENGINES, kind_of_label
+from wanlab.engines.registry import ENGINES, engine_text, kind_of_label
 
 COMPONENT_COLOURS = {
     "text_encoder": "#8b7ec8",
@@ -100,6 +100,13 @@ def needs(df: Any, function: str, *columns: str) -> None:
     missing = [column for column in columns if column not in getattr(df, "columns", ())]
     if missing:
         raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+
+
+def variant_name(variant: str) -> str:
+    """A label of an engine for readers, "eager (again)" as "eager PyTorch (again)"; any other label as it is."""
+    engine, space, remark = variant.partition(" (")
+    known = "," not in engine and kind_of_label(engine)
+    return f"{engine_text(engine)}{space}{remark}" if known else variant
 
 
 def limit_line(

@@ -29,6 +29,7 @@ from wanlab.pages.sweep_table import (
 from wanlab.plots.style import theme
 from wanlab.runs.choose import Choice, choose, pareto
 from wanlab.runs.compare import cautions, compare
+from wanlab.runs.next_step import next_html, next_step
 from wanlab.runs.results import is_time, read_sweep
 
 QUALITY = "m.quality_loss_percent"
@@ -79,6 +80,7 @@ def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
         title=table.title,
         state=_state(table, states),
         verdict=first,
+        next=Markup(next_html(next_step(choice.answer.next, {}))) if choice and choice.answer.next else "",
         lead=second,
         lead_notes="; ".join(choice.notes).capitalize() if choice else "",
         problems=table.problems + _caution(table),

@@ -142,7 +142,7 @@ def role_bars(layers: pd.DataFrame) -> go.Figure:
     order = [role for role in totals.index if totals[role] > 0] or list(totals.index)
     figure = go.Figure()
     precisions = _widest_first(table["precision"].unique())
-    last = {}  # role -> the part at the end of its bar, which has the text
+    last: dict[str, str] = {}  # role -> the part at the end of its bar, which has the text
     for precision in precisions:
         last |= dict.fromkeys(table.loc[table["precision"] == precision, "role"], precision)
     for precision in precisions:

@@ -432,7 +432,7 @@ def _arrow_down(figure: go.Figure, edge: dict, boxes: dict) -> None:
         text = f"{edge['tensor']}<br>{'×'.join(sizes[:3])}<br>×{'×'.join(sizes[3:])}"
     label = {"showarrow": False, "font": {"size": 10.5}, "text": text}
     if target[1] > source[1]:
-        begin, tip = (_TALL_RIGHT, target[1]), (target[0] + target[2], target[1])
+        begin, tip = (float(_TALL_RIGHT), float(target[1])), (target[0] + target[2], float(target[1]))
         path = f"M {source[0] + source[2]},{source[1]} L {_TALL_RIGHT},{source[1]} L {begin[0]},{begin[1]}"
         figure.add_shape(type="path", path=path, line={"color": GREY, "width": 1.5})
         figure.add_annotation(x=(begin[0] + tip[0]) / 2, y=tip[1], yanchor="bottom", **label)

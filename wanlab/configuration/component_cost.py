@@ -22,7 +22,7 @@ from wanlab import models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import configurations, save_configuration
-from wanlab.core.answer import Answer, Step, Tile, answer, step
+from wanlab.core.answer import IDLE, Answer, Step, Tile, answer, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.words import apart_text, capital, component_text, shown
@@ -182,6 +182,8 @@ class ComponentCost:
     def _next(self, label: str) -> Step:
         """Whole videos with a candidate; without a command where its plan or configuration is a file of its own."""
         name, engine, plan = (self.facts[label].get(key) for key in ("configuration", "engine", "plan"))
+        if (gain := self.comparisons.get(label)) and gain.direction_only:
+            return IDLE._replace(notebook="42_component")
         why = "measures whole videos and their quality with it"
         if name in configurations():
             return step(why, "41_configuration", configuration=name)

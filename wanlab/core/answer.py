@@ -48,6 +48,10 @@ def step(why: str, notebook: str = "", **parameters: Any) -> Step:
     return Step(why.strip().removesuffix("."), notebook, parameters)
 
 
+IDLE = Step("tells how much on an idle machine: nothing else may run beside it")
+"""What to do where other work left no more than a direction to tell."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a notebook found, for a reader who has ten seconds; `Run.verdict` shows it.

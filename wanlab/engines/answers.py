@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, answer, speed_text, step
+from wanlab.core.answer import IDLE, Answer, Tile, answer, speed_text, step
 from wanlab.core.stats import interval_text
 from wanlab.core.words import (
     SMALLEST,
@@ -125,6 +125,8 @@ def engine_answer(
     speed = gain.clause(name, base)
     top, shares = operators.iloc[0], _shares(stages, f"{candidate}_percent")
     first, noise = shares[0], shown(gain.noise_percent, "%")
+    why = "measures its quality on pictures whose true videos are known, and its memory"
+    following = step(why, "41_configuration", engine=candidate, cases=8)
     return answer(
         f"{speed}. The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time. {capital(divergence.text)}.",
         f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
@@ -135,12 +137,7 @@ def engine_answer(
             *(Tile(part, f"{share:.0f} %", f"of a video in {name}") for part, share in shares[:3]),
             divergence.tile(),
         ),
-        next=step(
-            "measures its quality on pictures whose true videos are known, and its memory",
-            "41_configuration",
-            engine=candidate,
-            cases=8,
-        ),
+        next=IDLE._replace(notebook="21_onnxruntime") if gain.direction_only else following,
     )
 
 

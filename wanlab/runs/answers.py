@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, loss_texts, ratio_text, step
+from wanlab.core.answer import IDLE, Answer, answer, loss_texts, ratio_text, step
 from wanlab.core.effects import BASELINE, NOT_APPLIED
 from wanlab.core.stats import interval_text
 from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_text, time_text
@@ -103,7 +103,7 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
         head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
     noise = f"Two series of {original} differ by up to {gain.noise_percent:.1f} %; a smaller gain would not count."
     if gain.busy:
-        following = step("tells how much on an idle machine: nothing else may run beside it", "00_quickstart")
+        following = IDLE._replace(notebook="00_quickstart")
     else:
         following = step(
             "says where the time of a video goes; give your own model with -p model=", "10_baseline"

@@ -16,7 +16,7 @@ import plotly.io as pio
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import format_colours
 from wanlab.core.words import NAMES, UNITS, label  # noqa: F401  (part of this module's face)
-from wanlab.engines.registry import ENGINES, kind_of_label
+from wanlab.engines.registry import ENGINES, engine_text, kind_of_label
 
 COMPONENT_COLOURS = {
     "text_encoder": "#8b7ec8",
@@ -102,6 +102,13 @@ def needs(df: Any, function: str, *columns: str) -> None:
         raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
 
 
+def variant_name(variant: str) -> str:
+    """A label of an engine for readers, "eager (again)" as "eager PyTorch (again)"; any other label as it is."""
+    engine, space, remark = variant.partition(" (")
+    known = "," not in engine and kind_of_label(engine)
+    return f"{engine_text(engine)}{space}{remark}" if known else variant
+
+
 def limit_line(
     figure: go.Figure, y: float, text: str, *, x: float = 1.0, xanchor: str = "right", log: bool = False
 ) -> None:
@@ -112,7 +119,7 @@ def limit_line(
         x: place of the name, as a share of the width. xanchor: its side that lies there.
         log: whether the axis is logarithmic, of which annotations have the exponent.
     """
-    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2})
+    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2}, layer="below")
     figure.add_annotation(
         x=x,
         xref="x domain",

@@ -225,8 +225,7 @@ def _answer(
     else:
         how = "as fast" if by.endswith("_ms") else "as good"
         figures = (ratio.value if gain_of(by) == "ratio" else math.nan, ratio.low, ratio.high)
-        gain = speed_text(*figures, candidate=name, baseline=other, how=how).removeprefix(f"{name} is ")
-        gain = gain.removesuffix(")") + f", noise {ratio.noise_percent:.0f} %)" * (ratio.noise_percent >= 1)
+        gain = speed_text(*figures, candidate="", baseline=other, noise_percent=ratio.noise_percent, how=how)
         headline = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
         beside = f"{interval_text(*figures[1:])}; noise {ratio.noise_percent:.0f} %"
         tiles.insert(0, Tile("speed-up" if how == "as fast" else "gain", f"{figures[0]:.2f}×", beside))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, step
+from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.core.words import capital, component_text, counted, listed, shown
@@ -243,7 +243,9 @@ def repair(
         if number == max_rounds or upper is None or upper <= limit_percent:
             break
         target = selection.effect * (MARGIN * limit_percent / upper) ** (1 / exponent)
-        better, raised = raise_worst(selection, target, f"{name}-repaired-{number + 1}")
+        better, raised = raise_worst(
+            selection, target, f"{name}-with-more-bits{f'-{number + 1}' * (number > 0)}"
+        )
         if better is None:
             break
         selection, verification = better, None
@@ -441,7 +443,7 @@ class Chosen:
         )
         following = step("measures the plan on cases that it was not chosen by", "41_configuration", cases=8,
                          plan=os.fspath(plan_file) or self.plan.name, case_set="final")  # fmt: skip
-        return Answer(headline, tuple(details[:MOST_DETAILS]), tiles, following)
+        return answer(headline, *details[:MOST_DETAILS], tiles=tiles, next=following)
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

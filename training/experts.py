@@ -7,7 +7,7 @@ The high-noise expert sees sigma in [0.9, 1], the low-noise expert sigma in [0, 
 range. Latents are encoded once and kept on the device, of each size apart; a part of them is replaced by new clips all
 along. A step has clips of one size, so that each size has one graph.
 Loss: mean squared error of the velocity `noise - latents` (Lipman et al. 2023; Wan technical report, section 4). With
-`--seen`, the low-noise expert also learns from what the eye sees, at latents that the experts sampled themselves
+`--seen`, an expert also learns from what the eye sees, at latents that the experts sampled themselves
 (`training.rollouts`): the clip that its estimate of the clean latents decodes to, against the one that the true latents
 decode to.
 """
@@ -265,12 +265,16 @@ def caches(args, ranks: Ranks, step: int, before: Before) -> dict[str, Latents]:
     return made
 
 
-def rollouts(args, low: torch.nn.Module, data: dict[str, Latents]) -> dict[str, Rollouts]:
-    """What the experts sample of every size that the schedule has steps of."""
-    high = architecture.expert(args.architecture)
-    load_weights(high, args.high or args.out / "expert_high.pt", architecture.widened)
-    device = next(low.parameters()).device
-    high.to(device).eval().requires_grad_(False)
+def rollouts(args, model: torch.nn.Module, data: dict[str, Latents]) -> dict[str, Rollouts]:
+    """What the expert that learns samples, of every size that the schedule has steps of.
+
+    The low-noise one begins where a high-noise expert of an earlier run ends.
+    """
+    high, low = model, None
+    if args.expert == "low":
+        high, low = architecture.expert(args.architecture), model
+        load_weights(high, args.high or args.out / "expert_high.pt", architecture.widened)
+        high.to(next(model.parameters()).device).eval().requires_grad_(False)
     counts = {SMALL: args.rollouts, LARGE: args.large_rollouts}
     return {
         size: Rollouts(high, low, cache.draw, cache.mask, cache.no_text.float(), counts[size])
@@ -290,7 +294,7 @@ def train(args, ranks: Ranks) -> None:
     torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high", loop.step)))
     data = caches(args, ranks, loop.step, before)
     forward = torch.compile(model, dynamic=False) if args.compile else model
-    seen = Seen(vae_of(args), device, args) if args.seen and args.expert == "low" else None
+    seen = Seen(vae_of(args), device, args) if args.seen else None
     own = rollouts(args, model, data) if seen else {}
     batches = {
         size: max(1, batch // ranks.world) for size, batch in ((SMALL, args.batch), (LARGE, args.large_batch))
@@ -366,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         "--refresh-every", type=int, default=40, help="steps of a size between two chunks of new clips"
     )
     options.add_argument(
-        "--seen", type=float, default=0.0, help="weight of what is seen, for the low-noise expert"
+        "--seen", type=float, default=0.0, help="weight of what is seen at latents of its own"
     )
     options.add_argument("--seen-from", type=float, default=0.4, help="part of the schedule it begins at")
     options.add_argument(
@@ -376,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
         help="clips of a step that are decoded for it, a sixth of it at most",
     )
     options.add_argument(
-        "--high", type=Path, help="high-noise expert that samples for it; expert_high.pt if not given"
+        "--high", type=Path, help="high-noise expert before a low-noise one; expert_high.pt if not given"
     )
     options.add_argument("--rollouts", type=int, default=64, help="small clips sampled at once for it")
     options.add_argument("--large-rollouts", type=int, default=12, help="large clips sampled at once for it")

@@ -1,8 +1,8 @@
 """Where the experts come to by themselves: latents on the way from noise to a clip, as the pipeline samples them.
 
 An expert learns the velocity at latents that are made of a true clip and noise. When it samples, it begins where its own
-earlier steps ended, which is a little blurred. The low-noise expert is shown such latents too, and what they should have
-become, so that its last steps learn to mend what the steps before them left.
+earlier steps ended, which is a little blurred. Here it is shown such latents too, and what they should have become, so that
+its last steps learn to mend what the steps before them left.
 (The idea of training on one's own states: Ross, Gordon and Bagnell 2011, "A reduction of imitation learning ...".)
 """
 
@@ -21,7 +21,7 @@ STEPS = (4, 6, 10, 10, 10, 20)
 """Steps of a sampling, drawn with equal chance: mostly the default."""
 
 LAST = 3
-"""Steps before the end whose latents are kept."""
+"""Steps of an expert, its last ones, whose latents are kept."""
 
 
 class States(NamedTuple):
@@ -59,11 +59,11 @@ def guided(
 
 
 class Rollouts:
-    """Latents that two experts sample from noise, drawn anew when all were handed out.
+    """Latents from which an expert takes its steps of a sampling, drawn anew when all were handed out.
 
     Args:
-        high: the high-noise expert, which is not trained here.
-        low: the low-noise expert as it learns.
+        high: the high-noise expert.
+        low: the low-noise expert; None keeps the latents of the high-noise one, which need no other.
         draw: number of clips to their latents, conditions and text embeddings, without dropped captions.
         mask: `[1, 4, T', H', W']`, one in the frame that is given.
         no_text: embedding of the empty caption, `[L, D]`.
@@ -73,7 +73,7 @@ class Rollouts:
     def __init__(
         self,
         high: torch.nn.Module,
-        low: torch.nn.Module,
+        low: torch.nn.Module | None,
         draw: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         mask: torch.Tensor,
         no_text: torch.Tensor,
@@ -102,11 +102,13 @@ class Rollouts:
         noisy, kept = torch.randn_like(latents), []
         for time in scheduler.timesteps:
             is_high = float(time) >= 1000 * BOUNDARY_RATIO
+            expert = self.high if is_high else self.low
+            if expert is None:
+                break
             sigma = (time / 1000).float().expand(self.count)
-            if not is_high:
+            if is_high == (self.low is None):
                 kept.append(States(noisy, sigma, latents, condition, text))
             with autocast(device):
-                expert = self.high if is_high else self.low
                 velocity = guided(expert, torch.cat([noisy, known], dim=1), sigma, text, self.no_text)
             noisy = scheduler.step(velocity, time, noisy, return_dict=False)[0]
         joined = [torch.cat(values) for values in zip(*kept[-LAST:], strict=True)]

@@ -27,6 +27,8 @@ from .experts.timeline import DataFlow as DataFlow
 from .experts.timeline import Timeline as Timeline
 from .experts.timeline import data_flow as data_flow
 from .experts.timeline import timeline as timeline
+from .explorer.view import Exploration as Exploration
+from .explorer.view import explore as explore
 from .flame import Difference as Difference
 from .flame import Flame as Flame
 from .flame import Flames as Flames

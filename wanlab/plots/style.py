@@ -29,6 +29,21 @@ COMPONENT_COLOURS = {
     "vae_decoder": "#3d85c6",
     "other": "#9aa3ad",
 }
+CATEGORY_COLOURS = {
+    "self_attention": "#3d85c6",
+    "cross_attention": "#8b7ec8",
+    "linear": "#e07b39",
+    "norm_modulation_rotary": "#3fa796",
+    "expert_switching": "#d9534f",
+    "vae_encoder": "#6fa8a0",
+    "vae_decoder": "#b0679b",
+    "text_encoder": "#6fa832",
+    "communication": "#5b6bbf",
+    "other": "#9aa3ad",
+    "host_device_transfer": "#e8c33d",
+    "memory_allocation": "#a5854f",
+    "launch_and_idle": "#b9c0c8",
+}
 FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"

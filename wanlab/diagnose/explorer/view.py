@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Collection
 from functools import cached_property
@@ -16,13 +17,15 @@ from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.words import percent_text, size_text, time_text
 from wanlab.diagnose.breakdown import CATEGORY_NAMES
 from wanlab.diagnose.explorer.events import GPU, Events, event_table
-from wanlab.diagnose.explorer.questions import PART, QUESTIONS
+from wanlab.diagnose.explorer.questions import QUESTIONS
 from wanlab.diagnose.trace import Trace
 from wanlab.measure.ceilings import Ceilings, recorded_ceilings
 
 MOST_ROWS = 1_000_000
 SECONDS = 60.0
 """Of one query; another that takes longer is stopped."""
+CONDITIONS = ("between", "component", "step", "category", "module", "name", "search", "side")
+"""Conditions of `select` that the view of `plots.explorer` sets."""
 CHOICES = ("side", "kind", "component", "category", "operation", "lane")
 """Columns with few values, of which a name that is in none is a mistake."""
 
@@ -65,7 +68,7 @@ class Exploration:
         Args:
             between: start and end in µs, as `start_us`: events that overlap it.
             step, name: one value, or several.
-            module: path of a module; events inside it.
+            module: path of a module, in which * stands for all layers: "expert_low.blocks.*.attn1"; events inside it.
             search: text in the name, module or shapes, in small or capital letters.
             choices: `component`, `category`, `side` ("host" or "gpu"), `kind`, `operation`, `lane`: one value or several.
 
@@ -88,7 +91,7 @@ class Exploration:
             if value is not None:
                 chosen &= frame[column].isin(_several(value)).to_numpy()
         if module is not None:
-            names = frame["module"].cat.categories
+            names = [LAYER.sub(".*", m) if "*" in module else m for m in frame["module"].cat.categories]
             chosen &= _by_category(frame["module"], [m == module or m.startswith(f"{module}.") for m in names])
         if search:
             text = search.lower()
@@ -284,6 +287,7 @@ class Exploration:
         )
 
 
+LAYER = re.compile(r"\.\d+(?=\.|$)")
 SEARCHED = ("name", "module", "shapes")
 
 
@@ -325,6 +329,3 @@ def _summed(frame: pd.DataFrame, by: str) -> pd.Series:
 def _short(sql: str) -> str:
     text = " ".join(str(sql).split())
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-__all__ = ["PART", "Exploration", "explore"]

@@ -119,6 +119,7 @@ const digits = (value) => {
   const size = Math.abs(value);
   return size >= 100 ? Math.round(value).toLocaleString("en") : size >= 10 ? value.toFixed(1) : size >= 1 ? value.toFixed(2) : size >= 0.001 ? value.toPrecision(2) : size ? "< 0.001" : "0";
 };
+const percent = share => share > 0 && share < 1e-4 ? "< 0.01 %" : `${digits(100 * share)} %`;
 const count = value => value.toLocaleString("en");
 const el = (tag, set = {}, ...children) => {
   const { data, ...rest } = set, made = Object.assign(document.createElement(tag), rest);
@@ -163,7 +164,7 @@ class Row {
     return best;
   }
   at(moment) {
-    const i = lower(this.start, moment, 0, this.start.length + 0) - (0);
+    const i = lower(this.start, moment);
     const place = i < this.start.length && this.start[i] === moment ? i : i - 1;
     return place >= 0 && this.end[place] > moment ? place : -1;
   }
@@ -237,6 +238,9 @@ class Explorer {
     const zoom = el("span", { className: "wlx-sides" }, ...[["−", 2, "zoom out"], ["+", 0.5, "zoom in"]].map(([textContent, by, title]) =>
       el("button", { type: "button", textContent, title, ariaLabel: title, onclick: () => this.zoom(by) })),
       el("button", { type: "button", textContent: "all", title: "show all (0)", onclick: () => this.move(this.low, this.high) }));
+    this.moves = matchMedia("(pointer: coarse)").matches; // what a drag does
+    const drags = el("span", { className: "wlx-sides" }, ...[["select", false], ["move", true]].map(([textContent, moves]) =>
+      el("button", { type: "button", textContent, title: `a drag ${textContent}s`, data: { moves }, onclick: () => { this.moves = moves; this.panels(); } })));
     this.canvas = el("canvas", { tabIndex: 0, ariaLabel: "timeline: drag to select, W and S zoom, A and D move" });
     this.spacer = el("div", { className: "wlx-spacer" });
     this.box = el("div", { className: "wlx-lanes edge" }, this.canvas, this.spacer);
@@ -245,7 +249,7 @@ class Explorer {
       el("section", { className: `wlx-panel wlx-of-${name}` }, el("h4", {}, title, ...more), this[name]));
     this.beside = el("span", { className: "wlx-beside" });
     root.append(
-      el("div", { className: "wlx-bar" }, this.search, sides, zoom, this.said, this.chips), this.box,
+      el("div", { className: "wlx-bar" }, this.search, sides, zoom, drags, this.said, this.chips), this.box,
       el("p", { className: "wlx-help", textContent: "Drag: select a stretch. W, S or wheel: zoom. A, D: move. Click an event: all its calls. F: zoom to the selection, 0: all, Esc: select everything." }),
       el("div", { className: "wlx-panels" },
         panel("Wall clock", "bars"), panel("Kernels", "table", " ", this.beside), panel("Calls", "calls"), panel("Roofline", "roof"),
@@ -257,7 +261,8 @@ class Explorer {
     this.high_px = this.rows.length * ROW + AXIS + 4;
     this.search.addEventListener("input", () => this.set({ search: this.search.value.trim() || undefined }));
     this.listen();
-    new ResizeObserver(() => { this.recolour(); this.invalidate(); this.panels(); }).observe(root);
+    let wide = root.clientWidth;
+    new ResizeObserver(() => { if (root.clientWidth !== wide) { wide = root.clientWidth; this.invalidate(); this.panels(); } }).observe(root);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { this.recolour(); this.invalidate(); this.panels(); });
   }
 
@@ -339,7 +344,7 @@ class Explorer {
 
   summed(trace, state, between) {
     const f = this.filters(trace, state), words = trace.words.name.length, { inside } = trace;
-    const sums = { time: new Float64Array(words), calls: new Uint32Array(words), flop: new Float64Array(words), bytes: new Float64Array(words),
+    const sums = { time: new Float64Array(words), calls: new Uint32Array(words), flop: new Float64Array(words), bytes: new Float64Array(words), whole: new Float64Array(words),
       roofline: new Float64Array(words), known: new Float64Array(words), category: new Uint8Array(words),
       hit: new Uint8Array(words), all: 0, chosen: 0, chosenCalls: 0, found: 0, foundCalls: 0, picked: [], shares: new Float64Array(trace.categories.length) };
     const tree = trace.tree;
@@ -363,9 +368,12 @@ class Explorer {
         sums.time[name] += own;
         sums.calls[name]++;
         sums.all += own;
-        sums.flop[name] += trace.flop[i];
-        sums.bytes[name] += trace.bytes[i];
-        if (trace.roofline[i] > 0) { sums.roofline[name] += trace.roofline[i]; sums.known[name] += trace.time[i]; }
+        if (!between || (trace.start[i] >= a && trace.end[i] <= b)) { // a call that is cut has all of its work but not its time
+          sums.whole[name] += own;
+          sums.flop[name] += trace.flop[i];
+          sums.bytes[name] += trace.bytes[i];
+          if (trace.roofline[i] > 0) { sums.roofline[name] += trace.roofline[i]; sums.known[name] += own; }
+        }
         sums.category[name] = trace.category[i];
         const hit = f.found ? f.found.name[name] || f.found.module[trace.module[i]] || f.found.shapes[trace.shapes[i]] : 0;
         if (hit) { sums.hit[name] = 1; sums.found += own; sums.foundCalls++; }
@@ -384,11 +392,13 @@ class Explorer {
 
   panels() {
     if (!this.sums) return;
+    this.widths = new Map(["calls", "roof", "flame"].map(name => [this[`${name}Canvas`], Math.max(this[name].clientWidth, 50)])); // before anything is changed
     const { state, sums } = this;
     this.chips.replaceChildren(...FILTERS.filter(key => state[key] !== undefined && key !== "side" && key !== "search").map(key =>
       el("button", { type: "button", title: "remove", onclick: () => this.set({ [key]: undefined }) }, this.chip(key, state[key]), " ×")));
     this.said.textContent = `${count(sums.chosenCalls)} events, ${time(sums.chosen)}` +
       (state.search ? `; found ${count(sums.foundCalls)}, ${time(sums.found)}` : "");
+    for (const button of this.root.querySelectorAll("[data-moves]")) button.setAttribute("aria-pressed", String(button.dataset.moves === String(this.moves)));
     for (const button of this.root.querySelectorAll("[data-side]")) button.setAttribute("aria-pressed", String(button.dataset.side === state.side));
     this.drawBars();
     this.drawTable();
@@ -422,7 +432,7 @@ class Explorer {
       return el("button", { type: "button", className: `wlx-row${on ? " on" : state.category ? " off" : ""}`, title: `at most ${digits(bound)}× as fast without it`,
         onclick: () => this.set({ category: on ? undefined : name }) },
       el("span", { textContent: words }), el("span", { className: "wlx-track" }, this.fill(sums[i] / most, this.names[i])),
-      el("span", { className: "wlx-number", textContent: time(sums[i]) }), el("span", { className: "wlx-number", textContent: `${digits(100 * sums[i] / whole)} %` }));
+      el("span", { className: "wlx-number", textContent: time(sums[i]) }), el("span", { className: "wlx-number", textContent: percent(sums[i] / whole) }));
     }));
     this.wall = { whole, sums };
   }
@@ -444,11 +454,10 @@ class Explorer {
       const name = trace.words.name[i], on = state.name === name, spent = sums.time[i];
       const swatch = el("i", { className: "wlx-swatch" });
       swatch.style.background = this.names[sums.category[i]];
-      const whole = !state.between; // rates of whole calls only: a cut one has all of its work but not its time
       const row = el("tr", { className: `${on ? "on" : state.name ? "off" : ""}${sums.hit[i] ? " hit" : ""}`, tabIndex: 0, title: name },
-        el("td", { className: "text" }, swatch, el("code", { textContent: short(name, 52) })), ...[time(spent), `${digits(100 * spent / sums.all)} %`, count(sums.calls[i]),
-          whole && sums.flop[i] ? digits(sums.flop[i] / spent / 1e6) : "", whole && sums.bytes[i] ? digits(sums.bytes[i] / spent / 1e3) : "",
-          sums.known[i] ? `${digits(100 * sums.roofline[i] / sums.known[i])} %` : ""].map(textContent => el("td", { textContent })));
+        el("td", { className: "text" }, el("span", { className: "wlx-cell" }, swatch, el("code", { textContent: short(name, 52) }))), ...[time(spent), percent(spent / sums.all), count(sums.calls[i]),
+          sums.flop[i] ? digits(sums.flop[i] / sums.whole[i] / 1e6) : "", sums.bytes[i] ? digits(sums.bytes[i] / sums.whole[i] / 1e3) : "",
+          sums.known[i] ? percent(sums.roofline[i] / sums.known[i]) : ""].map(textContent => el("td", { textContent })));
       const pick = () => this.set({ name: on ? undefined : name });
       row.addEventListener("click", pick);
       row.addEventListener("keydown", event => event.key === "Enter" && pick());
@@ -500,13 +509,13 @@ class Explorer {
   // Every name with known operations and bytes: intensity and rate on logarithmic axes, below the ceilings.
   drawRoof() {
     const { trace, sums, state } = this, [g, width, height] = this.sized(this.roofCanvas, 230), roof = trace.ceilings;
-    const points = [...sums.time.keys()].filter(i => sums.flop[i] > 0 && sums.bytes[i] > 0 && sums.time[i] > 0 && !state.between)
-      .map(i => ({ i, x: sums.flop[i] / sums.bytes[i], y: sums.flop[i] / sums.time[i] / 1e6, r: Math.max(3, 22 * Math.sqrt(sums.time[i] / sums.all)) }));
+    const points = [...sums.time.keys()].filter(i => sums.flop[i] > 0 && sums.bytes[i] > 0 && sums.whole[i] > 0)
+      .map(i => ({ i, x: sums.flop[i] / sums.bytes[i], y: sums.flop[i] / sums.whole[i] / 1e6, r: Math.max(3, 22 * Math.sqrt(sums.time[i] / sums.all)) }));
     g.font = "11px system-ui, sans-serif";
     this.points = [];
     if (!points.length) {
       g.fillStyle = this.soft;
-      g.fillText(state.between ? "Rates are of whole calls: remove the stretch to see them." : "No work with known shapes is selected.", 8, 24);
+      g.fillText("No whole call with known operations is selected.", 8, 24);
       return;
     }
     const peaks = roof ? Object.entries(roof.tflop_per_s) : [];
@@ -524,11 +533,12 @@ class Explorer {
     g.rect(left, 0, width - left, height - 30);
     g.clip();
     g.strokeStyle = this.soft;
+    const named = [];
     for (const [format, peak] of peaks) {
       const knee = peak * 1e3 / roof.memory_gb_per_s;
       g.beginPath(); g.moveTo(X(10 ** x0), Y(10 ** x0 * roof.memory_gb_per_s / 1e3)); g.lineTo(X(knee), Y(peak)); g.lineTo(width, Y(peak)); g.stroke();
       g.textAlign = "right";
-      g.fillText(format, width - 3, Y(peak) - 3);
+      if (!named.some(y => Math.abs(y - Y(peak)) < 11)) { g.fillText(format, width - 3, Y(peak) - 3); named.push(Y(peak)); }
     }
     for (const { i, x, y, r } of points) {
       g.globalAlpha = (state.name && trace.words.name[i] !== state.name) || (state.search && !sums.hit[i]) ? 0.15 : 0.8;
@@ -578,8 +588,11 @@ class Explorer {
   // Second trace: own time by module of all layers, on the same steps and modules as the selection.
   drawGrew() {
     const { trace, other, state } = this, conditions = { ...state, side: other.side };
-    const before = this.byPlace(trace, { ...state, side: trace.side }, null), after = this.byPlace(other, conditions, null);
-    const places = state.between ? this.places(state.between) : null, totals = new Map();
+    // A module that one trace does not name, as inside a compiled block, counts as the nearest one around it that both name.
+    const both = new Set(trace.words.module.filter(name => other.words.module.includes(name)));
+    const shared = (module) => { while (module && !both.has(module)) module = module.slice(0, Math.max(module.lastIndexOf("."), 0)); return module; };
+    const before = this.byPlace(trace, { ...state, side: trace.side }, null, shared), after = this.byPlace(other, conditions, null, shared);
+    const places = state.between ? this.places(state.between, shared) : null, totals = new Map();
     for (const [sums, k] of [[before, 0], [after, 1]]) for (const [key, spent] of sums) {
       if (places && !places.has(key)) continue;
       const [, module] = key.split("\n"), name = part(module).replace(/^expert_(high|low)/, "expert") || "(no module)";
@@ -588,7 +601,7 @@ class Explorer {
     }
     const rows = [...totals].map(([name, [b, a]]) => [name, b, a, a - b]).sort((one, two) => Math.abs(two[3]) - Math.abs(one[3])).slice(0, 16);
     const most = Math.abs(rows[0]?.[3]) || 1, all = [...totals.values()].reduce(([x, y], [b, a]) => [x + b, y + a], [0, 0]);
-    this.grew.replaceChildren(el("p", { className: "wlx-note", textContent: `${time(all[0])} before (${trace.title}), ${time(all[1])} after (${other.title})${places ? ", of modules and steps that lie in the stretch by half or more" : ""}. Bars: after minus before.` }),
+    this.grew.replaceChildren(el("p", { className: "wlx-note", textContent: `${time(all[0])} before (${trace.title}), ${time(all[1])} after (${other.title})${places ? ", of modules and steps that lie in the stretch by half or more" : ""}. A module that only one of them names counts as the one around it.` }),
       el("table", {}, el("thead", {}, el("tr", {}, ...["module", "before", "after", "change", ""].map(textContent => el("th", { textContent })))),
         el("tbody", {}, ...rows.map(([name, b, a, change]) => {
           const bar = this.fill(Math.abs(change) / most, change > 0 ? "var(--wlx-more)" : "var(--wlx-less)");
@@ -597,7 +610,7 @@ class Explorer {
         }))));
   }
 
-  byPlace(trace, state, between) {
+  byPlace(trace, state, between, shared) {
     const lit = this.marks(trace, { ...state, search: undefined }), sums = new Map(), wide = trace.words.module.length, flat = new Map();
     for (const lane of trace.lanes) if (lane.side === state.side) {
       const [first, last] = between ? this.within(trace, lane, between) : [lane.first, lane.last];
@@ -606,18 +619,22 @@ class Explorer {
         flat.set(key, (flat.get(key) ?? 0) + share * trace.own[i]);
       }
     }
-    for (const [key, spent] of flat) sums.set(`${Math.floor(key / wide) - 1}\n${trace.words.module[key % wide]}`, spent);
+    const modules = trace.words.module.map(shared);
+    for (const [key, spent] of flat) {
+      const place = `${Math.floor(key / wide) - 1}\n${modules[key % wide]}`;
+      sums.set(place, (sums.get(place) ?? 0) + spent);
+    }
     return sums;
   }
 
-  places(between) {
-    const state = { side: this.trace.side }, whole = this.byPlace(this.trace, state, null), inside = this.byPlace(this.trace, state, between);
+  places(between, shared) {
+    const state = { side: this.trace.side }, whole = this.byPlace(this.trace, state, null, shared), inside = this.byPlace(this.trace, state, between, shared);
     return new Set([...inside].filter(([key, spent]) => spent >= 0.5 * whole.get(key)).map(([key]) => key));
   }
 
   // A canvas as wide as its box, in the pixels of the screen.
   sized(canvas, height) {
-    const width = Math.max(canvas.parentElement?.clientWidth ?? 300, 50), ratio = devicePixelRatio || 1;
+    const width = this.widths.get(canvas), ratio = devicePixelRatio || 1;
     canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     canvas.style.height = `${height}px`;
     const g = canvas.getContext("2d");
@@ -689,6 +706,7 @@ class Explorer {
         let stride = 1;
         while (j < n && start[j] < edge) { j += stride; stride *= 2; }
         j = lower(start, edge, Math.max(i + 1, j - stride), Math.min(j, n));
+        if (j - i > 1 && end[j - 1] > edge) j--; // it goes on in the next pixel
         if (j - i > 1) k = row.most(i, j);
         level = Math.max(1, Math.min(LEVELS - 1, Math.ceil((LEVELS - 1) * (sums[j] - sums[i]) * scale)));
       }
@@ -696,7 +714,7 @@ class Explorer {
       if (one) {
         const to = Math.min(plot, Math.floor(x1));
         line.fill(shade, x0, to - x0 > 4 ? to - 1 : to);
-        if (to - x0 > 34 && labels.length < 260 && !(dims && !dims[id])) labels.push([x0, to - x0, y, paint, row.text(id)]);
+        if (to - x0 > 34 && labels.length < 150 && !(dims && !dims[id])) labels.push([x0, to - x0, y, paint, row.text(id)]);
       } else if (x0 < plot) line[x0] = shade;
       i = j;
     }
@@ -777,7 +795,7 @@ class Explorer {
       canvas.focus({ preventScroll: true });
       touches.set(event.pointerId, event);
       canvas.setPointerCapture?.(event.pointerId);
-      drag = { x: event.clientX, from: this.moment(event), view: this.view, pinch: touches.size === 2 ? [...touches.values()] : null, touch: event.pointerType === "touch", moved: false };
+      drag = { x: event.clientX, from: this.moment(event), view: this.view, pinch: touches.size === 2 ? [...touches.values()] : null, moves: this.moves, moved: false };
     });
     canvas.addEventListener("pointermove", (event) => {
       if (!drag || !touches.has(event.pointerId)) { this.hover(event); return; }
@@ -787,7 +805,7 @@ class Explorer {
         const [p, q] = [...touches.values()], [p0, q0] = drag.pinch, far = Math.abs(p.clientX - q.clientX) || 1, was = Math.abs(p0.clientX - q0.clientX) || 1;
         this.view = drag.view;
         this.zoom(was / far, drag.from);
-      } else if (drag.touch) { // one finger moves; a long stretch is selected by the axis
+      } else if (drag.moves) {
         const [a, b] = drag.view, by = (drag.x - event.clientX) / (canvas.clientWidth - this.gutter) * (b - a);
         this.move(a + by, b + by);
       } else if (drag.moved) {
@@ -799,7 +817,7 @@ class Explorer {
       if (!touches.delete(event.pointerId) || !drag) return;
       const was = drag;
       drag = touches.size ? drag : null;
-      if (was.moved && !was.touch && event.type === "pointerup") this.set({ between: this.state.between.map(t => Math.round(t * 1e3) / 1e3) });
+      if (was.moved && !was.moves && !was.pinch && event.type === "pointerup") this.set({ between: this.state.between.map(t => Math.round(t * 1e3) / 1e3) });
       else if (!was.moved && event.type === "pointerup") this.click(this.under(event));
     };
     canvas.addEventListener("pointerup", end);
@@ -828,7 +846,7 @@ class Explorer {
     const near = event => { const box = this.roofCanvas.getBoundingClientRect(); return (this.points ?? []).find(p => Math.hypot(p.x - event.clientX + box.left, p.y - event.clientY + box.top) < p.r + 2); };
     this.roofCanvas.addEventListener("pointermove", (event) => {
       const p = near(event);
-      this.say(event, p ? [this.trace.words.name[p.i], `${digits(this.sums.flop[p.i] / this.sums.time[p.i] / 1e6)} TFLOP/s, ${time(this.sums.time[p.i])}`] : null);
+      this.say(event, p ? [this.trace.words.name[p.i], `${digits(this.sums.flop[p.i] / this.sums.whole[p.i] / 1e6)} TFLOP/s, ${time(this.sums.time[p.i])}`] : null);
     });
     this.roofCanvas.addEventListener("click", (event) => { const p = near(event); if (p) this.set({ name: this.trace.words.name[p.i] }); });
     for (const each of [this.flameCanvas, this.roofCanvas]) each.addEventListener("pointerleave", () => { this.tip.hidden = true; });

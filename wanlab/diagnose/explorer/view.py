@@ -205,6 +205,8 @@ class Exploration:
     def changes(self, by: str = "module", **conditions: Any) -> pd.DataFrame:
         """What grew and what shrank from this trace to the second, aligned by module and step.
 
+        A module that one trace does not name, as inside a compiled block, counts as the nearest one around it that both name.
+
         Args:
             by: "module" (path), "part" (the same for all layers and both experts), "category" or "name" (of the kernel).
             conditions: as of `select`. With `between` the second trace is selected by the modules and steps of which at
@@ -222,12 +224,16 @@ class Exploration:
             raise WanlabError(f"by is module, part, category or name, not {by!r}")
         between = conditions.pop("between", None)
         sides = []
-        places = self._places(between) if between is not None else None
+        names = [set(view.events.frame["module"].cat.categories) for view in (self, self.compare)]
+        both = set.intersection(*names)
+        shared = {name: _around(name, both) for name in set.union(*names)}
+        places = self._places(between, shared) if between is not None else None
         for view in (self, self.compare):
             known = {k: v for k, v in conditions.items() if k != "lane"}
             frame = view.select(**({"side": view.events.side} | known))
+            frame = frame.assign(module=frame["module"].astype(str).map(shared))
             if places is not None:
-                keys = pd.MultiIndex.from_arrays([frame["step"], frame["module"].astype(str)])
+                keys = pd.MultiIndex.from_arrays([frame["step"], frame["module"]])
                 frame = frame[keys.isin(places)]
             sides.append(_summed(frame, by))
         table = pd.concat(sides, axis=1, keys=["before_ms", "after_ms"]).fillna(0.0)
@@ -235,12 +241,13 @@ class Exploration:
         order = table["change_ms"].abs().sort_values(ascending=False, kind="stable").index
         return table.loc[order].reset_index()
 
-    def _places(self, between: tuple[float, float]) -> pd.MultiIndex:
-        """Step and module of which at least half the work's time lies between two moments."""
-        inside = self.select(side=self.events.side, between=between)
-        keys = ["step", "module"]
-        part = inside.groupby(keys, observed=True)["inside_us"].sum()
-        whole = self.events.work.groupby(keys, observed=True)["own_us"].sum()
+    def _places(self, between: tuple[float, float], shared: dict[str, str]) -> pd.MultiIndex:
+        """Step and shared module of which at least half the work's time lies between two moments."""
+        inside, work = self.select(side=self.events.side, between=between), self.events.work
+        part, whole = (
+            frame[time].groupby([frame["step"], frame["module"].astype(str).map(shared)]).sum()
+            for frame, time in ((inside, "inside_us"), (work, "own_us"))
+        )
         return part.index[(part >= 0.5 * whole.reindex(part.index)).to_numpy()]
 
     def answer(self, caveat: str = "") -> Answer:
@@ -305,6 +312,13 @@ def explore(
         return Exploration(trace, roof)
     theirs = recorded_ceilings(compare.device_name) if compare.device_name else roof
     return Exploration(trace, roof, Exploration(compare, ceilings or theirs))
+
+
+def _around(module: str, known: Collection[str]) -> str:
+    """The module itself or the nearest around it that is known; "" without one."""
+    while module and module not in known:
+        module = module.rpartition(".")[0]
+    return module
 
 
 def _several(value: Any) -> Collection[Any]:

@@ -22,8 +22,8 @@ class Explorer(anywidget.AnyWidget):
     """A view of an `Exploration`, from `explorer`.
 
     Attributes:
-        state: what is selected and shown; what is set here is shown, and what is selected in the view becomes `chosen` of the
-            exploration.
+        state: what is selected and shown; what is set here is shown, and what is selected in the view becomes `chosen` of
+            the exploration.
     """
 
     _esm = SCRIPT
@@ -44,7 +44,9 @@ class Explorer(anywidget.AnyWidget):
         return self._view.selection
 
     def _choose(self, _: Any = None) -> None:
-        self._view.chosen = {name: self.state[name] for name in CONDITIONS if self.state.get(name) is not None}
+        self._view.chosen = {
+            name: self.state[name] for name in CONDITIONS if self.state.get(name) is not None
+        }
 
     def _answer(self, _: Any, content: Any, __: Any) -> None:
         """A view that was opened asks for the data, which no notebook keeps."""

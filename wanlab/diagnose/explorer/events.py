@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -44,12 +45,13 @@ class Events:
     """All events of a trace.
 
     Attributes:
-        frame: one row per event, the host's before the GPU's, each lane by start: `name`, `side` ("host" or "gpu"), `lane`,
-            `kind` (Kineto's category), `start_us` (as in `Trace.events`), `time_us`, `own_us` (without what is inside; on
-            the GPU `time_us`), `component`, `step` (-1 outside of steps), `category` (of the breakdown), `operation` (linear,
-            attention, pointwise, allocation, transfer, or "" of a call or range), `module` (path of the nearest named range), `shapes` (of the inputs), `format`, `flop` and `moved_bytes` (see below),
-            `roofline_us` (least time for that work, NaN where work or ceiling is unknown), `parent` (row of the enclosing
-            event, on the GPU of the call that launched it; -1 for none), `depth` (in its lane).
+        frame: one row per event, the host's before the GPU's, each lane by start: `name`, `side` ("host" or "gpu"),
+            `lane`, `kind` (Kineto's category), `start_us` (as in `Trace.events`), `time_us`, `own_us` (without what is
+            inside; on the GPU `time_us`), `component`, `step` (-1 outside of steps), `category` (of the breakdown),
+            `operation` (linear, attention, pointwise, allocation, transfer, or "" of a call or range), `module` (path of
+            the nearest named range), `shapes` (of the inputs), `format`, `flop` and `moved_bytes` (see below),
+            `roofline_us` (least time for that work, NaN where work or ceiling is unknown), `parent` (row of the
+            enclosing event, on the GPU of the call that launched it; -1 for none), `depth` (in its lane).
         lanes: the timeline's rows.
         stretches: the wall clock, which its rows add up to: `start_us`, `time_us`, `category`, `component`, `step`.
         side: whose events are the work: "gpu" where there is a GPU.
@@ -105,8 +107,12 @@ def event_table(trace: Trace, ceilings: Ceilings | None = None) -> Events:
             "time_us": np.concatenate([host["time_us"], kernels["time_us"]]),
             "own_us": np.concatenate([own_us(host, placed), kernels["time_us"]]),
             "component": _coded(np.concatenate([placed.component, component_of_kernel]), COMPONENTS, OUTSIDE),
-            "step": np.concatenate([step, np.where(launch == NOTHING, late, _of(launch, step))]).astype(np.int16),
-            "category": _coded(np.concatenate([_host_category(trace, placed), of_kernel]), CATEGORIES, "other"),
+            "step": np.concatenate([step, np.where(launch == NOTHING, late, _of(launch, step))]).astype(
+                np.int16
+            ),
+            "category": _coded(
+                np.concatenate([_host_category(trace, placed), of_kernel]), CATEGORIES, "other"
+            ),
             "operation": _operations(placed, kernels["name"]),
             "module": _named(np.concatenate([modules, _of(launch, modules)]), host["name"].cat.categories),
             "shapes": _shapes(inputs),
@@ -120,7 +126,8 @@ def event_table(trace: Trace, ceilings: Ceilings | None = None) -> Events:
     frame["roofline_us"] = _roofline(frame, ceilings)
     lanes = _lanes(host, kernels, frame["depth"].to_numpy())
     frame["lane"] = pd.Categorical.from_codes(
-        np.repeat(np.arange(len(lanes)), [lane.last - lane.first for lane in lanes]), [lane.name for lane in lanes]
+        np.repeat(np.arange(len(lanes)), [lane.last - lane.first for lane in lanes]),
+        [lane.name for lane in lanes],
     )
     return Events(frame, lanes, _stretch_table(trace, placed), GPU if trace.has_gpu else HOST)
 
@@ -166,7 +173,9 @@ def _work(
     spent, copied = kernels["time_us"].to_numpy(), kernels["category"].isin(["gpu_memcpy"]).to_numpy()
     flop = _shared(placed.flop, _of(launch, whole), strong & ~copied, spent)
     operator = inherit(
-        np.where((trace.host["category"] == "cpu_op").to_numpy(), rows, NOTHING), placed.parents, placed.by_depth
+        np.where((trace.host["category"] == "cpu_op").to_numpy(), rows, NOTHING),
+        placed.parents,
+        placed.by_depth,
     )
     mover = np.where(copied, NOTHING, _of(launch, operator))
     moved = _shared(placed.moved_bytes, mover, ~copied, spent)
@@ -185,8 +194,9 @@ def _shared(amount: np.ndarray, owner: np.ndarray, first: np.ndarray, spent_us: 
     has_first = np.bincount(owner[owned & first], minlength=len(amount)) > 0
     weight = np.where(owned & (first | ~np.append(has_first, False)[owner]), weight, 0.0)
     total = np.bincount(owner[owned], weights=weight[owned], minlength=len(amount))
-    share = np.divide(amount, total, out=np.zeros(len(amount)), where=total > 0)
-    return weight * np.append(share, 0.0)[owner]
+    of_owner = np.append(total, 1.0)[owner]
+    share = np.divide(weight, of_owner, out=np.zeros(len(owner)), where=of_owner > 0)
+    return share * np.append(amount, 0.0)[owner]
 
 
 def _modules(trace: Trace, placed: Attribution) -> np.ndarray:
@@ -263,15 +273,21 @@ def _lanes(host: pd.DataFrame, kernels: pd.DataFrame, depth: np.ndarray) -> tupl
     """Threads of the host, the one with the most events first among names; then streams, each with its copies below."""
     lanes = []
     threads = host["thread"].to_numpy()
-    edges = [*np.flatnonzero(np.append(True, threads[1:] != threads[:-1])).tolist(), len(host)] if len(host) else [0]
+    edges = (
+        [*np.flatnonzero(np.append(True, threads[1:] != threads[:-1])).tolist(), len(host)]
+        if len(host)
+        else [0]
+    )
     most = max(np.diff(edges), default=0)
-    for number, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (first, last) in enumerate(pairwise(edges)):
         name = "main thread" if last - first == most else f"thread {number}"
         most = -1 if last - first == most else most
         lanes.append(Lane(name, HOST, first, last, int(depth[first:last].max()) + 1))
     keys = kernels["stream"].to_numpy() * 2 + kernels["category"].isin(COPIES).to_numpy()
-    edges = [*np.flatnonzero(np.append(True, keys[1:] != keys[:-1])).tolist(), len(keys)] if len(keys) else [0]
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    edges = (
+        [*np.flatnonzero(np.append(True, keys[1:] != keys[:-1])).tolist(), len(keys)] if len(keys) else [0]
+    )
+    for first, last in pairwise(edges):
         stream, copies = divmod(int(keys[first]), 2)
         name = f"copies of stream {stream}" if copies else f"stream {stream}"
         lanes.append(Lane(name, GPU, first + len(host), last + len(host), 1))
@@ -285,7 +301,9 @@ def _roofline(frame: pd.DataFrame, ceilings: Ceilings | None) -> np.ndarray:
     rate = frame["format"].astype(object).map(ceilings.tflop_per_s).astype(float).to_numpy()
     link = ceilings.copy_gb_per_s.get("pinned", np.nan)
     crossing = (frame["category"] == "host_device_transfer").to_numpy()
-    bandwidth = np.where(crossing & (frame["kind"] == "gpu_memcpy").to_numpy(), link, ceilings.memory_gb_per_s)
+    bandwidth = np.where(
+        crossing & (frame["kind"] == "gpu_memcpy").to_numpy(), link, ceilings.memory_gb_per_s
+    )
     flop, moved = frame["flop"].to_numpy(), frame["moved_bytes"].to_numpy()
     arithmetic = np.where(flop > 0, flop / rate / 1e6, np.nan)
     return np.fmax(arithmetic, np.where(moved > 0, moved / bandwidth / 1e3, np.nan))

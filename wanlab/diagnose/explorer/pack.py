@@ -1,9 +1,9 @@
 """A trace's table of events as bytes that a browser draws without parsing: a header in JSON, then columns of integers.
 
-Layout: length of the header (uint32, little endian), the header (UTF-8), padding to 8 bytes, then the columns one after another,
-each in byte planes (all lowest bytes first), which gzip makes small. A column marked `delta` holds differences to the value
-before, modulo its width. Times are nanoseconds in 48 bits (`<name>_low`, 32 bits, and `<name>_high`, 16); operations,
-bytes and roofline times are float32.
+Layout: length of the header (uint32, little endian), the header (UTF-8), padding to 8 bytes, then the columns one after
+another, each in byte planes (all lowest bytes first), which gzip makes small. A column marked `delta` holds differences to
+the value before, modulo its width. Times are nanoseconds in 48 bits (`<name>_low`, 32 bits, and `<name>_high`, 16);
+operations, bytes and roofline times are float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from wanlab.diagnose.explorer.view import Exploration
 VERSION = 1
 
 
-def pack(view: Exploration, *, colours: dict[str, dict[str, str]] | None = None, compress: bool = True) -> bytes:
+def pack(
+    view: Exploration, *, colours: dict[str, dict[str, str]] | None = None, compress: bool = True
+) -> bytes:
     """The events of a view, and below them those of its second trace, for `explorer.js`.
 
     Args:
@@ -69,14 +71,22 @@ def _trace(view: Exploration, body: list[bytes]) -> dict[str, Any]:
         "window_us": view.trace.window_us,
         "rows": len(frame),
         "lanes": [
-            {"name": lane.name, "side": lane.side, "first": lane.first, "last": lane.last, "depth": lane.depth}
+            {
+                "name": lane.name,
+                "side": lane.side,
+                "first": lane.first,
+                "last": lane.last,
+                "depth": lane.depth,
+            }
             for lane in events.lanes
         ],
         "columns": columns,
         "words": {name: _words(frame[name]) for name in ("name", "module", "shapes", "kind")},
         "categories": [[name, CATEGORY_NAMES[name]] for name in CATEGORIES],
         "components": [[name, NAMES.get(name, name)] for name in COMPONENTS],
-        "ceilings": {"tflop_per_s": roof.tflop_per_s, "memory_gb_per_s": roof.memory_gb_per_s} if roof else None,
+        "ceilings": {"tflop_per_s": roof.tflop_per_s, "memory_gb_per_s": roof.memory_gb_per_s}
+        if roof
+        else None,
     }
 
 

@@ -87,21 +87,28 @@ class Exploration:
                 raise WanlabError(f"select has no condition {column!r}{did_you_mean(column, known)}")
             if value is not None:
                 chosen &= self._is_one_of(column, _several(value))
-        for column, value in (("step", step), ("name", name)):
-            if value is not None:
-                chosen &= frame[column].isin(_several(value)).to_numpy()
+        exact: tuple[tuple[str, Any], ...] = (("step", step), ("name", name))
+        for column, values in exact:
+            if values is not None:
+                chosen &= frame[column].isin(_several(values)).to_numpy()
         if module is not None:
             names = [LAYER.sub(".*", m) if "*" in module else m for m in frame["module"].cat.categories]
-            chosen &= _by_category(frame["module"], [m == module or m.startswith(f"{module}.") for m in names])
+            chosen &= _by_category(
+                frame["module"], [m == module or m.startswith(f"{module}.") for m in names]
+            )
         if search:
             text = search.lower()
-            found = [_by_category(frame[c], [text in n.lower() for n in frame[c].cat.categories]) for c in SEARCHED]
+            found = [
+                _by_category(frame[c], [text in n.lower() for n in frame[c].cat.categories]) for c in SEARCHED
+            ]
             chosen &= np.logical_or.reduce(found)
         inside = frame["own_us"].to_numpy()
         if between is not None:
             low, high = map(float, between)
             if not low <= high:
-                raise WanlabError(f"between=({low:g}, {high:g}) ends before it begins; give (start, end) in µs")
+                raise WanlabError(
+                    f"between=({low:g}, {high:g}) ends before it begins; give (start, end) in µs"
+                )
             inside = self._inside(low, high)
             starts = frame["start_us"].to_numpy()
             chosen &= (starts < high) & (starts + frame["time_us"].to_numpy() > low)
@@ -135,7 +142,9 @@ class Exploration:
         ends, nested = self._ends
         frame = self.events.frame
         spent = np.maximum(np.minimum(ends, high) - np.maximum(frame["start_us"].to_numpy(), low), 0.0)
-        of_children = np.bincount(frame["parent"].to_numpy()[nested], weights=spent[nested], minlength=len(spent))
+        of_children = np.bincount(
+            frame["parent"].to_numpy()[nested], weights=spent[nested], minlength=len(spent)
+        )
         return np.maximum(spent - of_children, 0.0)
 
     def query(self, sql: str) -> pd.DataFrame:
@@ -166,14 +175,16 @@ class Exploration:
         except duckdb.Error as error:
             raise WanlabError(f"the query cannot be answered: {first_line(error)}") from error
         if rows > MOST_ROWS:
-            raise WanlabError(f"the query gives over {MOST_ROWS:,} rows; add LIMIT or GROUP BY to {_short(sql)}")
+            raise WanlabError(
+                f"the query gives over {MOST_ROWS:,} rows; add LIMIT or GROUP BY to {_short(sql)}"
+            )
         found = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
         words = {name: str for name in found.columns if isinstance(found[name].dtype, pd.CategoricalDtype)}
         return found.astype(words)
 
     @cached_property
     def _database(self) -> Any:
-        settings = {
+        settings: dict[str, Any] = {
             "enable_external_access": "false",
             "autoload_known_extensions": "false",
             "autoinstall_known_extensions": "false",
@@ -205,7 +216,7 @@ class Exploration:
     def changes(self, by: str = "module", **conditions: Any) -> pd.DataFrame:
         """What grew and what shrank from this trace to the second, aligned by module and step.
 
-        A module that one trace does not name, as inside a compiled block, counts as the nearest one around it that both name.
+        A module that one trace does not name, as inside a compiled block, counts as the nearest around it that both name.
 
         Args:
             by: "module" (path), "part" (the same for all layers and both experts), "category" or "name" (of the kernel).
@@ -284,12 +295,20 @@ class Exploration:
             "Next: select in the view, and look at the same events in Python as view.selection.",
             tiles=(
                 (f"{what} works", time_text(spent), f"{len(work):,} events"),
-                ("above the roofline", time_text(lost.sum() / 1e3), "all work with known shapes") if len(loss) else None,
+                ("above the roofline", time_text(lost.sum() / 1e3), "all work with known shapes")
+                if len(loss)
+                else None,
                 ("longest pause", time_text(longest), "nothing runs"),
-                ("largest copies", size_text(copies["moved_bytes"].iloc[0]), f"{copies['copies'].iloc[0]:,} of one kind")
+                (
+                    "largest copies",
+                    size_text(copies["moved_bytes"].iloc[0]),
+                    f"{copies['copies'].iloc[0]:,} of one kind",
+                )
                 if len(copies)
                 else None,
-                ("not fused", time_text(loose["saves_ms"].sum()), "saved at most, largest twelve") if len(loose) else None,
+                ("not fused", time_text(loose["saves_ms"].sum()), "saved at most, largest twelve")
+                if len(loose)
+                else None,
             ),
         )
 
@@ -298,9 +317,7 @@ LAYER = re.compile(r"\.\d+(?=\.|$)")
 SEARCHED = ("name", "module", "shapes")
 
 
-def explore(
-    trace: Trace, compare: Trace | None = None, *, ceilings: Ceilings | None = None
-) -> Exploration:
+def explore(trace: Trace, compare: Trace | None = None, *, ceilings: Ceilings | None = None) -> Exploration:
     """Open a trace for exploration: selections, SQL, ready questions; `plots.explorer` draws it.
 
     Args:

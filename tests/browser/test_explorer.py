@@ -1,0 +1,211 @@
+"""The live view of a trace in Chromium: as a report with its data inside, offline, and how fast it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from wanlab import diagnose, plots
+from wanlab.pages import render
+
+pytestmark = pytest.mark.browser
+
+VIEW = "document.querySelector('[data-explorer]').explorer"
+OPEN_MS, FRAME_MS, SELECT_MS = 3_000, 33, 200  # wanted of a million events on an idle machine of two cores
+BUSY = 4  # times as long: other tests run beside this one
+
+
+def report(folder: Path, trace: Path, compare: Path | None = None, **state) -> Path:
+    """A notebook with a view in it, and its page; gives the page."""
+    other = diagnose.read_trace(compare) if compare else None
+    widget = plots.explorer(diagnose.explore(diagnose.read_trace(trace), other), **state)
+    widget.save(folder / "artifacts" / "explore.explorer.gz")
+    bundle = widget._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    output = nbformat.v4.new_output("display_data", data=data)
+    cells = [nbformat.v4.new_markdown_cell("# Explore"), nbformat.v4.new_code_cell("view", outputs=[output])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "explore.ipynb")
+    return render(folder / "explore.ipynb")
+
+
+def opened(open_page, page_file, fragment="", **look):
+    address = page_file.resolve().as_uri()
+    page = open_page(f"{address}{fragment}", allowed=(address,), **look)
+    end = time.monotonic() + 120
+    while not page.evaluate("!!document.querySelector('[data-explorer]')?.dataset.drawn && !!" + VIEW):
+        assert time.monotonic() < end, "not drawn within two minutes"
+        page.wait_for_timeout(30)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page_file(root, tmp_path_factory) -> Path:
+    traces = root / "data" / "traces"
+    return report(
+        tmp_path_factory.mktemp("explorer"),
+        traces / "wan2.2-ti2v-5b.pt.trace.json.gz",
+        traces / "wan2.2-ti2v-5b-compiled.pt.trace.json.gz",
+    )
+
+
+def test_a_brush_selects_and_everything_follows(open_page, page_file, root):
+    page = opened(open_page, page_file, width=1400)
+    before = page.locator(".wlx-said").inner_text()
+    box = page.locator(".wlx-lanes canvas").bounding_box()
+    x, y = box["x"], box["y"] + 60
+    page.mouse.move(x + 300, y)
+    page.mouse.down()
+    page.mouse.move(x + 420, y, steps=5)
+    page.mouse.up()
+    between = page.evaluate(f"{VIEW}.state.between")
+    assert between[0] < between[1]
+    assert page.locator(".wlx-said").inner_text() != before
+    # What the browser counts is what Python counts.
+    trace = diagnose.read_trace(root / "data" / "traces" / "wan2.2-ti2v-5b.pt.trace.json.gz")
+    selected = diagnose.explore(trace).select(side="gpu", between=between)
+    assert page.evaluate(f"{VIEW}.sums.chosen") == pytest.approx(selected["inside_us"].sum(), rel=1e-6)
+    assert page.evaluate(f"{VIEW}.sums.chosenCalls") == len(selected)
+    assert page.evaluate(f"{VIEW}.wall.whole") == pytest.approx(between[1] - between[0], abs=0.1)
+    assert page.evaluate(f"{VIEW}.sums.nodes[0]") == pytest.approx(selected["inside_us"].sum(), rel=1e-6)
+
+    # A click on a kernel of the table: its calls, shapes and modules.
+    page.locator(".wlx-table tbody tr").first.click()
+    name = page.evaluate(f"{VIEW}.state.name")
+    calls = page.locator(".wlx-calls").inner_text()
+    assert name[:40] in calls
+    assert f"{len(selected[selected['name'] == name]):,} calls: median" in calls
+    assert "launched by" in calls
+    # A click on a bar is a category; a chip takes it back.
+    page.locator(".wlx-bars button", has_text="linear layers").click()
+    assert page.evaluate(f"{VIEW}.state.category") == "linear"
+    page.locator(".wlx-chips button", has_text="linear layers").click()
+    assert page.evaluate(f"{VIEW}.state.category") is None
+
+    # The address reopens it.
+    fragment = page.evaluate("location.hash")
+    again = opened(open_page, page_file, fragment)
+    assert again.evaluate(f"{VIEW}.state.between") == between
+    assert again.evaluate(f"{VIEW}.state.name") == name
+    assert again.locator(".wlx-said").inner_text() == page.locator(".wlx-said").inner_text()
+    page.locator(".wlx-lanes canvas").focus()
+    page.keyboard.press("Escape")
+    assert page.locator(".wlx-said").inner_text() == before
+
+
+def test_keys_zoom_to_a_microsecond_and_move(open_page, page_file):
+    page = opened(open_page, page_file)
+    canvas = page.locator(".wlx-lanes canvas")
+    canvas.focus()
+    for _ in range(60):
+        page.keyboard.press("w")
+    low, high = page.evaluate(f"{VIEW}.view")
+    assert high - low == pytest.approx(1.0)
+    page.keyboard.press("d")
+    assert page.evaluate(f"{VIEW}.view")[0] > low
+    page.keyboard.press("0")
+    low, high = page.evaluate(f"{VIEW}.view")
+    canvas.hover(position={"x": 600, "y": 60})
+    page.mouse.wheel(0, -500)
+    page.wait_for_timeout(100)
+    inner = page.evaluate(f"{VIEW}.view")
+    assert low < inner[0] < inner[1] < high
+
+
+def test_a_search_is_marked_everywhere(open_page, page_file):
+    page = opened(open_page, page_file)
+    page.locator(".wlx-bar input").fill("SDPA")
+    page.wait_for_timeout(100)
+    assert "; found " in page.locator(".wlx-said").inner_text()
+    assert page.locator(".wlx-table tr.hit").count() >= 1
+    assert page.evaluate(f"{VIEW}.lit.some(x => x) && !{VIEW}.lit.every(x => x)")
+    page.locator(".wlx-bar input").fill("no such thing")
+    assert "found 0," in page.locator(".wlx-said").inner_text()
+
+
+def test_what_changed_is_shown_with_a_second_trace(open_page, page_file, root):
+    page = opened(open_page, page_file)
+    text = page.locator(".wlx-grew").inner_text()
+    assert "before (wan2.2-ti2v-5b)" in text
+    assert page.locator(".wlx-grew tbody tr").count() > 3
+
+
+def test_on_a_phone_and_dark_nothing_stands_out(open_page, page_file):
+    page = opened(open_page, page_file, width=390, height=844, dark=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    ground = page.evaluate(f"{VIEW}.ground & 0xff")
+    assert ground < 60
+
+
+def test_damaged_or_missing_data_leaves_the_text(tmp_path, root, open_page):
+    made = report(tmp_path, root / "tests" / "fixtures" / "traces" / "cuda_graph.pt.trace.json.gz")
+    assert "data-explorer=" in made.read_text()
+    (tmp_path / "artifacts" / "explore.explorer.gz").unlink()
+    text = render(tmp_path / "explore.ipynb").read_text()
+    assert "data-explorer=" not in text
+
+
+@pytest.fixture(scope="module")
+def written(root, tmp_path_factory):
+    """The writer of synthetic traces of `benchmarks/trace_reading.py`."""
+    spec = importlib.util.spec_from_file_location("trace_reading", root / "benchmarks" / "trace_reading.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def go(events: int) -> Path:
+        path = tmp_path_factory.mktemp("synthetic") / "t.pt.trace.json.gz"
+        module.write_trace(path, events)
+        return path
+
+    return go
+
+
+def test_a_report_with_200_000_events_is_small(written, tmp_path):
+    size = report(tmp_path, written(200_000)).stat().st_size
+    print(f"report with 200,000 events: {size / 1e6:.1f} MB")
+    assert size <= 12e6
+
+
+@pytest.mark.slow
+def test_a_million_events_open_and_move_quickly(written, tmp_path, open_page):
+    page = opened(open_page, report(tmp_path, written(1_000_000)), width=1400)
+    figures = json.loads(
+        page.evaluate(
+            f"""async () => {{
+                const view = {VIEW}, wide = view.high - view.low, begin = view.measured.frames.length;
+                const between = [];
+                let last = performance.now();
+                for (let i = 0; i < 120; i++) {{
+                    if (i % 40 === 0) view.move(view.low + 0.1 * wide, view.low + (0.12 + 0.01 * i) * wide);
+                    view.pan(0.01);
+                    await new Promise(requestAnimationFrame);
+                    between.push(performance.now() - last);
+                    last = performance.now();
+                }}
+                const draws = view.measured.frames.slice(begin), first = view.measured.select.length;
+                for (let i = 0; i < 8; i++) {{
+                    view.set({{ between: [view.low + 0.05 * i * wide, view.low + (0.4 + 0.05 * i) * wide] }});
+                }}
+                view.set({{ between: undefined, component: "expert_low" }});
+                view.set({{ search: "kernel_7" }});
+                const {{ open_all: open, select }} = view.measured;
+                return JSON.stringify({{ open, draws, between, select: select.slice(first) }});
+            }}"""
+        )
+    )
+
+    def p95(values: list[float]) -> float:
+        return sorted(values)[int(0.95 * len(values))]
+
+    frame, drawn, select = p95(figures["between"]), p95(figures["draws"]), max(figures["select"])
+    print(
+        f"a million events: open {figures['open']:.0f} ms, p95 of frames {frame:.1f} ms (drawing {drawn:.1f} ms),"
+        f" selection at most {select:.0f} ms"
+    )
+    assert figures["open"] <= BUSY * OPEN_MS
+    assert drawn <= BUSY * FRAME_MS
+    assert select <= BUSY * SELECT_MS

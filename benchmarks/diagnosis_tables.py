@@ -52,6 +52,23 @@ def breakdown() -> str:
     return markdown(["share of the wall clock", *found, "of the roofline", "at most"], rows) + note
 
 
+def explore() -> str:
+    """Answers to two ready questions on the recorded traces: chains that are not fused, and work above its roofline."""
+    from wanlab import diagnose, plots
+
+    rows = []
+    for title, name in list(TRACES.items())[:2]:
+        view = diagnose.explore(_trace(name))
+        for row in view.ask("not_fused").head(2).itertuples():
+            what = f"pointwise kernels one after another, {row.kernels:.1f} in a chain"
+            rows.append([title, f"`{row.part}`", what, f"{row.time_ms:,.0f} ms", f"{row.saves_ms:,.0f} ms"])
+        for row in view.ask("far_from_roofline").head(2).itertuples():
+            what = f"{plots.CATEGORY_NAMES[row.category]}, one kernel at {row.of_roofline_percent:.0f} % of its roofline"
+            rows.append([title, f"`{row.shapes}`", what, f"{row.time_ms:,.0f} ms", f"{row.lost_ms:,.0f} ms"])
+    heads = ["trace", "module or shapes", "what", "time", "gone at most"]
+    return markdown(heads, rows) + "\n\n`not_fused` and `far_from_roofline`, the two largest answers of each."
+
+
 def switch() -> str:
     record = read("expert_switch_h200")
     names = {
@@ -181,6 +198,7 @@ def captures() -> str:
 
 
 TABLES = {
-    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
+    "breakdown": breakdown, "explore": explore,
+    "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
     "ranges": ranges, "captures": captures, "reading": reading,
 }  # fmt: skip

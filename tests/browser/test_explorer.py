@@ -123,6 +123,8 @@ def test_a_search_is_marked_everywhere(open_page, page_file):
     assert "; found " in page.locator(".wlx-said").inner_text()
     assert page.locator(".wlx-table tr.hit").count() >= 1
     assert page.evaluate(f"{VIEW}.lit.some(x => x) && !{VIEW}.lit.every(x => x)")
+    again = opened(open_page, page_file, page.evaluate("location.hash"))
+    assert again.locator(".wlx-bar input").input_value() == "SDPA"
     page.locator(".wlx-bar input").fill("no such thing")
     assert "found 0," in page.locator(".wlx-said").inner_text()
 

@@ -394,6 +394,7 @@ class Explorer {
     if (!this.sums) return;
     this.widths = new Map(["calls", "roof", "flame"].map(name => [this[`${name}Canvas`], Math.max(this[name].clientWidth, 50)])); // before anything is changed
     const { state, sums } = this;
+    if (document.activeElement !== this.search) this.search.value = state.search ?? "";
     this.chips.replaceChildren(...FILTERS.filter(key => state[key] !== undefined && key !== "side" && key !== "search").map(key =>
       el("button", { type: "button", title: "remove", onclick: () => this.set({ [key]: undefined }) }, this.chip(key, state[key]), " ×")));
     this.said.textContent = `${count(sums.chosenCalls)} events, ${time(sums.chosen)}` +
@@ -520,7 +521,7 @@ class Explorer {
     }
     const peaks = roof ? Object.entries(roof.tflop_per_s) : [];
     const x0 = Math.log10(Math.min(...points.map(p => p.x), 1)) - 0.3, x1 = Math.log10(Math.max(...points.map(p => p.x), 1e3)) + 0.3;
-    const top = Math.max(...points.map(p => p.y), ...peaks.map(([, peak]) => peak)), y1 = Math.log10(top) + 0.25, y0 = Math.max(Math.log10(Math.min(...points.map(p => p.y))) - 0.3, y1 - 5);
+    const top = Math.max(...points.map(p => p.y), ...peaks.map(([, peak]) => peak)), y1 = Math.log10(top) + 0.25, y0 = Math.min(Math.max(Math.log10(Math.min(...points.map(p => p.y))) - 0.3, y1 - 5), y1 - 2);
     const left = 44, X = x => left + (width - left - 6) * (Math.log10(x) - x0) / (x1 - x0), Y = y => (height - 30) * (1 - (Math.log10(y) - y0) / (y1 - y0));
     g.fillStyle = this.soft;
     g.strokeStyle = this.line;

@@ -116,6 +116,21 @@ def test_keys_zoom_to_a_microsecond_and_move(open_page, page_file):
     assert low < inner[0] < inner[1] < high
 
 
+def test_a_click_on_a_module_selects_it_in_all_layers(open_page, page_file):
+    page = opened(open_page, page_file)
+    place = f"{VIEW}.rows.findIndex(row => row.module)"
+    row = page.evaluate(place)
+    page.evaluate(
+        f"(() => {{ const v = {VIEW}, r = v.rows[{row}], i = 900; v.move(r.start[i], r.end[i]); }})()"
+    )
+    page.locator(".wlx-lanes canvas").click(position={"x": 700, "y": 20 + 17 * row + 7})
+    module = page.evaluate(f"{VIEW}.state.module")
+    assert module
+    assert page.locator(".wlx-chips button").count() == 1
+    inside = page.evaluate(f"{VIEW}.trace.parts[{VIEW}.trace.module[{VIEW}.rows[{row}].ids[900]]]")
+    assert inside == module
+
+
 def test_a_search_is_marked_everywhere(open_page, page_file):
     page = opened(open_page, page_file)
     page.locator(".wlx-bar input").fill("SDPA")

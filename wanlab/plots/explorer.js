@@ -183,6 +183,15 @@ function rowsOf(trace) {
   joined("step", (i, j) => s.step[i] === s.step[j], i => paints + trace.components.length + (s.step[i] & 1), i => s.step[i] < 0 ? "" : `step ${s.step[i]}`);
   joined("component", (i, j) => s.component[i] === s.component[j], i => paints + s.component[i], i => trace.components[s.component[i]][1]);
   joined("wall clock", () => false, i => s.category[i], i => trace.categories[s.category[i]][1]);
+  // Modules in the order in which their kernels run, on the stream with the most of them.
+  const most = trace.lanes.filter(lane => lane.side === "gpu").sort((one, other) => other.last - other.first - one.last + one.first)[0];
+  if (most && trace.words.module.length > 1) {
+    const first = [];
+    for (let i = most.first; i < most.last; i++) if (i === most.first || trace.module[i] !== trace.module[i - 1] || trace.step[i] !== trace.step[i - 1]) first.push(i);
+    const last = first.map((_, k) => (k + 1 < first.length ? first[k + 1] : most.last) - 1);
+    rows.push(Object.assign(new Row("module", Float64Array.from(first, i => trace.start[i]), Float64Array.from(last, i => trace.end[i]), Int32Array.from(first),
+      i => paints + trace.component[i], i => trace.words.module[trace.module[i]].replace(/^[^.]*\./, ""), true), { module: true }));
+  }
   const lanes = [...trace.lanes].sort((one, other) => (one.side === "gpu" ? 0 : 1) - (other.side === "gpu" ? 0 : 1));
   for (const lane of lanes) {
     const depth = new Int16Array(lane.last - lane.first), counts = new Int32Array(lane.depth);
@@ -872,7 +881,10 @@ class Explorer {
   click(hit) {
     if (!hit) return;
     const { trace } = this, s = trace.stretches;
-    if (hit.row.event) {
+    if (hit.row.module) {
+      const module = trace.parts[trace.module[hit.id]] || undefined;
+      this.set({ module: this.state.module === module ? undefined : module });
+    } else if (hit.row.event) {
       this.picked = hit.id;
       const name = trace.words.name[trace.name[hit.id]];
       if (/^ProfilerStep#\d+$/.test(name)) this.set({ step: Number(name.slice(13)) });
@@ -889,7 +901,8 @@ class Explorer {
     const hit = this.under(event), { trace } = this;
     if (!hit) { this.tip.hidden = true; return; }
     const { row, i, id } = hit, lines = [row.event ? row.text(id) : row.text(id) || "no step", `${time(row.end[i] - row.start[i])} at ${time(row.start[i] - this.low)}`];
-    if (row.event) {
+    if (row.module) lines.push(trace.words.module[trace.module[id]], trace.step[id] >= 0 ? `step ${trace.step[id]}` : "");
+    else if (row.event) {
       lines.push([trace.words.module[trace.module[id]], trace.step[id] >= 0 ? `step ${trace.step[id]}` : ""].filter(Boolean).join(", "), trace.words.shapes[trace.shapes[id]]);
       const rates = [trace.flop[id] ? `${digits(trace.flop[id] / trace.time[id] / 1e6)} TFLOP/s` : "", trace.bytes[id] ? `${digits(trace.bytes[id] / trace.time[id] / 1e3)} GB/s` : "",
         trace.roofline[id] > 0 ? `${digits(100 * trace.roofline[id] / trace.time[id])} % of the roofline` : ""].filter(Boolean);

@@ -353,7 +353,7 @@ class Explorer {
 
   summed(trace, state, between) {
     const f = this.filters(trace, state), words = trace.words.name.length, { inside } = trace;
-    const sums = { time: new Float64Array(words), calls: new Uint32Array(words), flop: new Float64Array(words), bytes: new Float64Array(words), whole: new Float64Array(words),
+    const sums = { time: new Float64Array(words), calls: new Uint32Array(words), flop: new Float64Array(words), bytes: new Float64Array(words), whole: new Float64Array(words), longest: new Float64Array(words),
       roofline: new Float64Array(words), known: new Float64Array(words), category: new Uint8Array(words),
       hit: new Uint8Array(words), all: 0, chosen: 0, chosenCalls: 0, found: 0, foundCalls: 0, picked: [], shares: new Float64Array(trace.categories.length) };
     const tree = trace.tree;
@@ -383,7 +383,7 @@ class Explorer {
           sums.bytes[name] += trace.bytes[i];
           if (trace.roofline[i] > 0) { sums.roofline[name] += trace.roofline[i]; sums.known[name] += own; }
         }
-        sums.category[name] = trace.category[i];
+        if (own >= sums.longest[name]) { sums.longest[name] = own; sums.category[name] = trace.category[i]; } // its colour
         const hit = f.found ? f.found.name[name] || f.found.module[trace.module[i]] || f.found.shapes[trace.shapes[i]] : 0;
         if (hit) { sums.hit[name] = 1; sums.found += own; sums.foundCalls++; }
         if (f.named && name !== f.name) continue;

@@ -10,13 +10,13 @@ frontier stands.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from browser import chromium, launched
 
 from wanlab.core.files import append_json, now, write_json
 from wanlab.evaluate import write_video
@@ -71,12 +71,8 @@ def make(root: Path, count: int, clip_bytes: int) -> None:
 
 def opened(page_path: Path, times: int = 3) -> dict[str, float]:
     """Median milliseconds until the page is ready and drawn."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     found: dict[str, list[float]] = {"ready_ms": [], "drawn_ms": []}
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with launched(chromium()) as browser:
         for _ in range(times):
             page = browser.new_page()
             page.goto(page_path.as_uri())
@@ -88,7 +84,6 @@ def opened(page_path: Path, times: int = 3) -> dict[str, float]:
                     page.evaluate("name => performance.getEntriesByName(name)[0].startTime", mark)
                 )
             page.close()
-        browser.close()
     return {name: statistics.median(values) for name, values in found.items()}
 
 

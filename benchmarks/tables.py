@@ -16,6 +16,7 @@ import diagnosis_tables
 import family_tables
 import input_tables
 import precision_tables
+import report_tables
 import results_table
 import sweep_tables
 from table_text import ROOT, machine, markdown, read
@@ -25,6 +26,10 @@ from wanlab.pages.templates import glossary_markdown
 
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "README.md",
+    ROOT / "docs" / "tour.md",
+    ROOT / "docs" / "yaml.md",
+    *sorted(report_tables.QUESTIONS.glob("*.md")),
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "diagnosis.md",
     ROOT / "docs" / "conversion.md",
@@ -130,7 +135,8 @@ def heldout() -> str:
 
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
 TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
-TABLES |= input_tables.TABLES | family_tables.TABLES | {"glossary": glossary_markdown}
+TABLES |= input_tables.TABLES | family_tables.TABLES | report_tables.TABLES
+TABLES |= {"glossary": glossary_markdown}
 
 
 def rewritten(text: str) -> str:

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import settings
 from support import exports, shared
 from support.commands import Commands
-from support.pages import chromium, launched
+
+from benchmarks.browser import chromium, launched
 
 settings.register_profile("wanlab", deadline=None)
 settings.load_profile("wanlab")

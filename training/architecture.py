@@ -7,8 +7,10 @@ as the VAE of Wan2.2-TI2V-5B does), because convolutions at full resolution are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -73,8 +75,9 @@ EXPERTS = {
     "published": EXPERT,
     # Heads of 64, as attention kernels want them; not larger than the published one.
     "next": EXPERT | dict(attention_head_dim=64, ffn_dim=320, num_layers=4),
+    "wide": EXPERT | dict(attention_head_dim=64, ffn_dim=960, num_layers=4),
 }
-"""Architectures of the experts by name; everything else is the same in all."""
+"""Architectures of the experts by name; everything else is the same in all. `wide` goes on from weights of `next`."""
 
 TEXT_ENCODER = dict(
     d_model=TEXT_DIM,
@@ -134,6 +137,31 @@ def vae():
 
 def expert(name: str = "published"):
     return WanTransformer3DModel(**EXPERTS[name])
+
+
+def widened(weights: Mapping[str, torch.Tensor], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for a module whose feed-forward layers are wider than those that the weights are of.
+
+    They compute the same: the new hidden channels begin as they are in `module`, and go nowhere yet.
+
+    Raises:
+        RuntimeError: another tensor has another shape, when they are loaded.
+    """
+    grown = dict(weights)
+    for name, start in module.state_dict().items():
+        narrow = weights.get(name)
+        if narrow is None or ".ffn." not in name or not _fits(narrow, start):
+            continue
+        wide = start.clone()
+        if name.endswith("net.2.weight"):
+            wide.zero_()
+        wide[tuple(map(slice, narrow.shape))] = narrow.to(wide.dtype)
+        grown[name] = wide
+    return grown
+
+
+def _fits(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    return part.dim() == whole.dim() and all(a <= b for a, b in zip(part.shape, whole.shape, strict=True))
 
 
 def scheduler():

@@ -6,11 +6,14 @@
 The high-noise expert sees sigma in [0.9, 1], the low-noise expert sigma in [0, 0.9): neither ever learns the other's
 range. Latents are encoded once and kept on the device, of each size apart; a part of them is replaced by new clips all
 along. A step has clips of one size, so that each size has one graph.
-Loss: mean squared error of the velocity `noise - latents` (Lipman et al. 2023; Wan technical report, section 4).
+Loss: mean squared error of the velocity `noise - latents` (Lipman et al. 2023; Wan technical report, section 4). With
+`--seen`, the low-noise expert also learns from what the eye sees: the clip that its estimate of the clean latents decodes
+to, against the one that the latents themselves decode to.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +28,19 @@ from transformers import UMT5EncoderModel
 
 from training import architecture
 from training.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, TEXT_TOKENS
+from training.distance import Distance, add_distance
 from training.loop import Loop, Ranks, autocast, channels_last, dense, load_weights, parser
 from training.pictures import Pictures, add_pictures, pictures_of
-from training.vae import read_vae
+from training.vae import DecodeClip, read_vae
 from wanlab.core.files import write_json
 from wanlab.export.friendly import encode_moments, whole_clip_resampling
 from wanlab.heldout.clips import LARGE, SIZES, SMALL
 
 CAPTION_DROPOUT = 0.1
+
+SEEN_SIGMA = 0.7
+"""Most noise of the clips that are judged by what is seen: the last three of ten steps. Above it an estimate of the clean
+clip is blurred because much is still open, not because the expert is poor."""
 
 
 class Captions:
@@ -51,15 +59,24 @@ class Captions:
         return hidden * tokens.attention_mask[..., None]
 
 
+def frozen_vae(source: Path, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A VAE that is not trained, and mean and spread of its latents, `[1, C, 1, 1, 1]` each, on the device.
+
+    Args:
+        source: as `read_vae` takes it.
+    """
+    vae, *statistics = read_vae(source)
+    mean, std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+    return vae.to(device).eval().requires_grad_(False), mean, std
+
+
 class Encoder:
     """The frozen encoder of the VAE: half precision on a GPU, as it will be stored, which loses less than bfloat16."""
 
     def __init__(self, source: Path, device: torch.device) -> None:
-        self.vae, *statistics = read_vae(source)
-        self.mean, self.std = (values.to(device).view(1, -1, 1, 1, 1) for values in statistics)
+        self.vae, self.mean, self.std = frozen_vae(source, device)
         self.vae.decoder = self.vae.post_quant_conv = None
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             channels_last(self.vae.half())
 
@@ -69,6 +86,42 @@ class Encoder:
         with whole_clip_resampling(self.vae):
             moments = encode_moments(self.vae, dense(video.to(self.dtype)))
         return ((moments[:, :LATENT_CHANNELS].float() - self.mean) / self.std).half()
+
+
+class Seen:
+    """How far a clip that an expert's latents decode to is from the true one, as `Distance` measures it.
+
+    A clip larger than the small size is judged by a window of it, and both sides are decoded in the same window: its edges
+    are the same in both.
+
+    Args:
+        source: the VAE, as `read_vae` takes it.
+    """
+
+    def __init__(self, source: Path, device: torch.device, args: argparse.Namespace) -> None:
+        vae, self.mean, self.std = frozen_vae(source, device)
+        vae.encoder = vae.quant_conv = None
+        if device.type == "cuda":
+            channels_last(vae)
+        self.vae, self.device = vae, device
+        self.decode = torch.compile(DecodeClip(vae), dynamic=False) if args.compile else DecodeClip(vae)
+        self.distance = Distance(device, args)
+
+    def __call__(self, estimate: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """The distance, and its parts, of normalised latents `[B, C, T', H', W']`."""
+        height, width = (side // 8 for side in SIZES[SMALL][:2])
+        y, x = (
+            int(torch.randint(whole - part + 1, ()))
+            for whole, part in zip(latents.shape[-2:], (height, width), strict=True)
+        )
+        window = (..., slice(y, y + height), slice(x, x + width))
+        with torch.no_grad():
+            true = self._video(latents[window]).clamp(-1, 1)
+        return self.distance(self._video(estimate[window]), true)
+
+    def _video(self, latents: torch.Tensor) -> torch.Tensor:
+        with whole_clip_resampling(self.vae), autocast(self.device):
+            return self.decode(dense(latents * self.std + self.mean))
 
 
 class Ahead:
@@ -187,10 +240,14 @@ class Before:
         print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
 
 
+def vae_of(args: argparse.Namespace) -> Path:
+    return args.vae or args.out / "vae_joint.pt"
+
+
 def caches(args, ranks: Ranks, step: int, before: Before) -> dict[str, Latents]:
     """The cached latents of every size that the schedule has steps of."""
     captions = Captions(args.out / "text_encoder", ranks.device)
-    encoder = Encoder(args.vae or args.out / "vae_joint.pt", ranks.device)
+    encoder = Encoder(vae_of(args), ranks.device)
     seed = (args.seed, ranks.rank, int(args.expert == "high"), step)
     counts = {SMALL: (args.clips, args.chunk), LARGE: (args.large_clips, args.large_chunk)}
     shares = {SMALL: 1 - args.large_share, LARGE: args.large_share}
@@ -210,40 +267,49 @@ def train(args, ranks: Ranks) -> None:
     torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high")))
     model = architecture.expert(args.architecture)
     if args.start:
-        load_weights(model, args.start)
+        load_weights(model, args.start, architecture.widened)
     model.to(device).train()
     ranks.share_parameters(model)
     loop = Loop(f"expert_{args.expert}", model, args, ranks, average_decay=0.9995, weight_decay=0.02)
     torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high", loop.step)))
     data = caches(args, ranks, loop.step, before)
     forward = torch.compile(model, dynamic=False) if args.compile else model
+    seen = Seen(vae_of(args), device, args) if args.seen and args.expert == "low" else None
     batches = {
         size: max(1, batch // ranks.world) for size, batch in ((SMALL, args.batch), (LARGE, args.large_batch))
     }
     sizes = np.random.default_rng((args.seed, loop.step))  # the same on every rank
     steps = dict.fromkeys(data, 0)
 
-    def losses_of(size: str) -> torch.Tensor:
+    def losses_of(size: str, progress: float) -> tuple[torch.Tensor, dict]:
         cache, batch = data[size], batches[size]
         latents, condition, text = cache.batch(batch)
         sigma, noise = draw_sigma(args.expert, batch, device), torch.randn_like(latents)
+        judged = min(batch, args.seen_clips) if seen and progress >= args.seen_from else 0
+        sigma[:judged] = SEEN_SIGMA * torch.rand(judged, device=device)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * latents + level * noise
         x = torch.cat([noisy, cache.mask.expand(batch, -1, -1, -1, -1), condition], dim=1)
         with autocast(device):
             velocity = forward(x, sigma * 1000, text, return_dict=False)[0]
-        return (velocity.float() - (noise - latents)).square().mean()
+        loss = (velocity.float() - (noise - latents)).square().mean()
+        if not (seen and judged):
+            return loss, {}
+        estimate = (noisy - level * velocity)[:judged]
+        distance, parts = seen(estimate, latents[:judged])
+        return loss + args.seen * distance, {"velocity": loss, **parts}
 
     def losses(progress: float) -> tuple[torch.Tensor, dict]:
         size = LARGE if sizes.random() < args.large_share else SMALL
         if steps[size] and steps[size] % args.refresh_every == 0:
             data[size].refresh()
         steps[size] += 1
-        return losses_of(size), {"height": SIZES[size][0]}
+        loss, parts = losses_of(size, progress)
+        return loss, {"height": SIZES[size][0], **parts}
 
     for size in data if args.compile else ():
         with before.measured(f"compiling for {size} clips"):
-            losses_of(size).backward()
+            losses_of(size, 1.0)[0].backward()
     loop.run(losses, warm=())
     for cache in data.values():
         cache.clips.close()
@@ -273,6 +339,12 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument(
         "--refresh-every", type=int, default=40, help="steps of a size between two chunks of new clips"
     )
+    options.add_argument(
+        "--seen", type=float, default=0.0, help="weight of what is seen, for the low-noise expert"
+    )
+    options.add_argument("--seen-from", type=float, default=0.4, help="part of the schedule it begins at")
+    options.add_argument("--seen-clips", type=int, default=8, help="clips of a step that are decoded for it")
+    add_distance(options)
     add_pictures(options, textures=0.0)
     train(options.parse_args(argv), Ranks())
 

@@ -296,8 +296,16 @@ class Loop:
         self.step, self.seconds = state["steps"], state["seconds"]
 
 
-def load_weights(module: torch.nn.Module, path: Path) -> dict:
-    """Read the averaged weights of a checkpoint into a module; returns the checkpoint."""
+def load_weights(
+    module: torch.nn.Module,
+    path: Path,
+    fit: Callable[[dict, torch.nn.Module], dict] = lambda weights, module: weights,
+) -> dict:
+    """Read the averaged weights of a checkpoint into a module; returns the checkpoint.
+
+    Args:
+        fit: makes weights of the module's shapes of those in the checkpoint.
+    """
     if not path.is_file():
         raise SystemExit(f"no checkpoint {path}: run the stage before it first, see training/README.md")
     if path.suffix == ".safetensors":  # of a pipeline folder
@@ -306,7 +314,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> dict:
         state = difference.read(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["weights"])
+    module.load_state_dict(fit(state["weights"], module))
     return state
 
 

@@ -150,7 +150,7 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
     chosen = configuration.Configuration(name="halves", engines={"expert_low": "onnxruntime"}, plan=plan)
     used = configuration.configure(model, chosen, folder, **SIZE, progress=False)
     assert used.effect == "applied"
-    assert "expert_low.onnx computes expert_low by plan uniform-int8-weight: 66 of 66 layers" in used.proof
+    assert "The graph of the low-noise expert follows plan uniform-int8-weight: 66 of 66 layers" in used.proof
     rows = [
         ("expert_high", "int8-weight"),
         ("expert_high", "as-loaded"),

@@ -424,9 +424,16 @@ def test_the_bound_is_amdahls(full, times):
     assert real.block_bound_ratio >= 1 - 1e-9
     assert real.block_bound_ratio <= real.bound_ratio < 1 / (1 - real.attention_share_percent / 100)
     said = real.answer(full, None, "A caveat. ")
-    assert said.headline.startswith(
-        f"Skipping keys can make denoising at most {real.bound_ratio:.2f} times as fast, and"
-    )
+    types = real.row()
+    looks = said.headline.partition(" Self-attention is")[0]
+    assert "of the heads look" in looks
+    assert f"{types['global_percent']:.0f} %" in looks
+    assert said.headline.endswith(f"makes denoising at most {real.bound_ratio:.2f} times as fast.")
+    assert said.next.notebook == "15_triage"
+    shown = plots.head_ranking(real)
+    assert sum(len(trace.x) for trace in shown.data) == len(real.table)
+    half = types["density95_median_percent"]
+    assert shown.layout.annotations[0].text == f"half of the heads need at most {half:.0f} %"
     assert len(said.headline) <= LONGEST
     assert said.details[0] == "A caveat."
     assert len(said.tiles) == 5

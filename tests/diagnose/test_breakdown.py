@@ -76,10 +76,13 @@ def test_joint_attention_is_called_so(tmp_path):
     trace = trace_of(
         tmp_path, event("aten::scaled_dot_product_attention", 0, 90), event("aten::linear", 90, 10)
     )
-    assert diagnose.breakdown(trace).answer().headline.startswith("Most time goes to self-attention: 90 %")
+    found = diagnose.profile_answer(diagnose.breakdown(trace))
+    assert found.headline.startswith(
+        "Self-attention takes 90 % of the time, and all of it is the attention kernel."
+    )
     trace.generation["joint_attention"] = True
     joint = diagnose.breakdown(trace)
-    assert joint.answer().headline.startswith("Most time goes to joint attention: 90 %")
+    assert diagnose.profile_answer(joint).headline.startswith("Joint attention takes 90 % of the time")
     assert joint.name_of("cross_attention") == "cross-attention"
     assert "joint attention" in plots.category_bars(joint).to_json()
 
@@ -98,13 +101,15 @@ def test_gpu_figures(tmp_path):
     assert gpu["kernels"] == 3
     assert gpu["launch_gaps"] == 1
     assert gpu["launch_gap_ms"] == pytest.approx(0.02)
-    found = shares.answer("A caveat.")
+    found = diagnose.profile_answer(shares, "A caveat.")
     assert found.headline == (
-        "Most time goes to linear layers: 70 % of 0.1 ms, in one profiled generation. Without that time a video would be"
-        " 3.33 times as fast: no change there gains more."
+        "Linear layers take 70 % of the time. A change there makes a video at most 3.33 times as fast. One profile: how"
+        " much this varies is not known."
     )
+    assert found.next.notebook == "30_sensitivity"
+    assert diagnose.profile_answer(shares, trace="a.json").next.parameters == {"trace": "a.json"}
     assert found.details[0] == "A caveat."
-    assert found.details[1].startswith("The rows add up to the wall clock within 0.1 %.")
+    assert found.details[-1].startswith("The rows add up to the wall clock within 0.1 %.")
     assert ("GPU busy", "70 %", "gaps over 10 µs between kernels: 1") in found.tiles
 
 

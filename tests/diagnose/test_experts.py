@@ -235,8 +235,11 @@ def test_sweep_scores_the_prefix_of_the_very_video(nano):
     assert sweep.noise_percent is None  # one case
     assert sweep.note == ""
     assert nano.pipeline.config.boundary_ratio == 0.9
-    assert "0.9" in str(sweep)
-    assert "interval unknown, 1 case)" in sweep.sentence or "own boundary, 0.9, gives" in sweep.sentence
+    assert str(sweep).startswith(
+        "Whether another boundary is better than the model's own, timestep 900, is undecided (1 case, 1 other boundary):"
+    )
+    assert sweep.row()["boundary_best"] is None
+    assert sweep.shown["boundary"].tolist() == ["timestep 900", "timestep 1000"]
     assert len(plots.boundary_curves(sweep).data) == 4
 
 
@@ -270,7 +273,12 @@ def summary(**more) -> diagnose.ExpertSummary:
     )
     ran = diagnose.Timeline(ExpertSchedule(steps, 0.9, 900.0, plan, ""), steps, calls, True)
     apart = pd.DataFrame(
-        {"timestep": [900.0], "relative_l2": [0.34], "again_l2": [0.0], "kernel_l2": [4.7e-7]}
+        {
+            "timestep": [900.0, 400.0],
+            "relative_l2": [0.34, 0.7],
+            "again_l2": [0.0] * 2,
+            "kernel_l2": [4.7e-7] * 2,
+        }
     )
     parts = {"disagreement": diagnose.Disagreement(apart, 900.0, "math")} | more
     return diagnose.ExpertSummary(ran, diagnose.SwitchCost(note="a switch was not measured"), **parts)
@@ -279,22 +287,24 @@ def summary(**more) -> diagnose.ExpertSummary:
 def test_the_answer_says_who_runs_when_what_a_switch_takes_and_whether_the_choice_matters():
     found = summary().answer("wan-nano", "A caveat. ")
     assert found.headline == (
-        "The high-noise expert runs steps 1 to 4, the low-noise expert steps 5 to 10. A switch between them takes no time"
-        " that can be told from noise. The choice matters: their predictions differ by 34 %, equal calls by less than"
-        " 0.01 %."
+        "The high-noise expert runs steps 1 to 4, the low-noise expert steps 5 to 10. A switch adds no time that can be told"
+        " from noise. The choice matters: their predictions differ by 34 % at the boundary, and by up to 70 % at other"
+        " steps."
     )
     assert len(found.headline) <= LONGEST
-    assert found.details[0].startswith("A caveat. Measured with wan-nano.")
+    assert found.details[0] == "A caveat."
+    assert found.details[1].startswith("Measured with wan-nano in one generation.")
+    assert found.next.notebook == "14_memory"
     assert [tile[:2] for tile in found.tiles] == [
         ("high-noise expert", "4 steps"),
         ("low-noise expert", "6 steps"),
         ("extra time of a switch", "within noise"),
-        ("experts differ by", "34 %"),
+        ("experts differ by", "34 % to 70 %"),
     ]
 
 
 def test_another_boundary_counts_only_where_its_interval_is_below_zero():
-    def swept(change: float, high: float | None) -> str:
+    def swept(change: float, high: float | None) -> diagnose.BoundarySweep:
         frame = pd.DataFrame(
             {
                 "boundary": [0.9, 1.0],
@@ -303,15 +313,30 @@ def test_another_boundary_counts_only_where_its_interval_is_below_zero():
                 "lpips": [0.2, 0.19],
                 "change_percent": [0, change],
             }
-            | {"low_percent": [0, change - 1], "high_percent": [0, high]}
+            | {"low_percent": [0, change - 1 if high else None], "high_percent": [0, high]}
         )
-        return diagnose.BoundarySweep(frame, frame, 1.0, 0.01, "").sentence
+        return diagnose.BoundarySweep(frame, frame, 1.0, 0.01, "")
 
-    assert swept(-3.0, -1.0).startswith(
-        "A boundary at 1 is better: LPIPS to the true video -3.00 % against 0.9 (95 %"
+    better, worse = swept(-3.0, -1.0), swept(3.0, 4.0)
+    assert better.sentence.startswith(
+        "A boundary at timestep 1000 is better than the model's own, timestep 900 (3 cases, 1 other boundary): LPIPS to the"
+        " true video changes by -3.00 % at timestep 1000 (95 % interval -4.00 to -1.00)"
     )
-    assert "cannot be told from the model's own" in swept(-3.0, 1.0)
-    assert (
-        swept(3.0, 4.0) == "The model's own boundary, 0.9, gives the best quality of those tried (others: 1)."
-    )
-    assert "cannot be told from the model's own" in swept(-3.0, None)
+    assert better.row()["boundary_best"] == 1.0
+    assert worse.sentence.startswith("Every other boundary that was tried is worse than the model's own")
+    assert worse.row()["boundary_best"] == 0.9
+    for open_ in (swept(-3.0, 1.0), swept(-3.0, None), swept(0.5, 2.0)):
+        assert "is undecided" in open_.sentence
+        assert open_.row()["boundary_best"] is None
+        found = summary(boundaries=open_).answer("wan-nano")
+        assert (found.next.notebook, found.next.parameters) == ("", {"cases": 8})
+        assert found.tiles[-1][:2] == ("better boundary", "undecided")
+
+
+def test_steps_of_tables_for_readers_count_from_one():
+    table = pd.DataFrame({"step": [0, 1], "first_step": [4, 5], "time_ms": [1.0, 2.0]})
+    moved = diagnose.from_one(table)
+    assert moved["step"].tolist() == [1, 2]
+    assert moved["first_step"].tolist() == [5, 6]
+    assert moved["time_ms"].tolist() == [1.0, 2.0]
+    assert diagnose.from_one(None) is None

@@ -119,7 +119,7 @@ def test_breakdowns_are_compared_row_by_row(tmp_path):
     ]
     shares = [diagnose.breakdown(trace) for trace in traces]
     changed = diagnose.difference(*shares)
-    found = shares[0].answer("", changed)
+    found = diagnose.profile_answer(shares[0], "", changed)
     assert (
         found.headline
         == changed.headline
@@ -129,6 +129,7 @@ def test_breakdowns_are_compared_row_by_row(tmp_path):
         )
     )
     assert found.details[0].startswith("Before: ")
+    assert found.next.notebook == "10_baseline"
     assert changed.frame["change_us"].sum() == pytest.approx(changed.change_us) == pytest.approx(-40)
     assert {row.path: row.change_us for row in changed.frame.itertuples()}["linear",] == pytest.approx(-40)
     with pytest.raises(WanlabError, match="one kind"):

@@ -183,8 +183,8 @@ def test_totals_that_were_not_recorded_are_summed_from_the_bytes(tmp_path):
     assert account.peak_bytes == 26 * MIB
     assert account.size_bytes("fragmentation") == 0
     assert account.frame["size_bytes"].sum() == account.peak_bytes
-    assert account.headline.endswith(
-        " of at least 26 MiB on the GPU, without what was there before the trace."
+    assert account.headline.startswith(
+        "The peak is at least 26 MiB on the GPU, without what was there before the trace, and "
     )
     assert account.tiles[0] == ("peak memory", "26 MiB", "allocated in one generation")
     # A part of the peak says nothing about how full the device is.
@@ -248,17 +248,19 @@ def test_the_answer_names_the_option_that_saves_most_and_what_it_costs(tmp_path)
     account = diagnose.memory_account(unknown_totals(tmp_path))
     table = pd.DataFrame([option("tiles", 0.25, float("inf")), option("slices", 0.1)])
     found = diagnose.memory_answer(account, table, "A caveat.")
-    assert found.headline.endswith("Most is saved by tiles: 256 MiB at 1.50 times the time.")
-    assert found.details[0] == "A caveat."
-    assert (
-        "its peak differed by 2.05 MiB, its time differed by 3.0 %. It gives the same video"
-        in found.details[1]
+    assert found.headline.endswith(
+        "Tiles would lower it most, by 256 MiB; two equal runs differ by 2.05 MiB."
     )
-    assert found.tiles[1] == ("saved by tiles", "256 MiB", "the unchanged model's peak differed by 2.05 MiB")
+    assert found.details == (
+        "A caveat.",
+        "With tiles a video takes 1.50 times as long (equal runs differ by 3 %). It gives the same video, bit by bit.",
+    )
+    assert found.tiles[1] == ("saved by tiles", "256 MiB", "two equal runs differ by 2.05 MiB")
+    assert found.next.notebook == "15_triage"
 
 
 def test_options_within_the_noise_are_not_recommended(tmp_path):
     account = diagnose.memory_account(unknown_totals(tmp_path))
     found = diagnose.memory_answer(account, pd.DataFrame([option("tiles", 0.001)]))
-    assert found.headline.endswith("No option that was tried lowers it by more than the noise.")
-    assert "without a given trace" in diagnose.memory_answer(account).details[-1]
+    assert found.headline.endswith("No option that was tried lowers it: two equal runs differ by 2.05 MiB.")
+    assert diagnose.memory_answer(account).next.notebook == "14_memory"

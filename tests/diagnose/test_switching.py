@@ -105,15 +105,16 @@ def test_saved_and_read_back(tmp_path):
     assert read.frame.equals(measured().frame)
     assert read.source == "recorded in switch.json"
     assert read.sentence == (
-        "On another machine (NVIDIA H200, recorded in switch.json) a switch of wan2.2-i2v-a14b costs nothing that can be"
-        " told from noise with both experts in GPU memory (-0.8 ms, noise 3.0 ms) and 1,415.0 ms from ordinary host memory"
-        " (noise 10.0 ms)"
+        "On another machine (NVIDIA H200) a switch of wan2.2-i2v-a14b costs nothing that can be told from noise with both"
+        " experts in GPU memory (noise 3 ms) and 1.42 s from ordinary host memory (noise 10 ms)"
     )
     assert str(read).startswith("on another machine ")
     assert "measured here" in measured().sentence
     text = plots.switch_bars(read).to_json()
     assert "75 % hidden" in text
     assert "within noise" in text
+    assert "another machine" in text
+    assert "both in GPU memory" in read.shown["way"].tolist()
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"samples": {"a": 3}}', '{"samples": {"a": {}}}'])

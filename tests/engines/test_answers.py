@@ -60,7 +60,7 @@ def test_a_graph_that_is_far_off_is_said_first():
     answer = engines.export_answer(EXPORTS, 5, engines.parity_summary(PARITY, 1e-5))
     assert faults(answer) == []
     assert answer.headline.startswith("Not every graph is correct: 1 of 2 agree with PyTorch")
-    assert "where the distance begins" in answer.details[-1]
+    assert "where the distance begins" in answer.next.why
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,19 @@ def test_an_engine_is_told_with_its_video(verdict, said):
     same = evaluate.divergence(clips, clips, progress=False)
     gain = Comparison("eager", "onnxruntime", 2.0, 1.9, 2.1, verdict, 4.0, 2000.0, 1000.0)
     operators = pd.DataFrame({"operator": ["MatMul"], "share_percent": [41.2]})
-    answer = engines.engine_answer(gain, same, operators, "expert_high")
+    names = ["vae_encoder", "expert_high", "expert_low", "vae_decoder", "other"]
+    stages = pd.DataFrame({"component": names, "onnxruntime_percent": [20.0, 14.0, 15.0, 50.0, 1.0]})
+    answer = engines.engine_answer(gain, same, stages, operators, "expert_high")
     assert faults(answer) == []
     assert said in answer.headline
-    assert "every pixel is as in the original's videos" in answer.headline
-    assert answer.details[0] == "MatMul takes 41 % of the high-noise expert's time in it."
-    assert answer.tiles[1][:2] == ("time per video", "1 s")
+    assert "The videos are identical in every pixel" in answer.headline
+    assert answer.details[1] == "Of the high-noise expert's own time, MatMul takes 41 %."
+    assert [tile[:2] for tile in answer.tiles[1:4]] == [
+        ("VAE decoder", "50 %"),
+        ("two experts", "29 %"),
+        ("VAE encoder", "20 %"),
+    ]
+    assert answer.next.parameters["engine"] == "onnxruntime"
 
 
 @pytest.mark.parametrize("executed", [False, True])

@@ -50,7 +50,7 @@ def test_every_tier_is_a_plain_sentence(tier, percent, spread, said):
     assert faults(answer) == []
     assert said in answer.headline
     assert answer.tiles[0].title == "quality loss"
-    assert any(detail.startswith("Next: ") for detail in answer.details)
+    assert answer.next is not None
 
 
 def test_without_truths_the_loss_is_unknown_and_the_distance_is_told():
@@ -61,11 +61,11 @@ def test_without_truths_the_loss_is_unknown_and_the_distance_is_told():
         assert faults(answer) == []
         assert said in answer.headline
         assert answer.tiles[0].value == "unknown"
-        assert "judges the change on cases whose true videos are known" in answer.details[-1]
+        assert "pictures whose true videos are known" in answer.next.why
 
 
 def test_two_cases_have_no_interval():
     loss = evaluate.quality_loss([1.02, 1.01], [1.0, 1.0])
     answer = evaluate.quality_answer("onnxruntime", evaluate.Tier("undecided", "", ""), loss, pair(0.1, 2))
-    assert "from 2 cases and so without an interval" in answer.headline
-    assert "cases=8" in answer.details[-1]
+    assert "from 2 cases, too few to say how sure that is" in answer.headline
+    assert answer.next.parameters == {"cases": 8}

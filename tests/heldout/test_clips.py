@@ -205,6 +205,18 @@ def test_the_same_cases_are_drawn_every_time():
     assert [case.clip.motion for case in heldout.draw_cases(9)] == MOTIONS
 
 
+def test_a_picture_too_flat_for_a_case_gives_way_to_the_next():
+    cases = heldout.draw_cases(2, photographs=("cell.png", "coffee.png"))
+    assert [case.photograph for case in cases] == ["coffee.png", "coffee.png"]
+
+
+@pytest.mark.parametrize(
+    "content", [heldout.size_content("large"), {"objects": (0, 1, 2, 3), "textures": 0.25}]
+)
+def test_an_examination_has_all_its_cases(content):
+    assert len(heldout.draw_cases(72, **content)) == 72
+
+
 @pytest.mark.parametrize(("height", "frames"), [(128, 17), (256, 33)])
 def test_cases_of_every_size_carry_it_and_show_photographs_and_textures(height, frames):
     width = height * 3 // 2

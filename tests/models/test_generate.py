@@ -373,12 +373,14 @@ def test_sizes_that_a_model_was_not_made_for_are_said(model, photo):
     other = dataclasses.replace(model, spec=spec)
     assert other.generate(photo, "a", output="latent").notes == ()
     (note,) = other.generate(photo, "a", height=48, width=64, output="latent").notes
-    assert note.startswith("48x64 with 5 frames has 6 times the tokens of the model's usual 16x32 with 5")
+    assert note.startswith(
+        "measured at 48x64 with 5 frames, 6 times larger than the model's usual 16x32 with 5"
+    )
     both = dataclasses.replace(known, other_sizes=((48, 64, 5),))
     other = dataclasses.replace(model, spec=dataclasses.replace(spec, defaults=both))
     assert other.generate(photo, "a", height=48, width=64, output="latent").notes == ()
     (note,) = other.generate(photo, "a", height=96, width=128, frames=9, output="latent").notes
-    assert "of the model's usual 48x64 with 5" in note
+    assert "than the model's usual 48x64 with 5" in note
     notes = model.generate(photo, "a", height=16, width=32, steps=1, frames=None, output="latent").notes
     assert any("states no sizes of its own: frames 81 are assumed" in note for note in notes)
 

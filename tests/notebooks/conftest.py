@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 from support.contract import unreadable
-from support.pages import chromium, faults
+from support.pages import faults
 from support.shared import copied, once
+
+from benchmarks.browser import chromium
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_memory_limit(run, tmp_path, in_child):
     done = run(*grows, from_shell=in_child)
     assert_failed(done, "memory", 5, "GiB in cell 6, over its limit of 1.2 GiB")
     assert float(done.status["reason"].split()[1]) > 1.2
-    assert 1.2 < done.status["peak_memory_gib"] < 2.5
+    assert 1.2 <= done.status["peak_memory_gib"] < 2.5  # rounded to thousandths
     assert done.status["title"] == "Growing"
     assert cell_states(done)[-3:] == ["completed", "failed", "pending"]
     saved = run_measurements(

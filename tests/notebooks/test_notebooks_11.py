@@ -32,7 +32,7 @@ def test_recorded_traces_of_a_large_model_are_read_and_compared(run_notebook, ro
     )  # fmt: skip
     assert read.record["verdict"].startswith("The second trace is ")
     assert read.record["details"][0].startswith(
-        "The trace is of wan2.2-ti2v-5b (30 layers of width 3,072), not of wan-nano (6 layers of width 192). Before: most"
+        "The trace is of wan2.2-ti2v-5b (30 layers of width 3,072), not of wan-nano (6 layers of width 192). Before: "
     )
     assert read.values["breakdown"]["gpu_busy_percent"] > 80
     assert abs(read.values["breakdown"]["residual_percent"]) < 1

@@ -17,7 +17,7 @@ def test_attention_of_a_model_and_again_from_its_saved_map(run_notebook, outputs
     assert sum(found[f"{name}_percent"] for name in ("spatial", "temporal", "global")) == pytest.approx(100)
     assert made.values["kernels"]["default_took"] == "flash"
     assert f"at most {found['bound_ratio']:.2f} times as fast" in made.record["verdict"]
-    assert len(made.page.select("div.figure[data-figure]")) == 8
+    assert len(made.page.select("div.figure[data-figure]")) == 9
     assert "needs a GPU" in str(made.page)
 
     (kept,) = outputs.rglob("attention_map.csv.gz")
@@ -35,7 +35,7 @@ def test_attention_of_another_family(run_notebook):
     found = made.values["attention"]
     assert 0 < found["text_median_percent"] < 100
     assert found["bound_ratio"] >= 1
-    assert len(made.page.select("div.figure[data-figure]")) == 8
+    assert len(made.page.select("div.figure[data-figure]")) == 9
     assert "joint attention of video and text, the text last" in str(made.page)
 
 
@@ -46,4 +46,4 @@ def test_the_recorded_map_of_a_large_model_beside_its_profile(run_notebook, root
     assert 60 < done.values["attention"]["attention_share_percent"] < 75
     assert "With random weights only the times mean something" in done.record["details"][0]
     # Maps and types as from any saved map, and the times of the profile's layers.
-    assert len(done.page.select("div.figure[data-figure]")) == 6
+    assert len(done.page.select("div.figure[data-figure]")) == 7

@@ -11,9 +11,8 @@ SMALL = ["-p", "height=64", "-p", "width=64", "-p", "frames=5", "-p", "steps=3"]
 def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebook, outputs):
     empty = run_notebook("15_triage")
     assert empty.record["verdict"].startswith("Nothing is measured yet")
-    assert empty.record["details"][0].startswith(
-        "Next: wanlab run notebooks/10_baseline.ipynb; then 11_flame_graph"
-    )
+    assert empty.record["next"]["command"] == "wanlab run 10_baseline"
+    assert empty.record["details"][0].startswith("Then run 11_flame_graph and 40_quality")
     assert empty.values["triage"]["measured"] == 0
     assert "wanlab run notebooks/40_quality.ipynb" in str(empty.page)
     assert len(empty.page.select("div.figure[data-figure]")) == 1
@@ -26,11 +25,12 @@ def test_triage_says_what_to_measure_and_then_walks_what_was_measured(run_notebo
     assert f"{baseline.values['baseline']['time_per_video_ms']:.4g}"[:3] in sources
     vae = shares["vae_encoder_percent"] + shares["vae_decoder_percent"]
     assert done.record["verdict"].startswith(
-        f"Change first: VAE on an engine. {vae:.0f} % of the time goes to the VAE"
+        f"Change first: Run the VAE on ONNX Runtime. {vae:.0f} % of the time goes to the VAE"
     )
     said = " ".join(done.record["details"])
-    assert f"share of the VAE {vae:.4g} %" in said
-    assert f"VAE on an engine (at most {1 / (1 - vae / 100):.2f} times as fast)" in said
+    assert f"share of the VAE {vae:.0f} %" in said
+    assert done.record["next"]["command"].startswith("wanlab run 21_onnxruntime -p height=64 -p width=64")
+    assert f"Run the VAE on ONNX Runtime (at most {1 / (1 - vae / 100):.2f} times as fast)" in said
     assert len(done.page.select("div.figure[data-figure]")) == 2
     assert "no GPU in the trace" in sources
     assert "unknown until 40_quality is run" in said

@@ -68,7 +68,7 @@ def test_onnxruntime_makes_the_same_video_faster(run_notebook):
     operators = done.values["operators"]
     assert {"MatMul", "Softmax"} <= {row["operator"] for row in operators}
     assert sum(row["share_percent"] for row in operators) == pytest.approx(100)
-    assert "of the high-noise expert's time" in done.answer
+    assert "Of the high-noise expert's own time" in done.answer
     stages = done.values["stages"]
     assert {row["component"] for row in stages} == COMPONENTS | {"other"}
     for label in ("eager", "onnxruntime"):

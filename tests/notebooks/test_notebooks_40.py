@@ -15,7 +15,7 @@ def test_quality_over_cases_with_known_truth_and_floors(run_notebook):
     loss = done.values["quality_loss"]
     assert loss["cases"] == 2
     assert (loss["low_percent"], loss["high_percent"]) == (None, None)  # two cases have no interval
-    assert "from 2 cases and so without an interval" in done.record["verdict"]
+    assert "from 2 cases, too few to say how sure that is" in done.record["verdict"]
     assert loss["backbone"] == "stlpips-alex"
     assert min(done.values["effect"].values()) > 90  # percent of the weights that the format moved
     divergence = {row["metric"]: row for row in done.values["divergence"]}
@@ -28,7 +28,7 @@ def test_quality_over_cases_with_known_truth_and_floors(run_notebook):
     assert floors["other attention kernel", "lpips"]["identical_cases"] == 0
     assert done.values["tier"]["tier"] in {tile["value"] for tile in done.record["tiles"]}
     assert "LPIPS" in done.values["tier"]["why"]
-    assert "noise alone makes them" in done.answer
+    assert "farther from the true video" in done.answer
     assert len(done.page.select("video")) == 4
     assert len(done.page.select("div.figure[data-figure]")) == 3
 

@@ -372,6 +372,21 @@ def test_long_output_is_folded_and_floods_are_cut():
     assert len(report.text_html("x" * 10**7)) < 2 * report.MOST_CHARS
 
 
+@pytest.mark.parametrize(
+    "bar",
+    [
+        "bench:  93%|█████████▎| 37/40 [00:37<00:03,  1.01s/s]",
+        "held-out cases: 100%|██████████| 3/3 [00:12<00:00,  4.1s/case]",
+        "reading: 17it [00:01, 12.3it/s]",
+        "Downloading:   3%|▎         | 1.2k/40.1k [00:00<00:03, 10.1kB/s]",
+    ],
+)
+def test_messages_that_are_a_progress_bar_are_not_shown(bar):
+    assert report.text_html(f"{bar}\n", quiet=True) == ""
+    assert "a warning" in report.text_html(f"\r{bar}\na warning\n", quiet=True)
+    assert "messages, 1 line" in report.text_html(f"{bar}\na warning\n", quiet=True)
+
+
 def test_progress_bars_show_their_last_state():
     assert "100%" in report.text_html("\r 10%|#\r 50%|##\r100%|###\n", quiet=True)
     assert "10%|#" not in report.text_html("\r 10%|#\r 50%|##\r100%|###\n").replace("100%|###", "")

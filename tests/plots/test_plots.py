@@ -60,7 +60,7 @@ def test_breakdown_bar_shows_times_and_shares():
     df = pd.DataFrame({"component": ["expert_high", "other"], "time_ms": [75.0, 25.0], "calls": [4, 0]})
     figure = plots.breakdown_bar(df)
     assert list(figure.data[0].x) == [75.0, 25.0]
-    assert figure.data[0].text[0] == "75 ms · 75.0 %"
+    assert figure.data[0].text[0] == "75 ms · 75 %"
     assert figure.data[0].marker.color[0] == plots.COMPONENT_COLOURS["expert_high"]
     assert as_json(figure)["layout"]["height"] > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
-from training import architecture, assemble, difference, experts, loop, pictures, text, vae
+from training import architecture, assemble, difference, distance, experts, loop, pictures, text, vae
 from training.vae import read_vae
 from wanlab import models
 from wanlab.heldout import cases as heldout
@@ -162,8 +163,8 @@ def test_dead_leaves_are_pictures():
 def test_gradient_loss_sees_blur_and_not_brightness():
     picture = torch.rand(1, 3, 1, 16, 16)
     blurred = torch.nn.functional.avg_pool3d(picture, (1, 3, 3), stride=1, padding=(0, 1, 1))
-    assert vae.gradient_loss(picture + 0.5, picture) < 1e-5
-    assert vae.gradient_loss(blurred, picture) > 0.05
+    assert distance.gradient_loss(picture + 0.5, picture) < 1e-5
+    assert distance.gradient_loss(blurred, picture) > 0.05
 
 
 def test_the_longest_caption_has_room_and_no_unknown_word():
@@ -218,6 +219,20 @@ def test_each_size_has_one_graph_without_a_break():
     assert counter.frame_count == 2
 
 
+def test_a_wider_expert_begins_as_the_one_it_goes_on_from():
+    torch.manual_seed(0)
+    narrow, wide = architecture.expert("next"), architecture.expert("wide")
+    wide.load_state_dict(architecture.widened(narrow.state_dict(), wide))
+    asked = torch.randn(1, 36, 2, 4, 6), torch.tensor([700.0]), torch.randn(1, 24, architecture.TEXT_DIM)
+    with torch.no_grad():
+        outputs = [expert(*asked, return_dict=False)[0] for expert in (narrow, wide)]
+    assert torch.allclose(*outputs, atol=1e-5)
+    inner = wide.blocks[0].ffn.net[0].proj.weight
+    assert inner[320:].std() > 0.01
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wide.load_state_dict(architecture.widened(architecture.expert().state_dict(), wide))
+
+
 @pytest.mark.slow
 def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeypatch):
     monkeypatch.setattr(experts, "SIZES", {"small": (32, 48, 5), "large": (64, 96, 9)})
@@ -234,6 +249,21 @@ def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeyp
     assert set(facts["before_s"]) == {"encoding 4 small clips", "encoding 2 large clips"}
     experts.main(["low", *common, *tiny, "--steps", "8", "--resume"])
     assert json.loads((tmp_path / "expert_low.json").read_text())["steps_of_this_run"] == {"small": 2}
+
+    further = [
+        "low",
+        *common[:4],
+        *tiny,
+        "--architecture",
+        "wide",
+        "--start",
+        str(tmp_path / "expert_low.pt"),
+    ]
+    shutil.copytree(tmp_path / "text_encoder", tmp_path / "wide" / "text_encoder")
+    seen = ["--seen", "0.5", "--seen-from", "0.5", "--seen-clips", "1", "--backbone", "stlpips-alex"]
+    experts.main([*further, "--out", str(tmp_path / "wide"), *seen, "--steps", "4", "--large-share", "0.5"])
+    rows = [json.loads(row) for row in (tmp_path / "wide" / "expert_low.jsonl").read_text().splitlines()]
+    assert [("stlpips-alex" in row) for row in rows] == [False, False, True, True]
 
     folder = tmp_path / "model"
     assemble.main(["--checkpoints", str(tmp_path), "--folder", str(folder), *common[2:]])

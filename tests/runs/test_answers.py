@@ -30,7 +30,7 @@ def test_a_gain_is_said_with_its_interval_and_what_it_costs():
     assert found.details[0].endswith(
         "differ by up to 3.1 %; a smaller gain would not count. The two videos agree to 61 dB (PSNR)."
     )
-    assert found.details[-1].startswith("Next: ")
+    assert found.next.notebook == "10_baseline"
     slower = gain_answer(gain(0.5, "slower", 0.4, 0.6), LOSS, 61.2)
     assert slower.headline.startswith("ONNX Runtime is slower: 0.50 times as fast as PyTorch eager")
     same = gain_answer(gain(1.01, "not distinguishable"), LOSS, 61.2)
@@ -51,6 +51,8 @@ def test_beside_other_work_the_headline_claims_no_size_and_a_detail_what_ended_t
     )
     assert "3.89" not in found.headline
     assert len(found.headline) <= LONGEST
+    assert found.tiles[0][:2] == ("speed-up", "faster")
+    assert "idle machine" in found.next.why
     assert "Both were timed in turn: 6 pairs in 40 s, ended by the limit of 40 s." in found.details
     same = gain_answer(replace(gain(1.01, "not distinguishable"), **busy), LOSS, 61.2)
     assert "can be told from noise while other processes used 50 % of the processors." in same.headline

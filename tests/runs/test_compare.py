@@ -17,6 +17,7 @@ from support.comparison_runs import CPU, techniques, write_run, write_sweep
 from wanlab import plots
 from wanlab.cli import main as cli
 from wanlab.core.errors import WanlabError
+from wanlab.pages import render_index
 from wanlab.runs import (
     Machine,
     Result,
@@ -27,6 +28,7 @@ from wanlab.runs import (
     configurations,
     efficient,
     engine_table,
+    frontier_frame,
     gains_text,
     load_runs,
     pareto,
@@ -356,8 +358,8 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     assert found.text.endswith("quality loss +0.00 % (-0.50 to +0.50). Measured on Test CPU, 1 thread.")
     assert faults(found.answer) == []
     assert found.answer.headline == (
-        "Use ONNX Runtime: 1.99 times as fast as eager PyTorch (95 % interval 1.98 to 2.00), quality loss < 0.01 %"
-        " (95 % interval -0.50 to +0.50)."
+        "Use ONNX Runtime: 1.99 times as fast as eager PyTorch (95 % interval 1.98 to 2.00, noise 3 %), quality loss"
+        " < 0.01 % (95 % interval -0.50 to +0.50)."
     )
     assert [tile.title for tile in found.answer.tiles][:3] == ["speed-up", "time per video", "quality loss"]
     assert found.notes == (
@@ -374,6 +376,26 @@ def test_the_fastest_within_the_quality_limit_is_chosen(sweep, tmp_path):
     )
     assert slow.text.startswith("Keep engine=eager, plan=default: nothing within the limit is better")
     assert slow.answer.headline.startswith("Keep eager PyTorch: of 2 configurations, none within the limit")
+
+
+def test_a_sweep_over_the_parameter_configuration_is_compared_chosen_and_drawn(tmp_path):
+    rows = [
+        {"ms": ms, "parameters": {"configuration": name}} for name, ms in (("eager", 100.0), ("mine", 50.0))
+    ]
+    folder = write_sweep(
+        tmp_path / "sweep", rows, axes=["configuration"], baseline={"configuration": "eager"}
+    )
+    compared = compare(folder)
+    labels = [row.label for row in compared.rows]
+    assert list(compared.frame["configuration"]) == labels
+    found = choose(compared)
+    assert found.row["ratio"] == pytest.approx(2.0, rel=0.05)
+    apart = readable(compared, apart=True)
+    assert list(apart["configuration"]) == ["eager", "mine"]
+    assert list(apart["95 % interval"] != "") == [False, True]
+    flat = frontier_frame(compared, {compared.by: "min", "quality_loss_percent": "min"})
+    plots.run_frontier(flat, compared.by, "quality_loss_percent", baseline=labels[0])
+    assert found.text in render_index(folder).read_text()
 
 
 def test_a_quality_loss_near_zero_is_not_shown_as_zero(tmp_path):

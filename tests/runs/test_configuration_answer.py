@@ -15,10 +15,10 @@ ROW = Result(
 )  # fmt: skip
 
 
-def answer(**changes):
+def answer(loss=None, **changes):
     clips = [np.full((2, 32, 32, 3), value, np.float32) for value in (0.2, 0.5, 0.7)]
     row = Result(**{name: getattr(ROW, name) for name in ROW.__struct_fields__} | changes)
-    loss = evaluate.quality_loss([1.01, 1.02, 1.0], [1.0] * 3)
+    loss = loss or evaluate.quality_loss([1.01, 1.02, 1.0], [1.0] * 3)
     return runs.configuration_answer(
         row, loss, evaluate.divergence(clips, clips, progress=False), proof="Proof."
     )
@@ -28,9 +28,20 @@ def test_time_noise_and_quality_stand_in_the_headline():
     found = answer()
     assert faults(found) == []
     assert found.headline.startswith(
-        "ONNX Runtime with plan ffn-int8 makes a video in 510 ms (repeats differ by up to 4.2 %), quality loss +1.00 %"
+        "ONNX Runtime with plan ffn-int8 makes a video in 510 ms (repeats differ by up to 4.2 %). It keeps within 3 %"
+        " of quality loss: at most 2.00 %."
     )
-    assert found.details[:2] == ("Every pixel is as in the original's videos.", "Proof.")
+    assert found.details[:2] == ("The videos are identical in every pixel.", "Proof.")
+
+
+def test_what_is_next_depends_on_what_is_decided():
+    found = answer()
+    assert found.next.parameters == {"engine": "eager", "plan": None, "configuration": None}
+    noisy = answer(noise_percent=26.6)
+    assert noisy.next.parameters["cases"] == 8
+    few = answer(evaluate.quality_loss([1.02], [1.0]))
+    assert "Whether it keeps within 3 % of quality loss is not decided: +2.00 %, from 1 case" in few.headline
+    assert faults(few) == []
 
 
 @pytest.mark.parametrize(

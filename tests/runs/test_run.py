@@ -105,7 +105,7 @@ def test_work_beside_a_timing_is_said_where_lists_show_it(project, monkeypatch):
     one = started()
     one.verdict("It takes 3 ms", "Because.")
     record = json.loads((one.folder / "run.json").read_text())
-    assert record["verdict"] == f"It takes 3 ms. Timed while {busy.text}: an idle machine gives other times."
+    assert record["verdict"] == f"It takes 3 ms. Timed while {busy.text}: run it again on an idle machine."
     assert record["details"] == ["Because."]
 
 

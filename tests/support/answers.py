@@ -15,7 +15,8 @@ def faults(answer: Answer) -> list[str]:
     """What is wrong with an answer, one line each."""
     found = [f"{len(answer.headline)} characters"] if len(answer.headline) > 240 else []
     found += [f"the headline says {match.group()}" for match in JARGON.finditer(answer.headline)]
-    found += [f"{len(answer.details)} details"] if len(answer.details) > 4 else []
+    found += [f"{len(answer.details)} details"] if len(answer.details) > 3 else []
+    found += [] if answer.next and answer.next.why else ["nothing to do next"]
     found += [f"{len(answer.tiles)} tiles"] if not 3 <= len(answer.tiles) <= 5 else []
     found += [
         f"{tile.title}: {tile.value}" for tile in answer.tiles if re.search(r"nan|\de[-+]\d", tile.value)

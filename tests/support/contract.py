@@ -90,8 +90,8 @@ def unreadable(record: Mapping[str, Any], page: BeautifulSoup) -> list[str]:
     details = record.get("details") or ()
     if len(details) > MOST_DETAILS:
         found.append(f"{len(details)} details, {MOST_DETAILS} at most")
-    if not any(text.startswith("Next: ") for text in details):
-        found.append("no detail says what to do next")
+    if not (record.get("next") or {}).get("why"):
+        found.append("nothing says what to do next")
     tiles = [tile.dd.get_text() for tile in page.select(".tiles > div")]
     if not FEWEST_TILES <= len(tiles) <= MOST_TILES:
         found.append(f"{len(tiles)} key figures, {FEWEST_TILES} to {MOST_TILES} wanted: {tiles}")

@@ -1,42 +1,18 @@
-"""Chromium for tests, and what is looked for on every page at the widths and colours that people use."""
+"""What is looked for on every page at the widths and colours that people use."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--force-color-profile=srgb",
-    "--autoplay-policy=no-user-gesture-required",
-]
+from benchmarks.browser import drawn
+
 VIEWS = (
     (1400, False),
     (390, True),
 )  # width in pixels, dark; a wide dark page differs from a wide light one in colours
 FAULTS = Path(__file__).with_name("page_faults.js").read_text("utf-8")
 SIDE = 8  # pixels that a text of a figure may stand out of it, as the ends of tilted labels do
-
-
-def chromium() -> str | None:
-    """Path of the Chromium of this machine."""
-    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@contextmanager
-def launched(path: str) -> Iterator[Any]:
-    """A headless Chromium."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield running
-        running.close()
 
 
 def faults(browser: Any, report: Path, views: tuple[tuple[int, bool], ...] = VIEWS) -> list[str]:
@@ -60,16 +36,8 @@ def faults(browser: Any, report: Path, views: tuple[tuple[int, bool], ...] = VIE
         )
         page.on("pageerror", lambda error, to=wrong: to.append(str(error)[:200]))
         page.goto(report.resolve().as_uri(), timeout=120_000)
-        for _ in range(1500):
-            if page.evaluate(DRAWN):
-                break
-            page.wait_for_timeout(20)
-        else:
+        if not drawn(page):
             wrong.append("figures are not drawn within 30 s")
         found += [f"{where}: {line}" for line in [*wrong, *page.evaluate(FAULTS, SIDE)]]
         context.close()
     return found
-
-
-DRAWN = """() => [...document.querySelectorAll("[data-figure]")].every(p => p._fullLayout && p.dataset.drawn)
-  && new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"""

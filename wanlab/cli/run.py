@@ -73,6 +73,8 @@ def main(options: argparse.Namespace) -> int:
     for sentence in (record.get("verdict"), *(record.get("details") or ())):
         if sentence:
             show(sentence)
+    if following := record.get("next"):
+        show(f"next: {following['why']}" + (f"\n  {following['command']}" if following["command"] else ""))
     show(from_here(outcome.report if outcome.report.is_file() else outcome.folder))
     return outcome.exit_code
 

@@ -21,8 +21,8 @@ import torch
 from wanlab import measure, models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
-from wanlab.configuration.configuration import save_configuration
-from wanlab.core.answer import Answer, Tile, speed_text
+from wanlab.configuration.configuration import configurations, save_configuration
+from wanlab.core.answer import Answer, Step, Tile, speed_text, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import interval_text
@@ -31,10 +31,11 @@ from wanlab.diagnose import operators
 from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
 from wanlab.diagnose.operators import Operations
 from wanlab.engines.component_bench import RangeCost, range_cost
-from wanlab.engines.registry import engine_text
+from wanlab.engines.registry import ENGINES, engine_text
 from wanlab.measure.ceilings import Ceilings
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, AAControl, Comparison, Samples
 from wanlab.models.loading import resolve
+from wanlab.precision.plan import PRESETS
 from wanlab.precision.selection.bound import product_bound
 from wanlab.precision.selection.select import PlansByTime, plans_by_time
 
@@ -183,8 +184,20 @@ class ComponentCost:
                   if facts.get("not_compared")]  # fmt: skip
         wrong += [f"{label} was not measured: {line.rstrip('.')}." for label, line in self.left_out.items()]
         details = [" ".join(wrong), f"{self.model} at {shape} in {self.dtype} on {self.device}."]
-        details.append("Next: 41_configuration measures whole videos and their quality with it.")
-        return Answer(headline, tuple(filter(None, details)), self._tiles(best or base))
+        return Answer(
+            headline, tuple(filter(None, details)), self._tiles(best or base), self._next(best or base)
+        )
+
+    def _next(self, label: str) -> Step:
+        """Whole videos with a candidate; without a command where its plan or configuration is a file of its own."""
+        name, engine, plan = (self.facts[label].get(key) for key in ("configuration", "engine", "plan"))
+        why = "measures whole videos and their quality with it"
+        if name in configurations():
+            return step(why, "41_configuration", configuration=name)
+        changed = plan not in (None, "default")
+        if label.split()[0] not in ENGINES or (changed and plan not in PRESETS):
+            return step(f"Give its file to 41_configuration, which {why}")
+        return step(why, "41_configuration", engine=engine, **({"plan": plan} if changed else {}))
 
     def _name(self, label: str) -> str:
         """A candidate for readers: "eager ffn-int8" as "eager PyTorch with ffn-int8"."""

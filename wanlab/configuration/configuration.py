@@ -35,14 +35,15 @@ class Configuration(
     """Engines, precision plan and techniques of a model.
 
     Attributes:
-        name: name in tables and files. about: description in one line.
+        name: name in tables and files.
+        about: description in one line.
         engines: one name for the whole model: every component that usually runs on this engine and, where the engine
             needs a graph, can be converted; the others eager. Or
             component -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts;
             components that no pattern fits are eager.
         plan: number formats of the experts' layers; None is the model as it was loaded.
         techniques: names of switches that make a model faster or smaller. There are none yet.
-        settings: engine -> setting -> value, see `wanlab.engines.EngineKind.settings`.
+        settings: engine -> setting -> value; each engine has its own (`wanlab.engines.EngineKind.settings`).
     """
 
     name: str

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wanlab.core.stats import interval_text
 from wanlab.core.words import SMALLEST_PERCENT
 
 LONGEST = 240
 """Characters of a headline: four lines of a phone."""
-MOST_DETAILS = 4
+MOST_DETAILS = 3
 MOST_TILES = 5
 
 
@@ -23,6 +24,30 @@ class Tile(NamedTuple):
     beside: str = ""
 
 
+class Step(NamedTuple):
+    """What to do next.
+
+    Attributes:
+        why: what it brings, as a clause without a subject: "measures it on cases that no choice was made by".
+        notebook: the notebook to run; "" for the same one again, where `parameters` says with what.
+        parameters: parameters that differ from the notebook's own, or from those of this run; None is the notebook's own.
+    """
+
+    why: str
+    notebook: str = ""
+    parameters: Mapping[str, Any] = {}
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.parameters.items() if value is not None)
+        again = self.notebook or ("this notebook" if given else "")
+        return f"Next: {again}{f' with {given}' if given else ''}{': ' if again else ''}{self.why}."
+
+
+def step(why: str, notebook: str = "", **parameters: Any) -> Step:
+    """A `Step`: `step("gives an interval", cases=8)` is this notebook again, with more cases."""
+    return Step(why.strip().removesuffix("."), notebook, parameters)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a notebook found, for a reader who has ten seconds; `Run.verdict` shows it.
@@ -30,22 +55,29 @@ class Answer:
     Attributes:
         headline: one or two plain sentences: what holds, its figure, and how sure it is; at most `LONGEST` characters, no
             name of a file or a column.
-        details: sentences that explain or limit it, at most `MOST_DETAILS`; what to do next is the last.
+        details: sentences that explain or limit it, at most `MOST_DETAILS`.
         tiles: key figures, the most important first; at most `MOST_TILES`.
+        next: what to do next; it stands right below the headline.
     """
 
     headline: str
     details: tuple[str, ...] = ()
     tiles: tuple[Tile, ...] = ()
+    next: Step | None = None
 
     def __str__(self) -> str:
-        return " ".join([self.headline, *self.details])
+        return " ".join([self.headline, *self.details, *([str(self.next)] if self.next else [])])
 
 
-def answer(headline: str, *details: str, tiles: tuple[tuple[str, str, str] | None, ...] = ()) -> Answer:
+def answer(
+    headline: str,
+    *details: str,
+    tiles: tuple[tuple[str, str, str] | None, ...] = (),
+    next: Step | None = None,
+) -> Answer:
     """An answer without its empty details and without tiles that are None."""
     shown = tuple(detail.strip() for detail in details if detail.strip())
-    return Answer(headline, shown, tuple(Tile(*tile) for tile in tiles if tile is not None))
+    return Answer(headline, shown, tuple(Tile(*tile) for tile in tiles if tile is not None), next)
 
 
 def ratio_text(ratio: float, low: float | None = None, high: float | None = None, *, beside: str = "") -> str:

@@ -5,6 +5,7 @@ One source for figures, tables and pages.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -249,3 +250,12 @@ IN_BRACKETS = re.compile(r" \((" + "|".join(map(re.escape, {*UNITS.values(), *RA
 RAW_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d{4,}(?:[eE][-+]?\d+)?|(?:\.\d+)?[eE][-+]\d+)(?![\w.])")
 WHOLE = re.compile(r"(?<==)(-?\d+)\.0(?![\d.])")
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def typed_value(value: Any) -> str:
+    """A parameter's value as it is typed on a command line."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{value:.1f}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)

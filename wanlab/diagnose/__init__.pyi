@@ -26,6 +26,7 @@ from .experts.switching import switching as switching
 from .experts.timeline import DataFlow as DataFlow
 from .experts.timeline import Timeline as Timeline
 from .experts.timeline import data_flow as data_flow
+from .experts.timeline import from_one as from_one
 from .experts.timeline import timeline as timeline
 from .explorer.view import Exploration as Exploration
 from .explorer.view import explore as explore
@@ -43,6 +44,7 @@ from .memory.options import memory_answer as memory_answer
 from .memory.options import memory_options as memory_options
 from .operators import call_kernels as call_kernels
 from .operators import count_operations as count_operations
+from .profile_answer import profile_answer as profile_answer
 from .trace import Trace as Trace
 from .trace import read_trace as read_trace
 from .trace_model import other_model as other_model

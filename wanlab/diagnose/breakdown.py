@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer
-from wanlab.core.words import percent_text, sentence, time_text
 from wanlab.diagnose import operators
 from wanlab.diagnose.trace import (
     NOTHING,
@@ -204,10 +201,10 @@ def _selecting(trace: Trace, host: pd.DataFrame) -> np.ndarray:
     selecting = np.zeros(len(host), dtype=bool)
     names = host["name"].cat.categories
     calls = np.sort(starts[host["name"].isin([name for name in EXPERTS if name in names]).to_numpy()])
-    for step in trace.steps.itertuples():
-        first = np.searchsorted(calls, step.start_us)
-        if step.step > 0 and first < len(calls) and calls[first] < step.start_us + step.time_us:
-            selecting |= (starts >= step.start_us) & (starts < calls[first])
+    for row in trace.steps.itertuples():
+        first = np.searchsorted(calls, row.start_us)
+        if row.step > 0 and first < len(calls) and calls[first] < row.start_us + row.time_us:
+            selecting |= (starts >= row.start_us) & (starts < calls[first])
     names = host["name"].cat.categories
     steps = names[names.str.startswith(STEP_PREFIX)]
     return selecting & ~host["name"].isin(steps).to_numpy()
@@ -322,29 +319,29 @@ CATEGORY_NAMES = {
     "cross_attention": "cross-attention",
     "linear": "linear layers",
     "norm_modulation_rotary": "norm, modulation, rotary",
-    "expert_switching": "expert selection, switching",
+    "expert_switching": "switching of experts",
     "vae_encoder": "VAE encoder",
     "vae_decoder": "VAE decoder",
     "text_encoder": "text encoder",
     "communication": "between GPUs",
-    "host_device_transfer": "host-device transfer",
+    "host_device_transfer": "copies to and from the GPU",
     "memory_allocation": "memory allocation",
-    "launch_and_idle": "launch overhead, idle",
-    "other": "other",
+    "launch_and_idle": "Python and waiting",
+    "other": "everything else",
 }
-"""Category -> its name in text."""
+"""Category -> its name in text, figures and tables."""
+
+
+def category_name(category: str, joint: bool = False) -> str:
+    """Name of a category in text; `joint`: self-attention of this model is joint attention of video and text."""
+    return (
+        "joint attention"
+        if joint and category == "self_attention"
+        else CATEGORY_NAMES.get(category, category)
+    )
+
 
 GAP_US = 10.0
-APART_PERCENT = 2.0
-"""Difference of the rows to the recorded wall clock that is said."""
-MOST_BOUND = 100.0
-"""A larger bound says only that there is nothing else in the trace."""
-
-
-def _tile(name: str, row: Any) -> tuple[str, str, str]:
-    """The share of a category, with its name, as a key figure, with the most that a change there can gain."""
-    most = f"; at most {row.amdahl_bound:.2f}× as fast without it" if row.amdahl_bound <= MOST_BOUND else ""
-    return name, percent_text(row.share_percent), f"{time_text(row.time_ms)}{most}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,6 +362,7 @@ class Breakdown:
         host_busy_percent: share of the wall clock in which the main thread was in an operator or runtime call.
         notes: distinctions that the trace does not allow; cautions: as `Trace.cautions`.
         joint: whether the model's self-attention is joint attention of video and text, as the capture states.
+        codes: category x code: `category`, `code` (name of an operator, on a GPU of a kernel), `time_ms` of its own.
     """
 
     frame: pd.DataFrame
@@ -376,11 +374,11 @@ class Breakdown:
     notes: tuple[str, ...]
     cautions: tuple[str, ...] = ()
     joint: bool = False
+    codes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["category", "code", "time_ms"]))
 
     def name_of(self, category: str) -> str:
         """Name of a category in text."""
-        joint = self.joint and category == "self_attention"
-        return "joint attention" if joint else CATEGORY_NAMES.get(category, category)
+        return category_name(category, self.joint)
 
     @property
     def residual_percent(self) -> float:
@@ -388,52 +386,9 @@ class Breakdown:
         wall = self.recorded_ms or self.wall_ms
         return 100 * (self.frame["time_ms"].sum() / wall - 1)
 
-    def answer(self, caveat: str = "", changed: Any = None) -> Answer:
-        """Where most time goes and what a change there can gain at most.
-
-        Args:
-            caveat: sentence that stands first below the headline, such as that of `other_model`.
-            changed: `diagnose.Difference` by category to a second trace; then the headline is about that change.
-        """
-        top, rows = self.frame.iloc[0], self.frame.head(3)
-        bound = top["amdahl_bound"]
-        name, share = self.name_of(top["category"]), f"{top['share_percent']:.0f} %"
-        name = f"the {name}" if name.endswith("coder") else name
-        head = f"Most time goes to {name}: {share} of {time_text(self.wall_ms)}, in one profiled generation."
-        if bound <= MOST_BOUND:
-            head += (
-                f" Without that time a video would be {bound:.2f} times as fast: no change there gains more."
-            )
-        elif top["category"] == "launch_and_idle":
-            head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(self.wall_ms)}."
-        if changed is not None:
-            head, first = changed.headline, head
-            caveat = f"{caveat.strip()} Before: {first[:1].lower()}{first[1:]}"
-        apart = f"The rows add up to the wall clock within {max(abs(self.residual_percent), 0.1):.1f} %."
-        if abs(self.residual_percent) > APART_PERCENT:
-            apart = (
-                f"The rows add up to {time_text(self.frame['time_ms'].sum())}, but the generation took"
-                f" {time_text(self.recorded_ms)}: the trace is not of all of it."
-            )
-        gpu, busy = self.gpu, self.gpu.get("busy_percent")
-        gaps = f"gaps over {GAP_US:.0f} µs between kernels: {gpu['launch_gaps']:,}" if gpu else ""
-        return answer(
-            head,
-            caveat,
-            " ".join([apart, *map(sentence, self.cautions)]),
-            "Next: 10_baseline times the video without the profiler, 15_triage ranks what to change.",
-            tiles=(
-                *(_tile(self.name_of(row.category), row) for row in rows.itertuples()),
-                ("GPU busy", percent_text(busy), gaps)
-                if gpu
-                else (
-                    "host computes",
-                    percent_text(self.host_busy_percent),
-                    "of the time; the rest it waits",
-                ),
-                ("profiled generation", time_text(self.wall_ms), "longer than without the profiler"),
-            ),
-        )
+    def named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table with the names of its categories as figures and text have them."""
+        return table.assign(category=[self.name_of(name) for name in table["category"]])
 
     def share_percent(self, category: str) -> float:
         """Share of a category; 0 if it took no time."""
@@ -491,6 +446,38 @@ def breakdown(trace: Trace) -> Breakdown:
         tuple(notes),
         trace.cautions,
         bool(trace.generation.get("joint_attention")),
+        _codes(trace, cut.category, stretch_us, cut.event, of_kernel),
+    )
+
+
+def _codes(
+    trace: Trace, category: np.ndarray, stretch_us: np.ndarray, event: np.ndarray, of_kernel: np.ndarray
+) -> pd.DataFrame:
+    """The table `Breakdown.codes`: of kernels where there is a GPU, else of the host's innermost operators.
+
+    Args:
+        category, stretch_us, event: of every stretch of the wall clock, with the innermost host event (-1 for none).
+        of_kernel: category of every kernel.
+    """
+    if trace.has_gpu:
+        kernels = trace.kernels
+        table = pd.DataFrame(
+            {
+                "category": of_kernel,
+                "code": kernels["name"].astype(str).to_numpy(),
+                "us": kernels["time_us"].to_numpy(),
+            }
+        )
+    else:
+        names = np.append(trace.host["name"].astype(str).to_numpy(), "")
+        table = pd.DataFrame({"category": category, "code": names[event], "us": stretch_us})
+    sums = table[table["code"] != ""].groupby(["category", "code"], sort=False)["us"].sum().reset_index()
+    return pd.DataFrame(
+        {
+            "category": [CATEGORIES[i] for i in sums["category"]],
+            "code": sums["code"],
+            "time_ms": sums["us"] / 1e3,
+        }
     )
 
 

@@ -26,6 +26,7 @@ from wanlab.diagnose.trace_events import (
     plausible,
 )
 from wanlab.diagnose.trace_file import as_float, begins_and_ends, repair
+from wanlab.measure.load import metered
 from wanlab.models.families.base import SEQUENTIAL
 from wanlab.models.pipeline import Model
 from wanlab.models.taps import component_calls, intercept_calls
@@ -347,6 +348,7 @@ def capture(
     if torch.device(model.device).type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with (
+        metered(model.device),
         ranges(model, projections=projections),
         profile(
             activities=activities,

@@ -34,10 +34,11 @@ FORMATS = {
 }  # fmt: skip
 COPIES = r"(Memcpy ?(HtoD|DtoH|H2D|D2H|M2D|D2M)|Copy(HostToDevice|DeviceToHost))"
 """Names of copies between host and device: of CUDA and ROCm, of older files, of Intel (M is the host's memory)."""
+_ATTENTION = r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"
 _KINDS = (
     # Inductor names its kernels after all fused operators, so a product in the name may be outside the kernel.
     (ATTENTION, r"^triton_tem\w*attention"), (LINEAR, r"^triton_tem"), (POINTWISE, r"^triton_"),
-    (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|flex_attention|efficient_attention|sage_?attn"),
+    (ATTENTION, _ATTENTION),
     (ALLOCATION, r"^aten::(empty|resize_|set_)|^(cu(da)?|hip)(Malloc|Free|Host(Alloc|Malloc|Free)|MemAlloc|MemFree|MemMap"
                  r"|MemCreate|ExtMalloc)|^ur(USM\w*Alloc|USMFree)"),
     (LINEAR, r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear|_?conv|mkldnn_conv|cudnn_conv"
@@ -58,6 +59,27 @@ _VIEW = re.compile(
 def kind(name: str) -> str | None:
     """linear (convolutions too), attention, allocation, transfer, pointwise; None if it is not an operator or kernel."""
     return next((name_of_kind for name_of_kind, pattern in _KINDS if re.search(pattern, name)), None)
+
+
+WORDS = (
+    (_ATTENTION, "the attention kernel"),
+    (r"conv_?3d|conv3d", "3D convolution"),
+    (r"conv_?2d|conv2d", "2D convolution"),
+    (r"(?<![a-z])conv|_conv|fprop|mkldnn_convolution", "convolution"),
+    (r"^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|mkldnn_linear)$", "matrix products"),
+    (r"^triton_tem|gemm|cutlass|nvjet|xmma|wgmma|cublas|^Cijk_", "matrix products"),
+    (r"^triton_", "fused element-wise operators"),
+    (r"Memcpy|copy|aten::(cat|clone|contiguous|_to_copy|fill_|zero_)", "copies of data"),
+    (r"norm", "norms"),
+    (r"softmax", "softmax"),
+    (r"elementwise|aten::(add|mul|sub|div|silu|gelu|sigmoid|tanh|exp|pow|sqrt)_?$", "element-wise operators"),
+)
+"""Pattern in the name of an operator or kernel -> what it is for a reader; the first that fits counts."""
+
+
+def code_words(name: str) -> str:
+    """What an operator or kernel is, in words: "3D convolution"; "" where its name does not tell."""
+    return next((words for pattern, words in WORDS if re.search(pattern, name)), "")
 
 
 def flop(name: str, inputs: str) -> float:

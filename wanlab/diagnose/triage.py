@@ -7,6 +7,7 @@ question or to advice. A missing measurement stops only its own root, and the re
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -16,8 +17,9 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from wanlab.core.answer import MOST_TILES, Answer, answer
+from wanlab.core.answer import MOST_TILES, Answer, Step, answer, step
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
+from wanlab.core.words import counted, listed
 
 DEFAULT = Path(__file__).with_name("triage.json")
 
@@ -90,13 +92,15 @@ class Question(_Strict, frozen=True):
 
 
 class Advice(_Strict, frozen=True):
-    """What to do. `share` names what it can reduce, by the part `removes`; measurements in `also` are shown as evidence."""
+    """What to do, and the `notebook` with the `parameters` that shows its gain. `share` names what it can reduce, by the
+    part `removes`; measurements in `also` are shown as evidence."""
 
     advice: str
     hazard: str
     mitigation: str
     help: str
     notebook: str | None = None
+    parameters: dict[str, Any] = {}
     share: str | None = None
     removes: float = 1.0
     also: tuple[str, ...] = ()
@@ -123,15 +127,23 @@ class RunMeasurements:
     Attributes:
         measured: measurements by name.
         used, refused: tables of the runs that are used, and of those that are refused, with `why`.
-        options: options of a command that measures the same model in the same way.
+        parameters: parameters of notebooks that measure the same model in the same way.
+        output: folder of new runs in the proposed commands; "" is the usual one.
         notes: cautions for the reader.
     """
 
     measured: dict[str, Measurement] = field(default_factory=dict)
     used: pd.DataFrame | None = None
     refused: pd.DataFrame | None = None
-    options: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    output: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> str:
+        """Options of a command that measures the same model in the same way."""
+        output = f" --output {shlex.quote(self.output)}" if self.output else ""
+        return output + "".join(f" -p {name}={shlex.quote(str(v))}" for name, v in self.parameters.items())
 
 
 @dataclass(frozen=True)
@@ -339,7 +351,7 @@ def amdahl(share_percent: float | None, removes: float = 1.0) -> float | None:
 
 
 NOISE, TIMES = "baseline.noise_percent", ("baseline.time", "breakdown.")
-CLOSE = "a close call"
+CLOSE, CLEAR_RATIO = "a close call", 2.0
 ASKED = ["root", "node", "question", "state", "what", "value", "unit", "reads", "threshold", "branch", "to"]
 ASKED += ["source", "notebook", "command"]
 ADVISED = ["root", "node", "advice", "share_percent", "bound_ratio", "bound", "hazard", "mitigation", "help"]
@@ -358,28 +370,28 @@ class Triage:
             speed-up, by Amdahl), hazard, mitigation, help, evidence, notebook.
         ranking: every measured share of the time among which the tree takes the largest, largest first: what, advice,
             share_percent, bound_ratio, reached (whether its advice was), threshold_percent. Empty without a profile.
+        parameters: as `RunMeasurements.parameters`.
     """
 
     tree: Tree
     frame: pd.DataFrame
     advice: pd.DataFrame
     ranking: pd.DataFrame
+    parameters: Mapping[str, Any]
 
     @property
     def commands(self) -> list[str]:
         """Commands that measure what is missing, the most urgent first."""
-        return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", "command"]))
+        return self._missing("command")
+
+    def _missing(self, column: str) -> list[str]:
+        return list(dict.fromkeys(self.frame.loc[self.frame["state"] == "unknown", column]))
 
     def row(self) -> dict[str, Any]:
         """Flat record: numbers of measured, unknown and not applicable questions; the advice as advice1, advice2..."""
         states = ("measured", "unknown", "not applicable")
         counts = {state: int((self.frame["state"] == state).sum()) for state in states}
         return counts | {f"advice{i}": name for i, name in enumerate(self.advice["node"], 1)}
-
-    @property
-    def close(self) -> bool:
-        """Whether noise could have turned a question about time."""
-        return bool(self.frame["branch"].str.contains(CLOSE, regex=False).any())
 
     @property
     def sentences(self) -> list[str]:
@@ -390,7 +402,7 @@ class Triage:
                 questions[questions["state"] == "measured"],
                 self.advice[self.advice["root"] == root],
             )
-            last_value = f": {known['what'].iloc[-1]} {known['reads'].iloc[-1]}" if len(known) else ""
+            last_value = f": {_said(known.iloc[-1])}" if len(known) else ""
             texts = [
                 f"{a.advice}{bound_text(a.bound_ratio, ' (at most {:.2f} times as fast)')}"
                 for a in reached.itertuples()
@@ -410,33 +422,28 @@ class Triage:
         questions = (
             "questions answered",
             f"{counts['measured']} of {asked}",
-            f"not measured: {counts['unknown']}",
+            f"{counts['unknown']} not measured yet",
         )
-        missing = (
-            "to measure",
-            f"{len(self.commands)} notebook{'s' * (len(self.commands) != 1)}",
-            "commands below",
-        )
-        advised = ("advice reached", f"{len(self.advice)}", "")
-        tiles, first = [questions, missing, advised], self.commands[0] if self.commands else ""
+        tiles = [questions, ("advice", f"{len(self.advice)}", "what the measured numbers lead to")]
+        if self.commands:
+            tiles.append(("still to measure", counted(len(self.commands), "notebook"), "commands below"))
         if not counts["measured"]:
             head = "Nothing is measured yet, so nothing can be advised. Measure what one video costs first."
-            then = ", ".join(command.split()[2].partition("/")[2] for command in self.commands[1:])
-            return answer(
-                head,
-                caveat,
-                f"Next: {first}; then {then.replace('.ipynb', '')}." if then else f"Next: {first}.",
-                tiles=tuple(tiles),
+            rest = self._missing("notebook")[1:]
+            then = (
+                f"Then run {listed(rest)}, and this notebook again; the commands are below." if rest else ""
             )
+            return answer(head, caveat, then, next=self._next(None), tiles=tuple(tiles))
         slow = self.advice["root"] == self.frame["root"].iloc[0]
         sized = self.advice[self.advice["share_percent"].notna() & slow]
+        best = None
         if len(sized):
             best = sized.loc[sized["share_percent"].idxmax()]
             what = self.tree.measurements[self.tree.advice[best["node"]].share].what.removeprefix("share of ")
             share = f"{best['share_percent']:.0f} %"
             head = f"Change first: {best['advice']}. {share} of the time goes to {what}"
             bound = bound_text(best["bound_ratio"], ", so a video becomes at most {:.2f} times as fast")
-            head += f"{bound}.{' It is a close call: noise could turn it.' if self.close else ''}"
+            head += f"{bound}.{self._certainty(best['node'])}"
             gain = bound_text(best["bound_ratio"], "≤ {:.2f}×") or "no bound"
             tiles = [("largest gain", gain, best["advice"]), ("share", share, f"of the time: {what}"), *tiles]
         elif slow.any():
@@ -444,12 +451,37 @@ class Triage:
         else:
             head = "What to change for speed is not known yet: the number that decides it is not measured."
         return answer(
-            head,
-            caveat,
-            " ".join(self.sentences),
-            f"Next: {first}." if first else "Every number that was needed is measured.",
-            tiles=tuple(tiles[:MOST_TILES]),
+            head, caveat, " ".join(self.sentences), next=self._next(best), tiles=tuple(tiles[:MOST_TILES])
         )
+
+    def _certainty(self, node: str) -> str:
+        """How sure it is that the advice `node` is the first, as a sentence."""
+        leading = self.frame[self.frame["to"] == node]
+        if leading["branch"].str.contains(CLOSE, regex=False).any():
+            return " It is a close call: noise could turn it."
+        shares = self.ranking["share_percent"].tolist()
+        if len(shares) > 1 and self.ranking["reached"].iloc[0]:
+            clear = "That is clear: the" if shares[0] > CLEAR_RATIO * shares[1] else "The"
+            return f" {clear} second largest share is {shares[1]:.0f} %."
+        return ""
+
+    def _next(self, best: pd.Series | None) -> Step:
+        """What to do next: the notebook that acts on the first advice, else the first measurement that is missing."""
+        if best is not None and best["notebook"]:
+            given = dict(self.parameters) | self.tree.advice[best["node"]].parameters
+            return step("shows what that gains", str(best["notebook"]), **given)
+        missing = self._missing("notebook")
+        if not missing:
+            return step("tries engines and plans together, within a limit on quality loss", "60_sweep")
+        first = missing[0] == "10_baseline"
+        why = "measures what one video costs" if first else "measures the number that decides next"
+        return step(why, missing[0], **self.parameters)
+
+
+def _said(row: pd.Series) -> str:
+    """A measured number as a sentence has it: a share in whole percent."""
+    whole = row["unit"] == "%" and abs(row["value"]) >= 1
+    return f"{row['what']} {row['value']:.0f} %" if whole else f"{row['what']} {row['reads']}"
 
 
 def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = None) -> Triage:
@@ -474,7 +506,7 @@ def triage(measured: RunMeasurements | Mapping[str, Any], tree: Tree | None = No
                 advice.append(row | _advise(tree, tree.advice[node], measured.measured))
                 node = tree.advice[node].to
     asked, advised = pd.DataFrame(questions, columns=ASKED), pd.DataFrame(advice, columns=ADVISED)
-    return Triage(tree, asked, advised, _ranking(tree, measured.measured, visited))
+    return Triage(tree, asked, advised, _ranking(tree, measured.measured, visited), measured.parameters)
 
 
 def _ranking(tree: Tree, measured: Mapping[str, Measurement], visited: set[str]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile
+from wanlab.core.answer import Answer, Tile, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import capital, counted, shown
 from wanlab.core.yaml_lines import load_yaml
@@ -156,10 +156,12 @@ class EngineReport:
         if other is not None and roles is not None:
             details.insert(0, compared(layers, other, roles))
             tiles[-1] = _beside(layers, other, roles)
-        if self.findings:
-            first = self.findings[0]
-            details.append(f"Next: {first.mitigation.rstrip('.')}.")
-        return Answer(headline, tuple(filter(None, details)), tuple(tiles))
+        following = step(
+            self.findings[0].mitigation
+            if self.findings
+            else "Nothing is wrong in it: look at the longest layers below"
+        )
+        return Answer(headline, tuple(filter(None, details)), tuple(tiles), following)
 
 
 ROLE_TEXTS = {

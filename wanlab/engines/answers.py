@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, speed_text
+from wanlab.core.answer import Answer, Tile, speed_text, step
 from wanlab.core.stats import ends_text, interval_text
 from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
 from wanlab.engines.parity import ParitySummary, float16_text
@@ -67,12 +67,11 @@ def export_answer(
         details.append(gain[0])
         tiles.append(gain[1])
     details += [float16_text(ranges)] if ranges is not None else []
-    details.append(
-        "Next: 21_onnxruntime makes whole videos with these graphs, and times them."
-        if right
-        else "Next: the table of blocks below says where the distance begins."
-    )
-    return Answer(headline, tuple(details), tuple(tiles))
+    if right:
+        following = step("makes whole videos with these graphs, and times them", "21_onnxruntime")
+    else:
+        following = step("Look up in the table of blocks below where the distance begins")
+    return Answer(headline, tuple(details), tuple(tiles), following)
 
 
 def _best_form(forms: pd.DataFrame | None) -> tuple[str, Tile] | None:
@@ -98,37 +97,59 @@ def _best_form(forms: pd.DataFrame | None) -> tuple[str, Tile] | None:
 def engine_answer(
     gain: Comparison,
     divergence: Divergence,
+    stages: pd.DataFrame,
     operators: pd.DataFrame,
     component: str,
     candidate: str = "onnxruntime",
 ) -> Answer:
-    """How much faster an engine makes a video, whether it is the same video, and where its time goes.
+    """How much faster an engine makes a video, which components take its time, and whether it is the same video.
 
     Args:
         gain: of whole videos, beside eager PyTorch.
+        stages: time of every component in one video of each, from `compare_models(...).breakdown`.
         operators: from `operator_times`, of `component`.
         candidate: label of the engine.
     """
     name, base = engine_text(candidate), engine_text("eager")
     same = gain.verdict == NOT_DISTINGUISHABLE
     figures = (gain.speedup, gain.low, gain.high)
-    speed = speed_text(*figures, candidate=name, baseline=base, same=same, noise_percent=gain.noise_percent)
-    top = operators.iloc[0]
-    least = gain.noise_percent
+    speed = speed_text(*figures, candidate=name, baseline=base, same=same)
+    top, shares = operators.iloc[0], _shares(stages, f"{candidate}_percent")
+    first, noise = shares[0], shown(gain.noise_percent, "%")
     return Answer(
-        f"{speed}; {divergence.text}.",
+        f"{speed}. The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time. {capital(divergence.text)}.",
         (
-            f"{top['operator']} takes {top['share_percent']:.0f} % of the {component_text(component)}'s time in it.",
-            "Next: 41_configuration with configuration or engine says what it loses on held-out cases.",
+            f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
+            f" series of {base} may differ by {noise} by chance, and a smaller gain would not count.",
+            f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
         ),
         (
-            Tile("speed-up", f"{gain.speedup:.2f}×", f"{interval_text(*figures[1:])}; noise {least:.0f} %"),
-            Tile(
-                "time per video", shown(gain.candidate_ms, "ms"), f"{shown(gain.baseline_ms, 'ms')} in {base}"
-            ),
+            Tile("speed-up", f"{gain.speedup:.2f}×", f"{interval_text(*figures[1:])}; noise {noise}"),
+            *(Tile(part, f"{share:.0f} %", f"of a video in {name}") for part, share in shares[:3]),
             divergence.tile(),
         ),
+        step(
+            "measures its quality on pictures whose true videos are known, and its memory",
+            "41_configuration",
+            engine=candidate,
+            cases=8,
+        ),
     )
+
+
+BOTH = "two experts"
+
+
+def _shares(stages: pd.DataFrame, column: str) -> list[tuple[str, float]]:
+    """Parts of a video with their share of its time in percent, largest first; both experts together are one part."""
+    sums: dict[str, float] = {}
+    experts = stages["component"].str.startswith("expert")
+    both = BOTH if experts.sum() > 1 else "expert"
+    for part, share in zip(stages["component"], stages[column], strict=True):
+        name = both if part.startswith("expert") else component_text(part)
+        name = "work around the networks" if part == "other" else name
+        sums[name] = sums.get(name, 0.0) + (0.0 if math.isnan(share) else share)
+    return sorted(sums.items(), key=lambda each: -each[1])
 
 
 def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataFrame) -> Answer:
@@ -144,16 +165,18 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
     head = f"{done} graphs became engines of {builds.runtime}{gpus}"
     if ran.empty:
         headline = f"{head}; none of them could run on this machine, so their speed is not known."
-        following = "Next: 22_tensorrt on one of these GPUs runs and times them."
+        following = step("Run this notebook on one of these GPUs: it executes the engines there")
     else:
         worst = apart_text(ran["relative_l2"].max())
         headline = f"{head}; {len(ran)} ran here, at most {worst} from PyTorch."
-        following = "Next: 41_configuration with engine=tensorrt times whole videos."
+        following = step(
+            "times whole videos and measures their quality", "41_configuration", engine="tensorrt"
+        )
     took, sizes = sum(info.time_ms for info in builds.built), [info.size_bytes for info in builds.built]
     refused = f"{counted(len(builds.refused), 'build')} refused: see below." if len(builds.refused) else ""
     return Answer(
         headline,
-        tuple(filter(None, [refused, following])),
+        tuple(filter(None, [refused])),
         (
             Tile("engines", done, builds.runtime),
             Tile(
@@ -171,6 +194,7 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
                 "executed here", f"{len(ran)} of {len(builds.built)}", "" if len(ran) else "no such GPU here"
             ),
         ),
+        following,
     )
 
 

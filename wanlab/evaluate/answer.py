@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wanlab.core.answer import Answer, Tile
+from wanlab.core.answer import Answer, Step, Tile, step
 from wanlab.core.stats import interval_text
 from wanlab.core.words import capital, counted, shown
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
@@ -41,10 +41,10 @@ def quality_answer(what: str, tier: Tier, loss: QualityLoss, divergence: Diverge
     if tier.name == "degraded" and not loss.known:
         head = f"{capital(name)} gives videos far from the original's"
     meaning = next(rule.meaning for rule in TIERS if rule.name == tier.name)
-    further = "" if reason == divergence.text else f"{capital(divergence.text)}."
+    meant = "Quality loss is how much farther from the true video the optimised one is; below 0 it is nearer to it."
     return Answer(
         f"{head}: {reason}.",
-        tuple(filter(None, [further, _next(tier, loss)])),
+        (meant,) if loss.known else (),
         (
             Tile("quality loss", *loss.tile()),
             divergence.tile(),
@@ -54,6 +54,7 @@ def quality_answer(what: str, tier: Tier, loss: QualityLoss, divergence: Diverge
                 "held-out cases", str(loss.cases or len(divergence.scores)), "three or more give an interval"
             ),
         ),
+        _next(what, tier, loss),
     )
 
 
@@ -64,20 +65,29 @@ def _psnr(divergence: Divergence) -> tuple[Tile, ...]:
         Tile(
             "PSNR to the original",
             "identical" if row["mean"] == float("inf") else shown(row["mean"], "dB"),
-            f"{interval_text(row['low'], row['high'], '.1f')}",
+            interval_text(row["low"], row["high"], ".1f") if row["low"] == row["low"] else "higher is nearer",
         )
         for row in rows
     )
 
 
-def _next(tier: Tier, loss: QualityLoss) -> str:
-    """The next step in a sentence."""
+def _next(what: str, tier: Tier, loss: QualityLoss) -> Step:
+    """What to do next, by how good the videos are and how sure that is."""
     if not loss.known:
-        return "Next: 41_configuration judges the change on cases whose true videos are known; those of these files are not."
+        return step(
+            "compares videos of a model on pictures whose true videos are known, which those of two files are not",
+            "40_quality",
+            technique=what if what in TECHNIQUES else "float8_e4m3fn",
+            cases=8,
+        )
     if loss.low_percent is None:
-        return f"Next: run it with cases=8; {counted(loss.cases, 'case')} give no interval."
+        return step(f"gives an interval, which {counted(loss.cases, 'case')} cannot give", cases=8)
     if tier.name == "undecided":
-        return f"Next: run it with more cases; the interval holds the limit of {LIMIT_PERCENT:g} %."
+        return step(
+            f"narrows the interval, which holds the limit of {LIMIT_PERCENT:g} %", cases=2 * loss.cases
+        )
+    if what == "onnxruntime":
+        return step("measures what the same engine gains in time and memory", "41_configuration", engine=what)
     if tier.name == "degraded":
-        return "Next: 30_sensitivity tells which layers to leave in more bits."
-    return "Next: 41_configuration measures what it costs in time and memory."
+        return step("tells which layers to leave in more bits", "30_sensitivity")
+    return step("chooses a format for every layer, within a limit on quality loss", "31_precision_plan")

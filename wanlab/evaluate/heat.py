@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import shown
 from wanlab.evaluate import lpips
 from wanlab.evaluate.catalogue import METRICS
 from wanlab.evaluate.metrics import device_of, same_geometry, to_tensor
@@ -74,7 +75,7 @@ class DifferenceClip:
 
     @property
     def label(self) -> str:
-        return f"difference, amplified {self.gain:,.3g} times"
+        return f"difference, amplified {shown(self.gain)} times" if self.gain > 1.05 else "difference"
 
 
 def _differences(a: VideoLike, b: VideoLike, size: int) -> Iterator[np.ndarray]:
@@ -162,7 +163,7 @@ def worst_frames(original, optimized, scores: Scores, metrics=METRICS) -> dict[i
         pictures[int(frame)] = {
             f"original, frame {frame} (worst {', '.join(names)})": one,
             f"optimised, frame {frame}": two,
-            f"difference, amplified {gain:,.3g} times" if largest else "difference: none": 0.5
+            f"difference, amplified {shown(gain)} times" if largest else "difference: none": 0.5
             + gain * (two - one),
         }
     return pictures

@@ -71,7 +71,7 @@ class QualityLoss:
         if not self.known:
             return "the quality loss is unknown, as the true videos are"
         if self.low_percent is None:
-            return f"quality loss {_shown(self.percent)}, from {self._cases} and so without an interval"
+            return f"quality loss {_shown(self.percent)}, from {self._cases}, too few to say how sure that is"
         if max(abs(self.low_percent), abs(self.high_percent)) < SMALLEST_PERCENT:
             return f"quality loss below {SMALLEST_PERCENT} %"
         return f"quality loss {_shown(self.percent)} ({interval_text(self.low_percent, self.high_percent, '+.2f')})"
@@ -81,8 +81,10 @@ class QualityLoss:
         if not self.known:
             return "unknown", "no true video to hold it against"
         if self.low_percent is None:
-            return _shown(self.percent), f"{self._cases}: no interval; limit {limit_percent:g} %"
+            return _shown(self.percent), f"{self._cases}, too few for an interval; limit {limit_percent:g} %"
         ends = interval_text(self.low_percent, self.high_percent, "+.2f")
+        if max(abs(self.low_percent), abs(self.high_percent or 0.0)) < SMALLEST_PERCENT:
+            ends = f"95 % interval within ±{SMALLEST_PERCENT} %"
         return _shown(self.percent), f"{ends}; limit {limit_percent:g} %"
 
     def row(self) -> dict:

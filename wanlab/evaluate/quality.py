@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from wanlab.core.answer import Tile
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.stats import bootstrap_mean
-from wanlab.core.words import between_text, shown
+from wanlab.core.words import SMALLEST, between_text, shown
 from wanlab.evaluate.catalogue import CATALOGUE, METRICS, NUMERIC_PSNR_DB
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss, loss_to_truth, quality_loss
 from wanlab.evaluate.metrics import compare_videos
@@ -32,6 +32,14 @@ HOLDS = {
 }
 """Verdict of a divergence -> its explanation."""
 
+NEAR_LPIPS = 0.05
+FAITHFUL_LPIPS = 0.10
+LOOKS = (
+    (NEAR_LPIPS, "the videos look alike; differences are seen only side by side"),
+    (FAITHFUL_LPIPS, "the videos show the same content and motion, with other details"),
+)
+"""LPIPS below which two videos look so, and the words for it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
@@ -39,7 +47,8 @@ class Divergence:
 
     Attributes:
         frame: one row per metric: metric, backbone, cases, mean, low, high (95 % bootstrap interval
-            over cases, unknown (NaN) for fewer than three cases), worst, floor, floor_name (the largest noise floor),
+            over cases, unknown (NaN) for fewer than three cases), worst, floor, floor_name (the largest noise floor; of a
+            metric whose perfect score has two bad sides, that score plus the mean distance from it),
             ratio_to_noise_floor (ratio to the noise floor: error over the floor's error; error is LPIPS, 1 - SSIM, MSE,
             flicker, or the distance from a perfect copy's score), and verdict:
             `"identical"`, `"within floor"`, `"above floor"` (with several cases: the whole interval
@@ -64,28 +73,40 @@ class Divergence:
     def text(self) -> str:
         """How far the videos are from the original's, in a clause for readers."""
         row = self._main_row()
-        if row["verdict"] == "above floor":
-            times = row["ratio_to_noise_floor"]
-            return (
-                f"the videos differ from the original's {_times_text(times)} as far as noise alone makes them"
-            )
-        return {
-            "identical": "every pixel is as in the original's videos",
-            "within floor": "the videos differ from the original's no more than noise alone makes them",
-        }.get(row["verdict"], "how far noise alone changes the videos is not known")
+        if row["verdict"] == "identical":
+            return "the videos are identical in every pixel"
+        if row["verdict"] == "within floor" or self._only_rounding():
+            return "the videos are the same to the eye; they differ by no more than rounding"
+        if row["metric"] != "lpips":
+            return f"the videos differ ({row['metric'].upper()} {shown(row['mean'])})"
+        far = row["worst"] if math.isnan(row["high"]) else row["high"]
+        words = next((words for limit, words in LOOKS if far < limit), "the videos look different")
+        return f"{words} (LPIPS {shown(row['mean'])}, 0 is equal)"
+
+    def _only_rounding(self) -> bool:
+        """Whether every case is nearer than what can be told from rounding, by its PSNR."""
+        rows = self.frame[self.frame["metric"] == "psnr"]
+        return bool(len(rows)) and float(rows["worst"].iloc[0]) >= NUMERIC_PSNR_DB
 
     def tile(self) -> Tile:
-        """The key figure of the main metric, beside the noise floor."""
+        """The key figure of the main metric, beside what rounding alone does."""
         row = self._main_row()
-        floor = row["floor"]
-        noise = f"; noise alone {shown(floor)}" if floor == floor else ""
+        if row["verdict"] == "identical":
+            return Tile("difference to the original", "none", "every pixel is equal")
+        floor, several = row["floor"], row["low"] == row["low"] and row["high"] >= SMALLEST
+        beside = [between_text(row["low"], row["high"])] * several
+        beside += [f"rounding alone {shown(floor)}"] * (floor == floor)
         return Tile(
             f"{row['metric'].upper()} to the original",
-            "0" if row["verdict"] == "identical" else shown(row["mean"]),
-            "every pixel is equal"
-            if row["verdict"] == "identical"
-            else f"{between_text(row['low'], row['high'])}{noise}",
+            shown(row["mean"]),
+            "; ".join(beside),
         )
+
+    def differing(self, case: int) -> Scores | None:
+        """The scores of a case; None where every pixel is equal and there is nothing to look at."""
+        row = self.scores[case].summary.set_index("metric")["mean"]
+        same = all(CATALOGUE[metric].error(value) <= 0 for metric, value in row.items())
+        return None if same else self.scores[case]
 
     def worst_case(self, metric: str = "lpips") -> int:
         """Index of the case with the largest difference."""
@@ -156,7 +177,10 @@ def divergence(
         values = [score.mean(row.metric) for score in scores]
         error = CATALOGUE[row.metric].error
         low, high = bootstrap_mean(values, seed) or (math.nan, math.nan)
-        known = {name: mean_score([s.mean(row.metric) for s in group]) for name, group in floors.items()}
+        known = {
+            name: _floor_mean(row.metric, [s.mean(row.metric) for s in group])
+            for name, group in floors.items()
+        }
         name = max(known, key=lambda floor: error(known[floor])) if known else None
         mean = mean_score(values)
         times, least_times = (
@@ -212,6 +236,18 @@ def _floor_scores(floor, options: dict) -> list[Scores]:
                 "a floor is a tuple of two videos or Scores; give two runs of the unchanged model"
             )
     return scores
+
+
+def _floor_mean(metric: str, values: Sequence[float]) -> float:
+    """Mean score of a floor; where both sides of a perfect score are worse, that score plus the mean distance from it.
+
+    Cases that differ in both directions would cancel in a plain mean, and a floor below a perfect score of 0 reads as better
+    than perfect.
+    """
+    facts = CATALOGUE[metric]
+    if facts.better != "near":
+        return mean_score(values)
+    return facts.perfect + mean_score([facts.error(value) for value in values])
 
 
 def _least_error(metric: str, mean: float, low: float, high: float) -> float:
@@ -395,8 +431,6 @@ def _changed(model, kind: str) -> Iterator[tuple[Any, str]]:
 
 
 NEAR_PSNR_DB = 30.0
-NEAR_LPIPS = 0.05
-FAITHFUL_LPIPS = 0.10
 PERCEPTUAL_FLOOR_RATIO = 2.0
 NEAR_LOSS_PERCENT = 1.0
 
@@ -415,7 +449,7 @@ TIERS = (
     TierRule(
         "numeric",
         f"no metric reaches further than its floor does, or PSNR is at least {NUMERIC_PSNR_DB:g} dB in every case",
-        "as far from the original as the unchanged model is from itself, or as rounding makes it",
+        "the same videos but for rounding",
     ),
     TierRule(
         "near-lossless",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ SMALLEST_TEXTURE = 0.01
 
 MOST_DRAWS = 200
 """Number of tries to draw a clip of one photograph whose first frame has enough texture."""
+
+MOST_TEXTURES = 8
+"""Number of textures to try for one case; a few are nearly flat."""
 
 FOLDER = data("heldout")
 FINAL_PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
@@ -137,6 +140,8 @@ def draw_cases(
 ) -> list[Case]:
     """Cases that cycle through motions and photographs; every other round has a moving object.
 
+    A case whose photograph is too flat for its motion at this size shows the next one.
+
     72 cases of three photographs show each motion about three times on each photograph, half of them with an object.
 
     Args:
@@ -145,27 +150,50 @@ def draw_cases(
         textures: share of cases that show a texture, each another one, in place of a photograph.
 
     Raises:
-        WanlabError: a photograph is too flat to show motion, or shapes have no room.
+        WanlabError: every photograph is too flat to show motion, or shapes have no room.
     """
     generator, cases, motions = np.random.default_rng(seed), [], list(CAMERA_MOTIONS)
     clip_size = {"height": height, "width": width, "frames": frames or clips.natural_frames(height)}
     for i in range(count):
         motion, round_ = motions[i % len(motions)], i // len(motions)
-        name = photographs[(i + round_) % len(photographs)]
+        turn = (i + round_) % len(photographs)
+        names: Iterable[str] = (*photographs[turn:], *photographs[:turn])
         if textures and generator.random() < textures:
-            name = f"{TEXTURE}{int(generator.integers(2**31))}"
-        size = picture(name).shape[:2]
-        for _ in range(MOST_DRAWS):
-            clip = clips.draw_clip(
-                size, generator, motion=motion, objects=objects[round_ % len(objects)], **clip_size
-            )
-            still = render_clip(name, dataclasses.replace(clip, motion="still", objects=()), 1)[0]
-            if has_texture(still):
-                break
-        else:
-            raise WanlabError(f"{name} is too flat for cases: no part of it shows how it moves; leave it out")
+            names = _textures(generator)
+        number = objects[round_ % len(objects)]
+        name, clip = _clear_clip(names, generator, motion=motion, objects=number, **clip_size)
         cases.append(Case(name, clip, seed * 1000 + i, purpose))
     return cases
+
+
+def _textures(generator: np.random.Generator) -> Iterator[str]:
+    """Names of some textures; each is drawn when it is asked for."""
+    for _ in range(MOST_TEXTURES):
+        yield f"{TEXTURE}{int(generator.integers(2**31))}"
+
+
+def _clear_clip(names: Iterable[str], generator: np.random.Generator, **drawn: Any) -> tuple[str, clips.Clip]:
+    """The first of some pictures that is not too flat to show motion where a clip is cut from it, and the clip.
+
+    Args:
+        drawn: arguments of `clips.draw_clip`.
+
+    Raises:
+        WanlabError: all are too flat.
+    """
+    tried = []
+    for name in names:
+        size = picture(name).shape[:2]
+        for _ in range(MOST_DRAWS):
+            clip = clips.draw_clip(size, generator, **drawn)
+            still = render_clip(name, dataclasses.replace(clip, motion="still", objects=()), 1)[0]
+            if has_texture(still):
+                return name, clip
+        tried.append(name)
+    raise WanlabError(
+        f"{' and '.join(tried)} {'is' if len(tried) == 1 else 'are'} too flat for cases: no part shows how it moves; take"
+        " other pictures"
+    )
 
 
 def inputs(needed: Mapping[str, str], frames: int, case: Case | None = None) -> dict[str, Any]:

@@ -93,13 +93,15 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         notebook: path from the working folder or the grid file's folder, or the name of a notebook of wanlab.
         parameters: parameters with one value for all its runs.
-        axes: parameter -> values, see `values_of`.
+        axes: parameter -> values: a list, `{from: 2, to: 10, by: 2}` with both ends, or `{files: plans/*.yaml}`.
         only, exclude: mappings of axis -> value or list of values of that axis; a run is made if it fits one of `only` (if
             any are given) and none of `exclude`.
         repeats: number of equal runs of each configuration; each has its own folder.
         machine: `"alone"` for timings, which no other run may disturb; `"shared"` for the rest.
-        limit_s, memory_limit_gib, output_limit_mib: limits of one run, see `execute`.
-        cpus, gpus: resources of one run on a cluster.
+        limit_s: most seconds of one run.
+        memory_limit_gib: most memory of one run.
+        output_limit_mib: most that one run may print and show.
+        cpus, gpus: what one run needs on a cluster.
     """
 
     notebook: str
@@ -122,7 +124,8 @@ class Grid(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         name: name of its folder below `outputs/`.
         title: title of its page.
-        notebook, notebooks: one notebook, or several; the other fields of a `Part` are the default of all.
+        notebook: the notebook of all runs, by path or name.
+        notebooks: several, in place of `notebook`; the fields of each count before those of the grid.
         baseline: axis -> value of the configuration that the others are compared with.
         show: columns that the page shows first.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import sentence, time_text
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
@@ -137,8 +137,10 @@ def _in_turn(variants: Mapping[str, Model], sample: Callable[[str], float], **un
     return in_turn(samples, controls, ended)
 
 
+MOST_NOISE_PERCENT = 10.0
+"""Noise above which a baseline is worth more samples before anything is compared with it."""
 RECORDED_PERCENT = 10.0
-"""A recorded generation that differs by more from the timed ones, and by more than their noise, is said."""
+"""A recorded generation that differs by more from the timed ones is said: its times are not parts of theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +199,11 @@ class Baseline:
     def caveat(self) -> str:
         """A sentence where times of the components and of the video do not go together; else ""."""
         longer = self.recorded_percent
-        if abs(longer) <= max(RECORDED_PERCENT, self.control.noise_percent):
+        if abs(longer) <= RECORDED_PERCENT:
             return ""
-        recorded_s, word = self.breakdown["time_ms"].sum() / 1e3, "more" if longer > 0 else "less"
+        recorded, word = time_text(self.breakdown["time_ms"].sum()), "more" if longer > 0 else "less"
         return (
-            f"the components add up to {recorded_s:,.2f} s, {abs(longer):.0f} % {word} than the timed videos: they are"
+            f"the components add up to {recorded}, {abs(longer):.0f} % {word} than the timed videos: they are"
             " of one more generation, recorded while the machine ran at another speed; read their shares"
         )
 
@@ -212,14 +214,21 @@ class Baseline:
         where = (
             "the host's own work" if top["component"] == OTHER else f"the {component_title(top['component'])}"
         )
+        following = step("shows which code takes that time", "11_flame_graph")
+        noise = self.control.noise_percent
+        if noise > MOST_NOISE_PERCENT:
+            iterations = max(5, 2 * first)
+            following = step(
+                "lowers the noise: more videos are timed, best on an idle machine", iterations=iterations
+            )
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
-            f" {self.control.noise_percent:.1f} %, so a smaller change cannot be seen.",
+            f" {noise:.{0 if noise >= 10 else 1}f} %, so a smaller change cannot be seen.",
             f"The video has {settings['width']} x {settings['height']} pixels and {settings['frames']} frames, made in"
             f" {settings['steps']} steps; {first} + {second} of them were timed.",
             sentence(self.caveat),
-            "Next: 11_flame_graph shows which code takes the time, 15_triage ranks what to change.",
+            next=following,
         )
 
     def forward_ms(self) -> pd.DataFrame:

@@ -84,7 +84,7 @@ class Bench:
                 {
                     "hazard": f"timed while {main.load.text}",
                     "mitigation": "stop other work and measure again",
-                    "help": "an idle machine gives other times",
+                    "help": "run it again on an idle machine",
                 }
             )
         if main.cv_percent > CV_LIMIT_PERCENT:

@@ -6,7 +6,8 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -119,6 +120,18 @@ class LoadMeter:
         if timing:
             _taken.append(found)
         return found
+
+
+@contextmanager
+def metered(device: object) -> Iterator[None]:
+    """Keep the load of a stretch that is timed by other means than `time_ms`, such as recorded calls or a profile.
+
+    Args:
+        device: where the work runs; on a GPU other processes that hold it count too.
+    """
+    meter = LoadMeter(gpu=str(device).startswith("cuda"))
+    yield
+    meter.load()
 
 
 def taken() -> Load:

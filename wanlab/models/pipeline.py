@@ -491,9 +491,11 @@ def unusual_size(spec: ModelSpec, latent: LatentShape) -> str:
     if 1 / UNUSUAL_RATIO <= ratio <= UNUSUAL_RATIO:
         return ""
     size = (latent.height * spec.spatial_factor, latent.width * spec.spatial_factor)
+    here = f"{size[0]}x{size[1]} with {(latent.frames - 1) * spec.temporal_factor + 1} frames"
+    other = f"{1 / ratio:.0f} times smaller" if ratio < 1 else f"{ratio:.0f} times larger"
     return (
-        f"{size[0]}x{size[1]} with {(latent.frames - 1) * spec.temporal_factor + 1} frames has {ratio:.2g} times the tokens"
-        f" of the model's usual {height}x{width} with {frames}: the picture says little about its quality"
+        f"measured at {here}, {other} than the model's usual {height}x{width} with {frames}: times and quality at the usual"
+        " size cannot be concluded from it"
     )
 
 

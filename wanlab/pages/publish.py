@@ -11,9 +11,9 @@ from typing import Any
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import atomic_path, now, read_json, write_bytes, write_json, write_text
+from wanlab.core.words import typed_value
 from wanlab.pages import report, sweep_page, templates
 from wanlab.pages.sweep_table import SweepTable, gather, missing
-from wanlab.pages.templates import display_value
 
 PLOTLY, INDEX, CSV = "plotly.min.js", "index.html", "runs.csv"
 MARK = ".wanlab-published.json"
@@ -116,7 +116,7 @@ def _cell(value: Any) -> Any:
         return ""
     if isinstance(value, bool | int | float):
         return value
-    text = display_value(list(value) if isinstance(value, tuple) else value)
+    text = typed_value(list(value) if isinstance(value, tuple) else value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import mimetypes
 import re
-import shlex
 import traceback as tracebacks
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +25,16 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from wanlab.core.answer import MOST_TILES
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import write_text
 from wanlab.core.stats import interval_text
-from wanlab.core.words import SMALLEST_PERCENT, UNITS, heading, shown
+from wanlab.core.words import SMALLEST_PERCENT, UNITS, heading, shown, typed_value
 from wanlab.pages import templates
-from wanlab.pages.templates import WORDS, display_time, display_value, duration
+from wanlab.pages.templates import WORDS, display_time, duration
 from wanlab.runs.compare import SAME, THRESHOLD_PERCENT, ratio_to, times_better
 from wanlab.runs.folder import RunFolder
+from wanlab.runs.next_step import changed_parameters, next_html, run_command
 from wanlab.runs.parameters import read_notebook
 from wanlab.runs.result import Result
 from wanlab.runs.results import CHANGED, is_time, read_results
@@ -155,9 +156,10 @@ def page_of(
         title=title,
         lead=Markup(markdown_html(lead, page)),
         verdict=record.get("verdict"),
+        next=Markup(next_html(record["next"])) if isinstance(record.get("next"), dict) else None,
         notes=[str(note) for note in record.get("notes") or ()],
         details=[str(detail) for detail in record.get("details") or ()],
-        tiles=[*(record.get("tiles") or ()), *_tiles(results)][:MOST_TILES],
+        tiles=_key_figures(record, results),
         main=[Markup(_outputs(cell, page) + _files(cell, page)) for cell in main],
         state=status.get("state"),
         state_words=WORDS.get(status.get("state"), status.get("state")),
@@ -288,7 +290,6 @@ TILES = (
     ("build_ms", "build time", "shorter", "longer"),
     ("time_per_frame_ms", "time per frame", "faster", "slower"),
 )
-MOST_TILES = 5
 
 
 def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
@@ -304,6 +305,13 @@ def _tiles(results: Sequence[Result]) -> list[dict[str, str]]:
         if isinstance(row.get(name), int | float)
     ]
     return tiles
+
+
+def _key_figures(record: dict, results: Sequence[Result]) -> list[dict[str, str]]:
+    """The tiles that the notebook chose, and behind them those of its first result that it did not."""
+    chosen = list(record.get("tiles") or ())
+    titles = {tile.get("title") for tile in chosen}
+    return [*chosen, *(tile for tile in _tiles(results) if tile["title"] not in titles)][:MOST_TILES]
 
 
 def _change(name: str, row: dict[str, Any], base: Result | None, first: Result, words: list[str]) -> str:
@@ -360,8 +368,8 @@ def _parameters(record: dict) -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "value": display_value(row.get("value")),
-            "default": display_value(row.get("default")),
+            "value": typed_value(row.get("value")),
+            "default": typed_value(row.get("default")),
             "changed": "default" in row and row.get("default") != row.get("value"),
             "help": row.get("help", ""),
         }
@@ -389,11 +397,8 @@ def _environment_summary(environment: dict[str, str]) -> str:
 
 
 def _command(record: dict) -> str | None:
-    if not record.get("notebook"):
-        return None
-    changed = [row for row in record.get("schema") or [] if row.get("default") != row.get("value")]
-    pairs = ["-p " + shlex.quote(f"{row['name']}={display_value(row['value'])}") for row in changed]
-    return " ".join(["wanlab run", shlex.quote(str(record["notebook"])), *pairs])
+    notebook = record.get("notebook")
+    return run_command(str(notebook), changed_parameters(record)) if notebook else None
 
 
 @dataclass
@@ -475,6 +480,8 @@ def output_html(item: Any, page: Page) -> str:
     return text_html(_joined(data["text/plain"])) if "text/plain" in data else ""
 
 
+BAR = re.compile(r"\d+%\|.*\|\s*[\d.,]+\S*/|\d+\S*it \[\d+:\d\d")
+"""A line of a progress bar of tqdm."""
 COLUMN = re.compile(r"<th>([a-z][a-z0-9]*(?:_[a-z0-9]+)*)</th>")
 
 
@@ -494,6 +501,8 @@ def _picture(url: str, page: Page) -> str:
 def text_html(source: str, *, quiet: bool = False) -> str:
     """Printed text: progress bars at their last state, long text folded, the middle of very long text left out."""
     lines = [line.rsplit("\r", 1)[-1] for line in source.replace("\r\n", "\n").rstrip().split("\n")]
+    if quiet:  # a bar says nothing once its work is done
+        lines = [line for line in lines if not BAR.search(line)]
     if not any(line.strip() for line in lines):
         return ""
     count = len(lines)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import write_text
+from wanlab.core.words import typed_value
 from wanlab.pages import sweep_table, templates
 from wanlab.pages.sweep_table import (
     BesideBaseline,
@@ -244,7 +245,7 @@ def _facts(table: SweepTable) -> list[tuple[str, str]]:
         ("varied", ", ".join(name.removeprefix("p.") for name in table.axes) if sweep else None),
         (
             "baseline",
-            ", ".join(f"{name} = {templates.display_value(value)}" for name, value in baseline.items()),
+            ", ".join(f"{name} = {typed_value(value)}" for name, value in baseline.items()),
         ),
         ("started", templates.display_time(sweep.get("started") or sweep.get("created")) if sweep else None),
         ("executor", slots),

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import digest, plain
-from wanlab.pages import templates
-from wanlab.pages.templates import WORDS, display_value, duration
+from wanlab.core.words import typed_value
+from wanlab.pages.templates import WORDS, duration
 from wanlab.plots.style import FORMAT_COLOURS, OTHERS, UNITS, colour, engine_colours
 from wanlab.runs.compare import (
     SAME,
@@ -392,7 +392,7 @@ def _titles(records: Sequence[RunRecord], listed: Sequence[Mapping], varying: Se
 
 
 def _value_text(name: str, value: Any) -> str:
-    text = display_value(value)
+    text = typed_value(value)
     if not isinstance(value, str):
         return f"{name}={text}"
     return Path(text).stem if text.lower().endswith(FILES) else text
@@ -547,7 +547,7 @@ def _text(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, int | float) and not isinstance(value, bool):
         return plain(value)  # infinity has no number in JSON; the page reads "inf"
-    return templates.display_value(list(value) if isinstance(value, tuple) else plain(value))
+    return typed_value(list(value) if isinstance(value, tuple) else plain(value))
 
 
 def table_of(table: SweepTable) -> dict[str, list[Any]]:

@@ -97,15 +97,6 @@ def json_script(value: Any) -> Any:
     return Markup(text)
 
 
-def display_value(value: Any) -> str:
-    """A parameter's value as it is typed on a command line."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return f"{value:.1f}"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
 def display_time(moment: Any) -> str | None:
     """An ISO 8601 time as text, in UTC."""
     try:

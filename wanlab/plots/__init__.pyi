@@ -1,4 +1,5 @@
 from .attention import head_map as head_map
+from .attention import head_ranking as head_ranking
 from .attention import head_type_bars as head_type_bars
 from .attention import kernel_bars as kernel_bars
 from .attention import layer_time_lines as layer_time_lines

@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError, did_you_mean
+from wanlab.diagnose.attention.cost import LOOKS
+from wanlab.plots.bars import name_lines
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, label, needs, theme
 
 TYPE_COLOURS = {"spatial": "#3d85c6", "temporal": "#3fa796", "global": "#9aa3ad"}
@@ -32,7 +34,46 @@ STATISTICS = {
     "type": "type",
 }
 
+REASON_LETTERS = 30
+"""Letters of a line of the reason why a kernel has no bar."""
+CELLS = 12
+"""Heads and layers up to which the cells of a map have room for their figures."""
+
 LEAST_PX = 130  # of a map with few heads: the ticks of its scale of colours need them
+
+
+def head_ranking(skippable: Any) -> go.Figure:
+    """Every head as a dot, those that need the fewest keys first, in the colour of what it looks at; the line is the share
+    of keys that half of the heads need at most.
+
+    Args:
+        skippable: `diagnose.Skippable`.
+    """
+    table = skippable.table.assign(place=range(1, len(skippable.table) + 1))
+    half = float(table["density_percent"].median())
+    figure = go.Figure()
+    for name, tint in TYPE_COLOURS.items():
+        rows = table[table["type"] == name]
+        figure.add_scatter(
+            x=rows["place"].tolist(),
+            y=rows["density_percent"].tolist(),
+            mode="markers",
+            marker={"color": tint, "size": 9},
+            name=f"{LOOKS[name]}: {100 * len(rows) / len(table):.0f} %",
+            customdata=[
+                [NAMES.get(row.component, row.component), row.layer, row.head] for row in rows.itertuples()
+            ],
+            hovertemplate="%{customdata[0]}, layer %{customdata[1]}, head %{customdata[2]}: %{y:.1f} % of the keys"
+            "<extra>%{fullData.name}</extra>",
+        )
+    figure.add_hline(half, line={"dash": "dash", "color": GREY, "width": 1})
+    text = f"half of the heads need at most {half:.0f} %"
+    figure.add_annotation(x=1, y=half, text=text, showarrow=False, xanchor="left", yanchor="bottom")
+    figure.update_layout(template=theme(), height=340, margin={"t": 30}, legend={"y": 1.04})
+    figure.update_xaxes(title_text="heads, fewest keys first", range=[0.4, len(table) + 0.6])
+    share = f"keys for {skippable.level_percent} % of the attention (%)"
+    figure.update_yaxes(title_text=share, range=[0, 102])
+    return figure
 
 
 def head_map(
@@ -90,19 +131,25 @@ def head_map(
             y=[int(n) for n in heads],
             z=table.to_numpy().tolist(),
             text=texts,
+            texttemplate="%{text}" if max(len(heads), len(layers)) <= CELLS and not types else None,
             xgap=1,
             ygap=1,
             visible=number == 0,
             hovertemplate="layer %{x}, head %{y}: %{text}<extra></extra>",
             **scale,
         )
-        step_name = f"step {step}, {NAMES.get(component, component)}"
-        marks.append((str(step), f"{shown}: {step_name}", component))
+        step_name = f"step {step + 1}, {NAMES.get(component, component)}"
+        marks.append((str(step + 1), f"{shown}:<br>{step_name}", component))
     figure.update_layout(
         template=theme(),
         height=190 + max((26 if len(heads) < 12 else 12) * len(heads), LEAST_PX),
-        margin={"t": 40, "b": 10},
-        title={"text": marks[0][1], "font": {"size": 14, "color": colour(marks[0][2])}, "x": 0.01, "y": 0.98},
+        margin={"t": 56, "b": 10},
+        title={"text": marks[0][1], "font": {"size": 14, "color": colour(marks[0][2])}},
+        title_x=0.01,
+        title_y=1.0,
+        title_yref="paper",
+        title_yanchor="bottom",
+        title_pad={"b": 8},
     )
     figure.update_xaxes(
         title_text="layer", showgrid=False, zeroline=False, dtick=1 if len(layers) < 16 else 5
@@ -197,14 +244,14 @@ def head_type_bars(attention_map: Any, *, branch: str = "cond") -> go.Figure:
     for name, tint in TYPE_COLOURS.items():
         shares = table[f"{name}_percent"].tolist()
         figure.add_bar(
-            x=[experts, [str(step) for step in table["step"]]],
+            x=[experts, [str(step + 1) for step in table["step"]]],
             y=shares,
-            name=name,
+            name=LOOKS[name],
             marker={"color": tint},
             text=[f"{share:.0f}" if share >= 8 else "" for share in shares],
             textposition="inside",
             insidetextanchor="middle",
-            hovertemplate=f"%{{x}}: %{{y:.1f}} % {name}<extra></extra>",
+            hovertemplate=f"%{{x}}: %{{y:.1f}} % {LOOKS[name]}<extra></extra>",
         )
     figure.update_layout(template=theme(), barmode="stack", height=300, margin={"t": 40})
     figure.update_xaxes(title_text="denoising step")
@@ -253,7 +300,9 @@ def layer_time_lines(table: pd.DataFrame) -> go.Figure:
             )
     figure.update_layout(template=theme(), height=300, margin={"t": 60}, legend={"y": 1.14})
     figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(rangemode="tozero")
+    for column, kind in enumerate(kinds, 1):
+        longest = float(table.loc[table["kind"] == kind, "max_ms"].max())
+        figure.update_yaxes(range=[0, 1.08 * longest or 1], row=1, col=column)
     figure.update_yaxes(title_text="time (ms)", col=1)
     figure.update_annotations(font={"size": 13})
     return figure
@@ -272,12 +321,7 @@ def kernel_bars(kernels: Any) -> go.Figure:
             x=ran["tflop_per_s"].tolist(),
             y=ran["kernel"].tolist(),
             orientation="h",
-            marker={
-                "color": [
-                    colour("eager") if full == 100 else TYPE_COLOURS["spatial"]
-                    for full in ran["density_percent"]
-                ]
-            },
+            marker={"color": [_kernel_colour(full) for full in ran["density_percent"]]},
             text=[_bar_text(row) for row in ran.to_dict(orient="records")],
             textposition="outside",
             cliponaxis=False,
@@ -285,8 +329,15 @@ def kernel_bars(kernels: Any) -> go.Figure:
         )
     )
     for row in table[table["time_ms"].isna()].itertuples():
+        reason = name_lines(str(row.reason), REASON_LETTERS)
         figure.add_annotation(
-            x=0, y=row.kernel, text=f"{row.reason}", xanchor="left", showarrow=False, font={"color": GREY}
+            x=0,
+            y=row.kernel,
+            text=reason,
+            xanchor="left",
+            align="left",
+            showarrow=False,
+            font={"color": GREY},
         )
     ceiling = table["ceiling_tflop_per_s"].iloc[0]
     top = max([float(ran["tflop_per_s"].max()), *([float(ceiling)] if ceiling == ceiling else [])])
@@ -298,18 +349,21 @@ def kernel_bars(kernels: Any) -> go.Figure:
             yref="paper",
             text=f"matrix product: {ceiling:.3g} TFLOP/s",
             showarrow=False,
+            xanchor="right" if float(ceiling) > 0.5 * top else "left",
             yanchor="bottom",
         )
     figure.update_layout(
         template=theme(), height=100 + ROW_PX * len(table), showlegend=False, margin={"t": 30}
     )
-    figure.update_xaxes(
-        title_text="TFLOP/s, counting the computed query-key pairs only", range=[0, 1.45 * top]
-    )
+    figure.update_xaxes(title_text="TFLOP/s of the pairs that are computed", range=[0, 1.45 * top])
     figure.update_yaxes(
         categoryorder="array", categoryarray=table["kernel"].tolist()[::-1], showgrid=False, range=[-0.6, len(table) - 0.4]
     )  # fmt: skip
     return figure
+
+
+def _kernel_colour(density_percent: float) -> str:
+    return colour("eager") if density_percent == 100 else TYPE_COLOURS["spatial"]
 
 
 def _bar_text(row: dict[str, Any]) -> str:
@@ -331,4 +385,4 @@ def _edges() -> list[tuple[int, int]]:
 def _cell(value: float, names: list[str] | None) -> str:
     if value != value:
         return "not measured"
-    return names[int(value)] if names else f"{value:.4g}"
+    return names[int(value)] if names else f"{value:.3g}"

@@ -11,56 +11,74 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
-from wanlab.core.words import time_text
+from wanlab.core.words import shown, time_text
 from wanlab.diagnose.breakdown import CATEGORY_NAMES as CATEGORY_NAMES
 from wanlab.diagnose.memory.account import PART_NAMES as PART_NAMES
+from wanlab.diagnose.profile_answer import whole_percent
 from wanlab.models.spec import ENCODERS
+from wanlab.plots.bars import BESIDE, name_lines
 from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, ROW_PX, colour, label, needs, theme
+
+BOTH_HALVES = "#7fb2e5"  # weights of the whole VAE, beside those that one half allocates
+SMALLEST_ROW_PERCENT = 1.0
+"""Rows below it are drawn as one, when there are several of them."""
 
 
 def category_bars(breakdown: Any) -> go.Figure:
     """Share of the wall clock: one bar per category, divided by component; time hidden behind other work is hatched.
 
+    Categories with less than a percent are one bar. The bars add up to the wall clock.
+
     Args:
         breakdown: `diagnose.Breakdown`.
     """
-    table, parts = breakdown.frame, breakdown.parts
-    order = [breakdown.name_of(name) for name in table["category"]]
+    table = breakdown.frame
+    small = table["share_percent"] < SMALLEST_ROW_PERCENT
+    small = small & (table["hidden_ms"] < SMALLEST_ROW_PERCENT / 100 * breakdown.wall_ms)
+    rest = f"{small.sum()} smaller rows" if small.sum() > 1 else ""
+    names = {
+        category: name_lines(rest if rest and little else breakdown.name_of(category))
+        for category, little in zip(table["category"], small, strict=True)
+    }
+    rows = table.assign(name=table["category"].map(names))
+    sums = rows.groupby("name", sort=False)[["time_ms", "share_percent", "hidden_ms"]].sum()
+    parts = breakdown.parts.assign(name=breakdown.parts["category"].map(names))
     figure = go.Figure()
-    for component in parts["component"].unique():
-        rows = parts[parts["component"] == component]
+    by_component = parts.groupby("component")["time_ms"].sum().sort_values(ascending=False)
+    for component, time_ms in by_component.items():
+        part = parts[parts["component"] == component].groupby("name", sort=False)["time_ms"].sum()
+        named = (
+            component in set(table["category"]) or time_ms < SMALLEST_ROW_PERCENT / 100 * breakdown.wall_ms
+        )
         figure.add_bar(
-            x=rows["time_ms"].tolist(),
-            y=[breakdown.name_of(name) for name in rows["category"]],
+            x=part.tolist(),
+            y=part.index.tolist(),
             orientation="h",
-            name=_name(component),
-            marker={"color": _colour(component)},
+            name=_name(str(component)),
+            marker={"color": _colour(str(component))},
+            showlegend=not named,  # a row has its name, or there is almost nothing of it
             hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
         )
-    hidden = table[table["hidden_ms"] > 0.001 * breakdown.wall_ms]
+    hidden = sums[sums["hidden_ms"] > 0.001 * breakdown.wall_ms]
     if len(hidden):
         figure.add_bar(
             x=hidden["hidden_ms"].tolist(),
-            y=[breakdown.name_of(name) for name in hidden["category"]],
+            y=hidden.index.tolist(),
             orientation="h",
             name="hidden behind other work",
             marker={"color": "rgba(128,138,149,0.25)", "pattern": {"shape": "/"}},
             hovertemplate="%{y}: %{x:,.2f} ms more, hidden behind other work<extra></extra>",
         )
-    ends = table["time_ms"] + hidden["hidden_ms"].reindex(table.index, fill_value=0.0)
-    for name, end, time_ms, share in zip(order, ends, table["time_ms"], table["share_percent"], strict=True):
-        figure.add_annotation(
-            x=end,
-            y=name,
-            text=f"{time_text(time_ms)} · {share:.1f} %",
-            xanchor="left",
-            xshift=4,
-            showarrow=False,
-        )
+    ends = sums["time_ms"] + hidden["hidden_ms"].reindex(sums.index, fill_value=0.0)
+    for name, end, row in zip(sums.index, ends, sums.itertuples(), strict=True):
+        text = f"{time_text(row.time_ms)} · {whole_percent(row.share_percent)}"
+        figure.add_annotation(x=end, y=name, text=text, xanchor="left", xshift=4, showarrow=False)
+    order = [*(name for name in sums.index if name != rest), *([rest] if rest else [])]
     figure.update_layout(
-        template=theme(), barmode="stack", height=110 + COMPACT_ROW_PX * len(order), margin={"t": 40}
+        template=theme(), barmode="stack", height=120 + COMPACT_ROW_PX * len(order), margin={"t": 40}
     )
-    figure.update_xaxes(title_text="wall clock (ms)", range=[0, 1.3 * float(ends.max())])
+    figure.update_layout(legend={"traceorder": "normal"})
+    figure.update_xaxes(title_text="wall clock (ms)", range=[0, BESIDE * float(ends.max())], nticks=6)
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
     return figure
 
@@ -262,7 +280,9 @@ def breakdown_bar(df: pd.DataFrame) -> go.Figure:
     share = df["share_percent"] if "share_percent" in df else 100.0 * df["time_ms"] / (total or 1.0)
     calls = df["calls"] if "calls" in df else [None] * len(df)
     names = [NAMES.get(name, str(name)) for name in df["component"]]
-    texts = [f"{time_text(ms)} · {part:.1f} %" for ms, part in zip(df["time_ms"], share, strict=True)]
+    texts = [
+        f"{time_text(ms)} · {whole_percent(part)}" for ms, part in zip(df["time_ms"], share, strict=True)
+    ]
     figure = go.Figure(
         go.Bar(
             x=df["time_ms"].tolist(),
@@ -389,7 +409,7 @@ def _with_ratio(value: float, baseline: float) -> str:
     return f"{shown} · {ratio:.2f}× less" if ratio > 1 else f"{shown} · {1 / ratio:.2f}× more"
 
 
-COMPACT_ROW_PX = 26  # of figures with many rows that stand on the first screen
+COMPACT_ROW_PX = 28  # of figures with many rows that stand on the first screen
 SMALLEST_SHARE = 0.005  # of the video; smaller components are drawn as one
 
 
@@ -508,23 +528,27 @@ def memory_bars(account: Any) -> go.Figure:
         rows = table[table["component"] == component]
         figure.add_bar(
             x=(rows["size_bytes"] / scale).tolist(),
-            y=[PART_NAMES[part] for part in rows["part"]],
+            y=[name_lines(PART_NAMES[part]) for part in rows["part"]],
             orientation="h",
             name=_name(component),
             marker={"color": _colour(component)},
+            showlegend=bool(rows["size_bytes"].sum() >= SMALLEST_ROW_PERCENT / 100 * account.peak_bytes),
             hovertemplate=f"%{{y}}, %{{fullData.name}}: %{{x:,.3f}} {unit}<extra></extra>",
         )
     for part, size in sums.items():
-        text = f"{size / scale:,.2f} {unit} · {100 * size / account.peak_bytes:.1f} %"
+        text = f"{shown(size / scale, unit)} · {whole_percent(100 * size / account.peak_bytes)}"
+        name = name_lines(PART_NAMES[part])
         figure.add_annotation(
-            x=max(size, 0) / scale, y=PART_NAMES[part], text=text, xanchor="left", xshift=4, showarrow=False
+            x=max(size, 0) / scale, y=name, text=text, xanchor="left", xshift=4, showarrow=False
         )
-    figure.update_layout(template=theme(), barmode="stack", height=110 + ROW_PX * len(sums), margin={"t": 40})
+    figure.update_layout(template=theme(), barmode="stack", height=130 + ROW_PX * len(sums), margin={"t": 40})
+    figure.update_layout(legend={"traceorder": "normal"})
     figure.update_xaxes(
-        title_text=f"memory at the peak ({unit}); sum {account.peak_bytes / scale:,.2f}",
-        range=[0, 1.35 * float(sums.max()) / scale],
+        title_text=f"memory at the peak ({unit}); sum {shown(account.peak_bytes / scale)}",
+        range=[0, BESIDE * float(sums.max()) / scale],
+        nticks=6,
     )
-    order = [PART_NAMES[part] for part in sums.index]
+    order = [name_lines(PART_NAMES[part]) for part in sums.index]
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
     return figure
 
@@ -573,13 +597,13 @@ def memory_option_bars(table: Any) -> go.Figure:
     scale, unit = _unit(float(table["peak_gib"].max()) * 2**30)
     saved = measured["saved_gib"] * 2**30 / scale
     texts = [
-        f"{value:,.2f} {unit}, takes {ratio:.2f}x the time"
+        f"{shown(value, unit)} · {ratio:.2f}× time"
         for value, ratio in zip(saved, measured["time_ratio"], strict=True)
     ]
     figure = go.Figure(
         go.Bar(
             x=saved.tolist(),
-            y=measured["option"].tolist(),
+            y=[name_lines(option) for option in measured["option"]],
             orientation="h",
             text=texts,
             textposition="outside",
@@ -604,8 +628,9 @@ def _unit(most_bytes: float) -> tuple[int, str]:
 
 
 def _name(component: str) -> str:
-    return {"outside": "outside all components", "vae": "VAE"}.get(component, NAMES.get(component, component))
+    names = {"outside": "outside of them", "vae": "VAE, both halves"}
+    return names.get(component, NAMES.get(component, component))
 
 
 def _colour(component: str) -> str:
-    return colour({"outside": "other", "vae": "vae_decoder"}.get(component, component))
+    return BOTH_HALVES if component == "vae" else colour({"outside": "other"}.get(component, component))

@@ -8,29 +8,28 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import number_text, time_text
+from wanlab.diagnose.experts.switching import WAY_NAMES
+from wanlab.plots.bars import name_lines
 from wanlab.plots.style import GREY, LINE, NAMES, ROW_PX, colour, theme
 
-_WAY_NAMES = {
-    "resident": "both resident",
-    "pageable": "from pageable memory",
-    "pinned": "from pinned memory",
-    "prefetched": "prefetched",
-}
+BRANCHES = {"cond_ms": ("with the prompt", 0.95), "uncond_ms": ("without the prompt", 0.5)}
+"""Column of a branch -> its name, and how opaque its bars are."""
 
 
 def expert_steps(timeline: Any) -> go.Figure:
-    """Noise and measured time of every step in the colour of its expert, and the boundary.
+    """Noise and measured time of every step in the colour of its expert, and the boundary; steps count from 1.
 
     Args:
         timeline: from `diagnose.timeline`.
     """
-    steps, schedule = timeline.steps, timeline.schedule
-    branches = [name for name in ("cond_ms", "uncond_ms") if name in steps]
+    steps, schedule = timeline.steps.assign(number=timeline.steps["step"] + 1), timeline.schedule
+    branches = [name for name in BRANCHES if name in steps]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.42, 0.58])
     for name, part in steps.groupby("component", sort=False):
         style = {"name": NAMES.get(name, name), "legendgroup": name}
         figure.add_scatter(
-            x=part["step"].tolist(),
+            x=part["number"].tolist(),
             y=part["sigma"].tolist(),
             mode="markers",
             marker={"color": colour(name), "size": 9},
@@ -41,27 +40,31 @@ def expert_steps(timeline: Any) -> go.Figure:
             col=1,
             **style,
         )
-        for index, branch in enumerate(branches):
-            branch_name = {"cond_ms": "with the prompt", "uncond_ms": "without the prompt"}[branch]
+        for branch in branches:
+            branch_name, opacity = BRANCHES[branch]
             figure.add_bar(
-                x=part["step"].tolist(),
+                x=part["number"].tolist(),
                 y=part[branch].tolist(),
-                marker={"color": colour(name), "opacity": 0.95 - 0.4 * index},
+                marker={"color": colour(name), "opacity": opacity},
                 hovertemplate=f"step %{{x}}, {branch_name}: %{{y:,.1f}} ms<extra>%{{fullData.name}}</extra>",
                 showlegend=False,
                 row=2,
                 col=1,
                 **style,
             )
+    for branch in branches if len(branches) > 1 else ():  # only for the legend
+        branch_name, opacity = BRANCHES[branch]
+        tint = f"rgba(128,138,149,{opacity})"
+        figure.add_bar(x=[None], y=[None], name=branch_name, marker={"color": tint}, row=2, col=1)
     line = {
-        "x": steps["step"].tolist(),
+        "x": steps["number"].tolist(),
         "y": steps["sigma"].tolist(),
         "mode": "lines",
         "line": {"color": LINE},
     }
     figure.add_scatter(**line, hoverinfo="skip", showlegend=False, row=1, col=1)
     for step in schedule.switches:
-        figure.add_vline(x=step - 0.5, line={"color": GREY, "dash": "dot", "width": 1.5})
+        figure.add_vline(x=step + 0.5, line={"color": GREY, "dash": "dot", "width": 1.5})
     if schedule.boundary_ratio is not None:
         figure.add_hline(
             y=schedule.boundary_ratio, line={"color": GREY, "dash": "dash", "width": 1}, row=1, col=1
@@ -80,59 +83,76 @@ def expert_steps(timeline: Any) -> go.Figure:
     figure.update_layout(template=theme(), height=380, barmode="stack", bargap=0.15)
     figure.update_yaxes(title_text="noise (sigma)", range=[0, 1.06], row=1, col=1)
     figure.update_yaxes(title_text="time per step (ms)", rangemode="tozero", row=2, col=1)
-    figure.update_xaxes(title_text="denoising step", row=2, col=1)
+    few = {"dtick": 1} if len(steps) <= 12 else {}
+    figure.update_xaxes(title_text="denoising step", row=2, col=1, **few)
+    figure.update_xaxes(range=[0.5, len(steps) + 0.5], **few)
     return figure
 
 
 def disagreement_curve(disagreement: Any) -> go.Figure:
-    """Distance of the two experts' predictions at each step, with its noise floors.
+    """Difference of the two experts' predictions at each step in percent, with that of equal calls.
 
     Args:
         disagreement: from `diagnose.disagreement`.
     """
     steps = disagreement.steps
+    percent = 100 * steps["relative_l2"]
     figure = go.Figure()
+    line = {"color": LINE, "width": 1.5}
+    figure.add_scatter(
+        x=steps["timestep"].tolist(),
+        y=percent.tolist(),
+        mode="lines",
+        line=line,
+        showlegend=False,
+        hoverinfo="skip",
+    )
     for name, part in steps.groupby("component", sort=False):
         figure.add_scatter(
             x=part["timestep"].tolist(),
-            y=part["relative_l2"].tolist(),
-            mode="markers",
-            name=f"{NAMES.get(name, name)}: its steps",
+            y=percent[part.index].tolist(),
+            mode="markers+text" if len(steps) <= LABELLED else "markers",
+            text=[f"{value:.2g}" for value in percent[part.index]],
+            textposition="top center",
+            name=NAMES.get(name, name),
             marker={"color": colour(name), "size": 10},
-            customdata=part[["step", "sigma", "cosine"]].to_numpy().tolist(),
-            hovertemplate="step %{customdata[0]}, timestep %{x:.0f}, sigma %{customdata[1]:.3f}<br>relative L2 %{y:.4f},"
+            customdata=[[row.step + 1, row.sigma, row.cosine] for row in part.itertuples()],
+            hovertemplate="step %{customdata[0]}, timestep %{x:.0f}, sigma %{customdata[1]:.3f}<br>differ by %{y:.3g} %,"
             " cosine %{customdata[2]:.4f}<extra>%{fullData.name}</extra>",
         )
-    line = {"color": LINE, "width": 1.5}
-    figure.add_scatter(
-        x=steps["timestep"].tolist(), y=steps["relative_l2"].tolist(), mode="lines", line=line, showlegend=False,
-        hoverinfo="skip",
-    )  # fmt: skip
     floors = {
-        "kernel_l2": f"noise floor: {disagreement.kernel.replace('_', ' ')} kernel",
-        "again_l2": "noise floor: same expert called twice",
+        "kernel_l2": f"{disagreement.kernel.replace('_', ' ')} kernel",
+        "again_l2": "equal calls",
     }
     for column, title in floors.items():
-        values = steps[column].where(steps[column] > 0)
+        values = 100 * steps[column]
         figure.add_scatter(
             x=steps["timestep"].tolist(),
-            y=[None if value != value else value for value in values],
-            mode="lines+markers",
-            name=title if values.notna().any() else f"{title} (equal to the last bit)",
+            y=values.tolist(),
+            mode="lines",
+            name=title,
             line={"color": GREY, "dash": "dot" if column == "again_l2" else "dash", "width": 1.5},
-            marker={"color": GREY, "size": 5},
-            hovertemplate="timestep %{x:.0f}: %{y:.3g}<extra>%{fullData.name}</extra>",
+            hovertemplate="timestep %{x:.0f}: %{y:.3g} %<extra>%{fullData.name}</extra>",
         )
     figure.add_vline(
         x=disagreement.boundary_timestep,
         line={"color": GREY, "dash": "dot", "width": 1.5},
-        annotation_text=f"boundary {disagreement.boundary_timestep:g}",
+        annotation_text=f"boundary: timestep {disagreement.boundary_timestep:g}",
         annotation_position="top left",
     )
     figure.update_layout(template=theme(), height=380)
     figure.update_xaxes(title_text="timestep (noise falls to the right)", autorange="reversed")
-    figure.update_yaxes(title_text="relative L2 distance", type="log", exponentformat="power")
+    figure.update_yaxes(
+        title_text="difference of the predictions (%)", range=[0, 1.18 * float(percent.max()) or 1]
+    )
     return figure
+
+
+LABELLED = 12  # steps up to which their figures have room beside them
+OWN, OTHER = (
+    "#b8581f",
+    "#6b7682",
+)  # bars of the model's own boundary and of others, dark enough for white text
 
 
 def boundary_curves(sweep: Any) -> go.Figure:
@@ -144,42 +164,49 @@ def boundary_curves(sweep: Any) -> go.Figure:
     videos = sweep.videos[~sweep.videos["control"]]
     panels = [("denoising_ms", "experts' time per video (ms)")]
     if "lpips" in videos:
-        panels.append(("lpips", "LPIPS to the truth"))
+        panels.append(("lpips", "LPIPS to the true video"))
     names = [
-        f"{b:g}<br>{int(h)} + {int(n)}"
+        f"{sweep.title(b)}<br>{int(h)} + {int(n)} steps"
         for b, h, n in sweep.frame[["boundary", "high_steps", "low_steps"]].to_numpy()
     ]
     name_of = dict(zip(sweep.frame["boundary"], names, strict=True))
     figure = make_subplots(
-        rows=1, cols=len(panels), subplot_titles=[title for _, title in panels], horizontal_spacing=0.09
+        rows=len(panels),
+        cols=1,
+        subplot_titles=[title for _, title in panels],
+        vertical_spacing=0.2,
+        shared_xaxes=True,
     )
-    for col, (column, _) in enumerate(panels, 1):
-        tints = [colour("expert") if own else colour("other") for own in sweep.frame["own"]]
+    for place, (column, _) in enumerate(panels, 1):
+        tints = [OWN if own else OTHER for own in sweep.frame["own"]]
         values = [float(value) for value in sweep.frame[column]]
         figure.add_bar(
             x=names,
             y=values,
-            marker={"color": tints, "opacity": 0.55},
-            text=[f"{value:,.4g}" for value in values],
+            marker={"color": tints},
+            text=[number_text(value) for value in values],
             textposition="inside",
             insidetextanchor="start",
+            insidetextfont={"color": "#ffffff"},
             textangle=0,
             hovertemplate="%{x}: %{y:.5g}<extra></extra>",
-            row=1,
-            col=col,
+            row=place,
+            col=1,
         )
         figure.add_scatter(
             x=[name_of[boundary] for boundary in videos["boundary"]],
             y=videos[column].tolist(),
             mode="markers",
-            marker={"color": GREY, "size": 7},
+            marker={"color": "#ffffff", "size": 8, "line": {"color": "#14171a", "width": 1.5}},
             customdata=videos["case"].tolist(),
             hovertemplate="case %{customdata}: %{y:.5g}<extra></extra>",
-            row=1,
-            col=col,
+            row=place,
+            col=1,
         )
-    figure.update_layout(template=theme(), height=340, showlegend=False, margin={"t": 40})
-    figure.update_xaxes(title_text="boundary; steps of the high-noise + low-noise expert")
+    figure.update_layout(template=theme(), height=160 + 150 * len(panels), showlegend=False, margin={"t": 40})
+    figure.update_xaxes(
+        title_text="boundary; steps of the high-noise + the low-noise expert", row=len(panels)
+    )
     figure.update_yaxes(rangemode="tozero")
     figure.update_annotations(font={"size": 13})
     return figure
@@ -200,7 +227,7 @@ def switch_bars(cost: Any) -> go.Figure:
     figure = go.Figure(
         go.Bar(
             x=[row["time_ms"] for row in rows],
-            y=[_WAY_NAMES[row["way"]] for row in rows],
+            y=[_way(row) for row in rows],
             orientation="h",
             marker={"color": [colour("expert_low")] * len(rows)},
             error_x={
@@ -216,28 +243,38 @@ def switch_bars(cost: Any) -> go.Figure:
     for row in rows:
         figure.add_annotation(
             x=max(row["time_ms"] + row["noise_ms"], 0),
-            y=_WAY_NAMES[row["way"]],
+            y=_way(row),
             text=_switch_text(row),
             showarrow=False,
             xanchor="left",
             xshift=8,
         )
-    figure.update_layout(template=theme(), height=90 + ROW_PX * len(rows), showlegend=False)
+    figure.update_layout(
+        template=theme(),
+        height=120 + ROW_PX * len(rows),
+        showlegend=False,
+        title={"text": name_lines(cost.where, 48), "font": {"size": 13}, "x": 0.01},
+        margin={"t": 50},
+    )
     least = min(0.0, *(row["time_ms"] - row["noise_ms"] for row in rows))
     figure.update_xaxes(
-        title_text="waiting time for one switch (ms), with its noise", range=[least, longest * 1.7]
+        title_text="waiting time for one switch (ms), with its noise", range=[least, longest * 2.1], nticks=6
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
 
+def _way(row: dict[str, Any]) -> str:
+    return name_lines(WAY_NAMES[row["way"]])
+
+
 def _switch_text(row: dict[str, Any]) -> str:
-    text = f"{row['time_ms']:,.1f} ms" + ("" if abs(row["time_ms"]) > row["noise_ms"] else ", within noise")
+    lines = [time_text(row["time_ms"]) if abs(row["time_ms"]) > row["noise_ms"] else "within noise"]
     if row["gb_per_s"] == row["gb_per_s"] and row["gb_per_s"] is not None:
-        text += f" · {row['gb_per_s']:.3g} GB/s"
+        lines[0] += f" · {row['gb_per_s']:.3g} GB/s"
     if row["way"] == "prefetched":
-        text += f" · {row['hidden_percent']:.0f} % hidden, forward {row['slowdown_percent']:+.1f} %"
-    return text
+        lines.append(f"{row['hidden_percent']:.0f} % hidden")
+    return "<br>".join(lines)
 
 
 # Centres of the boxes of the diagram, in a picture of 1000 x 540; y grows upwards.

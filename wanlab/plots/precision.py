@@ -10,11 +10,17 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.words import shown as shown_value
 from wanlab.plots.intervals import MOST_ROWS, interval_rows
-from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, needs, theme
+from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, limit_line, needs, theme
 
 VALUE_TITLES = {
     "effect": "effect on the final latents",
+    "velocity_error": "error of the velocity",
+    "local_error": "error of the layer's output",
+}
+BAR_TITLES = {
+    "effect": "change of the final latents",
     "velocity_error": "error of the velocity",
     "local_error": "error of the layer's output",
 }
@@ -64,8 +70,8 @@ def sensitivity_map(
             y=projections,
             z=table,
             coloraxis="coloraxis",
-            customdata=[[None if v is None else 10**v for v in line] for line in table],
-            hovertemplate=f"block %{{x}}, %{{y}}<br>{VALUE_TITLES[value]} %{{customdata:.3g}}"
+            customdata=[["" if v is None else _percent(v, value) for v in line] for line in table],
+            hovertemplate=f"block %{{x}}, %{{y}}<br>{BAR_TITLES[value]} %{{customdata}}"
             f"<extra>{formats[column - 1]}</extra>",
             row=1,
             col=column,
@@ -80,13 +86,23 @@ def sensitivity_map(
             "colorscale": "Viridis",
             "cmin": low,
             "cmax": high,
-            "colorbar": {"thickness": 12, "tickvals": ticks, "ticktext": [f"1e{tick:g}" for tick in ticks]},
+            "colorbar": {
+                "thickness": 12,
+                "tickvals": ticks,
+                "ticktext": [_percent(tick, value) for tick in ticks],
+                "title": {"text": BAR_TITLES[value], "side": "right", "font": {"size": 12}},
+            },
         },
     )
     figure.update_xaxes(title_text="block", type="category", nticks=10)
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_annotations(font={"size": 13})
     return figure
+
+
+def _percent(power: float, value: str) -> str:
+    """A place of the colour scale in percent; an effect is a square, and is shown as its root."""
+    return shown_value(100 * 10 ** (power / 2 if value == "effect" else power), "%")
 
 
 def sensitivity_bars(frame: pd.DataFrame, count: int = MOST_ROWS, value: str = "effect") -> go.Figure:
@@ -102,16 +118,20 @@ def sensitivity_bars(frame: pd.DataFrame, count: int = MOST_ROWS, value: str = "
     power = 0.5 if value == "effect" else 1.0
     shown = {"value": value} | ({} if value == "local_error" else {"low": low, "high": high})
     table = pd.DataFrame({name: 100 * rows[column].clip(lower=0) ** power for name, column in shown.items()})
-    table["name"] = [_row_name(row) for row in rows.itertuples()]
+    table["name"] = [row.layer for row in rows.itertuples()]
+    expert = [NAMES.get(row.component, row.component).removesuffix(" expert") for row in rows.itertuples()]
+    formats = list(dict.fromkeys(rows["format"]))
+    each = [f"{row.format}, " * (len(formats) > 1) for row in rows.itertuples()]
+    steps = map(_steps, rows.itertuples())
+    table["note"] = [
+        "".join((form, name, ", ", step)) for form, name, step in zip(each, expert, steps, strict=True)
+    ]
     table["component"] = rows["component"]
     axis = "change of the final latents" if value == "effect" else VALUE_TITLES[value]
-    return interval_rows(table, tint="component", axis=f"{axis} (%)", form="", unit="%", log=True, most=count)
-
-
-def _row_name(row: Any) -> str:
-    """A layer, its format, expert and steps, short enough for a phone."""
-    expert = NAMES.get(row.component, row.component).removesuffix(" expert")
-    return f"{row.layer.removeprefix('blocks.')} {row.format}, {expert}, {_steps(row)}"
+    title = f"{axis} by one layer{f' in {formats[0]}' if len(formats) == 1 else ''} (%)"
+    return interval_rows(
+        table, tint="component", note="note", axis=title, form="", unit="%", log=True, most=count
+    )
 
 
 def loss_rows(verified: pd.DataFrame, limit_percent: float) -> go.Figure:
@@ -154,34 +174,37 @@ def tolerance_bars(tolerance: Any) -> go.Figure:
     """
     frame = tolerance.frame
     panels = [
-        ("velocity_error", "velocity_low", "velocity_high", "velocity error"),
-        ("effect", "effect_low", "effect_high", "effect on the final latents"),
+        ("velocity_error", "velocity_low", "velocity_high", "change of one velocity (%)"),
+        ("effect", "effect_low", "effect_high", "change of the final latents (%)"),
     ]
     figure = make_subplots(rows=1, cols=2, subplot_titles=[panel[-1] for panel in panels])
     for component, part in frame.groupby("component", sort=False):
-        for column, (value, low, high, _) in enumerate(panels, 1):
+        for column, names in enumerate(panels, 1):
+            # An effect is a square: drawn is the change itself.
+            power = 0.5 if names[0] == "effect" else 1.0
+            value, low, high = (100 * part[name].clip(lower=0) ** power for name in names[:3])
             figure.add_scatter(
                 x=part["format"].tolist(),
-                y=part[value].tolist(),
+                y=value.tolist(),
                 mode="markers",
                 marker={"color": colour(component), "size": 11},
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    "array": (part[high] - part[value]).tolist(),
-                    "arrayminus": (part[value] - part[low]).tolist(),
+                    "array": (high - value).tolist(),
+                    "arrayminus": (value - low).tolist(),
                     "color": colour(component),
                     "thickness": 1.6,
                 },
                 name=NAMES.get(component, component),
                 legendgroup=component,
                 showlegend=column == 1,
-                hovertemplate="%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
+                hovertemplate="%{x}: %{y:.3g} %<extra>%{fullData.name}</extra>",
                 row=1,
                 col=column,
             )
     figure.update_layout(template=theme(), height=340, margin={"t": 60}, legend={"y": 1.12})
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", exponentformat="none", dtick=1)
     figure.update_annotations(font={"size": 13})
     return figure
 
@@ -204,21 +227,29 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
             marker={"color": colour(component), "symbol": KIND_SYMBOLS.get(kind, "circle"), "size": 10},
             name=title,
             legendgroup=component,
-            showlegend=component not in in_legend,
+            showlegend=False,
             customdata=part[["format", "layers", "steps", "layer"]].to_numpy().tolist(),
             hovertemplate=f"{kind}: %{{customdata[1]}} layer(s) %{{customdata[3]}}, %{{customdata[0]}}, steps"
             f" %{{customdata[2]}}<br>predicted %{{x:.3g}}, true %{{y:.3g}}<extra>{title}</extra>",
         )
-        in_legend.add(component)
+        if component not in in_legend:  # the colour says the expert, the shape what was rounded
+            in_legend.add(component)
+            figure.add_scatter(
+                x=[None], y=[None], mode="lines", line={"color": colour(component), "width": 5}, name=title
+            )
     for kind in dict.fromkeys(frame["kind"]):
         figure.add_scatter(
             x=[None],
             y=[None],
             mode="markers",
             marker={"color": GREY, "symbol": KIND_SYMBOLS.get(kind, "circle"), "size": 9},
-            name={"layer": "one layer", "projection": "one projection", "several": "several layers"}.get(
-                kind, kind
-            ),
+            name={
+                "layer": "one layer",
+                "block": "one block",
+                "projection": "one projection of all blocks",
+                "several": "several layers",
+                "expert": "the whole expert",
+            }.get(kind, kind),
         )
     positive = [*frame["predicted"], *(frame["true"] if truth == "true" else ())]
     ends = [min(v for v in positive if v > 0), max(positive)] if any(v > 0 for v in positive) else [0.1, 1]
@@ -229,30 +260,22 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
     floor = agreement.floor if truth == "true" else agreement.floor_lpips
     least = frame[truth].min()
     if floor and floor > least / 30:
-        figure.add_hline(y=floor, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=1,
-            xref="x domain",
-            y=math.log10(floor),
-            text="noise floor",
-            showarrow=False,
-            yanchor="bottom",
-            xanchor="right",
-        )
+        limit_line(figure, floor, "noise floor", log=True)
     figure.add_annotation(
         x=0.02,
         y=0.98,
         xref="x domain",
         yref="y domain",
-        text=f"rank correlation {correlation}",
+        text=f"{len(frame)} choices: rank correlation {correlation}",
         showarrow=False,
         xanchor="left",
         yanchor="top",
         font={"size": 14},
     )
-    words = {"true": "true effect on the final latents", "lpips": "LPIPS to the original video"}
+    words = {"true": "effect in generations (squared change)", "lpips": "LPIPS to the original video"}
     figure.update_layout(template=theme(), height=460)
-    figure.update_xaxes(title_text="predicted effect", type="log", exponentformat="power", dtick=1)
+    title = "predicted effect (squared change of the final latents)"
+    figure.update_xaxes(title_text=title, type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title_text=words[truth], type="log", exponentformat="power", dtick=1)
     return figure
 
@@ -293,7 +316,7 @@ BITS = "bits_per_weight"
 TITLES = {
     BITS: "bits per linear weight",
     "saved_percent": "time or memory saved (%)",
-    "effect": "predicted effect on the final latents",
+    "effect": "predicted effect (squared change of the latents)",
 }
 
 
@@ -358,16 +381,20 @@ def frontier_plot(
             hovertemplate=hover,
         )
     if budget:
-        figure.add_hline(y=budget, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=0.55, xref="x domain", y=math.log10(budget), text="budget", showarrow=False, yanchor="bottom"
-        )
+        limit_line(figure, budget, "largest effect within the limit", x=0.55, xanchor="auto", log=True)
     figure.update_layout(template=theme(), height=440)
     figure.update_xaxes(title_text=TITLES[cost])
     figure.update_yaxes(
         title_text=TITLES["effect"], type="log", exponentformat="power", minexponent=1, dtick=1
     )
     return figure
+
+
+FORMS = {
+    "linear": "fit: loss in proportion to effect",
+    "square root": "fit: loss as the root of effect",
+}
+"""Form of a `Relation` -> what a curve of it says; on a logarithmic axis a proportion is a curve too."""
 
 
 def relation_plot(
@@ -392,7 +419,7 @@ def relation_plot(
         y=[relation.upper_percent(x) for x in xs],
         mode="lines",
         line={"color": GREY, "dash": "dot"},
-        name=f"fit: {relation.form}, {relation.residual_percent:.2g} % off",
+        name=f"{FORMS.get(relation.form, relation.form)}, {relation.residual_percent:.2g} % of loss off",
         hoverinfo="skip",
     )
     hover = "%{text}<br>effect %{x:.2g}<br>upper end %{y:.2f} %<extra></extra>"
@@ -417,16 +444,7 @@ def relation_plot(
             hovertemplate=hover,
         )
     if limit_percent:
-        figure.add_hline(y=limit_percent, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=0,
-            xref="x domain",
-            y=limit_percent,
-            text="limit",
-            showarrow=False,
-            yanchor="bottom",
-            xanchor="left",
-        )
+        limit_line(figure, limit_percent, "limit", x=0.0, xanchor="left")
     figure.update_layout(template=theme(), height=360)
     figure.update_xaxes(
         title_text=TITLES["effect"], type="log", exponentformat="power", minexponent=1, dtick=1

@@ -21,6 +21,10 @@ NARROWEST = (1e-3, 1.0)
 """Least half of a panel: of a score from 0 to 1, of one in dB. Less is rounding, and nobody reads such ticks."""
 
 
+LEAST_SCALE = 1e-4
+"""Least end of the colour scale of a map: smaller differences are black."""
+
+
 def per_frame_curves(scores: Any) -> go.Figure:
     """Scores of every frame, one panel per metric; the title names the backbone.
 
@@ -73,12 +77,31 @@ def per_frame_curves(scores: Any) -> go.Figure:
                 row=place // columns + 1,
                 col=place % columns + 1,
             )
+        values = [v for table in tables.values() for v in table.loc[table["metric"] == metric, "value"]]
+        ends = _readable_range([float(v) for v in values if math.isfinite(v)], metric)
+        figure.update_yaxes(range=ends, nticks=5, row=place // columns + 1, col=place % columns + 1)
     for column in range(columns):
         lowest = -(-(len(metrics) - column) // columns)  # with an odd number of panels one place is empty
         figure.update_xaxes(title_text="frame", showticklabels=True, row=lowest, col=column + 1)
     figure.update_layout(template=theme(), height=60 + 190 * rows, margin={"t": 50})
     figure.update_annotations(font={"size": 13})
     return figure
+
+
+def _readable_range(values: Sequence[float], metric: str) -> list[float] | None:
+    """Ends of an axis whose ticks can be read although all values are alike; None leaves them to plotly."""
+    if not values:
+        return None
+    low, high, least = min(values), max(values), NARROWEST[metric == "psnr"]
+    if high - low >= least:
+        return None
+    facts = CATALOGUE.get(metric)
+    low, high = (low + high) / 2 - least, (low + high) / 2 + least
+    if facts and facts.better == "higher" and high > facts.perfect:
+        return [facts.perfect - 2 * least, facts.perfect + 0.2 * least]
+    if facts and facts.better == "lower" and low < facts.perfect:
+        return [facts.perfect - 0.2 * least, facts.perfect + 2 * least]
+    return [low, high]
 
 
 def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
@@ -173,7 +196,7 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
             z=values.round(6).tolist(),
             colorscale="Magma",
             zmin=0,
-            zmax=max(float(values.max()), 1e-12),
+            zmax=max(float(values.max()), LEAST_SCALE),
             colorbar={
                 "x": (column - 1) * (width + gap) + width + 0.005,
                 "xanchor": "left",
@@ -181,6 +204,7 @@ def heat_panels(maps: Sequence[Any], longest_px: int = 240) -> go.Figure:
                 "len": 0.9,
                 "tickfont": {"size": 11, "family": FONT, "color": GREY},
                 "nticks": 5,
+                "exponentformat": "none",
             },
             hovertemplate="%{z:.4g}<extra></extra>",
             row=1,

@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from wanlab.core.errors import WanlabError
-from wanlab.plots.style import GREY, LINE, OTHERS, ROW_PX, colour, label, needs, theme
+from wanlab.plots.style import GREY, LINE, OTHERS, ROW_PX, colour, label, limit_line, needs, theme
 
 STATE_COLOURS = {
     "finished": "#5b8c5a",
@@ -125,10 +125,7 @@ def run_frontier(
             hovertemplate=_hover(x, y, None),
         )
     if limit is not None:
-        figure.add_hline(y=limit, line={"color": GREY, "dash": "dash", "width": 1.2})
-        figure.add_annotation(
-            x=1, xref="x domain", y=limit, text="limit", showarrow=False, yanchor="bottom", xanchor="right"
-        )
+        limit_line(figure, limit, "limit")
     figure.update_layout(
         template=theme(),
         height=370,

@@ -6,6 +6,7 @@ The theme has no background and middle-grey text, so a figure reads on a white p
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -48,6 +49,7 @@ FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif'
+INSIDE = "#0b0e12"  # text inside a bar: every colour here is light enough for it, in dark mode too
 ROW_PX = 34
 
 
@@ -103,7 +105,7 @@ def theme() -> str:
             "hoverlabel": {"font": {"family": FONT, "size": 13}},
             "bargap": 0.28,
         },
-        data={"bar": [{"marker": {"line": {"width": 0}}}]},
+        data={"bar": [{"marker": {"line": {"width": 0}}, "insidetextfont": {"color": INSIDE}}]},
     )
     return "wanlab"
 
@@ -113,3 +115,25 @@ def needs(df: Any, function: str, *columns: str) -> None:
     missing = [column for column in columns if column not in getattr(df, "columns", ())]
     if missing:
         raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
+
+
+def limit_line(
+    figure: go.Figure, y: float, text: str, *, x: float = 1.0, xanchor: str = "right", log: bool = False
+) -> None:
+    """A dashed horizontal line with its name above it.
+
+    Args:
+        y: where it lies, in the unit of the axis.
+        x: place of the name, as a share of the width. xanchor: its side that lies there.
+        log: whether the axis is logarithmic, of which annotations have the exponent.
+    """
+    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2})
+    figure.add_annotation(
+        x=x,
+        xref="x domain",
+        y=math.log10(y) if log else y,
+        text=text,
+        showarrow=False,
+        yanchor="bottom",
+        xanchor=xanchor,
+    )

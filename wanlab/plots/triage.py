@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from wanlab.diagnose.profile_answer import whole_percent
+from wanlab.plots.bars import BESIDE, name_lines
 from wanlab.plots.style import GREY, OTHERS, theme
 
 WIDTH_PX, GAP_PX, BEND_PX, LINE_PX, BETWEEN_PX, TITLE_PX = 880, 56, 11, 15, 8, 38
 LETTER_PX, WIDEST_PX = 6.2, 200
+LEAST_GAIN = 1.01  # a smaller bound says no more than the share
 FRAME = "rgba(128,138,149,0.5)"
 TINTS = ("#d9534f", "#3d85c6", "#8b7ec8", *OTHERS)
 
@@ -24,8 +27,12 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
         ranking: `Triage.ranking`.
     """
     texts = [
-        f"{row.share_percent:.1f} %"
-        + ("" if row.bound_ratio != row.bound_ratio else f" · at most {row.bound_ratio:.2f}×")
+        whole_percent(row.share_percent)
+        + (
+            ""
+            if row.bound_ratio != row.bound_ratio or row.bound_ratio < LEAST_GAIN
+            else f" · ≤ {row.bound_ratio:.2f}×"
+        )
         for row in ranking.itertuples()
     ]
     figure = go.Figure(
@@ -47,7 +54,9 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
     )  # fmt: skip
     figure.update_layout(template=theme(), height=110 + 36 * len(ranking), showlegend=False, margin={"t": 30})
     figure.update_xaxes(
-        title_text="share of the time (%)", range=[0, 1.4 * float(ranking["share_percent"].max()) or 1]
+        title_text="share of the time (%), largest gain",
+        range=[0, BESIDE * float(ranking["share_percent"].max()) or 1],
+        nticks=6,
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
@@ -55,7 +64,7 @@ def share_ranking(ranking: pd.DataFrame) -> go.Figure:
 
 def _short(what: str) -> str:
     """A share's name without its article, broken into lines that a phone has room for."""
-    return "<br>".join(textwrap.wrap(what.removeprefix("the "), 24))
+    return name_lines(what.removeprefix("the "))
 
 
 def decision_tree(triage: Any) -> go.Figure:

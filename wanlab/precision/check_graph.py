@@ -15,6 +15,7 @@ import torch
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import ELEMENT_TYPES
+from wanlab.core.words import component_text
 from wanlab.precision.apply import AS_LOADED, requested_formats
 from wanlab.precision.assignment import Assignment
 from wanlab.precision.check_torch import Effect, Fault, at_step, changes, counts, near, raise_weights, summary
@@ -121,7 +122,9 @@ def graph_effect_check(
     kernels = pd.DataFrame(columns=["component", "operator", "kernel", "calls", "share_percent"])
     parts = "; ".join(text.replace(f" of {component} in", " in") for text in counts(frame)) or "all floats"
     lines = "".join(f" {line}." for line in assignment.without_effect([component]))
-    verdict = f"{path.name} computes {component} by plan {assignment.plan.name}: {parts}.{lines}"
+    verdict = (
+        f"The graph of the {component_text(component)} follows plan {assignment.plan.name}: {parts}.{lines}"
+    )
     return Effect(verdict, frame, layers, kernels)
 
 

@@ -34,8 +34,9 @@ ROLE = "role:"
 IN_BLOCKS = "blocks.*"
 """Pattern of every layer in the blocks, whatever their lists are called."""
 
-_BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
-_STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+BLOCKS = re.compile(r"(\d+)(?:-(\d+))?|(first|last) (\d+)")
+STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+"""Forms of one choice of blocks and of steps; several stand between commas."""
 MOST = 9_999  # no network has more blocks and no generation more steps: a larger number is a slip
 
 
@@ -68,7 +69,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         if self.blocks is None:
             return None
         chosen: set[int] = set()
-        for first, last, end, size in _parts(self.blocks, _BLOCKS):
+        for first, last, end, size in _parts(self.blocks, BLOCKS):
             if end:
                 whole = range(count)
                 chosen |= set(whole[: int(size)] if end == "first" else whole[max(0, count - int(size)) :])
@@ -80,13 +81,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         """The last block of each range that is given by numbers, whatever the network has."""
         if self.blocks is None:
             return set()
-        return {int(last or first) for first, last, end, _ in _parts(self.blocks, _BLOCKS) if not end}
+        return {int(last or first) for first, last, end, _ in _parts(self.blocks, BLOCKS) if not end}
 
     def step_numbers(self) -> set[int] | None:
         """The steps of this rule; None is every step."""
         if self.steps is None:
             return None
-        return {i for a, b in _parts(self.steps, _STEPS) for i in range(int(a), int(b or a) + 1)}
+        return {i for a, b in _parts(self.steps, STEPS) for i in range(int(a), int(b or a) + 1)}
 
     def __str__(self) -> str:
         parts = [f"{self.component}:" if self.component != "*" else "", ", ".join(self.layers)]
@@ -107,8 +108,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         rules: rules in order; where several fit a layer, the last one counts.
         num_steps: number of steps of the generation that steps in rules are counted in; needed when a rule names steps.
         note: origin of the plan.
-        made_for: size of the experts that it was selected for, see `assignment.architecture`; other experts refuse it. Empty
-            for plans of any model.
+        made_for: size of the experts that it was selected for, as `assignment.architecture` writes it; other experts refuse
+            it. Empty for plans of any model.
     """
 
     name: str

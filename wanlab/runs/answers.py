@@ -7,13 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, answer, loss_texts, ratio_text
+from wanlab.core.answer import Answer, answer, loss_texts, ratio_text, step
 from wanlab.core.effects import BASELINE, NOT_APPLIED
 from wanlab.core.stats import interval_text
 from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_text, time_text
 from wanlab.engines.registry import engine_text, title_of_label
-from wanlab.evaluate.loss import QualityLoss
+from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import Divergence
+from wanlab.measure.baseline import MOST_NOISE_PERCENT
 from wanlab.measure.timing import Comparison, verdict_of
 from wanlab.runs.choose import NOT_EXECUTED
 from wanlab.runs.compare import SAME, Comparisons
@@ -41,27 +42,43 @@ def configuration_answer(
     head = "The configuration was not applied, so its figures are the original's. " * (
         row.effect == NOT_APPLIED
     )
+    cost = (
+        ("time per video", took, sure),
+        ("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
+    )
     if base:
-        headline = (
-            f"{name} makes a video in {took} ({sure}). It is the original that others are compared with."
+        return answer(
+            f"{name} makes a video in {took} ({sure}). It is the original that others are compared with.",
+            tiles=(
+                *cost,
+                ("quality loss", "0 %", "it is the original"),
+                ("load time", shown(row.load_ms, "ms"), "until it can run"),
+            ),
+            next=step("measures another configuration beside this one", engine="onnxruntime"),
         )
-        following = (
-            "Next: this notebook with engine=onnxruntime, or with a plan, measures another configuration."
+    within, lost = loss.within(), loss.text.removeprefix("quality loss ")
+    judged = {
+        "yes": f"It keeps within {LIMIT_PERCENT:g} % of quality loss: {loss.bound}.",
+        "no": f"It loses more than {LIMIT_PERCENT:g} % of quality: {lost}.",
+        "unknown": "What it loses in quality is not known: no true video belongs to its inputs.",
+    }.get(
+        within,
+        f"Whether it keeps within {LIMIT_PERCENT:g} % of quality loss is not decided: {lost}.",
+    )
+    if within == "undecided" or noise > MOST_NOISE_PERCENT:
+        following = step(
+            "decides more, with more cases and repeats", cases=max(8, 2 * loss.cases), iterations=6
         )
     else:
-        headline = f"{head}{name} makes a video in {took} ({sure}), {loss.text}."
-        following = "Next: 50_before_after puts the runs of several configurations beside each other."
-    return Answer(
-        headline,
-        tuple(
-            filter(None, ["" if base else f"{capital(divergence.text)}.", "" if base else proof, following])
-        ),
-        (
-            Tile("time per video", took, sure),
-            Tile("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
-            Tile("quality loss", *(("0 %", "it is the original") if base else loss.tile())),
-            Tile("load time", shown(row.load_ms, "ms"), "until it can run") if base else divergence.tile(),
-        ),
+        why = "measures the original in the same way, which says how much faster this is"
+        following = step(why, engine="eager", plan=None, configuration=None)
+    return answer(
+        f"{head}{name} makes a video in {took} ({sure}). {judged}",
+        f"{capital(divergence.text)}.",
+        proof,
+        "The original's time is not measured here, so this says nothing on how much faster it is.",
+        tiles=(*cost, ("quality loss", *loss.tile()), divergence.tile()),
+        next=following,
     )
 
 
@@ -81,12 +98,25 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
         known = ratio_text(gain.speedup, gain.low, gain.high, beside=original)
         head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
     noise = f"Two series of {original} differ by up to {gain.noise_percent:.1f} %; a smaller gain would not count."
+    speed = (
+        f"{gain.speedup:.2f}×",
+        f"{interval_text(gain.low, gain.high)}; noise {gain.noise_percent:.0f} %",
+    )
+    if gain.direction_only:
+        speed = (gain.verdict, f"about {gain.speedup:.1f}× beside other work; not exact")
+    if gain.busy:
+        following = step("tells how much on an idle machine: nothing else may run beside it", "00_quickstart")
+    else:
+        following = step(
+            "says where the time of a video goes; give your own model with -p model=", "10_baseline"
+        )
     return answer(
         f"{head} {loss_words(loss)}",
         f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
         f"Both were timed in turn: {gain.sampling}." if gain.sampling else "",
         f"Quality loss is how much farther from the true video the optimised one is, over {loss.cases} held-out cases.",
-        "Next: 10_baseline and 15_triage for your own model, 41_configuration to try plans and engines together.",
+        tiles=(("speed-up", *speed), ("quality loss", *loss.tile())),
+        next=following,
     )
 
 
@@ -160,8 +190,8 @@ def technique_answer(comparisons: Comparisons, matrix: pd.DataFrame, table: pd.D
         head,
         f"{_named(combined)} beside the product of each alone: {product}" if product else "",
         f"{comparisons.place} {_not_run(table)}",
-        "Next: 60_sweep chooses a configuration within a limit of quality loss.",
         tiles=tuple(tiles[:5]),
+        next=step("chooses a configuration within a limit of quality loss", "60_sweep"),
     )
 
 

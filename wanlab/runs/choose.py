@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, speed_text
+from wanlab.core.answer import Answer, Tile, answer, speed_text, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
@@ -213,8 +213,10 @@ def _answer(
     ratio, loss = comparisons.ratios[best.label], _loss_text(best)
     title, value, before = by.rpartition("_")[0].replace("_", " "), *_shown(by, best, base)
     tiles = [Tile(title or by, value, "" if best is base else f"{before} with {other}")]
-    where = "; ".join(notes)
-    details = [f"{capital(where)}. {comparisons.place}"]
+    details = [f"{capital('; '.join(notes))}. {comparisons.place}"]
+    following = step(
+        "a sweep of other configurations, and this notebook with its folder as sweep=, looks farther"
+    )
     if best is base:
         headline = (
             f"Keep {name}: of {counted(len(comparisons.rows), 'configuration')}, none within the limit on"
@@ -224,12 +226,13 @@ def _answer(
         how = "as fast" if by.endswith("_ms") else "as good"
         figures = (ratio.value if gain_of(by) == "ratio" else math.nan, ratio.low, ratio.high)
         gain = speed_text(*figures, candidate=name, baseline=other, how=how).removeprefix(f"{name} is ")
+        gain = gain.removesuffix(")") + f", noise {ratio.noise_percent:.0f} %)" * (ratio.noise_percent >= 1)
         headline = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
         beside = f"{interval_text(*figures[1:])}; noise {ratio.noise_percent:.0f} %"
         tiles.insert(0, Tile("speed-up" if how == "as fast" else "gain", f"{figures[0]:.2f}×", beside))
-        details.insert(
-            0, "Next: 41_configuration with case_set=final measures it on cases that no choice was made by."
-        )
+        asked = {name: best.parameters.get(name) for name in comparisons.axes if name in CONFIGURED}
+        why = "measures it on cases that no choice was made by"
+        following = step(why, "41_configuration", **asked, case_set="final")
     if is_number(best.results.get(QUALITY[1])):
         high = best.results.get(QUALITY[0])
         upper = f"at most {max(high, 0.01):.2f} %" if is_number(high) else "95 % interval unknown"
@@ -237,10 +240,23 @@ def _answer(
     if is_number(best.results.get(MEMORY)):
         value, before = _shown(MEMORY, best, base)
         tiles.append(Tile("peak memory", value, "" if best is base else f"{before} with {other}"))
-    return Answer(headline, tuple(details), tuple(tiles))
+    return answer(headline, *details, tiles=tuple(tiles), next=following)
 
 
 MEMORY = "peak_memory_gib"
+CONFIGURED = (
+    "model",
+    "dtype",
+    "configuration",
+    "engine",
+    "plan",
+    "height",
+    "width",
+    "frames",
+    "steps",
+    "guidance_scale",
+)
+"""Parameters of sweeps that are those of one configuration, too."""
 
 
 def configuration_text(parameters: Mapping[str, Any], axes: Iterable[str]) -> str:
@@ -536,8 +552,8 @@ def readable(comparisons: Comparisons, *, apart: bool = False) -> pd.DataFrame:
     gain = gain_of(comparisons.by)
     others = [name for name in comparisons.shown if name != comparisons.by]
     rows = []
-    for row in comparisons.frame.to_dict(orient="records"):
-        axes = {axis: parameter_text(row[axis]) for axis in comparisons.axes} if apart else {}
+    for run, row in zip(comparisons.rows, comparisons.frame.to_dict(orient="records"), strict=True):
+        axes = {axis: parameter_text(run.parameters.get(axis)) for axis in comparisons.axes} if apart else {}
         effect = f", {NOT_APPLIED}" if row.get("effect") == NOT_APPLIED else ""
         timed = is_time(comparisons.by) and row["configuration"] != comparisons.baseline.label
         cells = (axes or {"configuration": row["configuration"]}) | {

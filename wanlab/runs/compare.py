@@ -330,7 +330,8 @@ def _frame(
     columns: Sequence[str],
 ) -> pd.DataFrame:
     data: dict[str, list] = {"configuration": [row.label for row in rows]}
-    data |= {axis: [row.parameters.get(axis) for row in rows] for axis in axes}
+    # A parameter `configuration` stands in the label, which this column keeps.
+    data |= {axis: [row.parameters.get(axis) for row in rows] for axis in axes if axis != "configuration"}
     data["repeats"] = [row.repeats for row in rows]
     data[by] = [number(row.results.get(by)) for row in rows]
     data[gain_of(by)] = [ratio.value for ratio in ratios.values()]

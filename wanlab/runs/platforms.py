@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, speed_text
+from wanlab.core.answer import Answer, Tile, answer, speed_text, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.paths import data
 from wanlab.core.stats import interval_text
@@ -119,7 +119,10 @@ def platform_answer(table: pd.DataFrame, refused: pd.DataFrame) -> Answer:
     """
     measured = table[table["state"] == MEASURED]
     if measured.empty:
-        return Answer(f"Nothing here was measured: {platform_notes(table, refused)}.")
+        return answer(
+            f"Nothing here was measured: {platform_notes(table, refused)}.",
+            next=step("give results= of the same work, or leave runs= out, which measures this machine"),
+        )
     first, best = measured.iloc[0], measured.loc[measured["latency_ms"].idxmin()]
     here = first["source"] == HERE
     place, base = "On this machine" if here else f"On {first['machine']}", engine_text("eager")
@@ -138,7 +141,6 @@ def platform_answer(table: pd.DataFrame, refused: pd.DataFrame) -> Answer:
         f"Fastest of {rows}: {fastest}, {shown(best['latency_ms'], 'ms')}{older}. The work: {first['model']}"
         f" {first['what']}, {first['shape']}.",
         f"{capital(notes)}." if (notes := platform_notes(table, refused)) else "",
-        "Next: this notebook on another machine, and then with runs= of both, puts them into one table.",
     ]
     tiles = []
     if gains:
@@ -157,7 +159,8 @@ def platform_answer(table: pd.DataFrame, refused: pd.DataFrame) -> Answer:
         Tile("compared", rows.partition(" of ")[0], f"of {_count(measured['machine'].nunique(), 'machine')}")
     )
     tiles.append(Tile("refused", str(len(refused)), "rows of other work"))
-    return Answer(f"{head}.", tuple(filter(None, details)), tuple(tiles))
+    joined = "this notebook on another machine, and then here with runs= of both, puts them into one table"
+    return answer(f"{head}.", *details, tiles=tuple(tiles), next=step(joined))
 
 
 def _row_text(row: pd.Series) -> str:

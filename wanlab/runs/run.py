@@ -30,6 +30,7 @@ from wanlab.measure import load
 from wanlab.measure.environment import environment
 from wanlab.runs import clips, prepare
 from wanlab.runs.folder import Heartbeat, RunFolder
+from wanlab.runs.next_step import next_html, next_step
 from wanlab.runs.parameters import Schema, checked, is_tagged, parse_cell, read_notebook, read_schema
 from wanlab.runs.prepare import describe, header
 from wanlab.runs.result import HERE, Result, checked_result, completed
@@ -277,13 +278,18 @@ class Run:
         headline, busy = clean(given.headline), load.taken()
         if busy.text and busy.text not in headline:
             headline = (
-                f"{headline.removesuffix('.')}. Timed while {busy.text}: an idle machine gives other times."
+                f"{headline.removesuffix('.')}. Timed while {busy.text}: run it again on an idle machine."
             )
         shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         self._files.update(verdict=headline, details=shown, load=msgspec.to_builtins(busy))
-        answer = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>'
+        answer, lines = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>', [headline]
+        if given.next is not None:
+            following = next_step(given.next, read_json(self._files.run_json))
+            self._files.update(next=following)
+            answer += next_html(following)
+            lines.append(str(given.next))
         answer += "".join(f"<p>{escape(detail)}</p>" for detail in shown)
-        self._answer = clips.Html(answer, "\n".join([headline, *shown]))
+        self._answer = clips.Html(answer, "\n".join([*lines, *shown]))
         return self._answer
 
     def finish(self) -> None:

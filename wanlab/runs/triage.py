@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,8 @@ def run_measurements(
         measured,
         pd.DataFrame(rows, columns=[*RUN, "measurements"]),
         pd.DataFrame(refused, columns=[*RUN, "why"]),
-        (f" --output {shlex.quote(folder)}" if folder else "") + _options(kept, model),
+        _parameters(kept, model),
+        folder or "",
         (note, *_differences(kept)),
     )
 
@@ -178,11 +178,10 @@ def _table(folder: Path, name: str) -> list[dict[str, str]]:
         return []
 
 
-def _options(runs: list[_Run], model: str | None) -> str:
-    """Options of a command that measures with the same settings; "auto" and defaults are left out."""
+def _parameters(runs: list[_Run], model: str | None) -> dict[str, Any]:
+    """Parameters that measure with the same settings; "auto" and defaults are left out."""
     settings = next((run.settings for run in reversed(runs) if run.settings), {"model": model})
-    options = {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
-    return "".join(f" -p {name}={shlex.quote(str(value))}" for name, value in options.items())
+    return {n: v for n, v in settings.items() if v not in (None, "auto", DEFAULTS.get(n))}
 
 
 def _differences(runs: list[_Run]) -> Iterator[str]:

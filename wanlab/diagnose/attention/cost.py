@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError
-from wanlab.core.words import sentence
+from wanlab.core.words import listed
 from wanlab.diagnose.attention.backends import AttentionKernels
 from wanlab.diagnose.attention.calls import FORWARD, SELF, AttentionCall, attention_calls
 from wanlab.diagnose.attention.maps import AttentionMap
 from wanlab.diagnose.attention.statistics import BLOCK_KEYS
+from wanlab.measure.load import metered
 from wanlab.models.device import synchronise
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import fewest_steps, precompute_schedule
@@ -63,7 +64,7 @@ def attention_times(
         samples.append((repeat, call.without_tensors(), heads, begin, end))
         return result
 
-    with attention_calls(model, timed):
+    with metered(model.device), attention_calls(model, timed):
         for repeat in range(repeats):  # noqa: B007 - read by `timed`
             model.generate(image, prompt, **settings)
     synchronise(model.device)
@@ -97,6 +98,16 @@ def layer_times(times: pd.DataFrame) -> pd.DataFrame:
     grouped = parts.groupby(level=own, sort=False)
     frame = grouped["time_ms"].agg(calls="size", median_ms="median", min_ms="min", max_ms="max")
     return frame.assign(head_ms=grouped["head_ms"].median()).reset_index()
+
+
+LOOKS = {
+    "spatial": "mostly at their own frame",
+    "temporal": "at one place through time",
+    "global": "all over the video",
+}
+"""Type of a head -> what such heads look at."""
+NORMAL_95 = 1.96
+"""Standard errors on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +148,19 @@ class Skippable:
             **{f"{name}_percent": float(types.get(name, 0.0)) for name in ("spatial", "temporal", "global")},
         }
 
+    @property
+    def _looks(self) -> str:
+        """What the heads look at, as a sentence: the share of each type that there is, the largest first."""
+        shares = {name: self.row()[f"{name}_percent"] or 0.0 for name in LOOKS}
+        parts = sorted((name for name in LOOKS if shares[name] >= 0.5), key=lambda name: -shares[name])
+        if len(parts) == 1:
+            return f"All heads look {LOOKS[parts[0]]}."
+        said = [
+            f"{shares[name]:.0f} %{'' if at else ' of the heads look'} {LOOKS[name]}"
+            for at, name in enumerate(parts)
+        ]
+        return f"{listed(said)}."
+
     def answer(
         self, heads: AttentionMap, kernels: AttentionKernels | None = None, caveat: str = ""
     ) -> Answer:
@@ -146,38 +170,39 @@ class Skippable:
             heads: the map that was ranked. kernels: kernels that were timed for the dense work, if any.
             caveat: sentence about a profile that is shown beside the map.
         """
-        half, error = float(self.table["density_percent"].median()), heads.error_percent(self.level_percent)
-        need = (
-            f"half of the heads need {half:.1f} % of the keys for {self.level_percent} % of their attention"
-        )
-        first, even = (
-            float(heads.of()["first_frame_percent"].median()),
-            heads.uniform()["first_frame_percent"],
-        )
-        tiles = [
-            (f"keys for {self.level_percent} %", f"{half:.1f} %", f"median head, known to ± {error:.1f} %"),
-            ("spatial heads", f"{self.row()['spatial_percent']:.0f} %", "look mostly inside their own frame"),
-            ("on the first frame", f"{first:.1f} %", f"of the attention; alike to all would be {even:.1f} %"),
+        share = self.row()
+        half = share[f"density{self.level_percent}_median_percent"]
+        known = f"± {NORMAL_95 * heads.error_percent(self.level_percent):.1f} % (95 % interval)"
+        first = float(heads.of()["first_frame_percent"].median())
+        even = heads.uniform()["first_frame_percent"]
+        more = [
+            (f"keys for {self.level_percent} %", f"≤ {half:.0f} %", f"in half of the heads, {known}"),
+            ("look all over the video", f"{share['global_percent']:.0f} %", "of the heads"),
+            ("on the first frame", f"{first:.0f} %", f"of the attention; even would be {even:.0f} %"),
         ]
-        head = f"{sentence(need)} What skipping the others gains is not known: nothing was timed."
-        if self.bound_ratio is not None:
+        tiles = more
+        head = f"{self._looks} What skipping keys gains is not known: nothing was timed."
+        following = step("times attention, so that the gain is known", "13_attention")
+        if self.bound_ratio is not None and self.block_bound_ratio is not None:
+            part = f"{self.attention_share_percent:.0f} %"
             head = (
-                f"Skipping keys can make denoising at most {self.bound_ratio:.2f} times as fast, and"
-                f" {self.block_bound_ratio:.2f} times in blocks as kernels work: self-attention is"
-                f" {self.attention_share_percent:.0f} % of the time. {need[:1].upper()}{need[1:]}."
+                f"{self._looks} Self-attention is {part} of the denoising time: skipping keys makes denoising at most"
+                f" {self.bound_ratio:.2f} times as fast."
             )
-            share = ("self-attention", f"{self.attention_share_percent:.1f} %", "of the denoising time")
-            blocks = f"in blocks of {BLOCK_KEYS}: at most {self.block_bound_ratio:.2f}×"
-            tiles = [share, ("skipping keys", f"≤ {self.bound_ratio:.2f}×", blocks), *tiles]
-        name = f"Measured with {heads.facts['model']}"
-        sampled = f"{heads.facts['queries_per_frame']} queries of each latent frame"
+            if heads.caveat:
+                only = "The weights are random, so only times mean something"
+                head = f"{only}: self-attention is {part} of the denoising time."
+            blocks = f"in blocks of {BLOCK_KEYS} keys ≤ {self.block_bound_ratio:.2f}×"
+            own = ("self-attention", part, "of the denoising time")
+            tiles = [own, ("gain of skipping", f"≤ {self.bound_ratio:.2f}×", blocks), *more]
+            following = step("ranks skipping keys beside every other change", "15_triage")
         return answer(
             head,
             f"{caveat}{heads.caveat}",
-            f"{name} on a sample, {sampled}: the share of one head is known to ± {error:.1f} %."
-            " Both bounds assume that choosing the keys costs nothing.",
+            f"Measured with {heads.facts['model']} on {heads.facts['queries_per_frame']} queries of each latent frame."
+            " The bound assumes that choosing the keys costs nothing.",
             "" if kernels is None else kernels.sentence,
-            "Next: 15_triage says whether attention is worth a change, 42_component times a kernel in the network.",
+            next=following,
             tiles=tuple(tiles),
         )
 

@@ -62,6 +62,11 @@ class Locality:
     local_percent: float = LOCAL_PERCENT
 
     @property
+    def most_local(self) -> pd.DataFrame:
+        """All heads, those with most mass within one latent frame first."""
+        return self.heads.sort_values(within_name(1), ascending=False, kind="stable", ignore_index=True)
+
+    @property
     def counts(self) -> pd.DataFrame:
         """Number of heads that are local, not local and undecided, in time and in space, by component."""
         rows = [

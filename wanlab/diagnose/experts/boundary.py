@@ -12,15 +12,16 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, Step, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import interval_text
-from wanlab.core.words import percent_text, sentence, time_text
+from wanlab.core.words import counted, listed, percent_text, sentence, time_text
 from wanlab.diagnose.experts.switching import SwitchCost
 from wanlab.diagnose.experts.timeline import Timeline
 from wanlab.evaluate.loss import quality_loss
 from wanlab.evaluate.metrics import compare_videos
 from wanlab.heldout.cases import Case, inputs
+from wanlab.measure.load import metered
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import boundary_at, precompute_schedule
@@ -56,10 +57,15 @@ class Disagreement:
         named = {"": "relative_l2", "_floor": "floor_l2", "_timestep": "timestep", "_cosine": "cosine"}
         return {f"disagreement{key}": float(near[column]) for key, column in named.items()}
 
-    def percents(self) -> tuple[str, str]:
-        """How far the experts differ nearest to the boundary, and how far equal calls do, as text."""
-        near = self.at_boundary()
-        return percent_text(100 * near["relative_l2"]), percent_text(100 * near["floor_l2"])
+    def percents(self) -> tuple[str, str, str]:
+        """How far the experts differ nearest to the boundary, at most at any step, and how far equal calls do, as text."""
+        near, most = self.at_boundary(), float(self.steps["relative_l2"].max())
+        return _percent_text(near["relative_l2"]), _percent_text(most), _percent_text(near["floor_l2"])
+
+
+def _percent_text(relative: float) -> str:
+    """A relative distance in percent, in two digits: 0.0895 as "9.0 %"."""
+    return percent_text(float(f"{100 * relative:.2g}"))
 
 
 def disagreement(
@@ -154,6 +160,7 @@ class BoundarySweep:
             at the model's own boundary; None with one case.
         floor_percent: change of the first case's LPIPS with another attention kernel only; None without quality.
         note: what was not measured, and why; empty if nothing.
+        timesteps: training timesteps, of which a boundary is a share.
     """
 
     frame: pd.DataFrame
@@ -161,31 +168,46 @@ class BoundarySweep:
     noise_percent: float | None
     floor_percent: float | None
     note: str
+    timesteps: float = 1000.0
 
     def row(self) -> dict[str, Any]:
-        """Flat record: boundary_best (lowest LPIPS; None without quality), boundary_noise_percent, boundary_floor_..."""
-        best = self.frame.loc[self.frame["lpips"].idxmin(), "boundary"] if "lpips" in self.frame else None
+        """Flat record: boundary_best (that of the lowest LPIPS; None where it cannot be told, or without quality),
+        boundary_noise_percent, boundary_floor_percent."""
+        own = float(self.own["boundary"])
+        best = self.better if self.better is not None else own if self.own_is_best else None
         noise = {"boundary_noise_percent": self.noise_percent, "boundary_floor_percent": self.floor_percent}
         return {"boundary_best": best} | noise
 
     def __str__(self) -> str:
-        if self.note:
-            return self.note
-        scores = [f"{row.lpips:.4f} at {row.boundary:g}" for row in self.frame.itertuples()]
-        cases = int(self.frame["cases"].iloc[0])
-        return (
-            f"LPIPS to the true video (lower is better) with the boundary moved, {cases} case{'s' * (cases != 1)}:"
-            f" {', '.join(scores)}; another exact attention kernel alone changes it by {percent_text(self.floor_percent)}"
-        )
+        return self.sentence
+
+    def title(self, boundary: float) -> str:
+        """A boundary as all texts and figures name it: "timestep 900"."""
+        return f"timestep {boundary * self.timesteps:g}"
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The table with its boundaries named as in texts and figures."""
+        return self.frame.assign(boundary=self.frame["boundary"].map(self.title))
+
+    @property
+    def own(self) -> pd.Series:
+        """The row of the model's own boundary."""
+        return self.frame[self.frame["own"]].iloc[0]
+
+    @property
+    def tried(self) -> pd.DataFrame:
+        """The rows of the other boundaries."""
+        return self.frame[~self.frame["own"]]
 
     @property
     def better(self) -> float | None:
         """A boundary that is better than the model's own beyond noise; None without any, or without an interval."""
-        if self.note:
+        if self.note or self.tried.empty:
             return None
-        best = self.frame.loc[self.frame["change_percent"].idxmin()]
+        best = self.tried.loc[self.tried["change_percent"].idxmin()]
         high = best["high_percent"]  # there is none with two cases
-        certain = not best["own"] and not pd.isna(high) and high < 0
+        certain = not pd.isna(high) and high < 0
         return (
             float(best["boundary"])
             if certain and -best["change_percent"] > (self.floor_percent or 0.0)
@@ -193,21 +215,43 @@ class BoundarySweep:
         )
 
     @property
+    def own_is_best(self) -> bool:
+        """Whether every other boundary that was tried is worse than the model's own, beyond noise."""
+        if self.note or self.tried.empty:
+            return False
+        least = max(self.floor_percent or 0.0, 0.0)
+        return bool((self.tried["low_percent"] > 0).all() and (self.tried["change_percent"] > least).all())
+
+    @property
+    def undecided(self) -> bool:
+        """Whether more cases could tell if another boundary is better."""
+        return not self.note and self.better is None and not self.own_is_best
+
+    @property
+    def extent(self) -> str:
+        """How much was tried: "2 cases, 2 other boundaries"."""
+        others = len(self.tried)
+        return f"{counted(int(self.own['cases']), 'case')}, {others} other boundar{'ies' if others != 1 else 'y'}"
+
+    @property
     def sentence(self) -> str:
         """Whether another boundary is better than the model's own, with its interval; the note without quality."""
         if self.note:
             return sentence(f"whether another boundary is better is not known: {self.note}")
-        own = self.frame[self.frame["own"]].iloc[0]
-        best = self.frame.loc[self.frame["change_percent"].idxmin()]
-        tried = ", ".join(f"{value:g}" for value in self.frame.loc[~self.frame["own"], "boundary"])
-        if best["own"]:
-            return f"The model's own boundary, {own['boundary']:g}, gives the best quality of those tried (others: {tried})."
-        known = interval_text(best["low_percent"], best["high_percent"], "+.2f")
-        cases = int(best["cases"])
-        holds = "is better" if self.better is not None else "cannot be told from the model's own"
+        changes = [
+            f"{row.change_percent:+.2f} % at {self.title(row.boundary)}"
+            f" ({interval_text(row.low_percent, row.high_percent, '+.2f')})"
+            for row in self.tried.itertuples()
+        ]
+        own = f"the model's own, {self.title(self.own['boundary'])}"
+        if self.better is not None:
+            holds = f"A boundary at {self.title(self.better)} is better than {own}"
+        elif self.own_is_best:
+            holds = f"Every other boundary that was tried is worse than {own}"
+        else:
+            holds = f"Whether another boundary is better than {own}, is undecided"
         return (
-            f"A boundary at {best['boundary']:g} {holds}: LPIPS to the true video {best['change_percent']:+.2f} % against"
-            f" {own['boundary']:g} ({known}, {cases} case{'s' * (cases != 1)})."
+            f"{holds} ({self.extent}): LPIPS to the true video changes by {listed(changes)}; more is worse."
         )
 
 
@@ -236,7 +280,8 @@ def boundary_sweep(
     """
     if not cases:
         raise WanlabError("boundary_sweep of no case; give at least one")
-    own = precompute_schedule(model, settings.get("steps")).boundary_ratio
+    schedule = precompute_schedule(model, settings.get("steps"))
+    own = schedule.boundary_ratio
     for boundary in (own, *boundaries):
         with boundary_at(model, boundary):
             pass  # a wrong boundary is refused before the first video
@@ -256,15 +301,19 @@ def boundary_sweep(
         runs.insert(len(places), (own, 0, True))
     cache: dict[int, Any] = {}
     rows = []
-    for boundary, number, control in tqdm(
-        runs, "boundaries", unit="video", leave=False, disable=not progress
-    ):
-        with boundary_at(model, boundary):
-            result = _swept(model, cases[number], scored_frames, control, cache, settings)
-        rows.append(
-            {"boundary": boundary, "own": boundary == own, "control": control, "case": number} | result
-        )
-    return _summarised(pd.DataFrame(rows), note)
+    said = list(model.notes)
+    bar = tqdm(runs, "boundaries", unit="video", leave=False, disable=not progress)
+    with metered(model.device):
+        for boundary, number, control in bar:
+            with boundary_at(model, boundary):
+                result = _swept(model, cases[number], scored_frames, control, cache, settings)
+            rows.append(
+                {"boundary": boundary, "own": boundary == own, "control": control, "case": number} | result
+            )
+    # That an expert runs in no step is true of a moved boundary only, and would be read as a remark on the model's own.
+    model.notes[:] = said
+    timesteps = schedule.boundary_timestep / own if own else 1000.0
+    return _summarised(pd.DataFrame(rows), note, timesteps)
 
 
 def _swept(
@@ -306,7 +355,7 @@ def _swept(
     return row
 
 
-def _summarised(videos: pd.DataFrame, note: str) -> BoundarySweep:
+def _summarised(videos: pd.DataFrame, note: str, timesteps: float) -> BoundarySweep:
     plain, again = videos[~videos["control"]], videos[videos["control"]]
     own = plain[plain["own"]]
     rows = []
@@ -325,7 +374,7 @@ def _summarised(videos: pd.DataFrame, note: str) -> BoundarySweep:
     if len(again):
         ratios = again.set_index("case")["lpips"] / own.set_index("case")["lpips"]
         floor = 100 * float((ratios - 1).abs().max())
-    return BoundarySweep(pd.DataFrame(rows), videos, noise, floor, note)
+    return BoundarySweep(pd.DataFrame(rows), videos, noise, floor, note, timesteps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,41 +402,66 @@ class ExpertSummary:
         Args:
             caveat: sentence about a profile that is shown beside the measurements.
         """
-        first, switch = self.timeline.after_switch(), "Nothing is switched."
-        if first:
-            same = abs(first["excess_ms"]) <= first["noise_ms"]
-            takes = "no time that can be told from noise" if same else time_text(first["excess_ms"])
-            switch = f"A switch between them takes {takes}."
-        elif self.timeline.schedule.switches:
-            switch = "What a switch takes was not measured: too few forwards."
-        tiles, apart = list(self.timeline.tiles), ""
+        tiles = [*self.timeline.tiles]
         if not self.timeline.schedule.switches:
             tiles.append(("switches between experts", "none", "no time is lost on one"))
-        if first:
+        if first := self.timeline.after_switch():
             noise = f"single forwards vary by {time_text(first['noise_ms'])}"
             more = f"{'+' * (first['excess_ms'] > 0)}{time_text(first['excess_ms'])}"
             value = "within noise" if abs(first["excess_ms"]) <= first["noise_ms"] else more
             tiles.append(("extra time of a switch", value, f"{more}; {noise}"))
         if self.disagreement is not None:
-            differ, noise = self.disagreement.percents()
-            near = self.disagreement.at_boundary()
-            apart = f" The choice matters: their predictions differ by {differ}, equal calls by {noise}."
-            if near["relative_l2"] <= near["floor_l2"]:
-                apart = (
-                    f" The choice does not matter: their predictions differ by {differ}, as equal calls do."
-                )
-            tiles.append(("experts differ by", differ, f"equal calls: {noise}"))
-        if self.boundaries is not None and not self.boundaries.note:
-            own = self.boundaries.frame.loc[self.boundaries.frame["own"], "boundary"].iloc[0]
-            better, beside = self.boundaries.better, "the model's own; no other is better beyond noise"
-            if better is not None:
-                beside = f"better than the model's own, {own:g}"
-            tiles.append(("best boundary", f"{own if better is None else better:g}", beside))
-        measured = "" if self.boundaries is None else self.boundaries.sentence
+            differ, most, noise = self.disagreement.percents()
+            tiles.append(
+                ("experts differ by", f"{differ} to {most}", f"of the prediction; equal calls: {noise}")
+            )
+        if (sweep := self.boundaries) is not None and not sweep.note:
+            own = sweep.title(sweep.own["boundary"])
+            better = "undecided" if sweep.undecided else "no"
+            if sweep.better is not None:
+                better = sweep.title(sweep.better)
+            tiles.append(("better boundary", better, f"own: {own}; {sweep.extent}"))
         return answer(
-            f"{sentence(self.timeline.order)} {switch}{apart}",
-            f"{caveat}Measured with {name}. {measured}",
+            f"{sentence(self.timeline.order)} {self._switch}{self._apart}",
+            caveat,
+            f"Measured with {name} in one generation. {'' if sweep is None else sweep.sentence}",
             sentence(self.switch.sentence),
-            "Next: 14_memory shows whether both experts fit into memory, 42_component what an engine gains on one.",
             tiles=tuple(tiles),
+            next=self._next,
         )
+
+    @property
+    def _switch(self) -> str:
+        """What a switch costs here, as a sentence."""
+        if not (first := self.timeline.after_switch()):
+            known = "What a switch takes was not measured: too few forwards."
+            return known if self.timeline.schedule.switches else "Nothing is switched."
+        if abs(first["excess_ms"]) <= first["noise_ms"]:
+            return "A switch adds no time that can be told from noise."
+        word = "adds" if first["excess_ms"] > 0 else "saves"
+        return f"A switch {word} {time_text(abs(first['excess_ms']))}."
+
+    @property
+    def _apart(self) -> str:
+        """How far the experts' predictions differ, and so whether the choice matters, as a sentence."""
+        if self.disagreement is None:
+            return ""
+        near = self.disagreement.at_boundary()
+        differ, most, _ = self.disagreement.percents()
+        if near["relative_l2"] <= near["floor_l2"]:
+            return f" The choice does not matter at the boundary: predictions differ by {differ}, as equal calls do."
+        far = f", and by up to {most} at other steps" if most != differ else ""
+        return f" The choice matters: their predictions differ by {differ} at the boundary{far}."
+
+    @property
+    def _next(self) -> Step:
+        """What to do next: more cases where they can decide on the boundary, else what acts on the experts."""
+        sweep = self.boundaries
+        if sweep is not None and sweep.undecided and len(sweep.tried):
+            cases = max(8, 2 * int(sweep.own["cases"]))
+            return step("can decide whether another boundary is better", cases=cases)
+        if self.timeline.schedule.switches:
+            return step(
+                "shows whether both experts fit into memory, so that a switch stays free", "14_memory"
+            )
+        return step("times the expert with another engine", "42_component")

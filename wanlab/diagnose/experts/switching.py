@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from wanlab.core.errors import WanlabError, first_line
 from wanlab.core.paths import data, locate
 from wanlab.core.text import WRONG
+from wanlab.core.words import time_text
 from wanlab.measure.environment import environment
 from wanlab.measure.timing import Samples, time_ms
 from wanlab.models.pipeline import Model
@@ -37,6 +38,13 @@ WORDS = {
     "pinned": "from page-locked host memory",
     "prefetched": "with the weights copied ahead",
 }
+WAY_NAMES = {
+    "resident": "both in GPU memory",
+    "pageable": "from ordinary host memory",
+    "pinned": "from page-locked host memory",
+    "prefetched": "copied ahead",
+}
+"""Way -> its name in figures and tables."""
 HERE = "measured here"
 KEPT = ("size_bytes", "lock_ms", "fill_ms", "device", "settings")
 
@@ -111,6 +119,12 @@ class SwitchCost:
         }
 
     @property
+    def shown(self) -> pd.DataFrame:
+        """The table with the names of the ways as figures have them."""
+        frame = self.frame
+        return frame if frame.empty else frame.assign(way=frame["way"].map(WAY_NAMES))
+
+    @property
     def empty(self) -> bool:
         """Whether nothing was measured; `note` then says why."""
         return self.frame.empty
@@ -128,7 +142,13 @@ class SwitchCost:
         if self.measured_here:
             return f"A switch costs {ends} ({self.device}, measured here)"
         model = self.settings.get("model") or "another model"
-        return f"On another machine ({self.device}, {self.source}) a switch of {model} costs {ends}"
+        return f"On another machine ({self.device}) a switch of {model} costs {ends}"
+
+    @property
+    def where(self) -> str:
+        """Machine, model and source of the samples: "NVIDIA H200, wan2.2-i2v-a14b: another machine"."""
+        model = self.settings.get("model") or "a model that is not recorded"
+        return f"{self.device}, {model}: {'measured here' if self.measured_here else 'another machine'}"
 
     @property
     def measured_here(self) -> bool:
@@ -183,10 +203,10 @@ class SwitchCost:
 
 
 def _cost(row: Any) -> str:
-    noise = f"noise {row.noise_ms:,.1f} ms"
+    noise = f"noise {time_text(row.noise_ms)}"
     if abs(row.time_ms) <= row.noise_ms:
-        return f"nothing that can be told from noise {WORDS[row.way]} ({row.time_ms:,.1f} ms, {noise})"
-    return f"{row.time_ms:,.1f} ms {WORDS[row.way]} ({noise})"
+        return f"nothing that can be told from noise {WORDS[row.way]} ({noise})"
+    return f"{time_text(row.time_ms)} {WORDS[row.way]} ({noise})"
 
 
 def switching(

@@ -11,11 +11,20 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import time_text
+from wanlab.measure.load import metered
 from wanlab.measure.stages import EXPERTS, stages
 from wanlab.models.pipeline import Model
 from wanlab.models.schedule import ExpertSchedule, fewest_steps, precompute_schedule
 from wanlab.models.spec import component_title
 from wanlab.models.taps import component_calls, intercept_calls
+
+
+def from_one(table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """A table for readers, who count denoising steps from 1: its columns of steps, which count from 0, moved by one."""
+    if table is None:
+        return None
+    moved = {name: table[name] + 1 for name in ("step", "first_step") if name in table}
+    return table.assign(**moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +129,7 @@ def timeline(
     plan = precompute_schedule(model, settings.get("steps"))
     if warmup:
         model.generate(image, prompt, **settings | {"steps": fewest_steps(model, plan)})
-    with stages(model) as recorder:
+    with metered(model.device), stages(model) as recorder:
         for _ in range(repeats):
             model.generate(image, prompt, **settings)
     calls = recorder.frame()

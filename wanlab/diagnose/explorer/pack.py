@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from wanlab.core.words import NAMES
-from wanlab.diagnose.breakdown import CATEGORIES, CATEGORY_NAMES, COMPONENTS
+from wanlab.diagnose.breakdown import CATEGORIES, COMPONENTS, category_name
 from wanlab.diagnose.explorer.view import Exploration
 
 VERSION = 1
@@ -82,7 +82,7 @@ def _trace(view: Exploration, body: list[bytes]) -> dict[str, Any]:
         ],
         "columns": columns,
         "words": {name: _words(frame[name]) for name in ("name", "module", "shapes", "kind")},
-        "categories": [[name, CATEGORY_NAMES[name]] for name in CATEGORIES],
+        "categories": [[name, category_name(name, view.joint)] for name in CATEGORIES],
         "components": [[name, NAMES.get(name, name)] for name in COMPONENTS],
         "ceilings": {"tflop_per_s": roof.tflop_per_s, "memory_gb_per_s": roof.memory_gb_per_s}
         if roof

@@ -12,12 +12,13 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer
+from wanlab.core.answer import Answer, answer, step
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
 from wanlab.core.words import percent_text, size_text, time_text
-from wanlab.diagnose.breakdown import CATEGORY_NAMES
+from wanlab.diagnose.breakdown import category_name
 from wanlab.diagnose.explorer.events import GPU, Events, event_table
 from wanlab.diagnose.explorer.questions import QUESTIONS
+from wanlab.diagnose.profile_answer import NEXT, RANKS, with_article
 from wanlab.diagnose.trace import Trace
 from wanlab.measure.ceilings import Ceilings, recorded_ceilings
 
@@ -47,6 +48,11 @@ class Exploration:
 
     def __repr__(self) -> str:
         return f"Exploration({self.trace.path.name}, {len(self.events.frame):,} events)"
+
+    @property
+    def joint(self) -> bool:
+        """Whether the model's self-attention is joint attention of video and text, as the capture states."""
+        return bool(self.trace.generation.get("joint_attention"))
 
     @property
     def selection(self) -> pd.DataFrame:
@@ -261,11 +267,12 @@ class Exploration:
         )
         return part.index[(part >= 0.5 * whole.reindex(part.index)).to_numpy()]
 
-    def answer(self, caveat: str = "") -> Answer:
+    def answer(self, caveat: str = "", recorded: str | None = None) -> Answer:
         """What the ready questions found, for a reader who has ten seconds.
 
         Args:
             caveat: sentence that stands first below the headline.
+            recorded: file that the trace was read from; None where it was captured in this run.
         """
         work = self.events.work
         spent, what = work["own_us"].sum() / 1e3, "GPU" if self.events.side == GPU else "host"
@@ -276,7 +283,7 @@ class Exploration:
         by_category = lost.groupby(known["category"], observed=True).sum().sort_values(ascending=False) / 1e3
         longest = gaps["gap_us"].max() / 1e3 if len(gaps) else 0.0
         if len(by_category) and by_category.iloc[0] > 0:
-            most = CATEGORY_NAMES.get(by_category.index[0], by_category.index[0])
+            most = with_article(category_name(str(by_category.index[0]), self.joint))
             head = (
                 f"Most time is lost in {most}: {time_text(by_category.iloc[0])} of the {what}'s {time_text(spent)} lie above"
                 f" the roofline of the same work. Over all work with known shapes it is {time_text(lost.sum() / 1e3)}."
@@ -286,13 +293,16 @@ class Exploration:
                 f"The {what} worked for {time_text(spent)}, and its longest pause was {time_text(longest)}. How far its work"
                 " is from the roofline is not known: the device has no recorded ceilings."
             )
+        following = NEXT.get(str(by_category.index[0]), RANKS) if len(by_category) else RANKS
+        if recorded is not None:
+            following = step("ranks what to change by this profile", "15_triage", trace=recorded)
         covered = 100 * known["own_us"].sum() / 1e3 / spent if spent else 0.0
         return answer(
             head,
             caveat,
             f"Shapes and ceilings are known for {percent_text(covered)} of that time; the roofline is a bound, and no kernel"
             " reaches all of it. One profiled generation, so noise is not known.",
-            "Next: select in the view, and look at the same events in Python as view.selection.",
+            next=following,
             tiles=(
                 (f"{what} works", time_text(spent), f"{len(work):,} events"),
                 ("above the roofline", time_text(lost.sum() / 1e3), "all work with known shapes")

@@ -119,6 +119,12 @@ PART_NAMES = {
     "other": "other",
 }
 """Part of the peak -> its name in text."""
+MEANS = {
+    "workspace": ", which one operator needs only while it runs",
+    "activations": ", which pass from one operator to the next",
+    "fragmentation": ": the allocator holds it, and nothing is in it",
+}
+"""Part of the peak -> what it is, as the end of a sentence, where its name does not tell."""
 
 POINTS = 1500
 """Limit of moments in a timeline; of each interval the moment with the most memory is kept, so that no peak is lost."""
@@ -170,7 +176,7 @@ class MemoryAccount:
         share, name = f"{100 * parts.max() / self.peak_bytes:.0f} %", PART_NAMES[most]
         without = ", without what was there before the trace" if self.lower_bound else ""
         of = f"{least}{size_text(self.peak_bytes)} on {'the CPU' if self.device == 'cpu' else 'the GPU'}{without}"
-        return f"The largest part of the peak is {name}: {share} of {of}."
+        return f"The peak is {of}, and {share} of that is {name}{MEANS.get(most, '')}."
 
     @property
     def tiles(self) -> tuple[tuple[str, str, str], ...]:

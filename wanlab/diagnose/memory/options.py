@@ -15,17 +15,19 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from wanlab.core.answer import MOST_TILES, Answer, answer
+from wanlab.core.answer import MOST_TILES, Answer, answer, step
 from wanlab.core.words import size_text
 from wanlab.diagnose.capture import capture
 from wanlab.diagnose.memory.account import MemoryAccount
 from wanlab.diagnose.trace import read_trace
+from wanlab.measure.load import metered
 from wanlab.models.loading import load
 from wanlab.models.pipeline import Generation, Model
 from wanlab.models.taps import intercept_calls
 
 GIB = 1 << 30
 QUERY_CHUNKS = 4
+BFLOAT16 = "bfloat16 weights"
 SMALLEST_GIB = 0.0005  # a smaller difference of two equal runs is none
 
 
@@ -64,15 +66,16 @@ def memory_options(
     results: dict[str, _Measured | str] = {}
     bar = tqdm([*_OPTIONS.items()], desc="memory options", unit="option", leave=False, disable=not progress)
     take(model)  # warm-up
-    first = take(model)
-    for name, option in bar:
-        bar.set_postfix_str(name)
-        try:
-            with option(model, settings) as changed:
-                results[name] = take(changed or model)
-        except _Unavailable as reason:
-            results[name] = str(reason)
-    again = take(model)
+    with metered(model.device):
+        first = take(model)
+        for name, option in bar:
+            bar.set_postfix_str(name)
+            try:
+                with option(model, settings) as changed:
+                    results[name] = take(changed or model)
+            except _Unavailable as reason:
+                results[name] = str(reason)
+        again = take(model)
     noise = abs(first.peak_bytes - again.peak_bytes) / GIB
     time_ms, floor = (first.time_ms + again.time_ms) / 2, _psnr(first.video, again.video)
     noise_percent = 100 * abs(first.time_ms / again.time_ms - 1)
@@ -102,28 +105,34 @@ def memory_answer(account: MemoryAccount, options: pd.DataFrame | None = None, c
         caveat: sentence that stands first below the headline, such as that of `trace_caveat`.
     """
     useful = options[options["saves"]] if options is not None else pd.DataFrame()
-    tiles, next_ = list(account.tiles), "Next: 15_triage says whether memory is the limit."
+    tiles = list(account.tiles)
     if options is None:
-        head, why = account.headline, ""
-        next_ = "Next: without a given trace this notebook also measures what each option saves."
-    elif useful.empty:
-        head, why = f"{account.headline} No option that was tried lowers it by more than the noise.", ""
-    else:
-        best = useful.loc[useful["saved_gib"].idxmax()]
-        saved, noise = (size_text(best[name] * GIB) for name in ("saved_gib", "noise_gib"))
-        apart = "was the same" if best["noise_gib"] < SMALLEST_GIB else f"differed by {noise}"
-        head = f"{account.headline} Most is saved by {best['option']}: {saved} at {best['time_ratio']:.2f} times the time."
-        why = (
-            f"The unchanged model was measured twice: its peak {apart}, its time differed by {best['noise_percent']:.1f} %."
-            f" {_cost(best)}"
-        )
-        next_ = f"{next_[:-1]}; 41_configuration measures what a change does to speed and quality."
-        tiles = [
-            tiles[0],
-            (f"saved by {best['option']}", saved, f"the unchanged model's peak {apart}"),
-            *tiles[1:],
-        ]
-    return answer(head, caveat, why, next_, tiles=tuple(tiles[:MOST_TILES]))
+        following = step("also measures what each option saves", "14_memory")
+        return answer(account.headline, caveat, next=following, tiles=tuple(tiles[:MOST_TILES]))
+    noise_gib = float(options["noise_gib"].max())
+    apart = f"two equal runs differ by {size_text(noise_gib * GIB)}"
+    if noise_gib < SMALLEST_GIB:
+        apart = "two equal runs have the same peak"
+    if useful.empty:
+        head = f"{account.headline} No option that was tried lowers it: {apart}."
+        following = step("ranks what to change besides memory", "15_triage")
+        return answer(head, caveat, next=following, tiles=tuple(tiles[:MOST_TILES]))
+    best = useful.loc[useful["saved_gib"].idxmax()]
+    saved = size_text(best["saved_gib"] * GIB)
+    head = f"{account.headline} {best['option'][:1].upper()}{best['option'][1:]} would lower it most, by {saved}; {apart}."
+    untouched = f"a video takes {best['time_ratio']:.2f} times as long (equal runs differ by {best['noise_percent']:.0f} %)"
+    tiles = [tiles[0], (f"saved by {best['option']}", saved, apart), *tiles[1:3]]
+    noise = f"of the unchanged model's; noise {best['noise_percent']:.0f} %"
+    tiles.append(("time with that", f"{best['time_ratio']:.2f}×", noise))
+    return answer(
+        head,
+        caveat,
+        f"With {best['option']} {untouched}. {_cost(best)}",
+        next=step("measures what it does to quality", "40_quality", technique="bfloat16")
+        if best["option"] == BFLOAT16
+        else step("says whether memory is the limit, or time", "15_triage"),
+        tiles=tuple(tiles[:MOST_TILES]),
+    )
 
 
 def _cost(best: pd.Series) -> str:
@@ -267,7 +276,7 @@ def _unavailable(reason: str) -> Callable:
 
 
 _OPTIONS: dict[str, Callable] = {
-    "bfloat16 weights": _half_precision,
+    BFLOAT16: _half_precision,
     "VAE tiling": _vae_tiling,
     "expert offload": _offload_experts,
     "attention in query slices": _sliced_attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import Answer, Tile
+from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
-from wanlab.core.words import counted, shown
+from wanlab.core.words import capital, component_text, counted, listed, shown
 from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.bound import AmdahlBound
@@ -306,6 +307,60 @@ def _kept(problem, limits: Limits, chosen: Mapping) -> bool:
     return True
 
 
+FEW_FORMATS = 2
+"""Formats of an expert that a headline names; the others are in the figure."""
+
+
+def plan_words(frame: pd.DataFrame, *, places: bool = True) -> str:
+    """Which expert gets which format: "high-noise expert all int4 weights; low-noise expert int8, 20 % int4 weights
+    (cross-attention k and v)".
+
+    Shares are of the linear layers in the blocks, every range of steps counted alike.
+
+    Args:
+        frame: `Selection.frame`. places: whether projections are named.
+    """
+    inside, parts = frame.dropna(subset=["block"]), {}
+    for component, own in (inside if len(inside) else frame).groupby("component", sort=False):
+        shares = own["format"].value_counts(normalize=True)
+        words = [f"{100 * share:.0f} % {format_words(name)}" for name, share in shares.items()][:FEW_FORMATS]
+        words += ["others"] * (len(shares) > FEW_FORMATS)
+        if len(shares) == FEW_FORMATS and places:
+            words[1] += _where(own, shares.index[1])
+        alone = f"all {format_words(shares.index[0])}"
+        parts[component_text(component)] = alone if len(shares) == 1 else " and ".join(words)
+    if len(set(parts.values())) == 1 and len(parts) > 1:
+        return f"both experts {next(iter(parts.values()))}"
+    return "; ".join(f"{name} {words}" for name, words in parts.items())
+
+
+def format_words(name: str) -> str:
+    """A format in a sentence: "int4-weight" as "int4 weights", "fp8-channel" as "fp8 per channel"."""
+    if name == DEFAULT:
+        return "as loaded"
+    kind, dash, what = name.partition("-")
+    return f"{kind} {({'weight': 'weights', 'channel': 'per channel'}).get(what, what)}" if dash else name
+
+
+PLACES = {"attn1": "self-attention", "attn2": "cross-attention", "ffn": "feed-forward"}
+LINES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "output"}
+
+
+def _where(own: pd.DataFrame, format: str) -> str:
+    """The projections that have a format, in brackets, where it is all layers of few of them; else empty."""
+    names = set(own.loc[own["format"] == format, "projection"])
+    elsewhere = set(own.loc[own["format"] != format, "projection"])
+    split = [name.split(".") for name in sorted(names)]
+    if (
+        names & elsewhere
+        or any(part[0] not in PLACES for part in split)
+        or len({part[0] for part in split}) > 1
+    ):
+        return ""
+    lines = [LINES[part[1]] for part in split if part[1] in LINES]
+    return f" ({PLACES[split[0][0]]} {listed(lines)})" if lines else f" ({PLACES[split[0][0]]})"
+
+
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """A plan within a quality budget, and the measurements it was chosen by.
@@ -341,47 +396,52 @@ class Chosen:
     def verification(self) -> Verification:
         return self.repaired.verification
 
-    def answer(self, bound: AmdahlBound) -> Answer:
-        """Whether the plan keeps the budget, what it loses and what it saves, for the top of a report.
+    def answer(self, bound: AmdahlBound, plan_file: str | os.PathLike = "") -> Answer:
+        """Which expert gets which format, whether the plan keeps the limit on quality, and how sure that is.
 
         Args:
             bound: what plans can gain in time, from `measured_bound`.
+            plan_file: where the plan was saved, for the command that measures it on other cases.
         """
         proof, chosen = self.verification, self.selection
         known, limit = proof.quality.known, self.limit_percent
-        share = proof.weight_bytes / proof.before_bytes
+        share = 100 * proof.weight_bytes / proof.before_bytes
+        cases = counted(len(proof.frame), "case")
         lost = proof.quality.text if known else proof.divergence.text
-        of = (
-            f"the quality loss within {limit:g} %"
-            if known
-            else f"LPIPS to the original within {limit / 100:g}"
-        )
-        holds = {True: f"This plan keeps {of}", False: f"No plan was found that is proven to keep {of}"}
-        headline = (
-            f"{holds[proof.holds(limit)]}: {lost}. Its linear layers hold {100 * share:.0f} % of the bytes."
-        )
-        details = (
+        kept = f"within {limit:g} %" if known else f"LPIPS within {limit / 100:g}"
+        limited = f"the quality loss {kept}" if known else f"{kept} of the original"
+        if proof.holds(limit):
+            words = [plan_words(chosen.frame), plan_words(chosen.frame, places=False)]
+            tried = [f"{capital(each)}: {lost}, {kept} on the {cases} it was chosen by." for each in words]
+            headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
+        else:
+            headline = f"No plan was found that is proven to keep {limited}: {lost}."
+            nearest = f"The nearest: {plan_words(chosen.frame)}."
+        details = [] if proof.holds(limit) else [nearest]
+        details += (
             [] if known else ["No truth is known of this model's videos, so its quality loss is unknown."]
         )
         details += [
+            f"All linear layers of the experts together take {shown(proof.weight_bytes, 'bytes')}, {share:.0f} % of the"
+            f" {shown(proof.before_bytes, 'bytes')} before.",
             f"In time, plans can make this generation at most {bound.at_format:.2f} times as fast"
             f" ({'counted' if bound.counted else 'timed'} products of {bound.format}).",
-            f"These {counted(len(proof.frame), 'case')} also chose the plan, so its loss is flattering here.",
-            "Next: 41_configuration with this plan and case_set=final measures it on other cases.",
         ]
-        bits = Tile("bits per linear weight", f"{chosen.bits_per_weight:.3g}")
-        tiles = [
+        few = f"{100 * chosen.share_8bit:.0f} % of weights in 8 bits or fewer"
+        tiles = (
             Tile("quality loss", *proof.quality.tile(limit)),
             Tile(
                 "linear weights",
                 shown(proof.weight_bytes, "bytes"),
-                f"{shown(proof.before_bytes, 'bytes')} before",
+                f"{share:.0f} % of {shown(proof.before_bytes, 'bytes')} before",
             ),
-            bits._replace(beside=f"{100 * chosen.share_8bit:.0f} % of weights in 8 bits or fewer"),
+            Tile("bits per linear weight", f"{chosen.bits_per_weight:.3g}", few),
             Tile("speed-up", f"≤ {bound.at_format:.2f}×", "bound of any plan, not measured here"),
             proof.divergence.tile(),
-        ]
-        return Answer(headline, tuple(details), tuple(tiles))
+        )
+        following = step("measures the plan on cases that it was not chosen by", "41_configuration", cases=8,
+                         plan=os.fspath(plan_file) or self.plan.name, case_set="final")  # fmt: skip
+        return Answer(headline, tuple(details[:MOST_DETAILS]), tiles, following)
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

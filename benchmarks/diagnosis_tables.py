@@ -169,6 +169,25 @@ def reading() -> str:
     return markdown(["a trace of a million events", "time", "peak memory"], rows) + note
 
 
+def explorer_speed() -> str:
+    record = read("explore_cpu")
+    found, most = record["figures"], record["limits"]
+    events, few = f"{record['events']:,} events", f"{record['report_events']:,} events"
+    opened = f"{found['open_ms'] / 1e3:.1f} s, median of {len(record['rounds'])} times"
+    moved, chosen = (f"{found[name]:.0f} ms" for name in ("frame_p95_ms", "select_ms"))
+    rows = [
+        [f"open the report, {events}", opened, f"{most['open_ms'] / 1e3:g} s"],
+        ["a frame while it moves and zooms", f"{moved}, 95th percentile", f"{most['frame_p95_ms']} ms"],
+        ["from a selection to all that follows it", f"{chosen}, longest", f"{most['select_ms']} ms"],
+        [f"size of a report, {few}", f"{found['report_mb']:.1f} MB", f"{most['report_mb']} MB"],
+        ["size of the report of the I2V-A14B trace", f"{found['real_report_mb']:.1f} MB", ""],
+    ]  # fmt: skip
+    others = record["others_percent"]
+    load = f"; other processes used {others:.0f} % of the processors" if others >= 5 else ""
+    note = f"\n\nHeadless Chromium, synthetic trace, `benchmarks/explorer_speed.py`; {machine(record['environment'])}{load}."
+    return markdown(["live view", "measured", "at most wanted"], rows) + note
+
+
 def ranges() -> str:
     record = read("range_cost_cpu")
     low, high = record["cost_percent_interval"]
@@ -198,7 +217,7 @@ def captures() -> str:
 
 
 TABLES = {
-    "breakdown": breakdown, "explore": explore,
+    "breakdown": breakdown, "explore": explore, "explorer_speed": explorer_speed,
     "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
     "ranges": ranges, "captures": captures, "reading": reading,
 }  # fmt: skip

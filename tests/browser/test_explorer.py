@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
-from wanlab import diagnose, plots
+from benchmarks.explorer_speed import (
+    FRAME_MS,
+    MOVE,
+    OPEN_MS,
+    REPORT_MB,
+    SELECT_MS,
+    SMALL,
+    VIEW,
+    figures,
+    write_report,
+)
+from benchmarks.trace_reading import write_trace
+from wanlab import diagnose
 from wanlab.pages import render
 
 pytestmark = pytest.mark.browser
 
-VIEW = "document.querySelector('[data-explorer]').explorer"
-OPEN_MS, FRAME_MS, SELECT_MS = 3_000, 33, 200  # wanted of a million events on an idle machine of two cores
 BUSY = 4  # times as long: other tests run beside this one
-
-
-def report(folder: Path, trace: Path, compare: Path | None = None, **state) -> Path:
-    """A notebook with a view in it, and its page; gives the page."""
-    other = diagnose.read_trace(compare) if compare else None
-    widget = plots.explorer(diagnose.explore(diagnose.read_trace(trace), other), **state)
-    widget.save(folder / "artifacts" / "explore.explorer.gz")
-    bundle = widget._repr_mimebundle_()
-    data = bundle[0] if isinstance(bundle, tuple) else bundle
-    output = nbformat.v4.new_output("display_data", data=data)
-    cells = [nbformat.v4.new_markdown_cell("# Explore"), nbformat.v4.new_code_cell("view", outputs=[output])]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "explore.ipynb")
-    return render(folder / "explore.ipynb")
 
 
 def opened(open_page, page_file, fragment="", **look):
@@ -46,7 +40,7 @@ def opened(open_page, page_file, fragment="", **look):
 @pytest.fixture(scope="module")
 def page_file(root, tmp_path_factory) -> Path:
     traces = root / "data" / "traces"
-    return report(
+    return write_report(
         tmp_path_factory.mktemp("explorer"),
         traces / "wan2.2-ti2v-5b.pt.trace.json.gz",
         traces / "wan2.2-ti2v-5b-compiled.pt.trace.json.gz",
@@ -159,70 +153,27 @@ def test_on_a_phone_and_dark_nothing_stands_out(open_page, page_file):
 
 
 def test_damaged_or_missing_data_leaves_the_text(tmp_path, root, open_page):
-    made = report(tmp_path, root / "tests" / "fixtures" / "traces" / "cuda_graph.pt.trace.json.gz")
+    made = write_report(tmp_path, root / "tests" / "fixtures" / "traces" / "cuda_graph.pt.trace.json.gz")
     assert "data-explorer=" in made.read_text()
     (tmp_path / "artifacts" / "explore.explorer.gz").unlink()
     text = render(tmp_path / "explore.ipynb").read_text()
     assert "data-explorer=" not in text
 
 
-@pytest.fixture(scope="module")
-def written(root, tmp_path_factory):
-    """The writer of synthetic traces of `benchmarks/trace_reading.py`."""
-    spec = importlib.util.spec_from_file_location("trace_reading", root / "benchmarks" / "trace_reading.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def go(events: int) -> Path:
-        path = tmp_path_factory.mktemp("synthetic") / "t.pt.trace.json.gz"
-        module.write_trace(path, events)
-        return path
-
-    return go
+def synthetic(folder: Path, events: int) -> Path:
+    write_trace(path := folder / "t.pt.trace.json.gz", events)
+    return path
 
 
-def test_a_report_with_200_000_events_is_small(written, tmp_path):
-    size = report(tmp_path, written(200_000)).stat().st_size
-    print(f"report with 200,000 events: {size / 1e6:.1f} MB")
-    assert size <= 12e6
+def test_a_report_with_200_000_events_is_small(tmp_path):
+    assert write_report(tmp_path, synthetic(tmp_path, SMALL)).stat().st_size <= REPORT_MB * 1e6
 
 
 @pytest.mark.slow
-def test_a_million_events_open_and_move_quickly(written, tmp_path, open_page):
-    page = opened(open_page, report(tmp_path, written(1_000_000)), width=1400)
-    figures = json.loads(
-        page.evaluate(
-            f"""async () => {{
-                const view = {VIEW}, wide = view.high - view.low, begin = view.measured.frames.length;
-                const between = [];
-                let last = performance.now();
-                for (let i = 0; i < 120; i++) {{
-                    if (i % 40 === 0) view.move(view.low + 0.1 * wide, view.low + (0.12 + 0.01 * i) * wide);
-                    view.pan(0.01);
-                    await new Promise(requestAnimationFrame);
-                    between.push(performance.now() - last);
-                    last = performance.now();
-                }}
-                const draws = view.measured.frames.slice(begin), first = view.measured.select.length;
-                for (let i = 0; i < 8; i++) {{
-                    view.set({{ between: [view.low + 0.05 * i * wide, view.low + (0.4 + 0.05 * i) * wide] }});
-                }}
-                view.set({{ between: undefined, component: "expert_low" }});
-                view.set({{ search: "kernel_7" }});
-                const {{ open_all: open, select }} = view.measured;
-                return JSON.stringify({{ open, draws, between, select: select.slice(first) }});
-            }}"""
-        )
-    )
-
-    def p95(values: list[float]) -> float:
-        return sorted(values)[int(0.95 * len(values))]
-
-    frame, drawn, select = p95(figures["between"]), p95(figures["draws"]), max(figures["select"])
-    print(
-        f"a million events: open {figures['open']:.0f} ms, p95 of frames {frame:.1f} ms (drawing {drawn:.1f} ms),"
-        f" selection at most {select:.0f} ms"
-    )
-    assert figures["open"] <= BUSY * OPEN_MS
-    assert drawn <= BUSY * FRAME_MS
-    assert select <= BUSY * SELECT_MS
+def test_a_million_events_open_and_move_quickly(tmp_path, open_page):
+    page = opened(open_page, write_report(tmp_path, synthetic(tmp_path, 1_000_000)), width=1400)
+    found = figures([page.evaluate(MOVE)])
+    print(found)
+    assert found["open_ms"] <= BUSY * OPEN_MS
+    assert found["draw_p95_ms"] <= BUSY * FRAME_MS
+    assert found["select_ms"] <= BUSY * SELECT_MS

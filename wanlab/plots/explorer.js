@@ -931,6 +931,7 @@ async function show(root, bytes, state, changed) {
   const begin = performance.now(), data = decode(await unpacked(bytes));
   const explorer = new Explorer(root, data, state, changed);
   explorer.measured.open_all = performance.now() - begin;
+  explorer.measured.shown = performance.now(); // since the page was asked for
   root.explorer = explorer;
   return explorer;
 }

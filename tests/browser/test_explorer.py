@@ -145,6 +145,42 @@ def test_what_changed_is_shown_with_a_second_trace(open_page, page_file, root):
     assert page.locator(".wlx-grew tbody tr").count() > 3
 
 
+def test_lanes_of_the_second_trace_begin_at_the_same_place_of_the_model(open_page, page_file):
+    page = opened(open_page, page_file, width=1400)
+    keys = page.evaluate(f"{VIEW}.rows.map(row => [row.key, !!row.second])")
+    for name in ("step", "component", "wall clock", "module", "stream 7"):
+        assert keys.index([name, True]) == keys.index([name, False]) + 1
+    # A module of the decoder is selected: the second trace shows the same module where the selection begins.
+    begins = page.evaluate(
+        f"""(() => {{
+            const view = {VIEW}, name = "vae_decoder.up_blocks.0.resnets.0.conv1", found = [];
+            for (const trace of [view.trace, view.other]) {{
+                const module = trace.words.module.indexOf(name);
+                found.push(Math.min(...trace.start.filter((_, i) => i >= trace.hosts && trace.module[i] === module)));
+            }}
+            view.set({{ between: [found[0], found[0] + 20000] }});
+            return [...found, found[0] + view.shift(), view.aligned.from.length];
+        }})()"""
+    )
+    assert begins[2] == pytest.approx(begins[1])
+    assert begins[3] > 50
+    assert "the same in the second trace" in page.locator(".wlx-said").inner_text()
+    rising = f"{VIEW}.aligned.to.every((moment, i, all) => !i || moment > all[i - 1])"
+    assert page.evaluate(rising)
+    # A click on a row of the second trace selects by name in both.
+    row = keys.index(["stream 7", True])
+    hit = page.evaluate(
+        f"""(() => {{
+            const view = {VIEW}, row = view.rows[{row}], i = 900;
+            view.set({{ between: undefined }});
+            view.move(row.start[i] - 50, row.end[i] + 50);
+            view.click({{ row, i, id: row.ids[i] }});
+            return [view.state.name, view.other.words.name[view.other.name[row.ids[i]]]];
+        }})()"""
+    )
+    assert hit[0] == hit[1]
+
+
 def test_on_a_phone_and_dark_nothing_stands_out(open_page, page_file):
     page = opened(open_page, page_file, width=390, height=844, dark=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -139,8 +139,8 @@ const BLOCK = 32;
 
 class Row {
   // ids: events of `trace` (or positions of stretches); paint: colour of a span; text: its label.
-  constructor(label, start, end, ids, paint, text, event) {
-    Object.assign(this, { label, start, end, ids, paint, text, event });
+  constructor(trace, label, start, end, ids, paint, text, event) {
+    Object.assign(this, { trace, label, key: label, start, end, ids, paint, text, event });
     const n = start.length;
     this.sums = new Float64Array(n + 1);
     for (let i = 0; i < n; i++) this.sums[i + 1] = this.sums[i] + end[i] - start[i];
@@ -177,7 +177,7 @@ function rowsOf(trace) {
     for (let i = 0; i < n; i++) if (!i || !same(i, i - 1)) first.push(i);
     const ids = Int32Array.from(first), start = Float64Array.from(first, i => s.start[i]), end = new Float64Array(first.length);
     for (let k = 0; k < first.length; k++) { const last = (k + 1 < first.length ? first[k + 1] : n) - 1; end[k] = s.start[last] + s.time[last]; }
-    rows.push(new Row(label, start, end, ids, paint, text, false));
+    rows.push(new Row(trace, label, start, end, ids, paint, text, false));
   };
   const paints = trace.categories.length;
   joined("step", (i, j) => s.step[i] === s.step[j], i => paints + trace.components.length + (s.step[i] & 1), i => s.step[i] < 0 ? "" : `step ${s.step[i]}`);
@@ -189,7 +189,7 @@ function rowsOf(trace) {
     const first = [];
     for (let i = most.first; i < most.last; i++) if (i === most.first || trace.module[i] !== trace.module[i - 1] || trace.step[i] !== trace.step[i - 1]) first.push(i);
     const last = first.map((_, k) => (k + 1 < first.length ? first[k + 1] : most.last) - 1);
-    rows.push(Object.assign(new Row("module", Float64Array.from(first, i => trace.start[i]), Float64Array.from(last, i => trace.end[i]), Int32Array.from(first),
+    rows.push(Object.assign(new Row(trace, "module", Float64Array.from(first, i => trace.start[i]), Float64Array.from(last, i => trace.end[i]), Int32Array.from(first),
       i => paints + trace.component[i], i => trace.words.module[trace.module[i]].replace(/^[^.]*\./, ""), true), { module: true }));
   }
   const lanes = [...trace.lanes].sort((one, other) => (one.side === "gpu" ? 0 : 1) - (other.side === "gpu" ? 0 : 1));
@@ -202,11 +202,69 @@ function rowsOf(trace) {
     for (let level = 0; level < lane.depth; level++) {
       const ids = new Int32Array(counts[level]);
       for (let i = lane.first, k = 0; i < lane.last; i++) if (depth[i - lane.first] === level) ids[k++] = i;
-      rows.push(new Row(level ? "" : lane.name, Float64Array.from(ids, i => trace.start[i]), Float64Array.from(ids, i => trace.end[i]), ids,
+      rows.push(new Row(trace, level ? "" : lane.name, Float64Array.from(ids, i => trace.start[i]), Float64Array.from(ids, i => trace.end[i]), ids,
         i => trace.paint[i], i => trace.words.name[trace.name[i]], true));
+      rows.at(-1).host = lane.side === "host";
     }
   }
   return rows;
+}
+
+// Rows of two traces: the second's below those of the first that are the same, threads of its host at the end.
+function paired(rows, others) {
+  const left = others.filter(row => !row.host), all = [];
+  for (const row of others) { row.second = true; row.label = row.label && (row.host ? `second, ${row.label}` : "second"); }
+  for (const row of rows) {
+    all.push(row);
+    if (!row.host && left.length) all.push(left.shift());
+  }
+  const host = all.findIndex(row => row.host);
+  all.splice(host < 0 ? all.length : host, 0, ...left);
+  return [...all, ...others.filter(row => row.host)];
+}
+
+// From moments of one trace to those of another: at the first work of each module in each step, between them in proportion.
+class Alignment {
+  constructor(trace, other, shared) {
+    const [ours, theirs] = [trace, other].map(each => this.firsts(each, shared)), pairs = [];
+    for (const [place, at] of ours) if (theirs.has(place)) pairs.push([at, theirs.get(place)]);
+    pairs.sort((one, two) => one[0] - two[0]);
+    const kept = Alignment.rising(pairs.map(pair => pair[1])).map(i => pairs[i]);
+    this.from = Float64Array.from(kept, pair => pair[0]);
+    this.to = Float64Array.from(kept, pair => pair[1]);
+    if (!kept.length) { this.from = Float64Array.of(trace.window_us[0]); this.to = Float64Array.of(other.window_us[0]); }
+  }
+  firsts(trace, shared) {
+    const found = new Map(), names = trace.words.module.map(shared), wide = names.length, seen = new Set();
+    for (const lane of trace.lanes) if (lane.side === trace.side) for (let i = lane.first; i < lane.last; i++) {
+      const key = (trace.step[i] + 1) * wide + trace.module[i];
+      if (seen.has(key)) continue; // a lane is in order of time
+      seen.add(key);
+      const place = `${trace.step[i]}\n${names[trace.module[i]]}`;
+      found.set(place, Math.min(found.get(place) ?? Infinity, trace.start[i]));
+    }
+    return found;
+  }
+  // Positions of a longest rising part of some values.
+  static rising(values) {
+    const ends = [], before = new Int32Array(values.length);
+    values.forEach((value, i) => {
+      let low = 0, high = ends.length;
+      while (low < high) { const mid = (low + high) >> 1; if (values[ends[mid]] < value) low = mid + 1; else high = mid; }
+      before[i] = low ? ends[low - 1] : -1;
+      ends[low] = i;
+    });
+    const chain = [];
+    for (let i = ends.at(-1) ?? -1; i >= 0; i = before[i]) chain.push(i);
+    return chain.reverse();
+  }
+  at(moment) {
+    const { from, to } = this, next = lower(from, moment), n = from.length;
+    if (next < n && from[next] === moment) return to[next];
+    if (next === 0) return to[0] + moment - from[0];
+    if (next === n) return to[n - 1] + moment - from[n - 1];
+    return to[next - 1] + (moment - from[next - 1]) * (to[next] - to[next - 1]) / (from[next] - from[next - 1]);
+  }
 }
 
 // ---- the view ---------------------------------------------------------------------------------------------------------------
@@ -223,6 +281,14 @@ class Explorer {
     [this.trace, this.other] = data.traces.map(trace => new Trace(trace));
     this.rows = rowsOf(this.trace);
     [this.low, this.high] = [Math.min(this.trace.window_us[0], this.rows[0].start[0] ?? 0), this.trace.window_us[1]];
+    if (this.other) {
+      // A module that one trace does not name, as inside a compiled block, counts as the nearest one around it that both name.
+      const theirs = new Set(this.other.words.module), both = new Set(this.trace.words.module.filter(name => theirs.has(name)));
+      this.shared = (module) => { while (module && !both.has(module)) module = module.slice(0, Math.max(module.lastIndexOf("."), 0)); return module; };
+      this.aligned = new Alignment(this.trace, this.other, this.shared);
+      this.rows = paired(this.rows, rowsOf(this.other));
+      this.high = Math.max(this.high, this.low + this.other.window_us[1] - this.other.window_us[0]);
+    }
     this.view = [this.low, this.high];
     this.state = { side: this.trace.side, ...state };
     if (this.state.view) this.view = this.state.view;
@@ -310,6 +376,7 @@ class Explorer {
   select() {
     const begin = performance.now(), { trace, state } = this;
     this.lit = this.marks(trace, state);
+    this.otherLit = this.other ? this.marks(this.other, state) : null;
     this.sums = this.summed(trace, state, state.between);
     this.panels();
     this.measured.select.push(performance.now() - begin);
@@ -407,7 +474,8 @@ class Explorer {
     this.chips.replaceChildren(...FILTERS.filter(key => state[key] !== undefined && key !== "side" && key !== "search").map(key =>
       el("button", { type: "button", title: "remove", onclick: () => this.set({ [key]: undefined }) }, this.chip(key, state[key]), " ×")));
     this.said.textContent = `${count(sums.chosenCalls)} events, ${time(sums.chosen)}` +
-      (state.search ? `; found ${count(sums.foundCalls)}, ${time(sums.found)}` : "");
+      (state.search ? `; found ${count(sums.foundCalls)}, ${time(sums.found)}` : "") +
+      (this.other && state.between ? `; ${time(state.between[1] - state.between[0])}, the same in the second trace ${time(this.aligned.at(state.between[1]) - this.aligned.at(state.between[0]))}` : "");
     for (const button of this.root.querySelectorAll("[data-moves]")) button.setAttribute("aria-pressed", String(button.dataset.moves === String(this.moves)));
     for (const button of this.root.querySelectorAll("[data-side]")) button.setAttribute("aria-pressed", String(button.dataset.side === state.side));
     this.drawBars();
@@ -493,7 +561,7 @@ class Explorer {
       el("tr", {}, el("td", { className: "text" }, el("code", { textContent: text(words[id]) || "(not recorded)" })), el("td", { textContent: `${count(calls)}×` }), el("td", { textContent: time(spent) }))))));
     this.calls.replaceChildren(el("p", { className: "wlx-name" }, el("code", { textContent: state.name.slice(0, 300) })),
       el("p", { className: "wlx-note", textContent: `${count(times.length)} calls: median ${time(times[times.length >> 1])}, shortest ${time(times[0])}, longest ${time(times[times.length - 1])}` }),
-      this.callsCanvas, list("shapes", "shapes", trace.words.shapes), list("modules", "module", trace.words.module), this.origin(this.picked ?? picked[0]));
+      this.callsCanvas, list("shapes", "shapes", trace.words.shapes), list("modules", "module", trace.words.module), this.origin(picked.includes(this.picked) ? this.picked : picked[0]));
     const [g, width, height] = this.sized(this.callsCanvas, 90), low = Math.log(Math.max(times[0], 0.1)), high = Math.max(Math.log(Math.max(times[times.length - 1], 0.1)), low + 0.1);
     const bins = new Uint32Array(40);
     for (const t of times) bins[Math.min(39, Math.floor(40 * (Math.log(Math.max(t, 0.1)) - low) / (high - low)))]++;
@@ -534,7 +602,7 @@ class Explorer {
     const left = 44, X = x => left + (width - left - 6) * (Math.log10(x) - x0) / (x1 - x0), Y = y => (height - 30) * (1 - (Math.log10(y) - y0) / (y1 - y0));
     g.fillStyle = this.soft;
     g.strokeStyle = this.line;
-    for (let k = Math.ceil(x0); k <= x1; k++) { g.beginPath(); g.moveTo(X(10 ** k), 0); g.lineTo(X(10 ** k), height - 30); g.stroke(); g.textAlign = "center"; g.fillText(digits(10 ** k), X(10 ** k), height - 17); }
+    for (let k = Math.ceil(x0); k <= x1; k++) { g.beginPath(); g.moveTo(X(10 ** k), 0); g.lineTo(X(10 ** k), height - 30); g.stroke(); g.textAlign = X(10 ** k) > width - 22 ? "right" : "center"; g.fillText(digits(10 ** k), Math.min(X(10 ** k), width), height - 17); }
     for (let k = Math.ceil(y0); k <= y1; k++) { g.beginPath(); g.moveTo(left, Y(10 ** k)); g.lineTo(width, Y(10 ** k)); g.stroke(); g.textAlign = "right"; g.fillText(digits(10 ** k), left - 5, Y(10 ** k) + 4); }
     g.textAlign = "center";
     g.fillText("FLOP per byte; vertical: TFLOP/s", left + (width - left) / 2, height - 3);
@@ -597,10 +665,7 @@ class Explorer {
 
   // Second trace: own time by module of all layers, on the same steps and modules as the selection.
   drawGrew() {
-    const { trace, other, state } = this, conditions = { ...state, side: other.side };
-    // A module that one trace does not name, as inside a compiled block, counts as the nearest one around it that both name.
-    const both = new Set(trace.words.module.filter(name => other.words.module.includes(name)));
-    const shared = (module) => { while (module && !both.has(module)) module = module.slice(0, Math.max(module.lastIndexOf("."), 0)); return module; };
+    const { trace, other, state, shared } = this, conditions = { ...state, side: other.side };
     const before = this.byPlace(trace, { ...state, side: trace.side }, null, shared), after = this.byPlace(other, conditions, null, shared);
     const places = state.between ? this.places(state.between, shared) : null, totals = new Map();
     for (const [sums, k] of [[before, 0], [after, 1]]) for (const [key, spent] of sums) {
@@ -681,7 +746,8 @@ class Explorer {
       const y = AXIS + k * ROW - top;
       if (y + ROW < AXIS || y > height) return;
       line.fill(this.ground);
-      this.scan(row, line, a, b, scale, labels, y);
+      const shift = row.second ? this.shift() : 0;
+      this.scan(row, line, a + shift, b + shift, scale, labels, y);
       const from = Math.max(Math.round(y * ratio), 0), to = Math.min(Math.round(y * ratio) + thick, H);
       if (to > from) {
         pixels.set(line, from * W + left);
@@ -705,7 +771,7 @@ class Explorer {
 
   // One line of pixels: spans of a pixel or more as they are, a pixel of shorter ones in the colour of the longest.
   scan(row, line, a, b, scale, labels, y) {
-    const { start, end, ids, sums } = row, n = start.length, plot = line.length, { shades, lit } = this, dims = row.event ? lit : null;
+    const { start, end, ids, sums } = row, n = start.length, plot = line.length, { shades } = this, dims = row.event ? row.second ? this.otherLit : this.lit : null;
     let i = lower(end, a);
     while (i < n && start[i] < b) {
       const x0 = Math.max(0, Math.floor((start[i] - a) * scale)), x1 = (end[i] - a) * scale;
@@ -732,11 +798,20 @@ class Explorer {
 
   overlay(g, width, height, gutter, a, per) {
     const x = t => gutter + (t - a) / per;
+    const top = this.box.scrollTop;
     if (this.state.between) {
-      const [from, to] = this.state.between.map(t => Math.max(gutter, Math.min(width, x(t))));
       g.strokeStyle = g.fillStyle = this.accent;
-      g.globalAlpha = 0.14; g.fillRect(from, 0, to - from, height);
-      g.globalAlpha = 1; g.strokeRect(from + 0.5, 0.5, Math.max(to - from - 1, 1), height - 1);
+      const band = (moments, y, high) => {
+        const [from, to] = moments.map(t => Math.max(gutter, Math.min(width, x(t))));
+        g.globalAlpha = 0.14; g.fillRect(from, y, to - from, high);
+        g.globalAlpha = 1;
+        for (const at of [from + 0.5, Math.max(to, from + 1) - 0.5]) { g.beginPath(); g.moveTo(at, y); g.lineTo(at, y + high); g.stroke(); }
+      };
+      if (!this.other) band(this.state.between, 0, height);
+      else {
+        const moved = this.state.between.map(t => this.aligned.at(t) - this.shift());
+        this.rows.forEach((row, k) => { const y = AXIS + k * ROW - top; if (y > -ROW && y < height) band(row.second ? moved : this.state.between, y - 1, ROW); });
+      }
     }
     // The axis, in a round step of at least 90 pixels.
     g.fillStyle = this.page; g.fillRect(0, 0, width, AXIS); g.fillRect(0, 0, gutter, height);
@@ -752,13 +827,19 @@ class Explorer {
       const [from, to] = this.state.between.map(t => Math.max(gutter, Math.min(width, x(t))));
       g.fillStyle = this.accent; g.fillRect(from, AXIS - 4, Math.max(to - from, 1), 3);
     }
-    g.fillStyle = this.ink;
-    const top = this.box.scrollTop;
     this.rows.forEach((row, k) => {
       const y = AXIS + k * ROW - top + HIGH / 2;
+      g.fillStyle = row.second ? this.soft : this.ink;
       if (row.label && y > AXIS && y < height) g.fillText(fitted(row.label, gutter - 6), 0, y);
     });
     if (document.activeElement === this.canvas) { g.strokeStyle = this.accent; g.strokeRect(0.5, 0.5, width - 1, height - 1); }
+  }
+
+  // From moments of the timeline to those of the second trace's rows, which have the same scale: the beginning of the selection,
+  // or of what is shown, is the same place of the model in both.
+  shift() {
+    const anchor = this.state.between?.[0] ?? Math.max(this.view[0], this.low);
+    return this.aligned.at(anchor) - anchor;
   }
 
   move(a, b) {
@@ -785,7 +866,7 @@ class Explorer {
   under(event) {
     const y = event.clientY - this.canvas.getBoundingClientRect().top, row = y > AXIS ? this.rows[Math.floor((y - AXIS + this.box.scrollTop) / ROW)] : null;
     if (!row) return null;
-    const t = this.moment(event), per = (this.view[1] - this.view[0]) / this.canvas.clientWidth;
+    const t = this.moment(event) + (row.second ? this.shift() : 0), per = (this.view[1] - this.view[0]) / this.canvas.clientWidth;
     let i = row.at(t);
     if (i < 0) { const next = lower(row.start, t); if (next < row.start.length && row.start[next] - t < 2 * per) i = next; }
     return i < 0 ? null : { row, i, id: row.ids[i] };
@@ -880,27 +961,27 @@ class Explorer {
   // An event of the timeline; on the lanes above, what it stands for.
   click(hit) {
     if (!hit) return;
-    const { trace } = this, s = trace.stretches;
+    const { trace } = hit.row, s = trace.stretches;
     if (hit.row.module) {
       const module = trace.parts[trace.module[hit.id]] || undefined;
       this.set({ module: this.state.module === module ? undefined : module });
     } else if (hit.row.event) {
-      this.picked = hit.id;
+      this.picked = hit.row.second ? null : hit.id;
       const name = trace.words.name[trace.name[hit.id]];
       if (/^ProfilerStep#\d+$/.test(name)) this.set({ step: Number(name.slice(13)) });
       else if (trace.kind[hit.id] === trace.range) this.set({ module: trace.parts[trace.module[hit.id]] });
       else this.set({ name, side: hit.id < trace.hosts ? "host" : "gpu" });
-    } else if (hit.row.label === "step") this.set({ step: this.state.step === s.step[hit.id] || s.step[hit.id] < 0 ? undefined : s.step[hit.id] });
+    } else if (hit.row.key === "step") this.set({ step: this.state.step === s.step[hit.id] || s.step[hit.id] < 0 ? undefined : s.step[hit.id] });
     else {
-      const [key, pairs] = hit.row.label === "component" ? ["component", trace.components] : ["category", trace.categories], name = pairs[s[key][hit.id]][0];
+      const [key, pairs] = hit.row.key === "component" ? ["component", trace.components] : ["category", trace.categories], name = pairs[s[key][hit.id]][0];
       this.set({ [key]: this.state[key] === name ? undefined : name });
     }
   }
 
   hover(event) {
-    const hit = this.under(event), { trace } = this;
+    const hit = this.under(event);
     if (!hit) { this.tip.hidden = true; return; }
-    const { row, i, id } = hit, lines = [row.event ? row.text(id) : row.text(id) || "no step", `${time(row.end[i] - row.start[i])} at ${time(row.start[i] - this.low)}`];
+    const { row, i, id } = hit, { trace } = row, lines = [row.event ? row.text(id) : row.text(id) || "no step", `${time(row.end[i] - row.start[i])} at ${time(row.start[i] - (row.second ? trace.window_us[0] : this.low))}${row.second ? ` of ${trace.title}, the second trace` : ""}`];
     if (row.module) lines.push(trace.words.module[trace.module[id]], trace.step[id] >= 0 ? `step ${trace.step[id]}` : "");
     else if (row.event) {
       lines.push([trace.words.module[trace.module[id]], trace.step[id] >= 0 ? `step ${trace.step[id]}` : ""].filter(Boolean).join(", "), trace.words.shapes[trace.shapes[id]]);

@@ -11,6 +11,7 @@ Reading the trace in Python comes before and is `trace_reading.py`. The exit sta
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -54,10 +55,13 @@ MOVE = f"""async () => {{
 """JavaScript: moves and selects, and gives the times of it."""
 
 
-def write_report(folder: Path, trace: Path, compare: Path | None = None, **state: Any) -> Path:
+def write_report(
+    folder: Path, trace: Path, compare: Path | None = None, *, figures: tuple[Any, ...] = (), **state: Any
+) -> Path:
     """A notebook with a live view in it, and its page; gives the page.
 
     Args:
+        figures: of plotly, which stand before the view.
         state: what is selected first.
     """
     import nbformat
@@ -70,8 +74,9 @@ def write_report(folder: Path, trace: Path, compare: Path | None = None, **state
     widget.save(folder / "artifacts" / "explore.explorer.gz")
     bundle = widget._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
-    output = nbformat.v4.new_output("display_data", data=data)
-    cells = [nbformat.v4.new_markdown_cell("# Explore"), nbformat.v4.new_code_cell("view", outputs=[output])]
+    shown = [{"application/vnd.plotly.v1+json": json.loads(figure.to_json())} for figure in figures]
+    outputs = [nbformat.v4.new_output("display_data", data=each) for each in (*shown, data)]
+    cells = [nbformat.v4.new_markdown_cell("# Explore"), nbformat.v4.new_code_cell("view", outputs=outputs)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "explore.ipynb")
     return render(folder / "explore.ipynb")
 

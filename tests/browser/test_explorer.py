@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.browser import drawn
 from benchmarks.explorer_speed import (
     FRAME_MS,
     MOVE,
@@ -19,7 +20,7 @@ from benchmarks.explorer_speed import (
     write_report,
 )
 from benchmarks.trace_reading import write_trace
-from wanlab import diagnose
+from wanlab import diagnose, plots
 from wanlab.pages import render
 
 pytestmark = pytest.mark.browser
@@ -179,6 +180,28 @@ def test_lanes_of_the_second_trace_begin_at_the_same_place_of_the_model(open_pag
         }})()"""
     )
     assert hit[0] == hit[1]
+
+
+def test_a_bar_of_a_figure_selects_its_work_in_the_view(open_page, root, tmp_path):
+    path = root / "data" / "traces" / "wan2.2-ti2v-5b.pt.trace.json.gz"
+    trace = diagnose.read_trace(path)
+    shares = diagnose.breakdown(trace)
+    page = opened(open_page, write_report(tmp_path, path, figures=(plots.category_bars(shares),)), width=1400)
+    assert drawn(page)
+    longest = page.evaluate(
+        """[...document.querySelectorAll(".barlayer .point path")].map(p => p.getBoundingClientRect())
+        .sort((a, b) => b.width - a.width).map(({x, y, width, height}) => [x + width / 2, y + height / 2])[0]"""
+    )
+    page.mouse.click(*longest)
+    page.wait_for_function(f"{VIEW}.state.category")
+    row = shares.parts.sort_values("time_ms", ascending=False).iloc[0]
+    state = page.evaluate(f"{VIEW}.state")
+    assert (state["component"], state["category"]) == (row["component"], row["category"])
+    assert "explore=" in page.evaluate("location.hash")
+    assert page.locator(".wlx-bar").is_visible()
+    # The bar is wall clock, which is that of the view's own bars for the same selection.
+    place = f"{VIEW}.trace.categories.findIndex(([name]) => name === {VIEW}.state.category)"
+    assert page.evaluate(f"{VIEW}.wall.sums[{place}]") / 1e3 == pytest.approx(row["time_ms"], rel=1e-6)
 
 
 def test_on_a_phone_and_dark_nothing_stands_out(open_page, page_file):

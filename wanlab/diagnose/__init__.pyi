@@ -15,6 +15,8 @@ from .breakdown import breakdown as breakdown
 from .capture import capture as capture
 from .capture import ranges as ranges
 from .capture import trim as trim
+from .compile_log import CompileLog as CompileLog
+from .compile_log import read_compile_log as read_compile_log
 from .experts.boundary import BoundarySweep as BoundarySweep
 from .experts.boundary import Disagreement as Disagreement
 from .experts.boundary import ExpertSummary as ExpertSummary

@@ -38,7 +38,8 @@ SMALLEST_ROW_PERCENT = 1.0
 def category_bars(breakdown: Any) -> go.Figure:
     """Share of the wall clock: one bar per category, divided by component; time hidden behind other work is hatched.
 
-    Categories with less than a percent are one bar. The bars add up to the wall clock.
+    Categories with less than a percent are one bar. The bars add up to the wall clock. In a report with a live view
+    (`plots.explorer`) a click on a bar selects its work there.
 
     Args:
         breakdown: `diagnose.Breakdown`.
@@ -54,6 +55,7 @@ def category_bars(breakdown: Any) -> go.Figure:
     rows = table.assign(name=table["category"].map(names))
     sums = rows.groupby("name", sort=False)[["time_ms", "share_percent", "hidden_ms"]].sum()
     parts = breakdown.parts.assign(name=breakdown.parts["category"].map(names))
+    shown = {name: category for category, name in names.items() if name != rest}
     figure = go.Figure()
     by_component = parts.groupby("component")["time_ms"].sum().sort_values(ascending=False)
     for component, time_ms in by_component.items():
@@ -69,6 +71,12 @@ def category_bars(breakdown: Any) -> go.Figure:
             marker={"color": _colour(str(component))},
             showlegend=not named,  # a row has its name, or there is almost nothing of it
             hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
+            meta={
+                "explore": [
+                    {"component": str(component)} | ({"category": shown[name]} if name in shown else {})
+                    for name in part.index
+                ]
+            },
         )
     hidden = sums[sums["hidden_ms"] > 0.001 * breakdown.wall_ms]
     if len(hidden):

@@ -206,7 +206,13 @@ class Run:
         return self.folder.parents[1]
 
     def save_figure(self, name: str, figure: Any) -> Any:
-        """Write a plotly figure to `artifacts/<name>.plotly.json`, and return it for display."""
+        """Write a plotly figure to `artifacts/<name>.plotly.json`, and return it for display.
+
+        A live view (`plots.explorer`) writes its own data, `artifacts/<name>.explorer.gz`.
+        """
+        if hasattr(figure, "save"):
+            figure.save(self._artifact(name, ".explorer.gz"))
+            return figure
         write_text(self._artifact(name, ".plotly.json"), figure.to_json())
         return figure
 

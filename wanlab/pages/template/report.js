@@ -66,6 +66,21 @@ const widen = (place, least) => {
   place.style.minWidth = `${least}px`;
   edges(box);
 };
+// A mark of a figure that stands for a part of the trace selects it in the live view of the page, by the page's address.
+const explorable = (place) => {
+  const view = document.querySelector("[data-explorer]");
+  if (!view || !place.data.some(trace => trace.meta?.explore)) return;
+  place.classList.add("explorable");
+  place.title = "Click a bar: its work in the live view below";
+  place.on("plotly_click", ({ points: [{ data, pointNumber }] }) => {
+    const state = data.meta?.explore?.[pointNumber];
+    if (!state) return;
+    const hash = new URLSearchParams(location.hash.slice(1));
+    hash.set("explore", JSON.stringify(state));
+    location.hash = hash;
+    view.scrollIntoView({ block: "start" });
+  });
+};
 const ROOM = 170, WIDENED = 760; // pixels
 const cut = (place) => {
   const { left, right } = place.getBoundingClientRect();
@@ -108,7 +123,7 @@ for (const place of window.Plotly ? places : []) {
         .then(() => Plotly.Plots.resize(place));
     })
     .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
-    .then(() => { if (place.data[0]?.type === "icicle") searchable(place); place.dataset.drawn = "yes"; });
+    .then(() => { if (place.data[0]?.type === "icicle") searchable(place); explorable(place); place.dataset.drawn = "yes"; });
   dataControl(place, `${stem}-${number + 1}.csv`);
 }
 const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));

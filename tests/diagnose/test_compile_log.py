@@ -58,6 +58,17 @@ def test_graph_breaks_and_recompilations_have_their_source_lines(log):
     assert (log.compilations["failed_because"] == "").all()
 
 
+def test_one_table_has_what_happened_where_and_why(log, root):
+    trace = diagnose.read_trace(root / "tests" / "fixtures" / "traces" / "cuda_graph.pt.trace.json.gz")
+    table = log.table(trace)
+    assert table["what"].iloc[0] == "graph break"
+    assert table["times"].iloc[0] == 3
+    assert set(table["what"]) == {"graph break", "compiled", "compiled again"}
+    again = table[table["what"] == "compiled again"]
+    assert again["why"].str.contains("mismatch").all()
+    assert diagnose.compiler_table(None, trace) is None
+
+
 def test_what_it_comes_to_is_said_in_a_sentence(log):
     again = (log.compilations["recompiled_because"] != "").sum()
     assert f"{again} of them again because a guard failed" in log.sentence
@@ -96,6 +107,8 @@ def test_a_compilation_is_joined_to_its_kernels_in_a_trace(root, tmp_path):
     inside = work[work["module"].astype(str) == name]
     assert (row["kernels"], row["time_ms"]) == (len(inside), pytest.approx(inside["time_us"].sum() / 1e3))
     assert row["kernels"] > 1000
+    (shown,) = log.table(trace).to_dict("records")
+    assert (shown["what"], shown["kernels"], shown["time_ms"]) == ("compiled", row["kernels"], row["time_ms"])
 
 
 def test_a_failed_compilation_is_said(tmp_path):

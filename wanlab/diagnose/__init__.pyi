@@ -16,6 +16,7 @@ from .capture import capture as capture
 from .capture import ranges as ranges
 from .capture import trim as trim
 from .compile_log import CompileLog as CompileLog
+from .compile_log import compiler_table as compiler_table
 from .compile_log import read_compile_log as read_compile_log
 from .experts.boundary import BoundarySweep as BoundarySweep
 from .experts.boundary import Disagreement as Disagreement

@@ -71,7 +71,7 @@ class CompileLog:
         again = int((table["recompiled_because"] != "").sum())
         failed = int((table["failed_because"] != "").sum())
         said = (
-            f"torch.compile compiled {table['source'].nunique():,} functions {len(table):,} times, in"
+            f"torch.compile made {len(table):,} compilation{'s' * (len(table) != 1)}, in"
             f" {time_text(1e3 * table['compile_s'].sum())}; {again:,} of them again because a guard failed."
             f" Graphs break at {len(self.breaks):,} source line{'s' * (len(self.breaks) != 1)}."
         )
@@ -80,6 +80,24 @@ class CompileLog:
             if failed
             else ""
         )
+
+    def table(self, trace: Trace) -> pd.DataFrame:
+        """Everything in one table, for a report: what happened at which source line, and what it costs in a profile.
+
+        Returns:
+            what ("graph break", "compiled", "compiled again", "failed"), source, why, times (compilations that it happened
+            in), compile_s, kernels and time_ms (in the trace, NaN where the graph does not run in it); breaks first.
+        """
+        breaks = self.breaks.assign(
+            what="graph break", why=self.breaks["reason"], times=self.breaks["compilations"]
+        )
+        made = self.compilations.merge(graph_ranges(trace), on="graph", how="left")
+        again, failed = made["recompiled_because"], made["failed_because"]
+        made["what"] = np.select([failed != "", again != ""], ["failed", "compiled again"], "compiled")
+        made["why"] = failed.where(failed != "", again)
+        made = made.assign(times=1).sort_values("time_ms", ascending=False, kind="stable")
+        columns = ["what", "source", "why", "times", "compile_s", "kernels", "time_ms"]
+        return pd.concat([breaks.reindex(columns=columns), made[columns]], ignore_index=True)
 
     def kernels(self, trace: Trace) -> pd.DataFrame:
         """The work of every compiled graph in a profile of the same program.
@@ -159,6 +177,11 @@ def read_compile_log(path: str | os.PathLike) -> CompileLog:
     table = breaks.agg(reason=("reason", "first"), hint=("hint", "first"), compilations=("reason", "size"))
     table = table.sort_values("compilations", ascending=False, kind="stable").reset_index()
     return CompileLog(pd.DataFrame(rows, columns=COMPILED), table[BROKEN])
+
+
+def compiler_table(path: str | os.PathLike | None, trace: Trace) -> pd.DataFrame | None:
+    """`CompileLog.table` of a log; None without a log."""
+    return None if path is None else read_compile_log(path).table(trace)
 
 
 def _records(file: Path) -> Iterator[tuple[dict[str, Any], str]]:

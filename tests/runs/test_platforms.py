@@ -536,7 +536,7 @@ def test_the_verdict_tells_gains_losses_and_noise():
     answer = runs.platform_answer(runs.platform_table(kept), refused)
     assert faults(answer) == []
     assert answer.headline == (
-        "On NVIDIA H200, ONNX Runtime is 2.00 times as fast as eager PyTorch (95 % interval unknown, noise 3 %)."
+        "On NVIDIA H200, ONNX Runtime is 2.00 times as fast as eager PyTorch (95 % interval unknown)."
     )
     others, fastest = answer.details[:2]
     assert "TVM is slower than eager PyTorch: 0.50 times as fast" in others

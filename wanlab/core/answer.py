@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """What to do next.
 
     Attributes:
-        why: what it brings, as a clause without a subject: "measures it on cases that no choice was made by".
+        why: what it brings, as a clause without a subject: "measures it on cases that were not used for choosing".
         notebook: the notebook to run; "" for the same one again, where `parameters` says with what.
         parameters: parameters that differ from the notebook's own, or from those of this run; None is the notebook's own.
     """
@@ -113,20 +113,20 @@ def speed_text(
     how: str = "as fast",
     busy: str = "",
 ) -> str:
-    """How fast one is beside another, in a clause with its interval, and with the noise where that is 1 % or more.
+    """How fast one is beside another, in a clause with its interval, and with the noise where that decides.
 
     Args:
         ratio, low, high: speed-up of the candidate with its 95 % interval, NaN where it is unknown.
         candidate: name of the one, as the subject of the clause; "" leaves subject and verb out.
         same: whether it cannot be told from noise.
-        noise_percent: noise that it was read against.
+        noise_percent: noise that it was read against; shown where it cannot be told from it, and is 1 % or more.
         how: words after "2.00 times".
         busy: what other work took, where it took so much that only the direction holds.
     """
     if busy and not same:
         verdict = f"{'slower' if ratio < 1 else 'faster'} than {baseline}"
         return f"{f'{candidate} is ' if candidate else ''}{verdict}; by how much cannot be told while {busy}"
-    noise = f", noise {noise_percent:.0f} %" if noise_percent >= 1 else ""
+    noise = f", noise {noise_percent:.0f} %" if same and noise_percent >= 1 else ""
     times, known = f"{ratio:.2f} times {how}", f"({interval_text(low, high)}{noise})"
     if same:
         subject = f"{candidate} cannot" if candidate else "cannot"

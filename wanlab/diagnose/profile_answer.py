@@ -68,7 +68,7 @@ def profile_answer(
         f" time{f', and {code}' if code else ''}."
     )
     if top["amdahl_bound"] <= MOST_BOUND:
-        head += f" A change there makes a video at most {top['amdahl_bound']:.2f} times as fast."
+        head += f" Without all of that a video would be {top['amdahl_bound']:.2f} times as fast, no more."
     elif category == "launch_and_idle":
         head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(shares.wall_ms)}."
     head += " One profile: how much this varies is not known."

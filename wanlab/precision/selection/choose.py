@@ -15,7 +15,7 @@ from msgspec import structs
 from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
-from wanlab.core.words import capital, component_text, counted, listed, shown
+from wanlab.core.words import component_text, counted, listed, shown
 from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.bound import AmdahlBound
@@ -414,7 +414,10 @@ class Chosen:
         limited = f"the quality loss {kept}" if known else f"{kept} of the original"
         if proof.holds(limit):
             words = [plan_words(chosen.frame), plan_words(chosen.frame, places=False)]
-            tried = [f"{capital(each)}: {lost}, {kept} on the {cases} it was chosen by." for each in words]
+            smaller = f"linear weights shrink to {share:.0f} %"
+            tried = [
+                f"Use {each}: {smaller}, {lost}, {kept} on the {cases} it was chosen by." for each in words
+            ]
             headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
         else:
             headline = f"No plan was found that is proven to keep {limited}: {lost}."

@@ -194,7 +194,9 @@ def test_quickstart_runs_by_hand(opened, project):
     assert page.locator(".jp-OutputArea-output").evaluate_all(wide) == []
 
     said = page.locator(".wl-verdict").inner_text()
-    assert said.startswith("ONNX Runtime")
+    assert said.startswith(
+        ("ONNX Runtime", "No difference in time between ONNX Runtime and")
+    )  # beside other work
     assert "too few to say how sure that is" in said
     # Paths of parameters are the project's, whatever folder the kernel was started in.
     assert len(list((project / "outputs" / "onnx-fixed").glob("wan-nano-*/*/graphs/text_encoder.onnx"))) == 1

@@ -414,9 +414,11 @@ class Chosen:
         limited = f"the quality loss {kept}" if known else f"{kept} of the original"
         if proof.holds(limit):
             words = [plan_words(chosen.frame), plan_words(chosen.frame, places=False)]
-            smaller = f"linear weights shrink to {share:.0f} %"
+            smaller = f"linear weights shrink to {share:.0f} %, "
             tried = [
-                f"Use {each}: {smaller}, {lost}, {kept} on the {cases} it was chosen by." for each in words
+                f"Use {each}: {size}{lost}, {kept} on the {cases} it was chosen by."
+                for each in words
+                for size in (smaller, "")
             ]
             headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
         else:

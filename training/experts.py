@@ -324,8 +324,7 @@ def train(args, ranks: Ranks) -> None:
         loss = (velocity - target)[2 * judged :].square().mean()
         if not judged:
             return loss, {}
-        with_text, without = velocity[pair].chunk(2)
-        estimate = states.noisy - states.sigma.view(-1, 1, 1, 1, 1) * guidance(with_text, without)
+        estimate = states.noisy - states.sigma.view(-1, 1, 1, 1, 1) * guidance(velocity[pair])
         distance, parts = seen(estimate, states.latents)
         return loss + args.seen * distance, {"velocity": loss, **parts}
 

@@ -34,8 +34,10 @@ class States(NamedTuple):
     text: torch.Tensor
 
 
-def guidance(with_text: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
-    """Velocity with guidance at the default scale, of both branches' velocities (Ho and Salimans 2022)."""
+def guidance(both: torch.Tensor) -> torch.Tensor:
+    """Velocity with guidance at the default scale, of velocities with text and, behind them, without it `[2B, ...]`
+    (Ho and Salimans 2022)."""
+    with_text, without = both.chunk(2)
     return without + GUIDANCE_SCALE * (with_text - without)
 
 
@@ -55,7 +57,7 @@ def guided(
     """
     both = torch.cat([text, no_text.expand_as(text)])
     velocity = expert(torch.cat([inputs, inputs]), sigma.repeat(2) * 1000, both, return_dict=False)[0]
-    return guidance(*velocity.float().chunk(2))
+    return guidance(velocity.float())
 
 
 class Rollouts:

@@ -48,6 +48,11 @@ def step(why: str, notebook: str = "", **parameters: Any) -> Step:
     return Step(why.strip().removesuffix("."), notebook, parameters)
 
 
+def more_videos(iterations: int) -> Step:
+    """The same notebook again with more videos, where equal ones differ by too much."""
+    return step("lowers the noise: more videos are timed, best on an idle machine", iterations=iterations)
+
+
 IDLE = Step("tells how much on an idle machine: nothing else may run beside it")
 """What to do where other work left no more than a direction to tell."""
 
@@ -71,6 +76,11 @@ class Answer:
 
     def __str__(self) -> str:
         return " ".join([self.headline, *self.details, *([str(self.next)] if self.next else [])])
+
+
+def fitting(*headlines: str) -> str:
+    """The first of some headlines, the fullest first, that is not too long; else the last."""
+    return next((each for each in headlines if len(each) <= LONGEST), headlines[-1])
 
 
 def answer(

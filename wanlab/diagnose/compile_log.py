@@ -20,7 +20,7 @@ import pandas as pd
 
 from wanlab.core import limits
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.words import time_text
+from wanlab.core.words import counted, time_text
 from wanlab.diagnose.trace import NOTHING, Trace, inherit, launchers, levels, nest
 
 RECORD = re.compile(r"[A-Z]\d{4} \S+ \d+ \S+:\d+\] (?P<json>\{.*\})\s*$")
@@ -28,8 +28,6 @@ BREAK = re.compile(r"Graph break in user code at (?P<source>.+:\d+)$", re.MULTIL
 EXPLAINED = re.compile(r"^\s*Explanation: (?P<text>.+)$", re.MULTILINE)
 HINT = re.compile(r"^\s*Hint: (?P<text>.+)$", re.MULTILINE)
 GRAPH = re.compile(r"CompiledFxGraph (?P<key>\w+)")
-WANTED = ('"compilation_metrics"', '"dynamo_graph_break_reason"', '"recompile_reasons"', '"fx_graph_cache_')
-"""Text of the lines whose records are read; the others, which are most, are passed over."""
 MIB = 1 << 20
 METRICS, BREAKS, AGAIN, CACHE = (
     "compilation_metrics",
@@ -37,6 +35,8 @@ METRICS, BREAKS, AGAIN, CACHE = (
     "recompile_reasons",
     "fx_graph_cache_",
 )
+WANTED = (*(f'"{name}"' for name in (METRICS, BREAKS, AGAIN)), f'"{CACHE}')
+"""Text of the lines whose records are read; the others, which are most, are passed over."""
 COMPILED = [
     "compile_id",
     "function",
@@ -71,12 +71,12 @@ class CompileLog:
         again = int((table["recompiled_because"] != "").sum())
         failed = int((table["failed_because"] != "").sum())
         said = (
-            f"torch.compile made {len(table):,} compilation{'s' * (len(table) != 1)}, in"
+            f"torch.compile made {counted(len(table), 'compilation')}, in"
             f" {time_text(1e3 * table['compile_s'].sum())}; {again:,} of them again because a guard failed."
-            f" Graphs break at {len(self.breaks):,} source line{'s' * (len(self.breaks) != 1)}."
+            f" Graphs break at {counted(len(self.breaks), 'source line')}."
         )
         return said + (
-            f" {failed:,} compilation{'s' * (failed != 1)} failed and run{'s' * (failed == 1)} eagerly."
+            f" {counted(failed, 'compilation')} failed and run{'s' * (failed == 1)} eagerly."
             if failed
             else ""
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import IDLE, LONGEST, Answer, Tile, answer, speed_text, step
+from wanlab.core.answer import IDLE, Answer, Tile, answer, fitting, speed_text, step
 from wanlab.core.stats import interval_text
 from wanlab.core.words import (
     SMALLEST,
@@ -128,11 +128,10 @@ def engine_answer(
     why = "measures its quality on pictures whose true videos are known, and its memory"
     following = step(why, "41_configuration", engine=candidate, cases=8)
     most = f"The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time."
-    headline = f"{speed}. {most} {capital(divergence.text)}."
-    if len(headline) > LONGEST:  # a busy machine takes words; the share stands among the key figures too
-        headline = f"{speed}. {capital(divergence.text)}."
+    same = f"{capital(divergence.text)}."
     return answer(
-        headline,
+        # A busy machine takes words; the share stands among the key figures too.
+        fitting(f"{speed}. {most} {same}", f"{speed}. {same}"),
         f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
         f" series of {base} may differ by {noise} by chance, and a smaller gain would not count. {timed_text([gain])}",
         f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",

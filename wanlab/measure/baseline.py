@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, step
+from wanlab.core.answer import Answer, answer, more_videos, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import sentence, time_text
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
@@ -217,10 +217,7 @@ class Baseline:
         following = step("shows which code takes that time", "11_flame_graph")
         noise = self.control.noise_percent
         if noise > MOST_NOISE_PERCENT:
-            iterations = max(5, 2 * first)
-            following = step(
-                "lowers the noise: more videos are timed, best on an idle machine", iterations=iterations
-            )
+            following = more_videos(max(5, 2 * first))
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import IDLE, Answer, answer, loss_texts, ratio_text, step
+from wanlab.core.answer import IDLE, Answer, answer, loss_texts, more_videos, ratio_text, step
 from wanlab.core.effects import BASELINE, NOT_APPLIED
 from wanlab.core.stats import interval_text
 from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_text, time_text
@@ -50,7 +50,7 @@ def configuration_answer(
     if base:
         following = step("measures another configuration beside this one", engine="onnxruntime")
         if noise > MOST_NOISE_PERCENT:
-            following = step("lowers the noise: more videos are timed, best on an idle machine", iterations=6)
+            following = more_videos(6)
         return answer(
             f"{name} makes a video in {took} ({sure}). It is the original that others are compared with.",
             tiles=(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import LONGEST, Answer, Tile, answer, speed_text, step
+from wanlab.core.answer import Answer, Tile, answer, fitting, speed_text, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
@@ -163,8 +163,7 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
     best = min(alike, key=lambda row: (not _lossless(row), losses[row.label])) if alike else base
     why = "this one loses no quality" if _lossless(best) else "this one loses least"
     tie = f"{len(alike)} configurations are equally good within the noise; {why}" if len(alike) > 1 else ""
-    notes = [tie] if tie else []
-    notes += [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
+    notes = [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
     if unknown := sum(loss is None for loss in losses.values()):
         notes += [f"{unknown} of unknown loss: without an interval (three cases or more) it is not chosen"]
     notes += _left_out(comparisons)
@@ -174,8 +173,8 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         within=tuple(row.label for row in within),
         alike=tuple(row.label for row in alike),
         text=f"{_sentence(comparisons, best)} {comparisons.place}",
-        answer=_answer(comparisons, best, limit_percent, tie, notes[bool(tie) :]),
-        notes=tuple(notes),
+        answer=_answer(comparisons, best, limit_percent, tie, notes),
+        notes=(*([tie] if tie else []), *notes),
     )
 
 
@@ -232,11 +231,9 @@ def _answer(
         how = "as fast" if by.endswith("_ms") else "as good"
         figures = (ratio.value if gain_of(by) == "ratio" else math.nan, ratio.low, ratio.high)
         gain = speed_text(*figures, candidate="", baseline=other, noise_percent=ratio.noise_percent, how=how)
-        headline = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
-        if tie and len(headline) + len(tie) + 2 <= LONGEST:
-            headline += f" {tie}."
-        elif tie:
-            details.insert(0, f"{tie}.")
+        short = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
+        headline = fitting(f"{short} {tie}.", short) if tie else short
+        details = [f"{tie}." if headline == short and tie else "", *details]
         beside = f"{interval_text(*figures[1:])}; noise {ratio.noise_percent:.0f} %"
         tiles.insert(0, Tile("speed-up" if how == "as fast" else "gain", f"{figures[0]:.2f}×", beside))
         asked = {name: best.parameters.get(name) for name in comparisons.axes if name in CONFIGURED}

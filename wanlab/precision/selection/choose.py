@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, answer, step
+from wanlab.core.answer import MOST_DETAILS, Answer, Tile, answer, fitting, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
 from wanlab.core.words import component_text, counted, listed, shown
@@ -420,7 +420,7 @@ class Chosen:
                 for each in words
                 for size in (smaller, "")
             ]
-            headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
+            headline = fitting(*tried)
         else:
             headline = f"No plan was found that is proven to keep {limited}: {lost}."
             nearest = f"The nearest: {plan_words(chosen.frame)}."

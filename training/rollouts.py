@@ -20,9 +20,6 @@ from training.loop import autocast
 STEPS = (4, 6, 10, 10, 10, 20)
 """Steps of a sampling, drawn with equal chance: mostly the default."""
 
-LAST = 3
-"""Steps of an expert, its last ones, whose latents are kept."""
-
 
 class States(NamedTuple):
     """Latents on the way, and what belongs to them; `[N, ...]` each."""
@@ -113,6 +110,6 @@ class Rollouts:
             with autocast(device):
                 velocity = guided(expert, torch.cat([noisy, known], dim=1), sigma, text, self.no_text)
             noisy = scheduler.step(velocity, time, noisy, return_dict=False)[0]
-        joined = [torch.cat(values) for values in zip(*kept[-LAST:], strict=True)]
+        joined = [torch.cat(values) for values in zip(*kept, strict=True)]
         order = torch.randperm(len(joined[0]), device=device)
         return States(*(values[order] for values in joined))

@@ -12,6 +12,7 @@ from . import pages as pages
 from . import plots as plots
 from . import precision as precision
 from . import runs as runs
+from . import techniques as techniques
 from .core.errors import WanlabError as WanlabError
 from .runs.results import load_runs as load_runs
 from .runs.run import Run as Run

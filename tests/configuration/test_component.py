@@ -24,6 +24,7 @@ from wanlab.configuration.component import (
 from wanlab.configuration.component_cost import ComponentCost, measure_component, roofline_ms
 from wanlab.configuration.configuration import load_configuration
 from wanlab.core.errors import WanlabError
+from wanlab.core.plugins import run_files
 from wanlab.diagnose.operators import Operations, call_kernels, count_operations
 from wanlab.engines import registry
 from wanlab.measure import Ceilings, Samples
@@ -128,7 +129,7 @@ def test_an_engine_that_runs_instead_of_another_has_no_effect(model):
 def test_a_bound_call_that_computes_something_else_has_no_time(tmp_path, monkeypatch):
     file = str(Path(__file__).parents[1] / "support" / "forgetful_engine.py")
     monkeypatch.setenv(registry.VARIABLE, file)  # for the processes that measure memory
-    registry._load_files(file)
+    run_files(file, registry.VARIABLE, "wanlab_engine")
     how = {"device": "cpu", "processes": "one", "float32": False, "rounds": 1, "progress": False}
     try:
         cost = measure_component(

@@ -11,6 +11,7 @@ from PIL import Image
 from wanlab import configuration, models, precision
 from wanlab.configuration.configure import _suited
 from wanlab.core.errors import WanlabError
+from wanlab.core.plugins import run_files
 from wanlab.engines import registry
 
 SIZE = {"height": 64, "width": 64, "frames": 5, "steps": 2}
@@ -173,7 +174,7 @@ def test_a_plan_is_in_the_graph_of_one_expert_and_in_pytorch_for_the_other(model
 @pytest.mark.slow
 def test_an_engine_of_ones_own_is_configured_and_measured(model, folder, request_of_a_video, monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, str(TOY))  # for the process of its own
-    registry._load_files(str(TOY))
+    run_files(str(TOY), registry.VARIABLE, "wanlab_engine")
     try:
         used = configuration.configure(
             model, configuration.Configuration(name="toy", engines={"expert*": "negated"}), folder, **SIZE

@@ -16,6 +16,7 @@ from support import convert_tiny as tiny
 from wanlab import engines, measure, runs
 from wanlab.cli import doctor
 from wanlab.core.errors import WanlabError
+from wanlab.core.plugins import run_files
 from wanlab.engines import registry
 from wanlab.plots.style import colour
 from wanlab.runs.result import completed
@@ -32,7 +33,7 @@ def model():
 @pytest.fixture
 def toy():
     """The toy, in the table for one test."""
-    registry._load_files(str(TOY))
+    run_files(str(TOY), registry.VARIABLE, "wanlab_engine")
     yield registry.ENGINES["negated"]
     del registry.ENGINES["negated"]
 
@@ -109,7 +110,7 @@ def test_a_file_of_an_engine_that_does_not_run_is_one_line(text, message, tmp_pa
     path = tmp_path / "engine.txt"  # whatever its name
     path.write_text(text)
     with pytest.raises(WanlabError) as error:
-        registry._load_files(str(path))
+        run_files(str(path), registry.VARIABLE, "wanlab_engine")
     assert f"WANLAB_ENGINES names {path}, which {message}" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -277,7 +277,7 @@ def test_engines_change_with_the_step_of_a_generation(model, graphs, stepped, ca
     planned, run = (abs(made[who] - made["unquantised"]).mean() for who in ("pytorch", "onnxruntime"))
     assert 0.5 < run / planned < 2
     # The scheduler of the original tells nothing.
-    assert not hasattr(model.pipeline.scheduler, "wanlab_clock")
+    assert not hasattr(model.pipeline.scheduler, "wanlab_clocks")
     with pytest.raises(WanlabError, match=r"plan stepped is for 4 steps, this generation has 3"):
         changed.generate(example.image, example.prompt, steps=3, output="latent", **SIZE)
 

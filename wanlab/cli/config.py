@@ -75,6 +75,12 @@ def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
                 f"  {row.component:13} {row.format:12} {row.layers:6,} layers {row.size_bytes / 2**20:10,.1f} MiB"
                 f" {row.weights_percent:6.1f} % of weights {row.flop_percent:6.1f} % of operations"
             )
+    if len(explanation.techniques):
+        show("\ntechniques, in the order in which they are applied")
+        for row in explanation.techniques.itertuples():
+            show(
+                f"  {row.technique:17} {row.tier}; {row.bound}", f"  {'':17} here because {row.order_reason}"
+            )
     show("\nthis machine lacks")
     for line in explanation.missing or ("nothing",):
         show(f"  {line}")

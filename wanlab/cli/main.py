@@ -35,6 +35,7 @@ GROUPS = {
     "models, configurations and engines": {
         "models": ("models", "list the models that wanlab knows, with their facts"),
         "config": ("config", "list configurations, or show and explain one on a model"),
+        "techniques": ("techniques", "list techniques: what each can buy, and what it lacks here"),
         "plan": ("plan", "list precision plans, or show and explain one on a model"),
         "schema": ("schema", "print the JSON Schema of plans, configurations or sweeps, for editors"),
         "bench": ("bench", "time any engine as trtexec does"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from wanlab import techniques
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.files import write_text
 from wanlab.core.paths import locate, recipes
@@ -42,7 +43,8 @@ class Configuration(
             component -> engine, where a component may be a pattern such as `"expert*"` and the last that fits counts;
             components that no pattern fits are eager.
         plan: number formats of the experts' layers; None is the model as it was loaded.
-        techniques: names of switches that make a model faster or smaller. There are none yet.
+        techniques: switches that make a model faster or smaller (`wanlab techniques`), as a list of names, or as name ->
+            settings; a setting that is left out has its default. Their order means nothing: each has its place.
         settings: engine -> setting -> value; each engine has its own (`wanlab.engines.EngineKind.settings`).
     """
 
@@ -50,7 +52,7 @@ class Configuration(
     about: str = ""
     engines: str | dict[str, str] = EAGER
     plan: Plan | None = None
-    techniques: tuple[str, ...] = ()
+    techniques: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
 
     def engine_of(self, component: str) -> str:
@@ -66,7 +68,11 @@ class Configuration(
         facts = {
             "engines": self._resolved(),
             "plan": None if self.plan is None else self.plan.hash,
-            "techniques": list(self.techniques),
+            "techniques": {
+                name: msgspec.to_builtins(techniques.settings_of(name, own))
+                for name, own in self.techniques.items()
+            }
+            or [],
             "settings": {name: own for name, own in self.settings.items() if own},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -97,6 +103,8 @@ class Configuration(
         if self.plan is not None:
             is_preset = PRESETS.get(self.plan.name) == self.plan
             data["plan"] = self.plan.name if is_preset else self.plan.to_dict()
+        if self.techniques and not any(self.techniques.values()):
+            data["techniques"] = list(self.techniques)
         return data
 
     def to_yaml(self) -> str:
@@ -109,11 +117,7 @@ class Configuration(
             yield ("name",), f"{self.name!r} cannot be a file name; use letters, digits and . _ + -"
         mistakes = list(self._check_engines())
         yield from mistakes
-        for index, technique in enumerate(self.techniques):
-            yield (
-                ("techniques", index),
-                f"no technique {technique!r}; there are none yet, so leave the list empty",
-            )
+        yield from self._check_techniques(engines_known=not mistakes)
         if not mistakes:
             yield from self._check_plan()
             yield from self._check_settings()
@@ -139,6 +143,24 @@ class Configuration(
                 )
             elif unable:
                 yield at, f"{name} runs {' and '.join(kind.components)}, not {unable[0]}"
+
+    def _check_techniques(self, engines_known: bool) -> Iterator[tuple[At, str]]:
+        known = []
+        for name, own in self.techniques.items():
+            at: At = ("techniques", name)
+            try:
+                techniques.settings_of(name, own)
+            except WanlabError as error:
+                yield at, str(error)
+                continue
+            known.append(name)
+            kind = techniques.technique_of(name)
+            for component in EXPERTS if engines_known else ():
+                if component in kind.touches and (reason := kind.not_on.get(self.engine_of(component))):
+                    yield at, f"{name} does not go with {self.engine_of(component)} on {component}: {reason}"
+                    break
+        for name, other, reason in techniques.conflicts(known):
+            yield ("techniques", other), f"{name} and {other} cannot go together: {reason}; leave one out"
 
     def _check_plan(self) -> Iterator[tuple[At, str]]:
         if self.plan is None:
@@ -199,6 +221,7 @@ def parse_configuration(
     document.known_fields(data, Configuration)
     plan = _plan_of(document, Path(folder) if folder is not None else None)
     data["plan"] = None
+    _name_techniques(document)
     _check_mappings(document)
     configuration = msgspec.structs.replace(document.convert(Configuration), plan=plan)
     for at, mistake in configuration.check():
@@ -219,6 +242,26 @@ def _plan_of(document: Document, folder: Path | None) -> Plan | None:
         return load_plan(beside if beside is not None and beside.is_file() else source)
     except WanlabError as error:
         document.refuse(("plan",), f"{error}{did_you_mean(source, [DEFAULT])}")
+
+
+def _name_techniques(document: Document) -> None:
+    """Bring techniques, a list of names or name -> settings, into the form of the record."""
+    given = document.data.get("techniques")
+    if isinstance(given, list):
+        for index, name in enumerate(given):
+            if not isinstance(name, str):
+                document.refuse(("techniques", index), f"a technique is given by its name, not {name!r}")
+            if name in given[:index]:
+                document.refuse(("techniques", index), f"{name!r} is given twice")
+            document.lines[("techniques", name)] = document.lines[("techniques", index)]
+        document.data["techniques"] = {name: {} for name in given}
+    elif isinstance(given, dict):
+        for name, settings in given.items():
+            if not isinstance(settings, dict | None):
+                document.refuse(("techniques", str(name)), "settings are {setting: value}")
+        document.data["techniques"] = {name: settings or {} for name, settings in given.items()}
+    elif given is None:
+        document.data.pop("techniques", None)
 
 
 def _check_mappings(document: Document) -> None:

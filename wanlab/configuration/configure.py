@@ -46,6 +46,8 @@ from wanlab.precision.plan import Plan
 from wanlab.precision.plan_engines import load_plan_engines
 from wanlab.precision.plan_graphs import export_plan, read_plan_graphs
 from wanlab.precision.recording import Example, as_examples
+from wanlab.techniques.switch_on import Switched
+from wanlab.techniques.switch_on import begin as begin_techniques
 
 COMPILED = "compiled"
 GIB = 2**30
@@ -219,7 +221,8 @@ def configure(
         files = _prepare(model, configuration, place, settings, sizes, examples, progress)
         opened = open_files(model, configuration, files)
     checks = _check(model, configuration, opened, settings)
-    if configuration.plan is None and all(name == EAGER for name in opened.kinds.values()):
+    changes = configuration.plan is not None or opened.switched is not None
+    if not changes and all(name == EAGER for name in opened.kinds.values()):
         effect, proof = BASELINE, "the model as it was loaded"
     else:
         effect = APPLIED if all(check.passed for check in checks) else NOT_APPLIED
@@ -345,6 +348,7 @@ class Opened:
     Attributes:
         model: model that generates by it. kinds: component -> name of its engine.
         engines: component -> engine, of components that PyTorch does not run inside the pipeline.
+        switched: the techniques; None where there are none.
         applied: the plan in PyTorch; None where none is. in_pytorch: experts whose plan is in PyTorch.
         plan_graphs: folder of the plan's graphs; None where there are none.
         networks: component -> network in PyTorch, of components whose engine has no file.
@@ -354,6 +358,7 @@ class Opened:
     model: Model
     kinds: dict[str, str]
     engines: dict[str, Engine]
+    switched: Switched | None
     applied: Applied | None
     in_pytorch: tuple[str, ...]
     plan_graphs: str | None
@@ -384,6 +389,10 @@ def open_files(
         used = applied.model
     plan_ms = (time.perf_counter() - begin) * 1e3
     kinds = {name: configuration.engine_of(name) for name in model.components}
+    switched = None
+    if configuration.techniques:
+        switched = begin_techniques(used, configuration.techniques, kinds)
+        used = switched.model
     networks = dict(used.components)
     compiled = [name for name, kind in kinds.items() if kind == COMPILED and name in EXPERTS]
     used = compile_blocks(used, compiled) if compiled else used
@@ -398,10 +407,12 @@ def open_files(
     parts = {model.spec.part_of(name) for name in networks}
     load_ms = sum(part.time_ms for part in model.load.parts if part.part in parts)
     load_ms += sum(engine.load_ms for engine in opened.values())
+    used = use(used, opened) if opened else used
     return Opened(
-        model=use(used, opened) if opened else used,
+        model=used if switched is None else switched.place.finish(used),
         kinds=kinds,
         engines=opened,
+        switched=switched,
         applied=applied,
         in_pytorch=in_pytorch,
         plan_graphs=files["plan_graphs"],
@@ -461,8 +472,15 @@ def _check(
                 checks.append(
                     _effect(functools.partial(graph_effect_check, assignment, component, path, step=first))
                 )
-    if any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items()):
-        checks.append(_compiles(opened.model, settings))
+    compiled = any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items())
+    if compiled or opened.switched is not None:
+        graphs_made = _generate(opened.model, settings)
+    if compiled:
+        made = f"{graphs_made} graph{'s' * (graphs_made != 1)}"
+        checks.append(_Check(graphs_made > 0, f"torch.compile made {made} of the experts' blocks."))
+    if opened.switched is not None:
+        proofs = opened.switched.proofs().values()
+        checks += [_Check(proof.passed, proof.sentence) for proof in proofs]
     for name in dict.fromkeys(opened.kinds[component] for component in opened.engines):
         expected = [component for component in opened.engines if opened.kinds[component] == name]
         kind = engine_kind(name)
@@ -486,8 +504,8 @@ def _effect(check: Callable[[], Any]) -> _Check:
     return _Check(True, str(effect), effect.frame)
 
 
-def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
-    """Whether torch.compile compiles in a generation, which is also the warm-up.
+def _generate(model: Model, settings: Mapping[str, Any]) -> int:
+    """Generate once, which is also the warm-up; returns the number of graphs that torch.compile made.
 
     Only the size matters to the compiler, so the image is noise and the prompt is empty; further inputs are frames of a
     held-out clip.
@@ -497,8 +515,7 @@ def _compiles(model: Model, settings: Mapping[str, Any]) -> _Check:
     image = np.random.default_rng(0).random((settings["height"], settings["width"], 3), dtype=np.float32)
     inputs = Example(image, "", adapts=True).inputs(model, settings["frames"])
     model.generate(prompt="", output="latent", **inputs, **settings)
-    count = counters["unique_graphs"] - before
-    return _Check(count > 0, f"torch.compile made {count} graph{'s' * (count != 1)} of the experts' blocks.")
+    return counters["unique_graphs"] - before
 
 
 def _kernels(opened: Opened, device: str) -> str:

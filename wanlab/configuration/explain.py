@@ -33,6 +33,9 @@ from wanlab.models.weights import check_room, check_size, open_checkpoint
 from wanlab.precision.assignment import assign_architecture
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import is_float
+from wanlab.techniques.registry import made
+from wanlab.techniques.switch_on import lacks, shares_by_operations
+from wanlab.techniques.technique import Technique
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,7 @@ class Explanation:
             engine opens once it is made; `""` where it needs none).
         formats: a row per component and format: component, format, layers, weights, size_bytes, bits_per_weight,
             weights_percent, flop_percent; None without a plan.
+        techniques: a row per technique, in the order in which they are applied: technique, does, tier, order_reason, bound.
         missing: a line for each thing that this machine lacks. checks: a sentence for each check of `configure`.
         size: size of the videos that files and operations are for: height and width in pixels, frames.
     """
@@ -52,6 +56,7 @@ class Explanation:
     model: str
     components: pd.DataFrame
     formats: pd.DataFrame | None
+    techniques: pd.DataFrame
     missing: tuple[str, ...]
     checks: tuple[str, ...]
     size: dict[str, int]
@@ -91,19 +96,39 @@ def explain(
         assignment = assign_architecture(configuration.plan, spec, default)
         formats = assignment.cost(tokens, spec.defaults.text_tokens)
         idle = assignment.without_effect()
+    techniques = made(configuration.techniques)
+    engines = {name: configuration.engine_of(name) for name in spec.components}
+    lacking = [(each.name, lacks(each, spec, place, engines)) for each in techniques]
     return Explanation(
         configuration,
         spec.name,
         pd.DataFrame(rows),
         formats,
+        _techniques(techniques, spec, size),
         (
             *missing(configuration, spec.components, place),
+            *(f"for {name}: {reason}" for name, reason in lacking if reason),
             *_simulated(formats, in_graphs, place),
             *_not_here(spec, size, place, dtype),
         ),
         (*_checks(configuration, spec, in_graphs), *idle),
         size,
     )
+
+
+def _techniques(techniques: list[Technique], spec: ModelSpec, size: dict[str, int]) -> pd.DataFrame:
+    shares = shares_by_operations(spec, **size) if techniques else None
+    rows = [
+        {
+            "technique": each.name,
+            "does": each.does,
+            "tier": each.tier,
+            "order_reason": each.order_reason,
+            "bound": str(each.bound(shares)),
+        }
+        for each in techniques
+    ]
+    return pd.DataFrame(rows, columns=["technique", "does", "tier", "order_reason", "bound"])
 
 
 def _not_here(spec: ModelSpec, size: dict[str, int], device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -190,4 +215,6 @@ def _checks(configuration: Configuration, spec: ModelSpec, in_graphs: list[str])
             checks.append(
                 f"{len(components)} of {len(spec.components)} networks run in {engine_kind(name).title}"
             )
+    if configuration.techniques:
+        checks.append(f"what each of {', '.join(configuration.techniques)} did in one generation")
     return checks or ["nothing: this is the model as it was loaded"]

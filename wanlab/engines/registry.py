@@ -10,12 +10,10 @@ An engine of your own is one Python file that ends in `register(EngineKind(...))
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from wanlab.core.errors import WanlabError, did_you_mean, first_line
+from wanlab.core.plugins import run_files
 from wanlab.models.spec import EXPERTS
 
 if TYPE_CHECKING:
@@ -477,26 +476,4 @@ def prepare_component(
     return kind.prepare(model, component, folder, size=size, progress=progress, **kind.building(settings))
 
 
-def _load_files(names: str) -> None:
-    """Run the Python files of `WANLAB_ENGINES`, which register their engines."""
-    for name in filter(None, map(str.strip, names.split(","))):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise WanlabError(
-                f"{VARIABLE} names {name}, where there is no file; give the path of a Python file"
-            )
-        loader = importlib.machinery.SourceFileLoader(f"wanlab_engine_{path.stem}", str(path))
-        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
-        try:
-            loader.exec_module(importlib.util.module_from_spec(spec))
-        except WanlabError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever a file of someone else's raises
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            at = getattr(error, "lineno", None) or (line.lineno if line.filename == str(path) else None)
-            place = f"line {at}: " if at else ""
-            reason = f"{type(error).__name__}: {first_line(error) or error}"
-            raise WanlabError(f"{VARIABLE} names {name}, which does not run: {place}{reason}") from error
-
-
-_load_files(os.environ.get(VARIABLE, ""))
+run_files(os.environ.get(VARIABLE, ""), VARIABLE, "wanlab_engine")

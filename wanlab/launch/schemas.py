@@ -20,6 +20,8 @@ from wanlab.launch.grid import Grid, Part
 from wanlab.models.spec import COMPONENTS
 from wanlab.precision.formats import BLOCK_SIZES, FORMATS
 from wanlab.precision.plan import AS_LOADED, BLOCKS, FLOATS, KEEP, PRESETS, STEPS, Plan, Rule
+from wanlab.techniques.registry import TECHNIQUES
+from wanlab.techniques.technique import Technique
 
 Json = dict[str, Any]
 
@@ -29,8 +31,8 @@ KINDS: dict[str, type[msgspec.Struct]] = {"plan": Plan, "configuration": Configu
 NOT_SAID = {
     "plan": "that a step is below num_steps, that a range goes upwards, and that a model has the layers, blocks and roles"
     " that rules name (`wanlab plan show FILE --model NAME`)",
-    "configuration": "that the experts' engine applies plans, that a setting is of an engine in use, and that a plan's file"
-    " is there (`wanlab config explain FILE --model NAME`)",
+    "configuration": "that the experts' engine applies plans, that techniques go together and with the engines, that"
+    " a setting is of an engine in use, and that a plan's file is there (`wanlab config explain FILE --model NAME`)",
     "sweep": "the notebook's parameters and their types, names in only, exclude and baseline, and that files, models and"
     " plans are there (`wanlab sweep FILE --dry-run`)",
 }
@@ -117,7 +119,14 @@ def _complete_configuration(fields: Json) -> None:
     preset = {"enum": [DEFAULT, *PRESETS], "description": "a plan of `wanlab plan list`"}
     file = {"type": "string", "pattern": r"[./\\]", "description": "a plan's file, relative to this one"}
     fields["plan"]["anyOf"] = [preset, file, {"$ref": "#/$defs/Plan"}, {"type": "null"}]
-    fields["techniques"] |= {"maxItems": 0}
+    named = {name: _technique(kind) for name, kind in TECHNIQUES.items()}
+    listed = {"type": "array", "items": {"enum": list(named)}, "uniqueItems": True}
+    fields["techniques"]["anyOf"] = [
+        listed,
+        {"type": "object", "properties": named, "additionalProperties": False},
+    ]
+    for key in ("type", "additionalProperties"):
+        fields["techniques"].pop(key, None)
     fields["settings"] |= {
         "properties": {name: _settings(kind) for name, kind in ENGINES.items()},
         "additionalProperties": False,
@@ -132,6 +141,16 @@ def _settings(kind: EngineKind) -> Json:
         for name, text in kind.settings.items()
     }
     return {"type": "object", "properties": described, "additionalProperties": False}
+
+
+def _technique(kind: type[Technique]) -> Json:
+    """The settings of a technique; null takes the defaults."""
+    own = msgspec.json.schema(kind.Settings)["$defs"][kind.Settings.__name__]
+    about = _docstring(kind.Settings)[1]
+    for name, field in own.get("properties", {}).items():
+        field["description"] = about[name]
+    settings = {"type": "object", "properties": own.get("properties", {}), "additionalProperties": False}
+    return {"description": kind.does, "anyOf": [settings, {"type": "null"}]}
 
 
 def _complete_grid(grid: Json, part: Json) -> None:

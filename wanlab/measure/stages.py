@@ -92,7 +92,8 @@ class StageRecorder:
             raise WanlabError(
                 "the model has no pipeline with components; give the object that wanlab.models.load returns"
             )
-        if any(isinstance(vars(self._pipeline)[name], CallProxy) for name in targets):
+        # Exactly this class: a technique's own stand-in is a part of the model, and is measured.
+        if any(type(vars(self._pipeline)[name]) is CallProxy for name in targets):
             raise WanlabError("this model is being recorded already; leave the outer stages() block first")
         self._stack = ExitStack()
         self._stack.enter_context(intercept_calls(self._pipeline, targets))

@@ -14,6 +14,7 @@ import torch
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.engines.registry import EAGER
+from wanlab.models.clocks import with_clock
 from wanlab.models.networks import stored_dtype
 from wanlab.models.pipeline import Model
 from wanlab.models.variants import shared_copy
@@ -23,7 +24,7 @@ from wanlab.precision.denoiser import eager_network
 from wanlab.precision.formats import get_format
 from wanlab.precision.plan import FLOATS, KEEP, Plan, is_float, load_plan
 from wanlab.precision.quant_linear import FEWEST_ROWS, INTEGER, CastLinear, QuantLinear, planned
-from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, step_range_name, stepped_scheduler
+from wanlab.precision.steps import StepClock, SteppedLayer, all_bands, step_range_name
 
 AS_LOADED = "as-loaded"
 
@@ -231,7 +232,7 @@ def apply_plan(
     frame = pd.DataFrame(rows).astype({"first_step": "Int64", "last_step": "Int64"})
     changed = model if in_place else copy.copy(model)
     pipeline = model.pipeline if in_place else copy.copy(model.pipeline)
-    pipeline.scheduler = stepped_scheduler(model.pipeline.scheduler, clock)
+    pipeline.scheduler = with_clock(model.pipeline.scheduler, clock)
     for component, network in networks.items():
         setattr(pipeline, model.spec.part_of(component), network)
     changed.pipeline = pipeline

@@ -24,12 +24,13 @@ from wanlab.engines.onnxruntime import OrtEngine
 from wanlab.engines.registry import ENGINES, engine_kind
 from wanlab.engines.tensorrt.build import EngineBuilds, build_engines, layers_path
 from wanlab.engines.tensorrt.profile import read_source
+from wanlab.models.clocks import with_clock
 from wanlab.precision.check_torch import Fault, raise_first
 from wanlab.precision.formats import get_format
 from wanlab.precision.linear_nodes import OPERATORS
 from wanlab.precision.plan import is_float
 from wanlab.precision.plan_graphs import PlanGraphs, files_of, read_plan_graphs
-from wanlab.precision.steps import StepClock, stepped_scheduler
+from wanlab.precision.steps import StepClock
 
 COLUMNS = ["layer", "asked", "built", "as_asked", "engine_layers"]
 
@@ -368,9 +369,10 @@ class SteppedEngine(Engine):
         Raises:
             WanlabError: it counts them for another plan already.
         """
-        clock = getattr(pipeline.scheduler, "wanlab_clock", None)
+        clocks = getattr(pipeline.scheduler, "wanlab_clocks", ())
+        clock = next((each for each in clocks if isinstance(each, StepClock)), None)
         if clock is None:
-            pipeline.scheduler = stepped_scheduler(pipeline.scheduler, self.clock)
+            pipeline.scheduler = with_clock(pipeline.scheduler, self.clock)
         elif clock is not self.clock:
             raise WanlabError(
                 f"this model's steps are counted for plan {clock.plan.name} already; use the engines of one"

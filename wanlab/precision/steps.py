@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
 
 import torch
 
@@ -114,41 +111,3 @@ def all_bands(assignment) -> list[tuple[int, int]]:
 def step_range_name(band: tuple[int, int]) -> str:
     """`(0, 3)` as `"0-3"`."""
     return f"{band[0]}-{band[1]}"
-
-
-def stepped_scheduler(scheduler, clock: StepClock | None):
-    """A copy of a scheduler, as it keeps state between steps; with a clock it also counts the steps."""
-    changed = copy.deepcopy(scheduler)
-    if clock is not None:
-        changed.__class__ = _step_tracking(type(changed))
-        changed.wanlab_clock = clock
-    return changed
-
-
-def _step_tracking(base: Any) -> type:
-    """A scheduler class that counts its steps; its methods keep the signatures that diffusers inspects."""
-
-    class StepTrackingScheduler(base):
-        @wraps(base.set_timesteps)
-        def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
-            result = super().set_timesteps(num_inference_steps, *args, **kwargs)
-            # Schedulers made from this one's configuration have no clock.
-            if (clock := getattr(self, "wanlab_clock", None)) is not None:
-                count = len(self.timesteps) if num_inference_steps is None else num_inference_steps
-                clock.begin(count)
-            return result
-
-        @wraps(base.step)
-        def step(self, *args, **kwargs):
-            result = super().step(*args, **kwargs)
-            if (clock := getattr(self, "wanlab_clock", None)) is not None:
-                clock.advance()
-            return result
-
-    # diffusers finds schedulers by the name of their class.
-    StepTrackingScheduler.__name__, StepTrackingScheduler.__qualname__, StepTrackingScheduler.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
-    return StepTrackingScheduler

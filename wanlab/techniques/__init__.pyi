@@ -1,0 +1,17 @@
+from .denoising import Call as Call
+from .denoising import Rule as Rule
+from .registry import TECHNIQUES as TECHNIQUES
+from .registry import conflicts as conflicts
+from .registry import made as made
+from .registry import register as register
+from .registry import settings_of as settings_of
+from .registry import technique_of as technique_of
+from .switch_on import Switched as Switched
+from .switch_on import catalogue as catalogue
+from .switch_on import shares_by_operations as shares_by_operations
+from .switch_on import switch_on as switch_on
+from .technique import Bound as Bound
+from .technique import Place as Place
+from .technique import Proof as Proof
+from .technique import Shares as Shares
+from .technique import Technique as Technique

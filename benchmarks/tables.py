@@ -19,6 +19,7 @@ import precision_tables
 import report_tables
 import results_table
 import sweep_tables
+import technique_tables
 from table_text import ROOT, machine, markdown, read
 
 from wanlab.cli.nano_eval import verdicts
@@ -38,6 +39,7 @@ PAGES = (
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "precision.md",
     ROOT / "docs" / "sweeps.md",
+    ROOT / "docs" / "techniques.md",
     ROOT / "data" / "wan-nano" / "README.md",
 )
 
@@ -136,7 +138,7 @@ def heldout() -> str:
 TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagnosis_tables.TABLES
 TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
 TABLES |= input_tables.TABLES | family_tables.TABLES | report_tables.TABLES
-TABLES |= {"glossary": glossary_markdown}
+TABLES |= {"glossary": glossary_markdown, "techniques": technique_tables.techniques}
 
 
 def rewritten(text: str) -> str:

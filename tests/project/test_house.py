@@ -42,7 +42,7 @@ def test_few_imports_stand_inside_functions(root):
 RUNTIME_BASES = {
     "wanlab/engines/tensorrt/network.py: Monitor",
     "wanlab/engines/tensorrt/runtime.py: Logger",
-    "wanlab/precision/steps.py: StepTrackingScheduler",
+    "wanlab/models/clocks.py: TellingScheduler",
 }
 
 

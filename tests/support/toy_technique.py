@@ -1,7 +1,6 @@
 """Every prediction halved and doubled: a technique of one's own, which tests name in WANLAB_TECHNIQUES."""
 
-from wanlab.techniques.registry import register
-from wanlab.techniques.technique import Bound, Proof, Technique
+from wanlab.techniques import Bound, Proof, Technique, register
 
 
 class Halved:
@@ -27,9 +26,8 @@ class HalvedTechnique(Technique):
         place.add(self.rule)
 
     def proof(self, place):
-        return Proof(
-            self.rule.calls == len(place.calls), f"halved {self.rule.calls} of {len(place.calls)} calls."
-        )
+        calls = len(place.calls)
+        return Proof(self.rule.calls == calls, f"halved {self.rule.calls} of {calls} calls.")
 
 
 register(HalvedTechnique)

@@ -17,7 +17,7 @@ from wanlab.core.plugins import run_files
 from wanlab.measure import stages
 from wanlab.techniques import registry
 from wanlab.techniques.easy_cache import EasyCacheRule
-from wanlab.techniques.text_keys import Remembering
+from wanlab.techniques.remembering import Remembering
 
 TOY = Path(__file__).parents[1] / "support" / "toy_technique.py"
 SIZE = {"height": 64, "width": 64, "frames": 5}
@@ -87,8 +87,8 @@ def test_a_cache_skips_more_above_a_higher_threshold(model, request_of_a_video, 
         distance.append(far(video, original))
         # Never in the first two calls of an expert, nor in the last step.
         assert calls.loc[calls["step"].isin([0, 1, 4, 5, 9]), "ran"].all()
-        changes = switched.techniques[0].changes()
-        assert (changes["skipped"] == (changes["summed_change"] < threshold)).all()
+        decisions = switched.techniques[0].decisions
+        assert all(each.skipped == (each.summed_change < threshold) for each in decisions)
     assert skipped == sorted(skipped)
     assert skipped[0] < skipped[-1]
     assert distance[0] < distance[-1] < 0.6
@@ -369,6 +369,11 @@ def test_a_technique_of_ones_own_is_one_file(model, request_of_a_video, original
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert json.loads(names.stdout)[-1] == "halved"
+
+
+def test_the_docs_show_the_technique_that_is_tested(root):
+    code = TOY.read_text().partition('"""\n\n')[2]
+    assert f"```python\n{code}```" in (root / "docs" / "techniques.md").read_text()
 
 
 def test_two_techniques_of_one_name_are_refused():

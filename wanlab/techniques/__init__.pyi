@@ -1,5 +1,6 @@
 from .denoising import Call as Call
 from .denoising import Rule as Rule
+from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
 from .registry import conflicts as conflicts
 from .registry import made as made
@@ -11,7 +12,6 @@ from .switch_on import catalogue as catalogue
 from .switch_on import shares_by_operations as shares_by_operations
 from .switch_on import switch_on as switch_on
 from .technique import Bound as Bound
-from .technique import Place as Place
 from .technique import Proof as Proof
 from .technique import Shares as Shares
 from .technique import Technique as Technique

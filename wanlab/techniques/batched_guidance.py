@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from wanlab.models.spec import ModelSpec
-from wanlab.techniques.denoising import Call, Inner
 from wanlab.techniques.guidance import only_sequential
-from wanlab.techniques.technique import Bound, NoSettings, Place, Proof, Shares, Technique, answered
+from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique, answered
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.place import Place
 
 _FIXED = "its graph has one size of batch"
 
@@ -79,6 +82,8 @@ class PairRule:
 
     def _paired(self, arguments: dict[str, Any], batch: int) -> dict[str, Any]:
         texts = (self._texts["cond"], self._texts["uncond"])
+        import torch  # a configuration is read without PyTorch
+
         if self._both is None:
             self._both = torch.cat(texts)
 

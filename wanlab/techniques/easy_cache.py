@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
-import pandas as pd
-import torch
 
-from wanlab.techniques.denoising import Call, Inner
-from wanlab.techniques.technique import Bound, Place, Proof, Shares, Technique, proof_of_skips
+from wanlab.techniques.technique import Bound, Proof, Shares, Technique, proof_of_skips
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.place import Place
 
 FULL_FIRST = 2
 """Calls of an expert that are computed after it takes over: the change per step is known after two."""
@@ -59,19 +62,30 @@ class EasyCache(Technique[CacheSettings]):
         place.add(self.rule)
 
     def proof(self, place: Place) -> Proof:
-        changes = self.changes()["summed_change"]
-        seen = (
-            f"the smallest sum of estimated changes was {changes.min():.3g}"
-            if len(changes)
-            else "too few steps"
-        )
+        seen = "too few steps"
+        if self.decisions:
+            smallest = min(decision.summed_change for decision in self.decisions)
+            seen = f"the smallest sum of estimated changes was {smallest:.3g}"
         return proof_of_skips(place.calls, self.name, f"{seen}, the threshold is {self.settings.threshold:g}")
 
-    def changes(self) -> pd.DataFrame:
-        """A row per decision of the last generation: step, component, change (estimated, relative), summed_change,
-        skipped."""
-        columns = ["step", "component", "change", "summed_change", "skipped"]
-        return pd.DataFrame([] if self.rule is None else self.rule.decisions, columns=columns)
+    @property
+    def decisions(self) -> list[Decision]:
+        """What was decided in the last generation, in order."""
+        return [] if self.rule is None else self.rule.decisions
+
+
+class Decision(NamedTuple):
+    """Whether a step was skipped.
+
+    Attributes:
+        change: its estimated relative change. summed_change: with those of the steps since the last computed one.
+    """
+
+    step: int
+    component: str
+    change: float
+    summed_change: float
+    skipped: bool
 
 
 class EasyCacheRule:
@@ -84,7 +98,7 @@ class EasyCacheRule:
         self.begin()
 
     def begin(self) -> None:
-        self.decisions: list[dict[str, Any]] = []
+        self.decisions: list[Decision] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -126,15 +140,7 @@ class EasyCacheRule:
         change = self._rate * moved / max(_size(y_before), 1e-12)
         self._sum += change
         skips = self._sum < self.settings.threshold
-        self.decisions.append(
-            {
-                "step": call.step,
-                "component": call.component,
-                "change": change,
-                "summed_change": self._sum,
-                "skipped": skips,
-            }
-        )
+        self.decisions.append(Decision(call.step, call.component, change, self._sum, skips))
         if not skips:
             self._sum = 0.0
         return skips

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
-import torch
 
 from wanlab.models.spec import ModelSpec
-from wanlab.techniques.denoising import Call, Inner
 from wanlab.techniques.guidance import only_sequential
-from wanlab.techniques.technique import Bound, Place, Proof, Shares, Technique, proof_of_skips
+from wanlab.techniques.technique import Bound, Proof, Shares, Technique, proof_of_skips
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.place import Place
 
 
 class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

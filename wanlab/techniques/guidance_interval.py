@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
-import torch
 
 from wanlab.models.spec import ModelSpec
-from wanlab.techniques.denoising import Call, Inner
 from wanlab.techniques.guidance import only_sequential
-from wanlab.techniques.technique import Bound, Place, Proof, Shares, Technique, answered
+from wanlab.techniques.technique import Bound, Proof, Shares, Technique, answered
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.place import Place
 
 
 class IntervalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,8 +13,9 @@ from wanlab.core.errors import WanlabError
 from wanlab.models import facts
 from wanlab.models.pipeline import Model
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
+from wanlab.techniques.place import Place
 from wanlab.techniques.registry import TECHNIQUES, made, technique_of
-from wanlab.techniques.technique import Place, Proof, Shares, Technique
+from wanlab.techniques.technique import Proof, Shares, Technique
 
 Chosen = Mapping[str, Mapping[str, Any] | None]
 """Technique -> its settings; None or an empty mapping takes the defaults."""

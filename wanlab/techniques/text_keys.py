@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from wanlab.core.words import listed
-from wanlab.models.blocks import blocks_of
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
-from wanlab.techniques.technique import Bound, NoSettings, Place, Proof, Shares, Technique
+from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanlab.techniques.place import Place
+    from wanlab.techniques.remembering import Remembering
 
 _GRAPH = "its graph computes them from the text"
-KEPT = 3
-"""Texts that a layer keeps: of both branches of guidance, and of both in one batch."""
 
 
 class TextKeys(Technique[NoSettings]):
@@ -52,6 +52,9 @@ class TextKeys(Technique[NoSettings]):
         return Bound(saved, f"they are {100 * shares.text_keys:.2g} % of a forward by {shares.source}")
 
     def apply(self, place: Place) -> None:
+        from wanlab.models.blocks import blocks_of  # loads PyTorch
+        from wanlab.techniques.remembering import remember
+
         for component in (name for name in place.model.components if name in EXPERTS):
             network = place.network(component)
             owners = [(network.condition_embedder, "text_embedder")]
@@ -60,7 +63,7 @@ class TextKeys(Technique[NoSettings]):
                 for block in blocks_of(network)
                 for name in ("to_k", "to_v", "norm_k")
             ]
-            self.memories[component] = [_remember(owner, name) for owner, name in owners]
+            self.memories[component] = [remember(owner, name) for owner, name in owners]
         place.denoising.at_begin.append(self.forget)
 
     def forget(self) -> None:
@@ -84,48 +87,3 @@ class TextKeys(Technique[NoSettings]):
         return Proof(
             True, f"{self.name} took {kept} of {asked} projections of the text from memory ({listed(parts)})."
         )
-
-
-def _remember(owner: torch.nn.Module, name: str) -> Remembering:
-    memory = Remembering(getattr(owner, name))
-    setattr(owner, name, memory)
-    return memory
-
-
-class Remembering(torch.nn.Module):
-    """A layer that keeps its outputs for the last inputs, which it knows by identity.
-
-    Attributes:
-        calls, hits: calls since the last `forget`, and those of them that were answered from memory.
-        seen: identities of their inputs.
-    """
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.forget()
-
-    def forget(self) -> None:
-        self.kept: list[tuple[weakref.ref, torch.Tensor]] = []
-        self.seen: set[int] = set()
-        self.calls = self.hits = 0
-
-    def __deepcopy__(self, memo) -> Remembering:
-        """Copies of a network share it: its weights are shared anyway."""
-        return self
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight of the layer, for those who take a dtype from it."""
-        return self.inner.weight
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self.seen.add(id(values))
-        for key, output in self.kept:
-            if key() is values:
-                self.hits += 1
-                return output
-        output = self.inner(values)
-        self.kept = [*self.kept[1 - KEPT :], (weakref.ref(values), output)]
-        return output

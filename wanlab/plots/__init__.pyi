@@ -62,5 +62,8 @@ from .style import OTHERS as OTHERS
 from .style import colour as colour
 from .style import label as label
 from .style import theme as theme
+from .techniques import change_curve as change_curve
+from .techniques import loss_of_variants as loss_of_variants
+from .techniques import skip_map as skip_map
 from .triage import decision_tree as decision_tree
 from .triage import share_ranking as share_ranking

@@ -1,3 +1,5 @@
+from .answers import cache_answer as cache_answer
+from .answers import skipped_steps as skipped_steps
 from .denoising import Call as Call
 from .denoising import Rule as Rule
 from .place import Place as Place
@@ -15,3 +17,5 @@ from .technique import Bound as Bound
 from .technique import Proof as Proof
 from .technique import Shares as Shares
 from .technique import Technique as Technique
+from .trial import Trial as Trial
+from .trial import try_out as try_out

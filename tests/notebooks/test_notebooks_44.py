@@ -26,7 +26,7 @@ def test_a_model_without_a_truth_has_no_loss(run_notebook):
         "cases": 1,
         "limit_s": 2,
     }
-    small |= dict.fromkeys(("gate_percent", "height", "width", "frames"), "none")
+    small |= {"gates": ""} | dict.fromkeys(("height", "width", "frames"), "none")
     done = run_notebook(
         "44_caches", *[word for name, value in small.items() for word in ("-p", f"{name}={value}")]
     )

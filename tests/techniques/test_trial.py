@@ -56,7 +56,7 @@ def test_calls_and_decisions_are_kept_of_every_case(trial):
     assert skipped["threshold 0.5", 9] == 0  # the last step is always computed
     decisions = trial.decisions()
     assert set(decisions["variant"]) == {"threshold 0.5", "threshold 1e-09"}
-    assert len(plots.change_curve(decisions.assign(threshold=0.5)).data) == 2
+    assert len(plots.change_curve(decisions).data) == 2
     assert len(plots.skip_map(skipped_steps(calls)).data) == 2
     assert plots.loss_of_variants(trial.frame(), 3.0).data
 

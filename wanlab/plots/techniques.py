@@ -84,9 +84,9 @@ def change_curve(decisions: pd.DataFrame) -> go.Figure:
     """Sum of the estimated changes since the last computed step, by step, of each variant with its threshold.
 
     Args:
-        decisions: variant, case, step, summed_change, skipped, as `Trial.decisions`, and threshold.
+        decisions: variant, threshold, step, summed_change and more, as `Trial.decisions`.
     """
-    needs(decisions, "change_curve", "variant", "step", "summed_change", "skipped", "threshold")
+    needs(decisions, "change_curve", "variant", "step", "summed_change", "threshold")
     figure = go.Figure()
     for variant, rows in decisions.groupby("variant", sort=False):
         means = rows.groupby("step")["summed_change"].mean()

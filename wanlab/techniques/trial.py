@@ -33,7 +33,7 @@ class Tried:
         label: its name. switched: the model with its techniques.
         videos: of every case. loss: quality loss over the cases.
         calls: as `Switched.calls`, of all cases, with the column case.
-        decisions: of a step cache: case, step, component, change, summed_change, skipped; empty without one.
+        decisions: of a step cache: case, threshold, step, component, change, summed_change, skipped; empty without one.
         proof: what its techniques did in the last case. passed: whether each did what it says in every case.
         bounds: what each technique can buy at most.
     """
@@ -209,8 +209,11 @@ def _tried(
         proof = " ".join(one.sentence for one in proofs)
         calls.append(switched.calls.assign(case=case))
         for cache in (one for one in switched.techniques if isinstance(one, EasyCache)):
-            decisions += [decision._asdict() | {"case": case} for decision in cache.decisions]
-    columns = ["case", "step", "component", "change", "summed_change", "skipped"]
+            decisions += [
+                decision._asdict() | {"case": case, "threshold": cache.settings.threshold}
+                for decision in cache.decisions
+            ]
+    columns = ["case", "threshold", "step", "component", "change", "summed_change", "skipped"]
     return Tried(
         label,
         switched,

@@ -16,6 +16,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "14_memory": SMALL,
     "15_triage": (),
     "17_explore": SMALL,
+    "43_ladder": (),
     "44_caches": (),
     "50_before_after": (),
 }

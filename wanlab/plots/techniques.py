@@ -113,3 +113,28 @@ def change_curve(decisions: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="estimated change since the last computed step", rangemode="tozero")
     return figure.update_layout(template=theme(), height=340, margin={"t": 40})
+
+
+def ladder_rows(frame: pd.DataFrame) -> go.Figure:
+    """Speed-up of each rung of a ladder with its interval: a row per technique, added to those above it.
+
+    Args:
+        frame: `Ladder.frame`.
+    """
+    needs(frame, "ladder_rows", "technique", "tier", "rung_speedup", "rung_low", "rung_high")
+    plus = ["" if index == 0 else "+ " for index in range(len(frame))]
+    titles = [
+        f"{sign}{row.technique.replace('_', ' ')}, {row.tier}"
+        for sign, row in zip(plus, frame.itertuples(), strict=True)
+    ]
+    return interval_rows(
+        frame.assign(technique=titles),
+        name="technique",
+        value="rung_speedup",
+        low="rung_low",
+        high="rung_high",
+        axis="times as fast as the original, more is better",
+        unit="×",
+        reference=1.0,
+        reference_text="the original",
+    )

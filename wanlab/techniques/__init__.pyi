@@ -2,6 +2,8 @@ from .answers import cache_answer as cache_answer
 from .answers import skipped_steps as skipped_steps
 from .denoising import Call as Call
 from .denoising import Rule as Rule
+from .ladder import Ladder as Ladder
+from .ladder import climb as climb
 from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
 from .registry import conflicts as conflicts

@@ -53,8 +53,8 @@ class Ladder:
         return math.prod(self.trial.comparison(self.labels[ALONE, name]).speedup for name in self.names)
 
     def frame(self) -> pd.DataFrame:
-        """One row per technique: technique, tier, bound_times_faster, alone_speedup, rung_speedup (with those before it) with
-        rung_low and rung_high, without_speedup (the stack without it), skipped_percent and quality_loss_percent of the rung
+        """One row per technique: technique, tier, bound_times_faster, alone_speedup, rung_speedup (with those before it)
+        with rung_low and rung_high, without_speedup (the stack without it), skipped_percent and quality_loss_percent of the rung
         with loss_low and loss_high, did_what_it_says. Speed-ups are over the original."""
         rows = []
         for technique in self.full.switched.techniques:

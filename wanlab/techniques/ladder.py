@@ -54,8 +54,8 @@ class Ladder:
 
     def frame(self) -> pd.DataFrame:
         """One row per technique: technique, tier, bound_times_faster, alone_speedup, rung_speedup (with those before it)
-        with rung_low and rung_high, without_speedup (the stack without it), skipped_percent and quality_loss_percent of the rung
-        with loss_low and loss_high, did_what_it_says. Speed-ups are over the original."""
+        with rung_low and rung_high, without_speedup (the stack without it), skipped_percent and quality_loss_percent of
+        the rung with loss_low and loss_high, did_what_it_says. Speed-ups are over the original."""
         rows = []
         for technique in self.full.switched.techniques:
             rung, alone = self.variant(RUNG, technique.name), self.variant(ALONE, technique.name)
@@ -89,11 +89,8 @@ class Ladder:
         full = self.full
         gain = self.trial.comparison(full.label)
         several = len(self.names) > 1
-        subject = (
-            f"with all {len(self.names)} techniques the video"
-            if several
-            else f"the video with {_title(self.names[0])}"
-        )
+        every = f"with all {len(self.names)} techniques the video"
+        subject = every if several else f"the video with {_title(self.names[0])}"
         head = capital(gain.clause(subject, "the original"))
         idle = [name for name in self.names if not self.variant(ALONE, name).passed]
         return answer(

@@ -15,8 +15,9 @@ FLAGS = [
     "--autoplay-policy=no-user-gesture-required",
 ]
 DRAWN = """() => [...document.querySelectorAll("[data-figure]")].every(p => p._fullLayout && p.dataset.drawn)
+  && [...document.querySelectorAll("[data-explorer]")].every(p => p.dataset.drawn)
   && new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"""
-"""JavaScript: whether every figure of a page is drawn."""
+"""JavaScript: whether every figure and live view of a page is drawn."""
 
 
 def chromium() -> str | None:

@@ -52,6 +52,23 @@ def breakdown() -> str:
     return markdown(["share of the wall clock", *found, "of the roofline", "at most"], rows) + note
 
 
+def explore() -> str:
+    """Answers to two ready questions on the recorded traces: chains that are not fused, and work above its roofline."""
+    from wanlab import diagnose, plots
+
+    rows = []
+    for title, name in list(TRACES.items())[:2]:
+        view = diagnose.explore(_trace(name))
+        for row in view.ask("not_fused").head(2).itertuples():
+            what = f"pointwise kernels one after another, {row.kernels:.1f} in a chain"
+            rows.append([title, f"`{row.part}`", what, f"{row.time_ms:,.0f} ms", f"{row.saves_ms:,.0f} ms"])
+        for row in view.ask("far_from_roofline").head(2).itertuples():
+            what = f"{plots.CATEGORY_NAMES[row.category]}, one kernel at {row.of_roofline_percent:.0f} % of its roofline"
+            rows.append([title, f"`{row.shapes}`", what, f"{row.time_ms:,.0f} ms", f"{row.lost_ms:,.0f} ms"])
+    heads = ["trace", "module or shapes", "what", "time", "gone at most"]
+    return markdown(heads, rows) + "\n\n`not_fused` and `far_from_roofline`, the two largest answers of each."
+
+
 def switch() -> str:
     record = read("expert_switch_h200")
     names = {
@@ -152,6 +169,25 @@ def reading() -> str:
     return markdown(["a trace of a million events", "time", "peak memory"], rows) + note
 
 
+def explorer_speed() -> str:
+    record = read("explore_cpu")
+    found, most = record["figures"], record["limits"]
+    events, few = f"{record['events']:,} events", f"{record['report_events']:,} events"
+    opened = f"{found['open_ms'] / 1e3:.1f} s, median of {len(record['rounds'])} times"
+    moved, chosen = (f"{found[name]:.0f} ms" for name in ("frame_p95_ms", "select_ms"))
+    rows = [
+        [f"open the report, {events}", opened, f"{most['open_ms'] / 1e3:g} s"],
+        ["a frame while it moves and zooms", f"{moved}, 95th percentile", f"{most['frame_p95_ms']} ms"],
+        ["from a selection to all that follows it", f"{chosen}, longest", f"{most['select_ms']} ms"],
+        [f"size of a report, {few}", f"{found['report_mb']:.1f} MB", f"{most['report_mb']} MB"],
+        ["size of the report of the I2V-A14B trace", f"{found['real_report_mb']:.1f} MB", ""],
+    ]  # fmt: skip
+    others = record["others_percent"]
+    load = f"; other processes used {others:.0f} % of the processors" if others >= 5 else ""
+    note = f"\n\nHeadless Chromium, synthetic trace, `benchmarks/explorer_speed.py`; {machine(record['environment'])}{load}."
+    return markdown(["live view", "measured", "at most wanted"], rows) + note
+
+
 def ranges() -> str:
     record = read("range_cost_cpu")
     low, high = record["cost_percent_interval"]
@@ -181,6 +217,7 @@ def captures() -> str:
 
 
 TABLES = {
-    "breakdown": breakdown, "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
+    "breakdown": breakdown, "explore": explore, "explorer_speed": explorer_speed,
+    "switch": switch, "attention": attention, "memory": memory, "memory_options": memory_options,
     "ranges": ranges, "captures": captures, "reading": reading,
 }  # fmt: skip

@@ -7,8 +7,9 @@ The high-noise expert sees sigma in [0.9, 1], the low-noise expert sigma in [0, 
 range. Latents are encoded once and kept on the device, of each size apart; a part of them is replaced by new clips all
 along. A step has clips of one size, so that each size has one graph.
 Loss: mean squared error of the velocity `noise - latents` (Lipman et al. 2023; Wan technical report, section 4). With
-`--seen`, the low-noise expert also learns from what the eye sees: the clip that its estimate of the clean latents decodes
-to, against the one that the latents themselves decode to.
+`--seen`, an expert also learns from what the eye sees, at latents that the experts sampled themselves
+(`training.rollouts`): the clip that its estimate of the clean latents decodes to, against the one that the true latents
+decode to.
 """
 
 from __future__ import annotations
@@ -31,16 +32,13 @@ from training.architecture import BOUNDARY_RATIO, FLOW_SHIFT, LATENT_CHANNELS, T
 from training.distance import Distance, add_distance
 from training.loop import Loop, Ranks, autocast, channels_last, dense, load_weights, parser
 from training.pictures import Pictures, add_pictures, pictures_of
+from training.rollouts import Rollouts, guidance
 from training.vae import DecodeClip, read_vae
 from wanlab.core.files import write_json
 from wanlab.export.friendly import encode_moments, whole_clip_resampling
 from wanlab.heldout.clips import LARGE, SIZES, SMALL
 
 CAPTION_DROPOUT = 0.1
-
-SEEN_SIGMA = 0.7
-"""Most noise of the clips that are judged by what is seen: the last three of ten steps. Above it an estimate of the clean
-clip is blurred because much is still open, not because the expert is poor."""
 
 
 class Captions:
@@ -206,12 +204,17 @@ class Latents:
         self.text[rows] = self.captions(captions).half()
         self._cursor = (self._cursor + self.chunk) % self.count
 
-    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, conditions and text embeddings of clips of the cache."""
         rows = torch.randint(self.count, (size,), device=self.latents.device)
-        text = self.text[rows].float()
+        return self.latents[rows].float(), self.condition[rows].float(), self.text[rows].float()
+
+    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same, a part of the captions dropped."""
+        latents, condition, text = self.draw(size)
         dropped = torch.rand(size, device=text.device) < CAPTION_DROPOUT
         text[dropped] = self.no_text.float()
-        return self.latents[rows].float(), self.condition[rows].float(), text
+        return latents, condition, text
 
 
 def draw_sigma(expert: str, size: int, device: torch.device) -> torch.Tensor:
@@ -262,6 +265,23 @@ def caches(args, ranks: Ranks, step: int, before: Before) -> dict[str, Latents]:
     return made
 
 
+def rollouts(args, model: torch.nn.Module, data: dict[str, Latents]) -> dict[str, Rollouts]:
+    """What the expert that learns samples, of every size that the schedule has steps of.
+
+    The low-noise one begins where a high-noise expert of an earlier run ends.
+    """
+    high, low = model, None
+    if args.expert == "low":
+        high, low = architecture.expert(args.architecture), model
+        load_weights(high, args.high or args.out / "expert_high.pt", architecture.widened)
+        high.to(next(model.parameters()).device).eval().requires_grad_(False)
+    counts = {SMALL: args.rollouts, LARGE: args.large_rollouts}
+    return {
+        size: Rollouts(high, low, cache.draw, cache.mask, cache.no_text.float(), counts[size])
+        for size, cache in data.items()
+    }
+
+
 def train(args, ranks: Ranks) -> None:
     device, before = ranks.device, Before(ranks.device)
     torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high")))
@@ -274,7 +294,8 @@ def train(args, ranks: Ranks) -> None:
     torch.manual_seed(hash((args.seed, ranks.rank, args.expert == "high", loop.step)))
     data = caches(args, ranks, loop.step, before)
     forward = torch.compile(model, dynamic=False) if args.compile else model
-    seen = Seen(vae_of(args), device, args) if args.seen and args.expert == "low" else None
+    seen = Seen(vae_of(args), device, args) if args.seen else None
+    own = rollouts(args, model, data) if seen else {}
     batches = {
         size: max(1, batch // ranks.world) for size, batch in ((SMALL, args.batch), (LARGE, args.large_batch))
     }
@@ -285,18 +306,26 @@ def train(args, ranks: Ranks) -> None:
         cache, batch = data[size], batches[size]
         latents, condition, text = cache.batch(batch)
         sigma, noise = draw_sigma(args.expert, batch, device), torch.randn_like(latents)
-        judged = min(batch, args.seen_clips) if seen and progress >= args.seen_from else 0
-        sigma[:judged] = SEEN_SIGMA * torch.rand(judged, device=device)
         level = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * latents + level * noise
+        noisy, target = (1 - level) * latents + level * noise, noise - latents
+        # Both branches of guidance of a sampled clip are rows of the batch.
+        judged = min(args.seen_clips, batch // 6) if seen and progress >= args.seen_from else 0
+        if judged:
+            states, pair = own[size](judged), slice(2 * judged)
+            noisy[pair], condition[pair] = (
+                states.noisy.repeat(2, 1, 1, 1, 1),
+                states.condition.repeat(2, 1, 1, 1, 1),
+            )
+            sigma[pair] = states.sigma.repeat(2)
+            text[pair] = torch.cat([states.text, cache.no_text.float().expand_as(states.text)])
         x = torch.cat([noisy, cache.mask.expand(batch, -1, -1, -1, -1), condition], dim=1)
         with autocast(device):
-            velocity = forward(x, sigma * 1000, text, return_dict=False)[0]
-        loss = (velocity.float() - (noise - latents)).square().mean()
-        if not (seen and judged):
+            velocity = forward(x, sigma * 1000, text, return_dict=False)[0].float()
+        loss = (velocity - target)[2 * judged :].square().mean()
+        if not judged:
             return loss, {}
-        estimate = (noisy - level * velocity)[:judged]
-        distance, parts = seen(estimate, latents[:judged])
+        estimate = states.noisy - states.sigma.view(-1, 1, 1, 1, 1) * guidance(velocity[pair])
+        distance, parts = seen(estimate, states.latents)
         return loss + args.seen * distance, {"velocity": loss, **parts}
 
     def losses(progress: float) -> tuple[torch.Tensor, dict]:
@@ -340,10 +369,20 @@ def main(argv: list[str] | None = None) -> None:
         "--refresh-every", type=int, default=40, help="steps of a size between two chunks of new clips"
     )
     options.add_argument(
-        "--seen", type=float, default=0.0, help="weight of what is seen, for the low-noise expert"
+        "--seen", type=float, default=0.0, help="weight of what is seen at latents of its own"
     )
     options.add_argument("--seen-from", type=float, default=0.4, help="part of the schedule it begins at")
-    options.add_argument("--seen-clips", type=int, default=8, help="clips of a step that are decoded for it")
+    options.add_argument(
+        "--seen-clips",
+        type=int,
+        default=8,
+        help="clips of a step that are decoded for it, a sixth of it at most",
+    )
+    options.add_argument(
+        "--high", type=Path, help="high-noise expert before a low-noise one; expert_high.pt if not given"
+    )
+    options.add_argument("--rollouts", type=int, default=64, help="small clips sampled at once for it")
+    options.add_argument("--large-rollouts", type=int, default=12, help="large clips sampled at once for it")
     add_distance(options)
     add_pictures(options, textures=0.0)
     train(options.parse_args(argv), Ranks())

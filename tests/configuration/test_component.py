@@ -27,6 +27,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.diagnose.operators import Operations, call_kernels, count_operations
 from wanlab.engines import registry
 from wanlab.measure import Ceilings, Samples
+from wanlab.measure.in_turn import Ended
 from wanlab.measure.timing import control_of
 from wanlab.precision.quant_linear import QuantLinear
 from wanlab.precision.selection.bound import product_bound
@@ -210,7 +211,8 @@ def _cost(**facts) -> ComponentCost:
     first = samples["eager"]
     return ComponentCost(
         "wan-nano", "expert_high", "float32", "the CPU", {"height": 64, "width": 64, "frames": 5}, "one", samples,
-        control_of(first, first), rows, kernels, pd.DataFrame(), Operations(), Ceilings("CPU", {}, 1.0, {}),
+        control_of(first, first), Ended("rounds", 4, 1.0), rows, kernels, pd.DataFrame(), Operations(),
+        Ceilings("CPU", {}, 1.0, {}),
         {"tensorrt": "not installed"},
     )  # fmt: skip
 

@@ -105,6 +105,10 @@ def test_a_gain_a_loss_and_what_cannot_be_told_apart():
     same = speed_text(1.02, 0.98, 1.06, same=True, noise_percent=4.4, **names)
     assert same.startswith("ONNX Runtime cannot be told from eager PyTorch in time: 1.02 times as fast")
     assert same.endswith("noise 4 %)")
+    clause = speed_text(
+        2.0, 1.9, 2.1, candidate="", baseline="eager PyTorch", noise_percent=2.6, how="as good"
+    )
+    assert clause == "2.00 times as good as eager PyTorch (95 % interval 1.90 to 2.10)"
 
 
 def test_lists_and_counts_are_sentences():

@@ -23,7 +23,7 @@ def spaced(text: str) -> str:
         (999_600, "1 M"),
         (14_288_491_584, "14.3 G"),
         (3.2e15, "3.2 × 10¹⁵"),
-        (math.inf, "∞"),
+        (math.inf, "infinite"),
         (math.nan, "–"),
     ],
 )
@@ -65,6 +65,7 @@ def test_axes_keep_the_unit_in_brackets():
         ("steps=3.0, seed=1", "steps=3, seed=1"),
         ("expert_low.blocks.0", "expert_low.blocks.0"),
         ("nan", ""),
+        ("above floor", "more than rounding"),
         ("version 1.10.0", "version 1.10.0"),
     ],
 )

@@ -103,8 +103,8 @@ def test_gpu_figures(tmp_path):
     assert gpu["launch_gap_ms"] == pytest.approx(0.02)
     found = diagnose.profile_answer(shares, "A caveat.")
     assert found.headline == (
-        "Linear layers take 70 % of the time. A change there makes a video at most 3.33 times as fast. One profile: how"
-        " much this varies is not known."
+        "Linear layers take 70 % of the time. Without all of that a video would be 3.33 times as fast, no more."
+        " One profile: how much this varies is not known."
     )
     assert found.next.notebook == "30_sensitivity"
     assert diagnose.profile_answer(shares, trace="a.json").next.parameters == {"trace": "a.json"}

@@ -339,4 +339,6 @@ def test_steps_of_tables_for_readers_count_from_one():
     assert moved["step"].tolist() == [1, 2]
     assert moved["first_step"].tolist() == [5, 6]
     assert moved["time_ms"].tolist() == [1.0, 2.0]
+    words = pd.DataFrame({"last_step": [2], "steps": ["0-3,5"]})
+    assert diagnose.from_one(words).to_dict("records") == [{"last_step": 3, "steps": "1-4,6"}]
     assert diagnose.from_one(None) is None

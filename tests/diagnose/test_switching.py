@@ -244,7 +244,7 @@ def test_flow_has_the_shapes_of_a_real_call(tiny):
     assert type(vars(tiny.pipeline)["vae"]).__name__ == "AutoencoderKLWan"  # no stand-in is left
     text = plots.expert_diagram(flow).to_json()
     for word in ("high-noise expert", "WanTransformer3DModel", "900", "yes: ", "no: "):
-        assert word in text
+        assert text.count(word) >= 2  # in the picture of a screen, and in the upright one of a phone
 
 
 def test_flow_of_one_expert_has_no_decision(single):

@@ -43,7 +43,7 @@ def test_graphs_that_agree_are_correct_and_the_better_form_has_its_gain():
     answer = engines.export_answer(EXPORTS, 2, engines.parity_summary(PARITY), FORMS)
     assert faults(answer) == []
     assert answer.headline == (
-        "All 2 components became correct ONNX graphs: the high-noise expert is farthest from PyTorch with 0.0047 %,"
+        "All 2 components became correct ONNX graphs: the high-noise expert differs most from PyTorch, by 0.0047 %,"
         " where 0.1 % is allowed."
     )
     assert answer.details[0].startswith("An expert with the export-friendly form is 1.40 times as fast")

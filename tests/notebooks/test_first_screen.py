@@ -15,6 +15,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "13_attention": (),
     "14_memory": SMALL,
     "15_triage": (),
+    "17_explore": SMALL,
     "50_before_after": (),
 }
 """Notebook -> parameters that differ from its own, where those take long."""

@@ -20,7 +20,8 @@ def results(run) -> dict:
 
 @pytest.fixture(scope="module")
 def default(run_notebook, outputs):
-    return run_notebook("42_component", "-p", f"files={outputs / 'configured'}", "-p", "rounds=3")
+    given = (f"files={outputs / 'configured'}", "rounds=3", "limit_s=0.1")
+    return run_notebook("42_component", *(word for each in given for word in ("-p", each)))
 
 
 def test_two_engines_are_timed_in_turn_and_held_against_each_other(default):
@@ -45,6 +46,7 @@ def test_two_engines_are_timed_in_turn_and_held_against_each_other(default):
     assert len(default.page.select("div.figure[data-figure]")) == 4
     assert default.record["verdict"].startswith("High-noise expert: ONNX Runtime ")
     assert "wan-nano at 5x64x64 in float32 on the CPU." in default.answer
+    assert "Timed in turn: 6 pairs in " in default.answer
 
 
 def test_the_typed_rows_are_what_was_measured(default):
@@ -65,7 +67,7 @@ def test_a_plan_that_is_not_applied_and_an_engine_that_is_not_here_are_said(run_
     plan.write_text("name: other-expert\nrules:\n- component: expert_low\n  format: int8-weight\n")
     given = (
         "engines=['eager', 'tensorrt']", f"plans=['default', 'uniform-int8-weight', '{plan}']", "rounds=1",
-        f"files={outputs / 'configured'}", "float32=False",
+        "limit_s=0.1", f"files={outputs / 'configured'}", "float32=False",
     )  # fmt: skip
     done = run_notebook("42_component", *(word for each in given for word in ("-p", each)))
     rows = {row["candidate"]: row for row in done.values["candidates"]}

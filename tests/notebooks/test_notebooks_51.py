@@ -15,7 +15,7 @@ pytestmark = pytest.mark.notebook
 
 @pytest.fixture(scope="module")
 def here(run_notebook):
-    return run_notebook("51_platforms", "-p", "rounds=3")
+    return run_notebook("51_platforms", "-p", "rounds=3", "-p", "limit_s=0.1")
 
 
 def test_this_machine_is_measured_in_every_engine(here):
@@ -31,6 +31,7 @@ def test_this_machine_is_measured_in_every_engine(here):
         assert row["ratio_to_eager"] == pytest.approx(rows["eager"]["latency_ms"] / row["latency_ms"])
     assert here.record["verdict"].startswith("On this machine, ")
     assert "wan-nano expert_high forward, 17x128x192" in here.answer
+    assert "Timed in turn: 6 pairs in " in here.page.get_text()
     assert len(here.page.select("div.figure[data-figure]")) == 2
 
 

@@ -28,7 +28,16 @@ def test_a_model_that_needs_more_than_a_picture(run_notebook):
 
 def test_a_pipeline_of_another_family_on_onnxruntime(run_notebook):
     made = run_notebook(
-        "21_onnxruntime", "-p", "model=tiny-ltx-i2v", "-p", "frames=none", "-p", "steps=2", *RANDOM
+        "21_onnxruntime",
+        "-p",
+        "model=tiny-ltx-i2v",
+        "-p",
+        "frames=none",
+        "-p",
+        "steps=2",
+        "-p",
+        "limit_s=1",
+        *RANDOM,
     )
     assert set(made.values["engines"].values()) == {"onnxruntime-cpu"}
     assert made.values["speedup"]["speedup"] > 0

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from wanlab import plots
 from wanlab.core.errors import WanlabError
 from wanlab.measure import COMPONENTS, OTHER, Samples
+from wanlab.plots.style import CATEGORY_COLOURS
 
 
 def as_json(figure) -> dict:
@@ -141,3 +144,35 @@ def test_theme_has_no_background():
 
     layout = pio.templates[plots.theme()].layout
     assert layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0,0,0,0)"
+
+
+# Machado, Oliveira, Fernandes, "A physiologically-based model for simulation of color vision deficiency", 2009, severity 1.
+SIGHTS = {
+    "all colours": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+TO_CONES = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005]]  # fmt: skip
+TO_OKLAB = [[0.2104542553, 0.793617785, -0.0040720468], [1.9779984951, -2.428592205, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.808675766]]  # fmt: skip
+
+
+def seen(colour: str, sight: str) -> np.ndarray:
+    """A colour in Oklab (Ottosson, 2020), as a reader with that sight sees it."""
+    part = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    light = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return TO_OKLAB @ np.cbrt(np.array(TO_CONES) @ np.clip(np.array(SIGHTS[sight]) @ light, 0, 1))
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("table", [CATEGORY_COLOURS, plots.COMPONENT_COLOURS])
+def test_colours_are_told_apart_by_readers_who_do_not_see_all(table, sight):
+    """Three times the 0.02 or so of Oklab that is just seen."""
+    pairs = {
+        (one, other): float(np.linalg.norm(seen(table[one], sight) - seen(table[other], sight)))
+        for one, other in combinations(table, 2)
+    }
+    nearest = min(pairs, key=pairs.__getitem__)
+    assert pairs[nearest] >= 0.06, nearest

@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
-from training import architecture, assemble, difference, distance, experts, loop, pictures, text, vae
+from training import (
+    architecture,
+    assemble,
+    difference,
+    distance,
+    experts,
+    loop,
+    pictures,
+    rollouts,
+    text,
+    vae,
+)
 from training.vae import read_vae
 from wanlab import models
 from wanlab.heldout import cases as heldout
@@ -233,6 +244,36 @@ def test_a_wider_expert_begins_as_the_one_it_goes_on_from():
         wide.load_state_dict(architecture.widened(architecture.expert().state_dict(), wide))
 
 
+class Knowing(torch.nn.Module):
+    """An expert that knows the clip, as its condition is the clip."""
+
+    def forward(self, inputs, time, text, return_dict):
+        noisy, clip = inputs[:, :16], inputs[:, 20:]
+        return ((noisy - clip) / (time / 1000).view(-1, 1, 1, 1, 1),)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_latents_that_experts_sample_are_on_the_way_to_their_clip(expert):
+    torch.manual_seed(0)
+
+    def draw(count):
+        clips = torch.randn(count, 16, 3, 8, 12)
+        return clips, clips, torch.zeros(count, 4, 8)
+
+    low = Knowing() if expert == "low" else None
+    own = rollouts.Rollouts(Knowing(), low, draw, torch.zeros(1, 4, 3, 8, 12), torch.zeros(4, 8), 4)
+    seen = set()
+    for _ in range(40):
+        states = own(4)
+        level = states.sigma.view(-1, 1, 1, 1, 1)
+        assert torch.all((states.sigma >= 0.9) if expert == "high" else (states.sigma < 0.9))
+        noise = (states.noisy - (1 - level) * states.latents) / level
+        assert noise.std() == pytest.approx(1, abs=0.05)
+        seen |= {round(float(sigma), 2) for sigma in states.sigma}
+    ten_steps = {"high": {0.98, 0.95, 0.92}, "low": {0.68, 0.36}}[expert]
+    assert ten_steps <= seen
+
+
 @pytest.mark.slow
 def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeypatch):
     monkeypatch.setattr(experts, "SIZES", {"small": (32, 48, 5), "large": (64, 96, 9)})
@@ -250,20 +291,26 @@ def test_experts_learn_from_two_sizes_and_become_a_model(tmp_path, root, monkeyp
     experts.main(["low", *common, *tiny, "--steps", "8", "--resume"])
     assert json.loads((tmp_path / "expert_low.json").read_text())["steps_of_this_run"] == {"small": 2}
 
-    further = [
-        "low",
-        *common[:4],
-        *tiny,
-        "--architecture",
-        "wide",
-        "--start",
-        str(tmp_path / "expert_low.pt"),
-    ]
-    shutil.copytree(tmp_path / "text_encoder", tmp_path / "wide" / "text_encoder")
+    wide = tmp_path / "wide"
+    shutil.copytree(tmp_path / "text_encoder", wide / "text_encoder")
     seen = ["--seen", "0.5", "--seen-from", "0.5", "--seen-clips", "1", "--backbone", "stlpips-alex"]
-    experts.main([*further, "--out", str(tmp_path / "wide"), *seen, "--steps", "4", "--large-share", "0.5"])
-    rows = [json.loads(row) for row in (tmp_path / "wide" / "expert_low.jsonl").read_text().splitlines()]
-    assert [("stlpips-alex" in row) for row in rows] == [False, False, True, True]
+    seen += [
+        "--rollouts",
+        "2",
+        "--large-rollouts",
+        "1",
+        "--batch",
+        "6",
+        "--large-batch",
+        "6",
+        "--out",
+        str(wide),
+    ]
+    for expert in ("high", "low"):
+        start = ["--architecture", "wide", "--start", str(tmp_path / f"expert_{expert}.pt")]
+        experts.main([expert, *common[2:4], *tiny, *start, *seen, "--steps", "4", "--large-share", "0.5"])
+        rows = [json.loads(row) for row in (wide / f"expert_{expert}.jsonl").read_text().splitlines()]
+        assert [("stlpips-alex" in row) for row in rows] == [False, False, True, True]
 
     folder = tmp_path / "model"
     assemble.main(["--checkpoints", str(tmp_path), "--folder", str(folder), *common[2:]])

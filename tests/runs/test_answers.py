@@ -53,7 +53,7 @@ def test_beside_other_work_the_headline_claims_no_size_and_a_detail_what_ended_t
     assert len(found.headline) <= LONGEST
     assert found.tiles[0][:2] == ("speed-up", "faster")
     assert "idle machine" in found.next.why
-    assert "Both were timed in turn: 6 pairs in 40 s, ended by the limit of 40 s." in found.details
+    assert "Timed in turn: 6 pairs in 40 s, ended by the limit of 40 s." in found.details
     same = gain_answer(replace(gain(1.01, "not distinguishable"), **busy), LOSS, 61.2)
     assert "can be told from noise while other processes used 50 % of the processors." in same.headline
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import wanlab
 from wanlab.core import files
-from wanlab.core.answer import answer
+from wanlab.core.answer import answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.measure import load
 from wanlab.runs import folder, run
@@ -103,9 +103,15 @@ def test_work_beside_a_timing_is_said_where_lists_show_it(project, monkeypatch):
     busy = load.Load(others_percent=55.0)
     monkeypatch.setattr(load, "taken", lambda: busy)
     one = started()
-    one.verdict("It takes 3 ms", "Because.")
-    record = json.loads((one.folder / "run.json").read_text())
-    assert record["verdict"] == f"It takes 3 ms. Timed while {busy.text}: run it again on an idle machine."
+    record = {}
+    for next_step, words in (
+        (None, ": run it again on an idle machine."),
+        (step("gives an interval", cases=8), ": repeat it with nothing else running, as below."),
+        (step("ranks every change", "15_triage"), ", so the times may be too long."),
+    ):
+        one.verdict(answer("It takes 3 ms", next=next_step), "Because.")
+        record = json.loads((one.folder / "run.json").read_text())
+        assert record["verdict"] == f"It takes 3 ms. Timed while {busy.text}{words}"
     assert record["details"] == ["Because."]
 
 

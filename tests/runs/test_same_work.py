@@ -89,7 +89,11 @@ def test_a_gain_that_was_measured_on_a_busy_machine_names_the_load(tmp_path, cap
     assert busy in render_index(folder).read_text().replace("Engine", "engine")
     main(["compare", str(folder)])
     assert busy in capsys.readouterr().out
+    change(folder, None, {"load": {"others_percent": 65.0}}, 0)
+    both = "2 of 2 configurations were timed beside other work: at most other processes used 65 % of the processors"
+    assert compare(folder).cautions == (both,)
     change(folder, None, {"load": {"others_percent": 5.0}})
+    change(folder, None, {"load": {"others_percent": 5.0}}, 0)
     assert compare(folder).cautions == ()
     assert len(technique_matrix(found)) == 1
 

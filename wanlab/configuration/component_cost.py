@@ -18,14 +18,13 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from wanlab import measure, models
+from wanlab import models
 from wanlab.configuration.component import Candidate, component_candidates
 from wanlab.configuration.component_process import EACH, Job, fit_together, in_processes, interleaved
 from wanlab.configuration.configuration import configurations, save_configuration
-from wanlab.core.answer import Answer, Step, Tile, speed_text, step
+from wanlab.core.answer import IDLE, Answer, Step, Tile, answer, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
-from wanlab.core.stats import interval_text
 from wanlab.core.words import apart_text, capital, component_text, shown
 from wanlab.diagnose import operators
 from wanlab.diagnose.operators import COLUMNS as KERNEL_COLUMNS
@@ -33,7 +32,8 @@ from wanlab.diagnose.operators import Operations
 from wanlab.engines.component_bench import RangeCost, range_cost
 from wanlab.engines.registry import ENGINES, engine_text
 from wanlab.measure.ceilings import Ceilings
-from wanlab.measure.timing import NOT_DISTINGUISHABLE, AAControl, Comparison, Samples
+from wanlab.measure.in_turn import Ended, compared, timed_text
+from wanlab.measure.timing import AAControl, Comparison, Samples
 from wanlab.models.loading import resolve
 from wanlab.precision.plan import PRESETS
 from wanlab.precision.selection.bound import product_bound
@@ -50,6 +50,7 @@ class ComponentCost:
         model, component, dtype, device: names of what was measured. size: height, width and frames of the clip.
         processes: `"one"` or `"each"`, see `measure_component`.
         samples: label -> all times of a call. control: A/A control: the baseline measured twice.
+        ended: how often they were timed and what ended that.
         facts: label -> facts beside the times: engine, plan, configuration, cuda_graph, effect, proof, kernels,
             load_ms, prepare_ms, build_ms, first_call_ms, size_bytes, weights_gib, forward_gib (what one call adds to the
             memory), peak_memory_gib (both), relative_l2, cosine and psnr_db to eager in the baseline's dtype,
@@ -73,6 +74,7 @@ class ComponentCost:
     processes: str
     samples: dict[str, Samples]
     control: AAControl
+    ended: Ended
     facts: dict[str, dict[str, Any]]
     kernels: pd.DataFrame
     products: pd.DataFrame
@@ -93,7 +95,7 @@ class ComponentCost:
         """Label -> comparison with the baseline, of those that may be compared."""
         base = self.samples[self.baseline]
         return {
-            label: measure.compare(base, samples, self._noise_percent(label))
+            label: compared(base, samples, self._noise_percent(label), self.ended)
             for label, samples in self.samples.items()
             if label != self.baseline and not self.facts[label].get("not_compared")
         }
@@ -166,17 +168,7 @@ class ComponentCost:
             took = f"{self._name(base)} takes {shown(before, 'ms')} for one call of the {network}"
             headline = f"{capital(took)}; no other candidate can be compared with it."
         else:
-            gain = timed[best]
-            speed = speed_text(
-                gain.speedup,
-                gain.low,
-                gain.high,
-                candidate=self._name(best),
-                baseline=self._name(base),
-                same=gain.verdict == NOT_DISTINGUISHABLE,
-                noise_percent=gain.noise_percent,
-            )
-            headline = f"{capital(network)}: {speed}."
+            headline = f"{capital(network)}: {timed[best].clause(self._name(best), self._name(base))}."
         shape = "x".join(str(self.size[name]) for name in ("frames", "height", "width"))
         wrong = [f"{label} was not applied, so its figures are not its own." for label, facts in self.facts.items()
                  if facts["effect"] == NOT_APPLIED]  # fmt: skip
@@ -184,13 +176,14 @@ class ComponentCost:
                   if facts.get("not_compared")]  # fmt: skip
         wrong += [f"{label} was not measured: {line.rstrip('.')}." for label, line in self.left_out.items()]
         details = [" ".join(wrong), f"{self.model} at {shape} in {self.dtype} on {self.device}."]
-        return Answer(
-            headline, tuple(filter(None, details)), self._tiles(best or base), self._next(best or base)
-        )
+        details.append(timed_text([timed[best]]) if best else "")
+        return answer(headline, *details, tiles=self._tiles(best or base), next=self._next(best or base))
 
     def _next(self, label: str) -> Step:
         """Whole videos with a candidate; without a command where its plan or configuration is a file of its own."""
         name, engine, plan = (self.facts[label].get(key) for key in ("configuration", "engine", "plan"))
+        if (gain := self.comparisons.get(label)) and gain.direction_only:
+            return IDLE._replace(notebook="42_component")
         why = "measures whole videos and their quality with it"
         if name in configurations():
             return step(why, "41_configuration", configuration=name)
@@ -216,8 +209,7 @@ class ComponentCost:
             )
         ]
         if gain:
-            ends = interval_text(gain.low, gain.high)
-            tiles.insert(0, Tile("speed-up", f"{gain.speedup:.2f}×", f"{ends}; {noise}"))
+            tiles.insert(0, gain.tile())
         if (reached := facts.get("of_roofline_percent")) is not None:
             tiles.append(Tile("of the device's bound", shown(reached, "%"), "100 % is the roofline"))
         if (memory := facts.get("peak_memory_gib")) is not None:
@@ -248,6 +240,8 @@ def measure_component(
     select_by_time: bool = False,
     profiler_ranges: bool = False,
     rounds: int = 5,
+    precision: float | None = None,
+    limit_s: float | None = None,
     processes: Literal["auto", "one", "each"] = "auto",
     dynamic_ranges: bool = False,
     float32: bool = True,
@@ -266,7 +260,9 @@ def measure_component(
         height, width, frames: size of the clip; the model's defaults if not given.
         select_by_time: whether two plans that are selected by time are measured too, see `precision.plans_by_time`.
         profiler_ranges: whether the cost of the profiler's ranges is measured too, see `engines.range_cost`.
-        rounds: number of rounds, each with two times of every candidate.
+        rounds: number of rounds, each with two times of every candidate; with `precision` the fewest.
+        precision, limit_s: in one process, go on until every ratio is known to so many percent, or time is up; see
+            `measure.take_in_turn`. In processes of their own the rounds are taken.
         processes: `"one"` measures all interleaved in this process; `"each"` one after the other in processes of their own,
             the baseline again at the end; `"auto"` decides by the memory that is free.
         dynamic_ranges: whether plans in PyTorch scale every input by its own range; else by ranges of one call.
@@ -322,6 +318,7 @@ def measure_component(
             "component": component,
             "size": size,
             "rounds": rounds,
+            "until": {"precision": precision, "limit_s": limit_s},
             "dynamic_ranges": dynamic_ranges,
             "float32": float32,
             "threads": threads or torch.get_num_threads(),
@@ -336,7 +333,7 @@ def measure_component(
             measured = in_processes(job)
         else:
             measured = interleaved(job)
-    rows, samples, control, prepared = measured
+    rows, samples, control, ended, prepared = measured
     left_out = left_out | prepared["left_out"]
     if not rows:
         raise WanlabError(f"nothing of {component} could be measured: {'; '.join(left_out.values())}")
@@ -351,6 +348,7 @@ def measure_component(
         processes=rows[0]["processes"],
         samples=samples,
         control=control,
+        ended=ended,
         facts=facts,
         kernels=kernels,
         products=pd.DataFrame(prepared["products"]),

@@ -38,6 +38,7 @@ from wanlab.diagnose.operators import call_kernels, count_operations, kernel_tab
 from wanlab.engines.onnxruntime import node_times
 from wanlab.engines.parity import differences
 from wanlab.export.components import component_spec, default_shape
+from wanlab.measure.in_turn import Ended
 from wanlab.measure.memory import in_own_process
 from wanlab.measure.timing import AAControl, Samples, control_of
 from wanlab.models.device import synchronise
@@ -324,7 +325,7 @@ def _kind_of_node(name: str) -> str | None:
 
 # ---- all interleaved in this process, or each in its own
 
-Outcome = tuple[list[dict[str, Any]], dict[str, Samples], AAControl, dict[str, Any]]
+Outcome = tuple[list[dict[str, Any]], dict[str, Samples], AAControl | None, Ended | None, dict[str, Any]]
 
 
 def interleaved(job: Job) -> Outcome:
@@ -353,14 +354,14 @@ def interleaved(job: Job) -> Outcome:
         except (WanlabError, torch.cuda.OutOfMemoryError) as error:
             prepared["left_out"][candidate.label] = _reason(error)
     if not calls:
-        return [], {}, None, prepared
+        return [], {}, None, None, prepared
     with torch.no_grad():
-        samples, control = measure.interleaved(
-            calls, rounds=job.rounds, device=job.device, progress=job.order["progress"]
+        timed = measure.until_told(
+            calls, rounds=job.rounds, device=job.device, progress=job.order["progress"], **job.order["until"]
         )
     for row in rows:
         row["kernel_rows"] = _kernels(job, opened[row["label"]], calls[row["label"]])
-    return rows, samples, control, prepared
+    return rows, timed.samples, next(iter(timed.controls.values())), timed.ended, prepared
 
 
 ALONE = ("load_ms", "weights_gib", "forward_gib", "peak_memory_gib")
@@ -396,7 +397,7 @@ def in_processes(job: Job) -> Outcome:
             continue
         rows += [row | {"prepare_ms": prepared["files"]["prepare_ms"][candidate.label]} for row in child_rows]
     if not rows:
-        return [], {}, None, prepared
+        return [], {}, None, None, prepared
     samples: dict[str, Samples] = {}
     again = None
     for row in rows:
@@ -415,7 +416,8 @@ def in_processes(job: Job) -> Outcome:
         change = 100 * (row["pace_ms"] / ordered[0]["pace_ms"] - 1)
         if abs(change) > PACE_PERCENT:
             row["not_compared"] = f"a fixed product took {change:+.0f} % longer than with {first.label}"
-    return ordered, samples, control, prepared
+    ended = Ended("rounds", 2 * job.rounds, sum(sum(each.values_ms) for each in samples.values()) / 1e3)
+    return ordered, samples, control, ended, prepared
 
 
 def _reason(error: Exception) -> str:

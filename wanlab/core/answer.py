@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """What to do next.
 
     Attributes:
-        why: what it brings, as a clause without a subject: "measures it on cases that no choice was made by".
+        why: what it brings, as a clause without a subject: "measures it on cases that were not used for choosing".
         notebook: the notebook to run; "" for the same one again, where `parameters` says with what.
         parameters: parameters that differ from the notebook's own, or from those of this run; None is the notebook's own.
     """
@@ -46,6 +46,15 @@ class Step(NamedTuple):
 def step(why: str, notebook: str = "", **parameters: Any) -> Step:
     """A `Step`: `step("gives an interval", cases=8)` is this notebook again, with more cases."""
     return Step(why.strip().removesuffix("."), notebook, parameters)
+
+
+def more_videos(iterations: int) -> Step:
+    """The same notebook again with more videos, where equal ones differ by too much."""
+    return step("lowers the noise: more videos are timed, best on an idle machine", iterations=iterations)
+
+
+IDLE = Step("tells how much on an idle machine: nothing else may run beside it")
+"""What to do where other work left no more than a direction to tell."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,15 @@ class Answer:
         return " ".join([self.headline, *self.details, *([str(self.next)] if self.next else [])])
 
 
+def fitting(*headlines: str) -> str:
+    """The first of some headlines, the fullest first, that is not too long; else the last."""
+    return next((each for each in headlines if len(each) <= LONGEST), headlines[-1])
+
+
 def answer(
     headline: str,
     *details: str,
-    tiles: tuple[tuple[str, str, str] | None, ...] = (),
+    tiles: Iterable[tuple[str, str, str] | None] = (),
     next: Step | None = None,
 ) -> Answer:
     """An answer without its empty details and without tiles that are None."""
@@ -107,21 +121,27 @@ def speed_text(
     same: bool = False,
     noise_percent: float = math.nan,
     how: str = "as fast",
+    busy: str = "",
 ) -> str:
-    """How fast one is beside another, in a clause with its interval.
+    """How fast one is beside another, in a clause with its interval, and with the noise where that decides.
 
     Args:
         ratio, low, high: speed-up of the candidate with its 95 % interval, NaN where it is unknown.
+        candidate: name of the one, as the subject of the clause; "" leaves subject and verb out.
         same: whether it cannot be told from noise.
-        noise_percent: noise that it was read against.
+        noise_percent: noise that it was read against; shown where it cannot be told from it, and is 1 % or more.
         how: words after "2.00 times".
+        busy: what other work took, where it took so much that only the direction holds.
     """
+    if busy and not same:
+        verdict = f"{'slower' if ratio < 1 else 'faster'} than {baseline}"
+        return f"{f'{candidate} is ' if candidate else ''}{verdict}; by how much cannot be told while {busy}"
+    noise = f", noise {noise_percent:.0f} %" if same and noise_percent >= 1 else ""
+    times, known = f"{ratio:.2f} times {how}", f"({interval_text(low, high)}{noise})"
     if same:
-        noise = f", noise {noise_percent:.0f} %" if noise_percent >= 1 else ""
-        return (
-            f"{candidate} cannot be told from {baseline} in time: {ratio:.2f} times {how}"
-            f" ({interval_text(low, high)}{noise})"
-        )
-    slower = f"slower than {baseline}: {ratio:.2f} times {how}"
-    faster = f"{ratio:.2f} times {how} as {baseline}"
-    return f"{candidate} is {slower if ratio < 1 else faster} ({interval_text(low, high)})"
+        subject = f"{candidate} cannot" if candidate else "cannot"
+        return f"{subject} be told from {baseline} in time: {times} {known}"
+    subject = f"{candidate} is " if candidate else ""
+    if ratio < 1:
+        return f"{subject}slower than {baseline}: {times} {known}"
+    return f"{subject}{times} as {baseline} {known}"

@@ -72,6 +72,29 @@ PLAINER = {
     "std": "standard deviation",
     "se": "standard error",
 }
+HEADS = {
+    "lpips_more": "LPIPS beyond the first plan's",
+    "lpips_more_low": "LPIPS beyond the first plan's, low",
+    "lpips_more_high": "LPIPS beyond the first plan's, high",
+    "loss_percent_more": "loss beyond the first plan's (%)",
+    "loss_percent_more_low": "loss beyond the first plan's, low (%)",
+    "loss_percent_more_high": "loss beyond the first plan's, high (%)",
+    "share_8bit_percent": "weights in 8 bits or fewer (%)",
+    "work_gflop": "work (GFLOP)",
+    "raised": "formats raised",
+    "floor": "rounding alone",
+    "floor_name": "rounding alone is that of",
+    "ratio_to_noise_floor": "times rounding alone",
+    "upper_percent": "loss, upper end (%)",
+    "predicted_upper_percent": "predicted loss, upper end (%)",
+}
+"""Columns whose name does not say enough -> words with their unit."""
+SAID = {
+    "within floor": "no more than rounding",
+    "above floor": "more than rounding",
+    "no floor": "rounding not measured",
+}
+"""Verdict on a difference, as it is recorded -> in words."""
 UNKNOWN = "–"  # what stands where a number is not known
 SMALLEST_PERCENT = 0.01  # a smaller share is not shown as 0.00
 SMALLEST = 1e-4  # a smaller figure of a sentence is "< 0.0001": nobody reads a power of ten on a phone
@@ -80,6 +103,8 @@ NO_BREAK = "\u00a0"  # a space at which no line ends
 
 def label(column: str) -> str:
     """A column name as words with its unit: "peak_memory_gib" -> "peak memory (GiB)"."""
+    if column in HEADS:
+        return HEADS[column]
     words = [ACRONYMS.get(word, PLAINER.get(word, word)) for word in str(column).split("_")]
     if len(words) == 3 and words[1:] == ["per", "s"] and words[0] in RATES:
         return RATES[words[0]]
@@ -102,7 +127,7 @@ def number_text(value: float) -> str:
         return UNKNOWN
     size = abs(value)
     if size == math.inf:
-        return "∞" if value > 0 else "−∞"
+        return "infinite" if value > 0 else "minus infinite"
     if size >= 1e15 or 0 < size < 1e-4:
         digits, power = f"{value:.2e}".split("e")
         return f"{float(digits):g}{NO_BREAK}×{NO_BREAK}10{str(int(power)).translate(RAISED)}"
@@ -145,6 +170,8 @@ def words_of(value: Any) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(map(words_of, value))
     text = str(value).removeprefix("torch.")
+    if text in SAID:
+        return SAID[text]
     if text in ("nan", "None", "NaT", "<NA>"):
         return ""
     if inside := LISTED.fullmatch(text):

@@ -15,6 +15,9 @@ from .breakdown import breakdown as breakdown
 from .capture import capture as capture
 from .capture import ranges as ranges
 from .capture import trim as trim
+from .compile_log import CompileLog as CompileLog
+from .compile_log import compiler_table as compiler_table
+from .compile_log import read_compile_log as read_compile_log
 from .experts.boundary import BoundarySweep as BoundarySweep
 from .experts.boundary import Disagreement as Disagreement
 from .experts.boundary import ExpertSummary as ExpertSummary
@@ -28,6 +31,8 @@ from .experts.timeline import Timeline as Timeline
 from .experts.timeline import data_flow as data_flow
 from .experts.timeline import from_one as from_one
 from .experts.timeline import timeline as timeline
+from .explorer.view import Exploration as Exploration
+from .explorer.view import explore as explore
 from .flame import Difference as Difference
 from .flame import Flame as Flame
 from .flame import Flames as Flames

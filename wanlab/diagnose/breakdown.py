@@ -331,6 +331,16 @@ CATEGORY_NAMES = {
 }
 """Category -> its name in text, figures and tables."""
 
+
+def category_name(category: str, joint: bool = False) -> str:
+    """Name of a category in text; `joint`: self-attention of this model is joint attention of video and text."""
+    return (
+        "joint attention"
+        if joint and category == "self_attention"
+        else CATEGORY_NAMES.get(category, category)
+    )
+
+
 GAP_US = 10.0
 
 
@@ -368,8 +378,7 @@ class Breakdown:
 
     def name_of(self, category: str) -> str:
         """Name of a category in text."""
-        joint = self.joint and category == "self_attention"
-        return "joint attention" if joint else CATEGORY_NAMES.get(category, category)
+        return category_name(category, self.joint)
 
     @property
     def residual_percent(self) -> float:
@@ -415,27 +424,13 @@ def breakdown(trace: Trace) -> Breakdown:
     around it decide. In a trace without named ranges everything counts as an expert's.
     """
     placed = attribute(trace)
-    window, kernels = trace.window_us, trace.kernels
-    begins = kernels["start_us"].to_numpy()
-    begins, ends = np.clip(begins, *window), np.clip(begins + kernels["time_us"].to_numpy(), *window)
-    times, inner = _main_thread(trace, placed)
-    marks = np.unique(np.concatenate([window, np.clip(times, *window), begins, ends]))
-    stretch_us = np.diff(marks)
-
-    event = _at(marks[:-1], times, inner)
-    category = np.append(host_categories(trace, placed), INDEX["launch_and_idle"])[event]
-    component = np.append(placed.component, NOTHING)[event]
-    busy = np.append(placed.own_kind != NOTHING, False)[event]
-    of_kernel, component_of_kernel = kernel_categories(trace, placed)
-    running = np.full(len(stretch_us), NOTHING)
-    if trace.has_gpu:
-        running, which = _running(marks, begins, ends, of_kernel, component_of_kernel)
-        category = np.where(running != NOTHING, running, waiting_categories(category))
-        component = np.where(running != NOTHING, which, component)
-    component = np.where(component == NOTHING, COMPONENTS.index(OUTSIDE), component)
+    cut = stretches(trace, placed)
+    stretch_us = np.diff(cut.marks_us)
+    busy = np.append(placed.own_kind != NOTHING, False)[cut.event]
+    of_kernel, _ = kernel_categories(trace, placed)
     table_us = np.zeros((len(COMPONENTS), len(CATEGORIES)))
-    np.add.at(table_us, (component, category), stretch_us)
-    alone_us = np.bincount(running + 1, weights=stretch_us, minlength=len(CATEGORIES) + 1)[1:]
+    np.add.at(table_us, (cut.component, cut.category), stretch_us)
+    alone_us = np.bincount(cut.running + 1, weights=stretch_us, minlength=len(CATEGORIES) + 1)[1:]
     work = category_of(placed.component, placed.attention, placed.kind)
     work[placed.selecting] = INDEX["expert_switching"]
     notes = list(trace.notes)
@@ -446,12 +441,12 @@ def breakdown(trace: Trace) -> Breakdown:
         _parts(table_us, placed, work),
         trace.wall_us / 1e3,
         trace.generation.get("wall_ms"),
-        _gpu(begins, ends, trace.wall_us) if trace.has_gpu else {},
+        _gpu(*_spans(trace), trace.wall_us) if trace.has_gpu else {},
         100 * float(stretch_us[busy].sum()) / trace.wall_us,
         tuple(notes),
         trace.cautions,
         bool(trace.generation.get("joint_attention")),
-        _codes(trace, category, stretch_us, event, of_kernel),
+        _codes(trace, cut.category, stretch_us, cut.event, of_kernel),
     )
 
 
@@ -484,6 +479,48 @@ def _codes(
             "time_ms": sums["us"] / 1e3,
         }
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Stretches:
+    """The window of a trace, cut wherever an event begins or ends.
+
+    Attributes:
+        marks_us: [n + 1] times of the cuts, as `start_us`.
+        category, component: [n] what each stretch belongs to, as indices into `CATEGORIES` and `COMPONENTS`.
+        running: [n] category of the GPU's work, -1 where it waits.
+        event: [n] innermost event of the main thread, as a row of `trace.host`; -1 for none.
+    """
+
+    marks_us: np.ndarray
+    category: np.ndarray
+    component: np.ndarray
+    running: np.ndarray
+    event: np.ndarray
+
+
+def stretches(trace: Trace, placed: Attribution) -> Stretches:
+    """Cut the window of a trace so that every stretch belongs to one category; see `Stretches`."""
+    window, (begins, ends) = trace.window_us, _spans(trace)
+    times, inner = _main_thread(trace, placed)
+    marks = np.unique(np.concatenate([window, np.clip(times, *window), begins, ends]))
+    event = _at(marks[:-1], times, inner)
+    category = np.append(host_categories(trace, placed), INDEX["launch_and_idle"])[event]
+    component = np.append(placed.component, NOTHING)[event]
+    running = np.full(len(event), NOTHING)
+    if trace.has_gpu:
+        running, which = _running(marks, begins, ends, *kernel_categories(trace, placed))
+        category = np.where(running != NOTHING, running, waiting_categories(category))
+        component = np.where(running != NOTHING, which, component)
+    component = np.where(component == NOTHING, COMPONENTS.index(OUTSIDE), component)
+    return Stretches(marks, category, component, running, event)
+
+
+def _spans(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end of all kernels, inside the window."""
+    begins = trace.kernels["start_us"].to_numpy()
+    ends = begins + trace.kernels["time_us"].to_numpy()
+    return np.clip(begins, *trace.window_us), np.clip(ends, *trace.window_us)
 
 
 def _at(moments: np.ndarray, times: np.ndarray, inner: np.ndarray) -> np.ndarray:

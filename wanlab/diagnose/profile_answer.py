@@ -61,14 +61,14 @@ def profile_answer(
     """
     top = shares.frame.iloc[0]
     category = str(top["category"])
-    name = _with_article(shares.name_of(category))
+    name = with_article(shares.name_of(category))
     code = _code_clause(shares, category)
     head = (
         f"{name[:1].upper()}{name[1:]} take{'' if category in PLURAL else 's'} {whole_percent(top['share_percent'])} of the"
         f" time{f', and {code}' if code else ''}."
     )
     if top["amdahl_bound"] <= MOST_BOUND:
-        head += f" A change there makes a video at most {top['amdahl_bound']:.2f} times as fast."
+        head += f" Without all of that a video would be {top['amdahl_bound']:.2f} times as fast, no more."
     elif category == "launch_and_idle":
         head = f"There is almost no work in the trace: {100 - top['share_percent']:.2g} % of {time_text(shares.wall_ms)}."
     head += " One profile: how much this varies is not known."
@@ -93,7 +93,8 @@ def _next(category: str, changed: Difference | None, trace: str | None) -> Step:
     return NEXT.get(category, RANKS)
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Name of a row inside a sentence: "the VAE decoder", "self-attention"."""
     return f"the {name}" if name.endswith("coder") else name
 
 
@@ -115,7 +116,7 @@ def _code_clause(shares: Breakdown, category: str) -> str:
 
 def _code_detail(shares: Breakdown, category: str, bounds: pd.DataFrame | None) -> str:
     """Which code has most of the time of a category, by its name, and how well the category uses the device."""
-    codes, name, said = _codes(shares, category), _with_article(shares.name_of(category)), []
+    codes, name, said = _codes(shares, category), with_article(shares.name_of(category)), []
     share = 100 * codes.iloc[0] / codes.sum() if len(codes) and codes.sum() else 0.0
     if share >= MOST_OF_IT_PERCENT:
         said.append(f"the code is {codes.index[0]}, with {whole_percent(share)} of that time")

@@ -1,4 +1,4 @@
-"""Reads a profile, a Chrome trace file, as tables of events, their stacks and launches."""
+"""Reads a profile, a Chrome trace file or an exported report of Nsight Systems, as tables of events, stacks and launches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from wanlab.diagnose.trace_events import (
     tables,
 )
 from wanlab.diagnose.trace_file import Device, Generation, TraceFile, read_file
+from wanlab.diagnose.trace_nsys import is_report, read_report
 from wanlab.models.pipeline import BEGINS, ENDS
 
 SUFFIX = ".pt.trace.json.gz"
 """File name pattern that TensorBoard's profiler plugin searches for in a folder."""
-ENDINGS = (".json", ".json.gz", ".zip")
+ENDINGS = (".json", ".json.gz", ".zip", ".sqlite")
 _STEP = re.compile(rf"{STEP_PREFIX}\d{{1,9}}\Z")
 _LAUNCH = re.compile("Launch|Enqueue|InvokeKernel")
 
@@ -148,7 +149,8 @@ class Trace:
 
 
 def read_trace(path: str | os.PathLike) -> Trace:
-    """Read a Chrome trace, `.json`, `.json.gz` or in a `.zip`, or a folder with one trace per rank: its lowest rank is read.
+    """Read a Chrome trace, `.json`, `.json.gz` or in a `.zip`, a report of Nsight Systems that was exported as `.sqlite`, or
+    a folder with one trace per rank: its lowest rank is read.
 
     Events whose times cannot be and events of unknown categories are left out, and `Trace.cautions` counts them.
 
@@ -164,7 +166,7 @@ def read_trace(path: str | os.PathLike) -> Trace:
 def _of_folder(folder: Path) -> Trace:
     files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS))
     if not files:
-        raise WanlabError(f"no traces (.json, .json.gz) in {folder}")
+        raise WanlabError(f"no traces (.json, .json.gz, .sqlite) in {folder}")
     traces, left_out = [], []
     for file in files:
         try:
@@ -191,7 +193,7 @@ def _of_folder(folder: Path) -> Trace:
 
 
 def _of_file(path: Path) -> Trace:
-    file = read_file(path)
+    file = read_report(path) if is_report(path) else read_file(path)
     content = tables(file.events)
     _refuse(path, content)
     cautions = [*_left_out(content, file.odd_events)]

@@ -164,6 +164,10 @@ def read_file(path: Path) -> TraceFile:
     Raises:
         WanlabError: no such file; one that is damaged, too large or too deep; or not a profiler trace.
     """
+    if path.suffix in (".nsys-rep", ".qdrep") and path.is_file():
+        raise WanlabError(
+            f"{path} is a report of Nsight Systems; export it: nsys export --type sqlite {path.name}"
+        )
     if not path.is_file():
         raise WanlabError(f"no trace {path}; give a .json or .json.gz file of torch.profiler")
     notes: list[str] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, step
+from wanlab.core.answer import Answer, Tile, answer, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import capital, counted, shown
 from wanlab.core.yaml_lines import load_yaml
@@ -161,7 +161,7 @@ class EngineReport:
             if self.findings
             else "Nothing is wrong in it: look at the longest layers below"
         )
-        return Answer(headline, tuple(filter(None, details)), tuple(tiles), following)
+        return answer(headline, *details, tiles=tiles, next=following)
 
 
 ROLE_TEXTS = {
@@ -186,11 +186,11 @@ def _beside(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> Tile:
     """A second engine beside the first, in time where both were timed."""
     if not (a.timed and b.timed):
         return Tile("layers of the other engine", f"{len(b.layers)}", f"{len(a.layers)} here")
+    other, first = shown(b.total_ms, "ms"), shown(a.total_ms, "ms")
+    if not (roles["outside_noise"] != "no").any():
+        return Tile("the other engine's layers", other, f"{first} in the first: no more than noise")
     change = 100 * (b.total_ms / a.total_ms - 1)
-    told = "" if (roles["outside_noise"] != "no").any() else "; no part of it outside the noise"
-    return Tile(
-        "the other engine", f"{change:+.0f} %", f"of the layers' time, {shown(b.total_ms, 'ms')}{told}"
-    )
+    return Tile("the other engine's layers", f"{change:+.0f} %", f"{other}, {first} in the first")
 
 
 def compared(a: EngineLayers, b: EngineLayers, roles: pd.DataFrame) -> str:

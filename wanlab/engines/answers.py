@@ -8,13 +8,23 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, speed_text, step
-from wanlab.core.stats import ends_text, interval_text
-from wanlab.core.words import apart_text, capital, component_text, counted, listed, shown
+from wanlab.core.answer import IDLE, Answer, Tile, answer, fitting, speed_text, step
+from wanlab.core.stats import interval_text
+from wanlab.core.words import (
+    SMALLEST,
+    apart_text,
+    capital,
+    component_text,
+    counted,
+    listed,
+    percent_text,
+    shown,
+)
 from wanlab.engines.parity import ParitySummary, float16_text
 from wanlab.engines.registry import engine_text
 from wanlab.engines.tensorrt.build import EngineBuilds
 from wanlab.evaluate.quality import Divergence
+from wanlab.measure.in_turn import timed_text
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, Comparison
 
 FORM_NAMES = {
@@ -50,7 +60,8 @@ def export_answer(
         head = f"{capital(made)} components became correct ONNX graphs"
     else:
         head = f"Not every graph is correct: {summary.agree} of {summary.components} agree with PyTorch"
-    headline = f"{head}: the {where} is farthest from PyTorch with {worst}, where {limit} is allowed."
+    apart = percent_text(100 * summary.worst["relative_l2"], SMALLEST)
+    headline = f"{head}: the {where} differs most from PyTorch, by {apart}, where {limit} is allowed."
     nodes = [int(files[name].sum()) for name in ("nodes_before", "nodes_after")]
     tiles = [
         Tile("correct graphs", f"{summary.agree} of {summary.components}", f"of {components} components"),
@@ -71,7 +82,7 @@ def export_answer(
         following = step("makes whole videos with these graphs, and times them", "21_onnxruntime")
     else:
         following = step("Look up in the table of blocks below where the distance begins")
-    return Answer(headline, tuple(details), tuple(tiles), following)
+    return answer(headline, *details, tiles=tiles, next=following)
 
 
 def _best_form(forms: pd.DataFrame | None) -> tuple[str, Tile] | None:
@@ -111,29 +122,25 @@ def engine_answer(
         candidate: label of the engine.
     """
     name, base = engine_text(candidate), engine_text("eager")
-    same = gain.verdict == NOT_DISTINGUISHABLE
-    figures = (gain.speedup, gain.low, gain.high)
-    speed = speed_text(*figures, candidate=name, baseline=base, same=same)
+    speed = gain.clause(name, base)
     top, shares = operators.iloc[0], _shares(stages, f"{candidate}_percent")
     first, noise = shares[0], shown(gain.noise_percent, "%")
-    return Answer(
-        f"{speed}. The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time. {capital(divergence.text)}.",
-        (
-            f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
-            f" series of {base} may differ by {noise} by chance, and a smaller gain would not count.",
-            f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
-        ),
-        (
-            Tile("speed-up", f"{gain.speedup:.2f}×", f"{interval_text(*figures[1:])}; noise {noise}"),
+    why = "measures its quality on pictures whose true videos are known, and its memory"
+    following = step(why, "41_configuration", engine=candidate, cases=8)
+    most = f"The {first[0]} take{'s' * (first[0] != BOTH)} {first[1]:.0f} % of the time."
+    same = f"{capital(divergence.text)}."
+    return answer(
+        # A busy machine takes words; the share stands among the key figures too.
+        fitting(f"{speed}. {most} {same}", f"{speed}. {same}"),
+        f"A video takes {shown(gain.candidate_ms, 'ms')} in {name}, {shown(gain.baseline_ms, 'ms')} in {base}. Two"
+        f" series of {base} may differ by {noise} by chance, and a smaller gain would not count. {timed_text([gain])}",
+        f"Of the {component_text(component)}'s own time, {top['operator']} takes {top['share_percent']:.0f} %.",
+        tiles=(
+            gain.tile(),
             *(Tile(part, f"{share:.0f} %", f"of a video in {name}") for part, share in shares[:3]),
             divergence.tile(),
         ),
-        step(
-            "measures its quality on pictures whose true videos are known, and its memory",
-            "41_configuration",
-            engine=candidate,
-            cases=8,
-        ),
+        next=IDLE._replace(notebook="21_onnxruntime") if gain.direction_only else following,
     )
 
 
@@ -174,10 +181,10 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
         )
     took, sizes = sum(info.time_ms for info in builds.built), [info.size_bytes for info in builds.built]
     refused = f"{counted(len(builds.refused), 'build')} refused: see below." if len(builds.refused) else ""
-    return Answer(
+    return answer(
         headline,
-        tuple(filter(None, [refused])),
-        (
+        refused,
+        tiles=(
             Tile("engines", done, builds.runtime),
             Tile(
                 "GPUs",
@@ -188,15 +195,11 @@ def build_answer(builds: EngineBuilds, graphs: Sequence[Any], executed: pd.DataF
             Tile(
                 "size",
                 shown(sum(sizes), "bytes"),
-                f"{ends_text(*_range(sizes), ',.0f')} KiB each" if sizes else "",
+                f"{shown(min(sizes), 'bytes')} to {shown(max(sizes), 'bytes')} each" if sizes else "",
             ),
             Tile(
                 "executed here", f"{len(ran)} of {len(builds.built)}", "" if len(ran) else "no such GPU here"
             ),
         ),
-        following,
+        next=following,
     )
-
-
-def _range(sizes: Sequence[int]) -> tuple[float, float]:
-    return min(sizes) / 2**10, max(sizes) / 2**10

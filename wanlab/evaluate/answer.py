@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wanlab.core.answer import Answer, Step, Tile, step
+from wanlab.core.answer import Answer, Step, Tile, answer, step
 from wanlab.core.stats import interval_text
 from wanlab.core.words import capital, counted, shown
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
@@ -42,10 +42,10 @@ def quality_answer(what: str, tier: Tier, loss: QualityLoss, divergence: Diverge
         head = f"{capital(name)} gives videos far from the original's"
     meaning = next(rule.meaning for rule in TIERS if rule.name == tier.name)
     meant = "Quality loss is how much farther from the true video the optimised one is; below 0 it is nearer to it."
-    return Answer(
+    return answer(
         f"{head}: {reason}.",
-        (meant,) if loss.known else (),
-        (
+        meant if loss.known else "",
+        tiles=(
             Tile("quality loss", *loss.tile()),
             divergence.tile(),
             *_psnr(divergence),
@@ -54,7 +54,7 @@ def quality_answer(what: str, tier: Tier, loss: QualityLoss, divergence: Diverge
                 "held-out cases", str(loss.cases or len(divergence.scores)), "three or more give an interval"
             ),
         ),
-        _next(what, tier, loss),
+        next=_next(what, tier, loss),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, step
+from wanlab.core.answer import Answer, answer, more_videos, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import sentence, time_text
 from wanlab.measure.in_turn import InTurn, in_turn, take_in_turn, until_told
@@ -64,7 +64,7 @@ def compare_models(
     image,
     prompt: str,
     *,
-    rounds: int = 1,
+    rounds: int = 3,
     precision: float | None = None,
     limit_s: float | None = None,
     progress: bool = True,
@@ -72,7 +72,7 @@ def compare_models(
 ) -> ModelComparison:
     """Compare the times of several variants of a model, then record where the time of each goes.
 
-    A round runs every variant four times: in the given order, in its reverse, and the same again.
+    A round runs every variant twice: in the given order and in its reverse.
     Warm the variants up before, with one generation each.
 
     Args:
@@ -92,7 +92,7 @@ def compare_models(
     timed = _in_turn(
         variants,
         lambda label: variants[label].generate(image, prompt, **settings).wall_ms,
-        rounds=2 * rounds,
+        rounds=rounds,
         precision=precision,
         limit_s=limit_s,
         progress=progress,
@@ -217,10 +217,7 @@ class Baseline:
         following = step("shows which code takes that time", "11_flame_graph")
         noise = self.control.noise_percent
         if noise > MOST_NOISE_PERCENT:
-            iterations = max(5, 2 * first)
-            following = step(
-                "lowers the noise: more videos are timed, best on an idle machine", iterations=iterations
-            )
+            following = more_videos(max(5, 2 * first))
         return answer(
             f"{name} makes one video in {time_text(self.samples.median)}, and {where} takes"
             f" {top['share_percent']:.0f} % of that. Equal videos differ by up to"
@@ -309,7 +306,7 @@ def versus(
 ) -> tuple[Baseline, Baseline, Comparison]:
     """Time two models that have their baselines in turn, until the ratio of their times can be told.
 
-    Both models are warm from their baselines. Arguments as in `compare_models`, but a round runs each model twice.
+    Both models are warm from their baselines. Arguments as in `compare_models`.
 
     Returns:
         Both baselines with the new times and their A/A controls in place of their own, and the comparison.

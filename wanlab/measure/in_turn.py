@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -104,6 +104,18 @@ class InTurn:
     controls: dict[str, AAControl]
     ended: Ended
     comparisons: dict[str, Comparison]
+
+    @property
+    def text(self) -> str:
+        """How often they were timed and what ended that, in a sentence; of several ratios the one known least."""
+        return timed_text(self.comparisons.values())
+
+
+def timed_text(comparisons: Iterable[Comparison]) -> str:
+    """`"Timed in turn: 12 pairs in 30 s, until known to 5 %."`, of the comparison known least; "" of a number of rounds."""
+    told = [each for each in comparisons if each.sampling]
+    least = max(told, key=lambda each: known_percent(each.speedup, each.low, each.high), default=None)
+    return f"Timed in turn: {least.sampling}." if least else ""
 
 
 def pair_interval(top: tuple[float, ...], bottom: tuple[float, ...], look: int = 1) -> tuple[float, float]:
@@ -200,16 +212,19 @@ def in_turn(samples: dict[str, Samples], controls: dict[str, AAControl], ended: 
     """The comparisons of samples that were taken in turn; those of a number of rounds are `timing.compare`."""
     base, *others = samples
     noise = controls[base].noise_percent
-    comparisons = {}
-    for label in others:
-        found = compare(samples[base], samples[label], noise, allow_different_devices=True)
-        if ended.precision is not None:
-            low, high = pair_interval(samples[base].values_ms, samples[label].values_ms, ended.look)
-            told = NOT_DISTINGUISHABLE if math.isnan(low) else verdict_of(found.speedup, low, high, noise)
-            words = ended.text(known_percent(found.speedup, low, high))
-            found = replace(found, low=low, high=high, verdict=told, sampling=words)
-        comparisons[label] = found
+    comparisons = {label: compared(samples[base], samples[label], noise, ended) for label in others}
     return InTurn(samples, controls, ended, comparisons)
+
+
+def compared(base: Samples, other: Samples, noise_percent: float, ended: Ended) -> Comparison:
+    """The comparison of two calls that were timed in turn, with the interval that holds for how it ended."""
+    found = compare(base, other, noise_percent, allow_different_devices=True)
+    if ended.precision is None:
+        return found
+    low, high = pair_interval(base.values_ms, other.values_ms, ended.look)
+    told = NOT_DISTINGUISHABLE if math.isnan(low) else verdict_of(found.speedup, low, high, noise_percent)
+    words = ended.text(known_percent(found.speedup, low, high))
+    return replace(found, low=low, high=high, verdict=told, sampling=words)
 
 
 def until_told(

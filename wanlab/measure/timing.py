@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from wanlab.core.answer import Tile, speed_text
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import LEAST, bootstrap_median_ratio, interval_text, percentile
 from wanlab.measure.load import Load, LoadMeter, worst
@@ -251,6 +252,26 @@ class Comparison:
     def direction_only(self) -> bool:
         """Whether a difference was told beside so much other work that its size is that of the load, and not of the two."""
         return bool(self.busy and self.sampling) and self.verdict != NOT_DISTINGUISHABLE
+
+    def clause(self, candidate: str, baseline: str) -> str:
+        """The comparison in a clause of an answer, with these names of the two for readers; see `speed_text`."""
+        return speed_text(
+            self.speedup,
+            self.low,
+            self.high,
+            candidate=candidate,
+            baseline=baseline,
+            same=self.verdict == NOT_DISTINGUISHABLE,
+            noise_percent=self.noise_percent,
+            busy=self.busy if self.direction_only else "",
+        )
+
+    def tile(self) -> Tile:
+        """The key figure of an answer: the speed-up with its interval and noise, or only its direction."""
+        if self.direction_only:
+            return Tile("speed-up", self.verdict, f"about {self.speedup:.1f}× beside other work; not exact")
+        known = f"{interval_text(self.low, self.high)}; noise {self.noise_percent:.0f} %"
+        return Tile("speed-up", f"{self.speedup:.2f}×", known)
 
     def __str__(self) -> str:
         return verdict_sentence(

@@ -43,12 +43,14 @@ from wanlab.runs.seal import broken, seal_report
 MAIN_TAG = "main"  # of the cell whose output stands at the top of the page
 HIDDEN_TAGS = {"parameters", "injected-parameters", "papermill-error-cell-tag", "hide"}
 PLOTLY = "application/vnd.plotly.v1+json"
+EXPLORER = "application/vnd.wanlab.explorer+json"  # of plots.explorer: the file of its data, and what is selected first
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LONG_LINES = 24  # text outputs above this are folded
 MOST_LINES = 400  # and above this their middle is left out
 MOST_CHARS = 60_000
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 EMBEDDED = (*IMAGES, "image/svg+xml", "video/mp4", "video/webm")
+EXPLORER_BYTES = 32 * 2**20  # of the data of a live view
 EMBEDDED_BYTES = 16 * 2**20  # of one file
 CSV_BYTES = 2**20  # of a table's file that lies in the page
 
@@ -174,6 +176,8 @@ def page_of(
         script=templates.asset("page.js", "report.js"),
         plotly=templates.plotly_script() if page.figures else None,
         figures=templates.json_script(page.figures),
+        explorers=page.explorers,
+        explorer=templates.explorer_assets() if page.explorers else None,
     )
 
 
@@ -403,6 +407,23 @@ class Page:
 
     root: Path | None = None
     figures: list[dict[str, Any]] = field(default_factory=list)
+    explorers: list[dict[str, Any]] = field(default_factory=list)
+
+    def explorer(self, payload: Any) -> str:
+        """A place for a live view, whose data lie in the page; "" where its file is missing or too large."""
+        file = payload.get("file") if isinstance(payload, dict) else None
+        if self.root is None or not isinstance(file, str):
+            return ""
+        try:
+            path = (self.root / file).resolve()
+            if not path.is_relative_to(self.root.resolve()) or path.stat().st_size > EXPLORER_BYTES:
+                return ""
+            data = base64.b64encode(path.read_bytes()).decode()
+        except (OSError, ValueError):
+            return ""
+        state = payload.get("state") if isinstance(payload.get("state"), dict) else {}
+        self.explorers.append({"data": data, "state": templates.json_script(state)})
+        return f'<div class="figure" data-explorer="{len(self.explorers) - 1}"></div>'
 
     def figure(self, payload: dict[str, Any]) -> str:
         layout = payload.get("layout") or {}
@@ -441,6 +462,8 @@ def output_html(item: Any, page: Page) -> str:
         lines = map(_joined, lines) if isinstance(lines, list) else [str(lines)]
         return traceback_html("\n".join(lines) or f"{item.get('ename')}: {item.get('evalue')}")
     data = item.get("data") or {}
+    if EXPLORER in data and (shown := page.explorer(data[EXPLORER])):
+        return shown
     if WIDGET in data:  # it needs a kernel, and the bar of finished work has no information
         return ""
     if PLOTLY in data:

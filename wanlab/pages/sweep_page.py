@@ -14,7 +14,7 @@ from markupsafe import Markup
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import write_text
-from wanlab.core.words import typed_value
+from wanlab.core.words import capital, typed_value
 from wanlab.pages import sweep_table, templates
 from wanlab.pages.sweep_table import (
     BesideBaseline,
@@ -29,6 +29,7 @@ from wanlab.pages.sweep_table import (
 from wanlab.plots.style import theme
 from wanlab.runs.choose import Choice, choose, pareto
 from wanlab.runs.compare import cautions, compare
+from wanlab.runs.next_step import next_html, next_step
 from wanlab.runs.results import is_time, read_sweep
 
 QUALITY = "m.quality_loss_percent"
@@ -70,7 +71,7 @@ def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
     choice = _choice(table) if start and best else None
     failures = [(entry, run) for entry, run in zip(table.entries, runs, strict=True) if entry.failed]
     states = [entry.state for entry in table.entries]
-    answer = choice.text if choice else _frontier_text(table, axes, start, best, ratios, beside)
+    answer = choice.answer.headline if choice else _frontier_text(table, axes, start, best, ratios, beside)
     # A sweep that lacks runs says so first.
     complete = bool(choice) and set(states) == {"finished"}
     first, second = (answer, verdict(table)) if complete else (verdict(table), answer)
@@ -79,6 +80,7 @@ def page_of(table: SweepTable, linked: Linked = lambda path: True) -> tuple[str,
         title=table.title,
         state=_state(table, states),
         verdict=first,
+        next=Markup(next_html(next_step(choice.answer.next, {}))) if choice and choice.answer.next else "",
         lead=second,
         lead_notes="; ".join(choice.notes).capitalize() if choice else "",
         problems=table.problems + _caution(table),
@@ -177,7 +179,8 @@ def _efficient(
 def _caution(table: SweepTable) -> list[str]:
     if not table.metrics:
         return []
-    texts = [f"{text[:1].upper()}{text[1:]}." for text in cautions(table.configurations.rows, table.sweep)]
+    found = cautions(table.configurations.rows, table.sweep)
+    texts = [f"{capital('; '.join(found))}."] if found else []
     if fields := sweep_table.mixed(table):
         names = ", ".join(name.replace("_", " ") for name in fields)
         texts += [f"These runs differ in {names}: compare times and memory only between runs that agree."]
@@ -237,7 +240,10 @@ def _state(table: SweepTable, states: list[str]) -> tuple[str, str]:
 def _facts(table: SweepTable) -> list[tuple[str, str]]:
     sweep = table.sweep
     executor = sweep.get("executor") if isinstance(sweep.get("executor"), dict) else {}
-    slots = f"{executor.get('kind')}, {executor.get('slots')} at a time" if executor else None
+    places = {entry.machine for entry in table.entries if entry.machine}
+    count = executor.get("slots", 1)
+    together = "one run at a time" if places == {"alone"} or count == 1 else f"{count} runs at a time"
+    slots = f"{executor.get('kind')}, {together}" if executor else None
     baseline = sweep.get("baseline") if isinstance(sweep.get("baseline"), dict) else {}
     versions = sorted({str(v) for v in table.frame["wanlab"] if not sweep_table.missing(v)})
     facts = [

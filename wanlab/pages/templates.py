@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from wanlab.core.errors import clean, cleaned
 
 TEMPLATE = Path(__file__).with_name("template")
+SCRIPT, STYLE = (TEMPLATE.parents[1] / "plots" / f"explorer.{kind}" for kind in ("js", "css"))
 GLOSSARY = Path(__file__).with_name("glossary.json")
 WORDS = {
     "finished": "finished",
@@ -73,6 +74,13 @@ def asset(*names: str) -> Any:
 def plotly_script() -> Any:
     """plotly.js, 4.8 MB, for a script element."""
     return Markup(get_plotlyjs().replace("</script", "<\\/script"))
+
+
+@functools.cache
+def explorer_assets() -> dict[str, Any]:
+    """Style and script of the live view of a trace, with the lines that open it in a page."""
+    page = (TEMPLATE / "explorer.js").read_text("utf-8")
+    return {"css": Markup(STYLE.read_text("utf-8")), "script": Markup(SCRIPT.read_text("utf-8") + page)}
 
 
 def json_script(value: Any) -> Any:

@@ -38,6 +38,8 @@ from .experts import disagreement_curve as disagreement_curve
 from .experts import expert_diagram as expert_diagram
 from .experts import expert_steps as expert_steps
 from .experts import switch_bars as switch_bars
+from .explorer import Explorer as Explorer
+from .explorer import explorer as explorer
 from .intervals import interval_rows as interval_rows
 from .precision import agreement_scatter as agreement_scatter
 from .precision import format_map as format_map

@@ -17,9 +17,20 @@ from wanlab.diagnose.memory.account import PART_NAMES as PART_NAMES
 from wanlab.diagnose.profile_answer import whole_percent
 from wanlab.models.spec import ENCODERS
 from wanlab.plots.bars import BESIDE, name_lines
-from wanlab.plots.style import COMPONENT_COLOURS, NAMES, OTHERS, ROW_PX, colour, label, needs, theme
+from wanlab.plots.style import (
+    COMPONENT_COLOURS,
+    NAMES,
+    OTHERS,
+    ROW_PX,
+    colour,
+    label,
+    needs,
+    theme,
+    variant_name,
+)
 
-BOTH_HALVES = "#7fb2e5"  # weights of the whole VAE, beside those that one half allocates
+BOTH_HALVES = "#94a83c"  # weights of the whole VAE, beside those that one half allocates
+BEFORE = "#a1785c"  # what was allocated before the profile, beside the grey of what no component allocates
 SMALLEST_ROW_PERCENT = 1.0
 """Rows below it are drawn as one, when there are several of them."""
 
@@ -27,7 +38,8 @@ SMALLEST_ROW_PERCENT = 1.0
 def category_bars(breakdown: Any) -> go.Figure:
     """Share of the wall clock: one bar per category, divided by component; time hidden behind other work is hatched.
 
-    Categories with less than a percent are one bar. The bars add up to the wall clock.
+    Categories with less than a percent are one bar. The bars add up to the wall clock. In a report with a live view
+    (`plots.explorer`) a click on a bar selects its work there.
 
     Args:
         breakdown: `diagnose.Breakdown`.
@@ -43,6 +55,7 @@ def category_bars(breakdown: Any) -> go.Figure:
     rows = table.assign(name=table["category"].map(names))
     sums = rows.groupby("name", sort=False)[["time_ms", "share_percent", "hidden_ms"]].sum()
     parts = breakdown.parts.assign(name=breakdown.parts["category"].map(names))
+    shown = {name: category for category, name in names.items() if name != rest}
     figure = go.Figure()
     by_component = parts.groupby("component")["time_ms"].sum().sort_values(ascending=False)
     for component, time_ms in by_component.items():
@@ -58,6 +71,12 @@ def category_bars(breakdown: Any) -> go.Figure:
             marker={"color": _colour(str(component))},
             showlegend=not named,  # a row has its name, or there is almost nothing of it
             hovertemplate="%{y}, %{fullData.name}: %{x:,.2f} ms<extra></extra>",
+            meta={
+                "explore": [
+                    {"component": str(component)} | ({"category": shown[name]} if name in shown else {})
+                    for name in part.index
+                ]
+            },
         )
     hidden = sums[sums["hidden_ms"] > 0.001 * breakdown.wall_ms]
     if len(hidden):
@@ -345,7 +364,7 @@ def samples_strip(samples: Sequence[Any]) -> go.Figure:
     figure.update_xaxes(title_text="time (ms), median marked")
     figure.update_yaxes(
         tickvals=list(range(len(samples))),
-        ticktext=[sample.label for sample in samples],
+        ticktext=[name_lines(variant_name(sample.label)) for sample in samples],
         range=[len(samples) - 0.5, -0.7],
         showgrid=False,
         zeroline=False,
@@ -373,7 +392,8 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
         subplot_titles=[label(measure) for measure in measures],
         vertical_spacing=34 / height if rows > 1 else 0,
     )
-    names = [str(name) for name in df.iloc[:, 0]]
+    labels = [str(name) for name in df.iloc[:, 0]]
+    names = list(map(variant_name, labels))
     for row, measure in enumerate(measures, 1):
         values = [float(value) for value in df[measure]]
         figure.add_bar(
@@ -383,7 +403,7 @@ def before_after_bars(df: pd.DataFrame) -> go.Figure:
             text=[_with_ratio(value, values[0]) for value in values],
             textposition="outside",
             cliponaxis=False,
-            marker={"color": [colour(name) for name in names]},
+            marker={"color": [colour(name) for name in labels]},
             hovertemplate="%{y}: %{text}<extra></extra>",
             showlegend=False,
             row=row,
@@ -442,7 +462,7 @@ def breakdown_bars(tables: Mapping[str, pd.DataFrame]) -> go.Figure:
             x=(values / scale).tolist(),
             y=names,
             orientation="h",
-            name=variant,
+            name=variant_name(variant),
             text=[
                 f"{value / scale:,.{0 if value / scale >= 100 else 1}f} {unit}"
                 + _times_as_fast(value, of, place)
@@ -569,7 +589,7 @@ def memory_timeline(account: Any) -> go.Figure:
             stackgroup="memory",
             mode="lines",
             name="allocated before: weights" if name == "before" else _name(name),
-            line={"width": 0.5, "shape": "hv", "color": "#c3c9d0" if name == "before" else _colour(name)},
+            line={"width": 0.5, "shape": "hv", "color": BEFORE if name == "before" else _colour(name)},
             hovertemplate=f"%{{y:,.2f}} {unit}<extra>%{{fullData.name}}</extra>",
         )
     figure.add_vline(x=account.peak_ms / 1e3, line={"color": "#d9534f", "width": 1.5, "dash": "dot"})

@@ -12,8 +12,9 @@ from plotly.subplots import make_subplots
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import element_name
 from wanlab.core.stats import ends_text
-from wanlab.core.words import time_text
+from wanlab.core.words import number_text, time_text
 from wanlab.engines.registry import engine_text
+from wanlab.plots.bars import name_lines
 from wanlab.plots.intervals import MOST_ROWS, interval_rows
 from wanlab.plots.style import FORMAT_COLOURS, GREY, NAMES, ROW_PX, colour, label, needs, theme
 
@@ -30,8 +31,11 @@ def bench_bars(df: pd.DataFrame) -> go.Figure:
     """
     needs(df, "bench_bars", "engine", "latency_ms")
     rows = df.to_dict(orient="records")
-    labels = [_names(rows, "component"), _names(rows, "engine")]
-    y = labels if "component" in df else labels[1]
+    keys = ("component", "engine") if "component" in df else ("engine",)
+    y = [
+        "<br>".join(dict.fromkeys(NAMES.get(row[key], engine_text(str(row[key]))) for key in keys))
+        for row in rows
+    ]
     figure = go.Figure()
     parts = [name for name in PARTS if f"{name}_ms" in df] or ["latency"]
     for name in parts:
@@ -58,7 +62,7 @@ def bench_bars(df: pd.DataFrame) -> go.Figure:
 
 
 def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
-    """Operators that take most of an engine's time, as bars with their share and number of nodes.
+    """Operators that take most of an engine's time, as bars with their share; their number of nodes shows on hover.
 
     Args:
         df: columns operator, nodes, time_ms, share_percent, longest first; from `engines.operator_times`.
@@ -69,10 +73,7 @@ def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
     if len(rest):
         sums = rest[["nodes", "time_ms", "share_percent"]].sum().to_dict()
         shown = pd.concat([shown, pd.DataFrame([{"operator": f"{len(rest)} others"} | sums])])
-    texts = [
-        f"{time_text(row.time_ms)} · {row.share_percent:.1f} % · {row.nodes:,.0f} node{'s' * (row.nodes != 1)}"
-        for row in shown.itertuples()
-    ]
+    texts = [f"{time_text(row.time_ms)} · {row.share_percent:.1f} %" for row in shown.itertuples()]
     figure = go.Figure(
         go.Bar(
             x=shown["time_ms"].tolist(),
@@ -82,7 +83,8 @@ def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
             textposition="outside",
             cliponaxis=False,
             marker={"color": colour("onnxruntime")},
-            hovertemplate="%{y}<br>%{text}<extra></extra>",
+            customdata=shown["nodes"].tolist(),
+            hovertemplate="%{y}: %{text}, %{customdata:,} nodes<extra></extra>",
         )
     )
     figure.update_layout(template=theme(), height=70 + 28 * len(shown), showlegend=False)
@@ -90,10 +92,6 @@ def operator_bars(df: pd.DataFrame, top: int = 10) -> go.Figure:
     figure.update_xaxes(title_text=label("time_ms"), range=[0, longest * 1.5 or 1.0])
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
-
-
-def _names(rows: list[dict], key: str) -> list[str]:
-    return [NAMES.get(row.get(key), str(row.get(key, ""))) for row in rows]
 
 
 def _bench_text(row: dict) -> str:
@@ -143,12 +141,24 @@ def role_bars(layers: pd.DataFrame) -> go.Figure:
     whole = float(totals.sum()) or 1.0
     order = [role for role in totals.index if totals[role] > 0] or list(totals.index)
     figure = go.Figure()
-    for precision in _widest_first(table["precision"].unique()):
+    precisions = _widest_first(table["precision"].unique())
+    last: dict[str, str] = {}  # role -> the part at the end of its bar, which has the text
+    for precision in precisions:
+        last |= dict.fromkeys(table.loc[table["precision"] == precision, "role"], precision)
+    for precision in precisions:
         rows = table[table["precision"] == precision].groupby("role")["value"].agg(["sum", "size"])
         rows = rows.reindex(order).dropna()
+        texts = {
+            role: f"{_ms(totals[role]) if timed else f'{totals[role]:,.0f}'} · {100 * totals[role] / whole:.1f} %"
+            for role in rows.index
+            if last[role] == precision
+        }
         figure.add_bar(
             x=rows["sum"].tolist(),
             y=[ROLE_NAMES.get(role, role) for role in rows.index],
+            text=[texts.get(role, "") for role in rows.index],
+            textposition="outside",
+            cliponaxis=False,
             orientation="h",
             name=str(precision).upper() if precision in FORMAT_COLOURS else precision or "unknown",
             marker={"color": colour(precision) if precision in FORMAT_COLOURS else UNKNOWN},
@@ -157,12 +167,6 @@ def role_bars(layers: pd.DataFrame) -> go.Figure:
             + (" ms" if timed else "")
             + ", %{customdata} layers<extra></extra>",
         )
-    for role in order:
-        amount = _ms(totals[role]) if timed else f"{totals[role]:,.0f}"
-        figure.add_annotation(
-            x=totals[role], y=ROLE_NAMES.get(role, role), text=f"{amount} · {100 * totals[role] / whole:.1f} %",
-            xanchor="left", xshift=4, showarrow=False,
-        )  # fmt: skip
     figure.update_layout(
         template=theme(), barmode="stack", height=110 + ROW_PX * len(order), margin={"t": 40}
     )
@@ -370,7 +374,9 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
     """
     needs(df, "build_bars", "component", "numbers", "build_ms", "size_mib", "onnx_mib")
     rows = df.to_dict(orient="records")
-    labels = [f"{NAMES.get(row['component'], row['component'])}, {row['numbers']}" for row in rows]
+    labels = [
+        name_lines(f"{NAMES.get(row['component'], row['component'])}, {row['numbers']}") for row in rows
+    ]
     colours = [colour(format_of(row["numbers"])) for row in rows]
     figure = make_subplots(
         rows=1,
@@ -388,7 +394,7 @@ def build_bars(df: pd.DataFrame) -> go.Figure:
             y=labels,
             orientation="h",
             marker={"color": colours},
-            text=[f"{value:,.3g}" for value in values],
+            text=[number_text(value) for value in values],
             textposition="outside",
             cliponaxis=False,
             showlegend=False,
@@ -513,7 +519,7 @@ def component_bars(df: pd.DataFrame) -> go.Figure:
                 mode="markers",
                 name=name,
                 showlegend=True,
-                marker={"symbol": symbol, "size": 15, "color": "#d9534f", "line": {"width": 2}},
+                marker={"symbol": symbol, "size": 11, "color": "#d9534f", "line": {"width": 2}},
                 hovertemplate="%{x:,.3g} ms<extra>%{fullData.name}</extra>",
             )
             figure.update_layout(showlegend=True, margin={"t": 50})

@@ -138,7 +138,7 @@ def disagreement_curve(disagreement: Any) -> go.Figure:
         x=disagreement.boundary_timestep,
         line={"color": GREY, "dash": "dot", "width": 1.5},
         annotation_text=f"boundary: timestep {disagreement.boundary_timestep:g}",
-        annotation_position="top left",
+        annotation_position="top right",
     )
     figure.update_layout(template=theme(), height=380)
     figure.update_xaxes(title_text="timestep (noise falls to the right)", autorange="reversed")
@@ -294,6 +294,24 @@ _CENTRES = {
 }
 _WIDTH, _LINE_HEIGHT = 150, 17
 
+# The same from top to bottom, in a picture of 360 x 850 for a phone.
+_TALL_CENTRES = {
+    "prompt": (78, 830),
+    "image": (282, 830),
+    "noise": (180, 715),
+    "text_encoder": (75, 715),
+    "vae_encoder": (285, 715),
+    "boundary": (180, 540),
+    "expert_high": (80, 370),
+    "expert_low": (268, 370),
+    "expert": (180, 370),
+    "scheduler": (180, 215),
+    "vae_decoder": (180, 105),
+    "video": (180, 20),
+}
+_TALL_RIGHT = 354
+"""Where the arrow that leads back goes up."""
+
 
 def expert_diagram(flow: Any) -> go.Figure:
     """The loaded model as boxes and arrows: class, size and device of each part, shapes of the tensors between them.
@@ -307,27 +325,32 @@ def expert_diagram(flow: Any) -> go.Figure:
     unknown = [name for name in flow.nodes["node"] if name not in _CENTRES]
     if unknown:
         raise WanlabError(f"the diagram cannot draw {unknown[0]}; it draws {', '.join(_CENTRES)}")
-    figure = go.Figure()
+    figure, tall = _drawn(flow, _CENTRES, (1000, 530)), _drawn(flow, _TALL_CENTRES, (360, 850))
+    parts = tall.to_plotly_json()["layout"]
+    phone = {name: parts[name] for name in ("shapes", "annotations", "xaxis", "yaxis")} | {"height": 860}
+    return figure.update_layout(height=560, meta={"least_px": 900, "phone": phone})
+
+
+def _drawn(flow: Any, centres: dict[str, tuple[int, int]], size: tuple[int, int]) -> go.Figure:
+    """The boxes and arrows in a picture of a size, which stands upright where it is higher than wide."""
+    figure, tall = go.Figure(), size[1] > size[0]
     boxes = {}
     for node in flow.nodes.to_dict("records"):
         lines = _lines(node, flow.schedule)
         height = 14 + _LINE_HEIGHT * len(lines)
-        width = {"input": 84, "output": 84, "decision": 130, "scheduler": 165}.get(node["kind"], _WIDTH)
+        widths = {"input": 60 if tall else 84, "output": 84, "decision": 130, "scheduler": 165}
+        width = widths.get(node["kind"], 138 if tall and not node["node"].startswith("expert") else _WIDTH)
         height += 44 if node["kind"] == "decision" else 0
-        boxes[node["node"]] = (*_CENTRES[node["node"]], width / 2, height / 2)
+        boxes[node["node"]] = (*centres[node["node"]], width / 2, height / 2)
         _box(figure, node, boxes[node["node"]], lines)
     for edge in flow.edges.to_dict("records"):
-        _arrow(figure, edge, boxes)
-    figure.add_scatter(x=[0, 1000], y=[0, 530], mode="markers", marker={"opacity": 0}, hoverinfo="skip")
-    figure.update_layout(
-        template=theme(),
-        height=560,
-        showlegend=False,
-        margin={"l": 0, "r": 0, "t": 4, "b": 4},
-        meta={"least_px": 900},
-    )
-    figure.update_xaxes(visible=False, range=[0, 1000], fixedrange=True)
-    figure.update_yaxes(visible=False, range=[0, 530], fixedrange=True)
+        (_arrow_down if tall else _arrow)(figure, edge, boxes)
+    # A figure without any data draws nothing.
+    corners = {"x": [0, size[0]], "y": [0, size[1]]}
+    figure.add_scatter(**corners, mode="markers", marker={"opacity": 0}, hoverinfo="skip")
+    figure.update_layout(template=theme(), showlegend=False, margin={"l": 0, "r": 0, "t": 4, "b": 4})
+    figure.update_xaxes(visible=False, range=[0, size[0]], fixedrange=True)
+    figure.update_yaxes(visible=False, range=[0, size[1]], fixedrange=True)
     return figure
 
 
@@ -394,6 +417,33 @@ def _arrow(figure: go.Figure, edge: dict, boxes: dict) -> None:
         # A label right of a rising line is nearer its start, so that it does not touch the next box.
         share = 0.25 if beside.get("yanchor") == "top" and dy > 0 else 0.5
         figure.add_annotation(x=begin[0] + share * dx, y=begin[1] + share * dy, **beside, **label)
+    line = {"arrowhead": 2, "arrowwidth": 1.5, "arrowcolor": GREY, "text": "", "axref": "x", "ayref": "y"}
+    figure.add_annotation(x=tip[0], y=tip[1], ax=begin[0], ay=begin[1], **line)
+
+
+def _arrow_down(figure: go.Figure, edge: dict, boxes: dict) -> None:
+    """As `_arrow`, in the upright picture: what leads back passes to the right of the boxes."""
+    source, target = boxes[edge["source"]], boxes[edge["target"]]
+    text = f"{edge['tensor'].replace(', ', ',<br>')}<br>{edge['shape'].replace('x', '×')}"
+    if edge["source"] == "boundary":
+        text = ("yes: " if target[0] < source[0] else "no: ") + text
+    elif edge["source"] == "noise":  # between two other arrows
+        sizes = edge["shape"].split("x")
+        text = f"{edge['tensor']}<br>{'×'.join(sizes[:3])}<br>×{'×'.join(sizes[3:])}"
+    label = {"showarrow": False, "font": {"size": 10.5}, "text": text}
+    if target[1] > source[1]:
+        begin, tip = (float(_TALL_RIGHT), float(target[1])), (target[0] + target[2], float(target[1]))
+        path = f"M {source[0] + source[2]},{source[1]} L {_TALL_RIGHT},{source[1]} L {begin[0]},{begin[1]}"
+        figure.add_shape(type="path", path=path, line={"color": GREY, "width": 1.5})
+        figure.add_annotation(x=(begin[0] + tip[0]) / 2, y=tip[1], yanchor="bottom", **label)
+    else:
+        begin = _border(source, target, edge["source"] == "boundary")
+        tip = _border(target, source, edge["target"] == "boundary")
+        share = {"noise": 0.5, "boundary": 0.36}.get(edge["source"], 0.5)
+        left = tip[0] + begin[0] < 2 * _TALL_CENTRES["boundary"][0] or edge["source"] == "image"
+        side = {"xanchor": "right", "xshift": -9} if left else {"xanchor": "left", "xshift": 9}
+        at = {"x": begin[0] + share * (tip[0] - begin[0]), "y": begin[1] + share * (tip[1] - begin[1])}
+        figure.add_annotation(**at, **side, **label)
     line = {"arrowhead": 2, "arrowwidth": 1.5, "arrowcolor": GREY, "text": "", "axref": "x", "ayref": "y"}
     figure.add_annotation(x=tip[0], y=tip[1], ax=begin[0], ay=begin[1], **line)
 

@@ -98,6 +98,7 @@ def interval_rows(
     figure.update_xaxes(title_text=axis, type="log" if log else "linear", zeroline=False)
     if log:
         seen = [end for row in rows for end in (row[value], *_ends(row, low, high)) if end > 0]
+        seen += [line for line in (reference, limit) if line is not None]
         figure.update_xaxes(**_ticks(min(seen, default=1.0), max(seen, default=1.0)))
     figure.update_yaxes(
         range=[len(rows) - 0.6, -0.75], showticklabels=False, showgrid=False, zeroline=False, automargin=False

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import shown as shown_value
+from wanlab.diagnose.experts.timeline import from_one
 from wanlab.plots.intervals import MOST_ROWS, interval_rows
 from wanlab.plots.style import GREY, NAMES, ROW_PX, colour, limit_line, needs, theme
 
@@ -228,7 +229,7 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
             name=title,
             legendgroup=component,
             showlegend=False,
-            customdata=part[["format", "layers", "steps", "layer"]].to_numpy().tolist(),
+            customdata=from_one(part)[["format", "layers", "steps", "layer"]].to_numpy().tolist(),
             hovertemplate=f"{kind}: %{{customdata[1]}} layer(s) %{{customdata[3]}}, %{{customdata[0]}}, steps"
             f" %{{customdata[2]}}<br>predicted %{{x:.3g}}, true %{{y:.3g}}<extra>{title}</extra>",
         )
@@ -281,11 +282,8 @@ def agreement_scatter(agreement: Any, truth: str = "true") -> go.Figure:
 
 
 def _steps(row: Any) -> str:
-    return (
-        f"step {row.first_step}"
-        if row.first_step == row.last_step
-        else f"steps {row.first_step}-{row.last_step}"
-    )
+    first, last = row.first_step + 1, row.last_step + 1  # readers count from 1
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _scale(frame: pd.DataFrame, value: str) -> tuple[float, float]:
@@ -363,7 +361,7 @@ def frontier_plot(
             y=own["effect"].tolist(),
             text=own["plan"].tolist(),
             mode="markers+text",
-            textposition=_sides(own[cost].tolist(), own["effect"].tolist()),
+            textposition=_sides(own[cost].tolist(), own["effect"].tolist(), budget),
             textfont={"size": 11},
             marker={"color": OTHER, "size": 9, "symbol": "diamond"},
             name="picked by hand",
@@ -533,8 +531,16 @@ def _shade(name: str, index: int) -> str:
     return f"rgb({', '.join(str(round(c + (255 - c) * mix)) for c in (red, green, blue))})"
 
 
-def _sides(xs: list[float], ys: list[float]) -> list[str]:
-    """Position of each name: alternately above and below where marks are near each other."""
+BESIDE_LINE = 3.0
+"""A name is kept off a line where its mark's value is within this factor of it: about two lines of text."""
+
+
+def _sides(xs: list[float], ys: list[float], line: float | None = None) -> list[str]:
+    """Position of each name: alternately above and below where marks are near each other, and away from a level line.
+
+    Args:
+        line: where a level line lies on the logarithmic axis, None without one.
+    """
     middle = (min(xs) + max(xs)) / 2 if xs else 0
     sides: list[str] = []
     for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
@@ -542,5 +548,7 @@ def _sides(xs: list[float], ys: list[float]) -> list[str]:
             index and abs(x - xs[index - 1]) < 0.15 * (max(xs) - min(xs) or 1) and 0.5 < y / ys[index - 1] < 2
         )
         up = "bottom" if near and sides[-1].startswith("top") else "top"
+        if line and 1 / BESIDE_LINE < y / line < BESIDE_LINE:
+            up = "top" if y >= line else "bottom"
         sides.append(f"{up} {'right' if x <= middle else 'left'}")
     return sides

@@ -161,7 +161,7 @@ def floor_intervals(divergence: Any, name: str = "optimised") -> go.Figure:
             range=[low - room, high + room], row=place // columns + 1, col=place % columns + 1
         )
     figure.update_yaxes(range=[rows - 0.4, -0.7], type="category", categoryorder="array")
-    figure.update_xaxes(nticks=4, tickangle=0)
+    figure.update_xaxes(nticks=3, tickangle=0)
     figure.update_layout(template=theme(), height=60 + lines * (panel_px + 60), margin={"t": 50, "r": 40})
     figure.update_annotations(font={"size": 13})
     return figure

@@ -16,20 +16,36 @@ import plotly.io as pio
 from wanlab.core.errors import WanlabError
 from wanlab.core.formats import format_colours
 from wanlab.core.words import NAMES, UNITS, label  # noqa: F401  (part of this module's face)
-from wanlab.engines.registry import ENGINES, kind_of_label
+from wanlab.engines.registry import ENGINES, engine_text, kind_of_label
 
 COMPONENT_COLOURS = {
-    "text_encoder": "#8b7ec8",
-    "text_encoder_2": "#a99fd8",
-    "text_encoder_3": "#c7c0e6",
-    "image_encoder": "#5f9ea0",
-    "vae_encoder": "#3fa796",
-    "expert": "#e07b39",
+    "text_encoder": "#9154ff",
+    "text_encoder_2": "#b18eff",
+    "text_encoder_3": "#dfacfd",
+    "image_encoder": "#3cb1b3",
+    "vae_encoder": "#2ddb99",
+    "expert": "#d38400",
     "expert_high": "#d9534f",
     "expert_low": "#e8a33d",
     "vae_decoder": "#3d85c6",
-    "other": "#9aa3ad",
+    "other": "#cbd8e2",
 }
+CATEGORY_COLOURS = {
+    "self_attention": "#3d85c6",
+    "cross_attention": "#8f7ffa",
+    "linear": "#e07b39",
+    "norm_modulation_rotary": "#1ace82",
+    "expert_switching": "#eb4269",
+    "vae_encoder": "#4ead9f",
+    "vae_decoder": "#c848a0",
+    "text_encoder": "#8cea8f",
+    "communication": "#94a7f1",
+    "other": "#b7bcc4",
+    "host_device_transfer": "#d0b219",
+    "memory_allocation": "#a4700e",
+    "launch_and_idle": "#cdd7e2",
+}
+"""Apart from one another for readers who do not tell red from green or blue from yellow too; a test measures it."""
 FORMAT_COLOURS = format_colours()
 OTHERS = ("#3d85c6", "#e07b39", "#3fa796", "#b0679b", "#e8a33d", "#8b7ec8", "#d9534f", "#6fa832")
 GREY, LINE = "#808a95", "rgba(128,138,149,0.28)"
@@ -102,6 +118,13 @@ def needs(df: Any, function: str, *columns: str) -> None:
         raise WanlabError(f"{function} needs the columns {', '.join(columns)}; missing: {', '.join(missing)}")
 
 
+def variant_name(variant: str) -> str:
+    """A label of an engine for readers, "eager (again)" as "eager PyTorch (again)"; any other label as it is."""
+    engine, space, remark = variant.partition(" (")
+    known = "," not in engine and kind_of_label(engine)
+    return f"{engine_text(engine)}{space}{remark}" if known else variant
+
+
 def limit_line(
     figure: go.Figure, y: float, text: str, *, x: float = 1.0, xanchor: str = "right", log: bool = False
 ) -> None:
@@ -112,7 +135,7 @@ def limit_line(
         x: place of the name, as a share of the width. xanchor: its side that lies there.
         log: whether the axis is logarithmic, of which annotations have the exponent.
     """
-    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2})
+    figure.add_hline(y=y, line={"color": GREY, "dash": "dash", "width": 1.2}, layer="below")
     figure.add_annotation(
         x=x,
         xref="x domain",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, answer, loss_texts, ratio_text, step
+from wanlab.core.answer import IDLE, Answer, answer, loss_texts, more_videos, ratio_text, step
 from wanlab.core.effects import BASELINE, NOT_APPLIED
 from wanlab.core.stats import interval_text
 from wanlab.core.words import SMALLEST_PERCENT, capital, sentence, shown, size_text, time_text
@@ -15,6 +15,7 @@ from wanlab.engines.registry import engine_text, title_of_label
 from wanlab.evaluate.loss import LIMIT_PERCENT, QualityLoss
 from wanlab.evaluate.quality import Divergence
 from wanlab.measure.baseline import MOST_NOISE_PERCENT
+from wanlab.measure.in_turn import timed_text
 from wanlab.measure.timing import Comparison, verdict_of
 from wanlab.runs.choose import NOT_EXECUTED
 from wanlab.runs.compare import SAME, Comparisons
@@ -47,6 +48,9 @@ def configuration_answer(
         ("peak memory", shown(row.peak_memory_gib, "GiB"), "of a process of its own"),
     )
     if base:
+        following = step("measures another configuration beside this one", engine="onnxruntime")
+        if noise > MOST_NOISE_PERCENT:
+            following = more_videos(6)
         return answer(
             f"{name} makes a video in {took} ({sure}). It is the original that others are compared with.",
             tiles=(
@@ -54,7 +58,7 @@ def configuration_answer(
                 ("quality loss", "0 %", "it is the original"),
                 ("load time", shown(row.load_ms, "ms"), "until it can run"),
             ),
-            next=step("measures another configuration beside this one", engine="onnxruntime"),
+            next=following,
         )
     within, lost = loss.within(), loss.text.removeprefix("quality loss ")
     judged = {
@@ -90,22 +94,16 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     """
     name, original = gain.candidate, gain.baseline
     if gain.verdict == "not distinguishable":
-        head = f"No difference in time between {name} and {original} can be told from noise."
-        head = f"{head[:-1]} while {gain.busy}." if gain.busy else head
+        busy = f" while {gain.busy}" if gain.busy else ""
+        head = f"No difference in time between {name} and {original} can be told from noise{busy}."
     elif gain.direction_only:
-        head = f"{name} is {gain.verdict} than {original}; by how much cannot be told while {gain.busy}."
+        head = f"{gain.clause(name, original)}."
     else:
         known = ratio_text(gain.speedup, gain.low, gain.high, beside=original)
         head = f"{name} is {'slower: ' if gain.speedup < 1 else ''}{known}."
     noise = f"Two series of {original} differ by up to {gain.noise_percent:.1f} %; a smaller gain would not count."
-    speed = (
-        f"{gain.speedup:.2f}×",
-        f"{interval_text(gain.low, gain.high)}; noise {gain.noise_percent:.0f} %",
-    )
-    if gain.direction_only:
-        speed = (gain.verdict, f"about {gain.speedup:.1f}× beside other work; not exact")
     if gain.busy:
-        following = step("tells how much on an idle machine: nothing else may run beside it", "00_quickstart")
+        following = IDLE._replace(notebook="00_quickstart")
     else:
         following = step(
             "says where the time of a video goes; give your own model with -p model=", "10_baseline"
@@ -113,9 +111,9 @@ def gain_answer(gain: Comparison, loss: QualityLoss, psnr_db: float) -> Answer:
     return answer(
         f"{head} {loss_words(loss)}",
         f"{noise} The two videos agree to {psnr_db:.0f} dB (PSNR).",
-        f"Both were timed in turn: {gain.sampling}." if gain.sampling else "",
+        timed_text([gain]),
         f"Quality loss is how much farther from the true video the optimised one is, over {loss.cases} held-out cases.",
-        tiles=(("speed-up", *speed), ("quality loss", *loss.tile())),
+        tiles=(gain.tile(), ("quality loss", *loss.tile())),
         next=following,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, Tile, answer, speed_text, step
+from wanlab.core.answer import Answer, Tile, answer, fitting, speed_text, step
 from wanlab.core.effects import NOT_APPLIED
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.paths import data, existing, locate
@@ -161,9 +161,9 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         first = pick(ahead, key=lambda row: number(row.results.get(by)))
         alike = [row for row in ahead if row is first or comparisons.verdict(first, row) in (SAME, "")]
     best = min(alike, key=lambda row: (not _lossless(row), losses[row.label])) if alike else base
-    why = "it is lossless" if _lossless(best) else "it loses least"
-    notes = [f"of {len(alike)} that cannot be told apart {why}"] if len(alike) > 1 else []
-    notes += [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
+    why = "this one loses no quality" if _lossless(best) else "this one loses least"
+    tie = f"{len(alike)} configurations are equally good within the noise; {why}" if len(alike) > 1 else ""
+    notes = [f"{len(within)} of {len(losses)} configurations within {limit_percent:g} % of quality loss"]
     if unknown := sum(loss is None for loss in losses.values()):
         notes += [f"{unknown} of unknown loss: without an interval (three cases or more) it is not chosen"]
     notes += _left_out(comparisons)
@@ -173,8 +173,8 @@ def choose(comparisons: Comparisons, limit_percent: float = 3.0) -> Choice:
         within=tuple(row.label for row in within),
         alike=tuple(row.label for row in alike),
         text=f"{_sentence(comparisons, best)} {comparisons.place}",
-        answer=_answer(comparisons, best, limit_percent, notes),
-        notes=tuple(notes),
+        answer=_answer(comparisons, best, limit_percent, tie, notes),
+        notes=(*([tie] if tie else []), *notes),
     )
 
 
@@ -205,9 +205,14 @@ def _answer(
     comparisons: Comparisons,
     best: MeasuredConfiguration,
     limit_percent: float,
+    tie: str,
     notes: Sequence[str],
 ) -> Answer:
-    """Which configuration to use: its name, gain and quality loss in plain words, the rest below."""
+    """Which configuration to use: its name, gain and quality loss in plain words, the rest below.
+
+    Args:
+        tie: what is said of others that are as good, "" without any. notes: clauses below the headline.
+    """
     base, by = comparisons.baseline, comparisons.by
     name, other = (configuration_text(row.parameters, comparisons.axes) for row in (best, base))
     ratio, loss = comparisons.ratios[best.label], _loss_text(best)
@@ -225,13 +230,14 @@ def _answer(
     else:
         how = "as fast" if by.endswith("_ms") else "as good"
         figures = (ratio.value if gain_of(by) == "ratio" else math.nan, ratio.low, ratio.high)
-        gain = speed_text(*figures, candidate=name, baseline=other, how=how).removeprefix(f"{name} is ")
-        gain = gain.removesuffix(")") + f", noise {ratio.noise_percent:.0f} %)" * (ratio.noise_percent >= 1)
-        headline = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
+        gain = speed_text(*figures, candidate="", baseline=other, noise_percent=ratio.noise_percent, how=how)
+        short = f"Use {name}: {gain}{f', {loss}' if loss else ''}."
+        headline = fitting(f"{short} {tie}.", short) if tie else short
+        details = [f"{tie}." if headline == short and tie else "", *details]
         beside = f"{interval_text(*figures[1:])}; noise {ratio.noise_percent:.0f} %"
         tiles.insert(0, Tile("speed-up" if how == "as fast" else "gain", f"{figures[0]:.2f}×", beside))
         asked = {name: best.parameters.get(name) for name in comparisons.axes if name in CONFIGURED}
-        why = "measures it on cases that no choice was made by"
+        why = "measures it on cases that were not used for choosing"
         following = step(why, "41_configuration", **asked, case_set="final")
     if is_number(best.results.get(QUALITY[1])):
         high = best.results.get(QUALITY[0])

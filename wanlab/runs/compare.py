@@ -26,7 +26,7 @@ from wanlab.runs.results import (
     parameter_text,
     resolve,
 )
-from wanlab.runs.same_work import differences, fields
+from wanlab.runs.same_work import differences, fields, load_text
 
 Row = TypeVar("Row")
 PART = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
@@ -137,7 +137,6 @@ SHOWN = (
 """Figures that are shown where neither the caller nor the sweep names any."""
 
 MOST_SHOWN = 8
-MOST_NAMED = 3  # configurations whose load is named
 SAME = NOT_DISTINGUISHABLE
 BASELINE = "baseline"
 RESAMPLES = 10_000
@@ -270,14 +269,17 @@ def compare(
 
 def cautions(rows: Sequence[MeasuredConfiguration], sweep: Mapping[str, Any]) -> list[str]:
     """Clauses about times that other work disturbed: the load that was measured, and runs that shared the machine."""
-    busy = [f"{row.label} was timed while {row.load}" for row in rows if row.load]
-    more = [f"so were {len(busy) - MOST_NAMED} more"] if len(busy) > MOST_NAMED else []
+    loaded = [row for row in rows if row.load]
+    busy = [f"{row.label} was timed while {row.load}" for row in loaded]
+    if len(loaded) > 1:
+        most = load_text(run.result for row in loaded for run in row.runs)
+        busy = [f"{len(loaded)} of {len(rows)} configurations were timed beside other work: at most {most}"]
     executor = sweep.get("executor") or {}
     listed = sweep.get("runs") or () if executor.get("slots", 1) > 1 else ()
     together = {str(run.get("run_id")) for run in listed if run.get("machine") == "shared"}
     shared = sum(any(str(run.row["run_id"]) in together for run in row.runs) for row in rows)
     words = f"{shared} of {len(rows)} configurations shared the machine with other runs (`machine: alone` prevents it)"
-    return busy[:MOST_NAMED] + more + ([words] if shared else [])
+    return busy + ([words] if shared else [])
 
 
 def _notes(rows: Sequence[MeasuredConfiguration]) -> list[str]:

@@ -19,7 +19,7 @@ from IPython import get_ipython
 from IPython.display import display
 
 from wanlab import heldout, models
-from wanlab.core.answer import Answer
+from wanlab.core.answer import Answer, Step
 from wanlab.core.errors import WanlabError, clean
 from wanlab.core.files import append_json, checked_name, file_name, now, plain, read_json, write_text
 from wanlab.core.paths import default_outputs
@@ -206,7 +206,13 @@ class Run:
         return self.folder.parents[1]
 
     def save_figure(self, name: str, figure: Any) -> Any:
-        """Write a plotly figure to `artifacts/<name>.plotly.json`, and return it for display."""
+        """Write a plotly figure to `artifacts/<name>.plotly.json`, and return it for display.
+
+        A live view (`plots.explorer`) writes its own data, `artifacts/<name>.explorer.gz`.
+        """
+        if hasattr(figure, "save"):
+            figure.save(self._artifact(name, ".explorer.gz"))
+            return figure
         write_text(self._artifact(name, ".plotly.json"), figure.to_json())
         return figure
 
@@ -260,6 +266,7 @@ class Run:
         """Record the answer of the notebook; the report begins with it.
 
         Where other work disturbed what this notebook timed, a sentence after the answer says so: lists of runs show no more.
+        It asks for nothing where another step stands below it.
 
         Args:
             text: the answer in a sentence or two with its figure and how sure it is; a reader needs no more. An `Answer`
@@ -271,9 +278,7 @@ class Run:
             self.tile(*tile)
         headline, busy = clean(given.headline), load.taken()
         if busy.text and busy.text not in headline:
-            headline = (
-                f"{headline.removesuffix('.')}. Timed while {busy.text}: run it again on an idle machine."
-            )
+            headline = f"{headline.removesuffix('.')}. Timed while {busy.text}{_after_load(given.next)}."
         shown = [clean(detail) for detail in (*given.details, *details) if detail.strip()]
         self._files.update(verdict=headline, details=shown, load=msgspec.to_builtins(busy))
         answer, lines = f'<p class="wl-verdict" style="font-size:130%">{escape(headline)}</p>', [headline]
@@ -498,3 +503,11 @@ def _before_tables() -> None:
     shell = get_ipython()
     if shell is not None:
         shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)
+
+
+def _after_load(following: Step | None) -> str:
+    """What a reader makes of times that other work disturbed; a report asks for one thing only."""
+    if following is None:
+        return ": run it again on an idle machine"
+    again = not following.notebook and following.parameters
+    return ": repeat it with nothing else running, as below" if again else ", so the times may be too long"

@@ -200,7 +200,7 @@ class Skippable:
             head,
             f"{caveat}{heads.caveat}",
             f"Measured with {heads.facts['model']} on {heads.facts['queries_per_frame']} queries of each latent frame."
-            " The bound assumes that choosing the keys costs nothing.",
+            " The bound assumes that choosing the keys costs nothing. What skipping does to the video is not measured.",
             "" if kernels is None else kernels.sentence,
             next=following,
             tiles=tuple(tiles),

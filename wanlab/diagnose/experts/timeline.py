@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -20,10 +21,17 @@ from wanlab.models.taps import component_calls, intercept_calls
 
 
 def from_one(table: pd.DataFrame | None) -> pd.DataFrame | None:
-    """A table for readers, who count denoising steps from 1: its columns of steps, which count from 0, moved by one."""
+    """A table for readers, who count denoising steps from 1: its columns of steps, which count from 0, moved by one.
+
+    Ranges of steps in words, such as "0-3", are moved too; a column of numbers named "steps" is how many there are.
+    """
     if table is None:
         return None
-    moved = {name: table[name] + 1 for name in ("step", "first_step") if name in table}
+    moved = {name: table[name] + 1 for name in ("step", "first_step", "last_step") if name in table}
+    if "steps" in table and not pd.api.types.is_numeric_dtype(table["steps"]):
+        moved["steps"] = [
+            re.sub(r"\d+", lambda number: str(int(number[0]) + 1), str(text)) for text in table["steps"]
+        ]
     return table.assign(**moved)
 
 

@@ -19,15 +19,41 @@ const searchable = (place) => {
     Plotly.restyle(place, { "marker.colors": [colours.map((colour, i) => hit[i] ? colour : colour + "30")] }, [0]);
   });
 };
-// On a phone: smaller letters, titles in lines, figures of long bars inside of them, and the legend below.
+// On a phone: smaller letters, titles in lines, figures of bars beside or else inside of them, and the legend below.
 const inLines = (text, most) => text.includes("<br>") ? text : text.split(" ").reduce((all, word) =>
   all && (all + " " + word).split("<br>").pop().length > most ? `${all}<br>${word}` : all ? `${all} ${word}` : word, "");
-const small = (data, layout) => {
+const LETTER = 6.4; // pixels of a letter of a phone's figure
+const letters = (text) => Math.max(0, ...String(text).replace(/<(?!br)[^>]*>/g, "").split("<br>").map((line) => line.length)) * LETTER;
+// The end of an axis from 0, so that the figure of every level bar has room beside it; undefined where that leaves no bars.
+const beside = (data, layout, axis, wide) => {
+  const level = data.filter((trace) => trace.type === "bar" && trace.orientation === "h");
+  const bars = level.filter((trace) => (trace.xaxis ?? "x") === axis.replace("axis", ""));
+  const plain = level.every((trace) => Array.isArray(trace.x) && Array.isArray(trace.y) && !trace.base && trace.x.every((value) => !(value < 0)));
+  if (!plain || layout[axis]?.type === "log") return undefined;
+  const names = level.flatMap((trace) => Array.isArray(trace.y[0]) ? [trace.y] : [[trace.y]]);
+  const left = Math.max(0, ...names.map((levels) => levels.reduce((sum, level) => sum + Math.max(0, ...level.map(letters)) + 14, 0)));
+  const [from, to] = layout[axis]?.domain ?? [0, 1], room = (wide - left - 24) * (to - from), sums = {};
+  let end = 0, longest = 0;
+  for (const trace of bars) trace.x.forEach((value, i) => {
+    const row = JSON.stringify(Array.isArray(trace.y[0]) ? trace.y.map((level) => level[i]) : trace.y[i]);
+    const reach = layout.barmode === "stack" ? (sums[row] = (sums[row] ?? 0) + (value ?? 0)) : value ?? 0;
+    const text = Array.isArray(trace.text) ? trace.text[i] : trace.text;
+    longest = Math.max(longest, reach);
+    if (trace.textposition === "outside" && text) end = Math.max(end, reach / Math.max(0.01, 1 - (letters(text) + 8) / room));
+  });
+  return end && end < 3.5 * longest ? Math.max(end, longest) : undefined;
+};
+const small = (data, layout, wide) => {
   const set = { width: undefined, font: { ...layout.font, size: 11 } };
-  for (const trace of data) if (trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside") trace.textposition = "auto";
+  const outside = data.filter((trace) => trace.type === "bar" && trace.orientation === "h" && trace.textposition === "outside");
+  for (const axis of new Set(outside.map((trace) => (trace.xaxis ?? "x").replace("x", "xaxis")))) {
+    const end = beside(data, layout, axis, wide);
+    if (end !== undefined) set[axis] = { ...layout[axis], range: [0, end], nticks: 5 };
+    else outside.filter((trace) => (trace.xaxis ?? "x") === axis.replace("axis", "")).forEach((trace) => { trace.textposition = "auto"; });
+  }
   for (const [key, axis] of Object.entries(layout)) {
     const text = /^[xy]axis\d*$/.test(key) && (axis.title?.text ?? axis.title);
-    if (typeof text === "string") set[key] = { ...axis, title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
+    if (typeof text === "string") set[key] = { ...axis, ...set[key], title: { ...axis.title, text: inLines(text, key[0] === "x" ? 26 : 40) } };
   }
   if (layout.legend?.orientation === "v") set.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
   return set;
@@ -39,6 +65,21 @@ const widen = (place, least) => {
   box.append(place);
   place.style.minWidth = `${least}px`;
   edges(box);
+};
+// A mark of a figure that stands for a part of the trace selects it in the live view of the page, by the page's address.
+const explorable = (place) => {
+  const view = document.querySelector("[data-explorer]");
+  if (!view || !place.data.some(trace => trace.meta?.explore)) return;
+  place.classList.add("explorable");
+  place.title = "Click a bar: its work in the live view below";
+  place.on("plotly_click", ({ points: [{ data, pointNumber }] }) => {
+    const state = data.meta?.explore?.[pointNumber];
+    if (!state) return;
+    const hash = new URLSearchParams(location.hash.slice(1));
+    hash.set("explore", JSON.stringify(state));
+    location.hash = hash;
+    view.scrollIntoView({ block: "start" });
+  });
 };
 const ROOM = 170, WIDENED = 760; // pixels
 const cut = (place) => {
@@ -60,8 +101,11 @@ const crossed = (place) => {
 };
 for (const place of window.Plotly ? places : []) {
   const number = Number(place.dataset.figure);
-  const { data, layout, config } = figures[number];
-  const size = narrow() ? small(data, layout) : {};
+  const { data, config } = figures[number], whole = figures[number].layout;
+  // A drawing may have another, upright, for a phone.
+  const layout = narrow() && whole.meta?.phone ? { ...whole, ...whole.meta.phone, meta: {} } : whole;
+  if (layout !== whole) place.style.height = `${layout.height}px`;
+  const size = narrow() ? small(data, layout, place.clientWidth) : {};
   if (layout.meta?.least_px > place.clientWidth) widen(place, layout.meta.least_px);
   // The main figure ends with the first screen, if its letters stay apart.
   const high = innerHeight - place.getBoundingClientRect().top - scrollY - 16;
@@ -72,14 +116,14 @@ for (const place of window.Plotly ? places : []) {
   Plotly.newPlot(place, data, { ...layout, ...size, autosize: true },
     { ...config, responsive: true, displaylogo: false, displayModeBar: false })
     .then(() => {
-      if (!narrow() || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place) && !crossed(place))) return;
+      if (!narrow() || layout !== whole || place.style.minWidth || (place._fullLayout._size.w > ROOM && !cut(place) && !crossed(place))) return;
       widen(place, WIDENED);
       const titles = Object.entries(layout).filter(([key, axis]) => /^xaxis\d*$/.test(key) && typeof axis.title?.text === "string");
       return Plotly.relayout(place, Object.fromEntries(titles.map(([key, axis]) => [`${key}.title.text`, axis.title.text])))
         .then(() => Plotly.Plots.resize(place));
     })
     .then(() => Plotly.relayout(place, { ...looks(), ...axes(place.layout) }))
-    .then(() => { if (place.data[0]?.type === "icicle") searchable(place); place.dataset.drawn = "yes"; });
+    .then(() => { if (place.data[0]?.type === "icicle") searchable(place); explorable(place); place.dataset.drawn = "yes"; });
   dataControl(place, `${stem}-${number + 1}.csv`);
 }
 const repaint = () => places.forEach(p => p.layout && Plotly.relayout(p, { ...looks(), ...axes(p.layout) }));
@@ -107,6 +151,12 @@ for (const table of document.querySelectorAll("table.dataframe:not(.typed)")) {
     const words = cells.some(cell => !/^\s*([-+−]?[\d.,]+([eE][-+]?\d+)?\s*[%×x]?|nan|inf|-inf|None|—|-|)\s*$/i.test(cell.textContent));
     if (words) [...cells, ...head.map(row => row.cells[i]).filter(Boolean)].forEach(cell => cell.classList.add("text"));
   }
+}
+
+// On a phone few words stay in one line, and the table scrolls: else one column of words makes all rows high.
+const ONE_LINE = 34; // letters
+for (const cell of document.querySelectorAll("table.dataframe tbody :is(td, th)")) {
+  if (cell.textContent.trim().length <= (cell.cellIndex ? ONE_LINE : ONE_LINE / 2)) cell.classList.add("line");
 }
 
 for (const group of document.querySelectorAll(".wl-clips")) {

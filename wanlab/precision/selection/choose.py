@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from msgspec import structs
 
-from wanlab.core.answer import LONGEST, MOST_DETAILS, Answer, Tile, step
+from wanlab.core.answer import MOST_DETAILS, Answer, Tile, answer, fitting, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.stats import bootstrap_mean
-from wanlab.core.words import capital, component_text, counted, listed, shown
+from wanlab.core.words import component_text, counted, listed, shown
 from wanlab.precision.assignment import made_for
 from wanlab.precision.plan import Plan, make_plan
 from wanlab.precision.selection.bound import AmdahlBound
@@ -243,7 +243,9 @@ def repair(
         if number == max_rounds or upper is None or upper <= limit_percent:
             break
         target = selection.effect * (MARGIN * limit_percent / upper) ** (1 / exponent)
-        better, raised = raise_worst(selection, target, f"{name}-repaired-{number + 1}")
+        better, raised = raise_worst(
+            selection, target, f"{name}-with-more-bits{f'-{number + 1}' * (number > 0)}"
+        )
         if better is None:
             break
         selection, verification = better, None
@@ -412,8 +414,13 @@ class Chosen:
         limited = f"the quality loss {kept}" if known else f"{kept} of the original"
         if proof.holds(limit):
             words = [plan_words(chosen.frame), plan_words(chosen.frame, places=False)]
-            tried = [f"{capital(each)}: {lost}, {kept} on the {cases} it was chosen by." for each in words]
-            headline = next((each for each in tried if len(each) <= LONGEST), tried[-1])
+            smaller = f"linear weights shrink to {share:.0f} %, "
+            tried = [
+                f"Use {each}: {size}{lost}, {kept} on the {cases} it was chosen by."
+                for each in words
+                for size in (smaller, "")
+            ]
+            headline = fitting(*tried)
         else:
             headline = f"No plan was found that is proven to keep {limited}: {lost}."
             nearest = f"The nearest: {plan_words(chosen.frame)}."
@@ -441,7 +448,7 @@ class Chosen:
         )
         following = step("measures the plan on cases that it was not chosen by", "41_configuration", cases=8,
                          plan=os.fspath(plan_file) or self.plan.name, case_set="final")  # fmt: skip
-        return Answer(headline, tuple(details[:MOST_DETAILS]), tiles, following)
+        return answer(headline, *details[:MOST_DETAILS], tiles=tiles, next=following)
 
     def row(self) -> dict[str, Any]:
         """Flat record: that of the selection, with hash, holds and kernels."""

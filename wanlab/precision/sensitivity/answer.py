@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from wanlab.core.answer import Answer, Step, Tile, step
+from wanlab.core.answer import Answer, Step, Tile, answer, step
 from wanlab.core.stats import interval_text
 from wanlab.core.words import between_text, capital, component_text, counted, listed, shown
 from wanlab.precision.sensitivity.agreement import Agreement
@@ -45,19 +45,17 @@ def sensitivity_answer(
     where = f"{top['layer']} of the {component_text(top['component'])}, {steps_text(top)}"
     order = f"the order of the first {alike + 1} is undecided" if alike else "it is clearly ahead of the next"
     when = _when(rows) if found.complete else ""
-    return Answer(
+    return answer(
         f"{head} {when}".strip(),
-        (
-            f"Of single layers in {format}, {where}, changes the latents most, by {shown(moved, '%')}; {order}.",
-            _formats(tolerance, format),
-            f"{found.way.rstrip('.')}. What is seen of it in the videos was not measured here.",
-        ),
-        (
+        f"Of single layers in {format}, {where}, changes the latents most, by {shown(moved, '%')}; {order}.",
+        _formats(tolerance, format),
+        f"{found.way.rstrip('.')}. What is seen of it in the videos was not measured here.",
+        tiles=(
             *tiles,
             Tile(f"largest change by one layer, {format}", shown(moved, "%"), known),
             Tile("predicted ranks against real ones", *_prediction(truth, shards)),
         ),
-        _next(found, truth, shards),
+        next=_next(found, truth, shards),
     )
 
 
@@ -67,8 +65,8 @@ def change_percent(effect: float) -> float:
 
 
 def steps_text(row: Mapping[str, Any]) -> str:
-    """The steps of a row in words: "step 3", "steps 0 to 2"."""
-    first, last = row["first_step"], row["last_step"]
+    """The steps of a row in words, counted from 1: "step 3", "steps 1 to 2"."""
+    first, last = row["first_step"] + 1, row["last_step"] + 1
     return f"step {first}" if first == last else f"steps {first} to {last}"
 
 

@@ -265,7 +265,7 @@ class Sensitivity:
         """The most sensitive row, and what the measurement cost."""
         end = f" ({self.way.rstrip('.')})" if self.settings["method"] == "plain" else ""
         top, cost = self.ranked(1).iloc[0], self.costs().iloc[0]
-        first, last = top["first_step"], top["last_step"]
+        first, last = top["first_step"] + 1, top["last_step"] + 1  # readers count from 1
         when = f"step {first}" if first == last else f"steps {first} to {last}"
         return (
             f"most sensitive is {top['layer']} of {top['component']} in {top['format']} at {when}, effect"

@@ -8,13 +8,12 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import Message, Receive
 
 from wanlab.core.errors import first_line
 from wanlab.serve.jobs import COMPLETED, ENDED, Job
@@ -31,22 +30,16 @@ PAGE_POLICY = (
 )
 
 
-def make_app(service: Service, *, owns: bool = True) -> FastAPI:
-    """The application of a service.
-
-    Args:
-        service: its jobs. owns: whether the service begins and ends with the application.
-    """
+def make_app(service: Service) -> FastAPI:
+    """The application of a service, which begins and ends with it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if owns:
-            await service.start()
+        await service.start()
         try:
             yield
         finally:
-            if owns:
-                await service.close()
+            await service.close()
 
     app = FastAPI(title="wanlab", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     token = service.settings.token
@@ -135,7 +128,8 @@ def make_app(service: Service, *, owns: bool = True) -> FastAPI:
     @app.get("/healthz")
     async def health() -> JSONResponse:
         state = "ready" if service.ready else "failed" if service.fault else "loading"
-        return JSONResponse({"status": state}, status_code=200 if service.ready else 503, headers=SAFE)
+        told = {"status": state} | ({"reason": service.fault} if service.fault else {})
+        return JSONResponse(told, status_code=200 if service.ready else 503, headers=SAFE)
 
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:
@@ -188,49 +182,41 @@ async def _lines(service: Service, identity: str) -> AsyncIterator[str]:
 async def _fields(request: Request, most: int) -> dict[str, Any]:
     """The fields of a request, whose body is read up to `most` bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
-        raise Refused(f"content type {kind[:60]!r} is not read; send JSON or a form", 415, "media_type")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
+    if kind not in ("application/json", "multipart/form-data"):
+        raise Refused(
+            f"content type {kind[:60]!r} is not read; send JSON or multipart/form-data", 415, "media_type"
+        )
+    bounded = Request(request.scope, _bounded(request.receive, most))
+    if kind == "application/json":
+        return json_fields(await bounded.body())
+    try:
+        async with bounded.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=most) as form:
+            pairs = []
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) and name != PICTURE:
+                    raise Refused(f"{name[:80]!r} is a file; only {PICTURE} is one")
+                pairs.append((name, await value.read() if isinstance(value, UploadFile) else value))
+            return _unique(pairs)
+    except (HTTPException, ValueError, LookupError) as error:  # what python-multipart raises is open-ended
+        said = getattr(error, "detail", first_line(error, 80))
+        raise Refused(f"the form cannot be read ({said}); send it with a boundary") from error
+
+
+def _bounded(receive: Receive, most: int) -> Receive:
+    """`receive` of a request that may have so many bytes of body."""
+    left = most
+
+    async def limited() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
             raise Refused(
                 f"the request is larger than {most / 2**20:g} MiB; make the picture smaller", 413, "too_large"
             )
-    if kind == "application/json":
-        return json_fields(bytes(body))
-    if kind == "application/x-www-form-urlencoded":
-        try:
-            pairs = parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-        except ValueError as error:
-            raise Refused(f"the form cannot be read ({first_line(error, 80)})") from error
-        return _unique(pairs)
-    return await _form(request, bytes(body))
+        return message
 
-
-async def _form(request: Request, body: bytes) -> dict[str, Any]:
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
-
-    parser = MultiPartParser(
-        request.headers, stream(), max_files=1, max_fields=MAX_FIELDS, max_part_size=max(len(body), 1)
-    )
-    try:
-        form = await parser.parse()
-    except (MultiPartException, ValueError, KeyError, LookupError) as error:
-        said = getattr(error, "message", first_line(error, 80))
-        raise Refused(
-            f"the form cannot be read ({said}); send multipart/form-data with a boundary"
-        ) from error
-    try:
-        pairs = []
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile) and name != PICTURE:
-                raise Refused(f"{name[:80]!r} is a file; only {PICTURE} is one")
-            pairs.append((name, await value.read() if isinstance(value, UploadFile) else value))
-        return _unique(pairs)
-    finally:
-        await form.close()
+    return limited
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

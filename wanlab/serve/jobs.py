@@ -1,7 +1,7 @@
 """Records of jobs in SQLite, with their pictures and results as files beside it.
 
-A job is accepted when its row is on the disk: what was accepted survives a restart. The write-ahead log lets readers go on while
-a job is written; every change is one transaction.
+A job is accepted when its row is on the disk: what was accepted survives a restart. The write-ahead log lets readers go on
+while a job is written; every change is one transaction.
 """
 
 from __future__ import annotations

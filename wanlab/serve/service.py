@@ -8,7 +8,7 @@ import errno
 import sqlite3
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -42,14 +42,14 @@ class WorkerDied(Exception):
 
 
 class Workers(Protocol):
-    """What makes the videos: `wanlab.serve.ray_app.RayWorkers` on Ray, or `LocalWorkers` in this process."""
+    """What makes the videos: `wanlab.serve.ray_workers.RayWorkers` on Ray Serve, or `LocalWorkers` in this process."""
 
     capacity: int
 
     async def facts(self) -> ModelFacts:
         """The facts of the model, when the workers are ready."""
 
-    def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncIterator[dict[str, Any]]:
+    def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncGenerator[dict[str, Any]]:
         """Events of a video, as `Worker.run`; raises WorkerDied."""
 
     async def close(self) -> None:
@@ -439,7 +439,7 @@ class LocalWorkers:
             self.capacity = self._worker.meeting.max_batch
         return self._worker.facts()
 
-    def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncIterator[dict[str, Any]]:
+    def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncGenerator[dict[str, Any]]:
         """See `Worker.run`."""
         return self._worker.run(order, picture)
 

@@ -6,7 +6,7 @@ import asyncio
 import io
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -66,8 +66,8 @@ class Worker:
         ]
         if several and made_for_one:
             raise WanlabError(
-                f"configuration {self.configuration.name} has engines made for one size ({', '.join(made_for_one)}); serve one"
-                " size, or another configuration"
+                f"configuration {self.configuration.name} has engines made for one size ({', '.join(made_for_one)});"
+                " serve one size, or another configuration"
             )
         width, height, frames = self.sizes[0]
         configured = configure(
@@ -104,7 +104,7 @@ class Worker:
             alone=self.meeting.alone,
             versions={
                 "wanlab": wanlab.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "diffusers": diffusers.__version__,
                 "model": spec.name,
                 "weights": self.settings.weights,
@@ -164,10 +164,11 @@ class Worker:
             "notes": list(generation.notes),
         }
 
-    async def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncIterator[dict[str, Any]]:
+    async def run(self, order: dict[str, Any], picture: bytes | None) -> AsyncGenerator[dict[str, Any]]:
         """Events of one video: `{"step": n}` after each step, then `{"video": bytes, "result": ...}`, or `{"error": text,
         "code": word}`. Where the caller stops to listen, the generation ends at its next step."""
-        loop, events, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+        events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
         def tell(event: dict[str, Any]) -> None:
             if not loop.is_closed():
@@ -213,7 +214,7 @@ class Worker:
 
 
 def frames_digest(video: np.ndarray) -> str:
-    """SHA-256 of the frames `[T, H, W, 3]` in float32 before they are packed: equal for videos that are equal bit for bit."""
+    """SHA-256 of the frames `[T, H, W, 3]` in float32 before they are packed: equal only for videos equal bit for bit."""
     return digest([np.ascontiguousarray(video, dtype=np.float32).tobytes()])
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import msgspec
 
 from wanlab.core.errors import WanlabError, first_line
@@ -29,7 +30,7 @@ QUEUED, IN_PROGRESS, COMPLETED, FAILED, CANCELLED = (
     "cancelled",
 )
 ENDED = (COMPLETED, FAILED, CANCELLED)
-DATABASE = "jobs.sqlite"
+DATABASE, LOCK = "jobs.sqlite", "service.lock"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY,
@@ -96,14 +97,21 @@ class JobStore:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
+        self._lock = filelock.FileLock(self.folder / LOCK, blocking=False, thread_local=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock.acquire()
             self._db = sqlite3.connect(self.folder / DATABASE, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # an accepted job survives a loss of power
             self._db.executescript(_TABLE)
+        except filelock.Timeout as error:
+            raise WanlabError(
+                f"another service keeps its jobs in {self.folder}; name another folder"
+            ) from error
         except (OSError, sqlite3.Error) as error:
+            self._lock.release()
             raise WanlabError(
                 f"jobs cannot be kept in {self.folder}: {first_line(error)}; name another folder"
             ) from error
@@ -111,6 +119,7 @@ class JobStore:
     def close(self) -> None:
         """Write the log into the database and close it."""
         self._db.close()
+        self._lock.release()
 
     def add(
         self, request: dict[str, Any], digest: str, *, key: str | None = None, picture: bytes | None = None

@@ -10,12 +10,14 @@ import asyncio
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
 import msgspec
+import psutil
 
 from wanlab.core.errors import WanlabError, first_line, require
 from wanlab.launch.ray_slots import short_folder
@@ -29,6 +31,8 @@ WORKER_FAULTS = 2
 """Times that Ray starts a worker that fails while it loads, before the service gives up."""
 HEALTH_S = 2.0
 """Time between two looks at a worker: so long may a death stay unnoticed where no request is running."""
+END_S = 10.0
+"""Time that the processes of a Ray of this machine have to end."""
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
@@ -81,11 +85,10 @@ class RayWorkers:
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
         try:
             if self._address is None:
-                self._folder = short_folder()
-                where = {"_temp_dir": self._folder} if self._folder else {}
+                self._folder = short_folder() or tempfile.mkdtemp(prefix="wanlab-ray-")
                 cpus = max(available_cores(), int(settings.cpus * settings.replicas) + 1)
-                here = {"num_cpus": cpus, "num_gpus": len(visible_gpus()), **where}
-                ray.init(include_dashboard=False, **here, **quiet)
+                here = {"num_cpus": cpus, "num_gpus": len(visible_gpus())}
+                ray.init(include_dashboard=False, _temp_dir=self._folder, **here, **quiet)
             else:
                 ray.init(address=self._address, **quiet)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -102,7 +105,12 @@ class RayWorkers:
         if self._address is not None:  # a cluster goes on without them
             with suppress(Exception):
                 self._serve.delete(NAME)
+        processes = _processes(self._folder) if self._folder else []
         self._ray.shutdown()
+        _, left = psutil.wait_procs(processes, timeout=END_S)
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -143,7 +151,7 @@ class RayWorkers:
             health_check_period_s=HEALTH_S,
             graceful_shutdown_timeout_s=5,
         )(WorkerReplica)
-        return replica.bind(settings.to_dict())
+        return replica.bind(settings.to_dict() | {"token": ""})
 
     def _reason(self, error: Exception) -> str:
         """The last error of a worker that did not start, without Ray's frames around it."""
@@ -154,3 +162,13 @@ class RayWorkers:
             if raised:
                 return first_line(raised[-1].partition("Error: ")[2])
         return first_line(error)
+
+
+def _processes(folder: str) -> list[psutil.Process]:
+    """Processes of the Ray that was started here with a folder, and those which they started."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(folder in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found

@@ -79,9 +79,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     output_format: str
     deadline_s: float
 
-    def batch_key(self, configuration: str) -> tuple[Any, ...]:
-        """What is equal for requests whose denoising can share calls from first to last."""
-        return (self.width, self.height, self.frames, self.steps, self.guidance_scale > 1, configuration)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is equal for requests that take the same time, and whose denoising can share calls from first to last."""
+        return (self.width, self.height, self.frames, self.steps, self.guidance_scale > 1)
 
     def settings(self) -> dict[str, Any]:
         """Arguments of `Model.generate` besides the picture and the prompt."""

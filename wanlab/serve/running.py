@@ -17,7 +17,7 @@ from wanlab.core.files import why
 from wanlab.serve.app import make_app
 from wanlab.serve.ray_workers import RayWorkers
 from wanlab.serve.service import LocalWorkers, Service, Workers
-from wanlab.serve.settings import ServiceSettings
+from wanlab.serve.settings import ModelFacts, ServiceSettings
 
 PATIENCE_S = 5
 """Seconds that open connections, such as progress, are given when the service stops."""
@@ -27,11 +27,11 @@ CONNECTIONS = 1000
 
 @dataclass(frozen=True)
 class Served:
-    """A running service: its address, its token (empty where none is asked for), and the service itself."""
+    """A running service: its address, its token (empty where none is asked for), and the facts of its model."""
 
     url: str
     token: str
-    service: Service
+    facts: ModelFacts
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def served(
             if service.fault is not None:
                 raise WanlabError(service.fault)
             time.sleep(0.02)
-        yield Served(url, settings.token, service)
+        yield Served(url, settings.token, service.facts)
 
 
 def _listener(host: str, port: int) -> socket.socket:

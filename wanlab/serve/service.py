@@ -145,7 +145,6 @@ class Service:
         except KeyTaken as error:
             raise Refused(str(error), 409, "idempotency_key_reused") from error
         except (OSError, sqlite3.Error) as error:
-            self.metrics.refused.labels("storage").inc()
             raise Refused(
                 f"the request cannot be kept: {_disk(error)}; it was not accepted", 507, "storage"
             ) from error
@@ -168,6 +167,7 @@ class Service:
         if identity in self._unsaved:
             end = self._unsaved[identity]
             job.status, job.error, job.error_code = end["status"], end.get("error"), end.get("code")
+            job.result, job.ended_at = end.get("result"), job.started_at or job.created_at
         return job
 
     def view(self, job: Job) -> dict[str, Any]:
@@ -252,6 +252,10 @@ class Service:
             self.fault = f"no worker could be started: {first_line(error)}"
             return
         while True:
+            if self._queue and not self._running and len(self._queue) < self.workers.capacity:
+                await asyncio.sleep(
+                    self.settings.batch_wait_s
+                )  # so that those who come together begin together
             while self._queue and len(self._running) < self.workers.capacity:
                 identity = self._queue.popleft()
                 live = self._live[identity]
@@ -284,10 +288,12 @@ class Service:
                 self.store.again(identity)
             else:
                 self._end(identity, status=FAILED, error=f"its worker died: {error}", code="worker_died")
+        except (sqlite3.Error, OSError) as error:
+            lost = f"its record cannot be written: {_disk(error)}"
+            self._end(identity, status=FAILED, error=lost, code="storage")
         except Exception as error:
-            self._end(
-                identity, status=FAILED, error=f"a fault of the service: {first_line(error)}", code="internal"
-            )
+            lost = f"a fault of the service: {first_line(error)}"
+            self._end(identity, status=FAILED, error=lost, code="internal")
         finally:
             self._running.discard(identity)
             live.task = None
@@ -300,7 +306,7 @@ class Service:
             self._wake.set()
 
     async def _follow(self, identity: str, live: _Live) -> None:
-        key = live.order.batch_key("")
+        key = live.order.kind
         begin = time.monotonic()
         path = self.store.picture(identity)
         picture = await asyncio.to_thread(path.read_bytes) if path.exists() else None
@@ -381,7 +387,7 @@ class Service:
         """Seconds until the video is done, from running means of its kind; None where no such video was made yet."""
         if live is None or job.status in ENDED:
             return None
-        key = live.order.batch_key("")
+        key = live.order.kind
         whole = self._job_s.get(key)
         if job.status == IN_PROGRESS and live.step_at is not None and key in self._step_s:
             left = (live.order.steps - live.step) * self._step_s[key] + self._rest_s.get(key, 0.0)

@@ -20,6 +20,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         any_size: serve every legal size within `max_pixels`; only where no engine opens files, which are made for one size.
         folder: folder of the job records, inputs and results.
         max_batch: videos that one worker makes at a time. replicas: number of workers.
+        batch_wait_s: time that an idle worker waits for more requests before it begins; later ones join at their own step.
         gpus, cpus: share of a GPU, and processors, of each worker. threads: threads of PyTorch; 0 is PyTorch's own choice.
         queue: accepted requests that may wait. deadline_s: time after which a request is given up, unless it names another.
         keep_s, keep_gib: results are kept for this time, and the newest within this size.
@@ -41,6 +42,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     folder: str = "outputs/serve"
     max_batch: int = 8
     replicas: int = 1
+    batch_wait_s: float = 0.01
     gpus: float = 0.0
     cpus: float = 1.0
     threads: int = 0
@@ -64,6 +66,10 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         for name in ("deadline_s", "keep_s", "keep_gib", "max_body_mib", "max_picture_pixels", "max_pixels"):
             if not getattr(self, name) > 0:
                 raise WanlabError(f"{name} of a service is {getattr(self, name)}; give a number above 0")
+
+        for name in ("batch_wait_s", "gpus", "cpus", "threads"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise WanlabError(f"{name} of a service is {getattr(self, name)}; give a number from 0")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, which `settings_of` reads."""

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from support.services import MODEL, SIZE, Client, data_url, picture, settings
+from support.services import MODEL, SIZE, SLOW, Client, data_url, picture, settings
 
 from wanlab import models
 from wanlab.core.errors import WanlabError
@@ -87,7 +87,7 @@ def test_progress_is_told_as_events_until_the_end(client):
 
 
 def test_a_running_video_is_cancelled_within_a_step(client):
-    identity = client.accepted(num_inference_steps=1000)
+    identity = client.accepted(**SLOW)
     client.until(identity, "in_progress")
     begin = time.monotonic()
     assert client.delete(f"/v1/videos/{identity}").json()["status"] == "cancelled"
@@ -124,7 +124,7 @@ def test_a_key_given_many_times_at_once_makes_one_video(client):
 
 
 def test_a_deadline_ends_a_video(client):
-    told = client.until(client.accepted(num_inference_steps=1000, deadline_s=0.5))
+    told = client.until(client.accepted(**SLOW, deadline_s=0.5))
     assert (told["status"], told["error"]["code"]) == ("failed", "deadline")
 
 
@@ -143,7 +143,7 @@ def test_the_model_and_the_counters_are_told(client):
     client.until(client.accepted())
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == MODEL
-    assert model["sizes"] == [{"size": "64x64", "num_frames": 9}]
+    assert model["sizes"] == [{"size": "64x64", "num_frames": 9}, {"size": "192x192", "num_frames": 17}]
     assert {"wanlab", "torch", "configuration_hash"} <= set(model["versions"])
     text = client.get("/metrics").text
     assert 'wanlab_jobs_ended_total{status="completed"}' in text
@@ -155,7 +155,7 @@ def test_a_full_queue_says_when_to_ask_again(tmp_path):
         served(settings(tmp_path, max_batch=1, queue=2, warm_up=False), ray=False) as running,
         Client(running.url) as client,
     ):
-        first = client.accepted(num_inference_steps=1000)
+        first = client.accepted(**SLOW)
         client.until(first, "in_progress")
         waiting = [client.accepted(seed=seed) for seed in (1, 2)]
         assert [client.video(each)["queue_position"] for each in waiting] == [0, 1]
@@ -172,14 +172,14 @@ def test_what_waited_is_made_after_a_restart_and_nothing_twice(tmp_path):
     own = settings(tmp_path, max_batch=1, warm_up=False)
     with served(own, ray=False) as running, Client(running.url) as client:
         done = client.until(client.accepted(seed=9))
-        asked = [client.accepted(seed=0, num_inference_steps=1000)]
+        asked = [client.accepted(seed=0, **SLOW)]
         client.until(asked[0], "in_progress")
         asked += [client.accepted(seed=seed, key=f"key {seed}") for seed in (1, 2)]
     (tmp_path / "video_000000000000000000000000.png").write_bytes(b"of no job")
     with served(own, ray=False) as running, Client(running.url) as client:
         assert client.submit(seed=1, key="key 1").json()["id"] == asked[1]
         told = [client.until(identity) for identity in asked]
-        assert [each["status"] for each in told] == ["completed"] * 3
+        assert [(each["status"], each["error"]) for each in told] == [("completed", None)] * 3
         assert client.video(done["id"])["result"] == done["result"]
         assert len(client.get("/v1/videos").json()["data"]) == 4
     assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".sqlite", ".lock"}

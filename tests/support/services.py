@@ -14,15 +14,21 @@ from PIL import Image
 from wanlab.serve.settings import ServiceSettings
 
 SIZE = (64, 64, 9)
+SLOW = {"size": "192x192", "num_frames": 17, "num_inference_steps": 100}
+"""Fields of a request whose video takes some seconds."""
 MODEL = "tiny-wan2.2-i2v"
 
 
 def settings(folder: Any, **changes: Any) -> ServiceSettings:
     """Settings of a service with a tiny model of random weights on the CPU."""
-    tiny = {"model": MODEL, "weights": "random", "device": "cpu", "sizes": (SIZE,), "threads": 1}
-    return ServiceSettings(
-        **{**tiny, "folder": str(folder), "max_batch": 4, "token": "t0ken", "max_steps": 1000, **changes}
-    )
+    tiny = {
+        "model": MODEL,
+        "weights": "random",
+        "device": "cpu",
+        "sizes": (SIZE, (192, 192, 17)),
+        "threads": 1,
+    }
+    return ServiceSettings(**{**tiny, "folder": str(folder), "max_batch": 4, "token": "t0ken", **changes})
 
 
 def picture(seed: int = 0, width: int = 64, height: int = 64, kind: str = "PNG") -> bytes:

@@ -198,11 +198,11 @@ class JobStore:
         )
         return changed.rowcount == 1
 
-    def again(self, identity: str) -> None:
-        """A job whose worker died waits again."""
+    def again(self, identity: str, *, counted: bool = True) -> None:
+        """A job that was begun waits again; `counted`: whether it is one of its attempts, as where its worker died."""
         self._db.execute(
-            "UPDATE jobs SET status = ?, started_at = NULL WHERE id = ? AND status = ?",
-            (QUEUED, identity, IN_PROGRESS),
+            "UPDATE jobs SET status = ?, started_at = NULL, attempts = attempts - ? WHERE id = ? AND status = ?",
+            (QUEUED, int(not counted), identity, IN_PROGRESS),
         )
 
     def end(

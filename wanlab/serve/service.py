@@ -112,6 +112,9 @@ class Service:
         for task in (*self._tasks, *running):
             task.cancel()
         await asyncio.gather(*self._tasks, *running, return_exceptions=True)
+        with contextlib.suppress(sqlite3.Error):
+            for job in self.store.listed(IN_PROGRESS, limit=-1):
+                self.store.again(job.id, counted=False)
         await self.workers.close()
         self.store.close()
 
@@ -280,7 +283,7 @@ class Service:
             self._end(identity, status=FAILED, error=late, code="deadline")
         except asyncio.CancelledError:
             if not live.cancelled:
-                raise  # the service ends: the row says in progress, and the next start takes it up
+                raise  # the service ends: the next start takes it up
         except WorkerDied as error:
             job = self.store.get(identity)
             requeue = job is not None and job.attempts < self.settings.attempts
@@ -344,6 +347,7 @@ class Service:
             path.unlink(missing_ok=True)  # it was cancelled meanwhile
             return
         self.metrics.done(result, time.time() - job.created_at, job.started_at - job.created_at)
+        self.store.sweep(self.settings.keep_s, self.settings.keep_gib)
 
     def _end(self, identity: str, **end: Any) -> bool:
         """Write the end of a job; kept in memory and written later where the disk is full."""

@@ -23,7 +23,7 @@ from wanlab import models
 from wanlab.configuration.configuration import load_configuration
 from wanlab.configuration.configure import configure
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.files import digest
+from wanlab.core.files import digest, why
 from wanlab.engines.registry import EAGER
 from wanlab.evaluate.video import write_video
 from wanlab.models.batches import Meeting, Stages, Stopped, out_of_memory
@@ -33,7 +33,7 @@ from wanlab.models.shapes import latent_shape
 from wanlab.serve.requests import Order
 from wanlab.serve.settings import ModelFacts, ServiceSettings
 
-OUT_OF_MEMORY, FAULT, CANCELLED = "out_of_memory", "generation_failed", "cancelled"
+OUT_OF_MEMORY, FAULT, CANCELLED, STORAGE = "out_of_memory", "generation_failed", "cancelled", "storage"
 SHOWN_PROMPT = "a warm-up of the service"
 
 
@@ -184,15 +184,7 @@ class Worker:
             except Stopped:
                 tell({"error": "cancelled", "code": CANCELLED})
             except Exception as error:
-                if not isinstance(error, WanlabError) and not out_of_memory(error):
-                    tell({"error": f"the generation failed: {first_line(error)}", "code": FAULT})
-                elif out_of_memory(error):
-                    size = f"{order['width']}x{order['height']} with {order['frames']} frames"
-                    tell(
-                        {"error": f"out of memory for {size}; ask for a smaller video", "code": OUT_OF_MEMORY}
-                    )
-                else:
-                    tell({"error": str(error), "code": FAULT})
+                tell(_fault(error, order))
 
         self._threads.submit(work)
         try:
@@ -216,6 +208,17 @@ class Worker:
 def frames_digest(video: np.ndarray) -> str:
     """SHA-256 of the frames `[T, H, W, 3]` in float32 before they are packed: equal only for videos equal bit for bit."""
     return digest([np.ascontiguousarray(video, dtype=np.float32).tobytes()])
+
+
+def _fault(error: Exception, order: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a generation that failed."""
+    if out_of_memory(error):
+        size = f"{order['width']}x{order['height']} with {order['frames']} frames"
+        return {"error": f"out of memory for {size}; ask for a smaller video", "code": OUT_OF_MEMORY}
+    if isinstance(error, OSError):
+        return {"error": f"the video cannot be written: {why(error)}", "code": STORAGE}
+    text = str(error) if isinstance(error, WanlabError) else f"the generation failed: {first_line(error)}"
+    return {"error": text, "code": FAULT}
 
 
 def _file(generation: Generation, output_format: str) -> bytes:

@@ -23,7 +23,7 @@ from wanlab import models
 from wanlab.configuration.configuration import load_configuration
 from wanlab.configuration.configure import configure
 from wanlab.core.errors import WanlabError, first_line
-from wanlab.core.files import digest, why
+from wanlab.core.files import digest
 from wanlab.engines.registry import EAGER
 from wanlab.evaluate.video import write_video
 from wanlab.models.batches import Meeting, Stages, Stopped, out_of_memory
@@ -215,8 +215,8 @@ def _fault(error: Exception, order: dict[str, Any]) -> dict[str, Any]:
     if out_of_memory(error):
         size = f"{order['width']}x{order['height']} with {order['frames']} frames"
         return {"error": f"out of memory for {size}; ask for a smaller video", "code": OUT_OF_MEMORY}
-    if isinstance(error, OSError):
-        return {"error": f"the video cannot be written: {why(error)}", "code": STORAGE}
+    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+        return {"error": f"the video cannot be written: {first_line(error)}", "code": STORAGE}
     text = str(error) if isinstance(error, WanlabError) else f"the generation failed: {first_line(error)}"
     return {"error": text, "code": FAULT}
 

@@ -181,7 +181,7 @@ def mutated(chance):
         )
         return (chance.choice(["GET", "DELETE", "POST", "PUT", "HEAD", "PATCH"]), path, b"", {})
     if kind == 6:
-        token = bytes(chance.randrange(33, 256) for _ in range(chance.randrange(60)))
+        token = bytes(chance.randrange(33, 256) for _ in range(chance.randrange(1, 60)))
         return ("POST", "/v1/videos", body, {**headers, "authorization": b"Bearer " + token})
     if kind == 7:
         key = bytes(chance.randrange(32, 256) for _ in range(chance.randrange(300)))

@@ -41,7 +41,14 @@ def make_app(service: Service) -> FastAPI:
         finally:
             await service.close()
 
-    app = FastAPI(title="wanlab", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="wanlab",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
     token = service.settings.token
 
     def allowed(request: Request) -> None:

@@ -14,10 +14,9 @@ from ipaddress import ip_address
 from types import FrameType
 
 from wanlab.cli.command import Command, positive, show, video_size
-from wanlab.core.errors import WanlabError
+from wanlab.core.errors import WanlabError, require
 from wanlab.core.paths import default_outputs
 from wanlab.launch.slots import visible_gpus
-from wanlab.serve.running import served
 from wanlab.serve.settings import ServiceSettings
 
 HELP = """Serve a model in a configuration as an OpenAI-style video API with a queue, batches and a small web page, until it
@@ -135,6 +134,10 @@ def main(options: argparse.Namespace) -> int:
     if options.no_ray and (options.address or options.replicas != 1):
         raise WanlabError("--no-ray has one worker in this process; leave --address and --replicas out")
     settings = _settings(options)
+    for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+        require(package, "'wanlab[serve]'")
+    from wanlab.serve.running import served  # imports them
+
     with _ended_by_signals():
         try:
             show(f"loading {settings.model} in configuration {settings.configuration} ...")

@@ -157,7 +157,6 @@ def main(options: argparse.Namespace) -> int:
                 if settings.token and not os.environ.get(TOKEN):
                     show(f"token: {settings.token}", f"page: {service.url}/#token={settings.token}")
                 sys.stdout.flush()
-                _handle_signals()  # Ray has set its own
                 threading.Event().wait()
         except (KeyboardInterrupt, SystemExit):
             show("stopped")
@@ -214,15 +213,11 @@ def _stop(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _handle_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-
-
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    _handle_signals()
+    for number, _ in before:
+        signal.signal(number, _stop)
     try:
         yield
     finally:

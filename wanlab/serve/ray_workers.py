@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
@@ -83,6 +84,7 @@ class RayWorkers:
         ray, serve, settings = self._ray, self._serve, self._settings
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self._address is None:
                 self._folder = short_folder() or tempfile.mkdtemp(prefix="wanlab-ray-")
@@ -91,6 +93,8 @@ class RayWorkers:
                 ray.init(include_dashboard=False, _temp_dir=self._folder, **here, **quiet)
             else:
                 ray.init(address=self._address, **quiet)
+            for number, handler in handlers.items():  # Ray has set its own, which end the process at once
+                signal.signal(number, handler)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=QUIET)  # HTTP is the service's own
             handle = serve.run(self._deployment(), name=NAME, route_prefix=None, logging_config=QUIET)

@@ -98,7 +98,7 @@ class RayWorkers:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="Disabled", logging_config=QUIET)  # HTTP is the service's own
             handle = serve.run(self._deployment(), name=NAME, route_prefix=None, logging_config=QUIET)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises its bare class where its processes start too slowly
             fault = WanlabError(f"the workers could not be started: {self._reason(error)}")
             self._handle.set_exception(fault)
             raise fault from error

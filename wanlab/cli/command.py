@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from wanlab.core.errors import clean
+from wanlab.core.errors import WanlabError, clean
 
 CELL_WIDTH = 160  # characters of the longest cell that is printed whole
 
@@ -59,6 +60,19 @@ def positive(text: str) -> float:
     if not 0.0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def video_size(text: str) -> tuple[int, int, int]:
+    """Height, width and frames of an argument HxWxF.
+
+    Raises:
+        WanlabError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})x([0-9]{1,6})", text)
+    if not match:
+        raise WanlabError(f"{text!r} is no size; give height x width x frames, such as 480x832x81")
+    height, width, frames = map(int, match.groups())
+    return height, width, frames
 
 
 def _numeric(cell: str) -> bool:

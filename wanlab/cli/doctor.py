@@ -146,6 +146,7 @@ def _pycuda() -> list[Row]:
 def _sharing() -> list[Row]:
     return [
         _optional("Ray", "ray", 'pip install "wanlab[ray]"'),
+        _optional("service (FastAPI)", "fastapi", 'pip install "wanlab[serve]"'),
         _optional("MLflow", "mlflow-skinny", 'pip install "wanlab[mlflow]"'),
         _optional("Parquet (pyarrow)", "pyarrow", 'pip install "wanlab[parquet]"'),
     ]

@@ -40,6 +40,9 @@ GROUPS = {
         "schema": ("schema", "print the JSON Schema of plans, configurations or sweeps, for editors"),
         "bench": ("bench", "time any engine as trtexec does"),
     },
+    "serve": {
+        "serve": ("serve", "serve a model as a video API with a queue and batches, and a page"),
+    },
     "quality": {
         "evaluate": ("evaluate", "score an optimised video against the original"),
         "nano-eval": ("nano_eval", "examine wan-nano on photographs it never saw"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 
 from wanlab import models
-from wanlab.cli.command import Command, print_table, show
+from wanlab.cli.command import Command, print_table, show, video_size
 from wanlab.core.errors import WanlabError
 
 HELP = """List the models that wanlab knows by name, or show parameters, bytes and FLOPs of each component of one. A
@@ -38,10 +37,7 @@ def main(options: argparse.Namespace) -> int:
 def _size(text: str | None) -> dict[str, int]:
     if text is None:
         return {}
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if not match:
-        raise WanlabError(f"{text!r} is no size; give height x width x frames, such as 480x832x81")
-    return dict(zip(("height", "width", "frames"), map(int, match.groups()), strict=True))
+    return dict(zip(("height", "width", "frames"), video_size(text), strict=True))
 
 
 def _row(name: str) -> tuple[str, ...]:

@@ -156,6 +156,15 @@ class EnginePart(torch.nn.Module):
         return facts[name] if name in facts else super().__getattr__(name)
 
     @property
+    def one_size_of_batch(self) -> bool:
+        """Whether the graph of an engine was made for one number of samples."""
+        named = (self.__dict__.get(name) for name in ("engine", "encoder", "decoder"))
+        engines = [each for each in named if isinstance(each, Engine)]
+        return any(
+            isinstance(shape[0], int) for each in engines for _, shape in each.inputs.values() if shape
+        )
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 

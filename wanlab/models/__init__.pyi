@@ -1,3 +1,5 @@
+from .batches import Meeting as Meeting
+from .batches import generate_together as generate_together
 from .facts import facts as facts
 from .loading import load as load
 from .loading import load_times as load_times

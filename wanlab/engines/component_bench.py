@@ -275,13 +275,14 @@ def compare_forms(
     clip = size if fixed else asdict(shape)
     plain = BFLOAT16_OPSET if kind == "bfloat16" else DEFAULT_OPSET
     variants = {
-        "original": (plain, "original"),
+        "original": (plain, "original" if plan.rewritten else "friendly"),
         "friendly": (plain, "friendly"),
         "fused": (FUSED_OPSET, "friendly"),
     }
     if fixed:
-        forms = ("original", "friendly") if plan.rewritten else ("friendly",)
-        variants = dict(zip(("original", "friendly"), ((plain, name) for name in forms), strict=False))
+        del variants["fused"]
+    if not plan.rewritten:
+        del variants["friendly"]
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     with torch.no_grad():

@@ -134,6 +134,37 @@ def test_ranges_want_inputs(path):
         engines.value_ranges(path, [], provider="cpu", progress=False)
 
 
+def test_ranges_leave_out_a_tensor_that_stays_empty(tmp_path):
+    """A mask that picks no token: the maximum of nothing is no number."""
+    floats, picked = onnx.TensorProto.FLOAT, ["x", "mask"]
+    nodes = [
+        onnx.helper.make_node("Compress", picked, ["kept"], name="kept", axis=0),
+        onnx.helper.make_node("Neg", ["kept"], ["turned"], name="turned"),
+        onnx.helper.make_node("ReduceSum", ["turned"], ["kept_sum"], name="kept_sum", keepdims=0),
+        onnx.helper.make_node("Mul", ["x", "x"], ["square"], name="square"),
+        onnx.helper.make_node("Add", ["square", "kept_sum"], ["sum"], name="sum"),
+    ]
+    inputs = [("x", floats, [3]), ("mask", onnx.TensorProto.BOOL, [3])]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "picks",
+        [onnx.helper.make_tensor_value_info(*each) for each in inputs],
+        [onnx.helper.make_tensor_value_info("sum", floats, [3])],
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    path = tmp_path / "picks.onnx"
+    onnx.save(
+        onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)),
+        path,
+    )
+    nothing = {"x": torch.tensor([1.0, -2.0, 3.0]), "mask": torch.zeros(3, dtype=torch.bool)}
+    table = engines.value_ranges(path, [nothing], provider="cpu", progress=False)
+    assert dict(zip(table["tensor"], table["max_abs"], strict=True)) == {"square": 9.0, "kept_sum": 0.0}
+    some = nothing | {"mask": torch.tensor([False, True, False])}
+    table = engines.value_ranges(path, [nothing, some], provider="cpu", progress=False)
+    assert table.set_index("tensor").loc["kept", "max_abs"] == 2.0
+
+
 def test_forms_are_compared_with_the_network_as_it_is(model, tmp_path):
     table = engines.compare_forms(
         model, "expert_high", tmp_path, provider="cpu", rounds=2, progress=False

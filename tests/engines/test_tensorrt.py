@@ -113,6 +113,27 @@ def test_a_profile_that_makes_no_sense_is_refused(profile, says):
         PixelProfile(**profile)
 
 
+def test_a_default_profile_ends_where_position_embeddings_end():
+    spec = dataclasses.replace(models.get("wan2.2-i2v-a14b"), max_positions=80)
+    clips, _ = clip_range(spec, PixelProfile())
+    assert (clips["max"].height, clips["max"].width) == (1088, 1280)
+
+
+def test_a_default_profile_has_the_text_length_of_the_export(graph):
+    source = read_source(graph)
+    clip = {"batch": 2, "height": 720, "width": 1280, "frames": 81, "text_tokens": 77}
+    source = dataclasses.replace(
+        source,
+        inputs={"encoder_hidden_states": ("float32", ("batch", "text_tokens", 32))},
+        metadata=source.metadata | {"shape": json.dumps(clip)},
+    )
+    assert network_shapes(source, None).inputs["encoder_hidden_states"] == (
+        (1, 77, 32),
+        (1, 77, 32),
+        (2, 77, 32),
+    )
+
+
 def test_a_fixed_axis_is_refused_by_its_name_and_left_alone_without_a_wish(tmp_path):
     fixed = read_source(patch_graph(tmp_path / "fixed.onnx", free=False))
     shapes = network_shapes(fixed, None)
@@ -131,7 +152,10 @@ def test_a_fixed_axis_is_refused_by_its_name_and_left_alone_without_a_wish(tmp_p
 def test_sizes_that_a_graph_was_not_traced_for_are_refused(graph):
     source = dataclasses.replace(read_source(graph), traced={"latent_frames": (13, 256)})
     with pytest.raises(WanlabError, match=r"latent_frames of hidden_states is 11 .* traced for 13 to 256"):
-        network_shapes(source, ARTICLE)
+        network_shapes(source, dataclasses.replace(ARTICLE, frames=(41, 81, 81)))
+    # Frames that nobody stated are those that it was traced for.
+    shapes = network_shapes(source, ARTICLE).inputs["hidden_states"]
+    assert [shape[2] for shape in shapes] == [13, 21, 21]
 
 
 @pytest.mark.parametrize(

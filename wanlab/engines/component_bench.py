@@ -30,7 +30,7 @@ from wanlab.export.components import (
     default_shape,
     usual_batch,
 )
-from wanlab.export.export import export
+from wanlab.export.export import TRACED_BATCH, export
 from wanlab.export.trace import BFLOAT16_OPSET, DEFAULT_OPSET
 from wanlab.measure.timing import NOT_DISTINGUISHABLE, Samples
 
@@ -244,7 +244,8 @@ def compare_forms(
 ) -> pd.DataFrame:
     """Export a component in its original form, in friendly forms, and with fused operators; time all of them interleaved.
 
-    Of a network for which there are no friendly forms, only its original form.
+    Of a network for which there are no friendly forms, only its original form; of one whose graph has the sizes of one
+    clip, no fused one.
 
     Sizes are fixed, because the export is then several times faster and the original form exports best.
 
@@ -264,19 +265,24 @@ def compare_forms(
     kind = str(plan.network.dtype).removeprefix("torch.")
     # A graph of one clip is that of the export, whose trace it shares; some have no free batch.
     fixed = not plan.sized
-    batch = 1 if any(plan.inputs.values()) else usual_batch(model, component)
+    free = any(plan.inputs.values())
+    batch = 1 if free else usual_batch(model, component)
+    if fixed and free and plan.rewritten:  # its original form may have no free batch: that of the export
+        batch = TRACED_BATCH
     shape = default_shape(model, **{"batch": batch} | size)
     inputs = plan.inputs_for(shape, torch.Generator().manual_seed(seed))
     feeds = dict(zip(plan.inputs, inputs, strict=True))
     clip = size if fixed else asdict(shape)
     plain = BFLOAT16_OPSET if kind == "bfloat16" else DEFAULT_OPSET
     variants = {
-        "original": (plain, "original"),
+        "original": (plain, "original" if plan.rewritten else "friendly"),
         "friendly": (plain, "friendly"),
         "fused": (FUSED_OPSET, "friendly"),
     }
     if fixed:
-        variants = {"original": (plain, "friendly")}
+        del variants["fused"]
+    if not plan.rewritten:
+        del variants["friendly"]
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], object]] = {}
     with torch.no_grad():

@@ -208,6 +208,9 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
         return [first]
     spec = model.spec
     step_h, step_w = spec.size_step
+    text = first.text_tokens
+    if "text_tokens" in axes.values():  # beside the tokens of a picture the text has one length
+        text = max(text // 2, 2)
     few = max((first.frames - 1) // spec.temporal_factor // 2, 2) * spec.temporal_factor + 1
     turned = replace(first, batch=1, height=first.width, width=first.height, frames=few)
     smaller = ClipShape(
@@ -215,7 +218,7 @@ def _shapes(model, plan, engine: Engine) -> list[ClipShape]:
         height=max(first.height // 2 // step_h, 2) * step_h,
         width=max(first.width // 4 // step_w, 2) * step_w,
         frames=few,
-        text_tokens=max(first.text_tokens // 2, 2),
+        text_tokens=text,
     )
     return [first, turned, smaller]
 
@@ -355,8 +358,9 @@ def value_ranges(
         inputs: sets of feeds by name, best recorded from real generations; the result is the largest value of all sets.
 
     Returns:
-        One row per tensor, largest first: node (wanlab's name), operator, tensor, max_abs (inf where it overflowed),
-        float16_share (max_abs / 65,504), state (`"overflows"`, `"near"` above a quarter, or `"fits"`).
+        One row per tensor, largest first, without tensors that stayed empty: node (wanlab's name), operator, tensor, max_abs
+        (inf where it overflowed), float16_share (max_abs / 65,504), state (`"overflows"`, `"near"` above a quarter, or
+        `"fits"`).
 
     Raises:
         WanlabError: no inputs, or as `OrtEngine`.
@@ -365,18 +369,20 @@ def value_ranges(
     model = onnx_ir.load(path)
     nodes = _add_maxima(model.graph)
     draft = path.with_name(f".{path.stem}.ranges.{os.getpid()}.onnx")
-    largest = dict.fromkeys(nodes, -1.0)
+    largest = dict.fromkeys(nodes, -math.inf)  # what a maximum of nothing is
+    sets = 0
     try:
         onnx_ir.save(model, draft)
         engine = OrtEngine(draft, provider=provider)
         for feeds in tqdm(inputs, desc="ranges", unit="input", leave=False, disable=not progress):
             outputs = engine.run(feeds)
+            sets += 1
             for name in nodes:
                 value = float(outputs[name])
                 largest[name] = max(largest[name], math.inf if math.isnan(value) else value)
     finally:
         draft.unlink(missing_ok=True)
-    if any(value < 0 for value in largest.values()):
+    if not sets:
         raise WanlabError("no inputs to measure ranges with; give at least one set of feeds")
     rows = [
         {
@@ -388,6 +394,7 @@ def value_ranges(
             "state": _state(largest[name]),
         }
         for name, node in nodes.items()
+        if largest[name] >= 0
     ]
     return pd.DataFrame(rows).sort_values("max_abs", ascending=False, kind="stable", ignore_index=True)
 

@@ -18,6 +18,7 @@ from wanlab.export.friendly import (
     decode_video,
     encode_moments,
     exportable_attention,
+    exportable_joint_attention,
     exportable_operators,
     whole_clip_resampling,
 )
@@ -143,6 +144,7 @@ class ComponentSpec:
         traced: the same computation in a form that exports well; call it inside `friendly(opset)`.
         friendly: context in which `traced` may be called; afterwards the network is unchanged.
         dimensions: axis name -> `torch.export.Dim` (or expression of one) for the axes that may vary.
+        rewritten: whether `friendly` changes the network.
     """
 
     component: str
@@ -154,6 +156,7 @@ class ComponentSpec:
     traced: Callable
     friendly: Callable
     dimensions: Callable[[], dict[str, Any]]
+    rewritten: bool = True
 
     @property
     def sized(self) -> bool:
@@ -371,7 +374,7 @@ def _any_denoiser(model, component: str, network) -> ComponentSpec:
     names = [name for name, value in calls.flat(described).items() if isinstance(value, Tensor)]
     shared = set(calls.flat({name: described[name] for name in calls.shared_by_batch(described)}))
     two_pictures = getattr(network.config, "pos_embed_seq_len", None) is not None
-    one_batch = two_pictures or family_of(model.spec.pipeline_class).one_by_one
+    masked = type(network).__name__ == "MochiTransformer3DModel"
     parameters = list(inspect.signature(network.forward).parameters)
     values: dict[str, Any] = {}
 
@@ -388,13 +391,14 @@ def _any_denoiser(model, component: str, network) -> ComponentSpec:
     return ComponentSpec(
         component,
         network,
-        {name: {} if one_batch or name in shared else {0: "batch"} for name in names},
+        {name: {} if two_pictures or name in shared else {0: "batch"} for name in names},
         "velocity",
         inputs_for,
         denoise,
         denoise,
-        lambda opset: nullcontext(),
+        lambda opset: exportable_joint_attention(network) if masked else nullcontext(),
         dict,
+        rewritten=masked,
     )
 
 
@@ -420,6 +424,7 @@ def _any_vae_encoder(model, component: str, network) -> ComponentSpec:
         encode,
         lambda _: nullcontext(),
         dict,
+        rewritten=False,
     )
 
 
@@ -443,6 +448,7 @@ def _any_vae_decoder(model, component: str, network) -> ComponentSpec:
         decode,
         lambda _: nullcontext(),
         dict,
+        rewritten=False,
     )
 
 

@@ -32,6 +32,9 @@ from wanlab.export.components import (
 from wanlab.export.trace import FORMS, Trace, chosen_dtype, chosen_opset, kept_trace, trace
 from wanlab.export.weights import WeightsFile
 
+TRACED_BATCH = 2
+"""Batch that graphs with a free batch are traced with; an axis of size 1 would be taken for a fixed one."""
+
 
 class ExportReport(Manifest, frozen=True, kw_only=True):
     """Sources, settings and result of one export.
@@ -202,8 +205,9 @@ def export(
             f"{path} does not end in .onnx; give the file to write, e.g. {path / (component + '.onnx')}"
         )
     plan = component_spec(model, component)
-    # Tracing takes an axis of size 1 for a fixed one.
-    batch = batch or (2 if dynamic and any(plan.inputs.values()) else usual_batch(model, component))
+    batch = batch or (
+        TRACED_BATCH if dynamic and any(plan.inputs.values()) else usual_batch(model, component)
+    )
     shape = default_shape(
         model, batch=batch, height=height, width=width, frames=frames, text_tokens=text_tokens
     )

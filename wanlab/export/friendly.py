@@ -1,4 +1,4 @@
-"""Networks in forms that export well: rotary attention in plain operators, the VAE over a whole clip."""
+"""Networks in forms that export well: rotary and masked attention in plain operators, the VAE over a whole clip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import MochiAttention
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AvgDown3D,
     DupUp3D,
@@ -127,6 +128,78 @@ def exportable_attention(expert, *, fused: bool):
             module.processor = processor
         for norm in norms:
             del norm.forward
+
+
+class ExportableJointAttention:
+    """Attention processor for `MochiAttention` whose shapes do not depend on the mask.
+
+    diffusers picks the tokens of the text that count by their indices, which exports to NonZero: a graph whose sizes are
+    known only once it runs, and which TensorRT does not read. Here all of them stay, and the mask leaves the others out.
+    """
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, S, C]` and `[B, L, C']` with a mask `[B, L]` to the same shapes, like `MochiAttnProcessor2_0.__call__`."""
+        streams = [
+            tuple(project(states).unflatten(2, (attn.heads, -1)) for project in projections)
+            for states, projections in (
+                (hidden_states, (attn.to_q, attn.to_k, attn.to_v)),
+                (encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)),
+            )
+        ]
+        norms = ((attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k))
+        streams = [
+            tuple(x if norm is None else norm(x) for norm, x in zip((*pair, None), stream, strict=True))
+            for pair, stream in zip(norms, streams, strict=True)
+        ]
+        if image_rotary_emb is not None:
+            query, key, value = streams[0]
+            streams[0] = (_turned(query, *image_rotary_emb), _turned(key, *image_rotary_emb), value)
+        joint = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(*streams, strict=True))
+        counts = attention_mask.bool()
+        seen = F.pad(counts, (hidden_states.shape[1], 0), value=True)[:, None, None]  # the video counts whole
+        mixed = F.scaled_dot_product_attention(*joint, attn_mask=seen).transpose(1, 2).flatten(2, 3)
+        video, text = mixed.split_with_sizes((hidden_states.shape[1], counts.shape[1]), dim=1)
+        text = _closed_up(text, counts)
+        if hasattr(attn, "to_add_out"):
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](video)), text
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of neighbouring channels with tables `[S, H, D / 2]`, computed in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def _closed_up(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The tokens that count, in front and without gaps, and zeros behind them, as diffusers pads them.
+
+    A product with ones and zeros moves them: exact, and of one shape for every mask.
+
+    Args:
+        x: `[B, L, C]`.
+        counts: `[B, L]`, booleans.
+    """
+    places = counts.long().cumsum(dim=1) - 1
+    rows = torch.arange(counts.shape[1], device=counts.device)
+    return ((places[:, None] == rows[:, None]) & counts[:, None]).to(x.dtype) @ x
+
+
+@contextmanager
+def exportable_joint_attention(network):
+    """Give every `MochiAttention` of `network` the exportable processor inside the block."""
+    attentions = [module for module in network.modules() if isinstance(module, MochiAttention)]
+    before = [module.processor for module in attentions]
+    for module in attentions:
+        module.processor = ExportableJointAttention()
+    try:
+        yield network
+    finally:
+        for module, processor in zip(attentions, before, strict=True):
+            module.processor = processor
 
 
 @contextmanager

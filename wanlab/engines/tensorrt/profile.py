@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -50,11 +51,11 @@ class PixelProfile:
 
     Attributes:
         min, opt, max: smallest, preferred and largest (height, width) in pixels; all or none. The default is half of the
-            model's clip, its clip, and one and a half times its clip.
+            model's clip, its clip, and one and a half times its clip, as far as the graph was traced for them.
         frames: smallest, preferred and largest number of frames; the default ends at the model's clip.
         batch: smallest, preferred and largest number of clips; the default is 1, 1, 2.
-        text_tokens: smallest, preferred and largest number of text tokens; the default is the model's length, to which
-            texts are padded.
+        text_tokens: smallest, preferred and largest number of text tokens; the default is the length that the graph was
+            exported with, to which texts are padded.
     """
 
     min: tuple[int, int] | None = None
@@ -162,7 +163,7 @@ def network_shapes(
         }
         return Shapes({name: (shape, shape, shape) for name, shape in fixed.items()}, False, {})
     spec = _spec(source) if spec is None else spec
-    clips, notes = clip_range(spec, profile)
+    clips, notes = clip_range(spec, profile, source)
     sizes = {end: axis_sizes(spec, clip) for end, clip in clips.items()}
     resolved = {}
     for name, shape in inputs.items():
@@ -174,22 +175,25 @@ def network_shapes(
     return Shapes(resolved, free, clips, notes)
 
 
-def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], tuple[str, ...]]:
+def clip_range(
+    spec: Any, profile: PixelProfile, source: Source | None = None
+) -> tuple[dict[str, ClipShape], tuple[str, ...]]:
     """The smallest, preferred and largest clip, rounded to sizes that are legal for the model, and notes about the rounding.
 
-    The smallest is rounded down and the largest up, so that the range includes the sizes of the profile.
+    The smallest is rounded down and the largest up, so that the range includes the sizes of the profile. Sizes that the
+    profile leaves open are those of the graph where it has one clip, and stay in the range that it was traced for.
+
+    Args:
+        source: the graph; None takes the sizes of the model alone.
     """
-    have = spec.defaults
+    open_sizes = _open_sizes(spec, source)
     sizes = {"min": profile.min, "opt": profile.opt, "max": profile.max}
     if profile.opt is None:
-        sizes = {
-            "min": (max(have.height // 2, 1), max(have.width // 2, 1)),
-            "opt": (have.height, have.width),
-            "max": (have.height * 3 // 2, have.width * 3 // 2),
-        }
-    frames = profile.frames or ((have.frames + 1) // 2, have.frames, have.frames)
+        sizes = {end: (height, width) for end, (height, width, _) in open_sizes.items()}
+    frames = profile.frames or tuple(count for _, _, count in open_sizes.values())
     batch = profile.batch or (1, 1, 2)
-    text = profile.text_tokens or (have.text_tokens,) * 3
+    exported = None if source is None else source.clip
+    text = profile.text_tokens or ((exported or spec.defaults).text_tokens,) * 3
     steps = spec.size_step
     frame_step = spec.frame_step
     clips, notes = {}, []
@@ -207,6 +211,42 @@ def clip_range(spec: Any, profile: PixelProfile) -> tuple[dict[str, ClipShape], 
         if count != frames[index] and profile.frames is not None:
             notes.append(f"{end} {frames[index]} frames are built as {count}: they must be {frame_step}k+1")
     return clips, tuple(notes)
+
+
+def _open_sizes(spec: Any, source: Source | None) -> dict[str, tuple[int, int, int]]:
+    """Height, width and frames of the ends of a profile that leaves them open; legal, and inside the traced range."""
+    if source is not None and source.clip is not None and not source.sized:
+        return dict.fromkeys(ENDS, (source.clip.height, source.clip.width, source.clip.frames))
+    have = spec.defaults
+    around = {
+        "min": (have.height // 2, have.width // 2, (have.frames + 1) // 2),
+        "opt": (have.height, have.width, have.frames),
+        "max": (have.height * 3 // 2, have.width * 3 // 2, have.frames),
+    }
+    traced = {} if source is None else source.traced
+    axes = (
+        ("frames", spec.temporal_factor, spec.frame_step, 1),
+        ("height", spec.spatial_factor, spec.size_step[0], 0),
+        ("width", spec.spatial_factor, spec.size_step[1], 0),
+    )
+    grid = {}
+    for (axis, factor, step, offset), patch in zip(axes, spec.patch, strict=True):
+        # A causal VAE encodes the first frame alone.
+        latent = [(size - offset) * factor + offset for size in traced.get(f"latent_{axis}", ())]
+        low, high = traced.get(axis) or latent or (1, math.inf)
+        if spec.max_positions is not None:
+            high = min(high, (spec.max_positions * patch - offset) * factor + offset)
+        ends_at = math.inf if high == math.inf else _legal(int(high), step, offset, "min")
+        grid[axis] = (step, offset, _legal(int(low), step, offset, "max"), ends_at)
+    ends = {}
+    for end, values in around.items():
+        legal = [
+            max(min(_legal(max(value, 1), step, offset, end), high), low)
+            for axis, value in zip(("height", "width", "frames"), values, strict=True)
+            for step, offset, low, high in [grid[axis]]
+        ]
+        ends[end] = (int(legal[0]), int(legal[1]), int(legal[2]))
+    return ends
 
 
 def _legal(value: int, step: int, offset: int, end: str) -> int:
@@ -311,6 +351,12 @@ class Source:
         first = next((kind for kind in kinds if "float" in kind), "")
         quantised = json.loads(self.metadata.get("wanlab_format", "{}"))
         return ", ".join([first, *(f"{count} x {name}" for name, count in quantised.items())])
+
+    @cached_property
+    def clip(self) -> ClipShape | None:
+        """The clip that it was exported with; None if its metadata do not state one."""
+        stated = self.metadata.get("shape")
+        return ClipShape(**json.loads(stated)) if stated else None
 
     @property
     def sized(self) -> bool:

@@ -53,7 +53,6 @@ class Family:
         guidance: how guidance is computed: SEQUENTIAL (two calls of the denoiser a step), BATCHED (one call of twice the
             batch) or EMBEDDED (an input of the denoiser, one call).
         fewest_steps: smallest number of denoising steps that the pipeline can make.
-        one_by_one: whether the denoiser goes through its batch element by element, so that a graph has one size of batch.
         stays: components that cannot be converted to graphs -> the reason.
         encodes_clip: whether an image-to-video pipeline encodes the picture with blank frames up to the length of the
             video, and not the picture alone.
@@ -68,7 +67,6 @@ class Family:
     defaults = Defaults()
     guidance = BATCHED
     fewest_steps = 1
-    one_by_one = False
     stays: ClassVar[Mapping[str, str]] = {}
     encodes_clip = False
     roles: tuple[tuple[str, str], ...] = (

@@ -25,7 +25,6 @@ class Mochi(Family):
     fewest_steps = 2  # its schedule has a first half and a second
     roles = (("joint attention", r"attn1"), *Family.roles)
     text_first = False
-    one_by_one = True
 
     def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
         """Products of the VAE's expansions."""

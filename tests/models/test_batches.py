@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from wanlab import models
+from wanlab import models, techniques
 from wanlab.core.errors import WanlabError
-from wanlab.models.batches import Meeting, Stages, Stopped, generate_together
+from wanlab.models.batches import Meeting, Stages, Stopped, generate_together, why_alone
 from wanlab.models.variants import alternate_sdpa
 
 FAMILIES = ("tiny-wan2.2-i2v", "tiny-wan2.2-ti2v", "tiny-ltx-i2v", "tiny-cogvideox-i2v")
@@ -96,3 +96,13 @@ def test_a_wrong_request_fails_alone(model):
         meeting.generate(**good)
     finally:
         meeting.close()
+
+
+def test_what_follows_the_steps_of_one_video_is_not_joined(model):
+    cached = techniques.switch_on(model, ["easy_cache"]).model
+    assert why_alone(model) == ""
+    assert why_alone(cached) == "its plan or its techniques follow the steps of one video"
+    asked = requests(2)
+    alone = [cached.generate(**request).video for request in asked]
+    together = generate_together(cached, asked)
+    assert all((one == other.video).all() for one, other in zip(alone, together, strict=True))

@@ -383,15 +383,13 @@ def generate_together(
 
 def why_alone(model: Model) -> str:
     """Why the generations of a model cannot share calls of its networks; empty if they can."""
-    if hasattr(model.pipeline.scheduler, "wanlab_clock"):
-        return "its plan changes with the step, which all layers read from one clock"
+    if getattr(model.pipeline.scheduler, "wanlab_clocks", ()):
+        return "its plan or its techniques follow the steps of one video"
     for component, network in model.components.items():
         if getattr(network, "one_size_of_batch", False):
             return f"the graph of {component} was made for a batch of 1"
         if component in EXPERTS and _has_hooks(network):
             return f"{component} keeps results from one step to the next, of one video"
-    if model.family.one_by_one:
-        return f"the denoiser of {model.family} goes through its batch element by element"
     return ""
 
 

@@ -265,19 +265,35 @@ def caches(args, ranks: Ranks, step: int, before: Before) -> dict[str, Latents]:
     return made
 
 
+class Followed:
+    """Reads a network's weights again whenever its checkpoint is a newer one than the last that was read."""
+
+    def __init__(self, network: torch.nn.Module, path: Path) -> None:
+        self.network, self.path = network, path
+        self.read_ns = path.stat().st_mtime_ns if path.is_file() else 0
+
+    def __call__(self) -> None:
+        if self.path.is_file() and (written_ns := self.path.stat().st_mtime_ns) > self.read_ns:
+            load_weights(self.network, self.path)
+            self.read_ns = written_ns
+
+
 def rollouts(args, model: torch.nn.Module, data: dict[str, Latents]) -> dict[str, Rollouts]:
     """What the expert that learns samples, of every size that the schedule has steps of.
 
-    The low-noise one begins where a high-noise expert of an earlier run ends.
+    The low-noise one begins where a high-noise expert of an earlier run ends, and where it is to follow one that learns
+    beside it, where that one's last checkpoint ends.
     """
-    high, low = model, None
+    high, low, refresh = model, None, None
     if args.expert == "low":
         high, low = architecture.expert(args.architecture), model
         load_weights(high, args.high or args.out / "expert_high.pt", architecture.widened)
         high.to(next(model.parameters()).device).eval().requires_grad_(False)
+        if args.follow:
+            refresh = Followed(high, args.out / "expert_high.pt")
     counts = {SMALL: args.rollouts, LARGE: args.large_rollouts}
     return {
-        size: Rollouts(high, low, cache.draw, cache.mask, cache.no_text.float(), counts[size])
+        size: Rollouts(high, low, cache.draw, cache.mask, cache.no_text.float(), counts[size], refresh)
         for size, cache in data.items()
     }
 
@@ -380,6 +396,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument(
         "--high", type=Path, help="high-noise expert before a low-noise one; expert_high.pt if not given"
+    )
+    options.add_argument(
+        "--follow",
+        action="store_true",
+        help="read the checkpoints of a high-noise expert that learns beside it",
     )
     options.add_argument("--rollouts", type=int, default=64, help="small clips sampled at once for it")
     options.add_argument("--large-rollouts", type=int, default=12, help="large clips sampled at once for it")

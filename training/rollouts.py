@@ -67,6 +67,7 @@ class Rollouts:
         mask: `[1, 4, T', H', W']`, one in the frame that is given.
         no_text: embedding of the empty caption, `[L, D]`.
         count: clips that are sampled at once.
+        refresh: called before each sampling, to bring the high-noise expert up to date.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class Rollouts:
         mask: torch.Tensor,
         no_text: torch.Tensor,
         count: int,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
         self.high, self.low, self.draw = high, low, draw
-        self.mask, self.no_text, self.count = mask, no_text, count
+        self.mask, self.no_text, self.count, self.refresh = mask, no_text, count, refresh
         self.states: States | None = None
         self.next = 0
 
@@ -93,6 +95,8 @@ class Rollouts:
 
     @torch.no_grad()
     def _sample(self) -> States:
+        if self.refresh is not None:
+            self.refresh()
         latents, condition, text = self.draw(self.count)
         device = latents.device
         known = torch.cat([self.mask.expand(self.count, -1, -1, -1, -1), condition], dim=1)

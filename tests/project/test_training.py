@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -272,6 +273,20 @@ def test_latents_that_experts_sample_are_on_the_way_to_their_clip(expert):
         seen |= {round(float(sigma), 2) for sigma in states.sigma}
     ten_steps = {"high": {0.98, 0.95, 0.92}, "low": {0.68, 0.36}}[expert]
     assert ten_steps <= seen
+
+
+def test_a_network_follows_a_checkpoint_that_is_written_beside_it(tmp_path):
+    path, network = tmp_path / "expert_high.pt", torch.nn.Linear(1, 1, bias=False)
+    write = lambda value: torch.save({"weights": {"weight": torch.full((1, 1), value)}}, path)  # noqa: E731
+    write(1.0)
+    followed = experts.Followed(network, path)
+    before = float(network.weight)
+    followed()  # what was there before is an earlier run's
+    assert float(network.weight) == before
+    write(2.0)
+    os.utime(path, ns=(0, followed.read_ns + 1))
+    followed()
+    assert float(network.weight) == 2.0
 
 
 @pytest.mark.slow

@@ -62,6 +62,21 @@ def positive(text: str) -> float:
     return value
 
 
+SIZE = {"height": "pixels", "width": "pixels", "frames": "frames of the video"}
+"""Options that together are the size of a video -> their unit."""
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `SIZE`; what is not given is the model's default."""
+    for name, unit in SIZE.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the model's)")
+
+
+def size_of(options: argparse.Namespace) -> dict[str, int | None]:
+    """The options of `add_size` by name."""
+    return {name: getattr(options, name) for name in SIZE}
+
+
 def video_size(text: str) -> tuple[int, int, int]:
     """Height, width and frames of an argument HxWxF.
 

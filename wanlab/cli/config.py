@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from wanlab.cli.command import Command, safe, show
+from wanlab.cli.command import Command, add_size, safe, show, size_of
 from wanlab.configuration.configuration import Configuration, configurations, load_configuration
 
 HELP = "List configurations, show one, or explain what it does on a model."
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of converted networks (default: %(default)s)",
     )
     explain.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    for name, unit in (("height", "pixels"), ("width", "pixels"), ("frames", "frames of the video")):
-        explain.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the model's)")
+    add_size(explain)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -50,8 +49,9 @@ def main(options: argparse.Namespace) -> int:
 def _explain(configuration: Configuration, options: argparse.Namespace) -> int:
     from wanlab.configuration.explain import explain  # loads torch
 
-    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
-    explanation = explain(configuration, options.model, options.engines, device=options.device, **size)
+    explanation = explain(
+        configuration, options.model, options.engines, device=options.device, **size_of(options)
+    )
     clip = "{height}x{width}x{frames}".format(**explanation.size)
     show(f"{configuration.name} ({configuration.hash[:12]}) on {explanation.model}, {clip} pixels")
     if configuration.about:

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from wanlab import models
-from wanlab.cli.command import Command, print_table, safe, show
+from wanlab.cli.command import Command, add_size, print_table, safe, show, size_of
 from wanlab.models.loading import resolve
 from wanlab.techniques.switch_on import catalogue
 from wanlab.techniques.technique import TIERS
@@ -21,14 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="wan-nano", help="registry name, local folder or hub id (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    for name, unit in (("height", "pixels"), ("width", "pixels"), ("frames", "frames of the video")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{unit} (default: the model's)")
+    add_size(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     spec, device = models.get(options.model), resolve(options.device, "auto")[0]
-    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
-    table = catalogue(spec, device, **size)
+    table = catalogue(spec, device, **size_of(options))
     show(f"{spec.name} on {_machine(device)}")
     print_table(
         ("technique", "tier", "at most", "settings"),

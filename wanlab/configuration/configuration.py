@@ -72,7 +72,7 @@ class Configuration(
                 name: msgspec.to_builtins(techniques.settings_of(name, own))
                 for name, own in self.techniques.items()
             }
-            or [],
+            or [],  # hashes from before there were techniques stay what they are
             "settings": {name: own for name, own in self.settings.items() if own},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ import pandas as pd
 
 from wanlab.core.errors import WanlabError
 from wanlab.measure.memory import peak_memory
+from wanlab.models.calls import largest_timestep
 from wanlab.models.device import synchronise
 from wanlab.models.spec import COMPONENTS, ENCODERS, EXPERTS
 from wanlab.models.taps import CallProxy, component_calls, intercept_calls
@@ -251,8 +252,4 @@ class StageRecorder:
 def _timestep(args: tuple, kwargs: dict) -> float | None:
     """The timestep of an expert's call; of per-token timesteps the largest."""
     value = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    if value is None:
-        return None
-    if hasattr(value, "cpu"):
-        value = value.detach().cpu()  # before the maximum, which would otherwise launch a kernel
-    return float(value.max()) if hasattr(value, "max") else float(value)
+    return None if value is None else largest_timestep(value)

@@ -67,6 +67,13 @@ def times(size: Iterable[int]) -> torch.Tensor:
     return steps.view(-1, *[1] * len(rest)).expand(batch, *rest).contiguous()
 
 
+def largest_timestep(value: Any) -> float:
+    """The timestep of a call, which waits for the device that holds it; of timesteps per token the largest."""
+    if hasattr(value, "cpu"):
+        value = value.detach().cpu()  # before the maximum, which would otherwise launch a kernel
+    return float(value.max()) if hasattr(value, "max") else float(value)
+
+
 def flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of a call by name, with tensors in a tuple or list as inputs of their own: `rope` -> `rope_0`, `rope_1`."""
     found: dict[str, Any] = {}

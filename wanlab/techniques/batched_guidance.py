@@ -81,11 +81,10 @@ class PairRule:
         return with_text
 
     def _paired(self, arguments: dict[str, Any], batch: int) -> dict[str, Any]:
-        texts = (self._texts["cond"], self._texts["uncond"])
         import torch  # a configuration is read without PyTorch
 
         if self._both is None:
-            self._both = torch.cat(texts)
+            self._both = torch.cat([self._texts["cond"], self._texts["uncond"]])
 
         def twice(name: str, value: Any) -> Any:
             if name == "encoder_hidden_states":

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
+from wanlab.models.calls import largest_timestep
 from wanlab.models.pipeline import Model
 from wanlab.models.spec import EXPERTS
 from wanlab.models.taps import CallProxy
@@ -28,7 +29,6 @@ class Call:
         first: whether the expert has just taken over: this branch has not been called in its steps before.
         branch: `"cond"` or `"uncond"` of guidance, or `WHOLE`.
         alone: whether the other branch of this step will not be needed.
-        timestep: noise level as the denoiser takes it; of timesteps per token the largest.
         arguments: arguments of the denoiser by name.
     """
 
@@ -38,13 +38,17 @@ class Call:
     first: bool
     branch: str
     alone: bool
-    timestep: float
     arguments: dict[str, Any]
 
     @property
     def latents(self) -> torch.Tensor:
         """What the denoiser takes, `[B, C, T, H, W]` in most families: noisy latents, then masks and conditions."""
         return self.arguments["hidden_states"]
+
+    @property
+    def timestep(self) -> float:
+        """Noise level as the denoiser takes it, 0 to 1000 in most families; reading it waits for the device."""
+        return largest_timestep(self.arguments["timestep"])
 
     @property
     def text(self) -> torch.Tensor | None:
@@ -84,7 +88,6 @@ class Denoising:
         self.step, self.steps = 0, 0
         self._before: dict[str, str] = {}  # branch -> the expert of its last call
         self._branch: str | None = None
-        self._ran: list[str] = []
 
     def __deepcopy__(self, memo) -> Denoising:
         """Copies of the scheduler tell the same denoisers."""
@@ -111,7 +114,8 @@ class Denoising:
         """A row per call of the last generation, in order: step, component, branch, timestep, first, ran (whether the
         network ran for it), by (the rule that answered in its place, or `""`)."""
         columns = ["step", "component", "branch", "timestep", "first", "ran", "by"]
-        return pd.DataFrame(self.rows, columns=columns)
+        rows = [row | {"timestep": largest_timestep(row["timestep"])} for row in self.rows]
+        return pd.DataFrame(rows, columns=columns)
 
     @contextmanager
     def branch(self, name: str) -> Iterator[None]:
@@ -125,15 +129,18 @@ class Denoising:
     def predict(self, component: str, network: Inner, arguments: dict[str, Any]) -> torch.Tensor:
         """What the denoiser, or a rule in its place, predicts for a call of the pipeline."""
         branch = self._branch or WHOLE
-        timestep = float(arguments["timestep"].detach().float().max())
         first = self._before.get(branch) != component
         self._before[branch] = component
-        call = Call(component, self.step, self.steps, first, branch, branch == WHOLE, timestep, arguments)
-        passed: list[str] = []
+        call = Call(component, self.step, self.steps, first, branch, branch == WHOLE, arguments)
+        passed: list[str] = []  # rules that the call came to, and "" once it came to the network
+
+        def run(given: Call) -> torch.Tensor:
+            passed.append("")
+            return network(given)
 
         def inside(depth: int) -> Inner:
             if depth < 0:
-                return network
+                return run
             rule = self.rules[depth]
 
             def answer(given: Call) -> torch.Tensor:
@@ -142,25 +149,19 @@ class Denoising:
 
             return answer
 
-        ran_before = len(self._ran)
         prediction = inside(len(self.rules) - 1)(call)
-        ran = len(self._ran) > ran_before
         self.rows.append(
             {
                 "step": call.step,
                 "component": component,
                 "branch": branch,
-                "timestep": timestep,
+                "timestep": arguments["timestep"],  # read when it is asked for
                 "first": first,
-                "ran": ran,
-                "by": "" if ran else passed[-1],
+                "ran": passed[-1] == "",
+                "by": passed[-1],
             }
         )
         return prediction
-
-    def ran(self, component: str) -> None:
-        """A network was called."""
-        self._ran.append(component)
 
 
 class StandIn(CallProxy):
@@ -171,7 +172,6 @@ class StandIn(CallProxy):
 
         def call(original: Callable) -> Callable:
             def run(given: Call) -> torch.Tensor:
-                denoising.ran(component)
                 return original(**given.arguments, return_dict=False)[0]
 
             def through(*positional: Any, return_dict: bool = True, **named: Any) -> Any:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 
 from wanlab.models.spec import ModelSpec
-from wanlab.techniques.guidance import only_sequential
+from wanlab.techniques.guidance import BOTH_DECIDE, STANDS_OUTSIDE, WithoutText, only_sequential
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique, proof_of_skips
 
 if TYPE_CHECKING:
     import torch
 
-    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.denoising import Call
     from wanlab.techniques.place import Place
 
 
@@ -40,10 +39,8 @@ class GuidanceGate(Technique[GateSettings]):
     does = "stops computing the branch without text in late steps and keeps its last difference"
     tier = "lossy"
     order = 30
-    order_reason = "it tells what stands inside that the other branch of a step will not be needed"
-    not_with: ClassVar[Mapping[str, str]] = {
-        "guidance_interval": "both decide whether the branch without text is computed"
-    }
+    order_reason = STANDS_OUTSIDE
+    not_with: ClassVar[Mapping[str, str]] = {"guidance_interval": BOTH_DECIDE}
     Settings = GateSettings
 
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
@@ -63,31 +60,25 @@ class GuidanceGate(Technique[GateSettings]):
         )
 
 
-class GateRule:
+class GateRule(WithoutText):
     """The gate of one generation."""
 
     name = GuidanceGate.name
 
     def __init__(self, settings: GateSettings) -> None:
         self.settings = settings
-        self.begin()
+        super().__init__()
 
     def begin(self) -> None:
-        self._apart: dict[
-            str, torch.Tensor
-        ] = {}  # expert -> difference of the branches in the last computed step
-        self._with_text: torch.Tensor | None = None
+        super().begin()
+        self._apart: dict[str, torch.Tensor] = {}  # expert -> c - u of the last step that computed both
 
-    def __call__(self, call: Call, inner: Inner) -> torch.Tensor:
+    def leaves_out(self, call: Call) -> bool:
         gate = math.ceil(self.settings.after_percent / 100 * call.steps)
-        gated = call.step >= gate and call.component in self._apart
-        if call.branch == "cond":
-            self._with_text = inner(replace(call, alone=True) if gated else call)
-            return self._with_text
-        if call.branch != "uncond" or self._with_text is None:
-            return inner(call)
-        if gated:
-            return self._with_text - self._apart[call.component]
-        without = inner(call)
-        self._apart[call.component] = self._with_text - without
-        return without
+        return call.step >= gate and call.component in self._apart
+
+    def answer(self, call: Call, with_text: torch.Tensor) -> torch.Tensor:
+        return with_text - self._apart[call.component]
+
+    def learn(self, call: Call, with_text: torch.Tensor, without: torch.Tensor) -> None:
+        self._apart[call.component] = with_text - without

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import msgspec
 
 from wanlab.models.spec import ModelSpec
-from wanlab.techniques.guidance import only_sequential
+from wanlab.techniques.guidance import BOTH_DECIDE, STANDS_OUTSIDE, WithoutText, only_sequential
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique, answered
 
 if TYPE_CHECKING:
     import torch
 
-    from wanlab.techniques.denoising import Call, Inner
+    from wanlab.techniques.denoising import Call
     from wanlab.techniques.place import Place
 
 
@@ -38,10 +37,8 @@ class GuidanceInterval(Technique[IntervalSettings]):
     does = "computes the branch without text at some noise levels only, and guides nowhere else"
     tier = "lossy"
     order = 31
-    order_reason = "it tells what stands inside that the other branch of a step will not be needed"
-    not_with: ClassVar[Mapping[str, str]] = {
-        "guidance_gate": "both decide whether the branch without text is computed"
-    }
+    order_reason = STANDS_OUTSIDE
+    not_with: ClassVar[Mapping[str, str]] = {"guidance_gate": BOTH_DECIDE}
     Settings = IntervalSettings
 
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
@@ -66,23 +63,17 @@ class GuidanceInterval(Technique[IntervalSettings]):
         return Proof(True, f"{self.name} answered {answered(calls, self.name)}.")
 
 
-class IntervalRule:
+class IntervalRule(WithoutText):
     """The interval of one generation."""
 
     name = GuidanceInterval.name
 
     def __init__(self, settings: IntervalSettings) -> None:
         self.settings = settings
-        self.begin()
+        super().__init__()
 
-    def begin(self) -> None:
-        self._with_text: torch.Tensor | None = None
+    def leaves_out(self, call: Call) -> bool:
+        return not self.settings.low <= call.timestep / 1000 <= self.settings.high
 
-    def __call__(self, call: Call, inner: Inner) -> torch.Tensor:
-        inside = self.settings.low <= call.timestep / 1000 <= self.settings.high
-        if call.branch == "cond":
-            self._with_text = inner(call if inside else replace(call, alone=True))
-            return self._with_text
-        if call.branch != "uncond" or self._with_text is None or inside:
-            return inner(call)
-        return self._with_text
+    def answer(self, call: Call, with_text: torch.Tensor) -> torch.Tensor:
+        return with_text

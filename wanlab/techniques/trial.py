@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from wanlab.models.pipeline import Generation, Model
 from wanlab.models.spec import EXPERTS
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.switch_on import Chosen, Switched, shares_by_operations, switch_on
-from wanlab.techniques.technique import Bound, Shares
+from wanlab.techniques.technique import TIERS, Bound, Shares
 
 ORIGINAL = "original"
 
@@ -56,8 +57,8 @@ class Tried:
     @property
     def times_faster_at_most(self) -> float:
         """Bound of its techniques together, as if what they save were apart."""
-        left = float(np.prod([1 - bound.saved for bound in self.bounds]))
-        return 1 / left if left > 0 else float("inf")
+        left = math.prod(1 - bound.saved for bound in self.bounds)
+        return Bound(1 - left, "").times_faster
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +82,7 @@ class Trial:
     def frame(self) -> pd.DataFrame:
         """One row per variant: variant, techniques, tier (the loosest of its techniques), skipped_percent, speedup, low,
         high (95 % interval), verdict, times_faster_at_most, quality_loss_percent, loss_low, loss_high, did_what_it_says."""
-        order = ("exact", "numeric", "lossy")
-        rows = []
+        order, rows = list(TIERS), []
         for tried in self.variants:
             gain, loss = self.comparison(tried.label), tried.loss
             tiers = [technique.tier for technique in tried.switched.techniques]
@@ -124,19 +124,20 @@ def _joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([table.assign(variant=label) for label, table in tables.items()], ignore_index=True)
 
 
-def measured_shares(model: Model, ask: Mapping[str, Any]) -> Shares:
-    """Where the time of a video goes, from one recorded generation; shares inside a forward are those of its operations.
+def measured_shares(model: Model, ask: Mapping[str, Any]) -> tuple[Shares, Generation]:
+    """Where the time of a video goes, and the video, from one recorded generation; shares inside a forward are those of its
+    operations.
 
     Args:
         ask: arguments of `Model.generate`.
     """
     with stages(model) as record:
-        model.generate(**ask)
+        generation = model.generate(**ask)
     calls = record.frame()
     times = calls.groupby("component")["time_ms"].sum() / record.wall_ms
     denoiser = calls[calls["component"].isin(EXPERTS)]
     size = {name: ask.get(name) for name in ("height", "width", "frames")}
-    return replace(
+    shares = replace(
         shares_by_operations(model.spec, **size),
         source="a recorded video",
         denoising=float(sum(times.get(name, 0.0) for name in EXPERTS)),
@@ -144,6 +145,7 @@ def measured_shares(model: Model, ask: Mapping[str, Any]) -> Shares:
         branches=2 if (denoiser["branch"] == "uncond").any() else 1,
         steps=int(denoiser["step"].nunique()),
     )
+    return shares, generation
 
 
 def try_out(
@@ -173,10 +175,11 @@ def try_out(
     if ORIGINAL in variants:
         raise WanlabError(f"a variant is called {ORIGINAL!r}, which is the model without techniques")
     opened = {label: switch_on(model, chosen) for label, chosen in variants.items()}
-    shares = measured_shares(model, asked[0])
     bar = tqdm(total=len(asked) * (1 + len(opened)), desc="cases", unit="video", disable=not progress)
-    originals = []
-    for each in asked:
+    shares, first = measured_shares(model, asked[0])
+    bar.update()
+    originals = [first]
+    for each in asked[1:]:
         originals.append(model.generate(**each))
         bar.update()
     tried = []
@@ -186,7 +189,13 @@ def try_out(
     calls = {ORIGINAL: partial(model.generate, **asked[0])}
     calls |= {label: partial(switched.model.generate, **asked[0]) for label, switched in opened.items()}
     timed = until_told(
-        calls, rounds=rounds, precision=precision, limit_s=limit_s, device=model.device, progress=progress
+        calls,
+        warmup=0,  # all of them have made videos of this size
+        rounds=rounds,
+        precision=precision,
+        limit_s=limit_s,
+        device=model.device,
+        progress=progress,
     )
     return Trial(tuple(tried), tuple(originals), timed, shares)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,15 @@ def test_nothing_is_proven_before_a_generation(model):
 def test_what_cannot_be_is_one_line(model, chosen, message):
     with pytest.raises(WanlabError, match=message):
         techniques.switch_on(model, chosen)
+
+
+def test_an_engine_that_a_technique_does_not_work_on_is_known_by_its_label(model):
+    engined = replace(model, engines=dict(model.engines) | {"expert_low": "onnxruntime-cpu"})
+    with pytest.raises(
+        WanlabError, match="low-noise expert: on onnxruntime its graph computes them from the text"
+    ):
+        techniques.switch_on(engined, ["text_keys"])
+    assert techniques.switch_on(engined, ["easy_cache"]).techniques
 
 
 # Configurations.

@@ -154,11 +154,10 @@ class Configuration(
                 yield at, str(error)
                 continue
             known.append(name)
-            kind = techniques.technique_of(name)
-            for component in EXPERTS if engines_known else ():
-                if component in kind.touches and (reason := kind.not_on.get(self.engine_of(component))):
-                    yield at, f"{name} does not go with {self.engine_of(component)} on {component}: {reason}"
-                    break
+            engines = {component: self.engine_of(component) for component in EXPERTS} if engines_known else {}
+            if found := techniques.barred(techniques.technique_of(name), engines):
+                component, engine, reason = found
+                yield at, f"{name} does not go with {engine} on {component}: {reason}"
         for name, other, reason in techniques.conflicts(known):
             yield ("techniques", other), f"{name} and {other} cannot go together: {reason}; leave one out"
 

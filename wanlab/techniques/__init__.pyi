@@ -6,6 +6,7 @@ from .ladder import Ladder as Ladder
 from .ladder import climb as climb
 from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
+from .registry import barred as barred
 from .registry import conflicts as conflicts
 from .registry import made as made
 from .registry import register as register

@@ -14,6 +14,7 @@ import msgspec
 
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.plugins import run_files
+from wanlab.engines.registry import kind_of_label
 from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.guidance_gate import GuidanceGate
@@ -82,6 +83,19 @@ def made(chosen: Mapping[str, Mapping[str, Any] | None]) -> list[Technique]:
     for name, other, reason in conflicts(chosen):
         raise WanlabError(f"{name} and {other} cannot go together: {reason}; leave one out")
     return sorted(techniques, key=lambda technique: technique.order)
+
+
+def barred(technique: type[Technique] | Technique, engines: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """The first component whose engine a technique does not work on, that engine, and why; None where it works on all.
+
+    Args:
+        engines: component -> name of its engine, or its label in tables.
+    """
+    for component, label in engines.items():
+        kind = kind_of_label(label)
+        if component in technique.touches and kind is not None and kind.name in technique.not_on:
+            return component, kind.name, technique.not_on[kind.name]
+    return None
 
 
 def conflicts(names: Iterable[str]) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from wanlab.models import facts
 from wanlab.models.pipeline import Model
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.place import Place
-from wanlab.techniques.registry import TECHNIQUES, made, technique_of
+from wanlab.techniques.registry import TECHNIQUES, barred, made, technique_of
 from wanlab.techniques.technique import Proof, Shares, Technique
 
 Chosen = Mapping[str, Mapping[str, Any] | None]
@@ -92,11 +92,9 @@ def lacks(
     technique: Technique, spec: ModelSpec, device: torch.device, engines: Mapping[str, str] | None = None
 ) -> str:
     """What a technique needs and a model, a device or engines do not have; empty if it can run."""
-    for component, engine in (engines or {}).items():
-        name = engine.partition(",")[0]
-        reason = technique.not_on.get(name) if component in technique.touches else None
-        if reason:
-            return f"another engine for the {component_title(component)}: on {name} {reason}"
+    if found := barred(technique, engines or {}):
+        component, engine, reason = found
+        return f"another engine for the {component_title(component)}: on {engine} {reason}"
     return technique.lacks(spec, device)
 
 

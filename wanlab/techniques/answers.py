@@ -8,6 +8,9 @@ from wanlab.core.answer import Answer, Step, answer, fitting, step
 from wanlab.core.words import percent_text
 from wanlab.techniques.trial import Trial, Tried
 
+ENOUGH_CASES = 8
+"""Cases beyond which an answer no longer asks for more."""
+
 
 def cache_answer(trial: Trial, limit_percent: float, cases: int) -> Answer:
     """What a step cache buys within a limit of quality loss: the variant that skips most, if its gain can be told.
@@ -31,13 +34,20 @@ def cache_answer(trial: Trial, limit_percent: float, cases: int) -> Answer:
             f"{none} The mildest, {least.label}, skips {percent_text(least.skipped_percent)} of calls: {least.loss.text}.",
             none,
         )
-        return answer(headline, detail, tiles=_tiles(trial, least, limit_percent), next=_next(least, cases))
+        return answer(
+            headline,
+            detail,
+            tiles=_tiles(trial, least, limit_percent),
+            next=next_step(least, cases, AFTER_CACHE),
+        )
     best = max(within, key=lambda tried: tried.skipped_percent)
     gain = trial.comparison(best.label)
     speed = gain.clause("the video", "the original")
     skips = f"With {best.label}, {percent_text(best.skipped_percent)} of the denoiser's calls are skipped"
     headline = fitting(f"{skips}, and {speed}; {best.loss.text}.", f"{skips}, and {speed}.")
-    return answer(headline, detail, tiles=_tiles(trial, best, limit_percent), next=_next(best, cases))
+    return answer(
+        headline, detail, tiles=_tiles(trial, best, limit_percent), next=next_step(best, cases, AFTER_CACHE)
+    )
 
 
 def _upper(tried: Tried) -> float:
@@ -66,14 +76,16 @@ def _tiles(trial: Trial, tried: Tried, limit_percent: float) -> list[tuple[str, 
     ]
 
 
-def _next(tried: Tried, cases: int) -> Step:
-    if tried.loss.low_percent is None or cases < 8:
-        return step("narrows the interval of the quality loss", cases=8)
-    return step(
-        "measures it as a configuration, with memory and load time",
-        "41_configuration",
-        configuration="cached",
-    )
+AFTER_CACHE = step(
+    "measures it as a configuration, with memory and load time", "41_configuration", configuration="cached"
+)
+
+
+def next_step(tried: Tried, cases: int, otherwise: Step) -> Step:
+    """More cases where they would narrow the interval of a quality loss; else another step."""
+    if tried.loss.known and (tried.loss.low_percent is None or cases < ENOUGH_CASES):
+        return step("narrows the interval of the quality loss", cases=ENOUGH_CASES)
+    return otherwise
 
 
 def skipped_steps(calls: pd.DataFrame) -> pd.DataFrame:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wanlab.core.answer import Answer, Step, answer, fitting, step
+from wanlab.core.answer import Answer, answer, fitting, step
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import capital, percent_text
 from wanlab.models.pipeline import Model
+from wanlab.techniques.answers import next_step
 from wanlab.techniques.registry import made
 from wanlab.techniques.trial import Trial, Tried, try_out
 
 RUNG, ALONE, WITHOUT = "rung", "alone", "without"
+
+AFTER_LADDER = step("shows which steps a cache skips, and at which threshold", "44_caches")
 
 Stack = Mapping[str, Mapping[str, Any] | None]
 """Technique -> its settings, as in a configuration."""
@@ -110,7 +113,7 @@ class Ladder:
                     "by where the time of a video goes",
                 ),
             ],
-            next=self._next(cases),
+            next=next_step(full, cases, AFTER_LADDER),
         )
 
     def _owed(self, whole: float) -> str:
@@ -126,11 +129,6 @@ class Ladder:
         if left[name] >= whole:
             return "Taking any one of them out makes it no slower."
         return f"It owes most to {_title(name)}: without it, it is {left[name]:.2f} times as fast as the original."
-
-    def _next(self, cases: int) -> Step:
-        if self.full.loss.known and (self.full.loss.low_percent is None or cases < 8):
-            return step("narrows the interval of the quality loss", cases=8)
-        return step("shows which steps a cache skips, and at which threshold", "44_caches")
 
 
 def _title(name: str) -> str:

@@ -39,6 +39,12 @@ from wanlab.export.friendly import encode_moments, whole_clip_resampling
 from wanlab.heldout.clips import LARGE, SIZES, SMALL
 
 CAPTION_DROPOUT = 0.1
+OTHER_CAPTIONS = {"high": 0.0, "low": 0.75}
+"""Share of the clips of a step that an expert sees with the caption of another clip.
+
+What moves is the high-noise expert's work. A low-noise one that can trust the caption lays out the motion itself, and does
+nearly as well alone; so it learns to read the motion from the latents that it is given.
+"""
 
 
 class Captions:
@@ -217,6 +223,14 @@ class Latents:
         return latents, condition, text
 
 
+def misplaced(text: torch.Tensor, share: float) -> torch.Tensor:
+    """Text embeddings `[B, L, D]`, a share of them exchanged for that of another row."""
+    if share == 0 or len(text) < 2:
+        return text
+    exchanged = torch.rand(len(text), 1, 1, device=text.device) < share
+    return torch.where(exchanged, text.roll(1, 0), text)
+
+
 def draw_sigma(expert: str, size: int, device: torch.device) -> torch.Tensor:
     """Noise levels of one expert, as dense as the shifted sampling schedule visits them, `[B]`."""
     # sigma = s u / (1 + (s - 1) u), solved for the boundary.
@@ -286,11 +300,12 @@ def rollouts(args, model: torch.nn.Module, data: dict[str, Latents]) -> dict[str
     """
     high, low, refresh = model, None, None
     if args.expert == "low":
-        high, low = architecture.expert(args.architecture), model
-        load_weights(high, args.high or args.out / "expert_high.pt", architecture.widened)
+        high, low, beside = architecture.expert(args.architecture), model, args.out / "expert_high.pt"
+        if args.high or beside.is_file() or not args.follow:  # the one beside it may not have been saved yet
+            load_weights(high, args.high or beside, architecture.widened)
         high.to(next(model.parameters()).device).eval().requires_grad_(False)
         if args.follow:
-            refresh = Followed(high, args.out / "expert_high.pt")
+            refresh = Followed(high, beside)
     counts = {SMALL: args.rollouts, LARGE: args.large_rollouts}
     return {
         size: Rollouts(high, low, cache.draw, cache.mask, cache.no_text.float(), counts[size], refresh)
@@ -321,6 +336,7 @@ def train(args, ranks: Ranks) -> None:
     def losses_of(size: str, progress: float) -> tuple[torch.Tensor, dict]:
         cache, batch = data[size], batches[size]
         latents, condition, text = cache.batch(batch)
+        text = misplaced(text, args.other_captions)
         sigma, noise = draw_sigma(args.expert, batch, device), torch.randn_like(latents)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy, target = (1 - level) * latents + level * noise, noise - latents
@@ -333,7 +349,8 @@ def train(args, ranks: Ranks) -> None:
                 states.condition.repeat(2, 1, 1, 1, 1),
             )
             sigma[pair] = states.sigma.repeat(2)
-            text[pair] = torch.cat([states.text, cache.no_text.float().expand_as(states.text)])
+            told = misplaced(states.text, args.other_captions)
+            text[pair] = torch.cat([told, cache.no_text.float().expand_as(told)])
         x = torch.cat([noisy, cache.mask.expand(batch, -1, -1, -1, -1), condition], dim=1)
         with autocast(device):
             velocity = forward(x, sigma * 1000, text, return_dict=False)[0].float()
@@ -406,7 +423,13 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--large-rollouts", type=int, default=12, help="large clips sampled at once for it")
     add_distance(options)
     add_pictures(options, textures=0.0)
-    train(options.parse_args(argv), Ranks())
+    options.add_argument(
+        "--other-captions", type=float, help="share of clips with another clip's caption; see OTHER_CAPTIONS"
+    )
+    args = options.parse_args(argv)
+    if args.other_captions is None:
+        args.other_captions = OTHER_CAPTIONS[args.expert]
+    train(args, Ranks())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from training import difference
+from training.muon import Muon
 
 SAVE_EVERY_S = 120.0
 
@@ -36,6 +37,9 @@ def parser(description: str, **defaults: object) -> argparse.ArgumentParser:
     made.add_argument("--start", type=Path, help="begin with the weights of this checkpoint")
     made.add_argument("--batch", type=int, help="clips per step over all GPUs")
     made.add_argument("--lr", type=float, help="highest learning rate")
+    made.add_argument(
+        "--muon", type=float, help="highest learning rate of the blocks' matrices by Muon; AdamW if not given"
+    )
     made.add_argument("--log-every", type=int, help="steps between two rows of the loss curve")
     made.add_argument("--dead-leaves", type=int, default=96, help="synthetic pictures; slow on a CPU")
     made.add_argument("--seed", type=int, default=0)
@@ -153,6 +157,28 @@ def _overwrite(parameters: Iterable[torch.nn.Parameter], values: Iterable[torch.
         parameter.copy_(value)
 
 
+def optimizers(
+    module: torch.nn.Module, args: argparse.Namespace, weight_decay: float, fused: bool
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimisers of a module's parameters that want gradients, each with its highest learning rate.
+
+    AdamW steps all of them, or, where Muon's rate is given, all but the matrices of a transformer's blocks.
+    """
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in wanted.items() if args.muon and name.startswith("blocks.") and p.dim() == 2]
+    others = [p for p in wanted.values() if not any(p is matrix for matrix in matrices)]
+    groups = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    made: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused), args.lr)
+    ]
+    if matrices:
+        made.append((Muon(matrices, lr=args.muon, weight_decay=weight_decay), args.muon))
+    return made
+
+
 class Loop:
     """Trains the parameters of a module that want gradients, to the end of its schedule or from an interruption.
 
@@ -172,12 +198,7 @@ class Loop:
     ) -> None:
         self.name, self.module, self.args, self.ranks = name, module, args, ranks
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        fused = ranks.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=fused)
+        self.optimizers = optimizers(module, args, weight_decay, fused=ranks.device.type == "cuda")
         self.average = Average(module, average_decay)
         self.step, self.seconds = 0, 0.0
         if args.resume:
@@ -237,14 +258,16 @@ class Loop:
         self.save()
 
     def _one_step(self, losses: Callable, progress: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * cosine(progress)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, highest in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = highest * cosine(progress)
+            optimizer.zero_grad(set_to_none=True)
         loss, parts = losses(progress)
         loss.backward()
         self.ranks.average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
         self.average.update(self.module)
         if self.ranks.is_first and self.step % self.args.log_every == 0:
             self._log(loss, parts)
@@ -278,7 +301,7 @@ class Loop:
         _save(
             {
                 "weights": _on_cpu(self.module.state_dict()),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
                 "average": self.average.shadow,
                 "steps": self.step,
                 "seconds": self.seconds,
@@ -291,7 +314,8 @@ class Loop:
             raise SystemExit(f"nothing to resume: {self.resume_path} is missing; leave --resume out")
         state = torch.load(self.resume_path, map_location=self.ranks.device, weights_only=True)
         self.module.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for (optimizer, _), kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.average.shadow, self.average.steps = state["average"], state["steps"]
         self.step, self.seconds = state["steps"], state["seconds"]
 

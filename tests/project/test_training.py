@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,6 +22,7 @@ from training import (
     distance,
     experts,
     loop,
+    muon,
     pictures,
     rollouts,
     text,
@@ -51,6 +53,44 @@ def test_noise_levels_are_those_that_sampling_visits():
     for sigma in sigmas[sigmas < 0.999]:
         assert (drawn - sigma).abs().min() < 1e-2
     assert int((sigmas >= architecture.BOUNDARY_RATIO).sum()) == 4
+
+
+def test_muon_steps_as_that_of_pytorch():
+    """All matrices of a shape at once, as one by one: to the rounding of bfloat16."""
+    ends = []
+    for make in (
+        lambda p: muon.Muon(p, lr=0.01, weight_decay=0.1),
+        lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (8, 24), (24, 8), (8, 8))]
+        optimizer = make(parameters)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum((p.square() * torch.randn(p.shape)).sum() for p in parameters).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in parameters])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    module = torch.nn.ModuleDict(
+        {"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)]), "head": torch.nn.Linear(4, 2)}
+    )
+    args = loop.parser("", batch=1, lr=1e-3, log_every=1).parse_args(["--steps", "1", "--muon", "0.002"])
+    (adamw, _), (matrices, rate) = loop.optimizers(module, args, 0.02, fused=False)
+    assert rate == 0.002
+    assert [p for group in matrices.param_groups for p in group["params"]] == [module["blocks"][0].weight]
+    assert len([p for group in adamw.param_groups for p in group["params"]]) == 3
+
+
+def test_captions_of_other_clips():
+    text = torch.arange(2000.0).view(-1, 1, 1)
+    assert torch.equal(experts.misplaced(text, 0.0), text)
+    torch.manual_seed(0)
+    given = experts.misplaced(text, 0.75)
+    assert 0.7 < (given != text).float().mean() < 0.8
 
 
 def test_learning_rate_rises_then_falls():
@@ -93,6 +133,31 @@ def trained(out, *options: str, saved_at: int | None = None) -> torch.Tensor:
 
     training.run(losses)
     return loop.load_weights(torch.nn.Linear(3, 1), out / "line.pt")["weights"]["weight"]
+
+
+def test_a_stage_of_matrices_goes_on_as_if_nothing_had_happened(tmp_path):
+    def end(*options: str, steps: int) -> torch.Tensor:
+        args = loop.parser("", batch=1, lr=0.1, log_every=9).parse_args(
+            ["--out", str(tmp_path), "--steps", "6", "--no-compile", "--muon", "0.05", *options]
+        )
+        torch.manual_seed(0)
+        module = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+        training = loop.Loop("blocks", module, args, loop.Ranks(), average_decay=0.9, weight_decay=0.01)
+
+        def losses(progress: float):
+            if training.step == steps:
+                training.save()
+                raise KeyboardInterrupt
+            x = torch.randn(4, 4, generator=torch.Generator().manual_seed(training.step))
+            return (module["blocks"][0](x) - x.flip(1)).square().mean(), {}
+
+        with contextlib.suppress(KeyboardInterrupt):
+            training.run(losses)
+        return module["blocks"][0].weight.detach()
+
+    whole = end(steps=99)
+    end(steps=3)
+    assert torch.equal(end("--resume", steps=99), whole)
 
 
 def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(tmp_path):

@@ -55,6 +55,17 @@ def test_noise_levels_are_those_that_sampling_visits():
     assert int((sigmas >= architecture.BOUNDARY_RATIO).sum()) == 4
 
 
+def test_a_small_checkpoint_without_a_base_holds_the_weights_themselves(tmp_path):
+    weights = {"a": torch.randn(5, 3, 2), "b": torch.randn(4)}
+    difference.write({"weights": weights}, None, tmp_path / "small.npz")
+    for name, tensor in difference.read(tmp_path / "small.npz")["weights"].items():
+        largest = weights[name].reshape(len(tensor), -1).abs().amax(dim=1)
+        assert tensor.shape == weights[name].shape
+        assert bool(
+            ((tensor - weights[name]).reshape(len(tensor), -1).abs().amax(dim=1) <= largest / 250).all()
+        )
+
+
 def test_muon_steps_as_that_of_pytorch():
     """All matrices of a shape at once, as one by one: to the rounding of bfloat16."""
     ends = []

@@ -15,6 +15,7 @@ import msgspec
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.plugins import run_files
 from wanlab.engines.registry import kind_of_label
+from wanlab.techniques.attention_kernel import AttentionKernel
 from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.guidance_gate import GuidanceGate
@@ -38,7 +39,14 @@ def register(technique: type[Technique]) -> None:
     TECHNIQUES[technique.name] = technique
 
 
-for _technique in (TextKeys, BatchedGuidance, EasyCache, GuidanceGate, GuidanceInterval):
+for _technique in (
+    TextKeys,
+    AttentionKernel,
+    BatchedGuidance,
+    EasyCache,
+    GuidanceGate,
+    GuidanceInterval,
+):
     register(_technique)
 
 

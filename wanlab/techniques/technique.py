@@ -130,6 +130,13 @@ class Technique(ABC, Generic[S]):
         """What it did in the last generation of `place.model`: fails where nothing happened."""
 
 
+def setting_text(value: object) -> str:
+    """The value of a setting in tables, as it is written in a configuration."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def answered(calls: pd.DataFrame, name: str) -> str:
     """`"3 of 8 calls of the high-noise expert and 5 of 12 of the low-noise expert"`: those that a rule answered."""
     parts: list[str] = []

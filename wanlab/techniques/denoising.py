@@ -185,7 +185,10 @@ class StandIn(CallProxy):
         def context(original: Callable) -> Callable:
             @contextmanager
             def named(name: str, **others: Any) -> Iterator[None]:
-                with original(name, **others), denoising.branch(name if name in ("cond", "uncond") else WHOLE):
+                with (
+                    original(name, **others),
+                    denoising.branch(name if name in ("cond", "uncond") else WHOLE),
+                ):
                     yield
 
             return named

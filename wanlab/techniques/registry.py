@@ -18,6 +18,7 @@ from wanlab.engines.registry import kind_of_label
 from wanlab.techniques.attention_kernel import AttentionKernel
 from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
+from wanlab.techniques.fused_qkv import FusedQkv
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
 from wanlab.techniques.technique import Technique
@@ -41,6 +42,7 @@ def register(technique: type[Technique]) -> None:
 
 for _technique in (
     TextKeys,
+    FusedQkv,
     AttentionKernel,
     BatchedGuidance,
     EasyCache,

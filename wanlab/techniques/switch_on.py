@@ -12,6 +12,7 @@ import torch
 from wanlab.core.errors import WanlabError
 from wanlab.models import facts
 from wanlab.models.pipeline import Model
+from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.place import Place
 from wanlab.techniques.registry import TECHNIQUES, barred, made, technique_of
@@ -117,15 +118,19 @@ def shares_by_operations(spec: ModelSpec, steps: int | None = None, **size: int 
     whole = denoising + float(table.drop(index=experts)["total_tflop"].sum())
     config = spec.part(spec.part_of(experts[0])).config
     width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    text = config.get("num_layers", 0) * 4 * spec.defaults.text_tokens * width**2 / 1e12
+    layers, total = config.get("num_layers", 0), float(forward["total_tflop"]) * 1e12
+    text = layers * 4 * spec.defaults.text_tokens * width**2
+    chosen = {name: size.get(name) or getattr(spec.defaults, name) for name in ("height", "width", "frames")}
+    own = layers * 6 * latent_shape(spec, **chosen).tokens * width**2  # queries, keys and values of the video
     return Shares(
         "operations",
         denoising / whole,
         decoding / whole,
         float(forward["attention_tflop"] / forward["total_tflop"]),
-        text / float(forward["total_tflop"]),
+        text / total,
         branches,
         steps,
+        projections=(own + text) / total,
     )
 
 

@@ -47,6 +47,7 @@ class Shares:
         text_keys: part of a forward that makes the keys and values of the text.
         branches: forwards of a step: 2 with guidance, else 1.
         steps: denoising steps.
+        projections: part of a forward that makes queries, keys and values.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Shares:
     text_keys: float
     branches: int
     steps: int
+    projections: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wanlab.techniques.around import Around
+
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Axes of a weight -> its layout with channels last."""
 
@@ -45,7 +47,7 @@ def to_channels_last(network: torch.nn.Module) -> int:
     return size_bytes
 
 
-class Watched(torch.nn.Module):
+class Watched(Around):
     """A half of a VAE with a watch over its convolutions; attributes are those of the half.
 
     Attributes:
@@ -55,8 +57,8 @@ class Watched(torch.nn.Module):
     """
 
     def __init__(self, inner: torch.nn.Module, compiled: bool) -> None:
-        super().__init__()
-        self.inner, self.compiled = inner, compiled
+        super().__init__(inner)
+        self.compiled = compiled
         if compiled:
             inner.register_forward_pre_hook(self._tell)
             inner.compile()
@@ -70,12 +72,6 @@ class Watched(torch.nn.Module):
         """Begin to count anew."""
         self.calls = self.eager = 0
         self.seen = dict.fromkeys(("last", "first", "both"), 0)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
         self.calls += 1

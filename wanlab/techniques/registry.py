@@ -23,6 +23,7 @@ from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
+from wanlab.techniques.two_timesteps import TwoTimesteps
 from wanlab.techniques.vae_channels_last import VaeChannelsLast
 
 VARIABLE = "WANLAB_TECHNIQUES"
@@ -45,6 +46,7 @@ for _technique in (
     TextKeys,
     FusedQkv,
     AttentionKernel,
+    TwoTimesteps,
     VaeChannelsLast,
     BatchedGuidance,
     EasyCache,

@@ -21,6 +21,12 @@ from wanlab.techniques.technique import Proof, Shares, Technique
 Chosen = Mapping[str, Mapping[str, Any] | None]
 """Technique -> its settings; None or an empty mapping takes the defaults."""
 
+OPERATIONS_PER_BYTE = 160
+"""Operations in bfloat16 in the time of a byte of memory, on an H200: 700 TFLOP/s and 4.3 TB/s."""
+TABLE_BYTES = 21
+"""Bytes that a block moves for each modulation of a token without a compiler: read in 2 bytes, written and read as float32,
+written and read with the block's own table added, and a third of them written and read once more with one added."""
+
 
 @dataclass(eq=False)
 class Switched:
@@ -121,7 +127,12 @@ def shares_by_operations(spec: ModelSpec, steps: int | None = None, **size: int 
     layers, total = config.get("num_layers", 0), float(forward["total_tflop"]) * 1e12
     text = layers * 4 * spec.defaults.text_tokens * width**2
     chosen = {name: size.get(name) or getattr(spec.defaults, name) for name in ("height", "width", "frames")}
-    own = layers * 6 * latent_shape(spec, **chosen).tokens * width**2  # queries, keys and values of the video
+    tokens = latent_shape(spec, **chosen).tokens
+    own = layers * 6 * tokens * width**2  # queries, keys and values of the video
+    table = 0.0
+    if spec.expand_timesteps:
+        table = 2 * tokens * width * (config.get("freq_dim", 0) + 7 * width)
+        table += OPERATIONS_PER_BYTE * TABLE_BYTES * layers * 6 * tokens * width
     return Shares(
         "operations",
         denoising / whole,
@@ -131,6 +142,7 @@ def shares_by_operations(spec: ModelSpec, steps: int | None = None, **size: int 
         branches,
         steps,
         projections=(own + text) / total,
+        timesteps=table / (total + table),
     )
 
 

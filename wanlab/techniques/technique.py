@@ -48,6 +48,7 @@ class Shares:
         branches: forwards of a step: 2 with guidance, else 1.
         steps: denoising steps.
         projections: part of a forward that makes queries, keys and values.
+        timesteps: part of a forward that embeds a timestep for every token and reads its table of modulations.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Shares:
     branches: int
     steps: int
     projections: float = 0.0
+    timesteps: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,10 @@ def test_a_kernel_that_answers_nothing_is_seen(bench):
     bench.generate(switched.model)
     proof = switched.proofs()["attention_kernel"]
     assert not proof.passed
-    assert proof.sentence == "attention_kernel computed no attention of the high-noise expert."
+    assert (
+        proof.sentence
+        == "attention_kernel computed no attention of the high-noise expert; default computed all 24."
+    )
 
 
 def test_another_kernel_than_the_one_that_was_asked_for_is_seen(bench, monkeypatch):

@@ -108,7 +108,11 @@ class AttentionKernel(Technique[KernelSettings]):
         for component, (own, every) in answers(self.sites, self.name).items():
             title = component_title(component)
             if own == 0:
-                return Proof(False, f"{self.name} computed no attention of the {title}.")
+                others = {
+                    name for site in self.sites[component] for name in site.answered if name != self.name
+                }
+                taken = f"; {listed(sorted(others))} computed all {every}"
+                return Proof(False, f"{self.name} computed no attention of the {title}{taken}.")
             by = [
                 f"{kernel} {count}"
                 for (name, kernel), count in sorted(self.layer.used.items())

@@ -18,6 +18,7 @@ from wanlab.engines.registry import kind_of_label
 from wanlab.techniques.attention_kernel import AttentionKernel
 from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
+from wanlab.techniques.fp8_attention import Fp8Attention
 from wanlab.techniques.fused_qkv import FusedQkv
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
@@ -46,6 +47,7 @@ for _technique in (
     TextKeys,
     FusedQkv,
     AttentionKernel,
+    Fp8Attention,
     TwoTimesteps,
     VaeChannelsLast,
     BatchedGuidance,

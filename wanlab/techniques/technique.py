@@ -138,6 +138,8 @@ def setting_text(value: object) -> str:
     """The value of a setting in tables, as it is written in a configuration."""
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
+    if isinstance(value, tuple | list):
+        return "; ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -113,7 +113,7 @@ class Fp8Attention(Technique[Fp8Settings]):
         place.denoising.at_begin.append(self.layer.used.clear)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.techniques.attention.sites import answers, went_elsewhere  # loads PyTorch
+        from wanlab.techniques.attention.sites import answers, left_out, went_elsewhere  # loads PyTorch
 
         layer = self.layer
         assert layer is not None
@@ -135,7 +135,7 @@ class Fp8Attention(Technique[Fp8Settings]):
                     f"{self.name} fell back: attention of the {title} is as exact as in the model's dtype (error"
                     f" {error[0]:.2g} against float64), which 8 bits cannot be.",
                 )
-            if missed := self._missed(place, component, own):
+            if missed := left_out(place, self.sites[component], self.name, self._wanted):
                 return Proof(
                     False, f"{self.name} left out {missed} attentions of the {title} that its rules name."
                 )
@@ -157,18 +157,8 @@ class Fp8Attention(Technique[Fp8Settings]):
         )
         return Proof(True, f"{self.name} computed attentions in 8 bits, {how}: {listed(parts)}.")
 
-    def _missed(self, place: Place, component: str, own: int) -> int:
-        """Attentions of an expert that the rules want in FP8 and that neither this technique nor one above it computed."""
-        sites, calls = self.sites[component], place.calls
-        ran = calls.loc[calls["ran"] & (calls["component"] == component), "step"]
-        rules = self.settings.rules
-        asked = sum(wanted(rules, component, site.block, site.blocks, step) for site in sites for step in ran)
-        above = 0
-        for site in sites:
-            names = [layer.name for layer in site.layers]
-            higher = names[names.index(self.name) + 1 :] if self.name in names else []
-            above += sum(site.answered[name] for name in higher)
-        return max(0, asked - own - above)
+    def _wanted(self, site: Site, step: int) -> bool:
+        return wanted(self.settings.rules, site.component, site.block, site.blocks, step)
 
 
 class Fp8Layer:

@@ -22,6 +22,7 @@ from wanlab.techniques.fp8_attention import Fp8Attention
 from wanlab.techniques.fused_qkv import FusedQkv
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
+from wanlab.techniques.sparse_attention import SparseAttention
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
 from wanlab.techniques.two_timesteps import TwoTimesteps
@@ -48,6 +49,7 @@ for _technique in (
     FusedQkv,
     AttentionKernel,
     Fp8Attention,
+    SparseAttention,
     TwoTimesteps,
     VaeChannelsLast,
     BatchedGuidance,

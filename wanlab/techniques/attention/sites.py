@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -166,6 +166,22 @@ def went_elsewhere(place: Place, sites: Mapping[str, Sequence[Site]]) -> str:
             title = component_title(component)
             return f"{expected - counted} of {expected} attentions of the {title} were computed elsewhere"
     return ""
+
+
+def left_out(place: Place, sites: Sequence[Site], name: str, wanted: Callable[[Site, int], bool]) -> int:
+    """Attentions of the last generation that a layer should have answered and that neither it nor one above it did.
+
+    Args:
+        sites: of one expert. name: name of the layer. wanted: whether it wants a site at a step.
+    """
+    calls = place.calls
+    steps = calls.loc[calls["ran"] & (calls["component"] == sites[0].component), "step"]
+    count = sum(wanted(site, step) for site in sites for step in steps)
+    for site in sites:
+        names = [layer.name for layer in site.layers]
+        from_it = names[names.index(name) :] if name in names else []
+        count -= sum(site.answered[each] for each in from_it)
+    return max(0, count)
 
 
 def answers(sites: Mapping[str, Sequence[Site]], name: str) -> dict[str, tuple[int, int]]:

@@ -153,7 +153,7 @@ def test_a_generation_counts_its_blocks(bench):
     proof = switched.proofs()["sparse_attention"]
     assert proof.passed
     kept, every = int(blocks.table_of_density("window", (2, 4, 6), 4, 0.6).kept.sum()), 12 * 12
-    # Of four steps the first is dense, and the first of six blocks: one step of the high-noise expert, two of the low-noise one.
+    # Of four steps the first is dense, and of six blocks the first: one step of the high-noise expert, two of the other.
     assert f"{10 * kept:,} of {10 * every:,} blocks" in proof.sentence
     assert "in 10 of 24 of the high-noise expert" in proof.sentence
     assert f"{20 * kept:,} of {20 * every:,} blocks" in proof.sentence

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from wanlab import models, techniques
+from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
 from wanlab.techniques.layouts import convolutions, layout, to_channels_last
 
@@ -86,11 +88,17 @@ def test_a_compiled_decoder_is_told_from_one_that_runs_without_the_compiler(benc
 
 
 def test_engines_of_the_vae_are_refused(bench):
-    from dataclasses import replace
-
     engined = replace(bench.model, engines=dict(bench.model.engines) | {"vae_decoder": "onnxruntime-cpu"})
     with pytest.raises(WanlabError, match="on onnxruntime its graph holds the weights in its own layout"):
         techniques.switch_on(engined, ["vae_channels_last"])
+
+
+def test_a_configuration_decodes_to_prove_it(bench, tmp_path):
+    chosen = configuration.parse_configuration("name: mine\ntechniques: [vae_channels_last]\n")
+    size = {"height": 64, "width": 96, "frames": 5}
+    used = configuration.configure(bench.model, chosen, tmp_path, **size, steps=2, progress=False)
+    assert used.effect == "applied"
+    assert "convolutions in the watched calls of the decoder ran with channels last" in used.proof
 
 
 # Planted faults.

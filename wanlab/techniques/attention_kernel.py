@@ -172,7 +172,8 @@ class KernelLayer:
         kernel = self.kernel if self.kernel != "auto" else self._chosen(query, key, value).kernel
         output = KERNELS[kernel].run(query, key, value)
         self.used[site.component, kernel] += 1
-        self._seen.setdefault(kernel, query[:1, :PROFILED_TOKENS].detach().clone())
+        if kernel not in self._seen:
+            self._seen[kernel] = query[:1, :PROFILED_TOKENS].detach().clone()
         return output
 
     def _chosen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Choice:

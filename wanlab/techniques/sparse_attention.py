@@ -220,7 +220,7 @@ class SparseLayer:
 
         table = self.table(site.grid)
         output = SPARSE[self.kernel](query, key, value, table)
-        self.kept[site.component] += int(table.kept.sum())
+        self.kept[site.component] += table.pairs
         self.blocks[site.component] += table.kept.numel()
         if site.component not in self.checks:
             self.checks[site.component] = _checked(output, query, key, value, table)

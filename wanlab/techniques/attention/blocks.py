@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,10 +29,15 @@ class BlockTable:
     tokens: int
     size: str
 
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of blocks that are computed."""
+        return int(self.kept.sum())
+
     @property
     def density(self) -> float:
         """Part of the pairs that is computed."""
-        return float(self.kept.float().mean())
+        return self.pairs / self.kept.numel()
 
     def of_tokens(self, queries: torch.Tensor | None = None) -> torch.Tensor:
         """Whether a query sees a key: `[queries, tokens]`, of some queries or of all."""

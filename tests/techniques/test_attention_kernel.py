@@ -93,6 +93,16 @@ def test_auto_takes_no_kernel_that_is_not_exact(monkeypatch):
         choice.choose(*drawn())
 
 
+def test_auto_finds_a_kernel_where_scores_are_peaked(bench):
+    query, key, value = drawn(dtype=torch.bfloat16)
+    made = choice.choose(30 * query, key, value)
+    assert made.error <= made.limit
+    model = models.load("wan-nano", device="cpu", dtype="bfloat16")
+    switched = techniques.switch_on(model, ["attention_kernel"])
+    bench.generate(switched.model, steps=2)
+    assert switched.proofs()["attention_kernel"].passed
+
+
 def test_a_file_of_choices_that_cannot_be_read_is_made_again():
     choice.remembered_file().parent.mkdir(parents=True, exist_ok=True)
     choice.remembered_file().write_text("{not json")

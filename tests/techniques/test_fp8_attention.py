@@ -170,10 +170,10 @@ def test_a_gpu_that_has_the_kernel_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     device = torch.device("cuda")
     assert fp8.lacks_kernel(device, 128) == "the package of flash-attention-3: pip install fa3-fwd"
-    assert fp8.kernel_here(device, head_size=128) == "simulated"
+    assert fp8.kernel_here(device, 128) == "simulated"
     monkeypatch.setattr("wanlab.techniques.attention.kernels.importable", lambda module: True)
-    assert fp8.kernel_here(device, head_size=128) == "flash-attention-3"
-    assert fp8.kernel_here(torch.device("cpu"), head_size=128) == "simulated"
+    assert fp8.kernel_here(device, 128) == "flash-attention-3"
+    assert fp8.kernel_here(torch.device("cpu"), 128) == "simulated"
 
 
 def test_the_kernel_that_was_asked_for_by_name_is_needed(bench):
@@ -232,7 +232,7 @@ def test_an_attention_that_only_says_that_it_was_in_8_bits_is_seen(bench, monkey
     switched, _ = bench.switched_on(["fp8_attention"])
     proof = switched.proofs()["fp8_attention"]
     assert not proof.passed
-    assert "is as exact as in the model's dtype" in proof.sentence
+    assert "is bit for bit that of the model's dtype" in proof.sentence
 
 
 def test_8_bits_on_one_expert_only_are_seen(bench):

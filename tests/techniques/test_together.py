@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
+import torch
 
-from wanlab import techniques
+from wanlab import configuration, techniques
 from wanlab.techniques.registry import conflicts
 
 INSIDE = {
@@ -49,6 +50,27 @@ def test_two_go_together(bench, original, one, other):
     assert {name: proof.sentence for name, proof in proofs.items() if not proof.passed} == {}
     distance = abs(video - original).mean()
     assert distance < (0.1 if {one, other} & LOSSY else 1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_all_of_them_and_are_not_compiled_anew_in_every_step(bench, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    names = ["fused_qkv", "attention_kernel", "fp8_attention", "sparse_attention"]
+    rules = [{"format": "fp8", "blocks": "1-2"}, {"format": "default", "steps": "3"}]
+    chosen = {name: INSIDE[name] for name in names} | {"fp8_attention": {"rules": rules}}
+    made = configuration.Configuration(
+        name="mine", engines={"expert_high": "compiled", "expert_low": "compiled"}, techniques=chosen
+    )
+    size = {"height": 64, "width": 96, "frames": 5}
+    used = configuration.configure(bench.model, made, tmp_path, **size, steps=8, progress=False)
+    assert used.effect == "applied", used.proof
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 2  # of a block, whatever its number, its expert and the step
+    video = bench.generate(used.model, steps=8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    _, expected = bench.switched_on(chosen, steps=8)
+    assert abs(video - expected).mean() < 0.05 * abs(expected).mean()
 
 
 def test_all_go_together_and_each_can_be_taken_out(bench, original):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -107,7 +107,7 @@ class Fp8Attention(Technique[Fp8Settings]):
 
         kernel = self.settings.kernel
         if kernel == "auto":
-            kernel = kernel_here(place.model.device, head_size=head_size(place.model.spec))  # type: ignore[assignment]
+            kernel = kernel_here(place.model.device, head_size(place.model.spec))  # type: ignore[assignment]
         self.layer = Fp8Layer(self.settings, kernel)
         self.sites = add_layer(place, self.layer)
         place.denoising.at_begin.append(self.layer.used.clear)
@@ -129,21 +129,19 @@ class Fp8Attention(Technique[Fp8Settings]):
                     f"{self.name} fell back: {own - in_codes} of {own} attentions of the {title} multiplied no 8-bit codes.",
                 )
             error = layer.errors.get(component)
-            if own and error is not None and error[0] <= error[1]:
+            if own and error is not None and error.same:
                 return Proof(
                     False,
-                    f"{self.name} fell back: attention of the {title} is as exact as in the model's dtype (error"
-                    f" {error[0]:.2g} against float64), which 8 bits cannot be.",
+                    f"{self.name} fell back: attention of the {title} is bit for bit that of the model's dtype, which 8 bits"
+                    " cannot be.",
                 )
             if missed := left_out(place, self.sites[component], self.name, self._wanted):
                 return Proof(
                     False, f"{self.name} left out {missed} attentions of the {title} that its rules name."
                 )
-            exact = (
-                f", error {error[0]:.2g} against float64, {error[1]:.2g} in the model's dtype"
-                if error
-                else ""
-            )
+            exact = ""
+            if error is not None:
+                exact = f", error {error.fp8:.2g} against float64, {error.own:.2g} in the model's dtype"
             parts.append(f"{own} of {every} of the {title}{exact}")
             total += own
         if total == 0:
@@ -161,20 +159,33 @@ class Fp8Attention(Technique[Fp8Settings]):
         return wanted(self.settings.rules, site.component, site.block, site.blocks, step)
 
 
+class Errors(NamedTuple):
+    """The first attention in FP8 of an expert, on sampled queries.
+
+    Attributes:
+        fp8, own: error against float64, and that of PyTorch's attention in the model's dtype.
+        same: whether the two are the same bit for bit.
+    """
+
+    fp8: float
+    own: float
+    same: bool
+
+
 class Fp8Layer:
     """FP8 attention of one model.
 
     Attributes:
         kernel: see `attention.fp8.KERNELS_FP8`.
         used: expert -> calls of the last generation whose kernel was given codes of 8 bits.
-        errors: expert -> error of its first call in FP8, and that of the same attention in the model's dtype.
+        errors: expert -> how exact its first call in FP8 was.
     """
 
     name = Fp8Attention.name
 
     def __init__(self, settings: Fp8Settings, kernel: str) -> None:
         self.settings, self.kernel = settings, kernel
-        self.errors: dict[str, tuple[float, float]] = {}
+        self.errors: dict[str, Errors] = {}
         self._kinds: set[str] = set()
         self.used: Counter[str] = Counter()
 
@@ -200,10 +211,8 @@ class Fp8Layer:
         return output
 
     @staticmethod
-    def _errors(
-        output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[float, float]:
-        """Error of an attention and of PyTorch's in the model's dtype, against float64 on sampled queries."""
+    def _errors(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Errors:
+        import torch
         import torch.nn.functional as F
 
         from wanlab.techniques.attention.errors import attention_error, exact_attention, sampled_queries
@@ -212,8 +221,13 @@ class Fp8Layer:
         picked = sampled_queries(query.shape[1])
         exact = exact_attention(query, key, value, picked)
         tensors: Mapping[str, Any] = {"query": query, "key": key, "value": value, "reference": exact}
-        own = attention_error(heads_first(F.scaled_dot_product_attention), **tensors)
-        return attention_error(lambda *_: output, **tensors), own
+        own = heads_first(F.scaled_dot_product_attention)(query, key, value)
+        here = picked.to(query.device)
+        return Errors(
+            attention_error(lambda *_: output, **tensors),
+            attention_error(lambda *_: own, **tensors),
+            torch.equal(output[:, here], own[:, here]),
+        )
 
 
 def attention_errors(

@@ -133,7 +133,7 @@ class SparseAttention(Technique[SparseSettings]):
                     f" take smaller blocks than {self.settings.block} tokens.",
                 )
             check = layer.checks[component]
-            limit = LIMITS[check.dtype]
+            limit = max(LIMITS[check.dtype], check.apart / 4)
             if not check.error <= limit:
                 return Proof(
                     False,

@@ -59,8 +59,10 @@ class VaeChannelsLast(Technique[VaeSettings]):
         return "" if "KL" in part.class_name else f"a VAE of convolutions; {spec.name} has {part.class_name}"
 
     def bound(self, shares: Shares) -> Bound:
+        rest, decoding = 1 - shares.denoising, 100 * shares.decoding
         return Bound(
-            shares.decoding, f"decoding is {100 * shares.decoding:.2g} % of a video by {shares.source}"
+            rest,
+            f"all but denoising is {100 * rest:.2g} % of a video by {shares.source}, decoding alone {decoding:.2g} %",
         )
 
     def apply(self, place: Place) -> None:

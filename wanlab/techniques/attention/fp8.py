@@ -148,7 +148,7 @@ def fp8_attention(
     return (output.float() + codes.value_mean).to(query.dtype)
 
 
-def kernel_here(device: torch.device, dtype: torch.dtype | None = None, head_size: int | None = None) -> str:
+def kernel_here(device: torch.device, head_size: int | None = None) -> str:
     """The kernel in FP8 of a device: FlashAttention-3 where it runs, else the simulation."""
     return "simulated" if lacks_kernel(device, head_size) else "flash-attention-3"
 
@@ -185,7 +185,7 @@ def fp8_errors(
         DataFrame: variant (`"bf16"` first), kernel, error (norm of the difference over the norm), times_bf16.
     """
     query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
-    kernel = kernel_here(query.device, head_size=query.shape[-1]) if kernel == "auto" else kernel
+    kernel = kernel_here(query.device, query.shape[-1]) if kernel == "auto" else kernel
     reference = exact_attention(query, key, value, sampled_queries(query.shape[1], queries))
 
     def error(attention: Attention) -> float:

@@ -176,6 +176,20 @@ def test_a_gpu_that_has_the_kernel_takes_it(monkeypatch):
     assert fp8.kernel_here(torch.device("cpu"), 128) == "simulated"
 
 
+def test_a_simulation_is_said_before_it_runs(capsys):
+    from wanlab.cli.main import main
+
+    chosen = configuration.parse_configuration("name: mine\ntechniques: [fp8_attention, sparse_attention]\n")
+    explained = configuration.explain(chosen, "wan-nano", device="cpu")
+    assert [line.partition(" to save time: an NVIDIA GPU")[0] for line in explained.missing] == [
+        "for fp8_attention",
+        "for sparse_attention",
+    ]
+    assert main(["techniques", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "it can run here, simulated: the same quality and no time saved; that needs an NVIDIA GPU" in out
+
+
 def test_the_kernel_that_was_asked_for_by_name_is_needed(bench):
     with pytest.raises(
         WanlabError, match=r"fp8_attention cannot run here: it needs an NVIDIA GPU \(compute capability 9.0"

@@ -40,7 +40,10 @@ def main(options: argparse.Namespace) -> int:
         show(f"  at most {row.at_most_times_faster:.2f}x, because {row.bound}")
         if row.not_with:
             show(f"  not together with {', '.join(row.not_with)}")
-        show(f"  it cannot run here: it needs {safe(row.lacks, None)}" if row.lacks else "  it can run here")
+        here = "  it can run here"
+        if row.simulated:
+            here += f", simulated: the same quality and no time saved; that needs {safe(row.simulated, None)}"
+        show(f"  it cannot run here: it needs {safe(row.lacks, None)}" if row.lacks else here)
     show("", *(f"{tier}: {meaning}" for tier, meaning in TIERS.items()))
     return 0
 

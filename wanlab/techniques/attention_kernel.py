@@ -73,7 +73,9 @@ class AttentionKernel(Technique[KernelSettings]):
             return ""
         from wanlab.techniques.attention.kernels import KERNELS  # loads PyTorch
 
-        return KERNELS[self.settings.kernel].lacks(device, head_size=head_size(spec))
+        reason = KERNELS[self.settings.kernel].lacks(device, head_size=head_size(spec))
+        on_cpu = [name for name, kernel in KERNELS.items() if kernel.cpu]
+        return f"{reason}; {listed(on_cpu)} run on a CPU" if reason and device.type == "cpu" else reason
 
     def bound(self, shares: Shares) -> Bound:
         share = 100 * shares.self_attention

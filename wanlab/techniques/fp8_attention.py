@@ -94,6 +94,13 @@ class Fp8Attention(Technique[Fp8Settings]):
 
         return lacks_kernel(device, head_size(spec))
 
+    def simulated(self, spec: ModelSpec, device: torch.device) -> str:
+        from wanlab.techniques.attention.fp8 import lacks_kernel  # loads PyTorch
+
+        if self.settings.kernel == "simulated":
+            return "the setting kernel: auto"
+        return "" if only_wan(spec) else lacks_kernel(device, head_size(spec))
+
     def bound(self, shares: Shares) -> Bound:
         share = 100 * shares.self_attention
         return Bound(

@@ -79,6 +79,16 @@ class SparseAttention(Technique[SparseSettings]):
 
         return lacks_kernel(self.settings.kernel, device, self.settings.block, head_size=head_size(spec))
 
+    def simulated(self, spec: ModelSpec, device: torch.device) -> str:
+        from wanlab.techniques.attention.sparse import kernel_here, lacks_kernel  # loads PyTorch
+
+        block, size, kernel = self.settings.block, head_size(spec), self.settings.kernel
+        if kernel == "masked":
+            return "the setting kernel: auto"
+        if only_wan(spec) or kernel != "auto" or kernel_here(device, block, head_size=size) != "masked":
+            return ""
+        return lacks_kernel("flex", device, block, head_size=size)
+
     def bound(self, shares: Shares) -> Bound:
         settings = self.settings
         dense = min(shares.steps, math.ceil(settings.dense_percent / 100 * shares.steps))

@@ -151,7 +151,8 @@ def catalogue(spec: ModelSpec, device: torch.device, **size: int | None) -> pd.D
 
     Returns:
         DataFrame: technique, does, tier, touches, at_most_times_faster (with its default settings), bound (its reason),
-        lacks (what it would take to run it here, or `""`), not_with, settings (with their defaults).
+        lacks (what it would take to run it here, or `""`),
+        simulated (what it would take to save time here), not_with, settings (with their defaults).
     """
     shares, rows = shares_by_operations(spec, **size), []
     for technique in sorted((technique_of(name)() for name in TECHNIQUES), key=lambda each: each.order):
@@ -166,6 +167,7 @@ def catalogue(spec: ModelSpec, device: torch.device, **size: int | None) -> pd.D
                 "at_most_times_faster": bound.times_faster,
                 "bound": bound.reason,
                 "lacks": lacks(technique, spec, device),
+                "simulated": technique.simulated(spec, device),
                 "not_with": sorted(technique.not_with),
                 "settings": settings,
             }

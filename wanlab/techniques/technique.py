@@ -121,6 +121,10 @@ class Technique(ABC, Generic[S]):
         """Why it cannot run on a model and a device, with what would bring it; empty if it can."""
         return ""
 
+    def simulated(self, spec: ModelSpec, device: torch.device) -> str:
+        """What it needs to save time, where it runs here in a simulation with the same quality; else empty."""
+        return ""
+
     @abstractmethod
     def bound(self, shares: Shares) -> Bound:
         """What it can buy at most."""

@@ -43,6 +43,7 @@ class VaeChannelsLast(Technique[VaeSettings]):
     touches = ("vae_encoder", "vae_decoder")
     not_on: ClassVar[Mapping[str, str]] = {
         **in_graphs("its graph holds the weights in its own layout"),
+        "streamed_vae": "its graph holds the weights in its own layout",
         "compiled": "the layout is part of its graph; the setting `compiled` compiles the decoder here",
     }
     Settings = VaeSettings

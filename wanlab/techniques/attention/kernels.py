@@ -47,11 +47,7 @@ class Kernel:
     ) -> str:
         """What it needs and is not here, with what brings it; empty if it can run. None leaves a check out."""
         if device.type != "cuda":
-            return (
-                ""
-                if self.cpu
-                else f"an NVIDIA GPU ({self._capabilities}) for {self.name}; a CPU has the sdpa ones"
-            )
+            return "" if self.cpu else f"an NVIDIA GPU ({self._capabilities}) for {self.name}"
         has = torch.cuda.get_device_capability(device)
         if self.capability is None or not self.capability[0] <= has <= self.capability[1]:
             here = ".".join(map(str, has))

@@ -2,6 +2,7 @@ from .answers import cache_answer as cache_answer
 from .answers import skipped_steps as skipped_steps
 from .denoising import Call as Call
 from .denoising import Rule as Rule
+from .fp8_attention import attention_errors as attention_errors
 from .ladder import Ladder as Ladder
 from .ladder import climb as climb
 from .place import Place as Place

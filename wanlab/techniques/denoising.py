@@ -184,8 +184,11 @@ class StandIn(CallProxy):
 
         def context(original: Callable) -> Callable:
             @contextmanager
-            def named(name: str) -> Iterator[None]:
-                with original(name), denoising.branch(name if name in ("cond", "uncond") else WHOLE):
+            def named(name: str, **others: Any) -> Iterator[None]:
+                with (
+                    original(name, **others),
+                    denoising.branch(name if name in ("cond", "uncond") else WHOLE),
+                ):
                     yield
 
             return named

@@ -5,13 +5,14 @@ from __future__ import annotations
 from table_text import markdown
 
 from wanlab.techniques import TECHNIQUES
+from wanlab.techniques.technique import setting_text
 
 
 def techniques() -> str:
     rows = []
     for kind in sorted(TECHNIQUES.values(), key=lambda each: each.order):
         settings = kind().settings
-        shown = [f"`{name}` {getattr(settings, name):g}" for name in settings.__struct_fields__]
+        shown = [f"`{name}` {setting_text(getattr(settings, name))}" for name in settings.__struct_fields__]
         rows.append(
             [
                 f"`{kind.name}`",

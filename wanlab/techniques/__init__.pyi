@@ -4,6 +4,8 @@ from .denoising import Call as Call
 from .denoising import Rule as Rule
 from .ladder import Ladder as Ladder
 from .ladder import climb as climb
+from .mag_cache import Magnitudes as Magnitudes
+from .mag_cache import measure_magnitudes as measure_magnitudes
 from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
 from .registry import barred as barred

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -128,6 +128,13 @@ class Technique(ABC, Generic[S]):
     @abstractmethod
     def proof(self, place: Place) -> Proof:
         """What it did in the last generation of `place.model`: fails where nothing happened."""
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value for a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (value or "none") if isinstance(value, str) else f"{value:g}"
 
 
 def answered(calls: pd.DataFrame, name: str) -> str:

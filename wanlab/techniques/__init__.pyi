@@ -2,6 +2,7 @@ from .answers import cache_answer as cache_answer
 from .answers import skipped_steps as skipped_steps
 from .denoising import Call as Call
 from .denoising import Rule as Rule
+from .half_size_start import noise_level_for as noise_level_for
 from .ladder import Ladder as Ladder
 from .ladder import climb as climb
 from .mag_cache import Magnitudes as Magnitudes

@@ -19,6 +19,7 @@ from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
+from wanlab.techniques.half_size_start import HalfSizeStart
 from wanlab.techniques.mag_cache import MagCache
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
@@ -39,7 +40,15 @@ def register(technique: type[Technique]) -> None:
     TECHNIQUES[technique.name] = technique
 
 
-for _technique in (TextKeys, BatchedGuidance, EasyCache, MagCache, GuidanceGate, GuidanceInterval):
+for _technique in (
+    TextKeys,
+    BatchedGuidance,
+    EasyCache,
+    MagCache,
+    GuidanceGate,
+    GuidanceInterval,
+    HalfSizeStart,
+):
     register(_technique)
 
 

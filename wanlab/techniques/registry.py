@@ -21,6 +21,7 @@ from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
 from wanlab.techniques.half_size_start import HalfSizeStart
 from wanlab.techniques.mag_cache import MagCache
+from wanlab.techniques.solver import Solver
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
 
@@ -42,6 +43,7 @@ def register(technique: type[Technique]) -> None:
 
 for _technique in (
     TextKeys,
+    Solver,
     BatchedGuidance,
     EasyCache,
     MagCache,

@@ -22,6 +22,9 @@ from wanlab.techniques.fp8_attention import Fp8Attention
 from wanlab.techniques.fused_qkv import FusedQkv
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
+from wanlab.techniques.half_size_start import HalfSizeStart
+from wanlab.techniques.mag_cache import MagCache
+from wanlab.techniques.solver import Solver
 from wanlab.techniques.sparse_attention import SparseAttention
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
@@ -52,10 +55,13 @@ for _technique in (
     SparseAttention,
     TwoTimesteps,
     VaeChannelsLast,
+    Solver,
     BatchedGuidance,
     EasyCache,
+    MagCache,
     GuidanceGate,
     GuidanceInterval,
+    HalfSizeStart,
 ):
     register(_technique)
 

@@ -144,6 +144,8 @@ def setting_text(value: object) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, tuple | list):
         return "; ".join(map(str, value)) or "none"
+    if value == "":
+        return "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -126,14 +126,20 @@ def test_the_vae_has_the_geometry_of_the_published_one(name):
 def test_a_saved_folder_gives_the_video_of_from_pretrained(name, saved):
     import diffusers
     import numpy as np
+    import torch
 
     model = load(str(saved(name)), device="cpu")
     assert (model.spec.is_local, model.spec.defaults) == (True, get(name).defaults)
     reference = diffusers.DiffusionPipeline.from_pretrained(saved(name))
     reference.set_progress_bar_config(disable=True)
     assert type(reference) is type(model.pipeline)
+    for part, network in reference.components.items():
+        if hasattr(network, "state_dict"):
+            read = getattr(model.pipeline, part).state_dict()
+            assert all(torch.equal(read[key], tensor) for key, tensor in network.state_dict().items()), part
     ours, theirs = (made(**inputs(model)).frames for made in (model.pipeline, reference))
-    assert np.array_equal(ours, theirs)
+    # Equal weights lie at other addresses, and where a product begins decides how its kernel rounds: about 3e-8 were seen.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

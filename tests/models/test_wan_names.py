@@ -282,7 +282,7 @@ def test_generation_is_that_of_the_names_of_diffusers(nano, theirs, ours):
     models = [load(str(nano[name]), device="cpu", dtype="float32") for name in (theirs, ours)]
     videos = [model.generate(photo, "a red ball rolls to the right", **SIZE).video for model in models]
     assert videos[0].std() > 0
-    assert np.array_equal(*videos)
+    np.testing.assert_allclose(*videos, rtol=0, atol=1e-5)  # weights at other addresses round otherwise
     for part in EXPERTS:
         assert any(
             note.startswith(f"{part}: ") and "renamed from Wan's own names" in note

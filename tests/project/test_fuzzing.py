@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -56,6 +57,9 @@ def test_hangs_bombs_and_ends_are_found_with_their_inputs(monkeypatch):
         monkeypatch.setattr(f"support.fuzz.{name}", limit)
     seeds = (b"read", b"hang", b"take", b"eat", b"end", b"raise", b"refuse", b"lines")
     found = fuzz("misbehaving", Parser(seeds, misbehave), 0, len(seeds))
+    assert any(
+        re.fullmatch(r"no end after 5 s in .*test_fuzzing.py:\d+ misbehave", end) for end in found.failures
+    )
     ends = {
         seeds[number].decode(): end.split(":")[0].split(" in ")[0]
         for end, numbers in found.failures.items()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import faulthandler
 import json
 import mmap
 import os
@@ -37,6 +38,7 @@ from wanlab.core.errors import WanlabError
 
 LIMIT_S, LIMIT_BYTES = 5.0, 2**30
 ADDRESS_BYTES = 4 * 2**30  # of addresses, which pools of memory take without using them
+STACK = "stack.txt"
 BYTES = [
     b"\0",
     b"\xff\xfe",
@@ -311,36 +313,43 @@ def _fork(name: str, parser: Parser, first: int, last: int, found: Found, bar: A
     clock = mmap.mmap(-1, 16)  # number of the input, and when it began
     clock[:16] = struct.pack("qd", first, time.monotonic())
     receive, send = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(receive)
-        _work(name, parser, first, last, clock, send)
-    os.close(send)
-    with os.fdopen(receive, "rb", buffering=0) as answers:
-        os.set_blocking(receive, False)
-        done, number, hung, text = False, first, False, b""
-        while not done:
-            done = os.waitpid(pid, os.WNOHANG)[0] == pid
-            text += answers.read(2**20) or b""
-            *lines, text = text.split(b"\n")
-            for line in lines:
-                number = _count(json.loads(line), found) + 1
-                if bar is not None:
-                    bar.update()
-            at, begun = struct.unpack("qd", clock[:16])
-            if not done and time.monotonic() - begun > LIMIT_S:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                done, hung, number = True, True, at
-            elif not done:
-                time.sleep(0.01)
-    if number < last:
-        end = f"no end after {LIMIT_S:g} s" if hung else "the process ended"
-        found.failures.setdefault(end, []).append(number)
-        if bar is not None:
-            bar.update()
-        return number + 1
-    return number
+    with tempfile.TemporaryDirectory(prefix="wanlab-fuzz-") as folder:
+        pid = os.fork()
+        if not pid:
+            os.close(receive)
+            _work(name, parser, first, last, clock, send, Path(folder))
+        os.close(send)
+        with os.fdopen(receive, "rb", buffering=0) as answers:
+            os.set_blocking(receive, False)
+            done, number, hung, text = False, first, False, b""
+            while not done:
+                done = os.waitpid(pid, os.WNOHANG)[0] == pid
+                text += answers.read(2**20) or b""
+                *lines, text = text.split(b"\n")
+                for line in lines:
+                    number = _count(json.loads(line), found) + 1
+                    if bar is not None:
+                        bar.update()
+                at, begun = struct.unpack("qd", clock[:16])
+                if not done and time.monotonic() - begun > LIMIT_S:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    done, hung, number = True, True, at
+                elif not done:
+                    time.sleep(0.01)
+        if number == last:
+            return number
+        end = f"no end after {LIMIT_S:g} s{_place(Path(folder) / STACK)}" if hung else "the process ended"
+    found.failures.setdefault(end, []).append(number)
+    if bar is not None:
+        bar.update()
+    return number + 1
+
+
+def _place(stack: Path) -> str:
+    """`" in file:line name"` of the innermost frame that faulthandler wrote shortly before the limit."""
+    frame = re.search(r'File "(.+)", line (\d+) in (.+)', stack.read_text().rpartition("Timeout")[2])
+    return f" in {frame[1].rsplit('/wanlab/', 1)[-1]}:{frame[2]} {frame[3]}" if frame else ""
 
 
 def _count(answer: dict[str, Any], found: Found) -> int:
@@ -355,22 +364,26 @@ def _count(answer: dict[str, Any], found: Found) -> int:
     return answer["number"]
 
 
-def _work(name: str, parser: Parser, first: int, last: int, clock: mmap.mmap, send: int) -> None:
+def _work(
+    name: str, parser: Parser, first: int, last: int, clock: mmap.mmap, send: int, folder: Path
+) -> None:
     """The fork: never returns."""
-    with contextlib.suppress(BaseException), tempfile.TemporaryDirectory(prefix="wanlab-fuzz-") as folder:
+    with contextlib.suppress(BaseException), (folder / STACK).open("w") as stack:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_BYTES, size + ADDRESS_BYTES))
-        path = Path(folder) / parser.name
+        path = folder / parser.name
         for number in range(first, last):
             data = parser.input(name, number)
             path.write_bytes(data)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; see proc(5)
             before, begun = _memory("VmRSS"), time.monotonic()
             clock[:16] = struct.pack("qd", number, begun)
+            faulthandler.dump_traceback_later(0.8 * LIMIT_S, file=stack)
             end = _end_of(parser.read, path)
+            faulthandler.cancel_dump_traceback_later()
             seconds = time.monotonic() - begun
             peak = _memory("VmHWM") - before
             if peak > LIMIT_BYTES and end in ("read", "refused"):

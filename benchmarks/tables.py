@@ -139,6 +139,7 @@ TABLES = {"h200": h200, "onnxruntime": onnxruntime, "heldout": heldout} | diagno
 TABLES |= conversion_tables.TABLES | precision_tables.TABLES | sweep_tables.TABLES | results_table.TABLES
 TABLES |= input_tables.TABLES | family_tables.TABLES | report_tables.TABLES
 TABLES |= {"glossary": glossary_markdown, "techniques": technique_tables.techniques}
+TABLES |= {"attention_kernels": technique_tables.attention_kernels}
 
 
 def rewritten(text: str) -> str:

@@ -10,7 +10,7 @@ from wanlab import models
 from wanlab.cli.command import Command, add_size, print_table, safe, show, size_of
 from wanlab.models.loading import resolve
 from wanlab.techniques.switch_on import catalogue
-from wanlab.techniques.technique import TIERS
+from wanlab.techniques.technique import TIERS, setting_text
 
 HELP = """List the techniques that a configuration can switch on: what each does, how exact it is, what it can buy at most
 on a model if every operation took the same time, and what this machine or this model lacks for it."""
@@ -40,13 +40,16 @@ def main(options: argparse.Namespace) -> int:
         show(f"  at most {row.at_most_times_faster:.2f}x, because {row.bound}")
         if row.not_with:
             show(f"  not together with {', '.join(row.not_with)}")
-        show(f"  it cannot run here: it needs {safe(row.lacks, None)}" if row.lacks else "  it can run here")
+        here = "  it can run here"
+        if row.simulated:
+            here += f", simulated: the same quality and no time saved; that needs {safe(row.simulated, None)}"
+        show(f"  it cannot run here: it needs {safe(row.lacks, None)}" if row.lacks else here)
     show("", *(f"{tier}: {meaning}" for tier, meaning in TIERS.items()))
     return 0
 
 
 def _settings(settings: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    return ", ".join(f"{name} {setting_text(value)}" for name, value in settings.items())
 
 
 def _machine(device: torch.device) -> str:

@@ -474,7 +474,9 @@ def _check(
                 )
     compiled = any(kind == COMPILED and name in EXPERTS for name, kind in opened.kinds.items())
     if compiled or opened.switched is not None:
-        graphs_made = _generate(opened.model, settings)
+        techniques = opened.switched.techniques if opened.switched is not None else []
+        decodes = any("vae_decoder" in technique.touches for technique in techniques)
+        graphs_made = _generate(opened.model, settings, "np" if decodes else "latent")
     if compiled:
         made = f"{graphs_made} graph{'s' * (graphs_made != 1)}"
         checks.append(_Check(graphs_made > 0, f"torch.compile made {made} of the experts' blocks."))
@@ -504,17 +506,20 @@ def _effect(check: Callable[[], Any]) -> _Check:
     return _Check(True, str(effect), effect.frame)
 
 
-def _generate(model: Model, settings: Mapping[str, Any]) -> int:
+def _generate(model: Model, settings: Mapping[str, Any], output: str) -> int:
     """Generate once, which is also the warm-up; returns the number of graphs that torch.compile made.
 
     Only the size matters to the compiler, so the image is noise and the prompt is empty; further inputs are frames of a
     held-out clip.
+
+    Args:
+        output: of `Model.generate`: `"latent"` leaves the decoder out.
     """
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
     image = np.random.default_rng(0).random((settings["height"], settings["width"], 3), dtype=np.float32)
     inputs = Example(image, "", adapts=True).inputs(model, settings["frames"])
-    model.generate(prompt="", output="latent", **inputs, **settings)
+    model.generate(prompt="", output=output, **inputs, **settings)
     return counters["unique_graphs"] - before
 
 

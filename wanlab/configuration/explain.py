@@ -108,12 +108,23 @@ def explain(
         (
             *missing(configuration, spec.components, place),
             *(f"for {name}: {reason}" for name, reason in lacking if reason),
+            *_without_gain(techniques, spec, place),
             *_simulated(formats, in_graphs, place),
             *_not_here(spec, size, place, dtype),
         ),
         (*_checks(configuration, spec, in_graphs), *idle),
         size,
     )
+
+
+def _without_gain(techniques: list[Technique], spec: ModelSpec, device: torch.device) -> list[str]:
+    """A line for each technique that is only simulated on a device."""
+    reasons = {each.name: each.simulated(spec, device) for each in techniques}
+    return [
+        f"for {name} to save time: {reason}; it is simulated until then, with the same quality"
+        for name, reason in reasons.items()
+        if reason
+    ]
 
 
 def _techniques(techniques: list[Technique], spec: ModelSpec, size: dict[str, int]) -> pd.DataFrame:

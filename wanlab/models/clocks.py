@@ -36,9 +36,10 @@ def _telling(base: Any) -> type:
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
             result = super().set_timesteps(num_inference_steps, *args, **kwargs)
+            self.wanlab_asked = len(self.timesteps) if num_inference_steps is None else num_inference_steps
             # Schedulers made from this one's configuration have no clock.
             for clock in getattr(self, "wanlab_clocks", ()):
-                clock.begin(len(self.timesteps) if num_inference_steps is None else num_inference_steps)
+                clock.begin(getattr(self, "num_inference_steps", None) or self.wanlab_asked)
             return result
 
         @wraps(base.step)

@@ -2,8 +2,12 @@ from .answers import cache_answer as cache_answer
 from .answers import skipped_steps as skipped_steps
 from .denoising import Call as Call
 from .denoising import Rule as Rule
+from .fp8_attention import attention_errors as attention_errors
+from .half_size_start import noise_level_for as noise_level_for
 from .ladder import Ladder as Ladder
 from .ladder import climb as climb
+from .mag_cache import Magnitudes as Magnitudes
+from .mag_cache import measure_magnitudes as measure_magnitudes
 from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
 from .registry import barred as barred

@@ -112,8 +112,9 @@ class Denoising:
 
     def frame(self) -> pd.DataFrame:
         """A row per call of the last generation, in order: step, component, branch, timestep, first, ran (whether the
-        network ran for it), by (the rule that answered in its place, or `""`)."""
-        columns = ["step", "component", "branch", "timestep", "first", "ran", "by"]
+        network ran for it), by (the rule that answered in its place, or `""`), size (of the latents that the network took,
+        `(T, H, W)` in most families; None where it did not run)."""
+        columns = ["step", "component", "branch", "timestep", "first", "ran", "by", "size"]
         rows = [row | {"timestep": largest_timestep(row["timestep"])} for row in self.rows]
         return pd.DataFrame(rows, columns=columns)
 
@@ -133,9 +134,11 @@ class Denoising:
         self._before[branch] = component
         call = Call(component, self.step, self.steps, first, branch, branch == WHOLE, arguments)
         passed: list[str] = []  # rules that the call came to, and "" once it came to the network
+        sizes: list[tuple[int, ...]] = []
 
         def run(given: Call) -> torch.Tensor:
             passed.append("")
+            sizes.append(tuple(given.latents.shape[2:]))
             return network(given)
 
         def inside(depth: int) -> Inner:
@@ -159,6 +162,7 @@ class Denoising:
                 "first": first,
                 "ran": passed[-1] == "",
                 "by": passed[-1],
+                "size": sizes[-1] if sizes else None,
             }
         )
         return prediction
@@ -184,8 +188,11 @@ class StandIn(CallProxy):
 
         def context(original: Callable) -> Callable:
             @contextmanager
-            def named(name: str) -> Iterator[None]:
-                with original(name), denoising.branch(name if name in ("cond", "uncond") else WHOLE):
+            def named(name: str, **others: Any) -> Iterator[None]:
+                with (
+                    original(name, **others),
+                    denoising.branch(name if name in ("cond", "uncond") else WHOLE),
+                ):
                     yield
 
             return named

@@ -74,6 +74,8 @@ class GateRule(WithoutText):
         self._apart: dict[str, torch.Tensor] = {}  # expert -> c - u of the last step that computed both
 
     def leaves_out(self, call: Call) -> bool:
+        if call.first and call.branch == "cond":
+            self._apart.pop(call.component, None)
         gate = math.ceil(self.settings.after_percent / 100 * call.steps)
         return call.step >= gate and call.component in self._apart
 

@@ -24,6 +24,7 @@ class Place:
     Attributes:
         model: the copy.
         denoising: the calls of its denoisers, and the rules around them.
+        bare: the model that `finish` was given: compiled and with engines, without the rules.
     """
 
     model: Model
@@ -31,7 +32,7 @@ class Place:
     _own: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model = _copied(self.model)
+        self.model = self.bare = _copied(self.model)
 
     def add(self, rule: Rule) -> None:
         """Put a rule around all that is around the calls of the denoisers so far."""
@@ -47,7 +48,7 @@ class Place:
 
     def finish(self, model: Model) -> Model:
         """A copy of `self.model`, or of what compilers and engines made of it, with the rules around its denoisers."""
-        self.model = _copied(model)
+        self.model, self.bare = _copied(model), model
         self.model.pipeline.scheduler = with_clock(model.pipeline.scheduler, self.denoising)
         self.denoising.install(self.model)
         return self.model

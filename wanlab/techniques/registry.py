@@ -15,12 +15,21 @@ import msgspec
 from wanlab.core.errors import WanlabError, did_you_mean
 from wanlab.core.plugins import run_files
 from wanlab.engines.registry import kind_of_label
+from wanlab.techniques.attention_kernel import AttentionKernel
 from wanlab.techniques.batched_guidance import BatchedGuidance
 from wanlab.techniques.easy_cache import EasyCache
+from wanlab.techniques.fp8_attention import Fp8Attention
+from wanlab.techniques.fused_qkv import FusedQkv
 from wanlab.techniques.guidance_gate import GuidanceGate
 from wanlab.techniques.guidance_interval import GuidanceInterval
+from wanlab.techniques.half_size_start import HalfSizeStart
+from wanlab.techniques.mag_cache import MagCache
+from wanlab.techniques.solver import Solver
+from wanlab.techniques.sparse_attention import SparseAttention
 from wanlab.techniques.technique import Technique
 from wanlab.techniques.text_keys import TextKeys
+from wanlab.techniques.two_timesteps import TwoTimesteps
+from wanlab.techniques.vae_channels_last import VaeChannelsLast
 
 VARIABLE = "WANLAB_TECHNIQUES"
 
@@ -38,7 +47,22 @@ def register(technique: type[Technique]) -> None:
     TECHNIQUES[technique.name] = technique
 
 
-for _technique in (TextKeys, BatchedGuidance, EasyCache, GuidanceGate, GuidanceInterval):
+for _technique in (
+    TextKeys,
+    FusedQkv,
+    AttentionKernel,
+    Fp8Attention,
+    SparseAttention,
+    TwoTimesteps,
+    VaeChannelsLast,
+    Solver,
+    BatchedGuidance,
+    EasyCache,
+    MagCache,
+    GuidanceGate,
+    GuidanceInterval,
+    HalfSizeStart,
+):
     register(_technique)
 
 

@@ -12,6 +12,7 @@ import torch
 from wanlab.core.errors import WanlabError
 from wanlab.models import facts
 from wanlab.models.pipeline import Model
+from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.place import Place
 from wanlab.techniques.registry import TECHNIQUES, barred, made, technique_of
@@ -19,6 +20,12 @@ from wanlab.techniques.technique import Proof, Shares, Technique
 
 Chosen = Mapping[str, Mapping[str, Any] | None]
 """Technique -> its settings; None or an empty mapping takes the defaults."""
+
+OPERATIONS_PER_BYTE = 160
+"""Operations in bfloat16 in the time of a byte of memory, on an H200: 700 TFLOP/s and 4.3 TB/s."""
+TABLE_BYTES = 21
+"""Bytes that a block moves for each modulation of a token without a compiler: read in 2 bytes, written and read as float32,
+written and read with the block's own table added, and a third of them written and read once more with one added."""
 
 
 @dataclass(eq=False)
@@ -117,15 +124,25 @@ def shares_by_operations(spec: ModelSpec, steps: int | None = None, **size: int 
     whole = denoising + float(table.drop(index=experts)["total_tflop"].sum())
     config = spec.part(spec.part_of(experts[0])).config
     width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    text = config.get("num_layers", 0) * 4 * spec.defaults.text_tokens * width**2 / 1e12
+    layers, total = config.get("num_layers", 0), float(forward["total_tflop"]) * 1e12
+    text = layers * 4 * spec.defaults.text_tokens * width**2
+    chosen = {name: size.get(name) or getattr(spec.defaults, name) for name in ("height", "width", "frames")}
+    tokens = latent_shape(spec, **chosen).tokens
+    own = layers * 6 * tokens * width**2  # queries, keys and values of the video
+    table = 0.0
+    if spec.expand_timesteps:
+        table = 2 * tokens * width * (config.get("freq_dim", 0) + 7 * width)
+        table += OPERATIONS_PER_BYTE * TABLE_BYTES * layers * 6 * tokens * width
     return Shares(
         "operations",
         denoising / whole,
         decoding / whole,
         float(forward["attention_tflop"] / forward["total_tflop"]),
-        text / float(forward["total_tflop"]),
+        text / total,
         branches,
         steps,
+        projections=(own + text) / total,
+        timesteps=table / (total + table),
     )
 
 
@@ -134,7 +151,8 @@ def catalogue(spec: ModelSpec, device: torch.device, **size: int | None) -> pd.D
 
     Returns:
         DataFrame: technique, does, tier, touches, at_most_times_faster (with its default settings), bound (its reason),
-        lacks (what it would take to run it here, or `""`), not_with, settings (with their defaults).
+        lacks (what it would take to run it here, or `""`),
+        simulated (what it would take to save time here), not_with, settings (with their defaults).
     """
     shares, rows = shares_by_operations(spec, **size), []
     for technique in sorted((technique_of(name)() for name in TECHNIQUES), key=lambda each: each.order):
@@ -149,6 +167,7 @@ def catalogue(spec: ModelSpec, device: torch.device, **size: int | None) -> pd.D
                 "at_most_times_faster": bound.times_faster,
                 "bound": bound.reason,
                 "lacks": lacks(technique, spec, device),
+                "simulated": technique.simulated(spec, device),
                 "not_with": sorted(technique.not_with),
                 "settings": settings,
             }

@@ -47,6 +47,8 @@ class Shares:
         text_keys: part of a forward that makes the keys and values of the text.
         branches: forwards of a step: 2 with guidance, else 1.
         steps: denoising steps.
+        projections: part of a forward that makes queries, keys and values.
+        timesteps: part of a forward that embeds a timestep for every token and reads its table of modulations.
     """
 
     source: str
@@ -56,6 +58,8 @@ class Shares:
     text_keys: float
     branches: int
     steps: int
+    projections: float = 0.0
+    timesteps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ class Technique(ABC, Generic[S]):
         """Why it cannot run on a model and a device, with what would bring it; empty if it can."""
         return ""
 
+    def simulated(self, spec: ModelSpec, device: torch.device) -> str:
+        """What it needs to save time, where it runs here in a simulation with the same quality; else empty."""
+        return ""
+
     @abstractmethod
     def bound(self, shares: Shares) -> Bound:
         """What it can buy at most."""
@@ -128,6 +136,17 @@ class Technique(ABC, Generic[S]):
     @abstractmethod
     def proof(self, place: Place) -> Proof:
         """What it did in the last generation of `place.model`: fails where nothing happened."""
+
+
+def setting_text(value: object) -> str:
+    """The value of a setting in tables, as it is written in a configuration."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, tuple | list):
+        return "; ".join(map(str, value)) or "none"
+    if value == "":
+        return "none"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def answered(calls: pd.DataFrame, name: str) -> str:

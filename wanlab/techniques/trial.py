@@ -20,6 +20,7 @@ from wanlab.measure.timing import Comparison
 from wanlab.models.pipeline import Generation, Model
 from wanlab.models.spec import EXPERTS
 from wanlab.techniques.easy_cache import EasyCache
+from wanlab.techniques.mag_cache import MagCache
 from wanlab.techniques.switch_on import Chosen, Switched, shares_by_operations, switch_on
 from wanlab.techniques.technique import TIERS, Bound, Shares
 
@@ -217,7 +218,7 @@ def _tried(
         passed = passed and all(one.passed for one in proofs)
         proof = " ".join(one.sentence for one in proofs)
         calls.append(switched.calls.assign(case=case))
-        for cache in (one for one in switched.techniques if isinstance(one, EasyCache)):
+        for cache in (one for one in switched.techniques if isinstance(one, EasyCache | MagCache)):
             decisions += [
                 decision._asdict() | {"case": case, "threshold": cache.settings.threshold}
                 for decision in cache.decisions

@@ -346,7 +346,7 @@ def _measured(call, reference, picked, samples, label, iterations, device, progr
         "samples": samples,
         "time_ms": samples.median,
         "relative_error": error,
-        "took": _took(call, device),
+        "took": kernel_of(call, device),
     }
 
 
@@ -369,8 +369,8 @@ def _reference(
     return torch.stack(outputs)
 
 
-def _took(call: Callable, device: Any) -> str:
-    """Backend and longest kernel, from the names in a profile of one call, which is not timed."""
+def kernel_of(call: Callable, device: Any) -> str:
+    """Backend and longest kernel of one call of attention, from a profile of it; `""` inside another profile."""
     if torch.autograd._profiler_enabled():
         return ""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

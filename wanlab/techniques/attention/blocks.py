@@ -1,0 +1,137 @@
+"""Which blocks of tokens attend to which: windows in space and time, and radial masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+PATTERNS = ("window", "radial")
+STEPS = 64
+"""Sizes of a pattern among which the one for a density is looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Blocks of keys that blocks of queries attend to.
+
+    Attributes:
+        kept: `[query blocks, key blocks]`, whether the pair is computed, with all of its tokens.
+        block: tokens of a block. tokens: of the video, in order of frames, rows and columns.
+        size: what made it, for readers.
+    """
+
+    kept: torch.Tensor
+    block: int
+    tokens: int
+    size: str
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of blocks that are computed."""
+        return int(self.kept.sum())
+
+    @property
+    def density(self) -> float:
+        """Part of the pairs that is computed."""
+        return self.pairs / self.kept.numel()
+
+    def of_tokens(self, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether a query sees a key: `[queries, tokens]`, of some queries or of all."""
+        numbers = torch.arange(self.tokens) if queries is None else queries.cpu()
+        keys = torch.arange(self.tokens) // self.block
+        return self.kept[numbers // self.block][:, keys]
+
+
+@dataclass(frozen=True, eq=False)
+class _Spans:
+    """Frames and places in the frame that each block covers, first and last, `[blocks]` each."""
+
+    frames: tuple[torch.Tensor, torch.Tensor]
+    places: tuple[torch.Tensor, torch.Tensor]
+
+    @staticmethod
+    def distance(ends: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Smallest distance between any member of two blocks, `[blocks, blocks]`."""
+        low, high = ends
+        return torch.maximum(low[None] - high[:, None], low[:, None] - high[None]).clamp_min(0)
+
+
+def _spans(grid: tuple[int, int, int], block: int) -> _Spans:
+    frames, height, width = grid
+    plane = height * width
+    first = torch.arange(0, frames * plane, block)
+    last = (first + block - 1).clamp_max(frames * plane - 1)
+    low, high = first // plane, last // plane
+    inside = low == high  # a block over two frames covers places of both ends
+    places = torch.where(inside, first % plane, 0), torch.where(inside, last % plane, plane - 1)
+    return _Spans((low, high), places)
+
+
+def _always(spans: _Spans) -> torch.Tensor:
+    """Keys of the first latent frame, which is the picture, and each block itself."""
+    return (spans.frames[0] == 0)[None] | torch.eye(len(spans.frames[0]), dtype=torch.bool)
+
+
+def window_table(grid: tuple[int, int, int], block: int, frames: int, rows: int) -> BlockTable:
+    """Keys within some latent frames and some rows of a query, on each side, and the first latent frame.
+
+    Args:
+        grid: tokens of the video, (frames, height, width). block: tokens of a block.
+    """
+    spans = _spans(grid, block)
+    by_row = (spans.places[0] // grid[2], spans.places[1] // grid[2])
+    near = (spans.distance(spans.frames) <= frames) & (spans.distance(by_row) <= rows)
+    return BlockTable(
+        near | _always(spans), block, math.prod(grid), f"{frames} frames and {rows} rows on each side"
+    )
+
+
+def radial_table(grid: tuple[int, int, int], block: int, decay: float) -> BlockTable:
+    """A window in the frame whose size halves each time the distance of frames doubles; neighbours and the first frame are
+    seen whole. Where the window is smaller than a block, some distances are left out instead. After Li et al. 2025, "Radial
+    attention" (arXiv:2506.19852), on whole blocks.
+
+    Args:
+        grid, block: as `window_table`. decay: factor of all windows.
+    """
+    spans, plane = _spans(grid, block), grid[1] * grid[2]
+    apart = spans.distance(spans.frames)
+    halvings = torch.floor(torch.log2(apart.clamp_min(1).float())) + 1
+    size = plane * decay / 2**halvings  # tokens on each side
+    near = spans.distance(spans.places) <= size
+    every = torch.ceil(block / (2 * size)).clamp_min(1)
+    kept = (apart <= 1) | (near & (apart % every == 0))
+    return BlockTable(kept | _always(spans), block, math.prod(grid), f"decay {decay:.3g}")
+
+
+def table_of_density(pattern: str, grid: tuple[int, int, int], block: int, density: float) -> BlockTable:
+    """The largest pattern of at most a density; the smallest one where even that is denser.
+
+    Args:
+        pattern: one of `PATTERNS`. grid, block: as `window_table`.
+    """
+    tables = _tables(pattern, grid, block)
+    table = next(tables)
+    while table.density > density and (smaller := next(tables, None)) is not None:
+        table = smaller
+    return table
+
+
+def _tables(pattern: str, grid: tuple[int, int, int], block: int) -> Iterator[BlockTable]:
+    """Tables of a pattern, from the densest to the sparsest."""
+    frames, height, _ = grid
+    before = None
+    for step in range(STEPS, -1, -1):
+        if pattern == "radial":
+            yield radial_table(
+                grid, block, 2 * frames * 2 ** (-(STEPS - step) / 5)
+            )  # the first one keeps all
+            continue
+        size = round(step / STEPS * (frames - 1)), round(step / STEPS * (height - 1))
+        if size != before:
+            yield window_table(grid, block, *size)
+        before = size

@@ -121,3 +121,20 @@ def test_a_default_profile_of_a_graph_of_one_clip_is_this_clip(tmp_path):
     shapes = network_shapes(source, PixelProfile())
     assert shapes.inputs["hidden_states"] == ((1, 3, 32, 8, 8), (1, 3, 32, 8, 8), (2, 3, 32, 8, 8))
     assert len({(clip.height, clip.width, clip.frames) for clip in shapes.clips.values()}) == 1
+
+
+def test_what_all_clips_share_keeps_its_size_beside_both_branches_of_guidance(tmp_path):
+    model = models.load("tiny-cogvideox1.5-i2v", weights="random", device="cpu")
+    assert model.pipeline.transformer.config.ofs_embed_dim
+    size = {"height": 64, "width": 64, "frames": 9}
+    export.export(model, "expert", tmp_path / "expert.onnx", **size)
+    inputs = read_source(tmp_path / "expert.onnx").inputs
+    assert (inputs["ofs"][1], inputs["timestep"][1]) == ((1,), ("batch",))
+    engine = OrtEngine(tmp_path / "expert.onnx", provider="cpu")
+    plan = component_spec(model, "expert")
+    shape = export.components.default_shape(model, batch=2, **size)
+    drawn = plan.inputs_for(shape, torch.Generator().manual_seed(0))
+    feeds = dict(zip(plan.inputs, drawn, strict=True))
+    with torch.no_grad():
+        expected = plan.reference(*drawn)
+    assert torch.allclose(engine.run(feeds)["velocity"], expected, atol=1e-4)

@@ -72,6 +72,7 @@ def test_latents_and_tokens_are_those_published(name, size, latent, tokens):
         ("ltx-video-2b", (480, 840, 97), "multiple of 32"),
         ("ltx-video-2b", (480, 832, 81 + 4), r"8k\+1: the nearest is 81 or 89"),
         ("cogvideox-5b-i2v", (480, 736, 49), "learned for 480x720"),
+        ("tiny-cogvideox1.5-i2v", (64, 96, 9), "end at 64x64: take at most that size"),
         ("hunyuanvideo", (720, 1288, 129), "multiple of 16"),
         ("wan2.2-ti2v-5b", (720, 1280, 121), "multiple of 32"),
     ],

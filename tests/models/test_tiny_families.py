@@ -195,3 +195,18 @@ def test_statistics_of_latents_are_not_random():
 
     vae = load("tiny-ltx-t2v", weights="random", device="cpu", components=("vae_decoder",)).pipeline.vae
     assert torch.equal(vae.latents_std, torch.ones_like(vae.latents_std))
+
+
+def test_a_text_beside_the_tokens_of_a_picture_has_512_whatever_the_tokenizer_takes(saved, tmp_path):
+    folder = shutil.copytree(saved("tiny-wan2.1-i2v"), tmp_path / "model")
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 40}))
+    model = load(str(folder), device="cpu")
+    assert model.text_tokens == 512
+    given = inputs(model)
+    size = {name: given[name] for name in ("image", "prompt", "height", "width")}
+    assert model.generate(**size, frames=given["num_frames"], steps=2).video.std() > 0
+    stated = {"defaults": {"text_tokens": 40}}
+    (folder / "wanlab.json").write_text(json.dumps(stated))
+    with pytest.raises(WanlabError, match=r"wanlab\.json: text_tokens is 40, and .* takes 512 alone"):
+        load(str(folder), device="cpu")

@@ -31,8 +31,13 @@ def dtype_of(tensor: Tensor, floats: torch.dtype) -> torch.dtype:
 
 
 def shared_by_batch(inputs: Mapping[str, Any]) -> set[str]:
-    """Names of the inputs that all clips of a batch share: tables of positions and scales of blocks."""
-    return {name for name, value in inputs.items() if isinstance(value, tuple) or name.endswith("_scale")}
+    """Names of the inputs that all clips of a batch share: tables of positions, scales of blocks, and what CogVideoX 1.5
+    calls `ofs`, one number for all."""
+    return {
+        name
+        for name, value in inputs.items()
+        if isinstance(value, tuple) or name.endswith("_scale") or name == "ofs"
+    }
 
 
 def drawn(

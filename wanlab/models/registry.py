@@ -22,7 +22,7 @@ from wanlab.core.paths import data, existing, locate
 from wanlab.core.text import parse_json, read_text
 from wanlab.models.families import family_of
 from wanlab.models.lora import split_model, with_lora
-from wanlab.models.spec import Defaults, ModelSpec, Part, component_parts
+from wanlab.models.spec import EXPERTS, Defaults, ModelSpec, Part, component_parts
 
 NANO = "wan-nano"
 
@@ -316,6 +316,12 @@ def _with_stated_defaults(folder: Path, spec: ModelSpec) -> ModelSpec:
         defaults = msgspec.convert(asdict(spec.defaults) | stated, Defaults, strict=False)
     except msgspec.ValidationError as error:
         raise WanlabError(f"{path}: {first_line(error)}") from error
+    denoiser = spec.part(spec.part_of(next(name for name in spec.components if name in EXPERTS)))
+    fixed = family_of(spec.pipeline_class).fixed_text_tokens(denoiser.config)
+    if fixed and defaults.text_tokens != fixed:
+        raise WanlabError(
+            f"{path}: text_tokens is {defaults.text_tokens}, and a {denoiser.class_name} with pictures takes {fixed} alone"
+        )
     sized = not {"height", "width", "frames"}.isdisjoint(stated)
     return replace(spec, defaults=defaults, sizes_stated=sized or spec.sizes_stated)
 

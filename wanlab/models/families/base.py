@@ -119,6 +119,10 @@ class Family:
         """Tokens that a prompt is padded to where a model states none."""
         return self.defaults.text_tokens
 
+    def fixed_text_tokens(self, denoiser: Mapping[str, Any]) -> int | None:
+        """Tokens that every prompt has, whatever the tokenizer's limit, where the denoiser takes no other number."""
+        return None
+
     def conditions(self, spec: ModelSpec) -> dict[str, str]:
         """Inputs that a generation needs besides the prompt: name of the pipeline's argument -> PICTURE or CLIP."""
         if "VideoToVideo" in spec.pipeline_class:

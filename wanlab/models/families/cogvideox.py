@@ -34,8 +34,13 @@ class CogVideoX(Family):
         )
 
     def refuses(self, spec: ModelSpec, height: int, width: int, frames: int) -> str:
-        """Learned position embeddings are those of one size."""
+        """Learned position embeddings are those of one size, and the tables of CogVideoX 1.5 end at one."""
         config = spec.part(spec.part_of("expert")).config
+        if config.get("patch_size_t"):
+            most = config["sample_height"] * spec.spatial_factor, config["sample_width"] * spec.spatial_factor
+            if height <= most[0] and width <= most[1]:
+                return ""
+            return f"its position embeddings end at {most[0]}x{most[1]}: take at most that size"
         if not config.get("use_learned_positional_embeddings"):
             return ""
         own = (

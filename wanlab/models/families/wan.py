@@ -30,6 +30,10 @@ class Wan(Family):
         """The pipelines ask for multiples of 16."""
         return multiples(step, 16)
 
+    def fixed_text_tokens(self, denoiser: Mapping[str, Any]) -> int | None:
+        """Where the tokens of a picture stand before those of the text, diffusers takes the last 512 for the text."""
+        return self.defaults.text_tokens if denoiser.get("image_dim") is not None else None
+
     def conditions(self, spec: ModelSpec) -> dict[str, str]:
         """The first picture; the last too where the transformer has position embeddings of two pictures."""
         needed = super().conditions(spec)

@@ -112,6 +112,13 @@ def test_mistakes_are_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_parameter_as_papermill_takes_it_says_how_it_is_written_here(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "10_baseline", "-p", "steps", "3"])
+    assert caught.value.code == 2
+    assert "'steps' has no value: write steps=VALUE in one word" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".yaml"])
 def test_a_name_that_no_file_can_have_is_one_line(capsys, name):
     assert cli.main(["config", "show", name]) == 2

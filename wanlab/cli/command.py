@@ -51,6 +51,13 @@ def safe(value: Any, width: int | None = CELL_WIDTH) -> str:
     return text if width is None or len(text) <= width else f"{text[: width - 3]}..."
 
 
+def assigned(text: str) -> str:
+    """`NAME=VALUE`, as the type of an argument."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no value: write {text}=VALUE in one word")
+    return text
+
+
 def positive(text: str) -> float:
     """A number above 0, as the type of an argument."""
     try:

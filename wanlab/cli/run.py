@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wanlab.cli.command import Command, positive, show
+from wanlab.cli.command import Command, assigned, positive, show
 from wanlab.core.files import read_json
 from wanlab.core.paths import from_here
 from wanlab.launch.execute import execute
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parameter",
         action="append",
         default=[],
+        type=assigned,
         metavar="NAME=VALUE",
         help="override a parameter; repeatable",
     )

@@ -56,6 +56,9 @@ from .runs import failure_bars as failure_bars
 from .runs import parallel_lines as parallel_lines
 from .runs import run_frontier as run_frontier
 from .runs import technique_bars as technique_bars
+from .serving import request_parts as request_parts
+from .serving import throughput_lines as throughput_lines
+from .serving import wait_rows as wait_rows
 from .style import COMPONENT_COLOURS as COMPONENT_COLOURS
 from .style import NAMES as NAMES
 from .style import OTHERS as OTHERS

@@ -1,5 +1,14 @@
 from .jobs import Job as Job
 from .jobs import JobStore as JobStore
+from .load import Reply as Reply
+from .load import remote as remote
+from .load import send as send
+from .load_answer import load_answer as load_answer
+from .load_test import BatchBound as BatchBound
+from .load_test import LoadTest as LoadTest
+from .load_test import batch_bound as batch_bound
+from .load_test import load_test as load_test
+from .load_test import size_of as size_of
 from .running import Served as Served
 from .running import served as served
 from .settings import ServiceSettings as ServiceSettings

@@ -128,6 +128,7 @@ def make_app(service: Service) -> FastAPI:
             "id": facts.name, "object": "model", "owned_by": "wanlab", "created": 0, "needs": facts.needs, "fps": facts.fps,
             "steps": facts.steps, "guidance_scale": facts.guidance_scale, "any_size": facts.any_size,
             "sizes": [{"size": f"{w}x{h}", "num_frames": f} for w, h, f in facts.sizes],
+            "size_step": facts.size_step, "frame_step": facts.frame_step, "fewest_steps": facts.fewest_steps,
             "max_batch": facts.max_batch, "one_at_a_time": facts.alone or None, "versions": facts.versions,
         }  # fmt: skip
         return JSONResponse({"object": "list", "data": [about]}, headers=SAFE)

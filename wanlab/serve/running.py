@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,11 +28,18 @@ CONNECTIONS = 1000
 
 @dataclass(frozen=True)
 class Served:
-    """A running service: its address, its token (empty where none is asked for), and the facts of its model."""
+    """A running service.
+
+    Attributes:
+        url: its address. token: empty where none is asked for. facts: of its model.
+        limit: makes so many videos at a time from now on, or as many as the workers make (None); None itself for a service
+            of another process, which has no such switch.
+    """
 
     url: str
     token: str
     facts: ModelFacts
+    limit: Callable[[int | None], None] | None = None
 
 
 @contextmanager
@@ -75,7 +83,7 @@ def served(
             if service.fault is not None:
                 raise WanlabError(service.fault)
             time.sleep(0.02)
-        yield Served(url, settings.token, service.facts)
+        yield Served(url, settings.token, service.facts, partial(setattr, service, "at_once"))
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -87,6 +87,7 @@ class Service:
         self.metrics = Metrics()
         self.facts: ModelFacts | None = None
         self.fault: str | None = None
+        self.at_once: int | None = None  # videos at a time; None is as many as the workers make
         self.store = JobStore(settings.folder)
         self._queue: deque[str] = deque()
         self._live: dict[str, _Live] = {}
@@ -122,6 +123,11 @@ class Service:
     def ready(self) -> bool:
         """Whether the workers are loaded and warmed up."""
         return self.facts is not None and self.fault is None
+
+    @property
+    def capacity(self) -> int:
+        """Videos that are made at a time."""
+        return min(self.workers.capacity, self.at_once or self.workers.capacity)
 
     async def submit(self, fields: Mapping[str, Any], key: str | None = None) -> tuple[Job, bool]:
         """Check and accept a request; the job, and whether it is new.
@@ -255,11 +261,11 @@ class Service:
             self.fault = f"no worker could be started: {first_line(error)}"
             return
         while True:
-            if self._queue and not self._running and len(self._queue) < self.workers.capacity:
+            if self._queue and not self._running and len(self._queue) < self.capacity:
                 await asyncio.sleep(
                     self.settings.batch_wait_s
                 )  # so that those who come together begin together
-            while self._queue and len(self._running) < self.workers.capacity:
+            while self._queue and len(self._running) < self.capacity:
                 identity = self._queue.popleft()
                 live = self._live[identity]
                 self._running.add(identity)
@@ -398,17 +404,13 @@ class Service:
             return round(max(0.0, left - (time.monotonic() - live.step_at)), 1)
         if whole is None:
             return None
-        rounds = (
-            0
-            if job.status == IN_PROGRESS
-            else 1 + (self._position(job) or 0) // max(1, self.workers.capacity)
-        )
+        rounds = 0 if job.status == IN_PROGRESS else 1 + (self._position(job) or 0) // max(1, self.capacity)
         return round(whole * (1 + rounds), 1)
 
     def _retry_after(self) -> int:
         known = list(self._job_s.values())
         usual = sum(known) / len(known) if known else 10.0
-        return max(1, round(usual / max(1, self.workers.capacity)))
+        return max(1, round(usual / max(1, self.capacity)))
 
 
 def _mean(means: dict[tuple, float], key: tuple, value: float) -> None:

@@ -22,7 +22,7 @@ from wanlab.models.families.base import PICTURE, Family
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.inputs import prepared
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size, token_count
-from wanlab.models.spec import EXPERTS, ModelSpec
+from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_size
 
 COLD_BELOW, WARM_ABOVE = 0.05, 0.95
@@ -380,8 +380,8 @@ class Model:
 
 def text_tokens(pipeline: Any, spec: ModelSpec) -> int:
     """See `Model.text_tokens`."""
-    denoiser = spec.part(spec.part_of(next(name for name in spec.components if name in EXPERTS)))
-    if fixed := family_of(spec.pipeline_class).fixed_text_tokens(denoiser.config):
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "transformer_2", None)
+    if denoiser is not None and (fixed := family_of(spec.pipeline_class).fixed_text_tokens(denoiser.config)):
         return fixed
     longest = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     return int(min(spec.defaults.text_tokens, longest or math.inf))

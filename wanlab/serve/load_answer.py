@@ -77,10 +77,13 @@ def _reason(bound: BatchBound, formed: str) -> str:
 def _bound_tile(bound: BatchBound | None) -> tuple[str, str, str] | None:
     if bound is None:
         return None
+    shared = f"{bound.times_faster:.2f}× by shared launches, Python and copies alone"
+    if bound.together is None:
+        return "most it could buy", f"{bound.times_faster:.2f}×", shared
     return (
-        "most by shared work",
-        f"{bound.times_faster:.2f}×",
-        f"if {bound.batch} videos shared all launches, Python and copies",
+        "the model itself",
+        f"{bound.together.speedup:.2f}×",
+        f"{bound.batch} videos together, no service; {shared}",
     )
 
 

@@ -50,6 +50,11 @@ class BatchBound:
         shared = self.shared_percent / 100
         return 1 / (1 - shared + shared / self.batch)
 
+    @property
+    def videos_per_min(self) -> float | None:
+        """Videos per minute that the model itself makes in batches, with nothing around it."""
+        return None if self.together is None else 60e3 * self.batch / self.together.candidate_ms
+
     def frame(self) -> pd.DataFrame:
         """One row: batch, shared_percent, times_faster_at_most, alone (why there are no batches), and together_ with the
         columns of `Comparison.row`."""

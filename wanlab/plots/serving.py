@@ -16,12 +16,12 @@ PARTS = {
 }
 
 
-def throughput_lines(frame: pd.DataFrame, bound: float | None = None) -> go.Figure:
+def throughput_lines(frame: pd.DataFrame, most: float | None = None) -> go.Figure:
     """Videos per minute by the number of callers that wait, a line for each way of serving.
 
     Args:
         frame: `LoadTest.frame`.
-        bound: times faster than one at a time that batches could be at most, drawn at the fewest callers' throughput.
+        most: videos per minute that the model itself makes in batches.
     """
     needs(frame, "throughput_lines", "way", "callers", "videos_per_min")
     rows = frame[frame["callers"].notna()]
@@ -36,13 +36,8 @@ def throughput_lines(frame: pd.DataFrame, bound: float | None = None) -> go.Figu
             marker={"size": 9},
             hovertemplate="%{x} callers: %{y:.3g} videos a minute<extra>%{fullData.name}</extra>",
         )
-    usual = rows.loc[rows["way"] == "one at a time", "videos_per_min"]
-    if bound is not None and len(usual):
-        limit_line(
-            figure,
-            float(usual.iloc[0]) * bound,
-            f"most that batches could reach by shared work, {bound:.2f}×",
-        )
+    if most is not None:
+        limit_line(figure, most, "the model itself in batches, without a service")
     figure.update_xaxes(title_text="callers at a time", tickvals=sorted(set(rows["callers"])))
     figure.update_yaxes(title_text="videos a minute", rangemode="tozero")
     return figure.update_layout(template=theme(), height=360, margin={"t": 40})

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The load generator of the service's tests pins other versions than wanlab does, so it has an environment of its own.
+AIPERF := $(VENV)/aiperf/bin/aiperf
 # Two test processes share the cores: one thread each, or they wait for one another.
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # The order of tests is that of tests/conftest.py: what takes long starts first.
@@ -31,6 +33,11 @@ $(STAMP): pyproject.toml
 	@echo "installed" >&2
 	@touch $@
 
+$(AIPERF): $(STAMP)
+	@$(BIN)/python -m venv $(VENV)/aiperf
+	@$(VENV)/aiperf/bin/python -m pip install --quiet --disable-pip-version-check 'aiperf>=0.13,<0.14' || \
+		echo "no AIPerf, so its test of the service is skipped" >&2
+
 demo: $(STAMP) ## one photograph to one report; the last line is the path of the report
 	@$(BIN)/wanlab run notebooks/00_quickstart.ipynb --force
 
@@ -39,7 +46,7 @@ check: $(STAMP) ## style, types and the quick tests: two minutes on two cores
 	@$(BIN)/ruff format --check .
 	@$(TESTS) -m "not notebook and not browser and not slow and not gpu"
 
-test: $(STAMP) chromium ## run every test, and with them every notebook; prints the ten slowest
+test: $(STAMP) $(AIPERF) chromium ## run every test, and with them every notebook; prints the ten slowest
 	@$(TESTS) --durations=10
 
 kills: $(STAMP) ## kill runs, sweeps, publications and exports at 30 random moments; nothing may be lost or left

@@ -19,6 +19,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "43_ladder": (),
     "44_caches": (),
     "50_before_after": (),
+    "70_serving": (),
 }
 """Notebook -> parameters that differ from its own, where those take long."""
 

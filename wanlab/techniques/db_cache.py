@@ -1,4 +1,4 @@
-"""DBCache of cache-dit: the first blocks of a denoiser tell whether the others are computed or answered from the last call."""
+"""DBCache of cache-dit: the first blocks of a denoiser tell whether the others are computed or answered from memory."""
 
 from __future__ import annotations
 
@@ -102,13 +102,14 @@ class DBCache(Technique[DBCacheSettings]):
         assert self.rule is not None
         rule, total, parts = self.rule, 0, []
         rule.collect()
+        if early := [answer.component for answer in rule.answers if answer.skipped and answer.first]:
+            expert = component_title(early[0])
+            return Proof(
+                False, f"{self.name} answered the first call of the {expert} from before it took over."
+            )
         for component in dict.fromkeys(answer.component for answer in rule.answers):
             own = [answer for answer in rule.answers if answer.component == component]
             expert, skipped = component_title(component), sum(answer.skipped for answer in own)
-            if any(answer.skipped and answer.first for answer in own):
-                return Proof(
-                    False, f"{self.name} answered the first call of the {expert} from before it took over."
-                )
             told = {(each.step, each.branch) for each in rule.told if each.component == component}
             if told != {(each.step, each.role) for each in own if each.skipped}:
                 return Proof(
@@ -125,7 +126,8 @@ class DBCache(Technique[DBCacheSettings]):
             parts.append(f"{skipped} of {len(own)} calls of the {expert}")
         if not total:
             return Proof(
-                False, f"{self.name} skipped nothing: every step is among the first of an expert, or none ran."
+                False,
+                f"{self.name} skipped nothing: every step is among the first of an expert, or none ran.",
             )
         blocks = sorted({counted(count, "block") for count in rule.skippable.values()})
         return Proof(
@@ -140,8 +142,8 @@ class DBCache(Technique[DBCacheSettings]):
 
     @property
     def decisions(self) -> list[Decision]:
-        """What was decided in the last generation, of the branch with text; each change is that since the last computed call,
-        so it is its own sum."""
+        """What was decided in the last generation, of the branch with text; a change is that since the last computed call, so
+        it is its own sum."""
         if self.rule is None:
             return []
         self.rule.collect()

@@ -58,8 +58,8 @@ class DBCache(Technique[DBCacheSettings]):
     name = "db_cache"
     does = "computes the first blocks, and the others only where what the first ones add has changed enough"
     tier = "lossy"
-    order = 7
-    order_reason = "it stands around the blocks, whatever was changed inside of them, and within the calls"
+    order = 9
+    order_reason = "it stands around the blocks, whatever was changed inside of them, and inside of the calls"
     not_with: ClassVar[Mapping[str, str]] = {"easy_cache": _DECIDES, "mag_cache": _DECIDES}
     not_on: ClassVar[Mapping[str, str]] = in_graphs("its graph computes all blocks")
     Settings = DBCacheSettings
@@ -124,12 +124,14 @@ class DBCache(Technique[DBCacheSettings]):
                 )
             total += skipped
             parts.append(f"{skipped} of {len(own)} calls of the {expert}")
+        calls = place.calls
+        left_out = calls["left_out"].map(len) > 0
         if not total:
             return Proof(
                 False,
                 f"{self.name} skipped nothing: every step is among the first of an expert, or none ran.",
             )
-        blocks = sorted({counted(count, "block") for count in rule.skippable.values()})
+        blocks = sorted({counted(len(middle), "block") for middle in calls.loc[left_out, "left_out"]})
         return Proof(
             True,
             f"{self.name} left out {listed(blocks)} in {listed(parts)}, by the blocks that ran and by cache-dit.",
@@ -142,8 +144,8 @@ class DBCache(Technique[DBCacheSettings]):
 
     @property
     def decisions(self) -> list[Decision]:
-        """What was decided in the last generation, of the branch with text; a change is that since the last computed call, so
-        it is its own sum."""
+        """What was decided in the last generation, of the branch with text; each change is that since the last computed
+        call, so it is its own sum."""
         if self.rule is None:
             return []
         self.rule.collect()
@@ -188,14 +190,13 @@ class BlockRule:
     Attributes:
         answers: of every call of the last generation. told: its skipped calls, as cache-dit tells them.
         decisions: of the branch with text, where cache-dit measured a change.
-        skippable: component -> blocks that a skipped call leaves out.
     """
 
     name = DBCache.name
 
     def __init__(self, settings: DBCacheSettings, place: Place) -> None:
         self.settings, self.place = settings, place
-        self.skippable: dict[str, int] = {}
+        self._blocks: dict[str, tuple[range, int]] = {}  # those that a skipped call leaves out, of how many
         self._networks: dict[str, torch.nn.Module] = {}
         self._ran: dict[str, int] = {}
         self.begin()
@@ -219,6 +220,8 @@ class BlockRule:
         before = self._ran[call.component]
         prediction = inner(call)
         skipped = self._ran[call.component] == before
+        if skipped:
+            self.place.denoising.leave_out(*self._blocks[call.component])
         free = len(self._steps) > self._computed
         self.answers.append(Answer(call.step, call.component, call.branch, call.first, free, skipped))
         return prediction
@@ -279,8 +282,9 @@ class BlockRule:
                 self._ran[component] = 0
                 count_calls(network.blocks[self.settings.first_blocks], self._counter(component))
                 put_around(network, _config(self.settings, True, 1))
-                always = self.settings.first_blocks + self.settings.last_blocks
-                self.skippable[component] = len(network.blocks) - always
+                count = len(network.blocks)
+                middle = range(self.settings.first_blocks, count - self.settings.last_blocks)
+                self._blocks[component] = (middle, count)
                 self._networks[component] = network
 
     def _counter(self, component: str) -> Callable[[], None]:

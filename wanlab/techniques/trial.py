@@ -52,8 +52,8 @@ class Tried:
 
     @property
     def skipped_percent(self) -> float:
-        """Percent of the denoiser's calls in which no network ran."""
-        return 100 * float((~self.calls["ran"]).mean())
+        """Percent of the denoiser's calls in which no network ran; where a part of its blocks did, by this part."""
+        return 100 * float(self.calls["skipped"].mean())
 
     @property
     def times_faster_at_most(self) -> float:

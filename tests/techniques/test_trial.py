@@ -59,6 +59,7 @@ def test_calls_and_decisions_are_kept_of_every_case(trial):
     assert len(plots.change_curve(decisions).data) == 2
     assert len(plots.skip_map(skipped_steps(calls)).data) == 2
     assert plots.loss_of_variants(trial.frame(), 3.0).data
+    assert len(plots.loss_against_skipped(trial.frame(), 3.0).data) == 3  # threshold, gate, the original
 
 
 def with_losses(trial, *losses):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from wanlab.core.answer import Answer, Step, answer, fitting, step
-from wanlab.core.words import percent_text
+from wanlab.core.words import capital, percent_text
 from wanlab.techniques.trial import Trial, Tried
 
 ENOUGH_CASES = 8
@@ -22,7 +22,7 @@ def cache_answer(trial: Trial, limit_percent: float, cases: int) -> Answer:
     within = trial.within(limit_percent)
     idle = [tried for tried in trial.variants if not tried.passed]
     detail = (
-        f"{idle[0].label.capitalize()} skipped nothing in at least one of the videos: it is too low to do anything."
+        f"{capital(idle[0].label)} skipped nothing in at least one of the videos: it is too low to do anything."
         if idle
         else ""
     )

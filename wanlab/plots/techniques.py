@@ -95,7 +95,7 @@ def loss_against_skipped(frame: pd.DataFrame, limit_percent: float) -> go.Figure
         hovertemplate="the original<extra></extra>",
     )
     if known:
-        limit_line(figure, limit_percent, f"limit {limit_percent:g} %")
+        limit_line(figure, limit_percent, f"limit {limit_percent:g} %", x=0.08, xanchor="left")
     figure.update_xaxes(title_text="skipped work of the denoiser (%)", rangemode="tozero")
     figure.update_yaxes(
         title_text="quality loss (%), less is better" if known else "times as fast as the original"
@@ -170,10 +170,9 @@ def change_curve(decisions: pd.DataFrame) -> go.Figure:
     """
     needs(decisions, "change_curve", "variant", "step", "summed_change", "threshold")
     groups = _groups(decisions["variant"])
-    figure = make_subplots(
-        rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=list(groups)
-    )
-    for row, variants in enumerate(groups.values(), 1):
+    figure = make_subplots(rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    for row, (title, variants) in enumerate(groups.items(), 1):
+        figure.update_yaxes(title_text=f"change, {title}", rangemode="tozero", row=row, col=1)
         for index, variant in enumerate(variants):
             rows = decisions[decisions["variant"] == variant]
             means = rows.groupby("step")["summed_change"].mean()
@@ -192,14 +191,12 @@ def change_curve(decisions: pd.DataFrame) -> go.Figure:
             line = {"color": tint, "dash": "dot", "width": 1.5}
             figure.add_hline(y=rows["threshold"].iloc[0], line=line, row=row, col=1)
     figure.update_xaxes(title_text="step", row=len(groups), col=1)
-    figure.update_yaxes(title_text="estimated change", rangemode="tozero")
     figure.add_annotation(
         text="dotted: the thresholds",
         xref="paper",
         yref="paper",
         x=1,
         y=1.0,
-        yanchor="bottom",
         showarrow=False,
         font={"color": GREY},
     )

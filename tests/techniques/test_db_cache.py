@@ -175,6 +175,17 @@ def test_a_configuration_proves_it(bench, tmp_path):
     assert used.effect == "not applied"
 
 
+def test_a_trial_counts_a_skipped_call_by_its_blocks(bench):
+    asked = [{"image": bench.image, "prompt": bench.prompt} | SETTINGS | {"output": "np"}]
+    variants, _ = techniques.cache_variants(bench.model, {"db_cache": [0.2]})
+    trial = techniques.try_out(bench.model, variants, asked, rounds=1, precision=None, progress=False)
+    (tried,) = trial.variants
+    answers = tried.switched.techniques[0].rule.answers
+    share = sum(answer.skipped for answer in answers) / 24
+    assert tried.skipped_percent == pytest.approx(100 * share * 5 / 6)
+    assert set(trial.decisions()["component"]) == {"expert_high", "expert_low"}
+
+
 @pytest.mark.slow
 def test_compiled_blocks_are_left_out_too(bench, tmp_path):
     made = configuration.Configuration(

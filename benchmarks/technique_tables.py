@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from table_text import markdown
 
-from wanlab.techniques import TECHNIQUES
+from wanlab.techniques import TECHNIQUES, conflicts
 from wanlab.techniques.attention.kernels import KERNELS
 from wanlab.techniques.technique import setting_text
 
@@ -44,13 +44,14 @@ def techniques() -> str:
     for kind in sorted(TECHNIQUES.values(), key=lambda each: each.order):
         settings = kind().settings
         shown = [f"`{name}` {setting_text(getattr(settings, name))}" for name in settings.__struct_fields__]
+        others = {name for name in TECHNIQUES if conflicts((kind.name, name))}
         rows.append(
             [
                 f"`{kind.name}`",
                 kind.does,
                 kind.tier,
                 ", ".join(shown) or "none",
-                ", ".join(f"`{name}`" for name in sorted({*kind.not_with, *kind.not_on})) or "-",
+                ", ".join(f"`{name}`" for name in sorted({*others, *kind.not_on})) or "-",
             ]
         )
     return markdown(["technique", "what it does", "tier", "settings, with their defaults", "not with"], rows)

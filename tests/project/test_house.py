@@ -43,6 +43,10 @@ RUNTIME_BASES = {
     "wanlab/engines/tensorrt/network.py: Monitor",
     "wanlab/engines/tensorrt/runtime.py: Logger",
     "wanlab/models/clocks.py: TellingScheduler",
+    "wanlab/techniques/db_cache.py: Counted",
+    "wanlab/techniques/half_size_start.py: BothSizesPipeline",
+    "wanlab/techniques/half_size_start.py: GrowingScheduler",
+    "wanlab/techniques/solver.py: FewerSteps",
 }
 
 

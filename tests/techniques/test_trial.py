@@ -59,6 +59,7 @@ def test_calls_and_decisions_are_kept_of_every_case(trial):
     assert len(plots.change_curve(decisions).data) == 2
     assert len(plots.skip_map(skipped_steps(calls)).data) == 2
     assert plots.loss_of_variants(trial.frame(), 3.0).data
+    assert len(plots.loss_against_skipped(trial.frame(), 3.0).data) == 3  # threshold, gate, the original
 
 
 def with_losses(trial, *losses):
@@ -91,3 +92,19 @@ def test_a_trial_without_sense_is_refused(variants, message):
     model = models.load("wan-nano", device="cpu")
     with pytest.raises(WanlabError, match=message):
         techniques.try_out(model, variants, [{}])
+
+
+def test_variants_of_caches_are_those_that_can_run_here():
+    chosen = {"easy_cache": [0.05, 0.2], "mag_cache": [0.06], "db_cache": []}
+    variants, left_out = techniques.cache_variants(models.load("wan-nano", device="cpu"), chosen, [50])
+    assert variants == {
+        "EasyCache at 0.05": {"easy_cache": {"threshold": 0.05}},
+        "EasyCache at 0.2": {"easy_cache": {"threshold": 0.2}},
+        "MagCache at 0.06": {"mag_cache": {"threshold": 0.06}},
+        "gate after 50 %": {"guidance_gate": {"after_percent": 50}},
+    }
+    assert left_out == []
+    other = models.load("tiny-ltx-i2v", weights="random", device="cpu")
+    variants, (line,) = techniques.cache_variants(other, chosen)
+    assert list(variants) == ["EasyCache at 0.05", "EasyCache at 0.2"]
+    assert line.startswith("mag_cache is left out: it needs a model of the Wan family")

@@ -67,6 +67,7 @@ from .style import label as label
 from .style import theme as theme
 from .techniques import change_curve as change_curve
 from .techniques import ladder_rows as ladder_rows
+from .techniques import loss_against_skipped as loss_against_skipped
 from .techniques import loss_of_variants as loss_of_variants
 from .techniques import skip_map as skip_map
 from .triage import decision_tree as decision_tree

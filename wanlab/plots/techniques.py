@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from wanlab.core.words import NAMES
 from wanlab.plots.intervals import interval_rows
-from wanlab.plots.style import GREY, ROW_PX, colour, needs, theme
+from wanlab.plots.style import GREY, OTHERS, ROW_PX, colour, limit_line, needs, theme
 
 
 def loss_of_variants(frame: pd.DataFrame, limit_percent: float) -> go.Figure:
@@ -41,6 +42,86 @@ def loss_of_variants(frame: pd.DataFrame, limit_percent: float) -> go.Figure:
         reference_text="the original",
         limit=limit_percent,
     )
+
+
+def loss_against_skipped(frame: pd.DataFrame, limit_percent: float) -> go.Figure:
+    """Quality loss against the share of the work of the denoiser that is skipped, a line per technique through its settings,
+    with their intervals; times as fast where no loss is known.
+
+    Args:
+        frame: `Trial.frame`. limit_percent: limit of the loss.
+    """
+    needs(frame, "loss_against_skipped", *_COLUMNS)
+    known = frame["quality_loss_percent"].notna().any()
+    value, low, high = (
+        ("quality_loss_percent", "loss_low", "loss_high") if known else ("speedup", "low", "high")
+    )
+    unit, origin = ("%", 0.0) if known else ("×", 1.0)
+    figure = go.Figure()
+    for index, (title, variants) in enumerate(_groups(frame["variant"]).items()):
+        rows = frame[frame["variant"].isin(variants)].sort_values("skipped_percent")
+        middle, tint = rows[value].astype(float), OTHERS[index % len(OTHERS)]
+        ends = {name: rows[column].astype(float) for name, column in (("low", low), ("high", high))}
+        figure.add_scatter(
+            x=rows["skipped_percent"],
+            y=middle,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (ends["high"] - middle).fillna(0),
+                "arrayminus": (middle - ends["low"]).fillna(0),
+                "thickness": 1.5,
+            },
+            mode="lines+markers+text",
+            name=title,
+            text=[variant.partition(" ")[2] for variant in rows["variant"]],
+            textposition="top right" if index % 2 == 0 else "bottom right",
+            line={"color": tint, "width": 2},
+            marker={
+                "size": 10,
+                "symbol": ["circle" if did else "circle-open" for did in rows["did_what_it_says"]],
+            },
+            customdata=rows[["variant", "speedup"]],
+            hovertemplate="%{customdata[0]}: skips %{x:.3g} %, %{y:+.3g} "
+            + unit
+            + ", %{customdata[1]:.2f}× as fast<extra></extra>",
+        )
+    figure.add_scatter(
+        x=[0],
+        y=[origin],
+        mode="markers",
+        name="the original",
+        marker={"color": GREY, "symbol": "diamond", "size": 11},
+        hovertemplate="the original<extra></extra>",
+    )
+    if known:
+        limit_line(figure, limit_percent, f"limit {limit_percent:g} %", x=0.08, xanchor="left")
+    figure.update_xaxes(title_text="skipped work of the denoiser (%)", rangemode="tozero")
+    figure.update_yaxes(
+        title_text="quality loss (%), less is better" if known else "times as fast as the original"
+    )
+    return figure.update_layout(template=theme(), height=400, margin={"t": 40})
+
+
+_COLUMNS = (
+    "variant",
+    "skipped_percent",
+    "quality_loss_percent",
+    "loss_low",
+    "loss_high",
+    "speedup",
+    "low",
+    "high",
+    "did_what_it_says",
+)
+
+
+def _groups(variants: pd.Series) -> dict[str, list[str]]:
+    """First word of the labels of variants, which names the technique, -> those labels."""
+    groups: dict[str, list[str]] = {}
+    for variant in dict.fromkeys(map(str, variants)):
+        groups.setdefault(variant.partition(" ")[0], []).append(variant)
+    return groups
 
 
 def skip_map(skipped: pd.DataFrame) -> go.Figure:
@@ -81,26 +162,35 @@ def skip_map(skipped: pd.DataFrame) -> go.Figure:
 
 
 def change_curve(decisions: pd.DataFrame) -> go.Figure:
-    """Sum of the estimated changes since the last computed step, by step, of each variant with its threshold.
+    """What each cache decides by, by step: the sum of the estimated changes since the last computed step, or the change
+    itself; beside the thresholds, dotted. A panel per cache, as each measures another thing.
 
     Args:
         decisions: variant, threshold, step, summed_change and more, as `Trial.decisions`.
     """
     needs(decisions, "change_curve", "variant", "step", "summed_change", "threshold")
-    figure = go.Figure()
-    for variant, rows in decisions.groupby("variant", sort=False):
-        means = rows.groupby("step")["summed_change"].mean()
-        tint = colour(str(variant))
-        figure.add_scatter(
-            x=means.index + 1,
-            y=means,
-            mode="lines+markers",
-            name=str(variant),
-            line={"color": tint, "width": 2},
-            marker={"size": 6},
-            hovertemplate="step %{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
-        )
-        figure.add_hline(y=rows["threshold"].iloc[0], line={"color": tint, "dash": "dot", "width": 1.5})
+    groups = _groups(decisions["variant"])
+    figure = make_subplots(rows=len(groups), cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    for row, (title, variants) in enumerate(groups.items(), 1):
+        figure.update_yaxes(title_text=f"change, {title}", rangemode="tozero", row=row, col=1)
+        for index, variant in enumerate(variants):
+            rows = decisions[decisions["variant"] == variant]
+            means = rows.groupby("step")["summed_change"].mean()
+            tint = OTHERS[index % len(OTHERS)]
+            figure.add_scatter(
+                x=means.index + 1,
+                y=means,
+                mode="lines+markers",
+                name=variant,
+                line={"color": tint, "width": 2},
+                marker={"size": 6},
+                hovertemplate="step %{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
+                row=row,
+                col=1,
+            )
+            line = {"color": tint, "dash": "dot", "width": 1.5}
+            figure.add_hline(y=rows["threshold"].iloc[0], line=line, row=row, col=1)
+    figure.update_xaxes(title_text="step", row=len(groups), col=1)
     figure.add_annotation(
         text="dotted: the thresholds",
         xref="paper",
@@ -110,9 +200,7 @@ def change_curve(decisions: pd.DataFrame) -> go.Figure:
         showarrow=False,
         font={"color": GREY},
     )
-    figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="estimated change since the last computed step", rangemode="tozero")
-    return figure.update_layout(template=theme(), height=340, margin={"t": 40})
+    return figure.update_layout(template=theme(), height=120 + 220 * len(groups), margin={"t": 40})
 
 
 def ladder_rows(frame: pd.DataFrame) -> go.Figure:

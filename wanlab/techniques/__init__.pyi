@@ -25,4 +25,5 @@ from .technique import Proof as Proof
 from .technique import Shares as Shares
 from .technique import Technique as Technique
 from .trial import Trial as Trial
+from .trial import cache_variants as cache_variants
 from .trial import try_out as try_out

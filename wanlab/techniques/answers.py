@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from wanlab.core.answer import Answer, Step, answer, fitting, step
-from wanlab.core.words import percent_text
+from wanlab.core.words import capital, percent_text
 from wanlab.techniques.trial import Trial, Tried
 
 ENOUGH_CASES = 8
@@ -22,7 +22,7 @@ def cache_answer(trial: Trial, limit_percent: float, cases: int) -> Answer:
     within = trial.within(limit_percent)
     idle = [tried for tried in trial.variants if not tried.passed]
     detail = (
-        f"{idle[0].label.capitalize()} skipped nothing in at least one of the videos: it is too low to do anything."
+        f"{capital(idle[0].label)} skipped nothing in at least one of the videos: it is too low to do anything."
         if idle
         else ""
     )
@@ -57,7 +57,7 @@ def _upper(tried: Tried) -> float:
 
 def _tiles(trial: Trial, tried: Tried, limit_percent: float) -> list[tuple[str, str, str]]:
     gain = trial.comparison(tried.label)
-    skipped = tried.calls.groupby("component")["ran"].agg(lambda ran: 100 * (1 - ran.mean()))
+    skipped = 100 * tried.calls.groupby("component")["skipped"].mean()
     apart = ", ".join(
         f"{percent_text(share)} of the {name.removeprefix('expert_')}-noise expert's"
         if name != "expert"
@@ -89,7 +89,7 @@ def next_step(tried: Tried, cases: int, otherwise: Step) -> Step:
 
 
 def skipped_steps(calls: pd.DataFrame) -> pd.DataFrame:
-    """Variant, step and component -> percent of the calls, of all cases and branches, in which no network ran."""
+    """Variant, step and component -> percent of the calls, of all cases and branches, that were skipped."""
     keys = ["variant", "step", "component"]
-    skipped = calls.assign(skipped_percent=100.0 * ~calls["ran"].astype(bool))
+    skipped = calls.assign(skipped_percent=100.0 * calls["skipped"])
     return skipped.groupby(keys, sort=False)["skipped_percent"].mean().reset_index()

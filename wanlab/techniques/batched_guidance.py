@@ -76,7 +76,8 @@ class PairRule:
         if call.branch == "uncond" or call.alone or call.first or "uncond" not in self._texts:
             return inner(call)
         batch = call.latents.shape[0]
-        with_text, without = inner(replace(call, arguments=self._paired(call.arguments, batch))).split(batch)
+        both = replace(call, alone=True, arguments=self._paired(call.arguments, batch))
+        with_text, without = inner(both).split(batch)
         self._other = (call.component, call.step, without)
         return with_text
 

@@ -88,6 +88,7 @@ class Denoising:
         self.step, self.steps = 0, 0
         self._before: dict[str, str] = {}  # branch -> the expert of its last call
         self._branch: str | None = None
+        self._left_out: tuple[range, int] = (range(0), 1)
 
     def __deepcopy__(self, memo) -> Denoising:
         """Copies of the scheduler tell the same denoisers."""
@@ -113,10 +114,26 @@ class Denoising:
     def frame(self) -> pd.DataFrame:
         """A row per call of the last generation, in order: step, component, branch, timestep, first, ran (whether the
         network ran for it), by (the rule that answered in its place, or `""`), size (of the latents that the network took,
-        `(T, H, W)` in most families; None where it did not run)."""
-        columns = ["step", "component", "branch", "timestep", "first", "ran", "by", "size"]
+        `(T, H, W)` in most families; None where it did not run), left_out (numbers of the blocks that did not run in a
+        network that ran), skipped (share of its blocks that did not run; 1 where it did not run)."""
+        columns = [
+            "step",
+            "component",
+            "branch",
+            "timestep",
+            "first",
+            "ran",
+            "by",
+            "size",
+            "left_out",
+            "skipped",
+        ]
         rows = [row | {"timestep": largest_timestep(row["timestep"])} for row in self.rows]
         return pd.DataFrame(rows, columns=columns)
+
+    def leave_out(self, blocks: range, of: int) -> None:
+        """A rule tells that these blocks of the network, of a number, do not run in this call."""
+        self._left_out = (blocks, of)
 
     @contextmanager
     def branch(self, name: str) -> Iterator[None]:
@@ -152,7 +169,9 @@ class Denoising:
 
             return answer
 
+        self._left_out = (range(0), 1)
         prediction = inside(len(self.rules) - 1)(call)
+        ran, (blocks, count) = passed[-1] == "", self._left_out
         self.rows.append(
             {
                 "step": call.step,
@@ -160,9 +179,11 @@ class Denoising:
                 "branch": branch,
                 "timestep": arguments["timestep"],  # read when it is asked for
                 "first": first,
-                "ran": passed[-1] == "",
+                "ran": ran,
                 "by": passed[-1],
                 "size": sizes[-1] if sizes else None,
+                "left_out": blocks,
+                "skipped": len(blocks) / count if ran else 1.0,
             }
         )
         return prediction

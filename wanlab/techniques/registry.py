@@ -17,6 +17,7 @@ from wanlab.core.plugins import run_files
 from wanlab.engines.registry import kind_of_label
 from wanlab.techniques.attention_kernel import AttentionKernel
 from wanlab.techniques.batched_guidance import BatchedGuidance
+from wanlab.techniques.db_cache import DBCache
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.fp8_attention import Fp8Attention
 from wanlab.techniques.fused_qkv import FusedQkv
@@ -56,6 +57,7 @@ for _technique in (
     TwoTimesteps,
     VaeChannelsLast,
     Solver,
+    DBCache,
     BatchedGuidance,
     EasyCache,
     MagCache,

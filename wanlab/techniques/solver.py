@@ -55,8 +55,8 @@ class Solver(Technique[SolverSettings]):
     name = "solver"
     does = "makes a share of the steps, by another solver of the differential equation"
     tier = "lossy"
-    order = 5
-    order_reason = "it sets the steps, which rules around the calls count"
+    order = 7
+    order_reason = "it changes no network, and sets the steps, which rules around the calls count"
     Settings = SolverSettings
 
     def __init__(self, settings: SolverSettings | None = None) -> None:

@@ -15,7 +15,7 @@ from wanlab.models.pipeline import Model
 from wanlab.models.shapes import latent_shape
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.place import Place
-from wanlab.techniques.registry import TECHNIQUES, barred, made, technique_of
+from wanlab.techniques.registry import TECHNIQUES, barred, conflicts, made, technique_of
 from wanlab.techniques.technique import Proof, Shares, Technique
 
 Chosen = Mapping[str, Mapping[str, Any] | None]
@@ -168,7 +168,7 @@ def catalogue(spec: ModelSpec, device: torch.device, **size: int | None) -> pd.D
                 "bound": bound.reason,
                 "lacks": lacks(technique, spec, device),
                 "simulated": technique.simulated(spec, device),
-                "not_with": sorted(technique.not_with),
+                "not_with": sorted(name for name in TECHNIQUES if conflicts((technique.name, name))),
                 "settings": settings,
             }
         )

@@ -19,12 +19,17 @@ from wanlab.measure.stages import stages
 from wanlab.measure.timing import Comparison
 from wanlab.models.pipeline import Generation, Model
 from wanlab.models.spec import EXPERTS
+from wanlab.techniques.db_cache import DBCache
 from wanlab.techniques.easy_cache import EasyCache
 from wanlab.techniques.mag_cache import MagCache
-from wanlab.techniques.switch_on import Chosen, Switched, shares_by_operations, switch_on
+from wanlab.techniques.registry import technique_of
+from wanlab.techniques.switch_on import Chosen, Switched, lacks, shares_by_operations, switch_on
 from wanlab.techniques.technique import TIERS, Bound, Shares
 
 ORIGINAL = "original"
+CACHES = (EasyCache, MagCache, DBCache)
+TITLES = {EasyCache.name: "EasyCache", MagCache.name: "MagCache", DBCache.name: "DBCache"}
+"""Step cache -> how its authors write it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +57,8 @@ class Tried:
 
     @property
     def skipped_percent(self) -> float:
-        """Percent of the denoiser's calls in which no network ran."""
-        return 100 * float((~self.calls["ran"]).mean())
+        """Percent of the denoiser's calls in which no network ran; where a part of its blocks did, by this part."""
+        return 100 * float(self.calls["skipped"].mean())
 
     @property
     def times_faster_at_most(self) -> float:
@@ -119,6 +124,31 @@ class Trial:
         return [
             tried for tried in self.variants if tried.passed and tried.loss.within(limit_percent) == "yes"
         ]
+
+
+def cache_variants(
+    model: Model, thresholds: Mapping[str, Sequence[float]], gates: Sequence[float] = ()
+) -> tuple[dict[str, Chosen], list[str]]:
+    """Variants of step caches and guidance gates, for `try_out`.
+
+    Args:
+        model: what they are for.
+        thresholds: name of a cache -> its thresholds; none leaves it out.
+        gates: percent of the steps after which a gate ends the branch without text.
+
+    Returns:
+        Label, such as `"EasyCache at 0.1"`, -> a technique with its settings; and a line for each technique that is left
+        out, as it cannot run on this model or machine.
+    """
+    wanted: list[tuple[str, str, dict[str, float]]] = [
+        (f"{TITLES[name]} at {value:g}", name, {"threshold": value})
+        for name, values in thresholds.items()
+        for value in values
+    ]
+    wanted += [(f"gate after {value:g} %", "guidance_gate", {"after_percent": value}) for value in gates]
+    reasons = {name: lacks(technique_of(name)(), model.spec, model.device) for _, name, _ in wanted}
+    left_out = [f"{name} is left out: it needs {reason}." for name, reason in reasons.items() if reason]
+    return {label: {name: own} for label, name, own in wanted if not reasons[name]}, left_out
 
 
 def _joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -218,7 +248,7 @@ def _tried(
         passed = passed and all(one.passed for one in proofs)
         proof = " ".join(one.sentence for one in proofs)
         calls.append(switched.calls.assign(case=case))
-        for cache in (one for one in switched.techniques if isinstance(one, EasyCache | MagCache)):
+        for cache in (one for one in switched.techniques if isinstance(one, CACHES)):
             decisions += [
                 decision._asdict() | {"case": case, "threshold": cache.settings.threshold}
                 for decision in cache.decisions

@@ -158,9 +158,10 @@ def add_layer(place: Place, layer: Layer) -> dict[str, list[Site]]:
 
 def went_elsewhere(place: Place, sites: Mapping[str, Sequence[Site]]) -> str:
     """The first expert whose attention was computed outside of its sites in the last generation, in a sentence; or `""`."""
-    ran = place.calls[place.calls["ran"]].groupby("component").size()
+    calls = place.calls[place.calls["ran"]]
     for component, own in sites.items():
-        expected = len(own) * int(ran.get(component, 0))
+        left_out = calls.loc[calls["component"] == component, "left_out"]
+        expected = sum(site.block not in blocks for site in own for blocks in left_out)
         counted = sum(site.answered.total() for site in own)
         if counted < expected:
             title = component_title(component)
@@ -175,8 +176,13 @@ def left_out(place: Place, sites: Sequence[Site], name: str, wanted: Callable[[S
         sites: of one expert. name: name of the layer. wanted: whether it wants a site at a step.
     """
     calls = place.calls
-    steps = calls.loc[calls["ran"] & (calls["component"] == sites[0].component), "step"]
-    count = sum(wanted(site, step) for site in sites for step in steps)
+    ran = calls[calls["ran"] & (calls["component"] == sites[0].component)]
+    count = sum(
+        wanted(site, step)
+        for site in sites
+        for step, blocks in zip(ran["step"], ran["left_out"], strict=True)
+        if site.block not in blocks
+    )
     for site in sites:
         names = [layer.name for layer in site.layers]
         from_it = names[names.index(name) :] if name in names else []

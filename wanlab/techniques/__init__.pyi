@@ -21,6 +21,10 @@ from .registry import made as made
 from .registry import register as register
 from .registry import settings_of as settings_of
 from .registry import technique_of as technique_of
+from .sparse_trial import KernelTimes as KernelTimes
+from .sparse_trial import SparseTrial as SparseTrial
+from .sparse_trial import time_by_density as time_by_density
+from .sparse_trial import try_patterns as try_patterns
 from .switch_on import Switched as Switched
 from .switch_on import catalogue as catalogue
 from .switch_on import shares_by_operations as shares_by_operations

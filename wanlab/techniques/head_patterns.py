@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-DENSE = "dense"
+DENSE: Final = "dense"
 SIZES = {"window": 2, "radial": 1, "same_place": 1, DENSE: 0}
 """Kind of a pattern -> how many sizes it has."""
 

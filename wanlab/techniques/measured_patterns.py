@@ -130,13 +130,13 @@ def tried_patterns(grid: Grid, block: int) -> list[tuple[Pattern, BlockTable]]:
         patterns += [Pattern("radial", (decay,), picture) for decay in decays]
     tables: dict[bytes, tuple[Pattern, BlockTable]] = {}
     for pattern in patterns:
-        table = pattern_table(pattern.kind, pattern.size, pattern.picture, grid, block)
+        table = pattern_table(pattern, grid, block)
         tables.setdefault(table.kept.numpy().tobytes(), (pattern, table))
     sparse = sorted(
         (pair for pair in tables.values() if pair[1].density < 1), key=lambda pair: pair[1].density
     )
     dense = Pattern(DENSE)
-    return [*sparse, (dense, pattern_table(DENSE, (), True, grid, block))]
+    return [*sparse, (dense, pattern_table(dense, grid, block))]
 
 
 def _reaches(length: int) -> list[int]:
@@ -351,8 +351,7 @@ def head_losses(
         own = list(dict.fromkeys(row.pattern for row in rows))
         for each in own:
             if each not in tables:
-                tables[each] = pattern_table(each.kind, each.size, each.picture, site.grid, patterns.block)
-        sampled = sample_queries(site.grid, queries, seed).flatten()
+                tables[each] = pattern_table(each, site.grid, patterns.block)
         losses = pattern_losses(query, key, value, [tables[each] for each in own], sampled)
         places = [own.index(row.pattern) for row in rows]
         heads = np.arange(len(rows))

@@ -12,7 +12,7 @@ import msgspec
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import listed
 from wanlab.models.spec import ModelSpec, component_title
-from wanlab.techniques.head_patterns import HeadPatterns, Pattern
+from wanlab.techniques.head_patterns import HeadPatterns
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
 from wanlab.techniques.wan import head_size, in_graphs, only_wan
 
@@ -210,17 +210,18 @@ class SparseAttention(Technique[SparseSettings]):
         return f"; {count} of {len(patterns.heads)} heads add means, {100 * patterns.means:.2g} % more scores"
 
     def computed(self) -> float:
-        """Part of the blocks of all self-attention in the last generation that was computed, with the dense steps and
-        blocks; as the masks say that were given to the kernel."""
+        """Part of the scores of all self-attention in the last generation that was computed, with the dense steps and
+        blocks: the blocks that the masks kept which the kernel was given, and the scores of the means."""
         from wanlab.techniques.attention.sites import answers  # loads PyTorch
 
         layer = self.layer
         if layer is None:
             return 1.0
         counts = answers(self.sites, self.name)
+        means = self.patterns.means if self.patterns else 0.0
         calls = sum(every for _, every in counts.values())
         skipped = sum(
-            own * (1 - layer.kept[component] / layer.blocks[component])
+            own * (1 - layer.kept[component] / layer.blocks[component] - means)
             for component, (own, _) in counts.items()
             if layer.blocks[component]
         )
@@ -262,7 +263,6 @@ class SparseLayer:
         self.settings, self.kernel, self.patterns = settings, kernel, patterns
         self.tables: dict[tuple[int, int, int], BlockTable] = {}
         self._of_heads: dict[tuple[str, int], HeadTable] = {}
-        self._shared: dict[Pattern, BlockTable] = {}
         self.checks: dict[tuple[str, int], Check] = {}
         self.kept: Counter[str] = Counter()
         self.blocks: Counter[str] = Counter()
@@ -298,20 +298,13 @@ class SparseLayer:
         Raises:
             WanlabError: the patterns are for another size of video.
         """
-        from wanlab.techniques.attention import blocks
+        from wanlab.techniques.attention.blocks import head_tables
 
         assert self.patterns is not None
         self.patterns.check_size(site.grid, self.settings.patterns)
-        place = (site.component, site.block)
         if not self._of_heads:
-            for pattern in {row.pattern for row in self.patterns.heads}:
-                about = (pattern.kind, pattern.size, pattern.picture, site.grid, self.patterns.block)
-                self._shared[pattern] = blocks.pattern_table(*about)
-        if place not in self._of_heads:
-            rows = self.patterns.of(*place)
-            tables = tuple(self._shared[row.pattern] for row in rows)
-            self._of_heads[place] = blocks.HeadTable(tables, tuple(row.added for row in rows))
-        return self._of_heads[place]
+            self._of_heads = head_tables(self.patterns)
+        return self._of_heads[site.component, site.block]
 
     def denser(self, component: str) -> str:
         """The first head whose masks had more blocks than its pattern, in words; or `""`."""

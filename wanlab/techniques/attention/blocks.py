@@ -9,6 +9,8 @@ from functools import cached_property
 
 import torch
 
+from wanlab.techniques.head_patterns import HeadPatterns, Pattern
+
 PATTERNS = ("window", "radial")
 STEPS = 64
 """Sizes of a pattern among which the one for a density is looked for."""
@@ -205,18 +207,28 @@ def same_place_table(grid: tuple[int, int, int], block: int, reach: int, picture
     )
 
 
-def pattern_table(
-    kind: str, size: tuple[float, ...], picture: bool, grid: tuple[int, int, int], block: int
-) -> BlockTable:
-    """The table of a pattern of `head_patterns.Pattern`."""
-    if kind == "window":
+def pattern_table(pattern: Pattern, grid: tuple[int, int, int], block: int) -> BlockTable:
+    """The table of a pattern of a head; grid and block as `window_table`."""
+    size, picture = pattern.size, pattern.picture
+    if pattern.kind == "window":
         return window_table(grid, block, int(size[0]), int(size[1]), picture)
-    if kind == "radial":
+    if pattern.kind == "radial":
         return radial_table(grid, block, size[0], picture)
-    if kind == "same_place":
+    if pattern.kind == "same_place":
         return same_place_table(grid, block, int(size[0]), picture)
     count = -(-math.prod(grid) // block)
     return BlockTable(torch.ones(count, count, dtype=torch.bool), block, math.prod(grid), "all blocks")
+
+
+def head_tables(patterns: HeadPatterns) -> dict[tuple[str, int], HeadTable]:
+    """(expert, block) -> the tables of its heads; those of one pattern are the same object."""
+    known = {row.pattern for row in patterns.heads}
+    tables = {pattern: pattern_table(pattern, patterns.grid, patterns.block) for pattern in known}
+    found = {}
+    for place in dict.fromkeys((row.component, row.block) for row in patterns.heads):
+        rows = patterns.of(*place)
+        found[place] = HeadTable(tuple(tables[row.pattern] for row in rows), tuple(row.added for row in rows))
+    return found
 
 
 def table_of_density(pattern: str, grid: tuple[int, int, int], block: int, density: float) -> BlockTable:

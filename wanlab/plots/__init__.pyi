@@ -56,6 +56,9 @@ from .runs import failure_bars as failure_bars
 from .runs import parallel_lines as parallel_lines
 from .runs import run_frontier as run_frontier
 from .runs import technique_bars as technique_bars
+from .sparse import head_density_map as head_density_map
+from .sparse import loss_against_density as loss_against_density
+from .sparse import time_against_density as time_against_density
 from .style import COMPONENT_COLOURS as COMPONENT_COLOURS
 from .style import NAMES as NAMES
 from .style import OTHERS as OTHERS

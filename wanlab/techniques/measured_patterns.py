@@ -352,6 +352,7 @@ def head_losses(
         for each in own:
             if each not in tables:
                 tables[each] = pattern_table(each, site.grid, patterns.block)
+        sampled = sample_queries(site.grid, queries, seed).flatten()
         losses = pattern_losses(query, key, value, [tables[each] for each in own], sampled)
         places = [own.index(row.pattern) for row in rows]
         heads = np.arange(len(rows))

@@ -110,8 +110,8 @@ class KernelTimes:
         """Whether the time falls with the density."""
         if not self.saves:
             return (
-                "The kernel of this machine computes all scores and masks those of blocks that are left out, so that no time is"
-                " saved: the quality holds anywhere, but the time needs a kernel for blocks on a GPU."
+                "The kernel of this machine computes all scores and masks those of blocks that are left out, so that no time"
+                " is saved: the quality holds anywhere, but the time needs a kernel for blocks on a GPU."
             )
         rows = self.frame()
         rows = rows[~rows["attention"].isin([DENSE, OF_HEADS])]
@@ -208,6 +208,12 @@ class SparseTrial:
         (technique,) = self._tried(label).switched.techniques
         assert isinstance(technique, SparseAttention)
         return 100 * technique.computed()
+
+    def settings(self, label: str, path: str | Path) -> dict[str, dict[str, Any]]:
+        """Techniques of a configuration with the patterns of a variant, whose file is at `path`."""
+        own = self._tried(label).switched.techniques[0].settings
+        dense = {"dense_percent": own.dense_percent, "dense_blocks": own.dense_blocks}
+        return {"sparse_attention": {"patterns": str(path)} | dense}
 
     def frame(self) -> pd.DataFrame:
         """One row per variant: variant, kind (`OF_HEADS` or the pattern of all heads), computed_percent, heads_dense_percent

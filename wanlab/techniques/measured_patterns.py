@@ -60,13 +60,15 @@ class PatternMeasurement:
     def choose(
         self, kept_percent: float | None = 90.0, most_error: float | None = None, add_means: bool = True
     ) -> HeadPatterns:
-        """The sparsest pattern of each head that keeps enough in every call that was looked at; of equally sparse ones the
-        one that keeps most. The dense one keeps all.
+        """The pattern of each head that computes least and keeps enough in every call that was looked at; the dense one
+        keeps all.
 
         Args:
             kept_percent: percent of the attention's mass that each head keeps at least; None asks for nothing.
-            most_error: relative error of its output at most; None asks for nothing.
-            add_means: whether heads whose error is lower with the means of what is left out added may add them.
+            most_error: relative error of its output at most; None asks for nothing. Means then count as what they compute,
+                a key for each block, so that a head adds them only where the blocks that they spare are more.
+            add_means: whether heads may add the means of what they leave out. Without `most_error` those do whose error
+                becomes lower by a tenth at least.
 
         Raises:
             WanlabError: nothing is asked, or a share that is not between 0 and 100.
@@ -79,37 +81,56 @@ class PatternMeasurement:
             raise WanlabError(f"most_error is {most_error:g}; give 0 or more")
         rows = []
         for (component, block), losses in self.losses.items():
-            kept, without = losses.kept.min(0), losses.error.max(0)
-            with_means = losses.error_added.max(0) if add_means else np.full_like(without, np.inf)
-            error = np.minimum(without, with_means)
-            good = np.ones_like(kept, dtype=bool)
-            if kept_percent is not None:
-                good &= kept >= kept_percent / 100 - ROUNDING
-            if most_error is not None:
-                good &= error <= most_error
-            good[-1] = True  # the dense one
+            kept = losses.kept.min(0)
             for head in range(kept.shape[1]):
-                usable = np.flatnonzero(good[:, head])
-                best = min(usable, key=lambda index: (self.densities[index], -kept[index, head]))
+                errors = {False: losses.error.max(0)[:, head]}
+                if add_means:
+                    errors[True] = losses.error_added.max(0)[:, head]
+                index, added = self._best(kept[:, head], errors, kept_percent, most_error)
                 rows.append(
                     HeadPattern(
                         component,
                         block,
                         head,
-                        self.patterns[best],
-                        bool(with_means[best, head] < without[best, head]),
-                        self.densities[best],
-                        min(1.0, float(kept[best, head])),
-                        float(error[best, head]),
+                        self.patterns[index],
+                        added,
+                        self.densities[index],
+                        min(1.0, float(kept[index, head])),
+                        float(errors[added][index]),
                     )
                 )
         rows.sort(key=lambda row: (row.component, row.block, row.head))
         least = None if kept_percent is None else kept_percent / 100
         return HeadPatterns(self.model, self.grid, self.block, least, most_error, tuple(rows))
 
+    def _best(
+        self,
+        kept: np.ndarray,
+        errors: Mapping[bool, np.ndarray],
+        kept_percent: float | None,
+        most_error: float | None,
+    ) -> tuple[int, bool]:
+        """Number of the pattern of a head, and whether means are added; kept and errors are of each pattern."""
+        dense = len(kept) - 1
+        enough = {
+            index for index in range(dense) if kept_percent is None or 100 * kept[index] >= kept_percent
+        }
+        if most_error is None:
+            index = min({*enough, dense}, key=lambda index: (self.densities[index], -kept[index]))
+            with_means = errors.get(True, errors[False])[index]
+            return index, bool(index != dense and with_means < LOWER * errors[False][index])
+        options = [
+            (self.densities[index] + added / self.block, error[index], index, added)
+            for added, error in errors.items()
+            for index in enough
+            if error[index] <= most_error
+        ]
+        _, _, index, added = min([*options, (1.0, 0.0, dense, False)])
+        return index, added
 
-ROUNDING = 1e-6
-"""Of sums of probabilities in float32."""
+
+LOWER = 0.9
+"""Part of its error to which means bring that of a head that adds them for this reason alone."""
 
 
 def tried_patterns(grid: Grid, block: int) -> list[tuple[Pattern, BlockTable]]:

@@ -419,7 +419,7 @@ def test_each_head_has_its_pattern_in_a_generation(bench, measured, tmp_path):
     assert len(layer.heads) == len(layer.checks) == 10
     sparse_rows = [row for row in chosen.heads if row.block >= 1]
     density = sum(row.density for row in sparse_rows) / len(sparse_rows)
-    assert f"a pattern for each head, by {path}" in proof.sentence
+    assert "a pattern for each head, by patterns.json" in proof.sentence
     assert f"{sum(row.added for row in chosen.heads)} of 48 heads add means" in proof.sentence
     kept, every = layer.kept.total(), layer.blocks.total()
     assert kept / every == pytest.approx(density, abs=0.1)
@@ -446,10 +446,10 @@ def test_losses_of_heads_on_other_calls_are_like_those_they_were_chosen_by(bench
     assert len(losses) == len(chosen.heads)
     assert (losses["density_percent"] == chosen.frame()["density_percent"]).all()
     assert 0.01 < losses["relative_error"].median() < 0.25
-    added = chosen.frame()["added"]
+    added = chosen.frame()["means_added"]
     assert 0.1 < added.mean() < 0.9
-    assert (losses["relative_error_without"] > losses["relative_error"])[added].all()
-    assert (losses["relative_error_without"] == losses["relative_error"])[~added].all()
+    assert (losses["relative_error_without_means"] > losses["relative_error"])[added].all()
+    assert (losses["relative_error_without_means"] == losses["relative_error"])[~added].all()
 
 
 def test_the_bound_is_that_of_the_patterns(measured, tmp_path):

@@ -52,6 +52,7 @@ def loss_against_density(frame: pd.DataFrame, limit_percent: float) -> go.Figure
                 showarrow=False,
                 xanchor="left",
                 xshift=9,
+                yshift=9,
                 font={"size": 11, "color": GREY},
             )
     figure.add_hline(y=limit_percent, line={"color": GREY, "dash": "dash", "width": 1.2}, layer="below")
@@ -158,8 +159,8 @@ def head_density_map(losses: pd.DataFrame) -> go.Figure:
                     "title": {"text": "%"},
                 },
                 customdata=words.to_numpy(),
-                text=values.to_numpy(),
-                texttemplate="%{text:.2g}" if max(blocks, heads) <= CELLS else "",
+                text=[[_cell(value) for value in row] for row in values.to_numpy()],
+                texttemplate="%{text}" if max(blocks, heads) <= CELLS else "",
                 xgap=1,
                 ygap=1,
                 hovertemplate=f"block %{{x}}, head %{{y}}: %{{z:.3g}} %, %{{customdata}}<extra>{title}</extra>",
@@ -172,3 +173,12 @@ def head_density_map(losses: pd.DataFrame) -> go.Figure:
     figure.update_annotations(font={"size": 13})
     height = 2 * max(130, 15 * int(heads)) + 150
     return figure.update_layout(template=theme(), height=height, margin={"t": 40})
+
+
+def _cell(percent: float) -> str:
+    """A percentage in a cell; the rounding of sums is none."""
+    return f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}" if percent >= LEAST else "0"
+
+
+LEAST = 1e-3
+"""Percent of error from which it is not the rounding of float32."""

@@ -105,7 +105,7 @@ class HeadPatterns(msgspec.Struct, frozen=True):
         return sorted(rows, key=lambda row: row.head)
 
     def frame(self) -> pd.DataFrame:
-        """A row per head: component, block, head, pattern (in words), kind, added, density_percent, kept_percent,
+        """A row per head: component, block, head, pattern (in words), kind, means_added, density_percent, kept_percent,
         relative_error."""
         import pandas as pd
 
@@ -116,7 +116,7 @@ class HeadPatterns(msgspec.Struct, frozen=True):
                 "head": row.head,
                 "pattern": str(row.pattern),
                 "kind": row.pattern.kind,
-                "added": row.added,
+                "means_added": row.added,
                 "density_percent": 100 * row.density,
                 "kept_percent": 100 * row.kept,
                 "relative_error": row.error,

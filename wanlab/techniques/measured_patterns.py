@@ -361,7 +361,7 @@ def head_losses(
 
     Returns:
         DataFrame: `HeadPatterns.frame` with kept_percent and relative_error of these calls, means over them, and
-        relative_error_without, where no head adds means.
+        relative_error_without_means, where no head adds means.
     """
     found: dict[tuple[str, int], list[np.ndarray]] = {}
     tables: dict[Pattern, BlockTable] = {}
@@ -389,5 +389,5 @@ def head_losses(
     frame = patterns.frame()
     values = np.array([means[row.component, row.block][:, row.head] for row in patterns.heads])
     frame["kept_percent"], frame["relative_error"] = 100 * values[:, 0], values[:, 1]
-    frame["relative_error_without"] = values[:, 2]
+    frame["relative_error_without_means"] = values[:, 2]
     return frame

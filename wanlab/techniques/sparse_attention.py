@@ -4,6 +4,7 @@ blocks of tokens."""
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -187,7 +188,7 @@ class SparseAttention(Technique[SparseSettings]):
             apart = max(check.apart for check in checks)
             parts.append(
                 f"{kept:,} of {blocks:,} blocks ({100 * kept / blocks:.3g} %{layer.spread(component)}) in {own} of {every}"
-                f" of the {title}, which are {'up to ' * (len(checks) > 1)}{100 * apart:.2g} % from dense ones"
+                f" of the {title}, which are {'up to ' * (len(checks) > 1)}{100 * apart:.3g} % from dense ones"
             )
             total += own
         if total == 0:
@@ -196,7 +197,7 @@ class SparseAttention(Technique[SparseSettings]):
             )
         how = layer.kernel if layer.kernel != "masked" else "a mask over all scores, which saves nothing"
         sizes = (
-            f"a pattern for each head, by {self.settings.patterns}{self._means()}"
+            f"a pattern for each head, by {os.path.basename(self.settings.patterns)}{self._means()}"
             if self.patterns
             else listed(sorted({table.size for table in layer.tables.values()}))
         )

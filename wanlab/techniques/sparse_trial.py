@@ -231,7 +231,7 @@ class SparseTrial:
         frame.insert(2, "computed_percent", [self.computed_percent(label) for label in frame["variant"]])
         for name, of in (
             ("heads_dense_percent", lambda table: (table["density_percent"] == 100).mean()),
-            ("heads_with_means_percent", lambda table: table["added"].mean()),
+            ("heads_with_means_percent", lambda table: table["means_added"].mean()),
         ):
             frame[name] = [np.nan if table is None else 100 * of(table) for table in tables]
         return frame.drop(columns=["techniques", "skipped_percent"])
@@ -268,7 +268,7 @@ class SparseTrial:
             f"{none}{what}: {tried.loss.text}; {brings}.", f"{none}{what}: {tried.loss.text}.", f"{what}."
         )
         heads = patterns.frame()
-        with_means = int(heads["added"].sum())
+        with_means = int(heads["means_added"].sum())
         return answer(
             headline,
             times.sentence(),

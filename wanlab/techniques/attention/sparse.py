@@ -109,17 +109,30 @@ def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: T
 
     if isinstance(table, BlockTable):
         return attend((query, key, value), _mask(table, device))
+    means = adds_means(table)
+    more = tuple(with_means(each, table.block) for each in (key, value)) if means else (key, value)
+    if len(table.tables) * table.tokens * more[0].shape[1] <= MOST_MASK:
+        return attend((query, *more), _masks(table, device, dtype))
     outputs = []
-    for head, (own, added) in enumerate(
-        zip(table.tables, table.added, strict=True)
-    ):  # a mask for each is large
-        tensors = tuple(each[:, :, head : head + 1] for each in (query, key, value))
-        if added:
-            more = (with_means(each, table.block) for each in tensors[1:])
-            outputs.append(attend((tensors[0], *more), table.bias(head).to(device, dtype)))
-        else:
-            outputs.append(attend(tensors, own.of_tokens().to(device)))
+    for head in range(len(table.tables)):
+        tensors = tuple(each[:, :, head : head + 1] for each in (query, *more))
+        outputs.append(attend(tensors, _head_mask(table, head).to(device, dtype if means else torch.bool)))
     return torch.cat(outputs, 2)
+
+
+MOST_MASK = 1 << 21
+"""Elements of the masks of all heads up to which these are made once and kept."""
+
+
+def _head_mask(table: HeadTable, head: int) -> torch.Tensor:
+    """What a head may see, `[L, L]`; with means what it adds to the scores, `[L, L + blocks]`."""
+    return table.bias(head) if adds_means(table) else table.tables[head].of_tokens()
+
+
+@functools.lru_cache(maxsize=48)
+def _masks(table: HeadTable, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    masks = torch.stack([_head_mask(table, head) for head in range(len(table.tables))])
+    return masks.to(device, dtype if adds_means(table) else torch.bool)
 
 
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, table: Table) -> torch.Tensor:

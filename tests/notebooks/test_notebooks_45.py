@@ -1,7 +1,8 @@
-"""The notebook of sparse attention: choices of patterns, a file that a configuration can use, and times that are told as they are."""
+"""The notebook of sparse attention: choices of patterns, and a file that a configuration can use."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -38,7 +39,9 @@ def test_the_patterns_are_a_file_that_a_configuration_uses(shared_run):
         shown = rows[row.component, row.block, row.head]
         assert math.isclose(shown["density_percent"], 100 * row.density)
         assert shown["means_added"] == row.added
-    (text,) = [text for text in done.printed if text.startswith("name: sparse")]
+    cells = json.loads((done.folder / "executed.ipynb").read_text())["cells"]
+    printed = ["".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", [])]
+    (text,) = [text for text in printed if text.startswith("name: sparse")]
     parsed = configuration.parse_configuration(text)
     settings = parsed.techniques["sparse_attention"]
     assert settings["patterns"] == str(done.folder / "artifacts" / "patterns.json")

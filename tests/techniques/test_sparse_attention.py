@@ -470,7 +470,6 @@ def test_time_is_measured_at_several_densities(bench, measured):
         block=4,
         patterns=measured.choose(None, 0.2),
         rounds=1,
-        precision=None,
         progress=False,
     )
     frame = times.frame()

@@ -135,9 +135,7 @@ def time_by_density(
     densities: Sequence[float] = DENSITIES,
     patterns: HeadPatterns | None = None,
     kernel: str | None = None,
-    rounds: int = 3,
-    precision: float | None = 5.0,
-    limit_s: float | None = None,
+    rounds: int = 15,
     seed: int = 0,
     progress: bool = True,
 ) -> KernelTimes:
@@ -148,7 +146,8 @@ def time_by_density(
         densities: parts of the blocks; of each the pattern that is next to it, and always all blocks.
         patterns: of heads, of which the first block's are timed too.
         kernel: see `attention.sparse.SPARSE`; the fastest that runs here if None.
-        rounds, precision, limit_s: as `wanlab.measure.until_told`.
+        rounds: rounds of timing; each makes two calls of every attention.
+        seed: of the random numbers.
     """
     part = next(part for part in model.spec.parts if part.name.startswith("transformer"))
     heads, size = part.config["num_attention_heads"], part.config["attention_head_dim"]
@@ -180,8 +179,7 @@ def time_by_density(
             calls,
             warmup=2,
             rounds=rounds,
-            precision=precision,
-            limit_s=limit_s,
+            precision=None,
             device=model.device,
             progress=progress,
         )

@@ -34,6 +34,7 @@ DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.125)
 
 MASKED = "masked"
 """The kernel that computes all scores and masks some."""
+MASKS = "no time is saved here, where a mask lies over all scores"
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +256,7 @@ class SparseTrial:
         computed = percent_text(self.computed_percent(tried.label))
         gain = self.trial.comparison(tried.label)
         within = tried.passed and tried.loss.within(limit_percent) == "yes"
-        brings = "no time is saved here" if not times.saves else gain.clause("the video", "the original")
+        brings = MASKS if not times.saves else gain.clause("the video", "the original")
         what = f"With a pattern for each head {computed} of the scores of self-attention are computed"
         none = (
             ""
@@ -285,7 +286,7 @@ class SparseTrial:
                 (
                     "most it could buy",
                     f"{tried.times_faster_at_most:.2f}×",
-                    "of a whole video, if what is left out cost nothing",
+                    "of a video, at no cost of its own",
                 ),
             ],
             next=next_step(tried, cases, AFTER_SPARSE),

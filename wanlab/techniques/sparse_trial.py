@@ -156,7 +156,9 @@ def time_by_density(
     tokens = grid[0] * grid[1] * grid[2]
     draw = torch.Generator(model.device).manual_seed(seed)
     shape = (1, tokens, heads, size)
-    tensors = [torch.randn(shape, generator=draw, device=model.device, dtype=model.dtype) for _ in range(3)]
+    query, key, value = (
+        torch.randn(shape, generator=draw, device=model.device, dtype=model.dtype) for _ in range(3)
+    )
     tried = [table for _, table in tried_patterns(grid, block)]
     nearest = [min(tried, key=lambda table: abs(table.density - wanted)) for wanted in densities]
     chosen: dict[str, Table] = {
@@ -166,8 +168,8 @@ def time_by_density(
     if patterns is not None:
         chosen[OF_HEADS] = head_tables(patterns)[patterns.heads[0].component, patterns.heads[0].block]
     dense, run = heads_first(F.scaled_dot_product_attention), SPARSE[name]
-    calls: dict[str, Callable[[], torch.Tensor]] = {DENSE: partial(dense, *tensors)}
-    calls |= {label: partial(run, *tensors, table) for label, table in chosen.items()}
+    calls: dict[str, Callable[[], torch.Tensor]] = {DENSE: partial(dense, query, key, value)}
+    calls |= {label: partial(run, query, key, value, table) for label, table in chosen.items()}
     first_ms = {}
     with torch.no_grad():
         for label, call in calls.items():
@@ -295,13 +297,9 @@ class SparseTrial:
     def _kernel_tile(self, times: KernelTimes) -> tuple[str, str, str]:
         rows = times.frame().set_index("attention")
         label = OF_HEADS if OF_HEADS in rows.index else rows["density_percent"].idxmin()
-        row, noise = rows.loc[label], f"noise {times.noise_percent:.2g} %"
-        how = "masks all scores" if not times.saves else times.kernel
-        return (
-            "time of its attention",
-            f"{1 / row['speedup']:.2f}×",
-            f"of PyTorch's dense one; {how}, {noise}",
-        )
+        how = times.kernel if times.saves else "a mask"
+        beside = f"of a dense one; {how}, noise {times.noise_percent:.2g} %"
+        return "time of an attention", f"{1 / rows.loc[label, 'speedup']:.2f}×", beside
 
     def _beside(self, tried: Tried, limit_percent: float) -> str:
         """The patterns for all heads alike, beside the choice."""

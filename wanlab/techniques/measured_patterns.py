@@ -244,6 +244,19 @@ def steps_to_look_at(model: Model, steps: int | None, calls: int) -> set[int]:
 Seen = Callable[[Site, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+class Looking:
+    """A layer of attention that answers no call, and shows those at some steps."""
+
+    name = "look"
+
+    def __init__(self, at_steps: set[int], seen: Seen) -> None:
+        self.at_steps, self.seen = at_steps, seen
+
+    def __call__(self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if site.denoising.step in self.at_steps:
+            self.seen(site, query, key, value)
+
+
 def look(model: Model, request: Mapping[str, Any], at_steps: set[int], seen: Seen) -> None:
     """Generate latents, and show the queries, keys and values of every self-attention at some steps; the model stays as it
     is.
@@ -253,15 +266,7 @@ def look(model: Model, request: Mapping[str, Any], at_steps: set[int], seen: See
         seen: called with the site and three tensors, `[B, L, H, D]`, before the attention itself.
     """
     place = Place(model)
-
-    class Looking:
-        name = "look"
-
-        def __call__(self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-            if site.denoising.step in at_steps:
-                seen(site, query, key, value)
-
-    add_layer(place, Looking())
+    add_layer(place, Looking(at_steps, seen))
     place.finish(place.model).generate(**(dict(request) | {"output": "latent"}))
 
 

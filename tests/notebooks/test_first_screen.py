@@ -18,6 +18,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "17_explore": SMALL,
     "43_ladder": (),
     "44_caches": (),
+    "45_sparse": (),
     "50_before_after": (),
     "70_serving": (),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from wanlab import configuration, techniques
 from wanlab.core.errors import WanlabError
+from wanlab.techniques import Pattern, measured_patterns, sparse_attention
 from wanlab.techniques.attention import blocks, sparse
 from wanlab.techniques.attention.errors import exact_attention
 from wanlab.techniques.attention.kernels import KERNELS
@@ -205,7 +208,403 @@ def test_what_cannot_be_is_one_line(bench, chosen, message):
         techniques.switch_on(bench.model, {"sparse_attention": chosen})
 
 
+# A pattern for each head.
+
+
+GRID = (5, 4, 6)
+
+
+def chosen_for(query, key, value, *, grid=GRID, block=4, **asked):
+    """What is chosen for heads of which a call is known."""
+    tried = measured_patterns.tried_patterns(grid, block)
+    tables = [table for _, table in tried]
+    losses = measured_patterns.pattern_losses(query, key, value, tables, torch.arange(query.shape[1]))
+    names, densities = (
+        tuple(pattern for pattern, _ in tried),
+        tuple(table.density for table in tables),
+    )
+    found = measured_patterns.PatternMeasurement(
+        "mine", grid, block, names, densities, {("expert_low", 0): losses}
+    )
+    return found, found.choose(**asked).of("expert_low", 0)
+
+
+def heads_of_known_kinds():
+    """Four heads: each token looks at its own block of four tokens, at the same place in all frames, at its own frame and
+    the two beside it, and at everything alike."""
+    frames, height, width = GRID
+    token = torch.arange(frames * height * width)
+    frame, place = token // (height * width), token % (height * width)
+
+    def one_hot(classes):
+        return torch.nn.functional.one_hot(classes, 120).float()
+
+    heads = [
+        (one_hot(token // 4), one_hot(token // 4)),
+        (one_hot(place // 4), one_hot(place // 4)),
+        (
+            one_hot(frame),
+            sum(one_hot((frame + step).clamp(0, frames - 1)) for step in (-1, 0, 1)).clamp_max(1),
+        ),
+        (torch.zeros(len(token), 120), torch.zeros(len(token), 120)),
+    ]
+    query, key = (torch.stack([pair[side] for pair in heads], 1)[None] for side in (0, 1))
+    value = torch.randn(1, len(token), 4, 120, generator=torch.Generator().manual_seed(0))
+    return query * 200, key, value
+
+
+def test_the_kind_of_a_head_is_found():
+    query, key, value = heads_of_known_kinds()
+    _, (own, temporal, frames, everywhere) = chosen_for(query, key, value, kept_percent=99.9)
+    assert own.pattern.kind == "window"
+    assert own.pattern.size == (0, 0)
+    assert own.density < 0.1
+    assert temporal.pattern.kind == "same_place"
+    assert not temporal.pattern.picture
+    assert frames.pattern.kind in ("window", "radial")
+    assert frames.pattern.size[0] <= 1
+    assert frames.density < 0.65
+    assert everywhere.pattern == Pattern("dense")
+    assert (everywhere.density, everywhere.kept, everywhere.error) == (
+        1,
+        pytest.approx(1),
+        pytest.approx(0, abs=1e-5),
+    )
+
+
+def test_what_is_kept_and_its_error_are_those_of_the_kernel():
+    query, key, value = drawn(120, heads=3)
+    found, _ = chosen_for(3 * query, key, value, kept_percent=50)
+    losses = found.losses["expert_low", 0]
+    every = torch.arange(120)
+    dense = exact_attention(3 * query, key, value, every)
+    weights = torch.einsum("bqhd,bkhd->bhqk", 3 * query, key).div(4).softmax(-1)[0]
+    tables = [table for _, table in measured_patterns.tried_patterns(GRID, 4)]
+    for index in (0, len(tables) // 2, len(tables) - 1):
+        table = tables[index]
+        for added, errors in ((False, losses.error), (True, losses.error_added)):
+            output = sparse.masked(
+                3 * query, key, value, blocks.HeadTable((table,) * 3, (added,) * 3)
+            ).double()
+            apart = (output - dense).square().sum((0, 1, 3)).sqrt() / dense.square().sum((0, 1, 3)).sqrt()
+            assert errors[0, index] == pytest.approx(apart.numpy(), abs=2e-6)
+        kept = (weights * table.of_tokens()).sum(-1).mean(-1)
+        assert losses.kept[0, index] == pytest.approx(kept.numpy(), abs=1e-5)
+
+
+def test_means_of_what_is_left_out_are_added_as_the_formula_says():
+    query, key, value = drawn(30, heads=2, size=8)
+    table = blocks.window_table(
+        (5, 2, 3), 4, 0, 0, picture=False
+    )  # 8 blocks, of which the last has two tokens
+    output = sparse.masked(query, key, value, blocks.HeadTable((table, table), (True, False)))
+    for token in (0, 13, 29):
+        for head, added in enumerate((True, False)):
+            above, below = torch.zeros(8), 0.0
+            for number in range(8):
+                own = range(4 * number, min(4 * number + 4, 30))
+                if table.kept[token // 4, number]:
+                    for other in own:
+                        weight = (query[0, token, head] @ key[0, other, head] / 8**0.5).exp()
+                        above, below = above + weight * value[0, other, head], below + weight
+                elif added:
+                    mean_key, mean_value = (each[0, list(own), head].mean(0) for each in (key, value))
+                    weight = len(own) * (query[0, token, head] @ mean_key / 8**0.5).exp()
+                    above, below = above + weight * mean_value, below + weight
+            assert torch.allclose(output[0, token, head], above / below, atol=1e-5)
+
+
+def test_adding_means_lowers_the_error_where_blocks_are_alike_and_is_not_chosen_where_it_does_not():
+    draw = torch.Generator().manual_seed(0)
+    tokens, size = 120, 16
+    own = torch.randn(30, size, generator=draw).repeat_interleave(4, 0)  # the keys of a block are the same
+    alike = torch.stack([own, own], 1)[None]
+    query = torch.randn(1, tokens, 2, size, generator=draw)
+    value = torch.randn(1, tokens, 2, size, generator=draw)
+    found, heads = chosen_for(query, alike, value, kept_percent=40)
+    losses = found.losses["expert_low", 0]
+    assert (losses.error[0, 0] > 0.3).all()
+    assert losses.error_added[0, 0] == pytest.approx(0, abs=1e-5)  # the means are exact
+    assert all(head.added and head.error < 1e-5 for head in heads)
+    assert not any(head.added for head in found.choose(40, add_means=False).heads)
+    # Keys of a block that cancel in their mean, while one of them has all the mass.
+    signs = torch.tensor([1.0, -1.0] * 60)[None, :, None, None]
+    _, heads = chosen_for(
+        10 * query, 10 * signs * torch.randn(1, tokens, 2, size, generator=draw), value, kept_percent=40
+    )
+    assert not any(head.added for head in heads)
+
+
+def test_means_are_added_to_the_output_of_a_kernel_from_its_sums():
+    query, key, value = drawn(50, heads=3)
+    tables = tuple(blocks.window_table((5, 2, 5), 8, reach, 0, picture=False) for reach in (0, 1, 2))
+    assert tables[2].density < 1
+    whole = blocks.HeadTable(tables, (True, False, True))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 4
+    sums = scores.masked_fill(~whole.of_tokens()[None], float("-inf")).logsumexp(-1)
+    plain = sparse.masked(query, key, value, blocks.HeadTable(tables, (False,) * 3))
+    output = sparse.add_means(plain, sums, query, key, value, whole)
+    assert torch.allclose(output, sparse.masked(query, key, value, whole), atol=1e-5)
+    assert torch.equal(output[:, :, 1], plain[:, :, 1])
+    exact = sparse.exact_sparse(query, key, value, torch.arange(50), whole)
+    assert torch.allclose(output.double(), exact, atol=1e-5)
+
+
+def test_lists_of_blocks_of_heads_are_those_of_their_tables(monkeypatch):
+    tables = tuple(blocks.window_table((9, 6, 40), 128, reach, 1) for reach in (0, 2, 99))
+    whole = blocks.HeadTable(tables, (False,) * 3)
+    mask = sparse._block_mask(whole, torch.device("cpu"))
+    assert torch.equal(mask.to_dense()[0].bool(), torch.stack([table.kept for table in tables]))
+    numbers = torch.arange(0, whole.tokens, 37)
+    for head in range(3):
+        inside = mask.mask_mod(0, torch.tensor(head), numbers[:, None], numbers[None])
+        assert torch.equal(inside, whole.of_tokens(numbers)[head][:, numbers])
+    counts, orders = sparse._lists(whole, torch.device("cpu"))
+    assert (counts.dtype, orders.dtype) == (torch.int32, torch.int32)
+    assert counts.shape == orders.shape[:3] == (1, 3, 17)
+    for head, table in enumerate(tables):
+        assert torch.equal(counts[0, head], table.kept.sum(1).int())
+
+
+@pytest.fixture(scope="module")
+def measured(bench):
+    size = {"height": 64, "width": 96, "frames": 17, "steps": 4}
+    return techniques.measure_patterns(
+        bench.model, block=4, examples=1, calls=1, queries=8, progress=False, **size
+    )
+
+
+LONG = {"frames": 17}
+"""A video of 120 tokens, 30 blocks of 4."""
+
+
+def test_patterns_of_heads_go_to_a_file_and_back(measured, tmp_path):
+    chosen = measured.choose(None, 0.2)
+    assert len(chosen.heads) == 2 * 6 * 4
+    assert 0.1 < chosen.density < 0.9
+    assert len({row.pattern for row in chosen.heads}) > 3
+    assert techniques.HeadPatterns.load(chosen.save(tmp_path / "patterns.json")) == chosen
+    assert (tmp_path / "patterns.json").stat().st_size < 20_000
+    frame = chosen.frame()
+    assert (frame["relative_error"] <= 0.2).all()
+
+
+def test_more_is_computed_where_more_is_asked(measured):
+    by_error = [measured.choose(None, error).density for error in (0.05, 0.1, 0.4)]
+    by_mass = [measured.choose(percent).density for percent in (99, 90, 50)]
+    for densities in (by_error, by_mass):
+        assert densities == sorted(densities, reverse=True)
+        assert len(set(densities)) == 3
+    assert (measured.choose(80).frame()["kept_percent"] >= 80 - 1e-3).all()
+    assert measured.choose(None, 0.1).density < measured.choose(None, 0.1, add_means=False).density
+    assert measured.choose(None, 0.0).density == 1
+
+
+def test_each_head_has_its_pattern_in_a_generation(bench, measured, tmp_path):
+    chosen = measured.choose(None, 0.2)
+    path = chosen.save(tmp_path / "patterns.json")
+    settings = {"patterns": str(path), "dense_percent": 25, "dense_blocks": 1}
+    dense = bench.generate(bench.model, **LONG)
+    switched, video = bench.switched_on({"sparse_attention": settings}, **LONG)
+    assert 1e-4 < np.linalg.norm(video - dense) / np.linalg.norm(dense) < 0.5
+    proof = switched.proofs()["sparse_attention"]
+    assert proof.passed
+    (technique,) = switched.techniques
+    layer = technique.layer
+    assert layer.patterns == chosen
+    for (component, block), counts in layer.heads.items():
+        assert block >= 1
+        for row, (kept, every) in zip(chosen.of(component, block), counts, strict=True):
+            assert kept / every == pytest.approx(row.density)
+    assert len(layer.heads) == len(layer.checks) == 10
+    sparse_rows = [row for row in chosen.heads if row.block >= 1]
+    density = sum(row.density for row in sparse_rows) / len(sparse_rows)
+    assert "a pattern for each head, by patterns.json" in proof.sentence
+    assert f"{sum(row.added for row in chosen.heads)} of 48 heads add means" in proof.sentence
+    kept, every = layer.kept.total(), layer.blocks.total()
+    assert kept / every == pytest.approx(density, abs=0.1)
+    expert = f"{layer.kept['expert_low']:,} of {layer.blocks['expert_low']:,} blocks"
+    assert expert in proof.sentence
+    left_out = sum(calls - own for own, calls in ((10, 24), (20, 24)))
+    assert technique.computed() == pytest.approx(
+        (left_out + 10 * (layer.kept["expert_high"] / layer.blocks["expert_high"] + chosen.means)
+         + 20 * (layer.kept["expert_low"] / layer.blocks["expert_low"] + chosen.means)) / 48
+    )  # fmt: skip
+
+
+def test_losses_of_heads_on_other_calls_are_like_those_they_were_chosen_by(bench, measured):
+    chosen = measured.choose(None, 0.2)
+    request = {
+        "image": bench.image,
+        "prompt": bench.prompt,
+        "height": 64,
+        "width": 96,
+        "frames": 17,
+        "steps": 4,
+    }
+    losses = techniques.head_losses(bench.model, chosen, [request], calls=1, queries=8)
+    assert len(losses) == len(chosen.heads)
+    assert (losses["density_percent"] == chosen.frame()["density_percent"]).all()
+    assert 0.01 < losses["relative_error"].median() < 0.25
+    added = chosen.frame()["means_added"]
+    assert 0.1 < added.mean() < 0.9
+    assert (losses["relative_error_without_means"] > losses["relative_error"])[added].all()
+    assert (losses["relative_error_without_means"] == losses["relative_error"])[~added].all()
+
+
+def test_the_bound_is_that_of_the_patterns(measured, tmp_path):
+    shares = techniques.Shares("operations", 0.8, 0.2, 0.5, 0, 1, 10)
+    chosen = measured.choose(None, 0.2)
+    settings = sparse_attention.SparseSettings(
+        patterns=str(chosen.save(tmp_path / "p.json")), dense_percent=0
+    )
+    bound = sparse_attention.SparseAttention(settings).bound(shares)
+    assert bound.saved == pytest.approx(0.8 * 0.5 * (1 - chosen.density - chosen.means))
+    assert chosen.means == pytest.approx(sum(row.added for row in chosen.heads) / 48 / 4)
+
+
+def test_time_is_measured_at_several_densities(bench, measured):
+    times = techniques.time_by_density(
+        bench.model,
+        GRID,
+        block=4,
+        patterns=measured.choose(None, 0.2),
+        rounds=1,
+        progress=False,
+    )
+    frame = times.frame()
+    assert list(frame["density_percent"][:2]) == [100, 100]
+    swept = frame["density_percent"][1:-1]
+    assert (swept.diff().dropna() < 0).all()
+    assert swept.min() < 20
+    assert frame["attention"].iloc[-1] == "a pattern for each head"
+    assert not times.saves
+    assert "no time is saved" in times.sentence()
+    assert (frame["first_call_ms"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": "wan2.2-i2v-a14b"},
+            "holds patterns of wan2.2-i2v-a14b, and this is wan-nano: measure them for this model",
+        ),
+        (
+            {"heads": slice(0, 20)},
+            "holds 20 patterns for the high-noise expert, which has 6 blocks of 4 heads",
+        ),
+    ],
+)
+def test_patterns_of_another_model_are_one_line(bench, measured, tmp_path, change, message):
+    chosen = measured.choose(None, 0.2)
+    if isinstance(change.get("heads"), slice):
+        change = {"heads": chosen.heads[change["heads"]]}
+    path = msgspec.structs.replace(chosen, **change).save(tmp_path / "patterns.json")
+    with pytest.raises(WanlabError, match=message) as raised:
+        techniques.switch_on(bench.model, {"sparse_attention": {"patterns": str(path)}})
+    assert "\n" not in str(raised.value)
+
+
+def test_patterns_for_another_size_are_one_line(bench, measured, tmp_path):
+    path = measured.choose(None, 0.2).save(tmp_path / "patterns.json")
+    settings = {"patterns": str(path), "dense_percent": 0}
+    switched = techniques.switch_on(bench.model, {"sparse_attention": settings})
+    message = r"for videos of 5x4x6 tokens \(frames, height, width\), and this one has 2x4x6: measure them at this size"
+    with pytest.raises(WanlabError, match=message):
+        bench.generate(switched.model)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "holds no patterns of heads"),
+        ('{"model": 3}', "holds no patterns of heads"),
+        (
+            '{"model": "m", "grid": [1, 2, 3], "block": 4, "least_kept": null, "most_error": 0.1, "heads": [{"component":'
+            ' "expert", "block": 0, "head": 0, "pattern": {"kind": "window", "size": [1]}, "added": false, "density": 1,'
+            ' "kept": 1, "error": 0}]}',
+            "a window pattern has 2 sizes of 0 or more",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_patterns_is_one_line(bench, tmp_path, text, message):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(WanlabError, match=message):
+        techniques.switch_on(bench.model, {"sparse_attention": {"patterns": str(tmp_path / "other.json")}})
+    with pytest.raises(WanlabError, match=r"cannot read .*none\.json"):
+        techniques.switch_on(bench.model, {"sparse_attention": {"patterns": str(tmp_path / "none.json")}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kept_percent": None}, "give kept_percent or most_error"),
+        ({"kept_percent": 0}, "kept_percent is 0"),
+        ({"kept_percent": None, "most_error": -1}, "most_error is -1"),
+    ],
+)
+def test_a_choice_that_asks_for_nothing_is_one_line(measured, asked, message):
+    with pytest.raises(WanlabError, match=message):
+        measured.choose(**asked)
+
+
+def test_a_video_of_one_block_has_no_patterns(bench):
+    with pytest.raises(WanlabError, match="48 tokens has no blocks of 128 to leave out"):
+        techniques.measure_patterns(
+            bench.model, examples=1, height=64, width=96, frames=5, steps=4, progress=False
+        )
+
+
 # Planted faults.
+
+
+def test_heads_that_are_all_dense_are_seen(bench, measured, tmp_path):
+    path = measured.choose(None, 0.0).save(tmp_path / "patterns.json")
+    switched, _ = bench.switched_on({"sparse_attention": {"patterns": str(path), "dense_percent": 0}}, **LONG)
+    proof = switched.proofs()["sparse_attention"]
+    assert not proof.passed
+    assert "its mask is dense. Choose patterns that keep less" in proof.sentence
+
+
+def test_a_head_whose_mask_is_dense_is_seen(bench, measured, tmp_path, monkeypatch):
+    chosen = measured.choose(None, 0.2)
+    path = chosen.save(tmp_path / "patterns.json")
+    made = blocks.head_tables
+
+    def faulty(patterns):
+        tables = made(patterns)
+        own = tables["expert_low", 3]
+        dense = blocks.pattern_table(Pattern("dense"), patterns.grid, patterns.block)
+        tables["expert_low", 3] = blocks.HeadTable((*own.tables[:2], dense, own.tables[3]), own.added)
+        return tables
+
+    monkeypatch.setattr(blocks, "head_tables", faulty)
+    settings = {"patterns": str(path), "dense_percent": 0}
+    switched, _ = bench.switched_on({"sparse_attention": settings}, **LONG)
+    proof = switched.proofs()["sparse_attention"]
+    assert not proof.passed
+    assert (
+        "in the low-noise expert: head 2 of block 3 had 100 % of its blocks, and its pattern"
+        in proof.sentence
+    )
+
+
+def test_a_kernel_that_ignores_the_mask_of_one_head_is_seen(bench, measured, tmp_path, monkeypatch):
+    path = measured.choose(None, 0.4).save(tmp_path / "patterns.json")
+    masked = sparse.masked
+
+    def ignoring(query, key, value, table):
+        output = masked(query, key, value, table)
+        output[:, :, 1] = KERNELS["sdpa-flash"].run(query, key, value)[:, :, 1]
+        return output
+
+    monkeypatch.setitem(sparse.SPARSE, "masked", ignoring)
+    settings = {"patterns": str(path), "dense_percent": 0}
+    switched, _ = bench.switched_on({"sparse_attention": settings}, **LONG)
+    proof = switched.proofs()["sparse_attention"]
+    assert not proof.passed
+    assert "did not follow its mask in the high-noise expert" in proof.sentence
 
 
 def test_a_mask_that_is_dense_is_seen(bench, monkeypatch):

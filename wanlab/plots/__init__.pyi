@@ -59,6 +59,9 @@ from .runs import technique_bars as technique_bars
 from .serving import request_parts as request_parts
 from .serving import throughput_lines as throughput_lines
 from .serving import wait_rows as wait_rows
+from .sparse import head_density_map as head_density_map
+from .sparse import loss_against_density as loss_against_density
+from .sparse import time_against_density as time_against_density
 from .style import COMPONENT_COLOURS as COMPONENT_COLOURS
 from .style import NAMES as NAMES
 from .style import OTHERS as OTHERS

@@ -4,10 +4,15 @@ from .denoising import Call as Call
 from .denoising import Rule as Rule
 from .fp8_attention import attention_errors as attention_errors
 from .half_size_start import noise_level_for as noise_level_for
+from .head_patterns import HeadPatterns as HeadPatterns
+from .head_patterns import Pattern as Pattern
 from .ladder import Ladder as Ladder
 from .ladder import climb as climb
 from .mag_cache import Magnitudes as Magnitudes
 from .mag_cache import measure_magnitudes as measure_magnitudes
+from .measured_patterns import PatternMeasurement as PatternMeasurement
+from .measured_patterns import head_losses as head_losses
+from .measured_patterns import measure_patterns as measure_patterns
 from .place import Place as Place
 from .registry import TECHNIQUES as TECHNIQUES
 from .registry import barred as barred
@@ -16,6 +21,10 @@ from .registry import made as made
 from .registry import register as register
 from .registry import settings_of as settings_of
 from .registry import technique_of as technique_of
+from .sparse_trial import KernelTimes as KernelTimes
+from .sparse_trial import SparseTrial as SparseTrial
+from .sparse_trial import time_by_density as time_by_density
+from .sparse_trial import try_patterns as try_patterns
 from .switch_on import Switched as Switched
 from .switch_on import catalogue as catalogue
 from .switch_on import shares_by_operations as shares_by_operations

@@ -234,7 +234,7 @@ def _statistics(
     """Statistics of all kinds of attention and those of `of_rows`, each `[heads, queries]`, and the logarithms of the
     denominators; without `of_rows` these alone."""
     parts: dict[str, list[list[torch.Tensor]]] = {}
-    for first, rows, p, whole in _probabilities(query, key, tokens, scale, most_bytes):
+    for first, rows, p, whole in probabilities(query, key, tokens, scale, most_bytes):
         columns = {_WHOLE: whole}
         if of_rows is not None:
             columns |= {"entropy_nats": -torch.xlogy(p, p).sum(-1)}
@@ -252,11 +252,23 @@ def _statistics(
     return found, found.pop(_WHOLE)
 
 
-def _probabilities(
-    query, key, tokens, scale, most_bytes
+def probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tokens: torch.Tensor,
+    scale: float | None = None,
+    most_bytes: int = MOST_BYTES,
 ) -> Iterator[tuple[bool, slice, torch.Tensor, torch.Tensor]]:
-    """Softmax in pieces, as (whether a new group of heads begins, slice of queries, `[heads, queries, keys]`, and the
-    logarithm of its denominator, `[heads, queries]`)."""
+    """Softmax of some queries over all keys, in float32 and in pieces.
+
+    Args:
+        query, key: `[tokens, heads, dim]`. tokens: numbers of the queries.
+        scale, most_bytes: as `self_statistics`.
+
+    Yields:
+        Whether a new group of heads begins, slice of the queries, `[heads, queries, keys]`, and the logarithm of its
+        denominator, `[heads, queries]`.
+    """
     keys, heads, dim = key.shape
     scale = dim**-0.5 if scale is None else scale
     at_once = max(1, most_bytes // (BYTES_PER_PRODUCT * keys))

@@ -1,4 +1,4 @@
-"""Which blocks of tokens attend to which: windows in space and time, and radial masks."""
+"""Which blocks of tokens attend to which: windows in space and time, radial masks, and the same place in all frames."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+from wanlab.techniques.head_patterns import HeadPatterns, Pattern
 
 PATTERNS = ("window", "radial")
 STEPS = 64
@@ -39,11 +41,87 @@ class BlockTable:
         """Part of the pairs that is computed."""
         return self.pairs / self.kept.numel()
 
+    @property
+    def count(self) -> int:
+        """Pairs of blocks, computed or not."""
+        return self.kept.numel()
+
     def of_tokens(self, queries: torch.Tensor | None = None) -> torch.Tensor:
         """Whether a query sees a key: `[queries, tokens]`, of some queries or of all."""
         numbers = torch.arange(self.tokens) if queries is None else queries.cpu()
         keys = torch.arange(self.tokens) // self.block
         return self.kept[numbers // self.block][:, keys]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTable:
+    """Blocks of the heads of one attention, each with a table of its own.
+
+    Attributes:
+        tables: of each head; heads of one pattern share theirs.
+        added: of each head, whether the means of the blocks that it leaves out take their place, see `sparse`.
+    """
+
+    tables: tuple[BlockTable, ...]
+    added: tuple[bool, ...]
+
+    @property
+    def block(self) -> int:
+        return self.tables[0].block
+
+    @property
+    def tokens(self) -> int:
+        return self.tables[0].tokens
+
+    @property
+    def size(self) -> str:
+        """What made it, for readers."""
+        return f"{len(set(self.tables))} patterns of {len(self.tables)} heads"
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of blocks that are computed, of all heads."""
+        return sum(table.pairs for table in self.tables)
+
+    @property
+    def count(self) -> int:
+        """Pairs of blocks of all heads, computed or not."""
+        return sum(table.count for table in self.tables)
+
+    @property
+    def density(self) -> float:
+        """Part of the pairs that is computed."""
+        return self.pairs / self.count
+
+    def of_tokens(self, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether a query sees a key: `[heads, queries, tokens]`, of some queries or of all."""
+        return torch.stack([table.of_tokens(queries) for table in self.tables])
+
+    def bias(self, head: int, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """What a head adds to the scores of all keys and, behind them, of the mean of each block: `[queries, tokens +
+        blocks]`, float64. The mean of a block that is left out counts as often as the block has tokens."""
+        numbers = torch.arange(self.tokens) if queries is None else queries.cpu()
+        table, outside = self.tables[head], float("-inf")
+        seen = torch.zeros(len(numbers), self.tokens, dtype=torch.float64)
+        seen.masked_fill_(~table.of_tokens(numbers), outside)
+        means = block_sizes(self.tokens, self.block).double().log().repeat(len(numbers), 1)
+        means.masked_fill_(table.kept[numbers // self.block] | (not self.added[head]), outside)
+        return torch.cat([seen, means], 1)
+
+
+def block_sizes(tokens: int, block: int) -> torch.Tensor:
+    """Tokens of each block; the last may have fewer."""
+    first = torch.arange(0, tokens, block)
+    return (tokens - first).clamp_max(block)
+
+
+def block_means(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """Mean over the tokens of each block, `[B, blocks, H, D]` of `[B, L, H, D]`; summed in float32 at least."""
+    sizes = block_sizes(tensor.shape[1], block).to(tensor.device)
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    short = len(sizes) * block - tensor.shape[1]
+    parts = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, short)).unflatten(1, (len(sizes), block))
+    return parts.sum(2) / sizes[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,32 +149,39 @@ def _spans(grid: tuple[int, int, int], block: int) -> _Spans:
     return _Spans((low, high), places)
 
 
-def _always(spans: _Spans) -> torch.Tensor:
-    """Keys of the first latent frame, which is the picture, and each block itself."""
-    return (spans.frames[0] == 0)[None] | torch.eye(len(spans.frames[0]), dtype=torch.bool)
+def _always(spans: _Spans, picture: bool) -> torch.Tensor:
+    """Each block itself, and keys of the first latent frame, which is the picture."""
+    itself = torch.eye(len(spans.frames[0]), dtype=torch.bool)
+    return (spans.frames[0] == 0)[None] | itself if picture else itself
 
 
-def window_table(grid: tuple[int, int, int], block: int, frames: int, rows: int) -> BlockTable:
+def window_table(
+    grid: tuple[int, int, int], block: int, frames: int, rows: int, picture: bool = True
+) -> BlockTable:
     """Keys within some latent frames and some rows of a query, on each side, and the first latent frame.
 
     Args:
         grid: tokens of the video, (frames, height, width). block: tokens of a block.
+        picture: whether all see the first latent frame.
     """
     spans = _spans(grid, block)
     by_row = (spans.places[0] // grid[2], spans.places[1] // grid[2])
     near = (spans.distance(spans.frames) <= frames) & (spans.distance(by_row) <= rows)
     return BlockTable(
-        near | _always(spans), block, math.prod(grid), f"{frames} frames and {rows} rows on each side"
+        near | _always(spans, picture),
+        block,
+        math.prod(grid),
+        f"{frames} frames and {rows} rows on each side",
     )
 
 
-def radial_table(grid: tuple[int, int, int], block: int, decay: float) -> BlockTable:
+def radial_table(grid: tuple[int, int, int], block: int, decay: float, picture: bool = True) -> BlockTable:
     """A window in the frame whose size halves each time the distance of frames doubles; neighbours and the first frame are
     seen whole. Where the window is smaller than a block, some distances are left out instead. After Li et al. 2025, "Radial
     attention" (arXiv:2506.19852), on whole blocks.
 
     Args:
-        grid, block: as `window_table`. decay: factor of all windows.
+        grid, block, picture: as `window_table`. decay: factor of all windows.
     """
     spans, plane = _spans(grid, block), grid[1] * grid[2]
     apart = spans.distance(spans.frames)
@@ -105,7 +190,45 @@ def radial_table(grid: tuple[int, int, int], block: int, decay: float) -> BlockT
     near = spans.distance(spans.places) <= size
     every = torch.ceil(block / (2 * size)).clamp_min(1)
     kept = (apart <= 1) | (near & (apart % every == 0))
-    return BlockTable(kept | _always(spans), block, math.prod(grid), f"decay {decay:.3g}")
+    return BlockTable(kept | _always(spans, picture), block, math.prod(grid), f"decay {decay:.3g}")
+
+
+def same_place_table(grid: tuple[int, int, int], block: int, reach: int, picture: bool = True) -> BlockTable:
+    """Keys at the place of a query in all frames, and some tokens before and behind it, in the order of rows: what the
+    temporal heads of Xi et al. 2025, "Sparse VideoGen" (arXiv:2502.01776), look at, on whole blocks.
+
+    Args:
+        grid, block, picture: as `window_table`. reach: tokens on each side.
+    """
+    spans = _spans(grid, block)
+    near = spans.distance(spans.places) <= reach
+    return BlockTable(
+        near | _always(spans, picture), block, math.prod(grid), f"{reach} tokens on each side in all frames"
+    )
+
+
+def pattern_table(pattern: Pattern, grid: tuple[int, int, int], block: int) -> BlockTable:
+    """The table of a pattern of a head; grid and block as `window_table`."""
+    size, picture = pattern.size, pattern.picture
+    if pattern.kind == "window":
+        return window_table(grid, block, int(size[0]), int(size[1]), picture)
+    if pattern.kind == "radial":
+        return radial_table(grid, block, size[0], picture)
+    if pattern.kind == "same_place":
+        return same_place_table(grid, block, int(size[0]), picture)
+    count = -(-math.prod(grid) // block)
+    return BlockTable(torch.ones(count, count, dtype=torch.bool), block, math.prod(grid), "all blocks")
+
+
+def head_tables(patterns: HeadPatterns) -> dict[tuple[str, int], HeadTable]:
+    """(expert, block) -> the tables of its heads; those of one pattern are the same object."""
+    known = {row.pattern for row in patterns.heads}
+    tables = {pattern: pattern_table(pattern, patterns.grid, patterns.block) for pattern in known}
+    found = {}
+    for place in dict.fromkeys((row.component, row.block) for row in patterns.heads):
+        rows = patterns.of(*place)
+        found[place] = HeadTable(tuple(tables[row.pattern] for row in rows), tuple(row.added for row in rows))
+    return found
 
 
 def table_of_density(pattern: str, grid: tuple[int, int, int], block: int, density: float) -> BlockTable:

@@ -29,7 +29,8 @@ def exact_attention(
 
     Args:
         query, key, value: `[B, L, H, D]`. picked: numbers of the queries, `[N]`.
-        allowed: `[N, L]`, which keys each of them may see; None is all.
+        allowed: `[N, L]`, or `[H, N, L]` by head: which keys each of them may see, or what is added to its scores; None is
+            all.
 
     Returns:
         `[B, N, H, D]` in float64.
@@ -41,7 +42,8 @@ def exact_attention(
         for head in range(heads):
             scores = query[number, picked, head].double() @ key[number, :, head].double().t() * size**-0.5
             if allowed is not None:
-                scores.masked_fill_(~allowed.to(query.device), float("-inf"))
+                own = (allowed if allowed.ndim == 2 else allowed[head]).to(query.device)
+                scores = scores.masked_fill(~own, float("-inf")) if own.dtype == torch.bool else scores + own
             output[number, :, head] = scores.softmax(-1) @ value[number, :, head].double()
     return output
 

@@ -1,5 +1,6 @@
 from .answers import cache_answer as cache_answer
 from .answers import skipped_steps as skipped_steps
+from .budget import STACK_COLUMNS as STACK_COLUMNS
 from .budget import Budget as Budget
 from .budget import Combined as Combined
 from .budget import Judged as Judged

@@ -239,6 +239,23 @@ class Search:
 _OF_CANDIDATES = ("tier", "speedup", "low", "high", "quality_loss_percent", "loss_low", "loss_high")
 
 
+STACK_COLUMNS = (
+    "stack",
+    "tier",
+    "speedup",
+    "low",
+    "high",
+    "product",
+    "quality_loss_percent",
+    "loss_low",
+    "loss_high",
+    "did_what_it_says",
+    "fate",
+    "reason",
+)
+"""Columns of `Search.frame` for readers."""
+
+
 def judged_row(each: Judged) -> dict[str, object]:
     """A measured stack as a row: stack, tier, speedup, low, high, noise_percent, quality_loss_percent, loss_low, loss_high,
     did_what_it_says; None where unknown."""
@@ -453,6 +470,15 @@ class Budget:
     def techniques(self) -> dict[str, dict]:
         """Technique -> settings of the winner, as in a configuration; empty where there is none, which is the original."""
         return {} if self.winner is None else self.winner.stack.chosen
+
+    @property
+    def about(self) -> str:
+        """What the configuration of the winner is, in one line."""
+        limit = f"{self.search.limit_percent:g} % quality loss"
+        if self.winner is None or self.winner.gain is None:
+            return f"the original: no stack of techniques was verified to hold {limit}"
+        speed = f"{self.winner.speedup:.2f} times as fast as {self.winner.gain.baseline}"
+        return f"the fastest verified within {limit}: {speed}, loss {self.winner.loss}"
 
     def verified_frame(self) -> pd.DataFrame:
         """One row per verified stack: columns of `judged_row`, within_limit, verdict (of the time), and

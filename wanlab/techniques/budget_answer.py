@@ -87,7 +87,8 @@ def _choice(found: Budget, cases: int, final_cases: int) -> str:
     text += f"; what is said above is of {final_cases} others, which nothing was chosen by."
     failed = [each.stack.label for each in found.verified if each is not found.winner]
     if failed and found.winner is not None:
-        return f"{text} Faster ones did not hold there: {'; '.join(failed)}. The more are tried, the more a pass owes to luck."
+        text += f" Faster ones did not hold there: {'; '.join(failed)}."
+        return f"{text} The more are tried, the more a pass owes to luck."
     return text
 
 

@@ -21,6 +21,8 @@ from wanlab.techniques.registry import made
 from wanlab.techniques.switch_on import Switched, lacks, switch_on
 from wanlab.techniques.technique import Proof
 
+_SIZE = ("height", "width", "frames", "steps")
+
 
 class ModelBench:
     """Measures stacks on some cases of a model; the original's videos are made once.
@@ -51,6 +53,29 @@ class ModelBench:
         self.costs, self.rounds, self.progress = costs, rounds, progress
         self._originals: list[Generation] = []
         self._opened: dict[str, Switched] = {}
+        self._first: dict[str, Generation] = {}
+        self._device = str(model.device)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the times are those of, as a table of costs has it: model with size, baseline, device."""
+        if self.costs is not None:
+            return {
+                "model": self.costs.model,
+                "baseline": self.costs.baseline or "its baseline",
+                "device": "",
+            }
+        size = {name: self.asked[0].get(name) or getattr(self.model.spec.defaults, name) for name in _SIZE}
+        shape = "x".join(str(size[name]) for name in ("height", "width", "frames"))
+        model = f"{self.model.spec.name} at {shape}, {size['steps']} steps"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"model": model, "baseline": f"eager {dtype}", "device": self._device}
+
+    def clips(self, stacks: Sequence[Stack]) -> dict[str, Any]:
+        """Videos of the first case: the truth where it is known, the original's, and those of stacks that were measured."""
+        truth = {"truth": self.truths[0]} if self.truths is not None and len(self.truths) else {}
+        made_here = {each.label: self._first[each.key] for each in stacks if each.key in self._first}
+        return {"original": self.originals[0]} | made_here | truth
 
     @property
     def originals(self) -> list[Generation]:
@@ -75,7 +100,7 @@ class ModelBench:
             for name, proof in switched.proofs().items():
                 if name not in proofs or proofs[name].passed:
                     proofs[name] = proof
-        self._opened[stack.key] = switched
+        self._opened[stack.key], self._first[stack.key] = switched, videos[0]
         return loss_to_truth(self.truths, originals, videos), proofs
 
     def time(self, stacks: Sequence[Stack]) -> list[Comparison]:
@@ -97,6 +122,7 @@ class ModelBench:
             device=self.model.device,
             progress=self.progress,
         )
+        self._device = timed.samples[ORIGINAL].device or self._device
         return [timed.comparisons[stack.label] for stack in stacks]
 
     def _read(self, stack: Stack) -> Comparison:

@@ -136,11 +136,11 @@ def make_candidates(given: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> 
         technique_of(name)
         if not isinstance(ladder, list | tuple) or not ladder:
             raise WanlabError(
-                f"candidates: {name} needs a list of settings, such as [{{}}] for its defaults, not {ladder!r}"
+                f"{name} needs a list of settings, such as [{{}}] for its defaults, not {ladder!r}"
             )
         for settings in ladder:
             if not isinstance(settings, Mapping | None):
-                raise WanlabError(f"candidates: settings of {name} are {{setting: value}}, not {settings!r}")
+                raise WanlabError(f"settings of {name} are {{setting: value}}, not {settings!r}")
             candidate = Candidate(name, dict(settings or {}))
             found.setdefault(stack_key({name: candidate.settings}), candidate)
     if not found:
@@ -148,8 +148,8 @@ def make_candidates(given: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> 
     return list(found.values())
 
 
-def read_candidates(source: str | os.PathLike | None = None) -> list[Candidate]:
-    """Candidates of a YAML file or text, technique -> list of settings; `CANDIDATES` where it is None.
+def read_candidates(source: str | os.PathLike | None) -> list[Candidate] | None:
+    """Candidates of a YAML file or text, technique -> list of settings; None of None, which `space_of` has defaults for.
 
     Args:
         source: path of a file that ends in .yaml or .yml, or text such as
@@ -159,7 +159,7 @@ def read_candidates(source: str | os.PathLike | None = None) -> list[Candidate]:
         WanlabError: a file that cannot be read, not YAML, or as `make_candidates`; the message names the line.
     """
     if source is None:
-        return make_candidates(CANDIDATES)
+        return None
     what = "the candidates"
     if str(source).lower().endswith((".yaml", ".yml")):
         document = load_yaml(locate(source), what)

@@ -53,7 +53,8 @@ def read_costs(
 
     Columns: `techniques`, `speedup` or `times_faster`, and, where known, `low` and `high` (95 % interval), `noise_percent`,
     `baseline`, `model` and `device`. `techniques` is {technique: {setting: value}}, in a CSV the same as text. A table of
-    `43_ladder` (variants.csv) names techniques alone, whose settings are those of the configuration that it took apart.
+    `43_ladder` (variants.csv) names techniques alone, whose settings are those of the configuration that it took apart; one
+    of `46_budget` (stacks.csv) has all of it. Rows of stacks that did nothing there are left out.
 
     Args:
         settings: technique -> its settings, for rows that name techniques alone.
@@ -75,8 +76,8 @@ def read_costs(
             raise WanlabError(f"{where}: a row has the fields techniques and speedup, not {row!r}")
         row = facts | dict(row)
         chosen = _chosen(row.get("techniques"), settings, where)
-        if not chosen:
-            continue  # the baseline itself
+        if not chosen or str(row.get("did_what_it_says")).lower() == "false":
+            continue  # the baseline itself, or a stack that was not what it is called
         try:
             key = stack_key(chosen)
         except WanlabError as error:

@@ -12,6 +12,7 @@ cases that nothing was chosen by; where the fastest does not hold the limit ther
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -157,10 +158,8 @@ def space_of(candidates: Sequence[Candidate] | None, costs: Costs | None = None)
         return Combined(make_candidates(CANDIDATES) if candidates is None else candidates)
     if candidates is None:
         return Listed(costs.stacks, costs)
-    wanted = {Stack.of([each]).key for each in candidates}
-    stacks = [
-        stack for stack in costs.stacks if all(Stack.of([each]).key in wanted for each in stack.candidates)
-    ]
+    wanted = set(candidates)
+    stacks = [stack for stack in costs.stacks if wanted.issuperset(stack.candidates)]
     if not stacks:
         raise WanlabError(
             f"{costs.source} has no row that consists of the candidates; add a row, or name no candidates"
@@ -212,7 +211,7 @@ class Search:
             row["product"] = self.product(each.stack)
             row["efficient"] = best
             row["within_limit"] = each.within(self.limit_percent)
-            row |= {"fate": each.fate, "reason": each.reason, "techniques": each.stack.key}
+            row |= {"fate": each.fate, "reason": each.reason, "techniques": json.dumps(each.stack.chosen)}
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -27,9 +27,9 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
 """Technique -> settings from mild to strong: a small set that runs on every machine."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """One technique with settings.
+    """One technique with settings; two that do the same are equal.
 
     Attributes:
         technique: its name. settings: those that are given; the others have their defaults.
@@ -39,13 +39,15 @@ class Candidate:
     settings: Mapping[str, Any]
 
     @cached_property
-    def full_settings(self) -> dict[str, Any]:
-        """All settings, as data.
+    def key(self) -> str:
+        """`stack_key` of it alone."""
+        return stack_key({self.technique: self.settings})
 
-        Raises:
-            WanlabError: as `settings_of`.
-        """
-        return msgspec.to_builtins(settings_of(self.technique, self.settings))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Candidate) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def tier(self) -> str:
@@ -142,7 +144,7 @@ def make_candidates(given: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> 
             if not isinstance(settings, Mapping | None):
                 raise WanlabError(f"settings of {name} are {{setting: value}}, not {settings!r}")
             candidate = Candidate(name, dict(settings or {}))
-            found.setdefault(stack_key({name: candidate.settings}), candidate)
+            found.setdefault(candidate.key, candidate)
     if not found:
         raise WanlabError("there are no candidates; give at least one technique with a list of settings")
     return list(found.values())

@@ -18,6 +18,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "17_explore": SMALL,
     "43_ladder": (),
     "44_caches": (),
+    "46_budget": (),
     "50_before_after": (),
 }
 """Notebook -> parameters that differ from its own, where those take long."""

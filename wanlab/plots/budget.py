@@ -18,13 +18,13 @@ FATES = {
 }
 """What a mark says of a stack on the clips of the choice -> its words, colour and symbol."""
 CHOSEN = "#3d85c6"
-NAMED = 5
 COLUMNS = ("stack", "speedup", "low", "high", "quality_loss_percent", "loss_low", "loss_high")
 
 
 def budget_frontier(stacks: pd.DataFrame, verified: pd.DataFrame, limit_percent: float) -> go.Figure:
     """Times as fast against quality loss, a mark with its intervals per stack, and a line through those that none beats in
-    both; stars are the verified ones, on clips that nothing was chosen by.
+    both; stars are the verified ones, on clips that nothing was chosen by. One that lost too much there was not timed again,
+    and stands at the time of the search.
 
     Args:
         stacks: `Search.frame`. verified: `Budget.verified_frame`, which may be empty.
@@ -56,17 +56,19 @@ def budget_frontier(stacks: pd.DataFrame, verified: pd.DataFrame, limit_percent:
             line={"color": GREY, "width": 1.4, "dash": "dot"},
             hoverinfo="skip",
         )
-    for words, holds in (("verified, holds the limit", True), ("verified, does not hold it", False)):
-        rows = verified[verified["within_limit"].astype(bool) == holds] if len(verified) else verified
-        if len(rows):
-            mark = {
-                "symbol": "star" if holds else "star-open",
-                "size": 17,
-                "color": CHOSEN if holds else "#d9534f",
-            }
-            _marks(figure, rows, words, mark)
-            for place, row in enumerate(rows.to_dict("records")):
-                _name(figure, row, ("top", "bottom")[place % 2])
+    if len(verified):
+        needs(verified, "budget_frontier", *COLUMNS, "held", "selection_speedup")
+        shown_at = verified.assign(speedup=verified["speedup"].fillna(verified["selection_speedup"]))
+        for holds, words, symbol in (
+            (True, "verified", "star"),
+            (False, "failed the verification", "star-open"),
+        ):
+            rows = shown_at[shown_at["held"].astype(bool) == holds]
+            if len(rows):
+                tint = CHOSEN if holds else FATES["beyond"][1]
+                _marks(figure, rows, words, {"symbol": symbol, "size": 17, "color": tint})
+        for place, row in enumerate(shown_at.to_dict("records")):
+            _name(figure, row, ("top", "bottom")[place % 2])
     limit_line(figure, limit_percent, "limit", x=0.0, xanchor="left")
     figure.update_layout(
         template=theme(), height=430, margin={"t": 60, "r": 20}, legend={"font": {"size": 12}}

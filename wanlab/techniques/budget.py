@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -353,7 +353,7 @@ class _State:
                    default=None)  # fmt: skip
         if fate != KEPT:
             pass
-        elif gain.speedup <= 1 or gain.low <= 1:
+        elif gain.speedup <= 1:  # whether a gain can be told from noise is decided by the verification
             fate, reason = NO_GAIN, gain.clause("it", "the baseline")
         elif best is not None and gain.speedup <= best.speedup:
             fate, reason = NO_MORE, f"{best.stack.label} is {best.speedup:.2f} times as fast"
@@ -477,11 +477,11 @@ class Budget:
         if self.winner is None or self.winner.gain is None:
             return f"the original: no stack of techniques was verified to hold {limit}"
         speed = f"{self.winner.speedup:.2f} times as fast as {self.winner.gain.baseline}"
-        return f"the fastest verified within {limit}: {speed}, loss {self.winner.loss}"
+        return f"the fastest verified within {limit}: {speed}, {self.winner.loss.text}"
 
     def verified_frame(self) -> pd.DataFrame:
-        """One row per verified stack: columns of `judged_row`, within_limit, verdict (of the time), and
-        selection_loss_percent and selection_speedup, what the search measured."""
+        """One row per verified stack: columns of `judged_row` (no speed-up where it lost too much), verdict of the time,
+        held (whether it is the winner), and selection_loss_percent and selection_speedup, what the search measured."""
         before = {each.stack.key: each for each in self.search.judged}
         rows = []
         for each in self.verified:
@@ -489,8 +489,8 @@ class Budget:
             rows.append(
                 judged_row(each)
                 | {
-                    "within_limit": each.within(self.search.limit_percent),
-                    "verdict": "" if each.gain is None else each.gain.verdict,
+                    "verdict": "not timed" if each.gain is None else each.gain.verdict,
+                    "held": each is self.winner,
                     "selection_loss_percent": chosen.loss.percent,
                     "selection_speedup": chosen.speedup,
                 }
@@ -523,9 +523,11 @@ def verify(found: Search, bench: Bench, *, most: int = 3) -> Budget:
     promising = found.promising()
     for each in promising[:most]:
         loss, proofs = bench.quality(each.stack)
-        (gain,) = bench.time([each.stack])
-        again = Judged(each.stack, loss, proofs, gain)
+        again = Judged(each.stack, loss, proofs)
+        if again.passed and loss.within(found.limit_percent) == "yes":  # else its time says nothing
+            (gain,) = bench.time([each.stack])
+            again = replace(again, gain=gain)
         verified.append(again)
-        if again.within(found.limit_percent) and gain.verdict == "faster":
+        if again.within(found.limit_percent) and again.gain is not None and again.gain.verdict == "faster":
             return Budget(found, tuple(verified), again, len(promising) - len(verified))
     return Budget(found, tuple(verified), None, len(promising) - len(verified))

@@ -32,7 +32,7 @@ class ModelBench:
         asked: arguments of `Model.generate`, of each case. truths: their true videos; the loss is unknown without.
         base: model that techniques are switched on in, such as the original on other engines; the original if None.
         costs: measured times of another run, which replace timing here.
-        rounds: rounds of timing; each makes two videos of every stack and of the original.
+        rounds, precision, limit_s: as `wanlab.measure.until_told`; exactly so many rounds where `precision` is None.
     """
 
     def __init__(
@@ -44,13 +44,16 @@ class ModelBench:
         base: Model | None = None,
         costs: Costs | None = None,
         rounds: int = 2,
+        precision: float | None = None,
+        limit_s: float | None = None,
         progress: bool = True,
     ) -> None:
         if not asked:
             raise WanlabError("quality is measured on cases; give at least one")
         self.model, self.base = model, model if base is None else base
         self.asked, self.truths = list(asked), truths
-        self.costs, self.rounds, self.progress = costs, rounds, progress
+        self.costs, self.progress = costs, progress
+        self.timing: dict[str, Any] = {"rounds": rounds, "precision": precision, "limit_s": limit_s}
         self._originals: list[Generation] = []
         self._opened: dict[str, Switched] = {}
         self._first: dict[str, Generation] = {}
@@ -71,11 +74,10 @@ class ModelBench:
         dtype = str(self.model.dtype).removeprefix("torch.")
         return {"model": model, "baseline": f"eager {dtype}", "device": self._device}
 
-    def clips(self, stacks: Sequence[Stack]) -> dict[str, Any]:
-        """Videos of the first case: the truth where it is known, the original's, and those of stacks that were measured."""
-        truth = {"truth": self.truths[0]} if self.truths is not None and len(self.truths) else {}
+    def clips(self, stacks: Sequence[Stack]) -> dict[str, Generation]:
+        """Videos of the first case: the original's, and those of stacks that were measured."""
         made_here = {each.label: self._first[each.key] for each in stacks if each.key in self._first}
-        return {"original": self.originals[0]} | made_here | truth
+        return {"original": self.originals[0]} | made_here
 
     @property
     def originals(self) -> list[Generation]:
@@ -94,7 +96,8 @@ class ModelBench:
     def quality(self, stack: Stack) -> tuple[QualityLoss, Mapping[str, Proof]]:
         originals = self.originals
         switched = switch_on(self.base, stack.chosen)
-        videos, proofs = [], {}
+        videos: list[Generation] = []
+        proofs: dict[str, Proof] = {}
         for each in self.asked:
             videos.append(switched.model.generate(**each))
             for name, proof in switched.proofs().items():
@@ -117,13 +120,13 @@ class ModelBench:
         timed = until_told(
             calls,
             warmup=0,  # all of them have made videos of this size
-            rounds=self.rounds,
-            precision=None,
             device=self.model.device,
             progress=self.progress,
+            **self.timing,
         )
         self._device = timed.samples[ORIGINAL].device or self._device
-        return [timed.comparisons[stack.label] for stack in stacks]
+        baseline = self.facts["baseline"]
+        return [replace(timed.comparisons[stack.label], baseline=baseline) for stack in stacks]
 
     def _read(self, stack: Stack) -> Comparison:
         found = None if self.costs is None else self.costs.of(stack.chosen)

@@ -18,11 +18,10 @@ from wanlab.techniques.registry import conflicts, settings_of, technique_of
 from wanlab.techniques.technique import TIERS, setting_text
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "batched_guidance": [{}],
     "easy_cache": [{"threshold": 0.05}, {"threshold": 0.1}],
     "solver": [{"steps_percent": 60}],
     "guidance_interval": [{"low": 0.3}],
-    "guidance_gate": [{"after_percent": 80}],
+    "batched_guidance": [{}],
 }
 """Technique -> settings from mild to strong: a small set that runs on every machine."""
 

@@ -320,10 +320,15 @@ class _State:
         each = elapsed / len(self.judged) if self.judged else 0.0
         return not self.judged or elapsed + count * each <= self.limit_s
 
-    def measure(self, stacks: Sequence[Stack], told: Callable[[int], object]) -> None:
-        """Quality first: what does nothing is not timed."""
-        found = []
+    def measure(self, stacks: Sequence[Stack], told: Callable[[int], object]) -> int:
+        """Measure stacks, at least one; the number of those that the time limit let through.
+
+        Quality comes first: what does nothing is not timed.
+        """
+        found: list[Judged] = []
         for stack in stacks:
+            if found and time.monotonic() - self.begun > self.limit_s:
+                break
             found.append(self._quality(stack))
             told(1)
         timed = [each for each in found if each.passed]
@@ -332,6 +337,7 @@ class _State:
         for each in found:
             gain = times.get(each.stack.key)
             self.judged[each.stack.key] = each if gain is None else self._timed(each, gain)
+        return len(found)
 
     def _quality(self, stack: Stack) -> Judged:
         try:
@@ -426,8 +432,7 @@ def search(
         raise WanlabError(f"none of the candidates can be measured here ({why})")
     state = _State(bench, space, limit_percent, limit_s, time.monotonic())
     while roots and state.time_for(len(roots[:at_once])):
-        state.measure(roots[:at_once], told)
-        roots = roots[at_once:]
+        roots = roots[state.measure(roots[:at_once], told) :]
     left = list(roots)
     while not left and (following := state.next()):
         here = [stack for stack in following if not any(map(bench.lacks, stack.candidates))]

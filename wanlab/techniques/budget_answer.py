@@ -12,6 +12,8 @@ from wanlab.techniques.costs import Costs
 
 MORE_CASES = 12
 """Cases of either set that an answer without a winner asks for."""
+MORE_S = 120.0
+"""Seconds of timing a stack that an answer asks for where noise hid every gain."""
 
 
 def budget_answer(
@@ -38,11 +40,14 @@ def budget_answer(
     if found.winner is None:
         headline, shown = _without(found, model, baseline)
         more = max(MORE_CASES, 2 * cases)
+        following = step("narrows the intervals of the quality loss", cases=more, final_cases=more)
+        if _slow(found):
+            following = step("times longer, best on an idle machine: noise hides the gains", verify_s=MORE_S)
         return answer(
             headline,
             *details,
             tiles=_tiles(found, shown, limit),
-            next=step("narrows the intervals of the quality loss", cases=more, final_cases=more),
+            next=following,
         )
     winner = found.winner
     assert winner.gain is not None  # `verify` times every stack
@@ -85,11 +90,29 @@ def _choice(found: Budget, cases: int, final_cases: int) -> str:
     if not found.verified:
         return f"{text}; nothing was left to verify on others."
     text += f"; what is said above is of {final_cases} others, which nothing was chosen by."
-    failed = [each.stack.label for each in found.verified if each is not found.winner]
+    failed = [
+        f"{each.stack.label} ({_why(each, found.search.limit_percent)})"
+        for each in found.verified
+        if each is not found.winner
+    ]
     if failed and found.winner is not None:
-        text += f" Faster ones did not hold there: {'; '.join(failed)}."
+        text += f" Faster ones failed there: {'; '.join(failed)}."
         return f"{text} The more are tried, the more a pass owes to luck."
     return text
+
+
+def _why(each: Judged, limit_percent: float) -> str:
+    """Why a stack failed its verification, in words."""
+    if not each.passed:
+        return "a technique of it did nothing"
+    if each.loss.within(limit_percent) != "yes":
+        return each.loss.text
+    return "no gain that can be told from noise" if each.speedup > 1 else "no gain"
+
+
+def _slow(found: Budget) -> bool:
+    """Whether time alone kept every verified stack from winning."""
+    return bool(found.verified) and all(each.gain is not None for each in found.verified)
 
 
 def _left_out(searched: Search) -> str:
@@ -114,17 +137,14 @@ def _without(found: Budget, model: str, baseline: str) -> tuple[str, Judged | No
     """The headline where nothing holds the limit, and the stack that it speaks of."""
     searched, limit = found.search, found.search.limit_percent
     if found.verified:
-        last = found.verified[-1]
-        many = (
-            f"None of the {len(found.verified)} fastest stacks that kept"
-            if len(found.verified) > 1
-            else "The one stack that kept"
-            if not found.more
-            else "The fastest stack that kept"
+        last, count = found.verified[-1], len(found.verified)
+        tried = (
+            f"Each of the {count} fastest stacks that kept" if count > 1 else "The fastest stack that kept"
         )
-        verb = "does so" if len(found.verified) > 1 else "does not"
-        head = f"{many} within {limit:g} % quality loss on the clips of the choice {verb} on others"
-        return fitting(f"{head}: {last.stack.label}, {last.loss.text}.", f"{head}."), last
+        if count == 1 and not found.more:
+            tried = "The one stack that kept"
+        head = f"{tried} within {limit:g} % quality loss on the clips of the choice failed on others"
+        return fitting(f"{head}; {last.stack.label}: {_why(last, limit)}.", f"{head}."), last
     worked = [each for each in searched.judged if each.passed]
     unknown = [each for each in worked if not each.loss.known and each.gain is not None]
     if unknown:

@@ -314,11 +314,12 @@ class _State:
     begun: float
     judged: dict[str, Judged] = field(default_factory=dict)
 
-    def time_for(self, count: int) -> bool:
-        """Whether so many stacks can be measured within the limit, each as long as those before it; the first always can."""
+    def room(self, count: int) -> int:
+        """How many of so many stacks can be measured within the limit, each as long as those before; at first all of them."""
         elapsed = time.monotonic() - self.begun
-        each = elapsed / len(self.judged) if self.judged else 0.0
-        return not self.judged or elapsed + count * each <= self.limit_s
+        if not self.judged or math.isinf(self.limit_s) or elapsed == 0:
+            return count
+        return max(min(count, math.floor((self.limit_s - elapsed) * len(self.judged) / elapsed)), 0)
 
     def measure(self, stacks: Sequence[Stack], told: Callable[[int], object]) -> int:
         """Measure stacks, at least one; the number of those that the time limit let through.
@@ -431,17 +432,17 @@ def search(
         why = "; ".join(f"{each.title}: {reason}" for each, reason in missing.items())
         raise WanlabError(f"none of the candidates can be measured here ({why})")
     state = _State(bench, space, limit_percent, limit_s, time.monotonic())
-    while roots and state.time_for(len(roots[:at_once])):
-        roots = roots[state.measure(roots[:at_once], told) :]
+    while roots and (count := state.room(len(roots[:at_once]))):
+        roots = roots[state.measure(roots[:count], told) :]
     left = list(roots)
     while not left and (following := state.next()):
         here = [stack for stack in following if not any(map(bench.lacks, stack.candidates))]
         if not here:
             break
-        if not state.time_for(len(here[:at_once])):
+        if not (count := state.room(len(here[:at_once]))):
             left = here
             break
-        state.measure(here[:at_once], told)
+        state.measure(here[:count], told)
     for stack in roots:
         if len(stack.candidates) == 1:
             missing[stack.candidates[0]] = f"the time limit of {limit_s:g} s came first"

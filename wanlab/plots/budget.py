@@ -121,7 +121,7 @@ def _name(figure: go.Figure, row: dict[str, Any], side: str) -> None:
         y=row["quality_loss_percent"],
         text=f"<b>{shown(row['speedup'])}×</b> {row['stack']}",
         showarrow=False,
-        yshift=16 if side == "top" else -16,
+        yshift=20 if side == "top" else -20,
         xanchor="right",
         font={"size": 12},
     )

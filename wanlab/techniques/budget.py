@@ -202,8 +202,8 @@ class Search:
 
     def frame(self) -> pd.DataFrame:
         """One row per measured stack: stack, tier, speedup, low, high (95 % interval), noise_percent, product (speed-up if
-        the gains multiplied), quality_loss_percent, loss_low, loss_high, did_what_it_says, efficient (no other stack is as
-        fast and loses less, or the other way round), within_limit (at the upper end), fate, reason, techniques (JSON)."""
+        the gains multiplied), quality_loss_percent, loss_low, loss_high, did_what_it_says, efficient (faster than the
+        original, and no other stack beats it in both), within_limit (at the upper end), fate, reason, techniques (JSON)."""
         efficient = _efficient(self.judged)
         rows = []
         for each, best in zip(self.judged, efficient, strict=True):
@@ -289,7 +289,7 @@ def proofs_frame(judged: Iterable[Judged]) -> pd.DataFrame:
 
 
 def _efficient(judged: Sequence[Judged]) -> list[bool]:
-    """Whether no other stack with an effect, nor the original, is at least as fast, loses no more, and is better in one."""
+    """Whether it is faster than the original, and no other with an effect is as fast, loses no more and is better in one."""
     points = [
         (each.speedup, each.loss.percent) if each.passed and each.loss.known else (math.nan, math.nan)
         for each in judged
@@ -299,7 +299,7 @@ def _efficient(judged: Sequence[Judged]) -> list[bool]:
     for speed, loss in points:
         no_worse = (others[:, 0] >= speed) & (others[:, 1] <= loss)
         better = (others[:, 0] > speed) | (others[:, 1] < loss)
-        found.append(bool(speed == speed and not (no_worse & better).any()))
+        found.append(bool(speed > 1 and not (no_worse & better).any()))
     return found
 
 
@@ -315,7 +315,7 @@ class _State:
     judged: dict[str, Judged] = field(default_factory=dict)
 
     def room(self, count: int) -> int:
-        """How many of so many stacks can be measured within the limit, each as long as those before; at first all of them."""
+        """How many of so many stacks can be measured within the limit, each as long as those before; at first all."""
         elapsed = time.monotonic() - self.begun
         if not self.judged or math.isinf(self.limit_s) or elapsed == 0:
             return count

@@ -315,10 +315,12 @@ class _State:
     judged: dict[str, Judged] = field(default_factory=dict)
 
     def room(self, count: int) -> int:
-        """How many of so many stacks can be measured within the limit, each as long as those before; at first all."""
-        elapsed = time.monotonic() - self.begun
-        if not self.judged or math.isinf(self.limit_s) or elapsed == 0:
+        """How many of so many stacks can be measured within the limit, each as long as those before."""
+        if math.isinf(self.limit_s):
             return count
+        elapsed = time.monotonic() - self.begun
+        if not self.judged or elapsed == 0:
+            return 1
         return max(min(count, math.floor((self.limit_s - elapsed) * len(self.judged) / elapsed)), 0)
 
     def measure(self, stacks: Sequence[Stack], told: Callable[[int], object]) -> int:
@@ -411,7 +413,7 @@ def search(
     Args:
         space: `Combined` of candidates, or `Listed`.
         limit_percent: limit of the quality loss.
-        limit_s: seconds; a batch of stacks begins only where the time is likely to suffice, the first always.
+        limit_s: seconds. The first stack is measured alone, to know how long one takes; a batch begins where time is left.
         at_once: stacks that are timed in turn with the baseline.
         told: called with 1 after each stack whose videos were made.
 

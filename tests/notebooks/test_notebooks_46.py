@@ -43,7 +43,7 @@ def test_times_of_another_run_and_quality_of_this_one(run_notebook, tmp_path):
         "rows": [
             {"techniques": {"text_keys": {}}, "speedup": 1.07, "low": 1.06, "high": 1.08, "noise_percent": 1},
             {"techniques": {"two_timesteps": {}}, "speedup": 1.2},
-            {"techniques": {"easy_cache": {"threshold": 1e-9}}, "speedup": 4.0},
+            {"techniques": {"easy_cache": {"threshold": 0.001}}, "speedup": 4.0},
         ],
     }
     path = tmp_path / "costs.json"
@@ -58,7 +58,7 @@ def test_times_of_another_run_and_quality_of_this_one(run_notebook, tmp_path):
     )
     assert "not of the model that was timed" in done.answer
     fates = {row["candidate"]: row["fate"] for row in done.values["candidates"]}
-    assert fates == {"text keys": "kept", "easy cache 1e-09": "did nothing", "two timesteps": "not measured"}
+    assert fates == {"text keys": "kept", "easy cache 0.001": "did nothing", "two timesteps": "not measured"}
     assert load_configuration(done.folder / "artifacts" / "configuration.yaml").techniques == {
         "text_keys": {}
     }

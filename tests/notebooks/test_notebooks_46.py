@@ -32,7 +32,7 @@ def test_the_winner_is_a_configuration_and_was_verified_on_other_clips(shared_ru
         chosen = next(row for row in stacks if row["stack"] == winner["stack"])
         assert json.loads(chosen["techniques"]) == configuration.techniques
         assert winner["quality_loss_percent"] != chosen["quality_loss_percent"]
-    assert "on 3 clips for choosing" in done.answer
+    assert "on 4 clips for choosing" in done.answer
 
 
 def test_times_of_another_run_and_quality_of_this_one(run_notebook, tmp_path):

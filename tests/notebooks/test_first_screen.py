@@ -19,6 +19,7 @@ FIRST_SCREENS: dict[str, tuple[str, ...]] = {
     "43_ladder": (),
     "44_caches": (),
     "45_sparse": (),
+    "46_budget": (),
     "50_before_after": (),
     "70_serving": (),
 }

@@ -5,6 +5,7 @@ from .attention import kernel_bars as kernel_bars
 from .attention import layer_time_lines as layer_time_lines
 from .attention import locality_dots as locality_dots
 from .attention import text_map as text_map
+from .budget import budget_frontier as budget_frontier
 from .cost import CATEGORY_NAMES as CATEGORY_NAMES
 from .cost import PART_NAMES as PART_NAMES
 from .cost import before_after_bars as before_after_bars

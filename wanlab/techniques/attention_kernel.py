@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
+from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique, Tier
@@ -15,9 +17,18 @@ from wanlab.techniques.wan import head_size, in_graphs, only_wan
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.diagnose.attention import backends
+    from wanlab.techniques.attention import choice as choice_module
+    from wanlab.techniques.attention import kernels, sites
     from wanlab.techniques.attention.choice import Choice
     from wanlab.techniques.attention.sites import Site
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    torch = LazyModule("torch")
+    backends = LazyModule("wanlab.diagnose.attention.backends")
+    choice_module = LazyModule("wanlab.techniques.attention.choice")
+    kernels = LazyModule("wanlab.techniques.attention.kernels")
+    sites = LazyModule("wanlab.techniques.attention.sites")
 
 KernelName = Literal[
     "auto",
@@ -71,10 +82,9 @@ class AttentionKernel(Technique[KernelSettings]):
             return reason
         if self.settings.kernel == "auto":
             return ""
-        from wanlab.techniques.attention.kernels import KERNELS  # loads PyTorch
 
-        reason = KERNELS[self.settings.kernel].lacks(device, head_size=head_size(spec))
-        on_cpu = [name for name, kernel in KERNELS.items() if kernel.cpu]
+        reason = kernels.KERNELS[self.settings.kernel].lacks(device, head_size=head_size(spec))
+        on_cpu = [name for name, kernel in kernels.KERNELS.items() if kernel.cpu]
         return f"{reason}; {listed(on_cpu)} run on a CPU" if reason and device.type == "cpu" else reason
 
     def bound(self, shares: Shares) -> Bound:
@@ -85,29 +95,23 @@ class AttentionKernel(Technique[KernelSettings]):
         )
 
     def apply(self, place: Place) -> None:
-        from wanlab.core.errors import WanlabError
-        from wanlab.techniques.attention.kernels import KERNELS  # loads PyTorch
-        from wanlab.techniques.attention.sites import add_layer
-
         kernel = self.settings.kernel
         if kernel != "auto" and (
-            reason := KERNELS[kernel].lacks(
+            reason := kernels.KERNELS[kernel].lacks(
                 place.model.device, place.model.dtype, head_size(place.model.spec)
             )
         ):
             raise WanlabError(f"{self.name} cannot run here: it needs {reason}")
         self.layer = KernelLayer(kernel)
-        self.sites = add_layer(place, self.layer)
+        self.sites = sites.add_layer(place, self.layer)
         place.denoising.at_begin.append(self.layer.used.clear)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.techniques.attention.sites import answers, went_elsewhere  # loads PyTorch
-
         assert self.layer is not None
-        if elsewhere := went_elsewhere(place, self.sites):
+        if elsewhere := sites.went_elsewhere(place, self.sites):
             return Proof(False, f"{self.name} is not everywhere: {elsewhere}.")
         parts = []
-        for component, (own, every) in answers(self.sites, self.name).items():
+        for component, (own, every) in sites.answers(self.sites, self.name).items():
             title = component_title(component)
             if own == 0:
                 others = {
@@ -169,30 +173,21 @@ class KernelLayer:
     def __call__(
         self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        from wanlab.techniques.attention.kernels import KERNELS
-
         kernel = self.kernel if self.kernel != "auto" else self._chosen(query, key, value).kernel
-        output = KERNELS[kernel].run(query, key, value)
+        output = kernels.KERNELS[kernel].run(query, key, value)
         self.used[site.component, kernel] += 1
         if kernel not in self._seen:
             self._seen[kernel] = query[:1, :PROFILED_TOKENS].detach().clone()
         return output
 
     def _chosen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Choice:
-        from wanlab.techniques.attention.choice import choose
-
         shape = tuple(query.shape)
         if shape not in self.choices:
-            self.choices[shape] = choose(query, key, value)
+            self.choices[shape] = choice_module.choose(query, key, value)
         return self.choices[shape]
 
     def kernel_name(self, kernel: str) -> str:
         """Backend and longest GPU kernel of a call, from a profile of it; `""` inside another profile."""
-        import torch
-
-        from wanlab.diagnose.attention.backends import kernel_of
-        from wanlab.techniques.attention.kernels import KERNELS
-
         query = self._seen[kernel]
         with torch.no_grad():
-            return kernel_of(lambda: KERNELS[kernel].run(query, query, query), query.device)
+            return backends.kernel_of(lambda: kernels.KERNELS[kernel].run(query, query, query), query.device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from wanlab.core.lazy import LazyModule
 from wanlab.models.spec import ModelSpec
 from wanlab.techniques.guidance import only_sequential
 from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique, answered
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from wanlab.techniques.denoising import Call, Inner
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    torch = LazyModule("torch")
 
 _FIXED = "its graph has one size of batch"
 
@@ -82,8 +85,6 @@ class PairRule:
         return with_text
 
     def _paired(self, arguments: dict[str, Any], batch: int) -> dict[str, Any]:
-        import torch  # a configuration is read without PyTorch
-
         if self._both is None:
             self._both = torch.cat([self._texts["cond"], self._texts["uncond"]])
 

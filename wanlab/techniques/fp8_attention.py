@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.precision.plan import KEEP, Rule, make_plan
@@ -20,10 +21,22 @@ from wanlab.techniques.wan import head_size, in_graphs, only_wan
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+    import torch.nn.functional as F
 
     from wanlab.models.pipeline import Model
+    from wanlab.techniques import place as place_module
+    from wanlab.techniques.attention import errors, fp8, kernels, sites
     from wanlab.techniques.attention.sites import Site
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    pd = LazyModule("pandas")
+    torch = LazyModule("torch")
+    F = LazyModule("torch.nn.functional")
+    errors = LazyModule("wanlab.techniques.attention.errors")
+    fp8 = LazyModule("wanlab.techniques.attention.fp8")
+    kernels = LazyModule("wanlab.techniques.attention.kernels")
+    sites = LazyModule("wanlab.techniques.attention.sites")
+    place_module = LazyModule("wanlab.techniques.place")
 
 FORMAT = "fp8"
 
@@ -90,16 +103,13 @@ class Fp8Attention(Technique[Fp8Settings]):
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
         if (reason := only_wan(spec)) or self.settings.kernel != "flash-attention-3":
             return reason
-        from wanlab.techniques.attention.fp8 import lacks_kernel  # loads PyTorch
 
-        return lacks_kernel(device, head_size(spec))
+        return fp8.lacks_kernel(device, head_size(spec))
 
     def simulated(self, spec: ModelSpec, device: torch.device) -> str:
-        from wanlab.techniques.attention.fp8 import lacks_kernel  # loads PyTorch
-
         if self.settings.kernel == "simulated":
             return "the setting kernel: auto"
-        return "" if only_wan(spec) else lacks_kernel(device, head_size(spec))
+        return "" if only_wan(spec) else fp8.lacks_kernel(device, head_size(spec))
 
     def bound(self, shares: Shares) -> Bound:
         share = 100 * shares.self_attention
@@ -109,25 +119,20 @@ class Fp8Attention(Technique[Fp8Settings]):
         )
 
     def apply(self, place: Place) -> None:
-        from wanlab.techniques.attention.fp8 import kernel_here  # loads PyTorch
-        from wanlab.techniques.attention.sites import add_layer
-
         kernel = self.settings.kernel
         if kernel == "auto":
-            kernel = kernel_here(place.model.device, head_size(place.model.spec))  # type: ignore[assignment]
+            kernel = fp8.kernel_here(place.model.device, head_size(place.model.spec))  # type: ignore[assignment]
         self.layer = Fp8Layer(self.settings, kernel)
-        self.sites = add_layer(place, self.layer)
+        self.sites = sites.add_layer(place, self.layer)
         place.denoising.at_begin.append(self.layer.used.clear)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.techniques.attention.sites import answers, left_out, went_elsewhere  # loads PyTorch
-
         layer = self.layer
         assert layer is not None
-        if elsewhere := went_elsewhere(place, self.sites):
+        if elsewhere := sites.went_elsewhere(place, self.sites):
             return Proof(False, f"{self.name} is not everywhere: {elsewhere}.")
         parts, total = [], 0
-        for component, (own, every) in answers(self.sites, self.name).items():
+        for component, (own, every) in sites.answers(self.sites, self.name).items():
             title = component_title(component)
             in_codes = layer.used[component]
             if in_codes < own:
@@ -142,7 +147,7 @@ class Fp8Attention(Technique[Fp8Settings]):
                     f"{self.name} fell back: attention of the {title} is bit for bit that of the model's dtype, which 8 bits"
                     " cannot be.",
                 )
-            if missed := left_out(place, self.sites[component], self.name, self._wanted):
+            if missed := sites.left_out(place, self.sites[component], self.name, self._wanted):
                 return Proof(
                     False, f"{self.name} left out {missed} attentions of the {title} that its rules name."
                 )
@@ -206,7 +211,6 @@ class Fp8Layer:
         rules = self.settings.rules
         if not wanted(rules, site.component, site.block, site.blocks, site.denoising.step):
             return None
-        from wanlab.techniques.attention import fp8
 
         def told(kernel: str, dtype: torch.dtype) -> None:
             self._kinds.add(str(dtype).removeprefix("torch."))
@@ -219,22 +223,35 @@ class Fp8Layer:
 
     @staticmethod
     def _errors(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Errors:
-        import torch
-        import torch.nn.functional as F
-
-        from wanlab.techniques.attention.errors import attention_error, exact_attention, sampled_queries
-        from wanlab.techniques.attention.kernels import heads_first
-
-        picked = sampled_queries(query.shape[1])
-        exact = exact_attention(query, key, value, picked)
+        picked = errors.sampled_queries(query.shape[1])
+        exact = errors.exact_attention(query, key, value, picked)
         tensors: Mapping[str, Any] = {"query": query, "key": key, "value": value, "reference": exact}
-        own = heads_first(F.scaled_dot_product_attention)(query, key, value)
+        own = kernels.heads_first(F.scaled_dot_product_attention)(query, key, value)
         here = picked.to(query.device)
         return Errors(
-            attention_error(lambda *_: output, **tensors),
-            attention_error(lambda *_: own, **tensors),
+            errors.attention_error(lambda *_: output, **tensors),
+            errors.attention_error(lambda *_: own, **tensors),
             torch.equal(output[:, here], own[:, here]),
         )
+
+
+class _Measuring:
+    """Stands above all kernels, computes nothing, and measures the errors of what passes."""
+
+    name = "attention_errors"
+
+    def __init__(self, rules: tuple[Rule, ...], options: Mapping[str, Any]) -> None:
+        self.rules, self.options = rules, options
+        self.frames: list[pd.DataFrame] = []
+
+    def __call__(self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        step = site.denoising.step
+        if wanted(self.rules, site.component, site.block, site.blocks, step):
+            frame = fp8.fp8_errors(query, key, value, **self.options)
+            frame.insert(0, "component", site.component)
+            frame.insert(1, "block", site.block)
+            frame.insert(2, "step", step)
+            self.frames.append(frame)
 
 
 def attention_errors(
@@ -256,30 +273,9 @@ def attention_errors(
         DataFrame: component, block, step, variant, kernel, error, times_bf16; a step with guidance has a row for each
         branch.
     """
-    import pandas as pd
+    measuring = _Measuring((Rule(format=FORMAT, blocks=blocks, steps=steps),), options)
+    place = place_module.Place(model)
 
-    from wanlab.techniques.attention.fp8 import fp8_errors
-    from wanlab.techniques.attention.sites import add_layer
-    from wanlab.techniques.place import Place
-
-    rules, frames = (Rule(format=FORMAT, blocks=blocks, steps=steps),), []
-    place = Place(model)
-
-    class Measuring:
-        name = "attention_errors"
-
-        def __call__(
-            self, site: Site, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> torch.Tensor | None:
-            step = site.denoising.step
-            if wanted(rules, site.component, site.block, site.blocks, step):
-                frame = fp8_errors(query, key, value, **options)
-                frame.insert(0, "component", site.component)
-                frame.insert(1, "block", site.block)
-                frame.insert(2, "step", step)
-                frames.append(frame)
-            return None
-
-    add_layer(place, Measuring())
+    sites.add_layer(place, measuring)
     place.finish(place.model).generate(**request)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(measuring.frames, ignore_index=True)

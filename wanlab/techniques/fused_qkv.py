@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique
@@ -14,7 +15,13 @@ from wanlab.techniques.wan import in_graphs, only_wan
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.models import blocks as blocks_module
+    from wanlab.techniques import joining
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    torch = LazyModule("torch")
+    blocks_module = LazyModule("wanlab.models.blocks")
+    joining = LazyModule("wanlab.techniques.joining")
 
 PRODUCTS = {"attn1": 1, "attn2": 2}
 """Attention of a block -> products that make its queries, keys and values once they are fused; 3 before."""
@@ -51,10 +58,8 @@ class FusedQkv(Technique[NoSettings]):
         )
 
     def apply(self, place: Place) -> None:
-        from wanlab.models.blocks import blocks_of  # loads PyTorch
-
         for component in (name for name in place.model.components if name in EXPERTS):
-            blocks = [block.module for block in blocks_of(place.network(component))]
+            blocks = [block.module for block in blocks_module.blocks_of(place.network(component))]
             self.fused[component] = {
                 name: sum(_fuse(getattr(block, name)) for block in blocks) for name in PRODUCTS
             }
@@ -66,15 +71,13 @@ class FusedQkv(Technique[NoSettings]):
                 )
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.models.blocks import blocks_of  # loads PyTorch
-
         ran, parts = place.calls[place.calls["ran"]].groupby("component").size(), []
         for component, fused in self.fused.items():
             network, title = place.model.component(component), component_title(component)
             if not ran.get(component, 0):
                 continue
             for name, expected in fused.items():
-                blocks = [getattr(block.module, name) for block in blocks_of(network)]
+                blocks = [getattr(block.module, name) for block in blocks_module.blocks_of(network)]
                 products = [_products(attention, name) for attention in blocks if _is_fused(attention)]
                 if len(products) < expected or any(count > PRODUCTS[name] for count in products):
                     what = "self-attention" if name == "attn1" else "cross-attention"
@@ -98,19 +101,15 @@ def _is_fused(attention: Any) -> bool:
 
 def _fuse(attention: Any) -> bool:
     """Join the projections of an attention whose layers are linear layers of PyTorch; whether it was done."""
-    import torch
-
-    from wanlab.techniques.joining import joined_linear
-
     names = ["to_k", "to_v"] if attention.is_cross_attention else ["to_q", "to_k", "to_v"]
     pictures = ["add_k_proj", "add_v_proj"] if attention.add_k_proj is not None else []
     layers = {name: getattr(attention, name, None) for name in (*names, *pictures)}
     if _is_fused(attention) or any(type(layer) is not torch.nn.Linear for layer in layers.values()):
         return False
-    joined = joined_linear([layers[name] for name in names])
+    joined = joining.joined_linear([layers[name] for name in names])
     setattr(attention, "to_kv" if attention.is_cross_attention else "to_qkv", joined)
     if pictures:
-        attention.to_added_kv = joined_linear([layers[name] for name in pictures])
+        attention.to_added_kv = joining.joined_linear([layers[name] for name in pictures])
     for name in names:  # diffusers asks for those of the picture by name
         delattr(attention, name)
     attention.fused_projections = True
@@ -119,13 +118,10 @@ def _fuse(attention: Any) -> bool:
 
 def _products(attention: Any, name: str) -> int:
     """Products that PyTorch computes for queries, keys and values of an attention."""
-    import torch
     from diffusers.models.transformers.transformer_wan import _get_qkv_projections
-
-    from wanlab.techniques.joining import counted_products
 
     weight = (attention.to_kv if attention.is_cross_attention else attention.to_qkv).weight
     tokens = torch.zeros(1, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    with counted_products() as products:
+    with joining.counted_products() as products:
         _get_qkv_projections(attention, tokens, tokens if name == "attn2" else None)
     return products.count

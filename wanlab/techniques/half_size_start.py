@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from wanlab.techniques.denoising import Call, Inner
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    torch = LazyModule("torch")
 
 _FIXED = "its graph has one size of video"
 WAN21_SPECTRUM = (219.48, 2.4227)
@@ -240,8 +243,6 @@ class Growth:
 
 def _dct(size: int, like: torch.Tensor) -> torch.Tensor:
     """The orthonormal DCT-II of vectors of a size, `[size, size]`, a row per frequency."""
-    import torch  # a configuration is read without PyTorch
-
     position = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * (position[None] + 0.5) * position[:, None]) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -261,8 +262,6 @@ class GrowRule:
         self._anew: set[str] = set()  # branches that have begun anew at full size
 
     def __call__(self, call: Call, inner: Inner) -> torch.Tensor:
-        import torch  # a configuration is read without PyTorch
-
         growth = self.growth
         if growth.latents is not None and growth.condition is not None:
             both = torch.cat([growth.latents, growth.condition], dim=1).to(call.latents.dtype)
@@ -356,8 +355,6 @@ def _encoding_both(base: Any) -> type:
 
 def _shrunk(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pictures `[B, 3, H, W]` at another size."""
-    import torch  # a configuration is read without PyTorch
-
     size = (height, width)
     return torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
 

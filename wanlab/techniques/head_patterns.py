@@ -10,6 +10,7 @@ import msgspec
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import write_json
+from wanlab.core.lazy import LazyModule
 from wanlab.core.text import read_json
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+else:  # a configuration is read without them
+    pd = LazyModule("pandas")
 
 DENSE: Final = "dense"
 SIZES = {"window": 2, "radial": 1, "same_place": 1, DENSE: 0}
@@ -107,8 +110,6 @@ class HeadPatterns(msgspec.Struct, frozen=True):
     def frame(self) -> pd.DataFrame:
         """A row per head: component, block, head, pattern (in words), kind, means_added, density_percent, kept_percent,
         relative_error."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "component": row.component,

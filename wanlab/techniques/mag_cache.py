@@ -12,6 +12,7 @@ import msgspec
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.files import read_json, write_json
+from wanlab.core.lazy import LazyModule
 from wanlab.models.families import family_of
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.techniques.easy_cache import Decision
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
     import torch
 
     from wanlab.models.pipeline import Model
+    from wanlab.precision import recording
+    from wanlab.techniques import place as place_module
     from wanlab.techniques.denoising import Call, Inner
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    recording = LazyModule("wanlab.precision.recording")
+    place_module = LazyModule("wanlab.techniques.place")
 
 
 class MagSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -339,14 +345,11 @@ def measure_magnitudes(
     Raises:
         WanlabError: as `Model.generate`.
     """
-    from wanlab.precision.recording import nano_examples  # these load PyTorch
-    from wanlab.techniques.place import Place
-
     if prompt is None:
-        example = nano_examples(1)[0]
+        example = recording.nano_examples(1)[0]
         settings = example.inputs(model, settings.get("frames")) | settings
         image, prompt = settings.pop("image"), example.prompt
-    place, measured = Place(model), MeasureRule()
+    place, measured = place_module.Place(model), MeasureRule()
     place.add(measured)
     place.finish(place.model).generate(image, prompt, seed=seed, output="latent", **settings)
     scheduler = model.pipeline.scheduler

@@ -20,6 +20,7 @@ from wanlab.techniques.attention.blocks import BlockTable, block_means, block_si
 from wanlab.techniques.attention.sites import Site, add_layer
 from wanlab.techniques.head_patterns import DENSE, HeadPattern, HeadPatterns, Pattern
 from wanlab.techniques.place import Place
+from wanlab.techniques.wan import only_wan
 
 Grid = tuple[int, int, int]
 
@@ -299,8 +300,6 @@ def measure_patterns(
     Raises:
         WanlabError: a model of another family, or as `Model.generate`; a video of one block.
     """
-    from wanlab.techniques.wan import only_wan
-
     if reason := only_wan(model.spec):
         raise WanlabError(f"patterns are measured on the attention of Wan's denoisers: it takes {reason}")
     if requests is None:

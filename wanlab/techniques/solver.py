@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.families import family_of
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
 
 if TYPE_CHECKING:
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline
 
+    from wanlab.models import pipeline
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    diffusers = LazyModule("diffusers")
+    torch = LazyModule("torch")
+    pipeline = LazyModule("wanlab.models.pipeline")
 
 METHODS = {
     "unipc": "UniPCMultistepScheduler",
@@ -80,8 +87,6 @@ class Solver(Technique[SolverSettings]):
         place.model.pipeline.scheduler = scheduler_for(self.before.scheduler, self.settings)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.models.pipeline import step_table  # loads PyTorch
-
         assert self.before is not None
         calls, scheduler = place.calls, place.model.pipeline.scheduler
         asked, made = scheduler.wanlab_asked, int(calls["step"].nunique())
@@ -96,7 +101,7 @@ class Solver(Technique[SolverSettings]):
             return Proof(False, f"{self.name} was to make {wanted} of {asked} steps, but {now} made {made}.")
         if made == asked and now == before:
             return Proof(False, f"{self.name} changed nothing: {now} made all {asked} steps without it too.")
-        used = {str(row["component"]) for row in step_table(self.before, place.model.spec, asked)}
+        used = {str(row["component"]) for row in pipeline.step_table(self.before, place.model.spec, asked)}
         if idle := sorted(used - set(calls["component"])):
             return Proof(
                 False,
@@ -136,8 +141,6 @@ def scheduler_for(scheduler: Any, settings: SolverSettings) -> Any:
     Raises:
         WanlabError: the other scheduler is not of flow matching.
     """
-    import diffusers  # a configuration is read without PyTorch
-
     config = scheduler.config
     if not (config.get("use_flow_sigmas") or "FlowMatch" in type(scheduler).__name__):
         raise WanlabError(
@@ -172,8 +175,6 @@ def _making_fewer(base: Any, percent: float) -> type:
 
         @wraps(base.set_timesteps)
         def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
-            import torch  # a configuration is read without PyTorch
-
             if num_inference_steps is None:
                 return super().set_timesteps(num_inference_steps, *args, **kwargs)
             made, last = fewer(num_inference_steps, percent), 1 / self.config.num_train_timesteps

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import msgspec
 
 from wanlab.core.errors import WanlabError
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.techniques.head_patterns import HeadPatterns
@@ -20,9 +21,18 @@ from wanlab.techniques.wan import head_size, in_graphs, only_wan
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.techniques.attention import blocks, sites, sparse
+    from wanlab.techniques.attention import blocks as blocks_module
+    from wanlab.techniques.attention import errors as errors_module
     from wanlab.techniques.attention.blocks import BlockTable, HeadTable
     from wanlab.techniques.attention.sites import Site
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    blocks = LazyModule("wanlab.techniques.attention.blocks")
+    blocks_module = LazyModule("wanlab.techniques.attention.blocks")
+    errors_module = LazyModule("wanlab.techniques.attention.errors")
+    sites = LazyModule("wanlab.techniques.attention.sites")
+    sparse = LazyModule("wanlab.techniques.attention.sparse")
 
 
 class SparseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,19 +110,20 @@ class SparseAttention(Technique[SparseSettings]):
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
         if (reason := only_wan(spec)) or self.settings.kernel == "auto":
             return reason
-        from wanlab.techniques.attention.sparse import lacks_kernel  # loads PyTorch
 
-        return lacks_kernel(self.settings.kernel, device, self.block, head_size=head_size(spec))
+        return sparse.lacks_kernel(self.settings.kernel, device, self.block, head_size=head_size(spec))
 
     def simulated(self, spec: ModelSpec, device: torch.device) -> str:
-        from wanlab.techniques.attention.sparse import kernel_here, lacks_kernel  # loads PyTorch
-
         block, size, kernel = self.block, head_size(spec), self.settings.kernel
         if kernel == "masked":
             return "the setting kernel: auto"
-        if only_wan(spec) or kernel != "auto" or kernel_here(device, block, head_size=size) != "masked":
+        if (
+            only_wan(spec)
+            or kernel != "auto"
+            or sparse.kernel_here(device, block, head_size=size) != "masked"
+        ):
             return ""
-        return lacks_kernel("flex", device, block, head_size=size)
+        return sparse.lacks_kernel("flex", device, block, head_size=size)
 
     def bound(self, shares: Shares) -> Bound:
         settings = self.settings
@@ -131,31 +142,26 @@ class SparseAttention(Technique[SparseSettings]):
         )
 
     def apply(self, place: Place) -> None:
-        from wanlab.techniques.attention.sites import add_layer  # loads PyTorch
-        from wanlab.techniques.attention.sparse import kernel_here, lacks_kernel
-
         model, settings = place.model, self.settings
         if self.patterns:
             self.patterns.check(model.spec, settings.patterns)
         about = (model.device, self.block, model.dtype, head_size(model.spec))
-        kernel = kernel_here(*about) if settings.kernel == "auto" else settings.kernel
-        if reason := lacks_kernel(kernel, *about):
+        kernel = sparse.kernel_here(*about) if settings.kernel == "auto" else settings.kernel
+        if reason := sparse.lacks_kernel(kernel, *about):
             raise WanlabError(f"{self.name} cannot run here: it needs {reason}")
         self.layer = SparseLayer(settings, kernel, self.patterns)
-        self.sites = add_layer(place, self.layer)
+        self.sites = sites.add_layer(place, self.layer)
         place.denoising.at_begin.append(self.layer.forget)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.techniques.attention.sites import answers, left_out, went_elsewhere  # loads PyTorch
-
         layer = self.layer
         assert layer is not None
-        if elsewhere := went_elsewhere(place, self.sites):
+        if elsewhere := sites.went_elsewhere(place, self.sites):
             return Proof(False, f"{self.name} is not everywhere: {elsewhere}.")
         parts, total = [], 0
-        for component, (own, every) in answers(self.sites, self.name).items():
+        for component, (own, every) in sites.answers(self.sites, self.name).items():
             title = component_title(component)
-            if missed := left_out(place, self.sites[component], self.name, self._wanted):
+            if missed := sites.left_out(place, self.sites[component], self.name, self._wanted):
                 return Proof(
                     False, f"{self.name} left {missed} attentions of the {title} dense that should be sparse."
                 )
@@ -213,12 +219,10 @@ class SparseAttention(Technique[SparseSettings]):
     def computed(self) -> float:
         """Part of the scores of all self-attention in the last generation that was computed, with the dense steps and
         blocks: the blocks that the masks kept which the kernel was given, and the scores of the means."""
-        from wanlab.techniques.attention.sites import answers  # loads PyTorch
-
         layer = self.layer
         if layer is None:
             return 1.0
-        counts = answers(self.sites, self.name)
+        counts = sites.answers(self.sites, self.name)
         means = self.patterns.means if self.patterns else 0.0
         calls = sum(every for _, every in counts.values())
         skipped = sum(
@@ -282,8 +286,6 @@ class SparseLayer:
 
     def table(self, grid: tuple[int, int, int]) -> BlockTable:
         """The blocks of a size of video, where all heads have the same."""
-        from wanlab.techniques.attention import blocks
-
         settings = self.settings
         if grid not in self.tables:
             self.tables[grid] = (
@@ -299,12 +301,10 @@ class SparseLayer:
         Raises:
             WanlabError: the patterns are for another size of video.
         """
-        from wanlab.techniques.attention.blocks import head_tables
-
         assert self.patterns is not None
         self.patterns.check_size(site.grid, self.settings.patterns)
         if not self._of_heads:
-            self._of_heads = head_tables(self.patterns)
+            self._of_heads = blocks_module.head_tables(self.patterns)
         return self._of_heads[site.component, site.block]
 
     def denser(self, component: str) -> str:
@@ -330,7 +330,6 @@ class SparseLayer:
     ) -> torch.Tensor | None:
         if not self.wants(site, site.denoising.step):
             return None
-        from wanlab.techniques.attention.sparse import SPARSE
 
         table: BlockTable | HeadTable
         if self.patterns:
@@ -343,7 +342,7 @@ class SparseLayer:
             self.heads[site.component, site.block] = own
         else:
             table = self.table(site.grid)
-        output = SPARSE[self.kernel](query, key, value, table)
+        output = sparse.SPARSE[self.kernel](query, key, value, table)
         self.kept[site.component] += table.pairs
         self.blocks[site.component] += table.count
         checked = any(name == site.component for name, _ in self.checks)
@@ -359,17 +358,17 @@ def _checked(
     value: torch.Tensor,
     table: BlockTable | HeadTable,
 ) -> Check:
-    from wanlab.techniques.attention.errors import LIMITS, sampled_queries
-    from wanlab.techniques.attention.sparse import exact_sparse
-
-    picked = sampled_queries(query.shape[1])
-    dense, exact = exact_sparse(query, key, value, picked), exact_sparse(query, key, value, picked, table)
+    picked = errors_module.sampled_queries(query.shape[1])
+    dense, exact = (
+        sparse.exact_sparse(query, key, value, picked),
+        sparse.exact_sparse(query, key, value, picked, table),
+    )
     got = output[:, picked.to(output.device)].double()
     errors, apart = (
         ((one - other).square().sum((0, 1, 3)) / other.square().sum((0, 1, 3))).sqrt()  # of each head
         for one, other in ((got, exact), (exact, dense))
     )
-    limits = (apart / 4).clamp_min(LIMITS[str(query.dtype).removeprefix("torch.")])
+    limits = (apart / 4).clamp_min(errors_module.LIMITS[str(query.dtype).removeprefix("torch.")])
     worst = int((errors / limits).nan_to_num(float("inf")).argmax())
     whole = float((exact - dense).norm() / dense.norm())
     return Check(float(errors[worst]), float(limits[worst]), whole)

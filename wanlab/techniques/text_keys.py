@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique
@@ -12,8 +13,13 @@ from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Techni
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.models import blocks
+    from wanlab.techniques import remembering
     from wanlab.techniques.place import Place
     from wanlab.techniques.remembering import Remembering
+else:  # a configuration is read without them
+    blocks = LazyModule("wanlab.models.blocks")
+    remembering = LazyModule("wanlab.techniques.remembering")
 
 _GRAPH = "its graph computes them from the text"
 
@@ -52,18 +58,15 @@ class TextKeys(Technique[NoSettings]):
         return Bound(saved, f"they are {100 * shares.text_keys:.2g} % of a forward by {shares.source}")
 
     def apply(self, place: Place) -> None:
-        from wanlab.models.blocks import blocks_of  # loads PyTorch
-        from wanlab.techniques.remembering import remember
-
         for component in (name for name in place.model.components if name in EXPERTS):
             network = place.network(component)
             owners = [(network.condition_embedder, "text_embedder")]
             owners += [
                 (block.module.attn2, name)
-                for block in blocks_of(network)
+                for block in blocks.blocks_of(network)
                 for name in ("to_k", "to_v", "norm_k")
             ]
-            self.memories[component] = [remember(owner, name) for owner, name in owners]
+            self.memories[component] = [remembering.remember(owner, name) for owner, name in owners]
         place.denoising.at_begin.append(self.forget)
 
     def forget(self) -> None:

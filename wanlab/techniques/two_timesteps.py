@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.technique import Bound, NoSettings, Proof, Shares, Technique
@@ -12,8 +13,11 @@ from wanlab.techniques.wan import in_graphs, only_wan
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.techniques import timestep_rows
     from wanlab.techniques.place import Place
     from wanlab.techniques.timestep_rows import Rows
+else:  # a configuration is read without them
+    timestep_rows = LazyModule("wanlab.techniques.timestep_rows")
 
 
 class TwoTimesteps(Technique[NoSettings]):
@@ -44,10 +48,8 @@ class TwoTimesteps(Technique[NoSettings]):
         )
 
     def apply(self, place: Place) -> None:
-        from wanlab.techniques.timestep_rows import use_two_rows  # loads PyTorch
-
         for component in (name for name in place.model.components if name in EXPERTS):
-            self.rows[component] = use_two_rows(place.network(component))
+            self.rows[component] = timestep_rows.use_two_rows(place.network(component))
             place.denoising.at_begin.append(self.rows[component].forget)
 
     def proof(self, place: Place) -> Proof:

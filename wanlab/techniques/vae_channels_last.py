@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from wanlab.core.lazy import LazyModule
 from wanlab.core.words import size_text
 from wanlab.models.spec import ModelSpec
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
@@ -15,8 +16,14 @@ from wanlab.techniques.wan import in_graphs
 if TYPE_CHECKING:
     import torch
 
+    from wanlab.models import variants
+    from wanlab.techniques import layouts
     from wanlab.techniques.layouts import Watched
     from wanlab.techniques.place import Place
+else:  # a configuration is read without them
+    torch = LazyModule("torch")
+    variants = LazyModule("wanlab.models.variants")
+    layouts = LazyModule("wanlab.techniques.layouts")
 
 HALVES = ("encoder", "decoder")
 
@@ -67,26 +74,19 @@ class VaeChannelsLast(Technique[VaeSettings]):
         )
 
     def apply(self, place: Place) -> None:
-        import torch
-
-        from wanlab.models.variants import RECOMPILE_LIMIT
-        from wanlab.techniques.layouts import Watched, to_channels_last
-
         vae = place.network("vae_decoder")
-        self.copied_bytes = to_channels_last(vae)
+        self.copied_bytes = layouts.to_channels_last(vae)
         for half in HALVES:
             inner, compiled = getattr(vae, half), self.settings.compiled and half == "decoder"
             if compiled:
                 torch._dynamo.config.recompile_limit = max(
-                    torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT
+                    torch._dynamo.config.recompile_limit, variants.RECOMPILE_LIMIT
                 )
-            self.halves[half] = Watched(inner, compiled)
+            self.halves[half] = layouts.Watched(inner, compiled)
             setattr(vae, half, self.halves[half])
             place.denoising.at_begin.append(self.halves[half].forget)
 
     def proof(self, place: Place) -> Proof:
-        from wanlab.techniques.layouts import convolutions, layout
-
         decoder = self.halves["decoder"]
         if decoder.calls == 0:
             return Proof(
@@ -94,7 +94,7 @@ class VaeChannelsLast(Technique[VaeSettings]):
                 f"{self.name} decoded nothing: the last generation gave latents, or another VAE decoded.",
             )
         for half, watched in self.halves.items():
-            first = sum(layout(module.weight) == "first" for module in convolutions(watched))
+            first = sum(layouts.layout(module.weight) == "first" for module in layouts.convolutions(watched))
             if first:
                 return Proof(
                     False, f"{self.name}: {first} weights of the {half} have their channels first again."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wanlab.core.answer import step
-from wanlab.runs.next_step import next_html, next_step
+from wanlab.runs.next_step import next_html, next_step, run_command
 
 RECORD = {
     "notebook": "41_configuration",
@@ -58,3 +58,10 @@ def test_a_step_is_shown_with_its_command_and_without_markup_of_its_own():
     assert "<i>" not in shown
     assert "&lt;b&gt;" in shown
     assert "<code>wanlab run 15_triage" in shown
+
+
+def test_a_file_of_this_folder_has_no_path_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"configuration": str(tmp_path / "a b.yaml"), "folder": "/else/where"}
+    said = run_command("41_configuration", files)
+    assert said == "wanlab run 41_configuration -p 'configuration=a b.yaml' -p folder=/else/where"

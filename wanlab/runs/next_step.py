@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from html import escape
@@ -10,7 +11,7 @@ from typing import Any
 
 from wanlab.core.answer import Step
 from wanlab.core.errors import WanlabError, clean
-from wanlab.core.paths import find_notebook
+from wanlab.core.paths import find_notebook, from_here
 from wanlab.core.words import sentence, typed_value
 from wanlab.runs.parameters import read_schema
 
@@ -19,7 +20,11 @@ LOADED = ("model", "weights", "device", "dtype")
 
 
 def run_command(notebook: str, parameters: Mapping[str, Any]) -> str:
-    """`wanlab run NOTEBOOK -p name=value`, quoted for a shell."""
+    """`wanlab run NOTEBOOK -p name=value`, quoted for a shell; files below the working folder by their relative paths."""
+    parameters = {
+        name: from_here(Path(value)) if isinstance(value, str) and os.path.isabs(value) else value
+        for name, value in parameters.items()
+    }
     pairs = [f"-p {shlex.quote(f'{name}={typed_value(value)}')}" for name, value in parameters.items()]
     return " ".join(["wanlab run", shlex.quote(notebook), *pairs])
 

@@ -131,7 +131,16 @@ def main() -> int:
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     with launched(path) as browser:
         for name in names:
-            folder = newest(options.folder, name) if options.folder else execute(name).folder
+            if options.folder:
+                folder = newest(options.folder, name)
+            elif (outcome := execute(name)).state == "finished":
+                folder = outcome.folder
+            else:
+                print(
+                    f"{name}: the run {outcome.state}: {outcome.error}; its page is {outcome.report}",
+                    file=sys.stderr,
+                )
+                return 1
             if folder is None:
                 print(
                     f"{name}: no finished run with its default parameters in {options.folder}",

@@ -1,6 +1,7 @@
 from .jobs import Job as Job
 from .jobs import JobStore as JobStore
 from .load import Reply as Reply
+from .load import opened as opened
 from .load import remote as remote
 from .load import send as send
 from .load_answer import load_answer as load_answer

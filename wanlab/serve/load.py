@@ -8,7 +8,8 @@ import io
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -16,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from wanlab.core.errors import WanlabError, first_line, require
-from wanlab.serve.running import Served
-from wanlab.serve.settings import ModelFacts
+from wanlab.serve.running import Served, served
+from wanlab.serve.settings import ModelFacts, ServiceSettings
 
 PATIENCE_S = 3600.0
 """Longest time without news of a video; the service itself tells something every 15 s."""
@@ -100,6 +101,20 @@ def remote(url: str, token: str = "") -> Served:
         max_batch=about["max_batch"], alone=about["one_at_a_time"] or "", versions=about["versions"],
     )  # fmt: skip
     return Served(url.rstrip("/"), token, facts)
+
+
+@contextmanager
+def opened(url: str | None, token: str, settings: ServiceSettings, *, ray: bool = False) -> Iterator[Served]:
+    """The service at an address, which stays after the block; without an address one of these settings, which ends then.
+
+    Raises:
+        WanlabError: as `remote` or `served`.
+    """
+    if url:
+        yield remote(url, token)
+        return
+    with served(settings, ray=ray) as service:
+        yield service
 
 
 def send(

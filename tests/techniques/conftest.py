@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from support.distances import far
 
 from wanlab import models, techniques
 
@@ -33,15 +34,20 @@ class Bench:
         return far(video, self.video)
 
 
-def far(video, other):
-    """Relative distance."""
-    return float(np.linalg.norm(video - other) / np.linalg.norm(other))
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What is remembered over processes is remembered for these tests alone."""
     monkeypatch.setenv("WANLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load("wan-nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def request_of_a_video():
+    return np.random.default_rng(0).random((64, 96, 3), dtype=np.float32), "the camera pans left"
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+from support.distances import far
 
 from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
@@ -31,10 +31,6 @@ def original(bench):
 
 def switched_on(bench, settings, **others):
     return bench.switched_on({"db_cache": settings} | others, **SETTINGS)
-
-
-def far(video, original):
-    return float(np.linalg.norm(video - original) / np.linalg.norm(original))
 
 
 def failed(switched):

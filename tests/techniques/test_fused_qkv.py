@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from support.distances import far
 
 from wanlab import models, techniques
 from wanlab.core.errors import WanlabError
 from wanlab.models.variants import shared_copy
 from wanlab.precision import apply_plan, load_plan
 from wanlab.techniques.joining import joined, joined_linear
-
-
-def far(video, other):
-    return float(np.linalg.norm(video - other) / np.linalg.norm(other))
 
 
 def storages(*networks):

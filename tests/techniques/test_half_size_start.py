@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from support.distances import far
 
 from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
@@ -19,16 +20,6 @@ SMALL, LARGE = (2, 4, 6), (2, 8, 12)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.load("wan-nano", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def request_of_a_video():
-    return np.random.default_rng(0).random((64, 96, 3), dtype=np.float32), "the camera pans left"
-
-
-@pytest.fixture(scope="module")
 def original(model, request_of_a_video):
     return model.generate(*request_of_a_video, **SETTINGS).video
 
@@ -36,10 +27,6 @@ def original(model, request_of_a_video):
 def generated(model, request_of_a_video, *, until=0.8, also=None, **settings):
     switched = techniques.switch_on(model, {"half_size_start": {"until": until}} | (also or {}))
     return switched, switched.model.generate(*request_of_a_video, **(SETTINGS | settings)).video
-
-
-def far(video, original):
-    return float(np.linalg.norm(video - original) / np.linalg.norm(original))
 
 
 def grown(reached, full=(16, 24), patch=(2, 2)):

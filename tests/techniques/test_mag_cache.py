@@ -9,6 +9,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from support.distances import far
 
 from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
@@ -18,16 +19,6 @@ from wanlab.techniques.mag_cache import Magnitudes, MagRule, MagSettings, measur
 SIZE = {"height": 64, "width": 96, "frames": 5}
 SETTINGS = {**SIZE, "steps": 12, "output": "latent"}
 MILD = {"threshold": 0.12}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.load("wan-nano", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def request_of_a_video():
-    return np.random.default_rng(0).random((64, 96, 3), dtype=np.float32), "the camera pans left"
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +39,6 @@ def saved(magnitudes, tmp_path_factory):
 def generated(model, request_of_a_video, settings, **others):
     switched = techniques.switch_on(model, {"mag_cache": settings} | others)
     return switched, switched.model.generate(*request_of_a_video, **SETTINGS).video
-
-
-def far(video, original):
-    return float(np.linalg.norm(video - original) / np.linalg.norm(original))
 
 
 def test_ratios_are_those_of_the_predictions(model, request_of_a_video):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from support.distances import far
 
 from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
@@ -15,16 +15,6 @@ SETTINGS = {**SIZE, "steps": 12, "output": "latent"}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.load("wan-nano", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def request_of_a_video():
-    return np.random.default_rng(0).random((64, 96, 3), dtype=np.float32), "the camera pans left"
-
-
-@pytest.fixture(scope="module")
 def original(model, request_of_a_video):
     return model.generate(*request_of_a_video, **SETTINGS).video
 
@@ -32,10 +22,6 @@ def original(model, request_of_a_video):
 def generated(model, request_of_a_video, settings, **others):
     switched = techniques.switch_on(model, {"solver": settings} | others)
     return switched, switched.model.generate(*request_of_a_video, **SETTINGS).video
-
-
-def far(video, original):
-    return float(np.linalg.norm(video - original) / np.linalg.norm(original))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.distances import far
 
 from wanlab import configuration, models, techniques
 from wanlab.core.errors import WanlabError
@@ -43,10 +44,6 @@ def original(model, request_of_a_video):
 def switched_on(model, request_of_a_video, chosen, **settings):
     switched = techniques.switch_on(model, chosen)
     return switched, switched.model.generate(*request_of_a_video, **(SETTINGS | settings)).video
-
-
-def far(video, original):
-    return float(np.linalg.norm(video - original) / np.linalg.norm(original))
 
 
 def test_an_exact_technique_gives_every_bit(model, request_of_a_video, original):

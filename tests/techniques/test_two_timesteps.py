@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.distances import far
 
 from wanlab import models, techniques
 from wanlab.core.errors import WanlabError
@@ -25,10 +26,6 @@ def generate(model):
     return model.generate(
         np.random.default_rng(0).random((64, 64, 3), dtype=np.float32), "a cat", **SETTINGS
     ).video
-
-
-def far(video, other):
-    return float(np.linalg.norm(video - other) / np.linalg.norm(other))
 
 
 def test_two_rows_give_the_video_of_a_row_for_each_token(model):

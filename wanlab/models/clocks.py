@@ -6,6 +6,8 @@ import copy
 from functools import wraps
 from typing import Any, Protocol
 
+from wanlab.models.schedulers import named_as
+
 
 class Clock(Protocol):
     """What follows the steps of a generation. Copies of a scheduler share it: its `__deepcopy__` returns itself."""
@@ -49,10 +51,4 @@ def _telling(base: Any) -> type:
                 clock.advance()
             return result
 
-    # diffusers finds schedulers by the name of their class.
-    TellingScheduler.__name__, TellingScheduler.__qualname__, TellingScheduler.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
-    return TellingScheduler
+    return named_as(TellingScheduler, base)

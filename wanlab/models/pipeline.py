@@ -21,6 +21,7 @@ from wanlab.models.families import family_of
 from wanlab.models.families.base import PICTURE, Family
 from wanlab.models.finite import StepCheck, check_video
 from wanlab.models.inputs import prepared
+from wanlab.models.schedulers import is_flow_matching
 from wanlab.models.shapes import LatentShape, latent_shape, nearest_size, token_count
 from wanlab.models.spec import ModelSpec
 from wanlab.models.weights import check_size
@@ -460,7 +461,7 @@ def _noise(scheduler: Any, step: int, timestep: float) -> tuple[float, float]:
         return (math.sqrt((1 - signal) / signal), signal / (1 - signal)) if signal else (math.inf, 0.0)
     training_steps = scheduler.config.get("num_train_timesteps", 1000)
     sigma = float(sigmas[step]) if sigmas is not None else float(timestep) / training_steps
-    flow = bool(scheduler.config.get("use_flow_sigmas")) or "FlowMatch" in type(scheduler).__name__
+    flow = is_flow_matching(scheduler)
     return sigma, ((1 - sigma) / sigma if flow else 1 / sigma) ** 2 if sigma else math.inf
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from wanlab.core.errors import WanlabError
 from wanlab.core.words import counted, listed
+from wanlab.models.schedulers import named_as
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.easy_cache import Decision
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
@@ -303,12 +304,7 @@ def count_calls(module: torch.nn.Module, count: Callable[[], None]) -> None:
             count()
             return super().__call__(*args, **kwargs)
 
-    Counted.__name__, Counted.__qualname__, Counted.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
-    module.__class__ = Counted
+    module.__class__ = named_as(Counted, base)
 
 
 def put_around(network: torch.nn.Module, config: Any) -> None:

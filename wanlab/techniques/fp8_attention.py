@@ -103,7 +103,6 @@ class Fp8Attention(Technique[Fp8Settings]):
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
         if (reason := only_wan(spec)) or self.settings.kernel != "flash-attention-3":
             return reason
-
         return fp8.lacks_kernel(device, head_size(spec))
 
     def simulated(self, spec: ModelSpec, device: torch.device) -> str:
@@ -275,7 +274,6 @@ def attention_errors(
     """
     measuring = _Measuring((Rule(format=FORMAT, blocks=blocks, steps=steps),), options)
     place = place_module.Place(model)
-
     sites.add_layer(place, measuring)
     place.finish(place.model).generate(**request)
     return pd.concat(measuring.frames, ignore_index=True)

@@ -14,6 +14,7 @@ import msgspec
 from wanlab.core.errors import WanlabError
 from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
+from wanlab.models.schedulers import is_flow_matching, named_as
 from wanlab.models.spec import EXPERTS, ModelSpec, component_title
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
 
@@ -93,7 +94,7 @@ class HalfSizeStart(Technique[HalfSettings]):
     def apply(self, place: Place) -> None:
         pipeline = place.model.pipeline
         scheduler = pipeline.scheduler
-        if not (scheduler.config.get("use_flow_sigmas") or "FlowMatch" in type(scheduler).__name__):
+        if not is_flow_matching(scheduler):
             raise WanlabError(
                 f"half_size_start needs a scheduler of flow matching, and {place.model.spec.name} has"
                 f" {type(scheduler).__name__} without use_flow_sigmas"
@@ -307,7 +308,7 @@ def _growing(scheduler: Any, growth: Growth) -> Any:
             return (large,) if isinstance(result, tuple) else type(result)(prev_sample=large)
 
     changed = copy.deepcopy(scheduler)
-    changed.__class__ = _named(GrowingScheduler, base)
+    changed.__class__ = named_as(GrowingScheduler, base)
     changed.wanlab_growth = growth
     return changed
 
@@ -350,16 +351,10 @@ def _encoding_both(base: Any) -> type:
                 )
             return large, condition
 
-    return _named(BothSizesPipeline, base)
+    return named_as(BothSizesPipeline, base)
 
 
 def _shrunk(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pictures `[B, 3, H, W]` at another size."""
     size = (height, width)
     return torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def _named(kind: type, base: type) -> type:
-    """diffusers finds classes by their names."""
-    kind.__name__, kind.__qualname__, kind.__module__ = base.__name__, base.__qualname__, base.__module__
-    return kind

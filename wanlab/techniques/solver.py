@@ -13,6 +13,7 @@ from wanlab.core.errors import WanlabError
 from wanlab.core.lazy import LazyModule
 from wanlab.core.words import listed
 from wanlab.models.families import family_of
+from wanlab.models.schedulers import is_flow_matching, named_as
 from wanlab.models.spec import ModelSpec, component_title
 from wanlab.techniques.technique import Bound, Proof, Shares, Technique
 
@@ -142,7 +143,7 @@ def scheduler_for(scheduler: Any, settings: SolverSettings) -> Any:
         WanlabError: the other scheduler is not of flow matching.
     """
     config = scheduler.config
-    if not (config.get("use_flow_sigmas") or "FlowMatch" in type(scheduler).__name__):
+    if not is_flow_matching(scheduler):
         raise WanlabError(
             f"solver needs a scheduler of flow matching, and the model has {type(scheduler).__name__} without"
             " use_flow_sigmas"
@@ -189,10 +190,4 @@ def _making_fewer(base: Any, percent: float) -> type:
             self.timesteps = (shifted * self.config.num_train_timesteps).to(self.timesteps)
             return result
 
-    # diffusers finds schedulers by the name of their class.
-    FewerSteps.__name__, FewerSteps.__qualname__, FewerSteps.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
-    return FewerSteps
+    return named_as(FewerSteps, base)

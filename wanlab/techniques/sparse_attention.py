@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     import torch
 
     from wanlab.techniques.attention import blocks, sites, sparse
-    from wanlab.techniques.attention import blocks as blocks_module
     from wanlab.techniques.attention import errors as errors_module
     from wanlab.techniques.attention.blocks import BlockTable, HeadTable
     from wanlab.techniques.attention.sites import Site
     from wanlab.techniques.place import Place
 else:  # a configuration is read without them
     blocks = LazyModule("wanlab.techniques.attention.blocks")
-    blocks_module = LazyModule("wanlab.techniques.attention.blocks")
     errors_module = LazyModule("wanlab.techniques.attention.errors")
     sites = LazyModule("wanlab.techniques.attention.sites")
     sparse = LazyModule("wanlab.techniques.attention.sparse")
@@ -110,7 +108,6 @@ class SparseAttention(Technique[SparseSettings]):
     def lacks(self, spec: ModelSpec, device: torch.device) -> str:
         if (reason := only_wan(spec)) or self.settings.kernel == "auto":
             return reason
-
         return sparse.lacks_kernel(self.settings.kernel, device, self.block, head_size=head_size(spec))
 
     def simulated(self, spec: ModelSpec, device: torch.device) -> str:
@@ -304,7 +301,7 @@ class SparseLayer:
         assert self.patterns is not None
         self.patterns.check_size(site.grid, self.settings.patterns)
         if not self._of_heads:
-            self._of_heads = blocks_module.head_tables(self.patterns)
+            self._of_heads = blocks.head_tables(self.patterns)
         return self._of_heads[site.component, site.block]
 
     def denser(self, component: str) -> str:
@@ -330,7 +327,6 @@ class SparseLayer:
     ) -> torch.Tensor | None:
         if not self.wants(site, site.denoising.step):
             return None
-
         table: BlockTable | HeadTable
         if self.patterns:
             table = self.head_table(site)
